@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -63,3 +65,154 @@ def make_repo(tmp_path: Path) -> Callable[..., Path]:
         return where
 
     return make
+
+
+HERE = Path(__file__).resolve().parent
+ORCHESTRATOR = HERE.parent / "orchestrator.py"
+
+SCRIPTED_AGENT = r"""
+# An agent that does what script.json beside it says; keeps its own log outside the repository.
+import json, os, signal, subprocess, sys
+
+here = os.path.dirname(os.path.abspath(__file__))
+env = os.environ
+item, phase, attempt = (env["ORCHESTRATOR_" + name] for name in ("ITEM_ID", "PHASE", "ATTEMPT"))
+prompt = sys.stdin.read()
+with open(here + "/agent.log", "a") as log:
+    log.write(f"{item} {phase} {attempt}\n")
+with open(f"{here}/prompt-{item}-{phase}-{attempt}.md", "w") as copy:
+    copy.write(prompt)
+with open(here + "/script.json") as file:
+    script = json.load(file)
+steps = next((script[key] for key in (f"{item}/{phase}", f"*/{phase}", f"{item}/*", "*") if key in script), [{}])
+step = steps[min(int(attempt), len(steps)) - 1]
+for path, text in step.get("write", {}).items():
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    with open(path, "w") as file:
+        file.write(text)
+if "document" in step:
+    with open(os.path.join(env["ORCHESTRATOR_CHANGE_DIR"], step["document"]), "w") as file:
+        file.write(f"{item} {phase} {attempt}\n")
+if "sh" in step:
+    subprocess.run(["sh", "-c", step["sh"]], check=True)
+if "announce" in step:
+    with open(here + "/announce", "w") as fifo:
+        fifo.write(f"{item} {phase} {attempt}\n")
+if "await" in step:
+    with open(here + "/" + step["await"]) as fifo:
+        fifo.read()
+if step.get("hang"):
+    signal.pause()
+result = {"item_id": item, "phase": phase, "result": "phase_complete", "summary": f"{phase} done"}
+if phase == "triage":
+    result["updated_assessments"] = {"size": "small", "complexity": "low", "risk": "low", "impact": "medium"}
+result.update(step.get("result", {}))
+if step.get("result", {}) is not None and not step.get("no_result"):
+    with open(env["ORCHESTRATOR_RESULT_PATH"], "w") as file:
+        json.dump(result, file)
+sys.exit(step.get("exit", 0))
+"""
+
+TIMES = "  created: 2026-01-01T00:00:00+00:00\n  updated: 2026-01-01T00:00:00+00:00\n"
+
+
+class Project:
+    """A repository with a backlog and a scripted agent, driven through the real command."""
+
+    def __init__(self, root: Path, outside: Path) -> None:
+        self.root = root
+        self.outside = outside
+        outside.mkdir()
+        (outside / "agent.py").write_text(SCRIPTED_AGENT)
+        os.mkfifo(outside / "announce")
+        self.script({})
+
+    def script(self, steps: dict[str, object]) -> None:
+        """What the agent does, by `ITEM/PHASE`, `*/PHASE`, `ITEM/*` or `*`: one step per attempt."""
+        (self.outside / "script.json").write_text(json.dumps(steps))
+
+    def configure(self, phases: str = "plan build!", more: str = "", execution: str = "") -> None:
+        """Write orchestrator.toml: `!` marks a destructive phase, `?` a pre-phase."""
+        agent = json.dumps([sys.executable, "-E", "-S", str(self.outside / "agent.py")])
+        text = f'[agent]\ncli = "command"\ncommand = {agent}\n'
+        text += f"[execution]\nretry_delay_seconds = 0\nkill_grace_seconds = 5\n{execution}\n"
+        for word in phases.split():
+            kind = "pre_phases" if word.endswith("?") else "phases"
+            text += f'[[pipelines.feature.{kind}]]\nname = "{word.rstrip("!?")}"\n'
+            text += "destructive = true\n" if word.endswith("!") else ""
+        (self.root / "orchestrator.toml").write_text(text + more)
+
+    def backlog(self, *items: str, head: str = "") -> None:
+        """Write BACKLOG.yaml; an item is `ID status [key=value]…`."""
+        rows = []
+        for item in items:
+            item_id, status, *fields = item.split()
+            rows.append(f"- id: {item_id}\n  title: Item {item_id}\n  status: {status}\n")
+            rows += [f"  {key}: {value}\n" for key, _, value in (f.partition("=") for f in fields)]
+            rows.append("  requires_human_review: false\n" + TIMES)
+        body = "items:\n" + "".join(rows) if rows else "items: []\n"
+        text = f"{head}schema_version: 3\n{body}next_item_id: {len(items)}\n"
+        (self.root / "BACKLOG.yaml").write_text(text)
+
+    def commit_all(self, message: str = "Set up") -> None:
+        sh(self.root, "git", "add", "-A")
+        sh(self.root, "git", "commit", "-q", "-m", message)
+
+    def run(self, *args: str, code: int | None = 0) -> subprocess.CompletedProcess[str]:
+        """Run the command to its end; asserts the exit code unless it is None."""
+        process = self.start(*args)
+        out, err = process.communicate(timeout=60)
+        if code is not None and process.returncode != code:
+            raise AssertionError(f"{args} exited {process.returncode}, not {code}:\n{out}{err}")
+        return subprocess.CompletedProcess(args, process.returncode, out, err)
+
+    def start(self, *args: str) -> subprocess.Popen[str]:
+        argv = [sys.executable, str(ORCHESTRATOR), "--root", str(self.root), *args]
+        return subprocess.Popen(
+            argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            cwd=self.outside, start_new_session=True,
+        )
+
+    def announced(self) -> str:
+        """Block until the agent announces itself; returns `ITEM PHASE ATTEMPT`."""
+        return (self.outside / "announce").read_text().strip()
+
+    def agent_log(self) -> list[str]:
+        log = self.outside / "agent.log"
+        return log.read_text().splitlines() if log.exists() else []
+
+    def git(self, *args: str) -> str:
+        return sh(self.root, "git", *args)
+
+    def subjects(self) -> list[str]:
+        """Subjects of all commits, newest first."""
+        return self.git("log", "--format=%s").splitlines()
+
+    def paths(self, commit: str = "HEAD") -> list[str]:
+        """The paths that a commit changes."""
+        out = self.git("diff-tree", "-r", "-z", "--root", "--no-commit-id", "--name-only", commit)
+        return [path for path in out.split("\0") if path]
+
+    def status(self) -> str:
+        return self.git("status", "--porcelain")
+
+    def committed(self) -> str:
+        return self.git("show", "HEAD:BACKLOG.yaml")
+
+    def text(self) -> str:
+        return (self.root / "BACKLOG.yaml").read_text()
+
+    def statuses(self) -> dict[str, str]:
+        """Status and phase by id, as `status --json` has them."""
+        rows = json.loads(self.run("status", "--json").stdout)["items"]
+        return {row["id"]: " ".join(filter(None, (row["status"], row.get("phase")))) for row in rows}
+
+
+@pytest.fixture
+def project(make_repo: Callable[..., Path], tmp_path: Path) -> Project:
+    """A project with two-phase pipeline (plan, build) and an empty backlog, all committed."""
+    one = Project(make_repo(), tmp_path / "outside")
+    one.configure()
+    one.backlog()
+    one.commit_all()
+    return one

@@ -1,0 +1,1561 @@
+"""Every git call of the orchestrator.
+
+Git is used as plumbing, never as `git commit`: a commit is built beside the operator's work
+(private index, tree, commit object), checked to hold exactly the paths it should, entered into the
+real index path by path, and only then the branch is moved by compare-and-swap. The order "index
+entry first, branch second" makes every crash point harmless: the worst that a killed process leaves
+is what `git add` of our own file would leave. Hooks, signing, editors, filters of other files and
+the operator's staging never come into it.
+
+Reading order: data, starting git, `Repo` (facts, index, snapshots, commits, state commits,
+restoring, refs, hooks, preconditions).
+
+Paths inside git are `str` decoded with surrogateescape, '/'-separated, relative to the top of the
+work tree. Object ids are lower-case hexadecimal `str`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import stat
+import time
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Literal, NamedTuple, Self
+
+# ==== 1. Data and errors ==========================================================================
+
+OLDEST_GIT = (2, 34)
+FSYNC_GIT = (2, 36)  # first with core.fsync
+
+STEP_LIMIT_S = 10.0  # one git process of a commit
+COMMIT_LIMIT_S = 30.0  # everything that one commit does, retries included
+TREE_LIMIT_S = 300.0  # a process that reads the whole work tree
+HOOK_LIMIT_S = 120.0  # one hook of the operator
+KILL_GRACE_S = 2.0  # TERM to KILL
+LOCK_PAUSE_S = 0.05
+LOCK_TRIES = 60  # so a lock is waited for 3 s
+RETRY_DELAYS_S = (0.02, 0.04, 0.08)  # between the four tries to move the branch
+ADD_TRIES = 3  # a file that vanishes while the work tree is read makes a try incomplete
+
+PARKED_REF = "refs/orchestrator/backlog"
+ABSENT_MODE = "000000"
+ABSENT_OID = "0" * 40
+GITLINK_MODE = "160000"
+SYMLINK_MODE = "120000"
+LEFTOVER_PREFIXES = ("orchestrator-index-", "orchestrator-message-")
+LOW_SPACE_BYTES = 16 * 1024 * 1024
+
+# Variables by which a surrounding git, or the operator's shell, would send our calls elsewhere:
+# `git rev-parse --local-env-vars`, plus those that change dates, pathspecs, diffs or traces.
+_GIT_DROPPED_ENV = re.compile(
+    r"GIT_(DIR|WORK_TREE|IMPLICIT_WORK_TREE|INDEX_FILE|PREFIX|INTERNAL_SUPER_PREFIX|COMMON_DIR"
+    r"|OBJECT_DIRECTORY|ALTERNATE_OBJECT_DIRECTORIES|NAMESPACE|QUARANTINE_PATH|SHALLOW_FILE"
+    r"|GRAFT_FILE|REPLACE_REF_BASE|NO_REPLACE_OBJECTS|CONFIG|CONFIG_PARAMETERS|ATTR_SOURCE"
+    r"|AUTHOR_DATE|COMMITTER_DATE|REFLOG_ACTION|EXTERNAL_DIFF|DIFF_OPTS|[A-Z]+_PATHSPECS|TRACE.*)"
+)
+_GIT_ENV = {
+    "GIT_TERMINAL_PROMPT": "0",
+    "GIT_EDITOR": "false",
+    "GIT_SEQUENCE_EDITOR": "false",
+    "GIT_ASKPASS": "true",
+    "SSH_ASKPASS": "true",
+    "SSH_ASKPASS_REQUIRE": "never",
+    "GIT_PAGER": "cat",
+    "GIT_OPTIONAL_LOCKS": "0",  # a polling status must never make the operator's own git fail
+    "GIT_LITERAL_PATHSPECS": "1",
+    "GIT_NO_LAZY_FETCH": "1",
+    "LC_ALL": "C.UTF-8",  # we read some messages
+    "LANGUAGE": "",
+}
+_GIT_CONFIG = (
+    *("-c", "core.hooksPath=/dev/null", "-c", "core.fsmonitor=false", "-c", "gc.auto=0"),
+    *("-c", "maintenance.auto=false", "-c", "commit.gpgSign=false", "-c", "core.safecrlf=false"),
+    *("-c", "i18n.commitEncoding=UTF-8", "-c", "core.quotePath=false"),
+    *("-c", "advice.addEmbeddedRepo=false"),
+)
+# Identity for a commit where the operator has configured none; the configuration stays as it is.
+_GIT_IDENTITY = {
+    f"GIT_{role}_{key}": value
+    for role in ("AUTHOR", "COMMITTER")
+    for key, value in (("NAME", "orchestrator"), ("EMAIL", "orchestrator@localhost"))
+}
+_GIT_EMPTY_TREE = {
+    40: "4b825dc642cb6eb9a060e54bf8d69288fbee4904",
+    64: "6ef19b41225c5369f1c104d45d8d85efa9b057b53b14b4b9b939dd74decc5321",
+}
+_GIT_HELD_SIGNALS = (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGTSTP)
+
+
+class GitError(Exception):
+    """Git could not do something; `str()` is one line for the operator.
+
+    `command` holds git's arguments (empty when no single command failed), `status` its exit status
+    (None: it ran into its time limit or could not be started), `stderr` what it said.
+    """
+
+    def __init__(self, stderr: str, command: Sequence[str] = (), status: int | None = None) -> None:
+        self.command = tuple(command)
+        self.status = status
+        self.stderr = stderr
+        super().__init__(self._text())
+
+    def _text(self) -> str:
+        said = "; ".join(self.stderr.strip().splitlines()[-5:])
+        if not self.command:
+            return said
+        line = " ".join(("git", *self.command))
+        shown = line if len(line) <= 100 else line[:99] + "…"
+        ending = "failed" if self.status is None else f"exited {self.status}"
+        return f"`{shown}` {ending}: {said or '(it said nothing)'}"
+
+
+class HeadBusy(GitError):
+    """The branch may not be moved now; `reason` says why, as a clause for the operator."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+class Entry(NamedTuple):
+    """One path of a tree: mode as git writes it ("100644" …; "000000" = absent) and object id."""
+
+    path: str
+    mode: str
+    oid: str
+
+    @property
+    def absent(self) -> bool:
+        return self.mode == ABSENT_MODE
+
+
+class Head(NamedTuple):
+    """Where HEAD stands."""
+
+    branch: str | None  # full ref, "refs/heads/main"; None = detached
+    commit: str | None  # None = unborn branch
+
+
+class Snapshot(NamedTuple):
+    """Work tree and index at one moment; JSON-able.
+
+    `tree` holds the whole work tree (without ignored files). `staging` holds the operator's index:
+    one row "FLAG MODE OID STAGE<TAB>PATH" for every path whose index entry is not simply that of
+    HEAD. FLAG is the letter of `git ls-files -v`, or N for an intent-to-add entry; mode 000000 is a
+    staged deletion.
+    """
+
+    tree: str
+    head: Head
+    staging: Sequence[str]
+
+
+class Change(NamedTuple):
+    """One path that two trees disagree on."""
+
+    before: Entry
+    after: Entry
+
+
+class StateCommit(NamedTuple):
+    """What `Repo.commit_state` did; `warning` is one complete message when it could not commit."""
+
+    outcome: Literal["clean", "committed", "parked", "skipped"]
+    commit: str | None
+    warning: str | None
+
+
+class HookResult(NamedTuple):
+    """What the operator's hooks said about a commit."""
+
+    outcome: Literal["ok", "rejected", "timeout"]
+    hook: str  # the one that decided; "" when none exists
+    output: str  # the tail of what it printed
+    changed: bool  # a hook changed files of the commit, in the work tree or in the index it saw
+
+    @property
+    def ok(self) -> bool:
+        """Whether the entries may be committed just as they were given."""
+        return self.outcome == "ok" and not self.changed
+
+
+class Problem(NamedTuple):
+    """Something that keeps a run from starting, and the command or act that mends it."""
+
+    what: str
+    remedy: str
+
+
+class _IndexRow(NamedTuple):
+    flag: str
+    mode: str
+    oid: str
+    stage: str
+    path: str
+
+    @classmethod
+    def parse(cls, row: str) -> Self:
+        facts, path = row.split("\t", 1)
+        flag, mode, oid, stage = facts.split(" ")
+        return cls(flag, mode, oid, stage, path)
+
+    def __str__(self) -> str:
+        return f"{self.flag} {self.mode} {self.oid} {self.stage}\t{self.path}"
+
+    @property
+    def assume_unchanged(self) -> bool:
+        return self.flag.islower()
+
+    @property
+    def skip_worktree(self) -> bool:
+        return self.flag in "Ss"
+
+
+# ==== 2. Starting git =============================================================================
+
+
+class _Ended(NamedTuple):
+    """How a child process ended: exit status (None = stopped at its time limit) and output."""
+
+    status: int | None
+    out: bytes
+    err: bytes
+
+
+def _git_child(
+    argv: Sequence[str], *, cwd: Path, env: Mapping[str, str], stdin: bytes, limit_s: float
+) -> _Ended:
+    """Run a child to its end, in a session of its own; OSError when it cannot be started.
+
+    Standard input and output are files, so a grandchild that keeps them open delays nobody.
+    Whatever ends the wait early (the limit, an exception of a signal handler) ends the child in
+    order, with TERM first: a killed git leaves its lock files behind.
+    """
+    import tempfile
+
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        if stdin:
+            with tempfile.TemporaryFile() as source:
+                source.write(stdin)
+                source.seek(0)
+                status = _git_start_and_wait(argv, cwd, env, (source, out, err), limit_s)
+        else:
+            with open(os.devnull, "rb") as nothing:
+                status = _git_start_and_wait(argv, cwd, env, (nothing, out, err), limit_s)
+        out.seek(0)
+        err.seek(0)
+        return _Ended(status, out.read(), err.read())
+
+
+def _git_start_and_wait(
+    argv: Sequence[str],
+    cwd: Path,
+    env: Mapping[str, str],
+    files: tuple[IO[bytes], IO[bytes], IO[bytes]],
+    limit_s: float,
+) -> int | None:
+    import subprocess
+
+    # Between fork and setsid the child is still in our foreground group: a Ctrl-C in that moment
+    # would end it. So the terminal's signals wait until it has a session of its own.
+    held = signal.pthread_sigmask(signal.SIG_BLOCK, _GIT_HELD_SIGNALS)
+    try:
+        process = subprocess.Popen(
+            argv,
+            cwd=cwd,
+            env=env,
+            stdin=files[0],
+            stdout=files[1],
+            stderr=files[2],
+            start_new_session=True,
+        )
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, held)
+    try:
+        if _git_wait(process.pid, process.wait, limit_s):
+            return process.wait()
+    except BaseException:
+        _git_end_group(process.pid, process.wait)
+        raise
+    _git_end_group(process.pid, process.wait)
+    return None
+
+
+def _git_wait(pid: int, wait: Callable[[float | None], int], limit_s: float) -> bool:
+    """Wait for a child's end; False at the limit. Does not reap where the system can tell so."""
+    import select
+    import subprocess
+
+    try:
+        descriptor = os.pidfd_open(pid)
+    except (AttributeError, OSError):  # not Linux, or an old kernel
+        try:
+            wait(limit_s)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
+    try:
+        poll = select.poll()
+        poll.register(descriptor, select.POLLIN)
+        return bool(poll.poll(limit_s * 1000))
+    finally:
+        os.close(descriptor)
+
+
+def _git_end_group(pid: int, wait: Callable[[float | None], int]) -> None:
+    """TERM to the child's group, two seconds, KILL to whatever is left of it, reap the child."""
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(pid, signal.SIGTERM)
+    _git_wait(pid, wait, KILL_GRACE_S)
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(pid, signal.SIGKILL)
+    wait(None)
+
+
+def _git_environment() -> dict[str, str]:
+    """The environment without what would send git to another repository, index or date."""
+    return {k: v for k, v in os.environ.items() if not _GIT_DROPPED_ENV.fullmatch(k)}
+
+
+def _git_rows(output: bytes) -> list[str]:
+    """The fields of a NUL-terminated list."""
+    return os.fsdecode(output).split("\0")[:-1]
+
+
+def _git_paths(paths: Iterable[str]) -> bytes:
+    return b"".join(os.fsencode(path) + b"\0" for path in paths)
+
+
+def _git_is_few(paths: Sequence[str]) -> bool:
+    """Whether the paths fit on a command line; else it is cheaper to list everything."""
+    return len(paths) <= 200 and sum(map(len, paths)) <= 20_000
+
+
+def _git_tail(output: bytes, lines: int = 40) -> str:
+    return "\n".join(output.decode(errors="replace").strip().splitlines()[-lines:])
+
+
+# ==== 3. The repository ===========================================================================
+
+
+class Repo:
+    """One work tree and everything that is done to it through git.
+
+    `root` is the project's folder, `top` the work tree's, both absolute and without symlinks;
+    `prefix` is "" or "sub/dir/": root relative to top. `git_dir` is this work tree's own,
+    `common_dir` the one it shares with its sibling work trees. Methods raise GitError unless their
+    docstring says otherwise.
+
+    Not for use by several threads at once.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        *,
+        delay: Callable[[float], None] = time.sleep,
+        clock: Callable[[], float] = time.monotonic,
+        limit_s: float = STEP_LIMIT_S,
+    ) -> None:
+        """Prefer `Repo.open`. `delay` and `clock` (monotonic, seconds) are there for tests."""
+        self.root = self.top = root
+        self.git_dir = self.common_dir = root
+        self.prefix = ""
+        self.version = OLDEST_GIT
+        self._delay = delay
+        self._clock = clock
+        self._limit_s = limit_s
+        self._deadline = float("inf")  # of the commit in progress, by `clock`
+        self._null = ABSENT_OID  # as long as this repository's object ids
+        self._parked: str | None = None  # what this object parked itself
+        self._file_mode: bool | None = None
+
+    @classmethod
+    def open(
+        cls,
+        root: Path,
+        *,
+        delay: Callable[[float], None] = time.sleep,
+        clock: Callable[[], float] = time.monotonic,
+        limit_s: float = STEP_LIMIT_S,
+    ) -> Self:
+        """The repository whose work tree holds the folder `root`.
+
+        Raises GitError, saying what to do, when git is missing or there is no usable work tree.
+        """
+        repo = cls(Path(os.path.realpath(root)), delay=delay, clock=clock, limit_s=limit_s)
+        repo._find()
+        return repo
+
+    @classmethod
+    def init(cls, root: Path) -> Self:
+        """Make a repository of the folder `root`, on branch main."""
+        cls(Path(os.path.realpath(root))).git("init", "--quiet", "--initial-branch=main")
+        return cls.open(root)
+
+    def _find(self) -> None:
+        if not self.root.is_dir():
+            raise GitError(f"{self.root} is not a folder. Name an existing one with --root.")
+        self.version = self._read_version()
+        facts = self._read_facts()
+        inside, object_format, *folders = facts
+        if inside != "true" or len(folders) != 3:
+            raise GitError(
+                f"git cannot tell the work tree of {self.root} (is there a line break in its path?)."
+                " Name the folder of a checkout with --root."
+            )
+        self.top, self.git_dir, self.common_dir = (Path(os.path.realpath(f)) for f in folders)
+        relative = os.path.relpath(self.root, self.top)
+        self.prefix = "" if relative == "." else relative + "/"
+        self._null = "0" * (64 if object_format == "sha256" else 40)
+
+    def _read_version(self) -> tuple[int, int]:
+        said = self.git("version").decode(errors="replace")
+        found = re.search(r"(\d+)\.(\d+)", said)
+        if found is None:
+            raise GitError(f"`git version` says {said.strip()!r}; is that git? Look at your PATH.")
+        return int(found[1]), int(found[2])
+
+    def _read_facts(self) -> list[str]:
+        arguments = ("--path-format=absolute", "--show-toplevel", "--git-dir", "--git-common-dir")
+        try:
+            output = self.git(
+                "rev-parse", "--is-inside-work-tree", "--show-object-format", *arguments
+            )
+        except GitError as error:
+            raise GitError(_git_open_advice(self.root, error)) from None
+        return os.fsdecode(output).removesuffix("\n").split("\n")
+
+    @property
+    def state_dir(self) -> Path:
+        """Where locks and journal of this work tree live: out of reach of `git clean -fdx`."""
+        return self.git_dir / "orchestrator"
+
+    @property
+    def parked_ref(self) -> str:
+        """The ref for state that may not be committed now; refs are shared by all work trees."""
+        if self.git_dir == self.common_dir:
+            return PARKED_REF
+        return f"{PARKED_REF}-{self.git_dir.name}"
+
+    # -- calling git -------------------------------------------------------------------------------
+
+    def git(
+        self,
+        *args: str,
+        stdin: bytes = b"",
+        env: Mapping[str, str] | None = None,
+        ok: Container[int] = (0,),
+        limit_s: float | None = None,
+    ) -> bytes:
+        """Run git in `top` and return its output; GitError for an exit status not in `ok`."""
+        return self._call(args, stdin=stdin, env=env, ok=ok, limit_s=limit_s).out
+
+    def _call(
+        self,
+        args: Sequence[str],
+        *,
+        stdin: bytes = b"",
+        env: Mapping[str, str] | None = None,
+        ok: Container[int] = (0,),
+        limit_s: float | None = None,
+    ) -> _Ended:
+        limit_s = min(limit_s or self._limit_s, self._deadline - self._clock())
+        argv = ("git", *_GIT_CONFIG, *self._durability(), *args)
+        environment = {**_git_environment(), **_GIT_ENV, **(env or {})}
+        where = self.top if self.top.is_dir() else self.root
+        if limit_s <= 0:
+            raise GitError("no time was left for it", args)
+        try:
+            ended = _git_child(argv, cwd=where, env=environment, stdin=stdin, limit_s=limit_s)
+        except FileNotFoundError:
+            raise GitError("git was not found on your PATH. Install git 2.34 or newer.") from None
+        except OSError as error:
+            raise GitError(f"could not be started: {error}", args) from None
+        if ended.status is None:
+            raise GitError(f"did not end within {limit_s:g} s and was stopped", args)
+        if ended.status not in ok:
+            raise GitError(ended.err.decode(errors="replace"), args, ended.status)
+        return ended
+
+    def _durability(self) -> tuple[str, str]:
+        """Git flushes nothing by default: a power cut then leaves HEAD at an empty object."""
+        if self.version >= FSYNC_GIT:
+            return "-c", "core.fsync=objects,reference,index"
+        return "-c", "core.fsyncObjectFiles=true"
+
+    def _line(self, *args: str, env: Mapping[str, str] | None = None, stdin: bytes = b"") -> str:
+        return os.fsdecode(self.git(*args, env=env, stdin=stdin)).removesuffix("\n")
+
+    def _succeeds(self, *args: str) -> bool:
+        """Whether a question is answered by exit status 0 rather than 1."""
+        return self._call(args, ok=(0, 1)).status == 0
+
+    @contextmanager
+    def _within(self, seconds: float) -> Iterator[None]:
+        """Bound the total time of all git calls inside."""
+        outer = self._deadline
+        self._deadline = min(outer, self._clock() + seconds)
+        try:
+            yield
+        finally:
+            self._deadline = outer
+
+    # -- facts -------------------------------------------------------------------------------------
+
+    def head(self) -> Head:
+        """Branch and commit. GitError when HEAD is damaged."""
+        # One process, so that both belong together; it fails on an unborn branch.
+        both = self._call(
+            ("rev-parse", "HEAD^{commit}", "--symbolic-full-name", "HEAD"), ok=range(256)
+        )
+        if both.status == 0:
+            commit, name = os.fsdecode(both.out).split("\n")[:2]
+            return Head(name if name != "HEAD" else None, commit)
+        branch = self._line("symbolic-ref", "-q", "HEAD")
+        if self._succeeds("rev-parse", "-q", "--verify", "HEAD"):
+            raise GitError(
+                "HEAD points to a commit that cannot be read. See `git fsck` and `git reflog`, then"
+                f" set the branch to a good commit: `git update-ref {branch} COMMIT`."
+            )
+        return Head(branch, None)
+
+    def operation(self) -> str | None:
+        """The operation that is open in this work tree ("merge", "rebase", …), if any."""
+        here = self.git_dir
+        if (here / "rebase-merge").is_dir():
+            return "rebase"
+        if (here / "rebase-apply").is_dir():
+            return "am" if (here / "rebase-apply/applying").exists() else "rebase"
+        for name, operation in (
+            ("MERGE_HEAD", "merge"),
+            ("CHERRY_PICK_HEAD", "cherry-pick"),
+            ("REVERT_HEAD", "revert"),
+            ("BISECT_LOG", "bisect"),
+        ):
+            if self._has_state(name):
+                return operation
+        return self._sequence()
+
+    def _has_state(self, name: str) -> bool:
+        if (self.git_dir / name).exists():
+            return True
+        # With reftable, some of these are refs without a file.
+        reftable = (self.common_dir / "reftable").is_dir()
+        return reftable and self._succeeds("rev-parse", "-q", "--verify", name)
+
+    def _sequence(self) -> str | None:
+        """A cherry-pick or revert of several commits between two of its steps."""
+        try:
+            todo = (self.git_dir / "sequencer/todo").read_text(errors="replace")
+        except OSError:
+            return "cherry-pick" if (self.git_dir / "sequencer").is_dir() else None
+        return "revert" if todo.startswith("revert") else "cherry-pick"
+
+    def is_ancestor(self, commit: str) -> bool:
+        """Whether `commit` is in the history of HEAD. GitError when it is unknown."""
+        return self._succeeds("merge-base", "--is-ancestor", commit, "HEAD")
+
+    def commits_between(self, old: str, new: str) -> list[str]:
+        """The commits that `new` has and `old` has not, oldest first."""
+        return self._line("rev-list", "--reverse", new, f"^{old}").split()
+
+    def mentions(self, token: str, since: str | None) -> bool:
+        """Whether a commit of HEAD's history carries the trailer "Orchestrator-Attempt: token".
+
+        Commits that `since` has already are not looked at, if `since` is in that history.
+        """
+        if self.head().commit is None:
+            return False
+        bound: tuple[str, ...] = ()
+        with suppress(GitError):  # a commit that is gone bounds nothing
+            if since is not None and self.is_ancestor(since):
+                bound = (f"^{since}",)
+        trailer = f"Orchestrator-Attempt: {token}"
+        bodies = self.git(
+            *("rev-list", "--format=%B", "--fixed-strings", f"--grep={trailer}", "HEAD", *bound),
+            limit_s=TREE_LIMIT_S,
+        )
+        return trailer.encode() in bodies.splitlines()
+
+    def dirty_paths(self) -> list[str]:
+        """Every path that is not as in HEAD, untracked ones too (nested repositories as "x/")."""
+        options = ("-z", "--untracked-files=all", "--no-renames", "--ignore-submodules=none")
+        rows = _git_rows(self.git("status", "--porcelain=v2", *options, limit_s=TREE_LIMIT_S))
+        fields = {"1": 8, "u": 10, "?": 1}  # how many fields precede the path
+        return sorted(row.split(" ", fields[row[0]])[-1] for row in rows if row[0] in fields)
+
+    def entry(self, commit: str, path: str) -> Entry | None:
+        """The file at a path of a commit (or tree); None when there is none."""
+        found = self._entries(commit, [path])[path]
+        return None if found.absent else found
+
+    def _entries(self, tree: str | None, paths: Iterable[str]) -> dict[str, Entry]:
+        """What a tree holds at each path; a folder counts as absent. No tree holds nothing."""
+        wanted = {path: Entry(path, ABSENT_MODE, ABSENT_OID) for path in paths}
+        if tree is None or not wanted:
+            return wanted
+        which = ("--", *wanted) if _git_is_few(list(wanted)) else ("-r",)
+        for row in _git_rows(self.git("ls-tree", "-z", "--full-tree", tree, *which)):
+            facts, path = row.split("\t", 1)
+            mode, kind, oid = facts.split(" ")
+            if path in wanted and kind != "tree":
+                wanted[path] = Entry(path, mode, oid)
+        return wanted
+
+    def read_blob(self, oid: str) -> bytes:
+        """The bytes of a blob, as git stores them."""
+        return self.git("cat-file", "blob", oid)
+
+    def changes(self, before: str, after: str) -> list[Change]:
+        """The paths that differ between two trees (or commits), sorted; renames are two changes."""
+        if before == after:
+            return []
+        options = ("-r", "-z", "--raw", "--no-renames", "--no-abbrev", "--ignore-submodules=none")
+        rows = _git_rows(self.git("diff-tree", *options, before, after, limit_s=TREE_LIMIT_S))
+        pairs = zip(rows[::2], rows[1::2], strict=True)
+        return sorted(_git_change(facts, path) for facts, path in pairs)
+
+    def relative(self, path: Path) -> str:
+        """A file's path as git names it. GitError when it lies outside of the work tree."""
+        folder = os.path.realpath(path.parent)
+        relative = os.path.relpath(os.path.join(folder, path.name), self.top)
+        if relative == ".." or relative.startswith("../"):
+            raise GitError(f"{path} is outside of the repository {self.top}")
+        return relative
+
+    def blob(self, path: Path, data: bytes | None = None) -> Entry:
+        """Store a file of the work tree (or `data` in its place) the way `git add` would.
+
+        `path` is absolute. A missing file gives an absent entry.
+        """
+        name = self.relative(path)
+        try:
+            facts = path.lstat()
+        except FileNotFoundError:
+            if data is None:
+                return Entry(name, ABSENT_MODE, ABSENT_OID)
+            facts = None
+        if facts is not None and stat.S_ISLNK(facts.st_mode):
+            target = os.fsencode(os.readlink(path))
+            oid = self._line("hash-object", "-w", "--stdin", stdin=target)
+            return Entry(name, SYMLINK_MODE, oid)
+        if facts is not None and not stat.S_ISREG(facts.st_mode):
+            raise GitError(f"{path} is neither a file nor a symbolic link")
+        return Entry(name, self._mode(name, facts), self._store(name, data))
+
+    def _store(self, name: str, data: bytes | None) -> str:
+        if data is None:
+            return self._line("hash-object", "-w", "--", name)
+        return self._line("hash-object", "-w", "--stdin", f"--path={name}", stdin=data)
+
+    def _mode(self, name: str, facts: os.stat_result | None) -> str:
+        if self._file_mode is None:
+            said = self._call(("config", "--type=bool", "core.fileMode"), ok=(0, 1)).out
+            self._file_mode = said.strip() != b"false"
+        if facts is not None and self._file_mode:
+            return "100755" if facts.st_mode & stat.S_IXUSR else "100644"
+        return self._kept_mode(self._entries(self.head().commit, [name])[name])
+
+    def _kept_mode(self, old: Entry) -> str:
+        """A file keeps the executable bit that HEAD gives it."""
+        return old.mode if old.mode in ("100644", "100755") else "100644"
+
+    # -- the index ---------------------------------------------------------------------------------
+
+    @contextmanager
+    def _private_index(self, *, copied: bool = False) -> Iterator[dict[str, str]]:
+        """The environment for an index of our own, beside the real one; gone afterwards."""
+        path = self.git_dir / f"orchestrator-index-{os.urandom(8).hex()}"
+        try:
+            if copied:
+                self._copy_index(path)
+            yield {"GIT_INDEX_FILE": str(path)}
+        finally:
+            path.unlink(missing_ok=True)
+            Path(f"{path}.lock").unlink(missing_ok=True)
+
+    def _copy_index(self, path: Path) -> None:
+        import shutil
+
+        # With its times: an entry as young as its index file is one that git reads the file for.
+        # A copy that looks younger would hide an edit made in the tick in which it was staged.
+        with suppress(FileNotFoundError):
+            shutil.copy2(self.git_dir / "index", path)
+
+    def _index_rows(
+        self, paths: Sequence[str] | None = None, env: Mapping[str, str] | None = None
+    ) -> list[_IndexRow]:
+        """The index entries of the paths (None: of all)."""
+        which = ("--", *paths) if paths is not None and _git_is_few(paths) else ()
+        if paths is not None and not paths:
+            return []
+        wanted = None if paths is None else frozenset(paths)
+        listed = _git_rows(self.git("ls-files", "-s", "-v", "-z", *which, env=env))
+        rows = map(_IndexRow.parse, listed)
+        return [row for row in rows if wanted is None or row.path in wanted]
+
+    def _write_index(self, rows: Sequence[_IndexRow]) -> None:
+        """Make the real index hold exactly these rows for their paths; nothing else is touched.
+
+        HeadBusy when somebody holds the index lock for too long.
+        """
+        self._patiently("update-index", "-z", "--index-info", stdin=self._index_info(rows))
+        assumed = [row.path for row in rows if row.assume_unchanged]
+        skipped = [row.path for row in rows if row.skip_worktree]
+        intended = [row.path for row in rows if row.flag == "N" and self._exists(row.path)]
+        for command, paths in (
+            (("update-index", "--assume-unchanged", "-z", "--stdin"), assumed),
+            (("update-index", "--skip-worktree", "-z", "--stdin"), skipped),
+            (("add", "-N", "-f", "--pathspec-from-file=-", "--pathspec-file-nul"), intended),
+        ):
+            if paths:
+                self._patiently(*command, stdin=_git_paths(paths))
+
+    def _exists(self, path: str) -> bool:
+        return os.path.lexists(self.top / path)
+
+    def _index_info(self, rows: Iterable[_IndexRow]) -> bytes:
+        """Input of `update-index --index-info`: removals first, so files and folders may swap."""
+        rows = list(rows)
+        removed = dict.fromkeys(row.path for row in rows)
+        present = [row for row in rows if row.mode != ABSENT_MODE and row.flag != "N"]
+        return _git_paths(
+            [f"0 {self._null}\t{path}" for path in removed]
+            + [f"{row.mode} {row.oid} {row.stage}\t{row.path}" for row in present]
+        )
+
+    def _patiently(self, *args: str, stdin: bytes) -> None:
+        """Run a command on the real index, waiting a while for whoever holds its lock."""
+        for _ in range(LOCK_TRIES):
+            try:
+                self.git(*args, stdin=stdin)
+                return
+            except GitError as error:
+                if "index.lock" not in error.stderr:
+                    raise
+            self._delay(LOCK_PAUSE_S)
+        raise HeadBusy(_git_lock_text(self.git_dir / "index.lock"))
+
+    # -- snapshots ---------------------------------------------------------------------------------
+
+    def snapshot(self, ref: str | None = None) -> Snapshot:
+        """Store the whole work tree (ignored files excepted) as a tree; touches nothing.
+
+        With `ref`, a commit of it is kept there, so that no garbage collection takes it. GitError
+        when a file cannot be read: a snapshot without it would look like its deletion.
+        """
+        head = self.head()
+        rows = self._index_rows()
+        staging = [str(row) for row in self._staging(head, rows)]
+        taken = Snapshot(self._work_tree(rows), head, staging)
+        if ref is not None:
+            self._keep(ref, taken)
+        return taken
+
+    def _work_tree(self, rows: Sequence[_IndexRow]) -> str:
+        """The tree of the work tree, given the entries of the real index."""
+        with self._private_index(copied=True) as env:
+            self._show_hidden(rows, env)
+            self._add_everything(env)
+            return self._line("write-tree", env=env)
+
+    def _show_hidden(self, rows: Sequence[_IndexRow], env: Mapping[str, str]) -> None:
+        """Let git look at files that the operator told it not to look at.
+
+        A skip-worktree entry without a file is what a sparse checkout leaves out: no deletion.
+        """
+        assumed = [row.path for row in rows if row.assume_unchanged]
+        skipped = [row.path for row in rows if row.skip_worktree and self._exists(row.path)]
+        for option, paths in (("--no-assume-unchanged", assumed), ("--no-skip-worktree", skipped)):
+            if paths:
+                self.git("update-index", option, "-z", "--stdin", stdin=_git_paths(paths), env=env)
+
+    def _add_everything(self, env: Mapping[str, str]) -> None:
+        # A split index would leave a new shared part behind in the git directory.
+        add = ("-c", "core.splitIndex=false", "add", "-A", "--sparse", "--ignore-errors", "--", ".")
+        missed: list[str] = []
+        for _ in range(ADD_TRIES):
+            if self._call(add, env=env, ok=(0, 1), limit_s=TREE_LIMIT_S).status == 0:
+                return
+            missed = self._missed(env)
+            if not missed:
+                return
+        raise GitError(
+            f"cannot be read, so nothing could be recorded: {', '.join(missed[:5])}."
+            " Make it readable, remove it, or list it in .gitignore."
+        )
+
+    def _missed(self, env: Mapping[str, str]) -> list[str]:
+        """What `git add` could not take; a nested repository without a commit may stay out."""
+        options = ("-z", "--others", "--modified", "--exclude-standard")
+        listed = _git_rows(self.git("ls-files", *options, env=env, limit_s=TREE_LIMIT_S))
+        return [path for path in listed if not path.endswith("/")]  # "x/" is a repository
+
+    def _staging(self, head: Head, rows: Sequence[_IndexRow]) -> list[_IndexRow]:
+        """The entries that say more than HEAD does, see `Snapshot.staging`."""
+        base = head.commit or self._empty_tree
+        against = ("diff-index", "--cached", "--raw", "-z", "--no-renames", "--no-abbrev")
+        staged = set(_git_rows(self.git(*against, base))[1::2])
+        firm = staged
+        if any(row.path in staged and row.oid == self._empty_blob for row in rows):
+            # An intent-to-add entry looks like an empty file, unless one asks for the difference.
+            firm = set(_git_rows(self.git(*against, "--ita-invisible-in-index", base))[1::2])
+        kept = [
+            row._replace(flag="N") if row.path in staged - firm else row
+            for row in rows
+            if row.path in staged or self._is_hidden(row)
+        ]
+        deleted = sorted(staged - {row.path for row in rows})
+        return kept + [_IndexRow("H", ABSENT_MODE, self._null, "0", path) for path in deleted]
+
+    def _is_hidden(self, row: _IndexRow) -> bool:
+        """Whether an entry carries a flag that the operator set (not one of a sparse checkout)."""
+        if row.skip_worktree:
+            return self._exists(row.path)
+        return row.assume_unchanged
+
+    @property
+    def _empty_tree(self) -> str:
+        return _GIT_EMPTY_TREE[len(self._null)]
+
+    @property
+    def _empty_blob(self) -> str:
+        import hashlib
+
+        return (hashlib.sha256 if len(self._null) == 64 else hashlib.sha1)(b"blob 0\0").hexdigest()
+
+    def _keep(self, ref: str, taken: Snapshot) -> None:
+        """Put a snapshot on a ref; a second parent holds what was staged, as in a stash."""
+        parents = [taken.head.commit] if taken.head.commit else []
+        staged = [_IndexRow.parse(row) for row in taken.staging]
+        if staged and all(row.stage == "0" for row in staged):
+            with self._private_index(copied=True) as env:
+                tree = self._line("write-tree", env=env)
+            parents.append(self._commit_tree(tree, parents, "Staged before the phase"))
+        commit = self._commit_tree(taken.tree, parents, "Work tree before the phase")
+        self.git("update-ref", ref, commit)
+
+    # -- commits -----------------------------------------------------------------------------------
+
+    def commit(
+        self, entries: Sequence[Entry], message: str, *, expect_branch: str | None = None
+    ) -> str | None:
+        """Commit exactly these paths, as given, on the current branch; the commit's id.
+
+        Entries that HEAD holds already and new nested repositories are left out; None when nothing
+        is left. A mode of "" keeps the executable bit that HEAD gives the path. Index entries of
+        other paths, the work tree and hooks do not come into it. HeadBusy when the branch may not
+        be moved: an open operation, a detached HEAD, a branch other than `expect_branch` (full
+        ref), a lock that stays held, an unmerged path, or somebody who keeps moving the branch.
+        """
+        with self._within(COMMIT_LIMIT_S):
+            for pause in (*RETRY_DELAYS_S, None):
+                head = self.head()
+                wanted = self._news(head, entries)
+                if not wanted:
+                    return None
+                self._refuse_to_move(head, expect_branch)
+                commit = self._try_commit(head, wanted, message)
+                if commit is not None:
+                    return commit
+                if pause is not None:
+                    self._delay(pause)
+        raise HeadBusy("somebody else keeps moving the branch")
+
+    def _try_commit(self, head: Head, wanted: Sequence[Entry], message: str) -> str | None:
+        """One try; None when HEAD moved meanwhile. The order of the steps is what makes it safe."""
+        parents = [head.commit] if head.commit else []
+        commit = self._build(head, wanted, message, parents)
+        self._await_ref_locks(head)
+        if self.head() != head:
+            return None
+        self._stage(wanted)
+        if not self._move_branch(head, commit, message):
+            return None
+        self._stage(wanted)  # a git that read the index before us may have written it back since
+        self._make_durable(str(head.branch))
+        return commit
+
+    def _news(self, head: Head, entries: Sequence[Entry]) -> list[Entry]:
+        """The entries that would change HEAD."""
+        old = self._entries(head.commit, [entry.path for entry in entries])
+        news = []
+        for entry in entries:
+            was = old[entry.path]
+            entry = entry._replace(mode=entry.mode or self._kept_mode(was))
+            nested = entry.mode == GITLINK_MODE and was.mode != GITLINK_MODE
+            same = entry.absent if was.absent else entry == was
+            if not nested and not same:
+                news.append(entry)
+        return news
+
+    def _refuse_to_move(self, head: Head, expect_branch: str | None) -> None:
+        operation = self.operation()
+        if operation is not None:
+            raise HeadBusy(f"a {operation} is in progress")
+        if head.branch is None:
+            raise HeadBusy("HEAD is detached")
+        if expect_branch is not None and head.branch != expect_branch:
+            raise HeadBusy(
+                f"HEAD is on {_git_branch_name(head.branch)} now, the run began on"
+                f" {_git_branch_name(expect_branch)}"
+            )
+
+    def _build(
+        self, head: Head, entries: Sequence[Entry], message: str, parents: Sequence[str]
+    ) -> str:
+        """The commit object: HEAD with these entries; checked to differ in nothing else."""
+        rows = [_IndexRow("H", entry.mode, entry.oid, "0", entry.path) for entry in entries]
+        with self._private_index() as env:
+            self.git("read-tree", head.commit or "--empty", env=env)
+            self.git("update-index", "-z", "--index-info", stdin=self._index_info(rows), env=env)
+            tree = self._line("write-tree", env=env)
+        commit = self._commit_tree(tree, parents, message)
+        made = [change.after for change in self.changes(head.commit or self._empty_tree, commit)]
+        if sorted(made) != sorted(_git_normal(entry) for entry in entries):
+            raise GitError(
+                f"the commit {commit[:10]} would not hold what it should, so the branch was left"
+                f" alone: it changes {', '.join(entry.path for entry in made[:5])}"
+            )
+        return commit
+
+    def _commit_tree(self, tree: str, parents: Sequence[str], message: str) -> str:
+        options = [option for parent in parents for option in ("-p", parent)]
+        text = (message.rstrip("\n") + "\n").encode(errors="replace")
+        command = ("commit-tree", tree, *options, "-F", "-")
+        try:
+            return self._line(*command, stdin=text)
+        except GitError as error:
+            if not re.search(r"ident|auto-detect|tell me who you are", error.stderr):
+                raise
+        return self._line(*command, stdin=text, env=_GIT_IDENTITY)
+
+    def _stage(self, entries: Sequence[Entry]) -> None:
+        """Enter the entries into the real index, where it does not hold them yet."""
+        present = self._index_rows([entry.path for entry in entries])
+        unmerged = sorted({row.path for row in present if row.stage != "0"})
+        if unmerged:
+            raise HeadBusy(f"{', '.join(unmerged[:5])} has merge conflicts")
+        have = {row.path: row for row in present}
+        rows = []
+        for entry in entries:
+            old = have.get(entry.path)
+            if old is None and entry.absent:
+                continue
+            if old is None or old[1:3] != entry[1:]:
+                flag = old.flag if old else "H"
+                rows.append(_IndexRow(flag, entry.mode, entry.oid, "0", entry.path))
+        if rows:
+            self._write_index(rows)
+
+    def _await_ref_locks(self, head: Head) -> None:
+        """Wait for a git that is about to move HEAD; before the index is touched."""
+        locks = [self.git_dir / "HEAD.lock", self.common_dir / f"{head.branch}.lock"]
+        for _ in range(LOCK_TRIES):
+            if not any(lock.exists() for lock in locks):
+                return
+            self._delay(LOCK_PAUSE_S)
+        held = next((lock for lock in locks if lock.exists()), None)
+        if held is not None:
+            raise HeadBusy(_git_lock_text(held))
+
+    def _move_branch(self, head: Head, commit: str, message: str) -> bool:
+        """Compare-and-swap of the branch (by name: the operator may switch meanwhile)."""
+        subject = message.split("\n", 1)[0]
+        kind = "commit" if head.commit else "commit (initial)"
+        command = ("update-ref", "-m", f"{kind}: {subject}", str(head.branch), commit)
+        try:
+            self.git(*command, head.commit or self._null)
+        except GitError as error:
+            if error.status is None or not re.search(r"cannot lock ref", error.stderr):
+                raise
+            return False  # moved meanwhile, or locked: looked at again by the next try
+        return True
+
+    def _make_durable(self, ref: str) -> None:
+        """Flush the folder of a ref, so that its renaming survives a power cut."""
+        with suppress(OSError):  # a packed ref or another ref backend has no such folder
+            descriptor = os.open((self.common_dir / ref).parent, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+    # -- state commits -----------------------------------------------------------------------------
+
+    def commit_state(
+        self, path: Path, data: bytes, message: str, *, expect_branch: str | None = None
+    ) -> StateCommit:
+        """Commit one file of ours, holding `data`, alone, if that differs from HEAD.
+
+        Never raises for git trouble. Where the branch may not be moved the commit is parked on
+        `parked_ref`, see `_park`. A file that is missing, no regular file, ignored, or hidden by
+        assume-unchanged or skip-worktree is skipped with a warning.
+        """
+        try:
+            with self._within(COMMIT_LIMIT_S + STEP_LIMIT_S):
+                return self._commit_state(path, data, message, expect_branch)
+        except (GitError, OSError) as error:
+            return _git_skipped(
+                path,
+                f"{error}. It is safe on disk; mend that, and the next run commits it, or do it"
+                f" yourself: {_git_by_hand(path, message)}",
+            )
+
+    def _commit_state(
+        self, path: Path, data: bytes, message: str, expect_branch: str | None
+    ) -> StateCommit:
+        name = self.relative(path)
+        rows = self._index_rows([name])
+        obstacle = self._obstacle_to_state(path, name, rows)
+        if obstacle is not None:
+            return _git_skipped(path, obstacle)
+        entry = Entry(name, "", self._store(name, data))
+        try:
+            commit = self.commit([entry], message, expect_branch=expect_branch)
+        except HeadBusy as busy:
+            return self._park(path, entry, message, busy.reason)
+        self._forget_parked(entry)
+        if commit is not None:
+            return StateCommit("committed", commit, None)
+        self._repair(name, rows)
+        return StateCommit("clean", None, None)
+
+    def _obstacle_to_state(self, path: Path, name: str, rows: Sequence[_IndexRow]) -> str | None:
+        """Why a file cannot be committed as it should be: what, and what to do."""
+        try:
+            mode = path.lstat().st_mode
+        except FileNotFoundError:
+            return "it is missing on disk. Its deletion is not committed; put it back."
+        if not stat.S_ISREG(mode):
+            return "it is not a regular file. Put the file itself there."
+        flags = {row.flag for row in rows}
+        if flags & set("hms"):
+            undo = _git_command("update-index --no-assume-unchanged", path)
+            return f"it is marked assume-unchanged. Undo that: `{undo}`."
+        if "S" in flags:
+            undo = _git_command("update-index --no-skip-worktree", path)
+            return f"it is marked skip-worktree. Undo that: `{undo}`."
+        if not rows and self._is_ignored(name):
+            show = _git_command("check-ignore -v", path)
+            return f"git ignores it. `{show}` names the rule; remove it."
+        return None
+
+    def _is_ignored(self, name: str) -> bool:
+        """Whether git would refuse to add a path; one that HEAD has is not ignored."""
+        command = ("check-ignore", "-q", "--", f"./{name}")
+        ignored = self._call(command, env={"GIT_LITERAL_PATHSPECS": "0"}, ok=(0, 1)).status == 0
+        return ignored and self._entries(self.head().commit, [name])[name].absent
+
+    def _repair(self, name: str, rows: Sequence[_IndexRow]) -> None:
+        """The file is as in HEAD: let its index entry say so, or the next commit undoes it."""
+        if any(row.stage != "0" for row in rows) or self.operation() is not None:
+            return
+        committed = self._entries(self.head().commit, [name])[name]
+        with suppress(HeadBusy):
+            self._stage([committed])
+
+    def _park(self, path: Path, entry: Entry, message: str, reason: str) -> StateCommit:
+        """Keep a state commit on a ref of ours: no garbage collection takes it.
+
+        Its first parent is HEAD. A state that was parked before replaces itself if this object
+        parked it or it holds the same file; otherwise (nobody has taken it up yet) it becomes the
+        second parent, and `unpark` brings it back.
+        """
+        head = self.head()
+        old = self._entries(head.commit, [entry.path])[entry.path]
+        entry = entry._replace(mode=self._kept_mode(old))
+        earlier = self._ref(self.parked_ref)
+        if earlier is None or self._entries(earlier, [entry.path])[entry.path] != entry:
+            earlier = self._park_commit(head, entry, message, earlier)
+        fetch = _git_command(f"checkout {self.parked_ref}", path)
+        warning = (
+            f"{path.name} is saved on disk but not committed on your branch: {reason}. The commit"
+            f" waits on {self.parked_ref} ({earlier[:10]}). Once that is over, the next run takes"
+            f" it up, or do it yourself: `{fetch} && {_git_command('commit', path, message)}`"
+        )
+        return StateCommit("parked", earlier, warning)
+
+    def _park_commit(self, head: Head, entry: Entry, message: str, earlier: str | None) -> str:
+        parents = [head.commit or self._nothing_yet()]
+        if earlier is not None and earlier != self._parked:
+            parents.append(earlier)
+        commit = self._build(head, [entry], message, parents)
+        self._set_ref(self.parked_ref, commit, earlier or self._null, message)
+        self._parked = commit
+        return commit
+
+    def _nothing_yet(self) -> str:
+        """A commit of no files, so that a parked one always has a first parent."""
+        return self._commit_tree(self._line("mktree"), [], "No commit yet")
+
+    def _forget_parked(self, entry: Entry) -> None:
+        """HEAD holds the newest state: drop a parked one that it holds or that we have outrun."""
+        parked = self._ref(self.parked_ref)
+        if parked is None:
+            return
+        held = self._entries(parked, [entry.path])[entry.path].oid == entry.oid
+        if held or parked == self._parked:
+            self.unpark(parked)
+
+    def parked(self, path: Path | None = None) -> tuple[str, bytes, bytes] | None:
+        """The parked state: commit, the file in it, the file in its parent (b"" when it has none).
+
+        With `path`, only a parked state of that file counts.
+        """
+        commit = self._ref(self.parked_ref)
+        if commit is None:
+            return None
+        change = self.changes(f"{commit}^1", commit)[0]
+        if path is not None and self.relative(path) != change.after.path:
+            return None
+        before = b"" if change.before.absent else self.read_blob(change.before.oid)
+        return commit, self.read_blob(change.after.oid), before
+
+    def unpark(self, commit: str) -> None:
+        """Drop a parked state, if it still is the one; an earlier one comes to light again."""
+        earlier = self._ref(f"{commit}^2")
+        if earlier is None:
+            self.git("update-ref", "-d", self.parked_ref, commit)
+        else:
+            self.git("update-ref", self.parked_ref, earlier, commit)
+
+    # -- salvage and restore -----------------------------------------------------------------------
+
+    def salvage(self, ref: str, snapshot: Snapshot, message: str) -> str:
+        """Keep a snapshot as a commit on a new ref, and read it back; the commit's id.
+
+        GitError when the ref exists already.
+        """
+        parents = [snapshot.head.commit] if snapshot.head.commit else []
+        commit = self._commit_tree(snapshot.tree, parents, message)
+        self._set_ref(ref, commit, self._null, message)
+        if self._line("rev-parse", "--verify", f"{ref}^{{tree}}") != snapshot.tree:
+            raise GitError(f"{ref} does not hold what was to be salvaged; nothing was put back")
+        return commit
+
+    def restore(self, before: Snapshot, changes: Sequence[Change]) -> None:
+        """Put every changed path, with its index entry, back to what `before` recorded.
+
+        `changes` are those from `before.tree` (a tree or a commit) to a later snapshot that is kept
+        elsewhere. Folders emptied by it go; nested repositories stay, as nothing else holds their
+        content, and so do new files that the restored .gitignore covers. GitError, with nothing
+        touched, when a path is no longer as the later snapshot had it; and at the end when the work
+        tree does not compare equal.
+        """
+        files = [c for c in changes if GITLINK_MODE not in (c.before.mode, c.after.mode)]
+        self._refuse_if_edited(files)
+        with self._private_index() as env:
+            self.git("read-tree", before.tree, env=env)
+            rules = [c for c in files if os.path.basename(c.before.path) == ".gitignore"]
+            self._check_out([c.before for c in rules if not c.before.absent], env)
+            self._remove([c.before.path for c in rules if c.before.absent])
+            added = [c.before.path for c in files if c.before.absent and c not in rules]
+            ignored = self._matching_ignore_rules(added)
+            self._remove([path for path in added if path not in ignored])
+            self._check_out([c.before for c in files if not c.before.absent], env)
+        self._restage(before, [c.before.path for c in changes])
+        self._verify_restored([c for c in files if c.before.path not in ignored])
+
+    def _refuse_if_edited(self, changes: Sequence[Change]) -> None:
+        """Only what is known to be kept elsewhere may be overwritten."""
+        now = self._entries(self._work_tree(self._index_rows()), [c.after.path for c in changes])
+        edited = [
+            c.after.path
+            for c in changes
+            if now[c.after.path] not in (_git_normal(c.after), _git_normal(c.before))
+            or (now[c.after.path].absent and self._is_unknown_file(c.before))
+        ]
+        if edited:
+            raise GitError(
+                f"changed again since it was recorded, so nothing was put back:"
+                f" {', '.join(edited[:5])}. Look at it, then start again."
+            )
+
+    def _is_unknown_file(self, before: Entry) -> bool:
+        """Whether an ignored file lies where a file of another content is to be put back."""
+        path = self.top / before.path
+        if before.absent or not os.path.lexists(path) or _git_is_folder(path):
+            return False
+        if os.path.realpath(path.parent) != str(path.parent):
+            return False  # seen through a symbolic link in the place of a folder
+        return self.blob(path) != before
+
+    def _check_out(self, entries: Sequence[Entry], env: Mapping[str, str]) -> None:
+        """Write files of a private index into the work tree, over what is there."""
+        for entry in entries:
+            self._clear_way(entry.path)
+        if entries:
+            paths = _git_paths(entry.path for entry in entries)
+            command = ("checkout-index", "-f", "-z", "--stdin")
+            self.git(*command, stdin=paths, env=env, limit_s=TREE_LIMIT_S)
+
+    def _clear_way(self, path: str) -> None:
+        """Remove an empty folder where a file is to be; GitError where something unknown lies."""
+        place = self.top / path
+        if _git_is_folder(place):
+            for folder, _, _ in os.walk(place, topdown=False):
+                with suppress(OSError):
+                    os.rmdir(folder)
+            if place.exists():
+                raise GitError(f"{path}/ holds files that git ignores; move them away, then go on")
+        for parent in Path(path).parents[:-1]:
+            above = self.top / parent
+            if os.path.lexists(above) and not _git_is_folder(above):
+                raise GitError(f"{parent} is in the way of {path}; move it away, then go on")
+
+    def _remove(self, paths: Sequence[str]) -> None:
+        for path in paths:
+            place = self.top / path
+            place.unlink(missing_ok=True)
+            for folder in place.parents:
+                if folder in (self.top, self.root):
+                    break
+                try:
+                    folder.rmdir()
+                except OSError:
+                    break  # not empty
+
+    def _matching_ignore_rules(self, paths: Sequence[str]) -> frozenset[str]:
+        """Which paths the ignore rules of the work tree cover, whether tracked or not."""
+        if not paths:
+            return frozenset()
+        output = self._call(
+            ("check-ignore", "--no-index", "-z", "--stdin"),
+            stdin=_git_paths(f"./{path}" for path in paths),
+            env={"GIT_LITERAL_PATHSPECS": "0"},
+            ok=(0, 1),
+        ).out
+        return frozenset(path.removeprefix("./") for path in _git_rows(output))
+
+    def _verify_restored(self, changes: Sequence[Change]) -> None:
+        now = self._entries(self._work_tree(self._index_rows()), [c.before.path for c in changes])
+        wrong = [c.before.path for c in changes if now[c.before.path] != _git_normal(c.before)]
+        if wrong:
+            raise GitError(
+                f"could not be put back as it was: {', '.join(wrong[:5])}. What was there is"
+                " salvaged."
+            )
+
+    def restage(self, before: Snapshot, after: Snapshot) -> None:
+        """Give back the staging of every path that is the same in both snapshots.
+
+        An agent's `git add -A` or `git reset` disturbs the index of files it never changed.
+        """
+        changed = {change.after.path for change in self.changes(before.tree, after.tree)}
+        rows = {_IndexRow.parse(row).path for row in (*before.staging, *after.staging)}
+        self._restage(before, sorted(rows - changed))
+
+    def _restage(self, before: Snapshot, paths: Sequence[str]) -> None:
+        """Put index entries back; a path that had no staging of its own follows HEAD again."""
+        head = self._entries(self.head().commit, paths)
+        recorded: dict[str, list[_IndexRow]] = {}
+        for row in map(_IndexRow.parse, before.staging):
+            recorded.setdefault(row.path, []).append(row)
+        present: dict[str, list[_IndexRow]] = {}
+        for row in self._index_rows(paths):
+            present.setdefault(row.path, []).append(row)
+        rows: list[_IndexRow] = []
+        for path in paths:
+            wanted = recorded.get(path) or [_IndexRow("H", *head[path][1:], "0", path)]
+            absent = all(row.mode == ABSENT_MODE for row in wanted)
+            if wanted != present.get(path, []) and not (absent and path not in present):
+                rows += wanted
+        if rows:
+            self._write_index(rows)
+
+    def clean_leftovers(self) -> None:
+        """Remove what a killed process left in the git directory (ours by name)."""
+        for prefix in LEFTOVER_PREFIXES:
+            for path in self.git_dir.glob(f"{prefix}*"):
+                path.unlink(missing_ok=True)
+
+    # -- refs --------------------------------------------------------------------------------------
+
+    def _ref(self, name: str) -> str | None:
+        """The commit that a name stands for, if it does."""
+        said = self._call(("rev-parse", "-q", "--verify", f"{name}^{{commit}}"), ok=(0, 1))
+        return said.out.decode().strip() or None
+
+    def _set_ref(self, ref: str, new: str, old: str, message: str) -> None:
+        """Move a ref of ours from `old`, and flush it."""
+        subject = message.split("\n", 1)[0]
+        self.git("update-ref", "--create-reflog", "-m", subject, ref, new, old)
+        self._make_durable(ref)
+
+    def refs(self, prefix: str) -> dict[str, str]:
+        """Full name → object id of every ref whose name starts with `prefix`."""
+        pattern = prefix.rstrip("/") if prefix.endswith("/") else os.path.dirname(prefix)
+        listed = self._line("for-each-ref", "--format=%(objectname) %(refname)", pattern)
+        pairs = (line.split(" ", 1) for line in listed.splitlines())
+        return {name: oid for oid, name in pairs if name.startswith(prefix)}
+
+    def drop_ref(self, ref: str) -> None:
+        """Delete a ref, if it exists."""
+        self.git("update-ref", "-d", ref)
+
+    # -- hooks -------------------------------------------------------------------------------------
+
+    def run_hooks(
+        self, entries: Sequence[Entry], message: str, *, limit_s: float = HOOK_LIMIT_S
+    ) -> HookResult:
+        """Let the operator's pre-commit and commit-msg hooks judge a commit of these entries.
+
+        They see a private index that holds HEAD and the entries; what they do to it, or to the
+        message, is not taken over, but files that they mend in the work tree are there to stay
+        (see `HookResult.changed`). `limit_s` counts per hook.
+        """
+        names = ("pre-commit", "commit-msg")
+        hooks = {name: path for name in names if (path := self._hook(name)) is not None}
+        if not hooks:
+            return HookResult("ok", "", "", False)
+        with self._private_index() as env, self._message_file(message) as file:
+            tree = self._fill(env, entries)
+            verdict = HookResult("ok", "", "", False)
+            for name, path in hooks.items():
+                args = (str(file),) if name == "commit-msg" else ()
+                verdict = _git_verdict(name, self._run_hook((str(path), *args), env, limit_s))
+                if verdict.outcome != "ok":
+                    break
+            return verdict._replace(changed=self._hook_changed(tree, entries, env))
+
+    def _hook(self, name: str) -> Path | None:
+        """The operator's hook, wherever core.hooksPath puts it; None unless it is executable."""
+        # Asked without our own settings, which switch hooks off.
+        argv = ("git", "rev-parse", "--git-path", f"hooks/{name}")
+        env = {**_git_environment(), **_GIT_ENV}
+        said = _git_child(argv, cwd=self.top, env=env, stdin=b"", limit_s=self._limit_s)
+        if said.status != 0:
+            raise GitError(said.err.decode(errors="replace"), argv[1:], said.status)
+        path = self.top / os.fsdecode(said.out).removesuffix("\n")
+        return path if path.is_file() and os.access(path, os.X_OK) else None
+
+    def _fill(self, env: Mapping[str, str], entries: Sequence[Entry]) -> str:
+        """Make a private index hold HEAD and the entries, as `git commit` shows it to hooks."""
+        head = self.head()
+        rows = [_IndexRow("H", e.mode, e.oid, "0", e.path) for e in self._news(head, entries)]
+        self.git("read-tree", head.commit or "--empty", env=env)
+        self.git("update-index", "-z", "--index-info", stdin=self._index_info(rows), env=env)
+        self.git("update-index", "-q", "--refresh", env=env, ok=(0, 1), limit_s=TREE_LIMIT_S)
+        return self._line("write-tree", env=env)
+
+    @contextmanager
+    def _message_file(self, message: str) -> Iterator[Path]:
+        path = self.git_dir / f"orchestrator-message-{os.urandom(8).hex()}"
+        try:
+            path.write_text(message.rstrip("\n") + "\n", encoding="utf-8", errors="replace")
+            yield path
+        finally:
+            path.unlink(missing_ok=True)
+
+    def _run_hook(self, argv: Sequence[str], index: Mapping[str, str], limit_s: float) -> _Ended:
+        import errno
+
+        env = {**_git_environment(), **index, "GIT_EDITOR": ":", "GIT_TERMINAL_PROMPT": "0"}
+        try:
+            return _git_child(argv, cwd=self.top, env=env, stdin=b"", limit_s=limit_s)
+        except OSError as error:
+            if error.errno != errno.ENOEXEC:
+                return _Ended(126, b"", f"{argv[0]} cannot be run: {error}".encode())
+        # A script without a #! line: git, too, lets the shell have it.
+        return _git_child(("/bin/sh", *argv), cwd=self.top, env=env, stdin=b"", limit_s=limit_s)
+
+    def _hook_changed(self, tree: str, entries: Sequence[Entry], env: Mapping[str, str]) -> bool:
+        paths = {entry.path for entry in entries}
+        staged = self._line("write-tree", env=env)
+        kept = [entry.path for entry in entries if entry.mode != GITLINK_MODE]
+        update = ("update-index", "--add", "--remove", "-z", "--stdin")
+        self.git(*update, stdin=_git_paths(kept), env=env, limit_s=TREE_LIMIT_S)
+        found = self._line("write-tree", env=env)
+        changed = (*self.changes(tree, staged), *self.changes(tree, found))
+        return any(change.after.path in paths for change in changed)
+
+    # -- preconditions -----------------------------------------------------------------------------
+
+    def problems(self, backlog: Path) -> list[Problem]:
+        """What forbids a run, each with its remedy. Dirtiness is the caller's to judge."""
+        found = [*self._program_problems(), *self._lock_problems()]
+        try:
+            found += self._head_problems()
+            found += self._index_problems(backlog)
+            self.git("hash-object", "-w", "--stdin", stdin=b"orchestrator\n")
+        except GitError as error:
+            remedy = f"See `git -C '{self.top}' status` and `git -C '{self.top}' fsck`."
+            found.append(Problem(f"git cannot work here: {error}", remedy))
+        return found
+
+    def _program_problems(self) -> Iterator[Problem]:
+        if self.version < OLDEST_GIT:
+            yield Problem(
+                f"git {'.'.join(map(str, self.version))} is too old", "Install git 2.34 or newer."
+            )
+        if "GIT_INDEX_FILE" in os.environ:
+            yield Problem(
+                "GIT_INDEX_FILE is set: this looks like the inside of a git hook",
+                "Start it outside of hooks, or `unset GIT_INDEX_FILE`.",
+            )
+
+    def _lock_problems(self) -> Iterator[Problem]:
+        """Locks that stay; one that a working git holds for a moment is waited for."""
+        locks = self._locks()
+        for _ in range(LOCK_TRIES):
+            if not any(lock.exists() for lock in locks):
+                return
+            self._delay(LOCK_PAUSE_S)
+        for lock in locks:
+            if lock.exists():
+                yield Problem(
+                    f"another git command holds {lock}, or one that was killed left it",
+                    f"Wait for it, or end it; if no git is running: `rm '{lock}'`.",
+                )
+
+    def _locks(self) -> list[Path]:
+        locks = [self.git_dir / "index.lock", self.git_dir / "HEAD.lock"]
+        locks += [self.common_dir / "packed-refs.lock", self.common_dir / "config.lock"]
+        with suppress(GitError):
+            branch = self.head().branch
+            locks += [self.common_dir / f"{branch}.lock"] if branch else []
+        return locks
+
+    def _head_problems(self) -> Iterator[Problem]:
+        operation = self.operation()
+        if operation is not None:
+            undo = "git bisect reset" if operation == "bisect" else f"git {operation} --abort"
+            yield Problem(f"a {operation} is in progress", f"Finish it, or undo it: `{undo}`.")
+        head = self.head()
+        if head.branch is None:
+            yield Problem("HEAD is detached", "Switch to a branch: `git switch BRANCH`.")
+        if head.commit is not None:
+            self.git("cat-file", "-e", f"{head.commit}^{{tree}}")
+
+    def _index_problems(self, backlog: Path) -> Iterator[Problem]:
+        rows = self._index_rows()
+        unmerged = sorted({row.path for row in rows if row.stage != "0"})
+        if unmerged:
+            yield Problem(
+                f"there are merge conflicts in {', '.join(unmerged[:5])}",
+                "Resolve them, then `git add` the files.",
+            )
+        name = self.relative(backlog)
+        mine = [row for row in rows if row.path == name and row.stage == "0"]
+        if os.path.lexists(backlog):
+            obstacle = self._obstacle_to_state(backlog, name, mine)
+            if obstacle is not None:
+                what, _, remedy = obstacle.partition(". ")
+                yield Problem(f"{name} could not be committed: {what}", remedy)
+
+    def remarks(self, backlog: Path) -> list[str]:
+        """What the operator should know, but what forbids nothing. Never raises for git trouble."""
+        try:
+            return [*self._setting_remarks(), *self._file_remarks(self.relative(backlog))]
+        except GitError as error:
+            return [str(error)]
+
+    def _setting_remarks(self) -> Iterator[str]:
+        import shutil
+
+        if self.version < FSYNC_GIT:
+            yield "git is older than 2.36, a power cut may lose the last commits. Update git."
+        for name in ("GIT_DIR", "GIT_WORK_TREE"):
+            if name in os.environ:
+                yield f"{name} is set and is not heeded. `unset {name}` if that surprises you."
+        if self.head().commit is None:
+            yield "the branch has no commit yet; the first one will be made by the run."
+        if (self.git_dir / "SQUASH_MSG").exists():
+            yield "a squashed merge waits for its commit and is left so. `git commit` ends it."
+        if not self._has_identity():
+            yield (
+                "git knows no name and e-mail for you, commits will carry those of orchestrator."
+                " Set them: `git config user.name NAME`, `git config user.email ADDRESS`."
+            )
+        if shutil.disk_usage(self.common_dir).free < LOW_SPACE_BYTES:
+            yield f"less than 16 MiB are free for {self.common_dir}. Make room."
+
+    def _has_identity(self) -> bool:
+        return self._call(("var", "GIT_COMMITTER_IDENT"), ok=range(256)).status == 0
+
+    def _file_remarks(self, name: str) -> Iterator[str]:
+        if not self._index_rows([name]) and os.path.lexists(self.top / name):
+            yield f"{name} is not tracked by git yet; the run's first commit will add it."
+        names = ("filter", "ident", "working-tree-encoding")
+        rows = _git_rows(self.git("check-attr", "-z", *names, "--", name))
+        for attribute, value in zip(rows[1::3], rows[2::3], strict=True):
+            if value not in ("unspecified", "unset"):
+                yield (
+                    f"{name} has the attribute {attribute}={value}: what git stores is not what is"
+                    " on disk. Take it out of .gitattributes."
+                )
+
+
+def _git_open_advice(root: Path, error: GitError) -> str:
+    """What keeps git from working in a folder, and what to do."""
+    if "dubious ownership" in error.stderr:
+        return (
+            f"{root} belongs to another user, so git refuses to work there. If you trust it:"
+            f" `git config --global --add safe.directory '{root}'`."
+        )
+    if "must be run in a work tree" in error.stderr:
+        return (
+            f"{root} is no work tree but a bare repository or a .git folder. Name the folder of a"
+            " checkout with --root."
+        )
+    if "not a git repository" in error.stderr:
+        return (
+            f"{root} is not in a git repository. Run `git init` there, or name another folder with"
+            " --root."
+        )
+    return error.stderr.strip() or str(error)
+
+
+def _git_change(facts: str, path: str) -> Change:
+    """One record of `diff-tree --raw -z`: ":MODE MODE OID OID STATUS" and a path."""
+    old_mode, new_mode, old_oid, new_oid, _ = facts[1:].split(" ")
+    return Change(
+        _git_normal(Entry(path, old_mode, old_oid)), _git_normal(Entry(path, new_mode, new_oid))
+    )
+
+
+def _git_normal(entry: Entry) -> Entry:
+    """An absent entry has the same null id in every repository, so entries compare by value."""
+    return entry._replace(oid=ABSENT_OID) if entry.absent else entry
+
+
+def _git_branch_name(ref: str) -> str:
+    return ref.removeprefix("refs/heads/")
+
+
+def _git_lock_text(lock: Path) -> str:
+    return f"{lock} exists: another git command is running, or one that was killed left it"
+
+
+def _git_skipped(path: Path, why: str) -> StateCommit:
+    return StateCommit("skipped", None, f"{path.name} was not committed: {why}")
+
+
+def _git_command(command: str, path: Path, message: str | None = None) -> str:
+    """A git command for the operator to paste, about one file, valid in any folder."""
+    import shlex
+
+    subject = f" -m {shlex.quote(message.splitlines()[0])}" if message else ""
+    folder, name = shlex.quote(str(path.parent)), shlex.quote(path.name)
+    return f"git -C {folder} {command}{subject} -- {name}"
+
+
+def _git_by_hand(path: Path, message: str) -> str:
+    return f"`{_git_command('add', path)} && {_git_command('commit', path, message)}`"
+
+
+def _git_is_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
+
+
+def _git_verdict(hook: str, ended: _Ended) -> HookResult:
+    outcome: Literal["ok", "rejected", "timeout"] = "ok" if ended.status == 0 else "rejected"
+    if ended.status is None:
+        outcome = "timeout"
+    return HookResult(outcome, hook, _git_tail(ended.out + ended.err), changed=False)

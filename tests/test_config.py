@@ -1,0 +1,531 @@
+"""orchestrator.toml: what is read, what is refused and how that is said; preflight of config and items."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from backlog import Backlog, Item
+from orchestrator import (
+    DOCUMENT_OUTPUTS,
+    AgentSettings,
+    Config,
+    ConfigError,
+    Execution,
+    Guardrails,
+    Phase,
+    Pipeline,
+    agent_settings,
+    config_template,
+    default_config,
+    find_phase,
+    idle_timeout_s,
+    parse_config,
+    phase_timeout_s,
+    pipeline_of,
+    preflight_config,
+    preflight_items,
+    retry_delay_s,
+    triage_phase,
+)
+
+BASE = Path("/project")
+FEATURE = Pipeline(
+    "feature",
+    (Phase("research", outputs=DOCUMENT_OUTPUTS),),
+    (
+        Phase("prd", outputs=DOCUMENT_OUTPUTS),
+        Phase("design", outputs=DOCUMENT_OUTPUTS),
+        Phase("build", destructive=True),
+        Phase("review", outputs=DOCUMENT_OUTPUTS),
+    ),
+)
+
+
+def read(text: str) -> Config:
+    return parse_config(text.encode(), "orchestrator.toml", BASE)
+
+
+def complaints(text: str) -> list[str]:
+    """The lines of the error that a config gets."""
+    with pytest.raises(ConfigError) as caught:
+        read(text)
+    header, *lines = str(caught.value).split("\n")
+    assert header == "orchestrator.toml: validation failed, correct this:"
+    assert all(line.startswith("  - ") for line in lines)
+    return [line[4:] for line in lines]
+
+
+def one_pipeline(phases: str, pre_phases: str = "", more: str = "") -> str:
+    return f"[pipelines.p]\npre_phases = [{pre_phases}]\nphases = [{phases}]\n{more}"
+
+
+# ---- Reading --------------------------------------------------------------------------------------
+
+
+def test_an_empty_file_means_the_defaults() -> None:
+    assert read("") == Config(pipelines={"feature": FEATURE}, base=BASE, source="orchestrator.toml")
+
+
+def test_no_file_means_the_same_defaults() -> None:
+    assert default_config(BASE) == read("")._replace(source="built-in defaults")
+
+
+def test_every_key_is_read() -> None:
+    config = read(
+        """
+        [project]
+        prefix = "HAMY"
+        backlog_path = "dev/BACKLOG.yaml"
+        protected_branches = ["main", "release"]
+        [guardrails]
+        max_size = "small"
+        max_complexity = "low"
+        max_risk = "high"
+        [execution]
+        phase_timeout_minutes = 1.5
+        max_retries = 0
+        default_phase_cap = 7
+        max_wip = 3
+        max_concurrent = 2
+        circuit_breaker = 4
+        retry_delay_seconds = 0
+        max_run_minutes = 240
+        max_cost_usd = 12.5
+        idle_timeout_minutes = 0
+        kill_grace_seconds = 1
+        commit_commands = true
+        on_usage_limit = "wait"
+        [agent]
+        cli = "command"
+        model = " vendor/model-1.5 "
+        command = ["my agent", "{prompt_file}", ""]
+        args = ["--fast"]
+        env = { TOKEN_FILE = "/x", EMPTY = "" }
+        [notify]
+        command = ["notify-send", "done"]
+        [pipelines.docs]
+        pre_phases = [{ name = "look" }]
+        phases = [
+          { name = "write", workflows = ["a.md", "b.md"], staleness = "warn", agent = "codex", model = "m", timeout_minutes = 5, verify = [["make", "test"], ["true"]], outputs = ["docs/"] },
+          { name = "publish", is_destructive = true, run = ["make", "all"], allow_empty = true },
+        ]
+        """
+    )
+    assert config == Config(
+        prefix="HAMY",
+        backlog_path="dev/BACKLOG.yaml",
+        protected_branches=("main", "release"),
+        guardrails=Guardrails("small", "low", "high"),
+        execution=Execution(1.5, 0, 7, 3, 2, 4, 0.0, 240.0, 12.5, 0.0, 1.0, True, "wait"),
+        agent=AgentSettings(
+            "command",
+            "vendor/model-1.5",
+            ("my agent", "{prompt_file}", ""),
+            ("--fast",),
+            {"TOKEN_FILE": "/x", "EMPTY": ""},
+        ),
+        notify_command=("notify-send", "done"),
+        pipelines={
+            "docs": Pipeline(
+                "docs",
+                (Phase("look", outputs=DOCUMENT_OUTPUTS),),
+                (
+                    Phase(
+                        "write",
+                        workflows=("a.md", "b.md"),
+                        staleness="warn",
+                        agent="codex",
+                        model="m",
+                        timeout_minutes=5.0,
+                        verify=(("make", "test"), ("true",)),
+                        outputs=("docs/",),
+                    ),
+                    Phase("publish", destructive=True, run=("make", "all"), allow_empty=True),
+                ),
+            )
+        },
+        base=BASE,
+        source="orchestrator.toml",
+    )
+
+
+def test_missing_tables_and_keys_are_defaults() -> None:
+    config = read('[guardrails]\nmax_risk = "high"')
+    assert config == read("")._replace(guardrails=Guardrails("medium", "medium", "high"))
+
+
+def test_own_pipelines_suppress_the_built_in_one() -> None:
+    config = read(one_pipeline('{ name = "only" }'))
+    only = Phase("only", outputs=DOCUMENT_OUTPUTS)
+    assert config.pipelines == {"p": Pipeline("p", (), (only,))}
+
+
+def test_an_empty_pipelines_table_counts_as_none() -> None:
+    assert read("[pipelines]").pipelines == {"feature": FEATURE}
+
+
+def test_d26_a_phase_is_not_destructive_unless_it_says_so() -> None:
+    phases = read(one_pipeline('{name="a"}, {name="b", is_destructive=true}, {name="c", destructive=true}'))
+    assert [p.destructive for p in phases.pipelines["p"].phases] == [False, True, True]
+
+
+def test_a_phase_may_commit_nothing_at_all() -> None:
+    assert read(one_pipeline('{ name = "a", outputs = [] }')).pipelines["p"].phases[0].outputs == ()
+
+
+@pytest.mark.parametrize("blank", ["", "   ", "\\t\\n"])
+def test_a_blank_model_is_none(blank: str) -> None:
+    assert read(f'[agent]\nmodel = "{blank}"').agent.model is None
+
+
+@pytest.mark.parametrize("model", ["gpt-5-mini", "claude-3.5", "vendor/model", "a_b", "x"])
+def test_models_that_are_accepted(model: str) -> None:
+    assert read(f'[agent]\nmodel = "{model}"').agent.model == model
+
+
+@pytest.mark.parametrize("model", ["-m", "--dangerous", "two words", "a;b", "ü"])
+def test_models_that_are_refused(model: str) -> None:
+    assert complaints(f'[agent]\nmodel = "{model}"') == [
+        f"agent.model must be letters, digits, . _ / - (no leading -), not {model!r}"
+    ]
+
+
+@pytest.mark.parametrize("cli", ["claude", "codex", "opencode", "gemini", "demo"])
+def test_agents_that_are_known(cli: str) -> None:
+    assert read(f'[agent]\ncli = "{cli}"').agent.cli == cli
+
+
+def test_a_byte_order_mark_is_no_trouble() -> None:
+    assert parse_config(b"\xef\xbb\xbf[project]\nprefix = 'A'", "c", BASE).prefix == "A"
+
+
+# ---- Refusing -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        (b"[project\n", "Failed to parse c: "),
+        (b"a = 1\na = 2", "Failed to parse c: "),
+        (b"prefix = '\xff'", "Failed to parse c: it is not UTF-8 text (byte 11)"),
+        (b"a = " + b"[" * 20_000, "Failed to parse c: "),
+        (b"a = " + b"9" * 5_000, "Failed to parse c: "),
+    ],
+)
+def test_what_is_no_toml_is_refused_with_its_name(data: bytes, says: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_config(data, "c", BASE)
+    assert str(caught.value).startswith(says)
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("[execution]\nmax_wip = 0", "execution.max_wip must be a whole number from 1 to 4294967295, not 0"),
+        ("[execution]\nmax_concurrent = 0", "execution.max_concurrent must be a whole number from 1 to 4294967295, not 0"),
+        ("[execution]\ncircuit_breaker = 0", "execution.circuit_breaker must be a whole number from 1 to 4294967295, not 0"),
+        ("[execution]\nmax_retries = -1", "execution.max_retries must be a whole number from 0 to 4294967295, not -1"),
+        ("[execution]\nmax_retries = 4294967296", "execution.max_retries must be a whole number from 0 to 4294967295, not 4294967296"),
+        ("[execution]\nmax_wip = true", "execution.max_wip must be a whole number from 1 to 4294967295, not True"),
+        ("[execution]\nmax_wip = 1.5", "execution.max_wip must be a whole number from 1 to 4294967295, not 1.5"),
+        ("[execution]\nkill_grace_seconds = nan", "execution.kill_grace_seconds must be a number from 0 to 4294967295, not nan"),
+        ("[execution]\nmax_cost_usd = inf", "execution.max_cost_usd must be a number from 0 to 4294967295, not inf"),
+        ('[execution]\nmax_run_minutes = "2h"', "execution.max_run_minutes must be a number from 0 to 4294967295, not '2h'"),
+        ("[execution]\ncommit_commands = 1", "execution.commit_commands must be true or false, not 1"),
+        ('[execution]\non_usage_limit = "stop"', "execution.on_usage_limit must be one of halt, wait, not 'stop'"),
+        ('[guardrails]\nmax_size = "huge"', "guardrails.max_size must be one of small, medium, large, not 'huge'"),
+        ('[guardrails]\nmax_risk = "hihg"', 'guardrails.max_risk must be one of low, medium, high, not \'hihg\' (did you mean "high"?)'),
+        ("[project]\nprefix = 7", "project.prefix must be a text in quotes, not 7"),
+        ('[project]\nprefix = ""', "project.prefix must be ASCII letters, digits, - and _, not ''"),
+        ('[project]\nprefix = "A/B"', "project.prefix must be ASCII letters, digits, - and _, not 'A/B'"),
+        ('[project]\nprotected_branches = "main"', "project.protected_branches must be a list of texts such as [\"a\", \"b\"], not 'main'"),
+        ("project = 1", "project must be a table, not 1"),
+        ("[agent]\nenv = { A = 1 }", "agent.env.A must be a text in quotes, not 1"),
+        ('[agent]\nenv = { "A=B" = "1" }', "agent.env.'A=B' is no name for an environment variable"),
+        ('[agent]\ncli = "Claude"', 'agent.cli must be one of claude, codex, opencode, gemini, command, demo, not \'Claude\' (did you mean "claude"?)'),
+        ('[agent]\ncli = "command"', "agent.command is missing, but agent.cli asks for it: give the command"),
+        ("[notify]\ncommand = []", 'notify.command must be a command such as ["make", "test"], not []'),
+        ('[notify]\ncommand = "make it"', "notify.command must be a command such as [\"make\", \"test\"], not 'make it'"),
+        ("pipelines.p.phases = 1", "pipelines.p.phases must be a list of tables, not 1"),
+    ],
+)
+def test_wrong_values(text: str, complaint: str) -> None:
+    assert complaint in complaints(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("[exection]", 'exection is no known key (did you mean "execution"?)'),
+        ("[project]\nprefx = 'A'", 'project.prefx is no known key (did you mean "prefix"?)'),
+        ("[guardrails]\nmaxsize = 'small'", 'guardrails.maxsize is no known key (did you mean "max_size"?)'),
+        ("[execution]\nmax_wpi = 2", 'execution.max_wpi is no known key (did you mean "max_wip"?)'),
+        ("[agent]\nmodle = 'm'", 'agent.modle is no known key (did you mean "model"?)'),
+        ("[notify]\nxyz = 1", "notify.xyz is no known key"),
+        (one_pipeline("{name='a'}", more="fases = []"), 'pipelines.p.fases is no known key (did you mean "phases"?)'),
+        (one_pipeline("{name='a', stale='warn'}"), 'pipelines.p.phases[0].stale is no known key (did you mean "staleness"?)'),
+    ],
+)
+def test_d27_unknown_keys_are_errors_with_a_hint(text: str, complaint: str) -> None:
+    assert complaints(text) == [complaint]
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        (one_pipeline(""), "pipelines.p needs at least one main phase in `phases`"),
+        (one_pipeline("{name='a'}", "{name='a'}"), "pipelines.p has a duplicate phase name: a"),
+        (one_pipeline("{name='a'}", "{name='b', is_destructive=true}"), "pipelines.p: the pre-phase b cannot be destructive; move it to `phases`"),
+        (one_pipeline("{name='a', staleness='block'}", more="[execution]\nmax_wip = 2"), 'pipelines.p: the phase a has staleness = "block", which needs execution.max_wip = 1'),
+        (one_pipeline("{name='a', is_destructive=true, destructive=true}"), "pipelines.p.phases[0].destructive is another name for is_destructive: keep one of the two"),
+        (one_pipeline("{}"), "pipelines.p.phases[0].name is missing: every phase needs one"),
+        (one_pipeline("{name='a', agent='command'}"), "agent.command is missing, but pipelines.p: the phase a asks for it: give the command"),
+        (one_pipeline("{name='a', run=['make'], agent='demo'}"), "pipelines.p.phases[0].run replaces the agent: remove workflows, agent and model, or remove run"),
+        (one_pipeline("{name='a', run=['']}"), "pipelines.p.phases[0].run must be a command such as [\"make\", \"test\"], not ['']"),
+        (one_pipeline("{name='a', verify=['make']}"), "pipelines.p.phases[0].verify[0] must be a command such as [\"make\", \"test\"], not 'make'"),
+        (one_pipeline("{name='a', verify='make'}"), "pipelines.p.phases[0].verify must be a list of commands such as [[\"make\", \"test\"]], not 'make'"),
+        (one_pipeline("{name='a', outputs=['../x']}"), "pipelines.p.phases[0].outputs must lie below the project root, but '../x' does not"),
+        (one_pipeline("{name='a', outputs=['/x']}"), "pipelines.p.phases[0].outputs must lie below the project root, but '/x' does not"),
+        (one_pipeline("{name='a', is_destructive=true, outputs=['x']}"), "pipelines.p.phases[0].outputs means nothing for a destructive phase: remove it"),
+        (one_pipeline("{name='a', workflows=['']}"), "pipelines.p.phases[0].workflows must be a list of texts such as [\"a\", \"b\"], not ['']"),
+    ],
+)
+def test_wrong_pipelines(text: str, complaint: str) -> None:
+    assert complaints(text) == [complaint]
+
+
+def test_staleness_block_is_fine_with_one_item_at_a_time() -> None:
+    assert read(one_pipeline("{name='a', staleness='block'}")).pipelines["p"].phases[0].staleness == "block"
+
+
+def test_d15_the_phase_name_triage_is_reserved() -> None:
+    assert complaints(one_pipeline("{name='triage'}")) == [
+        "pipelines.p.phases[0].name must not be triage: the name is reserved for rating new items"
+    ]
+
+
+@pytest.mark.parametrize("name", ["a/b", "../x", "a b", "ä", "-x", "a.lock", "x" * 65])
+def test_d45_phase_names_are_safe_in_paths_and_refs(name: str) -> None:
+    assert complaints(one_pipeline(f"{{name='{name}'}}")) == [
+        f"pipelines.p.phases[0].name must be at most 64 ASCII letters, digits, - and _, not {name!r}"
+    ]
+
+
+def test_all_problems_come_at_once() -> None:
+    text = "[execution]\nmax_wip = 0\nmax_concurrent = 0\n[nonsense]\n" + one_pipeline("")
+    assert complaints(text) == [
+        "execution.max_wip must be a whole number from 1 to 4294967295, not 0",
+        "execution.max_concurrent must be a whole number from 1 to 4294967295, not 0",
+        "pipelines.p needs at least one main phase in `phases`",
+        "nonsense is no known key",
+    ]
+
+
+# ---- The template ---------------------------------------------------------------------------------
+
+
+def test_the_template_says_what_the_defaults_are() -> None:
+    assert read(config_template("WRK", "claude")) == read("")
+
+
+def test_d38_the_template_takes_prefix_and_agent() -> None:
+    config = read(config_template("AB-c", "demo"))
+    assert config == read("")._replace(prefix="AB-c", agent=AgentSettings("demo"))
+
+
+def test_the_template_for_a_command_is_valid() -> None:
+    assert read(config_template("WRK", "command")).agent.command == ("my-agent", "{prompt_file}", "{result_path}")
+
+
+@pytest.mark.parametrize("prefix", ['"', "\\", "a\nb", "\x00", ""])
+def test_a_prefix_cannot_break_out_of_the_template(prefix: str) -> None:
+    found = complaints(config_template(prefix, "claude"))
+    assert all(complaint.startswith("project.prefix must be ") for complaint in found)
+
+
+def test_the_commented_keys_of_the_template_are_real() -> None:
+    """Whoever removes a `# ` in front of a key gets a valid file."""
+    lines = config_template("WRK", "claude").splitlines()
+    keys = ("# max_", "# idle_", "# args", "# env", "# [notify]", "# command = [\"notify")
+    text = "\n".join(line[2:] if line.startswith(keys) else line for line in lines)
+    config = read(text)
+    assert (config.execution.max_run_minutes, config.execution.max_cost_usd) == (240, 20)
+    assert config.notify_command == ("notify-send", "orchestrator")
+
+
+# ---- What the config says about items and phases --------------------------------------------------
+
+
+def test_an_item_without_a_pipeline_is_on_feature() -> None:
+    config = read("")
+    assert pipeline_of(config, Item(id="A-1")) == FEATURE
+    assert pipeline_of(config, Item(id="A-1", pipeline_type="feature")) == FEATURE
+    assert pipeline_of(config, Item(id="A-1", pipeline_type="other")) is None
+
+
+def test_a_phase_is_found_with_its_pool() -> None:
+    assert find_phase(FEATURE, "research") == (FEATURE.pre_phases[0], "pre")
+    assert find_phase(FEATURE, "build") == (FEATURE.phases[2], "main")
+    assert find_phase(FEATURE, "spec") is None
+
+
+def test_triage_makes_documents() -> None:
+    assert triage_phase(read("")) == Phase("triage", outputs=DOCUMENT_OUTPUTS)
+
+
+def test_a_phase_takes_agent_and_model_from_the_agent_table() -> None:
+    config = read('[agent]\ncli = "codex"\nmodel = "m"\nargs = ["-x"]\nenv = { A = "1" }')
+    usual = AgentSettings("codex", "m", (), ("-x",), {"A": "1"})
+    assert agent_settings(config, Phase("a")) == usual
+    assert agent_settings(config, Phase("a", model="n")) == usual._replace(model="n")
+    assert agent_settings(config, Phase("a", agent="codex")) == usual
+
+
+def test_another_agent_does_not_inherit_model_and_arguments() -> None:
+    config = read('[agent]\ncli = "codex"\nmodel = "m"\nargs = ["-x"]\nenv = { A = "1" }')
+    assert agent_settings(config, Phase("a", agent="claude")) == AgentSettings("claude", env={"A": "1"})
+    assert agent_settings(config, Phase("a", agent="claude", model="n")).model == "n"
+
+
+def test_timeouts_are_in_seconds_and_per_phase() -> None:
+    config = read("[execution]\nphase_timeout_minutes = 2")
+    assert phase_timeout_s(config, Phase("a")) == 120
+    assert phase_timeout_s(config, Phase("a", timeout_minutes=0)) == 0
+    assert phase_timeout_s(config, Phase("a", timeout_minutes=0.5)) == 30
+
+
+@pytest.mark.parametrize(
+    ("cli", "seconds"),
+    [("claude", 900), ("codex", 900), ("opencode", 900), ("gemini", 900), ("command", 0), ("demo", 0)],
+)
+def test_only_agents_that_stream_have_an_idle_timeout(cli: str, seconds: float) -> None:
+    assert idle_timeout_s(read(""), AgentSettings(cli)) == seconds
+
+
+def test_an_idle_timeout_that_is_configured_holds_for_all() -> None:
+    assert idle_timeout_s(read("[execution]\nidle_timeout_minutes = 2"), AgentSettings("demo")) == 120
+    assert idle_timeout_s(read("[execution]\nidle_timeout_minutes = 0"), AgentSettings("claude")) == 0
+
+
+def test_d50_the_delay_doubles_up_to_five_minutes() -> None:
+    config = read("")
+    assert [retry_delay_s(config, n) for n in (1, 2, 3, 6, 7, 8, 4_000_000_000)] == [5, 10, 20, 160, 300, 300, 300]
+    assert retry_delay_s(read("[execution]\nretry_delay_seconds = 0"), 4_000_000_000) == 0
+
+
+# ---- Preflight ------------------------------------------------------------------------------------
+
+
+def item(item_id: str, status: str = "new", **fields: object) -> Item:
+    fields = {"title": item_id, "created": "2026-01-01T00:00:00+00:00", **fields}
+    return {"id": item_id, "status": status, **fields}  # type: ignore[typeddict-item]
+
+
+def problems(*items: Item, last: int = 0, config: Config | None = None) -> list[str]:
+    backlog = Backlog({one["id"]: one for one in items}, last)
+    found = preflight_items(config or read(""), backlog)
+    assert all(problem.remedy for problem in found)
+    return [problem.what for problem in found]
+
+
+def test_workflow_files_must_exist_and_are_looked_up_beside_the_config(tmp_path: Path) -> None:
+    (tmp_path / "there.md").write_text("x")
+    text = one_pipeline("{name='a', workflows=['there.md', 'z.md']}, {name='b', workflows=['gone/x.md', 'z.md']}")
+    config = parse_config(text.encode(), "my.toml", tmp_path)
+    found = preflight_config(config, Path.exists)
+    assert [problem.what for problem in found] == [
+        f"my.toml: pipelines.p, phase b: Workflow file not found: {tmp_path}/gone/x.md",
+        f"my.toml: pipelines.p, phase a: Workflow file not found: {tmp_path}/z.md",
+    ]
+
+
+def test_a_config_without_workflow_files_passes() -> None:
+    assert preflight_config(read(""), lambda path: False) == []
+
+
+@pytest.mark.parametrize(
+    "good",
+    [
+        item("A-1", "in_progress", phase="build", phase_pool="main", pipeline_type="feature"),
+        item("A-1", "in_progress", phase="build"),
+        item("A-1", "in_progress"),
+        item("A-1", "scoping", phase="research", phase_pool="pre"),
+        item("A-1", "new", pipeline_type="nope", phase="nope"),
+        item("A-1", "done", pipeline_type="nope", phase="nope"),
+        item("A-1", "blocked", pipeline_type="nope", phase="nope"),
+        item("A-1", "in_progress", pipeline_type="nope", phase="nope"),
+    ],
+)
+def test_items_that_pass(good: Item) -> None:
+    assert problems(good) == []
+
+
+@pytest.mark.parametrize(
+    ("bad", "what"),
+    [
+        (item("A-1", "in_progress", phase="biuld"), 'A-1 (in_progress) is in the unknown phase \'biuld\' (did you mean "build"?)'),
+        (item("A-1", "in_progress", phase="research", phase_pool="main"), "A-1 (in_progress): phase_pool is main, but research is a pre phase"),
+        (item("A-1", "scoping", phase="prd", phase_pool="main"), "A-1 (scoping): prd is a main phase, which does not run in this status"),
+        (item("A-1", "in_progress", phase="research"), "A-1 (in_progress): research is a pre phase, which does not run in this status"),
+    ],
+)
+def test_items_that_do_not_fit_the_config(bad: Item, what: str) -> None:
+    assert problems(bad) == [f"BACKLOG.yaml: {what}"]
+
+
+def test_d49_a_dependency_that_never_was_is_reported() -> None:
+    items = (item("WRK-001"), item("WRK-004", dependencies=["WRK-001", "WRK-002", "WRK-009", "WKR-001", "x"]))
+    assert problems(*items, last=5) == [
+        'BACKLOG.yaml: WRK-004 depends on WRK-009, which does not exist (did you mean "WRK-004"?)',
+        'BACKLOG.yaml: WRK-004 depends on WKR-001, which does not exist (did you mean "WRK-001"?)',
+        "BACKLOG.yaml: WRK-004 depends on x, which does not exist",
+    ]
+
+
+def test_finished_dependencies_of_former_prefixes_are_fine() -> None:
+    assert problems(item("OLD-007", dependencies=["OLD-003", "WRK-005"]), last=0) == []
+
+
+def test_an_absurd_id_is_no_trouble() -> None:
+    [what] = problems(item("WRK-001", dependencies=["WRK-" + "9" * 5000]), last=3)
+    assert what.startswith("BACKLOG.yaml: WRK-001 depends on WRK-9999")
+
+
+def chain(*edges: str, **status: str) -> list[Item]:
+    """Items from edges such as "A>B": A-1 depends on B-1."""
+    needs: dict[str, list[str]] = {}
+    for edge in edges:
+        left, right = edge.split(">")
+        needs.setdefault(left, []).append(right + "-1")
+        needs.setdefault(right, [])
+    return [item(n + "-1", status.get(n, "new"), dependencies=d) for n, d in needs.items()]
+
+
+@pytest.mark.parametrize(
+    ("items", "cycles"),
+    [
+        (chain("A>A"), ["A-1 → A-1"]),
+        (chain("A>B", "B>A"), ["A-1 → B-1 → A-1"]),
+        (chain("A>B", "B>C", "C>A"), ["A-1 → B-1 → C-1 → A-1"]),
+        (chain("A>B", "B>C", "C>B"), ["B-1 → C-1 → B-1"]),
+        (chain("A>B", "B>A", "C>D", "D>C"), ["A-1 → B-1 → A-1", "C-1 → D-1 → C-1"]),
+        (chain("A>B", "B>A", B="blocked"), ["A-1 → B-1 → A-1"]),
+        (chain("A>B", "A>C", "B>D", "C>D", "D>D"), ["D-1 → D-1"]),
+        (chain("A>B", "B>A", B="done"), []),
+        (chain("A>A", A="done"), []),
+        (chain("A>B", "A>C", "B>D", "C>D"), []),
+        (chain("A>B", "B>C", "C>D"), []),
+        ([item("A-1"), item("B-1")], []),
+    ],
+)
+def test_circular_dependencies(items: list[Item], cycles: list[str]) -> None:
+    assert problems(*items) == [f"BACKLOG.yaml: Circular dependency: {cycle}" for cycle in cycles]
+
+
+def test_a_very_long_chain_is_walked_to_its_end() -> None:
+    items = [item(f"A-{n}", dependencies=[f"A-{(n + 1) % 5000}"]) for n in range(5000)]
+    [what] = problems(*items)
+    assert what.startswith("BACKLOG.yaml: Circular dependency: A-0 → A-1 → A-2 → ")
+    assert what.endswith(" → A-4999 → A-0")

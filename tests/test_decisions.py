@@ -1,0 +1,1150 @@
+"""The pure decisions: what to start, when to stop, what a result does to the backlog."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from backlog import Backlog, Draft, Item, archive_entry, worklog_entry
+from orchestrator import (
+    Action,
+    Applied,
+    Config,
+    FollowUp,
+    Guardrails,
+    HaltReason,
+    Phase,
+    PhaseResult,
+    Pipeline,
+    Promote,
+    RunView,
+    Task,
+    apply_failed_attempt,
+    apply_failure,
+    apply_result,
+    block_task,
+    default_config,
+    exit_code,
+    find_phase,
+    guardrail_objection,
+    halt_reason,
+    next_target,
+    parse_config,
+    promote,
+    repair_items,
+    select_actions,
+    staleness,
+    triage_phase,
+    unmet_dependencies,
+)
+
+NOW = datetime(2026, 3, 1, 12, 0, tzinfo=UTC)
+STAMP = "2026-03-01T12:00:00+00:00"
+DEFAULTS = default_config(Path())
+
+
+def configure(text: str) -> Config:
+    return parse_config(text.encode(), "orchestrator.toml", Path())
+
+
+def limits(max_wip: int = 1, max_concurrent: int = 1) -> Config:
+    """The built-in pipeline (research | prd, design, BUILD, review) with these limits."""
+    execution = DEFAULTS.execution._replace(max_wip=max_wip, max_concurrent=max_concurrent)
+    return DEFAULTS._replace(execution=execution)
+
+
+def item(item_id: str, status: str = "new", **fields: Any) -> Item:
+    known = {"id": item_id, "title": f"Title of {item_id}", "status": status}
+    times = {"created": "2026-01-01T00:00:00+00:00", "updated": "2026-01-01T00:00:00+00:00"}
+    return {**known, "requires_human_review": False, **times, **fields}  # type: ignore[typeddict-item]
+
+
+def backlog(*items: Item, last: int = 9) -> Backlog:
+    return Backlog({one["id"]: one for one in items}, last)
+
+
+def at(item_id: str, phase: str, **fields: Any) -> Item:
+    """An item that is due for a phase of the built-in pipeline."""
+    status, pool = ("scoping", "pre") if phase == "research" else ("in_progress", "main")
+    return item(item_id, status, phase=phase, phase_pool=pool, **fields)
+
+
+def task(item_id: str, phase: str, config: Config = DEFAULTS) -> Task:
+    if phase == "triage":
+        return Task(item_id, triage_phase(config), "triage")
+    found = find_phase(config.pipelines["feature"], phase)
+    assert found is not None
+    return Task(item_id, *found)
+
+
+def short(actions: Iterable[Action]) -> list[str]:
+    """Actions as "promote A-1" or "build A-1"."""
+    return [f"promote {a.item_id}" if isinstance(a, Promote) else f"{a.name} {a.item_id}" for a in actions]
+
+
+def chosen(
+    items: list[Item],
+    config: Config = DEFAULTS,
+    running: Iterable[Task] = (),
+    only: Iterable[str] | None = None,
+    target: str | None = None,
+) -> list[str]:
+    busy = {one.item_id: one for one in running}
+    some = None if only is None else frozenset(only)
+    return short(select_actions(backlog(*items), busy, config, only=some, target=target))
+
+
+# ---- Selection ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "items",
+    [
+        [],
+        [item("A-1", "done")],
+        [item("A-1", "blocked", phase="prd", phase_pool="main")],
+        [item("A-1", "in_progress")],
+        [item("A-1", "scoping")],
+        [at("A-1", "prd", pipeline_type="nope")],
+        [item("A-1", "in_progress", phase="nope")],
+        [item("A-1", "scoping", phase="prd")],
+        [item("A-1", "in_progress", phase="research")],
+    ],
+)
+def test_nothing_to_select(items: list[Item]) -> None:
+    assert chosen(items, limits(9, 9)) == []
+
+
+def test_ready_items_are_promoted_by_impact_while_wip_allows() -> None:
+    items = [
+        item("A-1", "ready"),
+        item("A-2", "ready", impact="low"),
+        item("A-3", "ready", impact="high"),
+        item("A-4", "ready", impact="medium"),
+    ]
+    assert chosen(items, limits(max_wip=9)) == ["promote A-3", "promote A-4", "promote A-2", "promote A-1"]
+    assert chosen(items, limits(max_wip=2)) == ["promote A-3", "promote A-4"]
+
+
+def test_promotion_prefers_priority_then_impact_then_age_then_file_order() -> None:
+    items = [
+        item("A-1", "ready", impact="high", created="2026-01-03"),
+        item("A-2", "ready", impact="high", created="2026-01-02"),
+        item("A-3", "ready", priority=1),
+        item("A-4", "ready", impact="high", priority=-1),
+        item("A-5", "ready", impact="high", created="2026-01-02"),
+    ]
+    assert chosen(items, limits(max_wip=9)) == [f"promote A-{n}" for n in (3, 2, 5, 1, 4)]
+
+
+def test_items_in_progress_count_against_max_wip_and_blocked_ones_do_not() -> None:
+    busy = [at("A-1", "prd"), item("A-2", "blocked", phase="prd"), item("A-3", "ready")]
+    assert chosen(busy, limits(max_wip=1)) == ["prd A-1"]
+    assert chosen(busy, limits(max_wip=2)) == ["promote A-3", "prd A-1"]
+    assert chosen([*busy, at("A-4", "prd")], limits(max_wip=2)) == ["prd A-1"]
+
+
+def test_the_furthest_item_goes_first_then_the_oldest() -> None:
+    items = [at("A-1", "prd"), at("A-2", "design", created="2026-01-02"), at("A-3", "design", created="2026-01-01")]
+    assert chosen(items, limits(9, 9)) == ["design A-3", "design A-2", "prd A-1"]
+
+
+def test_priority_beats_progress() -> None:
+    items = [at("A-1", "design"), at("A-2", "prd", priority=5), item("A-3"), item("A-4", priority=1)]
+    assert chosen(items, limits(9, 9)) == ["prd A-2", "design A-1", "triage A-4", "triage A-3"]
+
+
+def test_in_progress_goes_before_scoping_before_triage() -> None:
+    items = [item("A-1", created="2025-01-01"), at("A-2", "research"), at("A-3", "prd")]
+    assert chosen(items, limits(9, 9)) == ["prd A-3", "research A-2", "triage A-1"]
+    assert chosen(items, limits(9, 2)) == ["prd A-3", "research A-2"]
+    assert chosen(items, limits(9, 1)) == ["prd A-3"]
+
+
+def test_tasks_carry_phase_and_pool() -> None:
+    items = [at("A-1", "prd"), at("A-2", "research"), item("A-3")]
+    tasks = select_actions(backlog(*items), {}, limits(9, 9))
+    assert tasks == [task("A-1", "prd"), task("A-2", "research"), task("A-3", "triage")]
+    assert [one.pool for one in tasks if isinstance(one, Task)] == ["main", "pre", "triage"]
+
+
+def test_an_item_without_pool_is_found_by_its_phase() -> None:
+    assert chosen([item("A-1", "in_progress", phase="design")]) == ["design A-1"]
+
+
+def test_a_destructive_phase_is_chosen_alone() -> None:
+    items = [at("A-1", "build"), at("A-2", "prd"), item("A-3")]
+    assert chosen(items, limits(9, 9)) == ["build A-1"]
+
+
+def test_a_destructive_phase_may_go_with_promotions() -> None:
+    assert chosen([at("A-1", "build"), item("A-2", "ready")], limits(2, 9)) == ["promote A-2", "build A-1"]
+
+
+def test_a_destructive_phase_waits_and_nothing_overtakes_it() -> None:
+    items = [at("A-1", "review"), at("A-2", "build"), at("A-3", "prd"), item("A-4")]
+    assert chosen(items, limits(9, 9)) == ["review A-1"]
+    assert chosen(items, limits(9, 9), [task("A-1", "review")]) == []
+    assert chosen(items[1:], limits(9, 9), [task("X-1", "triage")]) == []
+
+
+def test_nothing_starts_beside_a_running_destructive_phase() -> None:
+    items = [at("A-1", "build"), at("A-2", "prd"), item("A-3"), item("A-4", "ready")]
+    assert chosen(items, limits(9, 9), [task("A-1", "build")]) == []
+
+
+def test_full_slots_mean_no_actions_not_even_promotions() -> None:
+    items = [at("A-1", "prd"), item("A-2", "ready")]
+    assert chosen(items, limits(9, 1), [task("A-1", "prd")]) == []
+    assert chosen(items, limits(9, 2), [task("A-1", "prd")]) == ["promote A-2"]
+
+
+def test_running_items_are_left_out() -> None:
+    items = [at("A-1", "prd"), at("A-2", "prd"), item("A-3"), item("A-4")]
+    running = [task("A-1", "prd"), task("A-3", "triage")]
+    assert chosen(items, limits(9, 9), running) == ["prd A-2", "triage A-4"]
+
+
+@pytest.mark.parametrize("waiting", [item("A-1", "ready"), at("A-1", "prd"), at("A-1", "research"), item("A-1")])
+@pytest.mark.parametrize(
+    ("need", "met"),
+    [
+        (item("A-2", "done"), True),
+        (None, True),
+        (item("A-2", "blocked"), False),
+        (item("A-2", "ready", dependencies=["A-2"]), False),
+        (item("A-2", "in_progress"), False),
+        (item("A-2", "scoping"), False),
+        (item("A-2", dependencies=["A-2"]), False),
+    ],
+)
+@pytest.mark.parametrize("target", [None, "A-1"])
+def test_dependencies(waiting: Item, need: Item | None, met: bool, target: str | None) -> None:
+    items: list[Item] = [{**waiting, "dependencies": ["A-2"]}, *([need] if need else [])]
+    assert bool(chosen(items, limits(9, 9), target=target)) is met
+
+
+def test_one_unmet_dependency_is_enough_to_wait() -> None:
+    items = [item("A-1", "ready", dependencies=["A-2", "A-3"]), item("A-2", "done"), item("A-3", "blocked")]
+    assert chosen(items) == []
+
+
+def test_a_waiting_item_does_not_use_up_a_promotion() -> None:
+    items = [item("A-1", "ready", impact="high", dependencies=["A-3"]), item("A-2", "ready"), item("A-3", "blocked")]
+    assert chosen(items) == ["promote A-2"]
+
+
+def test_unmet_dependencies_are_named() -> None:
+    items = {"A-2": item("A-2", "done"), "A-3": item("A-3", "ready"), "A-4": item("A-4", "blocked")}
+    assert unmet_dependencies(items, item("A-1")) == []
+    assert unmet_dependencies(items, item("A-1", dependencies=["A-2", "A-5"])) == []
+    assert unmet_dependencies(items, item("A-1", dependencies=["A-3", "A-2", "A-4"])) == ["A-3", "A-4"]
+
+
+@pytest.mark.parametrize(
+    ("one", "action"),
+    [
+        (item("A-1"), ["triage A-1"]),
+        (item("A-1", "ready"), ["promote A-1"]),
+        (at("A-1", "research"), ["research A-1"]),
+        (at("A-1", "build"), ["build A-1"]),
+        (item("A-1", "blocked"), []),
+        (item("A-1", "done"), []),
+        (item("A-1", "in_progress", phase="nope"), []),
+    ],
+)
+def test_a_target_gets_the_one_action_that_is_due(one: Item, action: list[str]) -> None:
+    assert chosen([item("A-0", priority=9), one], target="A-1") == action
+
+
+def test_an_unknown_target_gets_nothing() -> None:
+    assert chosen([item("A-1")], target="A-2") == []
+
+
+def test_a_target_ignores_the_limits_but_not_what_runs() -> None:
+    items = [at("A-1", "prd"), item("A-2", "ready"), at("A-3", "build"), item("A-4")]
+    running = [task("A-1", "prd")]
+    assert chosen(items, limits(1, 1), running, target="A-2") == ["promote A-2"]
+    assert chosen(items, limits(1, 1), running, target="A-4") == ["triage A-4"]
+    assert chosen(items, limits(1, 1), running, target="A-1") == []
+    assert chosen(items, limits(1, 1), running, target="A-3") == []  # a destructive phase runs alone
+    assert chosen(items, limits(1, 1), [task("A-3", "build")], target="A-4") == []
+
+
+def test_only_limits_what_is_acted_on() -> None:
+    items = [item("A-1", "ready"), item("A-2", "ready"), item("A-3"), item("A-4")]
+    assert chosen(items, limits(9, 9), only=["A-2", "A-4"]) == ["promote A-2", "triage A-4"]
+    assert chosen(items, limits(9, 9), only=[]) == []
+    assert chosen(items, limits(9, 9), only=["A-1"], target="A-2") == []
+
+
+def test_d21_dependencies_and_wip_are_judged_on_the_whole_backlog() -> None:
+    items = [item("A-1", "ready", dependencies=["A-2"]), item("A-2"), item("A-3", "ready"), at("A-4", "prd")]
+    assert chosen(items, limits(max_wip=9, max_concurrent=9), only=["A-1"]) == []
+    assert chosen(items, limits(max_wip=1, max_concurrent=9), only=["A-3"]) == []
+    assert chosen(items, limits(max_wip=2, max_concurrent=9), only=["A-3"]) == ["promote A-3"]
+
+
+# ---- Targets and halts ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("targets", "completed", "auto_advance", "current"),
+    [
+        ([], [], False, None),
+        (["A-1"], [], False, "A-1"),
+        (["A-2", "A-1"], [], False, "A-1"),  # done
+        (["A-9", "A-1"], [], False, "A-1"),  # archived
+        (["A-2", "A-9"], [], False, None),
+        (["A-2", "A-9", "A-4"], [], False, "A-4"),
+        (["A-1", "A-4"], ["A-1"], False, "A-4"),  # completed, though the snapshot is older
+        (["A-3", "A-1"], [], False, "A-3"),  # blocked
+        (["A-3", "A-1"], [], True, "A-1"),
+        (["A-3"], [], True, None),
+    ],
+)
+def test_the_current_target(
+    targets: list[str], completed: list[str], auto_advance: bool, current: str | None
+) -> None:
+    items = {"A-1": item("A-1"), "A-2": item("A-2", "done"), "A-3": item("A-3", "blocked"), "A-4": at("A-4", "prd")}
+    assert next_target(targets, items, completed, auto_advance) == current
+
+
+WORK: tuple[Action, ...] = (task("A-1", "prd"),)
+
+
+def view(*items: Item, **fields: Any) -> RunView:
+    usual = RunView(
+        backlog={one["id"]: one for one in items},
+        running={},
+        actions=WORK,
+        stop_requested=False,
+        breaker_open=False,
+        targets=(),
+        auto_advance=False,
+        filters_given=False,
+        matched=frozenset(),
+        completed=(),
+        blocked=(),
+        cap_reached=False,
+    )
+    return usual._replace(**fields)
+
+
+RUNNING = {"A-1": task("A-1", "prd")}
+BLOCKED = item("A-2", "blocked")
+
+# Each makes one reason hold without spoiling the others, in the order of precedence.
+REASONS: dict[HaltReason, dict[str, Any]] = {
+    HaltReason.SHUTDOWN_REQUESTED: {"stop_requested": True},
+    HaltReason.CIRCUIT_BREAKER_TRIPPED: {"breaker_open": True},
+    HaltReason.TARGET_BLOCKED: {"targets": ("A-2",)},
+    HaltReason.TARGET_COMPLETED: {"targets": ("A-9",)},
+    HaltReason.NO_MATCHING_ITEMS: {"filters_given": True, "matched": frozenset()},
+    HaltReason.FILTER_EXHAUSTED: {"filters_given": True, "matched": frozenset({"A-2"})},
+    HaltReason.ALL_DONE_OR_BLOCKED: {"actions": ()},
+    HaltReason.CAP_REACHED: {"cap_reached": True},
+}
+ORDER = list(HaltReason)
+
+
+@pytest.mark.parametrize("reason", ORDER)
+def test_every_halt_reason(reason: HaltReason) -> None:
+    assert halt_reason(view(BLOCKED, **REASONS[reason])) is reason
+
+
+@pytest.mark.parametrize(
+    ("first", "second"), [(a, b) for i, a in enumerate(ORDER) for b in ORDER[i + 1 :]]
+)
+def test_the_order_of_the_halt_reasons(first: HaltReason, second: HaltReason) -> None:
+    both = view(BLOCKED, **{**REASONS[second], **REASONS[first]})
+    assert halt_reason(both) is first
+
+
+def test_a_run_with_work_goes_on() -> None:
+    assert halt_reason(view(item("A-1"))) is None
+
+
+@pytest.mark.parametrize("reason", ORDER)
+def test_only_the_last_two_reasons_wait_for_what_runs(reason: HaltReason) -> None:
+    waits = reason in (HaltReason.ALL_DONE_OR_BLOCKED, HaltReason.CAP_REACHED)
+    found = halt_reason(view(BLOCKED, running=RUNNING, **REASONS[reason]))
+    assert found is (None if waits else reason)
+
+
+def test_a_target_in_flight_is_waited_for_whatever_the_file_says() -> None:
+    for edited in (item("A-1", "blocked"), item("A-1", "done")):
+        assert halt_reason(view(edited, running=RUNNING, targets=("A-1",))) is None
+    assert halt_reason(view(running=RUNNING, targets=("A-1",))) is None
+
+
+def test_d54_a_target_that_was_blocked_before_the_run_halts_as_blocked() -> None:
+    assert halt_reason(view(BLOCKED, targets=("A-2",), blocked=())) is HaltReason.TARGET_BLOCKED
+    assert exit_code(HaltReason.TARGET_BLOCKED, None, [], []) == 3
+
+
+def test_auto_advance_skips_blocked_targets() -> None:
+    go_on = view(BLOCKED, item("A-1"), targets=("A-2", "A-1"), auto_advance=True)
+    assert halt_reason(go_on) is None
+    assert halt_reason(view(BLOCKED, targets=("A-2",), auto_advance=True)) is HaltReason.TARGET_COMPLETED
+
+
+def test_auto_advance_means_nothing_without_targets() -> None:
+    assert halt_reason(view(BLOCKED, auto_advance=True)) is None
+
+
+def test_d48_a_target_completed_in_this_run_is_finished_although_the_snapshot_is_older() -> None:
+    seen = view(at("A-1", "review"), targets=("A-1",), completed=("A-1",))
+    assert halt_reason(seen) is HaltReason.TARGET_COMPLETED
+
+
+def test_d22_a_filter_is_about_what_it_ever_matched() -> None:
+    """`--only status=new`: the item is in progress by now, and still what the run is about."""
+    mine = {"filters_given": True, "matched": frozenset({"A-1", "A-9"})}  # A-9 was archived
+    assert halt_reason(view(at("A-1", "prd"), **mine)) is None
+    assert halt_reason(view(item("A-1", "blocked"), **mine)) is HaltReason.FILTER_EXHAUSTED
+    assert halt_reason(view(item("A-1", "done"), **mine)) is HaltReason.FILTER_EXHAUSTED
+    assert halt_reason(view(**mine)) is HaltReason.FILTER_EXHAUSTED
+
+
+def test_a_matching_item_that_runs_does_not_exhaust_the_filter() -> None:
+    seen = view(item("A-1", "blocked"), running=RUNNING, filters_given=True, matched=frozenset({"A-1"}))
+    assert halt_reason(seen) is None
+
+
+def test_the_cap_still_lets_promotions_be_made() -> None:
+    offered: tuple[Action, ...] = (Promote("A-2"), *WORK)
+    assert halt_reason(view(actions=offered, cap_reached=True)) is None
+    assert halt_reason(view(actions=WORK, cap_reached=True)) is HaltReason.CAP_REACHED
+    assert halt_reason(view(actions=(), cap_reached=True)) is HaltReason.ALL_DONE_OR_BLOCKED
+
+
+@pytest.mark.parametrize(
+    ("reason", "nothing", "completed", "blocked", "both"),
+    [
+        (HaltReason.CIRCUIT_BREAKER_TRIPPED, 4, 4, 4, 4),
+        (HaltReason.TARGET_BLOCKED, 3, 3, 3, 3),
+        (HaltReason.TARGET_COMPLETED, 3, 0, 3, 0),
+        (HaltReason.NO_MATCHING_ITEMS, 0, 0, 0, 0),
+        (HaltReason.FILTER_EXHAUSTED, 0, 0, 3, 0),
+        (HaltReason.ALL_DONE_OR_BLOCKED, 0, 0, 3, 0),
+        (HaltReason.CAP_REACHED, 0, 0, 0, 0),
+        (None, 1, 1, 1, 1),
+    ],
+)
+def test_d30_exit_codes(reason: HaltReason | None, nothing: int, completed: int, blocked: int, both: int) -> None:
+    found = [exit_code(reason, None, c, b) for c, b in (([], []), (["A-1"], []), ([], ["A-2"]), (["A-1"], ["A-2"]))]
+    assert found == [nothing, completed, blocked, both]
+
+
+@pytest.mark.parametrize(("signal", "code"), [(2, 130), (15, 143), (1, 129), (None, 0)])
+def test_d30_a_signal_decides_the_exit_code_of_a_shutdown(signal: int | None, code: int) -> None:
+    assert exit_code(HaltReason.SHUTDOWN_REQUESTED, signal, [], ["A-1"]) == code
+
+
+# ---- Guardrails -----------------------------------------------------------------------------------
+
+ACCEPT = "accept it with: orchestrator unblock A-1 --override-guardrails"
+
+
+@pytest.mark.parametrize(
+    ("fields", "objection"),
+    [
+        ({}, ""),
+        ({"size": "small", "complexity": "low", "risk": "low"}, ""),
+        ({"size": "medium", "complexity": "medium", "risk": "low"}, ""),
+        ({"impact": "high"}, ""),
+        ({"size": "large"}, "the guardrails are exceeded by size large (limit medium)"),
+        ({"complexity": "high"}, "the guardrails are exceeded by complexity high (limit medium)"),
+        ({"risk": "medium"}, "the guardrails are exceeded by risk medium (limit low)"),
+        (
+            {"size": "large", "risk": "high"},
+            "the guardrails are exceeded by size large (limit medium), risk high (limit low)",
+        ),
+        ({"requires_human_review": True}, "human review is required"),
+        (
+            {"requires_human_review": True, "size": "large"},
+            "human review is required and the guardrails are exceeded by size large (limit medium)",
+        ),
+        ({"requires_human_review": True, "size": "large", "guardrail_override": True}, ""),
+    ],
+)
+def test_guardrails(fields: dict[str, Any], objection: str) -> None:
+    expected = f"{objection}; {ACCEPT}" if objection else ""
+    assert guardrail_objection(item("A-1", **fields), Guardrails()) == expected
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "objects"),
+    [
+        ({}, {"risk": "medium"}, True),
+        ({"risk": "low"}, {"risk": "medium"}, True),
+        ({"risk": "medium"}, {"risk": "high"}, True),
+        ({"risk": "medium"}, {"risk": "medium"}, False),
+        ({"risk": "high"}, {"risk": "medium"}, False),
+        ({"size": "small"}, {"size": "medium"}, False),
+        ({}, {"requires_human_review": True}, True),
+        ({"requires_human_review": True}, {"requires_human_review": True}, False),
+    ],
+)
+def test_only_what_has_risen_counts_against_work_in_progress(
+    before: dict[str, Any], after: dict[str, Any], objects: bool
+) -> None:
+    found = guardrail_objection(item("A-1", **after), Guardrails(), before=item("A-1", **before))
+    assert bool(found) is objects
+
+
+# ---- Results of phases ----------------------------------------------------------------------------
+
+
+def result(phase: str, code: str = "phase_complete", **fields: Any) -> PhaseResult:
+    return PhaseResult("A-1", phase, code, f"{phase} summary", **fields)  # type: ignore[arg-type]
+
+
+class Case:
+    """A backlog, the result of a task on A-1 applied to it, and what came out."""
+
+    def __init__(
+        self,
+        started: Item,
+        reported: PhaseResult,
+        *others: Item,
+        config: Config = DEFAULTS,
+        edited: Item | None = None,
+        removed: bool = False,
+        running: Iterable[str] = (),
+        head: str | None = "c0ffee",
+    ) -> None:
+        present = [] if removed else [edited or started]
+        self.draft = Draft(backlog(*present, *others))
+        done = task("A-1", reported.phase, config)
+        self.applied: Applied = apply_result(
+            self.draft, done, started, reported, config, NOW, head, running=running
+        )
+
+    @property
+    def item(self) -> Item:
+        return self.draft.items["A-1"]
+
+    def entry(self, phase: str, outcome: str, summary: str) -> str:
+        return worklog_entry(NOW, "A-1", "Title of A-1", phase, outcome, summary)
+
+
+def test_a_phase_in_the_middle_leads_to_the_next() -> None:
+    started = at("A-1", "prd", attempts=2, unblock_context="notes")
+    case = Case(started, result("prd"))
+    expected = at("A-1", "design", last_phase_commit="c0ffee", updated=STAMP)
+    assert case.item == expected
+    entry = case.entry("prd", "Complete", "prd summary")
+    assert case.applied == Applied("advanced", expected, worklog=entry)
+
+
+@pytest.mark.parametrize(
+    ("phase", "following"), [("prd", "design"), ("design", "build"), ("build", "review")]
+)
+def test_main_phases_follow_each_other(phase: str, following: str) -> None:
+    case = Case(at("A-1", phase), result(phase))
+    assert (case.item["phase"], case.item["phase_pool"], case.item["status"]) == (following, "main", "in_progress")
+
+
+def test_pre_phases_follow_each_other() -> None:
+    config = configure(
+        '[pipelines.feature]\npre_phases = [{name="look"}, {name="think"}]\nphases = [{name="do"}]'
+    )
+    case = Case(item("A-1", "scoping", phase="look", phase_pool="pre"), result("look"), config=config)
+    assert (case.item["status"], case.item["phase"], case.item["phase_pool"]) == ("scoping", "think", "pre")
+
+
+def test_a_missing_pool_is_no_trouble() -> None:
+    case = Case(item("A-1", "in_progress", phase="prd"), result("prd"))
+    assert (case.item["phase"], case.item["phase_pool"]) == ("design", "main")
+
+
+def test_the_last_pre_phase_leads_to_ready() -> None:
+    case = Case(at("A-1", "research", size="small", risk="low"), result("research"))
+    assert case.applied.state == "advanced"
+    assert case.item == item("A-1", "ready", size="small", risk="low", last_phase_commit="c0ffee", updated=STAMP)
+
+
+def test_the_last_phase_completes_and_archives_in_one_draft() -> None:
+    started = at("A-1", "review", description={"context": "c"})
+    case = Case(started, result("review"), item("A-2", "ready", dependencies=["A-1"]))
+    assert case.draft.items == {"A-2": item("A-2", "ready", updated=STAMP)}
+    final = case.applied.item
+    assert (final["id"], final["status"], final["phase"]) == ("A-1", "done", "review")
+    entries = case.entry("review", "Complete", "review summary") + archive_entry(NOW, final)
+    assert case.applied == Applied("completed", final, worklog=entries)
+    assert "- **Status:** Done\n- **Phase:** review\n" in case.applied.worklog
+
+
+def test_the_commit_an_agent_names_wins_over_head() -> None:
+    assert Case(at("A-1", "prd"), result("prd", based_on_commit="abc1234")).item["last_phase_commit"] == "abc1234"
+
+
+def test_without_a_commit_the_old_one_stays() -> None:
+    case = Case(at("A-1", "prd", last_phase_commit="0ld"), result("prd"), head=None)
+    assert case.item["last_phase_commit"] == "0ld"
+    assert "last_phase_commit" not in Case(at("A-1", "prd"), result("prd"), head=None).item
+
+
+def test_a_subphase_repeats_the_phase() -> None:
+    started = at("A-1", "build", attempts=1, unblock_context="notes")
+    case = Case(started, result("build", "subphase_complete", ratings={"risk": "low"}))
+    expected = at("A-1", "build", unblock_context="notes", risk="low", last_phase_commit="c0ffee", updated=STAMP)
+    entry = case.entry("build", "Subphase Complete", "build summary")
+    assert case.item == expected
+    assert case.applied == Applied("again", expected, worklog=entry)
+
+
+@pytest.mark.parametrize(
+    ("context", "reason"), [("the details", "the details"), (None, "prd summary"), ("", "prd summary")]
+)
+def test_a_blocked_result_blocks_with_context_else_summary(context: str | None, reason: str) -> None:
+    case = Case(at("A-1", "prd", attempts=1), result("prd", "blocked", context=context))
+    expected = at("A-1", "prd", blocked_from_status="in_progress", blocked_reason=reason, updated=STAMP)
+    expected["status"] = "blocked"
+    assert case.item == expected
+    assert case.applied == Applied("blocked", expected, reason, worklog=case.entry("prd", "Blocked", reason))
+
+
+def test_d18_the_kind_of_a_block_is_taken() -> None:
+    case = Case(at("A-1", "prd"), result("prd", "blocked", block_type="clarification"))
+    assert case.item["blocked_type"] == "clarification"
+
+
+def test_a_block_without_any_text_still_has_a_reason() -> None:
+    silent = PhaseResult("A-1", "prd", "blocked", "")
+    assert Case(at("A-1", "prd"), silent).item["blocked_reason"] == "prd gave no reason"
+
+
+def test_a_phase_that_its_pipeline_no_longer_has_blocks() -> None:
+    edited = at("A-1", "prd", pipeline_type="docs")
+    case = Case(at("A-1", "prd"), result("prd"), edited=edited)
+    assert case.applied.state == "blocked"
+    assert case.item["blocked_reason"] == "pipeline 'docs' has no phase 'prd' to go on from"
+
+
+def test_ratings_are_merged() -> None:
+    case = Case(at("A-1", "prd", size="small", impact="low"), result("prd", ratings={"impact": "high", "risk": "low"}))
+    assert (case.item["size"], case.item["impact"], case.item["risk"]) == ("small", "high", "low")
+
+
+# ---- Guardrails at every way into ready, and when a rating rises ----------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fields", "ratings", "reason"),
+    [
+        ({"size": "large"}, {}, "the guardrails are exceeded by size large (limit medium)"),
+        ({}, {"complexity": "high"}, "the guardrails are exceeded by complexity high (limit medium)"),
+        ({"requires_human_review": True}, {}, "human review is required"),
+    ],
+)
+def test_the_last_pre_phase_blocks_what_needs_a_human(
+    fields: dict[str, Any], ratings: dict[str, str], reason: str
+) -> None:
+    case = Case(at("A-1", "research", **fields), result("research", ratings=ratings))
+    assert case.applied.state == "blocked"
+    assert case.applied.reason == case.item["blocked_reason"] == f"{reason}; {ACCEPT}"
+    entries = case.entry("research", "Complete", "research summary")
+    assert case.applied.worklog == entries + case.entry("research", "Blocked", case.applied.reason)
+
+
+def test_d20_an_item_stopped_by_guardrails_does_not_repeat_its_pre_phase() -> None:
+    case = Case(at("A-1", "research", size="large"), result("research"))
+    assert case.item["blocked_from_status"] == "ready"
+    assert "phase" not in case.item
+    assert case.item["blocked_type"] == "decision"
+
+
+def test_d20_an_override_lets_it_pass() -> None:
+    case = Case(at("A-1", "research", size="large", guardrail_override=True), result("research"))
+    assert (case.applied.state, case.item["status"]) == ("advanced", "ready")
+
+
+@pytest.mark.parametrize("code", ["phase_complete", "subphase_complete"])
+def test_d16_a_phase_that_raises_a_rating_blocks_the_item(code: str) -> None:
+    case = Case(at("A-1", "prd", risk="low"), result("prd", code, ratings={"risk": "high"}))
+    reason = f"the guardrails are exceeded by risk high (limit low); {ACCEPT}"
+    assert (case.applied.state, case.applied.reason) == ("blocked", reason)
+    assert (case.item["status"], case.item["blocked_from_status"]) == ("blocked", "in_progress")
+    # Unblocked, it goes on with what is due; the phase that is complete is not repeated.
+    assert case.item["phase"] == ("design" if code == "phase_complete" else "prd")
+
+
+def test_d16_a_rating_that_was_accepted_before_does_not_block_again() -> None:
+    case = Case(at("A-1", "prd", risk="high"), result("prd", ratings={"risk": "high"}))
+    assert case.applied.state == "advanced"
+
+
+def test_a_raised_rating_with_an_override_goes_on() -> None:
+    case = Case(at("A-1", "prd", guardrail_override=True), result("prd", ratings={"size": "large"}))
+    assert case.applied.state == "advanced"
+
+
+def test_a_raised_rating_does_not_keep_a_finished_item() -> None:
+    assert Case(at("A-1", "review"), result("review", ratings={"risk": "high"})).applied.state == "completed"
+
+
+def test_a_phase_may_ask_for_a_human_but_not_waive_one() -> None:
+    asked = Case(at("A-1", "prd"), result("prd", requires_human_review=True))
+    assert (asked.applied.state, asked.applied.reason) == ("blocked", f"human review is required; {ACCEPT}")
+    kept = Case(at("A-1", "prd", requires_human_review=True), result("prd", requires_human_review=False))
+    assert (kept.applied.state, kept.item["requires_human_review"]) == ("advanced", True)
+    unasked = Case(at("A-1", "prd"), result("prd", requires_human_review=False))
+    assert (unasked.applied.state, unasked.item["requires_human_review"]) == ("advanced", False)
+
+
+# ---- Follow-ups -----------------------------------------------------------------------------------
+
+FOLLOW_UPS = (FollowUp("Tidy up", "it is a mess", "small", "low"), FollowUp("More tests"))
+
+
+@pytest.mark.parametrize("code", ["phase_complete", "subphase_complete", "blocked", "failed"])
+@pytest.mark.parametrize("phase", ["prd", "review", "research", "triage"])
+def test_d35_every_kind_of_result_brings_its_follow_ups(code: str, phase: str) -> None:
+    started = item("A-1") if phase == "triage" else at("A-1", phase)
+    case = Case(started, result(phase, code, follow_ups=FOLLOW_UPS, ratings={"impact": "high"}))
+    assert case.applied.follow_ups == ("WRK-010", "WRK-011")
+    tidy, tests = case.draft.items["WRK-010"], case.draft.items["WRK-011"]
+    assert (tidy["title"], tidy["status"], tidy["origin"]) == ("Tidy up", "new", f"A-1/{phase}")
+    assert (tidy["size"], tidy["risk"], tidy["description"]["context"]) == ("small", "low", "it is a mess")
+    assert (tests["title"], "size" in tests) == ("More tests", False)
+    assert case.applied.item["impact"] == "high"
+
+
+def test_d35_follow_ups_that_are_there_already_are_left_out_with_a_warning() -> None:
+    case = Case(at("A-1", "prd"), result("prd", follow_ups=FOLLOW_UPS), item("A-2", title="tidy  UP!"))
+    assert case.applied.follow_ups == ("WRK-010",)
+    [warning] = case.applied.warnings
+    assert "Tidy up" in warning
+    assert "A-2" in warning
+
+
+# ---- What the operator did meanwhile --------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("code", "outcome"),
+    [("phase_complete", "Complete"), ("subphase_complete", "Subphase Complete"), ("blocked", "Blocked"), ("failed", "Failed")],
+)
+def test_an_item_that_vanished_is_recorded_and_dropped(code: str, outcome: str) -> None:
+    started = at("A-1", "prd")
+    case = Case(started, result("prd", code, follow_ups=FOLLOW_UPS[:1]), item("A-2"), removed=True)
+    assert set(case.draft.items) == {"A-2", "WRK-010"}  # what it found out is not lost
+    reason = "the item left the backlog while the phase ran"
+    entry = case.entry("prd", outcome, f"prd summary ({reason})")
+    assert case.applied == Applied("dropped", started, reason, ("WRK-010",), worklog=entry)
+
+
+def test_what_we_own_wins_over_an_edit_with_a_warning() -> None:
+    started = at("A-1", "prd")
+    edited = item("A-1", "blocked", phase="build", phase_pool="main", blocked_reason="wait!", title="Better title")
+    case = Case(started, result("prd"), edited=edited)
+    expected = at("A-1", "design", title="Better title", last_phase_commit="c0ffee", updated=STAMP)
+    assert case.item == expected
+    assert case.applied.warnings == (
+        "A-1: status was set to 'blocked' while prd ran; the run has the last word: 'in_progress'",
+        "A-1: phase was set to 'build' while prd ran; the run has the last word: 'design'",
+        "A-1: blocked_reason was set to 'wait!' while prd ran; the run has the last word: None",
+    )
+
+
+def test_an_edit_that_says_the_same_as_the_result_needs_no_warning() -> None:
+    case = Case(at("A-1", "prd"), result("prd"), edited=at("A-1", "design"))
+    assert (case.item["phase"], case.applied.warnings) == ("design", ())
+
+
+def test_edits_of_other_keys_stay() -> None:
+    edited = at("A-1", "prd", tags=["x"], priority=3, dependencies=["A-2"])
+    case = Case(at("A-1", "prd"), result("prd"), edited=edited)
+    assert (case.item["tags"], case.item["priority"], case.item["dependencies"]) == (["x"], 3, ["A-2"])
+    assert case.applied.warnings == ()
+
+
+def test_a_triage_wins_over_a_status_set_meanwhile() -> None:
+    case = Case(item("A-1"), result("triage", ratings={"size": "small"}), edited=item("A-1", "ready"))
+    assert case.item["status"] == "ready"
+    assert case.applied.warnings == ()
+    case = Case(item("A-1"), result("triage", ratings={"size": "large"}), edited=item("A-1", "ready"))
+    assert (case.item["status"], case.item["phase"]) == ("scoping", "research")
+    assert case.applied.warnings == (
+        "A-1: status was set to 'ready' while triage ran; the run has the last word: 'scoping'",
+    )
+
+
+def test_applying_twice_to_fresh_drafts_gives_the_same() -> None:
+    cases = [Case(at("A-1", "prd"), result("prd", follow_ups=FOLLOW_UPS)) for _ in range(2)]
+    assert cases[0].applied == cases[1].applied
+    assert cases[0].draft.items == cases[1].draft.items
+
+
+# ---- Failures -------------------------------------------------------------------------------------
+
+
+def test_exhausted_attempts_block_with_the_reason() -> None:
+    started = at("A-1", "prd")
+    draft = Draft(backlog(at("A-1", "prd", attempts=2)))
+    applied = apply_failure(draft, task("A-1", "prd"), started, "3 attempts: no result", NOW, None, DEFAULTS)
+    expected = at("A-1", "prd", blocked_from_status="in_progress", blocked_reason="3 attempts: no result", updated=STAMP)
+    expected["status"] = "blocked"
+    assert draft.items == {"A-1": expected}
+    entry = worklog_entry(NOW, "A-1", "Title of A-1", "prd", "Failed", "3 attempts: no result")
+    assert applied == Applied("blocked", expected, "3 attempts: no result", worklog=entry)
+
+
+def test_d35_a_failed_result_still_gives_ratings_and_follow_ups() -> None:
+    draft = Draft(backlog(at("A-1", "prd")))
+    reported = result("prd", "failed", ratings={"risk": "high"}, follow_ups=FOLLOW_UPS, requires_human_review=True)
+    applied = apply_failure(draft, task("A-1", "prd"), at("A-1", "prd"), "why", NOW, reported, DEFAULTS)
+    assert (applied.item["risk"], applied.item["requires_human_review"]) == ("high", True)
+    assert applied.follow_ups == ("WRK-010", "WRK-011")
+
+
+def test_a_failed_result_blocks_naming_phase_and_explanation() -> None:
+    case = Case(at("A-1", "prd"), result("prd", "failed", context="the tests hang"))
+    assert (case.applied.state, case.item["blocked_reason"]) == ("blocked", "prd failed: the tests hang")
+    assert case.applied.worklog == case.entry("prd", "Failed", "prd failed: the tests hang")
+
+
+def test_failed_attempts_are_counted_on_the_item() -> None:
+    draft = Draft(backlog(at("A-1", "prd")))
+    counts = [apply_failed_attempt(draft, task("A-1", "prd"), at("A-1", "prd"), NOW) for _ in range(2)]
+    assert counts == [1, 2]
+    assert draft.items["A-1"] == at("A-1", "prd", attempts=2, updated=STAMP)
+
+
+def test_a_failed_attempt_on_an_item_that_vanished_is_harmless() -> None:
+    draft = Draft(backlog())
+    assert apply_failed_attempt(draft, task("A-1", "prd"), at("A-1", "prd", attempts=1), NOW) == 2
+    assert draft.items == {}
+
+
+def test_a_task_can_be_blocked_before_it_starts() -> None:
+    draft = Draft(backlog(at("A-1", "build")))
+    applied = block_task(draft, task("A-1", "build"), "Stale", NOW)
+    assert (applied.state, applied.reason, draft.items["A-1"]["status"]) == ("blocked", "Stale", "blocked")
+
+
+# ---- Triage ---------------------------------------------------------------------------------------
+
+NO_PRE_PHASES = configure('[pipelines.feature]\nphases = [{name="do"}]')
+
+
+@pytest.mark.parametrize("ratings", [{"size": "small"}, {"size": "small", "risk": "low", "impact": "high"}])
+def test_triage_makes_small_and_safe_items_ready(ratings: dict[str, str]) -> None:
+    case = Case(item("A-1", attempts=1), result("triage", ratings=ratings))
+    expected = item("A-1", "ready", **ratings, updated=STAMP)
+    assert case.item == expected
+    entry = case.entry("triage", "Complete", "triage summary")
+    assert case.applied == Applied("advanced", expected, worklog=entry)
+
+
+@pytest.mark.parametrize("ratings", [{}, {"size": "medium"}, {"size": "large", "risk": "high"}, {"size": "small", "risk": "medium"}])
+def test_triage_sends_everything_else_to_the_pre_phases(ratings: dict[str, str]) -> None:
+    case = Case(item("A-1"), result("triage", ratings=ratings))
+    expected = item("A-1", "scoping", **ratings, phase="research", phase_pool="pre", updated=STAMP)
+    assert case.item == expected
+    assert case.applied.state == "advanced"
+
+
+def test_triage_without_pre_phases_leads_to_ready() -> None:
+    case = Case(item("A-1"), result("triage", ratings={"size": "medium"}), config=NO_PRE_PHASES)
+    assert case.item["status"] == "ready"
+
+
+@pytest.mark.parametrize(
+    ("reported", "config", "reason"),
+    [
+        (result("triage", ratings={"size": "large"}), NO_PRE_PHASES, "the guardrails are exceeded by size large (limit medium)"),
+        (result("triage", ratings={"size": "small", "complexity": "high"}), DEFAULTS, "the guardrails are exceeded by complexity high (limit medium)"),
+        (result("triage", ratings={"size": "small"}, requires_human_review=True), DEFAULTS, "human review is required"),
+    ],
+)
+def test_d16_triage_checks_guardrails_on_its_way_to_ready(reported: PhaseResult, config: Config, reason: str) -> None:
+    case = Case(item("A-1"), reported, config=config)
+    assert (case.applied.state, case.item["status"], case.item["blocked_from_status"]) == ("blocked", "blocked", "ready")
+    assert case.item["blocked_reason"] == f"{reason}; {ACCEPT}"
+    stopped = case.entry("triage", "Blocked", case.applied.reason)
+    assert case.applied.worklog == case.entry("triage", "Complete", "triage summary") + stopped
+
+
+def test_d17_triage_asks_for_a_human_and_the_item_remembers() -> None:
+    case = Case(item("A-1"), result("triage", ratings={"size": "large"}, requires_human_review=True))
+    assert (case.item["status"], case.item["requires_human_review"]) == ("scoping", True)
+
+
+def test_an_override_survives_triage() -> None:
+    case = Case(item("A-1", guardrail_override=True), result("triage", ratings={"size": "large"}), config=NO_PRE_PHASES)
+    assert (case.item["status"], case.item["guardrail_override"]) == ("ready", True)
+
+
+def test_d19_notes_last_through_triage_and_one_phase() -> None:
+    triaged = Case(item("A-1", unblock_context="do it so"), result("triage"))
+    assert triaged.item["unblock_context"] == "do it so"
+    researched = Case(triaged.item, result("research"))
+    assert "unblock_context" not in researched.item
+
+
+@pytest.mark.parametrize(("context", "reason"), [("not needed", "not needed"), (None, "triage summary")])
+def test_a_blocked_triage_blocks(context: str | None, reason: str) -> None:
+    case = Case(item("A-1"), result("triage", "blocked", context=context, block_type="decision"))
+    expected = item("A-1", "blocked", blocked_from_status="new", blocked_reason=reason, blocked_type="decision", updated=STAMP)
+    assert case.item == expected
+    assert case.applied == Applied("blocked", expected, reason, worklog=case.entry("triage", "Blocked", reason))
+
+
+@pytest.mark.parametrize("code", ["failed", "subphase_complete"])
+def test_d13_no_result_of_triage_leaves_the_item_new(code: str) -> None:
+    assert Case(item("A-1"), result("triage", code)).item["status"] == "blocked"
+
+
+def test_triage_with_an_unknown_pipeline_blocks() -> None:
+    case = Case(item("A-1"), result("triage", pipeline_type="blog"))
+    assert case.applied.state == "blocked"
+    assert case.item["blocked_reason"] == "unknown pipeline type 'blog'; built-in defaults has: feature"
+    assert "pipeline_type" not in case.item
+
+
+def test_an_item_that_names_an_unknown_pipeline_blocks_unless_triage_corrects_it() -> None:
+    assert Case(item("A-1", pipeline_type="blog"), result("triage")).applied.state == "blocked"
+    corrected = Case(item("A-1", pipeline_type="blog"), result("triage", pipeline_type="feature"))
+    assert (corrected.applied.state, corrected.item["pipeline_type"]) == ("advanced", "feature")
+
+
+FULL = {"context": "c", "problem": "p", "solution": "s", "impact": "i", "sizing_rationale": "r"}
+
+
+@pytest.mark.parametrize(
+    ("old", "given", "stored"),
+    [
+        (None, FULL, FULL),
+        (None, {}, None),
+        (None, dict.fromkeys(FULL, ""), None),
+        (None, {"problem": "p", "impact": "i"}, {"context": "", "problem": "p", "solution": "", "impact": "i", "sizing_rationale": ""}),
+        (FULL, {"problem": "new"}, {**FULL, "problem": "new"}),
+        (FULL, {"context": ""}, FULL),
+    ],
+)
+def test_triage_takes_the_description_field_by_field(
+    old: dict[str, str] | None, given: dict[str, str], stored: dict[str, str] | None
+) -> None:
+    started = item("A-1", description=old) if old else item("A-1")
+    assert Case(started, result("triage", description=given)).item.get("description") == stored
+
+
+# ---- Duplicates -----------------------------------------------------------------------------------
+
+
+def test_a_duplicate_with_a_higher_number_is_merged_into_the_triaged_item() -> None:
+    reported = result("triage", duplicates=("A-3",))
+    case = Case(item("A-1"), reported, item("A-3"), item("A-4", "ready", dependencies=["A-3"]))
+    assert set(case.draft.items) == {"A-1", "A-4"}
+    assert case.draft.items["A-4"]["dependencies"] == ["A-1"]
+    assert "[Merged from A-3] Title: Title of A-3" in case.item["description"]["context"]
+    assert (case.applied.state, case.applied.merged, case.applied.warnings) == ("advanced", ("A-3",), ())
+    merged = worklog_entry(NOW, "A-3", "Title of A-3", "triage", "Merged", "Merged into A-1")
+    assert case.applied.worklog == case.entry("triage", "Complete", "triage summary") + merged
+
+
+@pytest.mark.parametrize(("code", "outcome"), [("phase_complete", "Complete"), ("blocked", "Blocked")])
+def test_the_triaged_item_is_merged_into_a_lower_number(code: str, outcome: str) -> None:
+    reported = result("triage", code, duplicates=("A-0", "A-3"), pipeline_type="nope")
+    case = Case(item("A-1"), reported, item("A-0"), item("A-3"))
+    assert set(case.draft.items) == {"A-0", "A-3"}
+    assert (case.applied.state, case.applied.reason, case.applied.merged) == ("merged", "merged into A-0", ("A-1",))
+    assert (case.applied.item["title"], case.applied.warnings) == ("Title of A-1", ())
+    merged = worklog_entry(NOW, "A-1", "Title of A-1", "triage", "Merged", "Merged into A-0")
+    assert case.applied.worklog == case.entry("triage", outcome, "triage summary") + merged
+
+
+def test_an_id_without_a_number_takes_the_triaged_item_in() -> None:
+    case = Case(item("A-1"), result("triage", duplicates=("legacy",)), item("legacy"))
+    assert (case.applied.state, set(case.draft.items)) == ("merged", {"legacy"})
+
+
+@pytest.mark.parametrize(
+    ("duplicate", "others", "running"),
+    [
+        ("A-1", [], []),
+        ("A-9", [], []),
+        ("A-0", [item("A-0", "done")], []),
+        ("A-3", [item("A-3", "done")], []),
+        ("A-3", [at("A-3", "prd")], []),
+        ("A-3", [item("A-3")], ["A-1", "A-3"]),
+    ],
+)
+def test_d36_what_may_not_be_merged_stays_with_a_warning(
+    duplicate: str, others: list[Item], running: list[str]
+) -> None:
+    case = Case(item("A-1"), result("triage", duplicates=(duplicate,)), *others, running=running)
+    assert {k: v for k, v in case.draft.items.items() if k != "A-1"} == {one["id"]: one for one in others}
+    assert (case.applied.state, case.applied.merged) == ("advanced", ())
+    [warning] = case.applied.warnings
+    assert warning.startswith(f"A-1: its duplicate {duplicate} stays: ")
+
+
+def test_d36_a_failed_triage_merges_nothing() -> None:
+    case = Case(item("A-1"), result("triage", "failed", duplicates=("A-3",)), item("A-3"))
+    assert set(case.draft.items) == {"A-1", "A-3"}
+
+
+def test_the_triaged_item_itself_counts_as_idle() -> None:
+    case = Case(item("A-1"), result("triage", duplicates=("A-0",)), item("A-0"), running=["A-1"])
+    assert case.applied.state == "merged"
+
+
+# ---- Promotion, repair, staleness -----------------------------------------------------------------
+
+
+def test_d33_promotion_is_one_edit() -> None:
+    draft = Draft(backlog(item("A-1", "ready", attempts=1, unblock_context="notes")))
+    applied = promote(draft, "A-1", DEFAULTS, NOW)
+    expected = at("A-1", "prd", unblock_context="notes", updated=STAMP)
+    assert draft.items == {"A-1": expected}
+    assert applied == Applied("advanced", expected)
+
+
+def test_d24_promotion_with_an_unknown_pipeline_blocks_the_item() -> None:
+    draft = Draft(backlog(item("A-1", "ready", pipeline_type="nope")))
+    applied = promote(draft, "A-1", DEFAULTS, NOW)
+    reason = "unknown pipeline type 'nope'; built-in defaults has: feature"
+    assert (applied.state, applied.reason) == ("blocked", reason)
+    blocked = draft.items["A-1"]
+    assert (blocked["status"], blocked["blocked_from_status"], blocked["blocked_reason"]) == ("blocked", "ready", reason)
+    assert applied.worklog == worklog_entry(NOW, "A-1", "Title of A-1", "promotion", "Blocked", reason)
+
+
+@pytest.mark.parametrize(
+    ("fields", "state"),
+    [
+        ({"size": "large"}, "blocked"),
+        ({"requires_human_review": True}, "blocked"),
+        ({"size": "large", "requires_human_review": True, "guardrail_override": True}, "advanced"),
+        ({"size": "medium"}, "advanced"),
+    ],
+)
+def test_d16_promotion_checks_guardrails(fields: dict[str, Any], state: str) -> None:
+    """An unblocked item comes back as ready without having been checked."""
+    draft = Draft(backlog(item("A-1", "ready", **fields)))
+    assert promote(draft, "A-1", DEFAULTS, NOW).state == state
+
+
+@pytest.mark.parametrize("items", [[], [item("A-1")], [at("A-1", "prd")]])
+def test_promotion_of_what_is_not_ready_any_more_changes_nothing(items: list[Item]) -> None:
+    draft = Draft(backlog(*items))
+    applied = promote(draft, "A-1", DEFAULTS, NOW)
+    assert (applied.state, applied.item["id"]) == ("dropped", "A-1")
+    assert draft.items == {one["id"]: one for one in items}
+
+
+def repaired(*items: Item, config: Config = DEFAULTS) -> tuple[dict[str, Item], list[str]]:
+    draft = Draft(backlog(*items))
+    messages = repair_items(draft, config, NOW)
+    return draft.items, messages
+
+
+def test_repair_leaves_healthy_items_alone() -> None:
+    healthy = [
+        item("A-1"),
+        item("A-2", "new", pipeline_type="nope"),
+        item("A-3", "done", pipeline_type="nope"),
+        item("A-4", "blocked", pipeline_type="nope"),
+        item("A-5", "ready", dependencies=["A-1"]),
+        at("A-6", "prd"),
+    ]
+    assert repaired(*healthy) == ({one["id"]: one for one in healthy}, [])
+
+
+def test_d23_active_items_without_a_phase_get_the_first_one() -> None:
+    items, messages = repaired(item("A-1", "scoping"), item("A-2", "in_progress"))
+    assert items == {"A-1": at("A-1", "research", updated=STAMP), "A-2": at("A-2", "prd", updated=STAMP)}
+    assert messages == [
+        "A-1: was scoping without a phase; starts with research",
+        "A-2: was in_progress without a phase; starts with prd",
+    ]
+
+
+def test_d23_scoping_without_pre_phases_is_ready_unless_guardrails_object() -> None:
+    items, messages = repaired(item("A-1", "scoping"), item("A-2", "scoping", size="large"), config=NO_PRE_PHASES)
+    assert [(i["status"], i.get("blocked_from_status")) for i in items.values()] == [("ready", None), ("blocked", "ready")]
+    assert messages[0] == "A-1: was scoping without a phase; feature has no pre-phases, so it is ready"
+    assert messages[1].startswith("A-2: was scoping without a phase; blocked: the guardrails are exceeded by size large")
+
+
+@pytest.mark.parametrize("status", ["scoping", "ready", "in_progress"])
+def test_d24_unknown_pipelines_block_the_item_not_the_run(status: str) -> None:
+    items, messages = repaired(item("A-1", status, pipeline_type="nope"), at("A-2", "prd"))
+    reason = "unknown pipeline type 'nope'; built-in defaults has: feature"
+    assert (items["A-1"]["status"], items["A-1"]["blocked_reason"]) == ("blocked", reason)
+    assert messages == [f"A-1: blocked: {reason}"]
+
+
+def test_d49_dependencies_on_finished_items_are_pruned_by_id_and_typing_errors_are_not() -> None:
+    items, messages = repaired(
+        item("WRK-005", dependencies=["WRK-001", "WRK-003", "WRK-999", "WRK-006"]),
+        item("WRK-006", "blocked", dependencies=["WRK-002"]),
+    )
+    assert items["WRK-005"]["dependencies"] == ["WRK-999", "WRK-006"]
+    assert "dependencies" not in items["WRK-006"]
+    assert messages == [
+        "WRK-005: dropped its dependencies on finished items: WRK-001, WRK-003",
+        "WRK-006: dropped its dependencies on finished items: WRK-002",
+    ]
+
+
+BUILD = Phase("build", destructive=True)
+
+
+@pytest.mark.parametrize(
+    ("setting", "ancestor", "verdict", "says"),
+    [
+        ("ignore", True, "proceed", ""),
+        ("warn", True, "proceed", ""),
+        ("block", True, "proceed", ""),
+        ("ignore", False, "proceed", ""),
+        ("warn", False, "warn", "Stale: abc, where the last phase started, is no longer in history"),
+        ("block", False, "block", "Stale: abc, where the last phase started, is no longer in history"),
+        ("ignore", None, "block", "the check whether abc is still in history failed: bad object"),
+        ("warn", None, "block", "the check whether abc is still in history failed: bad object"),
+        ("block", None, "block", "the check whether abc is still in history failed: bad object"),
+    ],
+)
+def test_staleness(setting: Any, ancestor: bool | None, verdict: str, says: str) -> None:
+    assert staleness(BUILD._replace(staleness=setting), "abc", ancestor, "bad object") == (verdict, says)
+
+
+def test_staleness_is_about_destructive_phases_with_a_past() -> None:
+    assert staleness(BUILD._replace(staleness="block"), None, None) == ("proceed", "")
+    assert staleness(Phase("prd", staleness="block"), "abc", False) == ("proceed", "")
+
+
+# ---- A life, decided from end to end --------------------------------------------------------------
+
+
+def test_an_item_goes_all_the_way() -> None:
+    draft = Draft(backlog(item("A-1")))
+    seen: list[str] = []
+    for _ in range(20):
+        actions = select_actions(draft.backlog(), {}, DEFAULTS)
+        if not actions:
+            break
+        seen += short(actions)
+        [action] = actions
+        if isinstance(action, Promote):
+            promote(draft, "A-1", DEFAULTS, NOW)
+        else:
+            reported = result(action.name, ratings={"size": "medium"})
+            apply_result(draft, action, draft.items["A-1"], reported, DEFAULTS, NOW, None)
+    assert seen == [f"{step} A-1" for step in ("triage", "research", "promote", "prd", "design", "build", "review")]
+    assert draft.items == {}
+
+
+def test_a_pipeline_of_another_name_is_followed() -> None:
+    config = DEFAULTS._replace(pipelines={"docs": Pipeline("docs", (), (Phase("write"),))})
+    assert chosen([item("A-1", "in_progress", phase="write", pipeline_type="docs")], config) == ["write A-1"]
+    assert chosen([item("A-1", "in_progress", phase="write")], config) == []

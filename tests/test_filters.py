@@ -1,0 +1,211 @@
+"""The grammar and the meaning of `--only`."""
+
+from __future__ import annotations
+
+import pytest
+
+from backlog import Filter, FilterError, Item, check_filters, matches, parse_filter
+
+
+def item(item_id: str = "WRK-001", **fields: object) -> Item:
+    return {"id": item_id, "title": "T", "status": "new", **fields}  # type: ignore[typeddict-item]
+
+
+def error_of(text: str) -> str:
+    with pytest.raises(FilterError) as caught:
+        parse_filter(text)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("status=ready", Filter("status", ("ready",))),
+        ("status=IN_PROGRESS", Filter("status", ("in_progress",))),
+        ("impact=high", Filter("impact", ("high",))),
+        ("impact=HIGH", Filter("impact", ("high",))),
+        ("IMPACT=h", Filter("impact", ("high",))),
+        ("Risk=M", Filter("risk", ("medium",))),
+        ("complexity=l", Filter("complexity", ("low",))),
+        ("size=s", Filter("size", ("small",))),
+        ("size=M", Filter("size", ("medium",))),
+        ("size=Large", Filter("size", ("large",))),
+        ("tag=Auth", Filter("tag", ("Auth",))),
+        ("tag=a=b", Filter("tag", ("a=b",))),
+        ("tag=a=b,c=d", Filter("tag", ("a=b", "c=d"))),
+        ("tag=a,A", Filter("tag", ("a", "A"))),
+        ("pipeline_type=Feature", Filter("pipeline_type", ("Feature",))),
+        ("pipeline_type=feature,bug", Filter("pipeline_type", ("feature", "bug"))),
+        ("impact=high, medium", Filter("impact", ("high", "medium"))),
+        ("  size = small ", Filter("size", ("small",))),
+        ("id=WRK-001,WRK-2", Filter("id", ("WRK-001", "WRK-2"))),
+        ("origin=inbox", Filter("origin", ("inbox",))),
+        ("priority=10,-1", Filter("priority", ("10", "-1"))),
+        ("priority=+07", Filter("priority", ("7",))),
+        ("status!=done,blocked", Filter("status", ("done", "blocked"), True)),
+        ("tag != x", Filter("tag", ("x",), True)),
+        ("tag=!x", Filter("tag", ("!x",))),
+    ],
+)
+def test_parse(text: str, expected: Filter) -> None:
+    assert parse_filter(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "   ", "status", "status=", "=ready", "!=ready", "status!="])
+def test_without_key_or_value_the_form_is_explained(text: str) -> None:
+    assert error_of(text) == (
+        f"Filter must be in format KEY=VALUE[,VALUE…] or KEY!=VALUE[,VALUE…], not '{text}'"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "foo=bar",
+            "Unknown filter field: foo. Supported: status, impact, size, risk, complexity, tag,"
+            " pipeline_type, id, origin, priority",
+        ),
+        (
+            "size=huge",
+            "Invalid value 'huge' for field 'size'. Valid values: small, medium, large",
+        ),
+        ("impact=big", "Invalid value 'big' for field 'impact'. Valid values: low, medium, high"),
+        (
+            "status=open",
+            "Invalid value 'open' for field 'status'. Valid values:"
+            " new, scoping, ready, in_progress, done, blocked",
+        ),
+        (
+            "impact=high,bad,worse",
+            "Invalid value 'bad' for field 'impact'. Valid values: low, medium, high",
+        ),
+        ("priority=1.5", "Invalid value '1.5' for field 'priority': no whole number"),
+        ("priority=²", "Invalid value '²' for field 'priority': no whole number"),
+        ("tag=a,,b", "Empty value in comma-separated list: 'tag=a,,b'"),
+        ("tag=,a", "Empty value in comma-separated list: 'tag=,a'"),
+        ("tag=a,", "Empty value in comma-separated list: 'tag=a,'"),
+        ("tag=,", "Empty value in comma-separated list: 'tag=,'"),
+        (
+            "impact=high,high",
+            "Duplicate value 'high' in comma-separated list for field 'impact'",
+        ),
+        (
+            "impact=high,H",
+            "Duplicate value 'high' in comma-separated list for field 'impact'",
+        ),
+        ("tag=a,a", "Duplicate value 'a' in comma-separated list for field 'tag'"),
+    ],
+)
+def test_refused(text: str, message: str) -> None:
+    assert error_of(text) == message
+
+
+def test_only_the_first_sign_of_equality_counts() -> None:
+    assert error_of("key=val=ue").startswith("Unknown filter field: key.")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "status=in_progress",
+        "impact=high,medium",
+        "size=small",
+        "risk=low",
+        "complexity=medium",
+        "tag=a=b,c",
+        "pipeline_type=feature",
+        "id!=WRK-001",
+        "priority=-3",
+    ],
+)
+def test_canonical_text_reads_the_same(text: str) -> None:
+    assert str(parse_filter(text)) == text
+    assert parse_filter(str(parse_filter(text))) == parse_filter(text)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [],
+        ["impact=high"],
+        ["impact=high", "size=small"],
+        ["tag=a", "tag=b"],
+        ["tag=a", "tag=a,b"],
+        ["tag=a", "impact=low", "status=new"],
+        ["status=ready,new", "status!=new"],
+    ],
+)
+def test_flags_that_go_together(flags: list[str]) -> None:
+    check_filters([parse_filter(flag) for flag in flags])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ["impact=high", "impact=low"],
+            "Field 'impact' specified multiple times in separate --only flags;"
+            " put the values in one: --only impact=value1,value2",
+        ),
+        (
+            ["id!=A-1", "size=small", "id!=A-2"],
+            "Field 'id' specified multiple times in separate --only flags;"
+            " put the values in one: --only id!=value1,value2",
+        ),
+        (["tag=a,b", "tag=a,b"], "Duplicate filter: tag=a,b specified multiple times"),
+    ],
+)
+def test_flags_that_do_not_go_together(flags: list[str], message: str) -> None:
+    with pytest.raises(FilterError) as caught:
+        check_filters([parse_filter(flag) for flag in flags])
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("flag", ["impact=high,low", "impact=h"])
+def test_identical_and_overlapping_flags_of_one_field_are_refused(flag: str) -> None:
+    with pytest.raises(FilterError, match="specified multiple times"):
+        check_filters([parse_filter(flag), parse_filter("impact=high")])
+
+
+ITEMS = [
+    item("WRK-001", status="in_progress", impact="high", size="small", tags=["a", "c"]),
+    item("WRK-002", status="blocked", impact="medium", size="small", tags=["b", "v1"]),
+    item("WRK-003", impact="low", pipeline_type="feature", priority=5, origin="WRK-001/build"),
+    item("WRK-004", origin="inbox", tags=["b", "c"], impact="high", size="large"),
+]
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ([], "1234"),
+        (["status=in_progress"], "1"),
+        (["status=blocked,new"], "234"),
+        (["impact=high,medium"], "124"),
+        (["impact=high,medium", "size=s"], "12"),
+        (["risk=low"], ""),
+        (["complexity=high"], ""),
+        (["tag=V1"], ""),
+        (["tag=v1"], "2"),
+        (["tag=a,b"], "124"),
+        (["tag=a,b", "tag=c"], "14"),
+        (["pipeline_type=feature"], "3"),
+        (["pipeline_type=Feature"], ""),
+        (["status=new", "impact=high", "tag=c"], "4"),
+        (["id=WRK-003,WRK-001"], "13"),
+        (["id=wrk-003"], ""),
+        (["origin=inbox"], "4"),
+        (["origin=WRK-001"], "3"),
+        (["origin=WRK-001/build"], "3"),
+        (["origin=WRK-001/review"], ""),
+        (["priority=5"], "3"),
+        (["priority!=5"], "124"),
+        (["tag!=b"], "13"),
+        (["impact!=high,low"], "2"),
+        (["size!=small"], "34"),
+    ],
+)
+def test_matching(flags: list[str], expected: str) -> None:
+    filters = [parse_filter(flag) for flag in flags]
+    assert "".join(i["id"][-1] for i in ITEMS if matches(i, filters)) == expected

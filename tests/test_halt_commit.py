@@ -1,0 +1,314 @@
+"""The halt commit: one test per criterion of its specification, through the real command.
+
+Each of the eight halt reasons is reached by real arguments and agents, once with BACKLOG.yaml
+changed outside phase commits and once without, with the operator's staged, modified and untracked
+files around.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+BLOCKS = {"result": {"result": "blocked", "summary": "needs a decision"}}
+FAILS = {"result": {"result": "failed", "summary": "cannot"}}
+USER_STATUS = " M README.md\nA  staged.txt\n?? untracked.txt\n"
+
+
+class Case(NamedTuple):
+    """A way to a halt reason."""
+
+    reason: str
+    dirty: bool  # whether BACKLOG.yaml changes outside phase commits
+    items: tuple[str, ...]
+    args: tuple[str, ...] = ()
+    script: dict[str, Any] = {}  # noqa: RUF012
+    code: int = 0
+    prepare: Callable[[Any], None] = lambda project: None
+    during: Callable[[Any, Any], None] | None = None  # what happens while the run is active
+
+
+def terminate(project: Any, process: Any) -> None:
+    project.announced()
+    process.send_signal(signal.SIGTERM)
+
+
+def one_attempt(project: Any) -> None:
+    project.configure(execution="max_retries = 0")
+
+
+def inbox(project: Any) -> None:
+    (project.root / "BACKLOG_INBOX.yaml").write_text("- title: From the inbox\n")
+
+
+def limited_claude(project: Any) -> None:
+    """A `claude` that reports a used-up usage limit, first on the PATH."""
+    event = {"type": "rate_limit_event", "rate_limit_info": {"status": "rejected", "resetsAt": 4102444800, "rateLimitType": "five_hour"}}
+    fake = project.outside / "claude"
+    fake.write_text(f"#!/bin/sh\ncat > /dev/null\necho '{json.dumps(event)}'\nexit 1\n")
+    fake.chmod(0o755)
+    os.environ["PATH"] = f"{project.outside}:{os.environ['PATH']}"
+    os.environ["IS_SANDBOX"] = "1"
+    text = (project.root / "orchestrator.toml").read_text()
+    lines = [line for line in text.splitlines() if not line.startswith(("cli =", "command ="))]
+    (project.root / "orchestrator.toml").write_text("\n".join(lines) + "\n")
+
+
+HANG = {"announce": True, "hang": True}
+ACTIVE = "WRK-001 in_progress phase=build phase_pool=main"
+CASES = [
+    Case("ShutdownRequested", True, ("WRK-001 ready",), script={"*": [HANG]}, code=143, during=terminate),
+    Case("ShutdownRequested", False, (ACTIVE,), script={"*": [HANG]}, code=143, during=terminate),
+    Case("CircuitBreakerTripped", True, ("WRK-001 ready", "WRK-002 ready"), script={"*": [FAILS]}, code=4, prepare=one_attempt),
+    Case("CircuitBreakerTripped", False, (ACTIVE,), code=4, prepare=limited_claude),
+    Case("TargetBlocked", True, ("WRK-001 ready",), ("--target", "WRK-001"), {"*": [BLOCKS]}, code=3),
+    Case("TargetBlocked", False, ("WRK-001 blocked blocked_from_status=ready blocked_reason=why",), ("--target", "WRK-001"), code=3),
+    Case(
+        "TargetCompleted", True, (ACTIVE, "WRK-002 ready"),
+        ("--target", "WRK-001", "--target", "WRK-002", "--auto-advance"), {"WRK-002/*": [BLOCKS], "*/build": [{"write": {"code.py": "1\n"}}]},
+    ),
+    Case("TargetCompleted", False, (ACTIVE,), ("--target", "WRK-001"), {"*/build": [{"write": {"code.py": "1\n"}}]}),
+    Case("NoMatchingItems", True, ("WRK-001 ready",), ("--only", "tag=none"), prepare=inbox),
+    Case("NoMatchingItems", False, ("WRK-001 ready",), ("--only", "tag=none")),
+    Case("FilterExhausted", True, ("WRK-001 ready tags=[x]", "WRK-002 ready"), ("--only", "tag=x"), {"*": [BLOCKS]}, code=3),
+    Case("FilterExhausted", False, (ACTIVE + " tags=[x]", "WRK-002 ready"), ("--only", "tag=x"), {"*/build": [{"write": {"code.py": "1\n"}}]}),
+    Case("AllDoneOrBlocked", True, ("WRK-001 ready",), script={"*": [BLOCKS]}, code=3),
+    Case("AllDoneOrBlocked", False, ("WRK-001 blocked blocked_from_status=ready blocked_reason=why",)),
+    Case("CapReached", True, ("WRK-001 ready",), ("--cap", "0")),
+    Case("CapReached", False, (ACTIVE,), ("--cap", "0")),
+]
+
+
+def set_up(project: Any, case: Case) -> None:
+    project.backlog(*case.items)
+    project.script(case.script)
+    case.prepare(project)
+    if (project.root / "BACKLOG_INBOX.yaml").exists():
+        project.git("add", "orchestrator.toml", "BACKLOG.yaml")
+        project.git("commit", "-q", "--allow-empty", "-m", "Set up")
+    else:
+        project.commit_all()
+    (project.root / "staged.txt").write_text("staged by the operator\n")
+    project.git("add", "staged.txt")
+    (project.root / "README.md").write_text("edited by the operator\n")
+    (project.root / "untracked.txt").write_text("untracked\n")
+
+
+def user_status(project: Any) -> str:
+    """`git status` without our own documents and worklog."""
+    own = ("changes/", "_worklog/", "_ideas/")
+    return "".join(line for line in project.status().splitlines(keepends=True) if not line[3:].startswith(own))
+
+
+def run_case(project: Any, case: Case) -> Any:
+    """Run a case to its end; returns the finished process' standard error."""
+    set_up(project, case)
+    process = project.start("run", "--allow-dirty", *case.args)
+    if case.during:
+        case.during(project, process)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == case.code, out + err
+    return err
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.reason}-{'dirty' if case.dirty else 'clean'}")
+def test_every_halt_reason_commits_the_backlog_alone_and_only_if_dirty(
+    project: Any, case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", os.environ["PATH"])  # so that a case may change it
+    monkeypatch.setenv("IS_SANDBOX", "")
+    err = run_case(project, case)
+    message = f"[orchestrator] Save backlog state on halt ({case.reason})"
+    halts = [subject for subject in project.subjects() if "on halt" in subject]
+    assert halts == ([message] if case.dirty else [])
+    assert f"({case.reason})" in err
+    if case.dirty:
+        assert project.subjects()[0] == message
+        assert project.git("show", "-s", "--format=%B").strip() == message
+        assert project.paths() == ["BACKLOG.yaml"]
+        assert "saved the backlog state: commit " in err
+    assert project.committed() == project.text()
+    assert user_status(project) == USER_STATUS
+    touched = {path for commit in project.git("log", "--format=%H").split() for path in project.paths(commit)}
+    assert not touched & {"staged.txt", "untracked.txt"}
+    assert project.git("show", "HEAD:README.md") == "A project\n"
+
+
+def dirty_and_halted(project: Any) -> Case:
+    """The plainest case in which a halt leaves BACKLOG.yaml changed: a promotion and no phase."""
+    case = next(case for case in CASES if case.reason == "CapReached" and case.dirty)
+    set_up(project, case)
+    return case
+
+
+@pytest.mark.parametrize("staged", [False, True], ids=["unstaged", "staged"])
+def test_a_backlog_the_operator_left_dirty_is_committed_staged_or_not(project: Any, staged: bool) -> None:
+    project.backlog("WRK-001 blocked blocked_from_status=ready blocked_reason=why", head="# by hand\n")
+    if staged:
+        project.git("add", "BACKLOG.yaml")
+    project.run("run")
+    assert project.subjects()[0] == "[orchestrator] Save backlog state on halt (AllDoneOrBlocked)"
+    assert project.paths() == ["BACKLOG.yaml"]
+    assert project.committed().startswith("# by hand\n")
+    assert project.status() == ""
+
+
+def test_a_second_run_with_nothing_to_do_makes_no_commit(project: Any) -> None:
+    dirty_and_halted(project)
+    project.run("run", "--allow-dirty", "--cap", "0")
+    before = project.git("rev-parse", "HEAD")
+    project.run("run", "--allow-dirty", "--cap", "0")
+    assert project.git("rev-parse", "HEAD") == before
+
+
+def test_the_commit_holds_what_the_coordinator_saved_last(project: Any) -> None:
+    """A result that arrives while the run is being stopped is in the commit."""
+    project.backlog("WRK-001 ready")
+    project.commit_all()
+    finishes = "trap 'exit 0' TERM; echo here > ../outside/announce; while :; do sleep 0.05; done"
+    project.script({"*/plan": [{"sh": "true", "announce": True, "await": "go"}]})
+    os.mkfifo(project.outside / "go")
+    del finishes
+    process = project.start("run")
+    project.announced()
+    (project.outside / "go").write_text("")
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 143, err
+    assert project.committed() == project.text()
+
+
+@pytest.mark.parametrize("trouble", ["merge", "detached", "locked"])
+def test_git_trouble_at_the_halt_commit_is_a_warning(project: Any, trouble: str) -> None:
+    """The exit code stays that of the halt; the state is parked and the next start takes it up."""
+    shell = {
+        "merge": "git switch -q other && echo x > o.txt && git add o.txt && git commit -qm o && git switch -q main"
+        " && echo y > m.txt && git add m.txt && git commit -qm m && git merge --no-ff --no-commit -q other",
+        "detached": "git checkout -q --detach",
+        "locked": "touch .git/index.lock",
+    }[trouble]
+    project.backlog("WRK-001 ready")
+    project.commit_all()
+    project.git("branch", "other")
+    project.script({"*/plan": [{"sh": f"cd {project.root} && {shell}", **BLOCKS}]})
+    head = project.git("rev-parse", "HEAD")
+    done = project.run("run", code=1 if trouble == "detached" else 3)
+    assert "refs/orchestrator/backlog" in done.stderr
+    assert project.git("show", "refs/orchestrator/backlog:BACKLOG.yaml") == project.text()
+    if trouble == "locked":
+        assert project.git("rev-parse", "HEAD") == head
+        (project.root / ".git/index.lock").unlink()
+        project.run("run", "--cap", "0")
+        assert project.committed() == project.text()
+        assert project.git("for-each-ref", "refs/orchestrator/backlog") == ""
+
+
+def test_strict_makes_git_trouble_an_error(project: Any) -> None:
+    project.backlog("WRK-001 ready")
+    project.commit_all()
+    project.script({"*/plan": [{"sh": f"touch {project.root}/.git/index.lock", **BLOCKS}]})
+    project.run("run", "--strict", code=1)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    ["rm BACKLOG.yaml && mkdir BACKLOG.yaml", "printf 'items: [\\n' > BACKLOG.yaml"],
+    ids=["unwritable", "unparsable"],
+)
+def test_a_failed_closing_save_skips_the_commit(project: Any, spoil: str) -> None:
+    """Nothing stale is committed; what was decided waits in the journal for the next start."""
+    project.backlog("WRK-001 ready")
+    project.commit_all()
+    project.script({"*/plan": [{"sh": f"cd {project.root} && cp BACKLOG.yaml {project.outside}/good && {spoil}", **BLOCKS}]})
+    before = project.git("rev-parse", "HEAD")
+    process = project.start("run", "--cap", "1")
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1, err
+    assert "run.json" in err
+    subjects = project.subjects()
+    assert not [subject for subject in subjects if "on halt" in subject]
+    assert "BACKLOG.yaml" not in project.git("diff", "--name-only", before.strip(), "HEAD").split()
+    if (project.root / "BACKLOG.yaml").is_dir():
+        (project.root / "BACKLOG.yaml").rmdir()
+    shutil.copy(project.outside / "good", project.root / "BACKLOG.yaml")
+    project.run("run", "--cap", "0", code=None)
+    assert project.statuses() == {"WRK-001": "blocked plan"}
+    assert project.committed() == project.text()
+
+
+def test_an_exception_takes_the_same_way_out(project: Any) -> None:
+    """No reason, so the message has no parentheses; the exit code is 1."""
+    project.backlog("WRK-001 ready")
+    project.commit_all()
+    project.script({"*/plan": [{"sh": f"cd {project.root} && git switch -q -c elsewhere"}]})
+    done = project.run("run", code=1)
+    assert "switched from main to elsewhere" in done.stderr
+    assert project.git("log", "--format=%s", "-1", "refs/orchestrator/backlog").strip() == (
+        "[orchestrator] Save backlog state on halt"
+    )
+
+
+def test_documents_of_two_phases_in_flight_and_an_operator_editing(project: Any) -> None:
+    """Two document phases that end apart, while the operator adds, edits and stages."""
+    project.configure("plan", execution="max_concurrent = 2\nmax_wip = 2")
+    project.backlog("WRK-001 ready", "WRK-002 ready", head="# my backlog\n")
+    project.commit_all()
+    os.mkfifo(project.outside / "go")
+    project.script({
+        "WRK-001/plan": [{"document": "plan.md", "announce": True}],
+        "WRK-002/plan": [{"document": "plan.md", "await": "go"}],
+    })
+    process = project.start("run")
+    project.announced()
+    (project.root / "staged.txt").write_text("mine\n")
+    project.git("add", "staged.txt")
+    project.run("add", "Added meanwhile", "--size", "large")
+    text = project.text().replace("title: Item WRK-002", "title: Renamed by hand  # why not")
+    (project.root / "BACKLOG.yaml").write_text(text)
+    (project.outside / "go").write_text("")
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, out + err
+    documents = [path for commit in project.git("log", "--format=%H").split() for path in project.paths(commit)]
+    assert documents.count("changes/WRK-001_item-wrk-001/plan.md") == 1
+    assert documents.count("changes/WRK-002_renamed-by-hand/plan.md") + documents.count("changes/WRK-002_item-wrk-002/plan.md") == 1
+    assert project.committed() == project.text()
+    assert project.text().startswith("# my backlog\n")
+    assert "Renamed by hand" in next((project.root / "_worklog").iterdir()).read_text()
+    assert "Added meanwhile" in project.git("log", "-p", "--", "BACKLOG.yaml")
+    assert "staged.txt" not in documents
+    assert project.status() == "A  staged.txt\n"
+
+
+def test_the_reason_of_a_signal_wins_over_a_halt_it_overtakes(project: Any) -> None:
+    project.backlog("WRK-001 ready")
+    project.commit_all()
+    project.script({"*": [HANG]})
+    process = project.start("run", "--cap", "1")
+    project.announced()
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert project.subjects()[0] == "[orchestrator] Save backlog state on halt (ShutdownRequested)"
+    assert project.statuses() == {"WRK-001": "in_progress plan"}
+
+
+def test_path_of_the_halt_commit_below_the_top_of_the_repository(project: Any, tmp_path: Path) -> None:
+    """The project is a folder of a bigger repository that has another BACKLOG.yaml at its top."""
+    sub = project.root / "sub"
+    sub.mkdir()
+    for name in ("BACKLOG.yaml", "orchestrator.toml"):
+        (sub / name).write_bytes((project.root / name).read_bytes())
+    project.commit_all()
+    top, project.root = project.root, sub
+    project.backlog("WRK-001 ready")
+    project.run("run", "--cap", "0")
+    assert project.paths() == ["sub/BACKLOG.yaml"]
+    assert (top / "BACKLOG.yaml").read_text() != project.text()
+    assert project.status() == ""

@@ -1,0 +1,1190 @@
+"""Reading a backlog, the rules of its items, ids, follow-ups, inbox, older schemas, worklog."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta, timezone
+from itertools import product
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from backlog import (
+    LEGAL_TRANSITIONS,
+    STATUS_WORDS,
+    Backlog,
+    BacklogError,
+    Draft,
+    InboxEntry,
+    InboxError,
+    Item,
+    Store,
+    YamlError,
+    add_follow_ups,
+    advance,
+    append_worklog,
+    archive,
+    archive_entry,
+    assess,
+    block,
+    highest_number,
+    ingest,
+    merge_items,
+    normalise_title,
+    parse_description,
+    parse_inbox,
+    parse_yaml,
+    timestamp,
+    transition,
+    unblock,
+    worklog_entry,
+)
+
+START = datetime(2026, 2, 10, tzinfo=UTC)
+NOW = datetime(2026, 2, 13, 17, 41, 26, 593891, tzinfo=UTC)
+NOW_TEXT = "2026-02-13T17:41:26.593891+00:00"
+
+
+def item(item_id: str = "WRK-001", status: str = "new", **fields: object) -> Item:
+    known = {"title": f"Title of {item_id}", "created": timestamp(START), "updated": timestamp(START)}
+    return {"id": item_id, "status": status, **known, **fields}  # type: ignore[return-value, typeddict-item]
+
+
+def draft_of(*items: Item, counter: int = 0) -> Draft:
+    return Draft(Backlog({i["id"]: i for i in items}, counter))
+
+
+class FollowUp(NamedTuple):
+    title: str
+    context: str | None = None
+    size: str | None = None
+    risk: str | None = None
+
+
+class Loaded(NamedTuple):
+    backlog: Backlog
+    warnings: list[str]
+    store: Store
+    path: Path
+
+
+Load = Callable[..., Loaded]
+
+
+@pytest.fixture
+def load(tmp_path: Path) -> Load:
+    """Load a text as BACKLOG.yaml."""
+
+    def run(text: str | bytes, **options: object) -> Loaded:
+        path = tmp_path / "BACKLOG.yaml"
+        path.write_bytes(text.encode() if isinstance(text, str) else text)
+        warnings: list[str] = []
+        store = Store(path, tmp_path / "lock", warn=warnings.append, **options)  # type: ignore[arg-type]
+        return Loaded(store.load(), warnings, store, path)
+
+    return run
+
+
+def refusal(load: Load, text: str | bytes) -> str:
+    with pytest.raises(BacklogError) as caught:
+        load(text)
+    return str(caught.value)
+
+
+def unchanged_after(draft: Draft, call: Callable[[], object]) -> str:
+    """The message of a refused request, after which the draft is what it was."""
+    before = draft.backlog()
+    with pytest.raises(BacklogError) as caught:
+        call()
+    assert draft.backlog() == before
+    return str(caught.value)
+
+
+# ---- Reading -------------------------------------------------------------------------------------
+
+FULL = """\
+schema_version: 3
+items:
+- id: WRK-001
+  title: A full item
+  status: blocked
+  phase: build
+  size: medium
+  complexity: low
+  risk: high
+  impact: medium
+  requires_human_review: true
+  origin: WRK-000/build
+  blocked_from_status: in_progress
+  blocked_reason: |-
+    Two lines:
+    of reason
+  blocked_type: decision
+  unblock_context: try again
+  tags:
+  - auth
+  - 'yes'
+  dependencies:
+  - WRK-009
+  created: 2026-02-12T16:23:33.711239234+00:00
+  updated: 2026-02-12T16:23:33+00:00
+  pipeline_type: feature
+  description:
+    context: c
+    problem: p
+    solution: s
+    impact: i
+    sizing_rationale: r
+  phase_pool: main
+  last_phase_commit: 8957cea715e8f9607e0b6112ab5ef80c00756b1c
+  guardrail_override: true
+  priority: -3
+  attempts: 2
+  ticket: 42
+next_item_id: 17
+"""
+
+MINIMAL = """\
+schema_version: 3
+items:
+- id: WRK-001
+  title: Minimal
+  status: new
+  created: '2026-02-12T00:00:00+00:00'
+  updated: '2026-02-12T00:00:00+00:00'
+next_item_id: 1
+"""
+
+
+def test_every_key_is_read(load: Load) -> None:
+    backlog, warnings, _, _ = load(FULL)
+    assert backlog.next_item_id == 17
+    assert backlog.items["WRK-001"] == {
+        "id": "WRK-001",
+        "title": "A full item",
+        "status": "blocked",
+        "phase": "build",
+        "size": "medium",
+        "complexity": "low",
+        "risk": "high",
+        "impact": "medium",
+        "requires_human_review": True,
+        "origin": "WRK-000/build",
+        "blocked_from_status": "in_progress",
+        "blocked_reason": "Two lines:\nof reason",
+        "blocked_type": "decision",
+        "unblock_context": "try again",
+        "tags": ["auth", "yes"],
+        "dependencies": ["WRK-009"],
+        "created": "2026-02-12T16:23:33.711239234+00:00",
+        "updated": "2026-02-12T16:23:33+00:00",
+        "pipeline_type": "feature",
+        "description": {
+            "context": "c",
+            "problem": "p",
+            "solution": "s",
+            "impact": "i",
+            "sizing_rationale": "r",
+        },
+        "phase_pool": "main",
+        "last_phase_commit": "8957cea715e8f9607e0b6112ab5ef80c00756b1c",
+        "guardrail_override": True,
+        "priority": -3,
+        "attempts": 2,
+        "ticket": 42,
+    }
+    assert not warnings
+
+
+def test_optional_keys_stay_absent(load: Load) -> None:
+    assert load(MINIMAL).backlog.items["WRK-001"] == {
+        "id": "WRK-001",
+        "title": "Minimal",
+        "status": "new",
+        "created": "2026-02-12T00:00:00+00:00",
+        "updated": "2026-02-12T00:00:00+00:00",
+    }
+
+
+def test_null_is_the_same_as_absent(load: Load) -> None:
+    text = MINIMAL.replace(
+        "  status: new\n",
+        "  status: new\n  origin: null\n  tags: ~\n  description:\n    context:\n    problem: p\n",
+    )
+    found = load(text).backlog.items["WRK-001"]
+    assert "origin" not in found
+    assert "tags" not in found
+    assert found["description"] == {"context": "", "problem": "p"}
+
+
+def test_an_empty_backlog(load: Load) -> None:
+    assert load("schema_version: 3\nitems: []\nnext_item_id: 15\n").backlog == Backlog({}, 15)
+
+
+def test_counter_missing_or_behind_the_highest_id_loads(load: Load) -> None:
+    assert load(MINIMAL.replace("_id: 1\n", "_id: 0\n")).backlog.next_item_id == 0
+    loaded = load(MINIMAL.replace("next_item_id: 1\n", ""))
+    assert loaded.backlog.next_item_id == 0
+    assert loaded.warnings == [
+        "BACKLOG.yaml: next_item_id is missing, new ids go on from the highest one; if the file was"
+        " cut off, get it back with 'git checkout -- BACKLOG.yaml'"
+    ]
+    loaded.store.transact([lambda d: d.update("WRK-001", NOW, size="small")])
+    assert loaded.path.read_text().endswith("next_item_id: 0\n")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "\n \n", "# only a comment\n", "  # a\n\n# b", "schema_version: 3\n", "schema_version: 3\nitems:\n"],
+)
+def test_d63_an_empty_or_truncated_file_is_no_empty_backlog(load: Load, text: str) -> None:
+    with pytest.raises((BacklogError, YamlError)) as caught:
+        load(text)
+    message = str(caught.value)
+    assert message.startswith("BACKLOG.yaml:")
+    assert "items: []" in message
+    assert "git" in message
+
+
+@pytest.mark.parametrize("share", [0.99, 0.9, 0.7, 0.5, 0.3])
+def test_d63_a_file_cut_off_in_the_middle_is_refused(load: Load, share: float) -> None:
+    items = "".join(
+        MINIMAL.split("items:\n")[1].split("next_item_id")[0].replace("WRK-001", f"WRK-{n:03d}")
+        for n in range(10)
+    )
+    whole = f"schema_version: 3\nitems:\n{items}next_item_id: 10\n"
+    assert len(load(whole).backlog.items) == 10
+    with pytest.raises((BacklogError, YamlError)):
+        load(whole[: int(len(whole) * share)])
+
+
+def test_a_missing_file_names_the_command_that_makes_one(tmp_path: Path) -> None:
+    store = Store(tmp_path / "BACKLOG.yaml", tmp_path / "lock", warn=print)
+    with pytest.raises(BacklogError) as caught:
+        store.load()
+    assert str(caught.value) == (
+        f"{tmp_path}/BACKLOG.yaml: there is no such file; 'orchestrator init' makes one"
+    )
+
+
+def test_broken_yaml_names_line_and_column(load: Load) -> None:
+    with pytest.raises(YamlError) as caught:
+        load("schema_version: 3\nitems:\n- id: [unclosed\n")
+    assert str(caught.value).startswith("BACKLOG.yaml:3:")
+
+
+@pytest.mark.parametrize("version", ["0", "4", "99", "-1"])
+def test_another_schema_is_refused_by_number(load: Load, version: str) -> None:
+    message = refusal(load, MINIMAL.replace("schema_version: 3", f"schema_version: {version}"))
+    assert message.startswith(f"BACKLOG.yaml: schema_version is {version}, expected 3 ")
+
+
+@pytest.mark.parametrize("version", ["'3'", "three", "true", "null", "3.0"])
+def test_a_schema_version_that_is_no_number_is_refused(load: Load, version: str) -> None:
+    message = refusal(load, MINIMAL.replace("schema_version: 3", f"schema_version: {version}"))
+    assert "schema_version must be a whole number, not" in message
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (
+            "status: blokced",
+            "BACKLOG.yaml:5: WRK-001: status is 'blokced', expected one of new, scoping, ready,"
+            " in_progress, done, blocked; did you mean blocked?",
+        ),
+        ("size: huge", "WRK-001: size is 'huge', expected one of small, medium, large"),
+        ("complexity: 3", "complexity must be text, not the number 3"),
+        ("risk: [low]", "risk must be text, not a list"),
+        ("impact: true", "impact must be text, not true"),
+        ("blocked_from_status: nowhere", "blocked_from_status is 'nowhere'"),
+        ("blocked_type: other", "blocked_type is 'other', expected one of clarification, decision"),
+        ("phase_pool: post", "phase_pool is 'post', expected one of pre, main"),
+        ("requires_human_review: 'no'", "requires_human_review must be true or false, not the text 'no'"),
+        ("guardrail_override: 1", "guardrail_override must be true or false, not the number 1"),
+        ("priority: high", "priority must be a whole number, not the text 'high'"),
+        ("priority: true", "priority must be a whole number, not true"),
+        ("attempts: -1", "attempts must not be negative, it is -1"),
+        ("tags: auth", "tags must be a list of texts, not the text 'auth'; write it as [auth]"),
+        ("tags: [a, 1]", "tags must be a list of texts; the number 1 is none"),
+        ("dependencies: [null]", "dependencies must be a list of texts; null is none"),
+        ("phase: 12", "phase must be text, not the number 12 (in quotes it is text: '12')"),
+        ("phase: false", "phase must be text, not false (in quotes it is text: 'false')"),
+        ("description:\n    context: 5", "description.context must be text, not the number 5"),
+        (
+            "description: in a word",
+            "description must be a mapping with the keys context, problem, solution, impact,"
+            " sizing_rationale, not the text 'in a word';"
+            " put the text below it, indented, as 'context: …'",
+        ),
+    ],
+)
+def test_a_value_of_the_wrong_kind_is_named_with_item_and_key(
+    load: Load, line: str, message: str
+) -> None:
+    text = MINIMAL.replace("  status: new\n", "  status: new\n" * (not line.startswith("status")) + f"  {line}\n")
+    assert message in refusal(load, text)
+
+
+def test_all_problems_are_listed_at_once_with_their_lines(load: Load) -> None:
+    text = """\
+# mine
+schema_version: 3
+items:
+  # first
+  - title: |
+      id: WRK-009
+      - not an item
+    id: WRK-001
+    status: open
+    created: 2026-02-12T00:00:00+00:00
+  - just a text
+  - id: WRK-001
+    title: 5
+    status: new
+    created: 2026-02-12T00:00:00+00:00
+    updated: 2026-02-12T00:00:00+00:00
+  - id: ../x
+    title: T
+    status: new
+    created: 2026-02-12T00:00:00+00:00
+    updated: 2026-02-12T00:00:00+00:00
+next_item_id: many
+"""
+    assert [line[:70] for line in refusal(load, text).splitlines()] == [
+        "BACKLOG.yaml:5: WRK-001: the key 'updated' is missing",
+        "BACKLOG.yaml:9: WRK-001: status is 'open', expected one of new, scopin",
+        "BACKLOG.yaml:11: item number 2: must be a mapping that begins with 'id",
+        "BACKLOG.yaml:13: WRK-001: title must be text, not the number 5 (in quo",
+        "BACKLOG.yaml:12: WRK-001: the id is used twice, by the items number 1 ",
+        "BACKLOG.yaml:17: ../x: id '../x' cannot be used: up to 100 letters, di",
+        "BACKLOG.yaml: next_item_id must be a whole number from 0, not the text",
+    ]
+
+
+def test_duplicate_ids_are_refused_with_both_positions(load: Load) -> None:
+    text = MINIMAL.replace("next_item_id: 1\n", MINIMAL.split("items:\n")[1])
+    assert refusal(load, text) == (
+        "BACKLOG.yaml:8: WRK-001: the id is used twice, by the items number 1 and 2;"
+        " give one of them a new id"
+    )
+
+
+@pytest.mark.parametrize("bad", ["''", "a/b", "'..'", "'a b'", ".hidden", "'-x'", "x" * 101, '"a\\nb"'])
+def test_d45_an_id_that_cannot_be_a_file_name_is_refused(load: Load, bad: str) -> None:
+    assert "cannot be used: up to 100 letters" in refusal(load, MINIMAL.replace("WRK-001", bad))
+
+
+def test_every_backlog_of_the_corpus_loads_and_none_is_rewritten(corpus: Path, load: Load) -> None:
+    for path in sorted((corpus / "backlogs").iterdir()):
+        data = path.read_bytes()
+        if "wrong_version" in path.name:
+            assert "schema_version is 99, expected 3" in refusal(load, data)
+            continue
+        loaded = load(data)
+        loaded.store.transact([])
+        assert loaded.path.read_bytes() == data, path
+        ids = [raw["id"] for raw in parse_yaml(data).get("items") or []]  # type: ignore[attr-defined]
+        assert list(loaded.backlog.items) == ids
+        assert all(i["status"] in STATUS_WORDS for i in loaded.backlog.items.values())
+
+
+# ---- Drafts and ids ------------------------------------------------------------------------------
+
+
+def test_a_draft_leaves_its_backlog_alone() -> None:
+    backlog = Backlog({"WRK-001": item()}, 1)
+    draft = Draft(backlog)
+    draft.update("WRK-001", NOW, title="Other")
+    draft.add("WRK", "New", NOW)
+    assert backlog == Backlog({"WRK-001": item()}, 1)
+    assert list(draft.backlog().items) == ["WRK-001", "WRK-002"]
+
+
+def test_update_sets_deletes_and_refreshes_updated() -> None:
+    draft = draft_of(item(phase="prd", size="small"))
+    changed = draft.update("WRK-001", NOW, phase=None, size="large")
+    assert changed == {**item(size="large"), "updated": NOW_TEXT}
+    assert draft.items["WRK-001"] is changed
+
+
+def test_update_without_a_difference_changes_nothing() -> None:
+    draft = draft_of(item(size="small"))
+    before = draft.items["WRK-001"]
+    assert draft.update("WRK-001", NOW, size="small", phase=None) is before
+
+
+def test_update_refuses_what_the_file_could_not_hold() -> None:
+    draft = draft_of(item())
+    said = unchanged_after(draft, lambda: draft.update("WRK-001", NOW, phase="prd", size="huge"))
+    assert said == "WRK-001: size is 'huge', expected one of small, medium, large"
+    said = unchanged_after(draft, lambda: draft.update("WRK-001", NOW, title=None))
+    assert said == "WRK-001: title cannot be removed"
+
+
+def test_an_unknown_id_is_answered_with_a_near_one() -> None:
+    draft = draft_of(item("WRK-012"))
+    said = unchanged_after(draft, lambda: draft.item("WRK-12"))
+    assert said == "item WRK-12 not found in the backlog; did you mean WRK-012?"
+
+
+def test_add_makes_a_new_item() -> None:
+    draft = draft_of()
+    added = draft.add("WRK", "  Say\n hello\x1b[31m ", NOW, size="small", risk=None, tags=["x"])
+    assert added == {
+        "id": "WRK-001",
+        "title": "Say hello[31m",
+        "status": "new",
+        "size": "small",
+        "requires_human_review": False,
+        "tags": ["x"],
+        "created": NOW_TEXT,
+        "updated": NOW_TEXT,
+    }
+    assert draft.backlog() == Backlog({"WRK-001": added}, 1)
+
+
+@pytest.mark.parametrize(
+    ("title", "fields", "message"),
+    [
+        (" \n", {}, "a new item needs a title; this one is blank"),
+        ("T", {"size": "xl"}, "the new item: size is 'xl', expected one of small, medium, large"),
+    ],
+)
+def test_a_refused_item_takes_no_id(title: str, fields: dict[str, str], message: str) -> None:
+    draft = draft_of(counter=4)
+    assert unchanged_after(draft, lambda: draft.add("WRK", title, NOW, **fields)) == message
+
+
+@pytest.mark.parametrize(
+    ("ids", "counter", "expected"),
+    [
+        ([], 0, "WRK-001"),
+        (["WRK-001"], 1, "WRK-002"),
+        (["WRK-001", "WRK-007"], 0, "WRK-008"),
+        (["OTHER-040", "WRK-2"], 0, "WRK-003"),
+        (["WRK-abc", "WRK-²", "WRK-", "WRK-1x"], 0, "WRK-001"),
+        ([], 5, "WRK-006"),
+        (["WRK-009"], 5, "WRK-010"),
+        (["WRK-003"], 15, "WRK-016"),
+        (["WRK-999"], 0, "WRK-1000"),
+        (["WRK-99999999999999999999"], 0, "WRK-001"),
+    ],
+)
+def test_the_next_id(ids: list[str], counter: int, expected: str) -> None:
+    draft = draft_of(*map(item, ids), counter=counter)
+    added = draft.add("WRK", "T", NOW)
+    assert added["id"] == expected
+    assert draft.next_item_id == int(expected[4:])
+
+
+def test_ids_go_on_across_prefixes_and_after_removal() -> None:
+    draft = draft_of()
+    first, second = draft.add("WRK", "1", NOW), draft.add("WRK", "2", NOW)
+    archive(draft, second["id"], NOW)
+    third = draft.add("HAMY", "3", NOW)
+    assert [i["id"] for i in (first, second, third)] == ["WRK-001", "WRK-002", "HAMY-003"]
+    assert draft.add("WRK", "4", NOW)["id"] == "WRK-004"
+
+
+def test_highest_number() -> None:
+    assert highest_number("WRK", []) == 0
+    assert highest_number("WRK", ["WRK-010", "WRK-9", "PROJ-42", "WRK-x", "WRK-12-1", "AWRK-99"]) == 10
+    assert highest_number("PROJ", ["WRK-010", "PROJ-42"]) == 42
+
+
+@pytest.mark.parametrize(
+    ("now", "text"),
+    [
+        (NOW, NOW_TEXT),
+        (START, "2026-02-10T00:00:00+00:00"),
+        (datetime(2026, 1, 1, 1, tzinfo=timezone(timedelta(hours=2))), "2025-12-31T23:00:00+00:00"),
+    ],
+)
+def test_timestamps_are_utc_with_an_offset(now: datetime, text: str) -> None:
+    assert timestamp(now) == text
+
+
+# ---- Life cycle ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("old", "new"), list(product(STATUS_WORDS, STATUS_WORDS)))
+def test_transitions(old: str, new: str) -> None:
+    draft = draft_of(item(status=old, phase="prd", phase_pool="pre"))
+    legal = {
+        ("new", "scoping"),
+        ("scoping", "ready"),
+        ("ready", "in_progress"),
+        ("in_progress", "done"),
+        *product(("new", "scoping", "ready", "in_progress"), ("blocked",)),
+        *product(("blocked",), ("new", "scoping", "ready", "in_progress")),
+    }
+    if (old, new) not in legal:
+        said = unchanged_after(draft, lambda: transition(draft, "WRK-001", new, NOW))
+        assert said.startswith(f"WRK-001: it is {old} and cannot become {new}; possible is ")
+        assert new not in LEGAL_TRANSITIONS[old]
+        return
+    changed = transition(draft, "WRK-001", new, NOW)
+    fields = {"blocked_from_status": old} if new == "blocked" else {}
+    expected = item(status=new, phase="prd", phase_pool="pre", **fields)
+    assert changed == {**expected, "updated": NOW_TEXT}
+
+
+@pytest.mark.parametrize("status", ["new", "scoping", "ready", "in_progress"])
+def test_block_and_unblock_lead_back(status: str) -> None:
+    started = item(status=status, phase="prd", phase_pool="main")
+    draft = draft_of(started)
+    blocked = block(draft, "WRK-001", "Why:\nbecause", NOW, "decision")
+    assert blocked == {
+        **started,
+        "status": "blocked",
+        "blocked_from_status": status,
+        "blocked_reason": "Why:\nbecause",
+        "blocked_type": "decision",
+        "updated": NOW_TEXT,
+    }
+    assert unblock(draft, "WRK-001", NOW) == {**started, "updated": NOW_TEXT}
+
+
+def test_d18_blocked_type_is_taken_and_checked() -> None:
+    draft = draft_of(item())
+    said = unchanged_after(draft, lambda: block(draft, "WRK-001", "r", NOW, "other"))
+    assert said == "WRK-001: blocked_type is 'other', expected one of clarification, decision"
+    assert "blocked_type" not in block(draft, "WRK-001", "r", NOW)
+
+
+@pytest.mark.parametrize("status", ["blocked", "done"])
+def test_a_blocked_or_done_item_cannot_be_blocked(status: str) -> None:
+    draft = draft_of(item(status=status))
+    unchanged_after(draft, lambda: block(draft, "WRK-001", "r", NOW))
+
+
+def test_unblock_clears_the_block_and_keeps_notes_and_override() -> None:
+    draft = draft_of(
+        item(
+            status="blocked",
+            blocked_from_status="scoping",
+            blocked_reason="r",
+            blocked_type="decision",
+            unblock_context="old notes",
+            attempts=3,
+            last_phase_commit="abc",
+        )
+    )
+    changed = unblock(draft, "WRK-001", NOW, notes=" use sqlite\n", override=True)
+    expected = item(status="scoping", unblock_context="use sqlite", guardrail_override=True)
+    assert changed == {**expected, "updated": NOW_TEXT}
+
+
+@pytest.mark.parametrize("origin", [None, "done", "blocked"])
+def test_unblock_without_a_usable_origin_starts_anew(origin: str | None) -> None:
+    fields = {"blocked_from_status": origin} if origin else {}
+    draft = draft_of(item(status="blocked", **fields))
+    assert unblock(draft, "WRK-001", NOW, notes="  ") == {**item(), "updated": NOW_TEXT}
+
+
+def test_unblocking_what_is_not_blocked_is_refused() -> None:
+    draft = draft_of(item(status="ready"))
+    said = unchanged_after(draft, lambda: unblock(draft, "WRK-001", NOW, notes="n"))
+    assert said == "WRK-001: it is not blocked, but ready"
+
+
+def test_assess_changes_only_what_is_given() -> None:
+    draft = draft_of(item(size="small", risk="low"))
+    changed = assess(draft, "WRK-001", {"risk": "high", "impact": "medium"}, NOW)
+    assert changed == {**item(size="small", risk="high", impact="medium"), "updated": NOW_TEXT}
+
+
+@pytest.mark.parametrize(
+    ("ratings", "message"),
+    [
+        ({"size": "small", "risk": "none"}, "risk is 'none', expected one of low, medium, high"),
+        ({"status": "done"}, "status is no rating; there are size, complexity, risk, impact"),
+    ],
+)
+def test_a_bad_rating_changes_nothing(ratings: dict[str, str], message: str) -> None:
+    draft = draft_of(item(risk="low"))
+    said = unchanged_after(draft, lambda: assess(draft, "WRK-001", ratings, NOW))
+    assert said == f"WRK-001: {message}"
+
+
+PHASES = ("prd", "design", "build", "review")
+
+
+@pytest.mark.parametrize(
+    ("phase", "to", "expected"),
+    [
+        ("prd", None, "design"),
+        ("build", None, "review"),
+        ("prd", "review", "review"),
+        ("review", "prd", "prd"),
+        (None, "build", "build"),
+    ],
+)
+def test_d53_advance_sets_phase_and_pool_and_forgets_the_commit(
+    phase: str | None, to: str | None, expected: str
+) -> None:
+    fields = {"phase": phase} if phase else {}
+    draft = draft_of(
+        item(status="in_progress", phase_pool="pre", last_phase_commit="abc", attempts=2, **fields)
+    )
+    changed = advance(draft, "WRK-001", PHASES, to, NOW)
+    expected_item = item(status="in_progress", phase=expected, phase_pool="main")
+    assert changed == {**expected_item, "updated": NOW_TEXT}
+
+
+@pytest.mark.parametrize(
+    ("status", "phase", "to", "message"),
+    [
+        ("ready", "prd", None, "it is ready; only items in_progress advance"),
+        ("in_progress", "prd", "ship", "no main phase ship; there are prd, design, build, review"),
+        ("in_progress", "review", None, "review is its last phase; 'complete' finishes it"),
+        ("in_progress", None, None, "it is in no phase; name one with --to: prd, design, build, review"),
+        (
+            "in_progress",
+            "research",
+            None,
+            "it is in research, which is no main phase; name one with --to: prd, design, build, review",
+        ),
+    ],
+)
+def test_an_impossible_advance_changes_nothing(
+    status: str, phase: str | None, to: str | None, message: str
+) -> None:
+    draft = draft_of(item(status=status, **({"phase": phase} if phase else {})))
+    said = unchanged_after(draft, lambda: advance(draft, "WRK-001", PHASES, to, NOW))
+    assert said == f"WRK-001: {message}"
+
+
+def test_archive_removes_the_item_and_what_depended_on_it() -> None:
+    other, third = item("WRK-002", dependencies=["WRK-001", "WRK-003"]), item("WRK-003")
+    last = item("WRK-004", dependencies=["WRK-001"])
+    draft = draft_of(item(status="done"), other, third, last, counter=4)
+    assert archive(draft, "WRK-001", NOW) == item(status="done")
+    assert draft.backlog() == Backlog(
+        {
+            "WRK-002": {**other, "dependencies": ["WRK-003"], "updated": NOW_TEXT},
+            "WRK-003": third,
+            "WRK-004": {**item("WRK-004"), "updated": NOW_TEXT},
+        },
+        4,
+    )
+    unchanged_after(draft, lambda: archive(draft, "WRK-001", NOW))
+
+
+def test_a_whole_life() -> None:
+    draft = draft_of()
+    item_id = draft.add("WRK", "T", NOW)["id"]
+    for status in ("scoping", "ready", "in_progress", "done"):
+        transition(draft, item_id, status, NOW)
+    assert archive(draft, item_id, NOW)["status"] == "done"
+    assert draft.backlog() == Backlog({}, 1)
+
+
+# ---- Duplicates ----------------------------------------------------------------------------------
+
+
+def test_merge_leaves_a_note_and_the_dependencies() -> None:
+    source = item(
+        "WRK-002",
+        title="Same again",
+        origin="WRK-009/build",
+        description={"context": "c", "problem": "p", "solution": "s"},
+        dependencies=["WRK-003", "WRK-004", "WRK-001"],
+    )
+    target = item(dependencies=["WRK-003"], description={"context": "First", "problem": "kept"})
+    draft = draft_of(target, source, item("WRK-003"), item("WRK-004"))
+    merged = merge_items(draft, "WRK-002", "WRK-001", NOW)
+    assert merged == {
+        **target,
+        "dependencies": ["WRK-003", "WRK-004"],
+        "description": {
+            "context": "First\n[Merged from WRK-002] Title: Same again. Context: c. Problem: p."
+            " Origin: WRK-009/build",
+            "problem": "kept",
+            "solution": "",
+            "impact": "",
+            "sizing_rationale": "",
+        },
+        "updated": NOW_TEXT,
+    }
+    assert list(draft.items) == ["WRK-001", "WRK-003", "WRK-004"]
+    assert not draft.warnings
+
+
+def test_merge_without_descriptions_makes_one() -> None:
+    draft = draft_of(item(), item("WRK-002"))
+    merged = merge_items(draft, "WRK-002", "WRK-001", NOW)
+    assert merged["description"]["context"] == "[Merged from WRK-002] Title: Title of WRK-002"
+    assert "dependencies" not in merged
+
+
+def test_d36_dependants_inherit_the_target() -> None:
+    draft = draft_of(
+        item(),
+        item("WRK-002"),
+        item("WRK-003", dependencies=["WRK-002", "WRK-004"]),
+        item("WRK-004", dependencies=["WRK-001", "WRK-002"]),
+    )
+    merge_items(draft, "WRK-002", "WRK-001", NOW)
+    assert draft.items["WRK-003"]["dependencies"] == ["WRK-004", "WRK-001"]
+    assert draft.items["WRK-004"]["dependencies"] == ["WRK-001"]
+
+
+def test_d36_inherited_dependencies_never_close_a_circle() -> None:
+    draft = draft_of(
+        item(dependencies=["WRK-003"]),
+        item("WRK-002"),
+        item("WRK-003", dependencies=["WRK-004"]),
+        item("WRK-004", dependencies=["WRK-002"]),
+    )
+    merge_items(draft, "WRK-002", "WRK-001", NOW)
+    assert "dependencies" not in draft.items["WRK-004"]
+    assert draft.warnings == [
+        "WRK-004 does not inherit the dependency on WRK-001, which depends on it"
+    ]
+
+
+def test_a_target_that_depended_on_the_source_depends_on_nothing_of_itself() -> None:
+    draft = draft_of(item(dependencies=["WRK-002"]), item("WRK-002", dependencies=["WRK-001"]))
+    assert "dependencies" not in merge_items(draft, "WRK-002", "WRK-001", NOW)
+    assert not draft.warnings
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "message"),
+    [
+        ("WRK-001", "WRK-001", "WRK-001 cannot be merged into itself"),
+        ("WRK-009", "WRK-001", "Source item WRK-009 not found in the backlog"),
+        ("WRK-001", "WRK-009", "Target item WRK-009 not found in the backlog"),
+        ("DONE", "WRK-001", "DONE is done and cannot be merged into WRK-001"),
+        ("BUSY", "WRK-001", "BUSY is being worked on and cannot be merged into WRK-001"),
+        ("RUN", "WRK-001", "RUN is being worked on and cannot be merged into WRK-001"),
+        ("WRK-001", "DONE", "DONE is done: WRK-001 cannot be merged into it"),
+    ],
+)
+def test_d36_what_cannot_be_merged_stays(source: str, target: str, message: str) -> None:
+    draft = draft_of(
+        item(), item("DONE", "done"), item("BUSY", "in_progress"), item("RUN", "scoping")
+    )
+    said = unchanged_after(
+        draft, lambda: merge_items(draft, source, target, NOW, running={"RUN"})
+    )
+    assert said == message
+
+
+# ---- Follow-ups ----------------------------------------------------------------------------------
+
+
+def test_d35_follow_ups_become_items_with_their_context() -> None:
+    draft = draft_of(item("WRK-007"), counter=3)
+    follow_ups = [FollowUp("One", " why \n", "small", "low"), FollowUp("Two", "  ")]
+    added = add_follow_ups(draft, "WRK", "WRK-007/build", follow_ups, NOW)
+    assert added == [
+        {
+            "id": "WRK-008",
+            "title": "One",
+            "status": "new",
+            "size": "small",
+            "risk": "low",
+            "requires_human_review": False,
+            "origin": "WRK-007/build",
+            "created": NOW_TEXT,
+            "updated": NOW_TEXT,
+            "description": {
+                "context": "why",
+                "problem": "",
+                "solution": "",
+                "impact": "",
+                "sizing_rationale": "",
+            },
+        },
+        {
+            "id": "WRK-009",
+            "title": "Two",
+            "status": "new",
+            "requires_human_review": False,
+            "origin": "WRK-007/build",
+            "created": NOW_TEXT,
+            "updated": NOW_TEXT,
+        },
+    ]
+    assert list(draft.items) == ["WRK-007", "WRK-008", "WRK-009"]
+    assert draft.next_item_id == 9
+
+
+def test_d35_the_same_idea_is_not_added_twice() -> None:
+    draft = draft_of(
+        item(title="Add `--json` to status!"), item("WRK-002", "done", title="Write docs")
+    )
+    follow_ups = [FollowUp("add --JSON to  Status"), FollowUp("Write docs"), FollowUp("write DOCS.")]
+    added = add_follow_ups(draft, "WRK", "o", follow_ups, NOW)
+    assert [i["title"] for i in added] == ["Write docs"]
+    assert draft.warnings == [
+        "follow-up 'add --JSON to  Status' is already there as WRK-001",
+        "follow-up 'write DOCS.' is already there as WRK-003",
+    ]
+
+
+def test_d59_a_bad_follow_up_is_left_out_and_the_rest_kept() -> None:
+    draft = draft_of()
+    follow_ups = [FollowUp(" "), FollowUp("Bad", size="gigantic"), FollowUp("Good")]
+    added = add_follow_ups(draft, "WRK", "o", follow_ups, NOW)
+    assert [(i["id"], i["title"]) for i in added] == [("WRK-001", "Good")]
+    assert draft.warnings == [
+        "follow-up ' ' is left out: a new item needs a title; this one is blank",
+        "follow-up 'Bad' is left out: the new item: size is 'gigantic',"
+        " expected one of small, medium, large",
+    ]
+
+
+def test_no_follow_ups_change_nothing() -> None:
+    draft = draft_of(item(), counter=1)
+    assert add_follow_ups(draft, "WRK", "o", [], NOW) == []
+    assert draft.backlog() == Backlog({"WRK-001": item()}, 1)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("Fix: the bug.", "fix the  BUG", True),
+        ("Straße", "STRASSE", True),
+        ("Fix bug 1", "Fix bug 2", False),
+        ("!!!", "???", False),
+        ("!!!", " !!! ", True),
+        ("修复", "修复", True),
+    ],
+)
+def test_normalised_titles(one: str, other: str, same: bool) -> None:
+    assert (normalise_title(one) == normalise_title(other)) is same
+
+
+# ---- Inbox ---------------------------------------------------------------------------------------
+
+
+def test_inbox_entries_with_all_and_with_no_optional_keys() -> None:
+    data = b"""\
+# drop items here
+- title: "Fix the flaky test"
+- title: Add export
+  description: As CSV.
+  size: small   # comment
+  complexity: low
+  risk: low
+  impact: high
+  pipeline_type: feature
+  dependencies:
+    - WRK-042
+  tags: [a]
+  priority: 3
+  id: IGNORED-1
+  status: done
+  origin: null
+"""
+    assert parse_inbox(data, "INBOX.yaml") == [
+        InboxEntry("Fix the flaky test", None, {}),
+        InboxEntry(
+            "Add export",
+            "As CSV.",
+            {
+                "size": "small",
+                "complexity": "low",
+                "risk": "low",
+                "impact": "high",
+                "tags": ["a"],
+                "dependencies": ["WRK-042"],
+                "pipeline_type": "feature",
+                "priority": 3,
+            },
+        ),
+    ]
+
+
+@pytest.mark.parametrize("data", [b"", b" \n\n", b"# nothing yet\n", b"[]\n"])
+def test_an_inbox_without_entries(data: bytes) -> None:
+    assert parse_inbox(data, "INBOX.yaml") == []
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (
+            b"items:\n- title: T\n",
+            "I.yaml: expected a list of items, each beginning with '- title: \xe2\x80\xa6',"
+            " found a mapping; there is no 'items:' line in this file",
+        ),
+        (b"- title: T\n- text\n", "I.yaml: entry 2: expected 'title: \xe2\x80\xa6', found the text 'text'"),
+        (b"- size: small\n", "I.yaml: entry 1: the key 'title' is missing"),
+        (b"- title:\n", "I.yaml: entry 1: the key 'title' is missing"),
+        (
+            b"- title: 5\n",
+            "I.yaml: entry 1: title must be text, not the number 5 (in quotes it is text: '5')",
+        ),
+        (
+            b"- title: T\n- title: U\n  size: xl\n",
+            "I.yaml: entry 2: size is 'xl', expected one of small, medium, large",
+        ),
+        (
+            b"- title: T\n  description: [a]\n",
+            "I.yaml: entry 1: description must be text, not a list",
+        ),
+        (
+            b"- title: T\n  dependencies: WRK-001\n",
+            "I.yaml: entry 1: dependencies must be a list of texts, not the text 'WRK-001';"
+            " write it as [WRK-001]",
+        ),
+    ],
+)
+def test_a_bad_inbox_names_the_entry(data: bytes, message: str) -> None:
+    with pytest.raises(InboxError) as caught:
+        parse_inbox(data, "I.yaml")
+    assert str(caught.value) == message.encode("latin-1").decode()
+
+
+def test_a_malformed_inbox_names_line_and_column() -> None:
+    with pytest.raises(YamlError, match=r"I\.yaml:1:"):
+        parse_inbox(b"- title: 'open\n", "I.yaml")
+
+
+def test_inboxes_of_the_corpus(corpus: Path) -> None:
+    found = {path.name: parse_inbox(path.read_bytes(), path.name) for path in (corpus / "inbox").iterdir()}
+    assert sorted(map(len, found.values())) == sorted(
+        len(parse_yaml(path.read_bytes())) for path in (corpus / "inbox").iterdir()  # type: ignore[arg-type]
+    )
+    assert all(found.values())
+
+
+def test_ingest_makes_items_and_skips_blank_titles() -> None:
+    draft = draft_of(counter=4)
+    entries = [
+        InboxEntry(" One ", "  text\n", {"size": "small", "dependencies": ["WRK-001"]}),
+        InboxEntry(" \t", "lost", {}),
+        InboxEntry("Two", " \n", {}),
+    ]
+    added = ingest(draft, "WRK", entries, NOW)
+    description = {"context": "text", "problem": "", "solution": "", "impact": "", "sizing_rationale": ""}
+    common = {
+        "status": "new",
+        "requires_human_review": False,
+        "origin": "inbox",
+        "created": NOW_TEXT,
+        "updated": NOW_TEXT,
+    }
+    assert added == [
+        {
+            "id": "WRK-005",
+            "title": "One",
+            "size": "small",
+            "dependencies": ["WRK-001"],
+            "description": description,
+            **common,
+        },
+        {"id": "WRK-006", "title": "Two", **common},
+    ]
+    assert draft.backlog() == Backlog({i["id"]: i for i in added}, 6)
+    assert draft.warnings == ["an inbox entry with a blank title is left out"]
+    assert ingest(draft, "WRK", [], NOW) == []
+
+
+# ---- Older schemas -------------------------------------------------------------------------------
+
+
+def old_file(version: str, *items: str, tail: str = "") -> str:
+    times = "  created: 2026-02-10T00:00:00+00:00\n  updated: 2026-02-10T00:00:00+00:00\n"
+    entries = "".join(f"- id: WRK-{n:03d}\n  title: T\n{text}{times}" for n, text in enumerate(items, 1))
+    return f"{version}items:{' []' if not items else ''}\n{entries}{tail}"
+
+
+V1 = "schema_version: 1\n"
+
+
+def brief(backlog: Backlog) -> list[dict[str, object]]:
+    left_out = ("id", "title", "created", "updated")
+    return [{k: v for k, v in i.items() if k not in left_out} for i in backlog.items.values()]
+
+
+def test_schema_1_is_mapped(load: Load) -> None:
+    text = old_file(
+        V1,
+        "  status: new\n",
+        "  status: researching\n  phase: research\n",
+        "  status: scoped\n  size: small\n",
+        "  status: in_progress\n  phase: build\n",
+        "  status: blocked\n  blocked_from_status: scoped\n  phase: prd\n",
+        "  status: done\n  phase: review\n  tags:\n  - x\n",
+    )
+    loaded = load(text)
+    feature = {"pipeline_type": "feature"}
+    assert brief(loaded.backlog) == [
+        {"status": "new", **feature},
+        {"status": "scoping", **feature},
+        {"status": "ready", "size": "small", **feature},
+        {"status": "in_progress", "phase": "build", "phase_pool": "main", **feature},
+        {"status": "blocked", "blocked_from_status": "ready", "phase": "prd", **feature},
+        {"status": "done", "phase": "review", "tags": ["x"], **feature},
+    ]
+    assert loaded.backlog.next_item_id == 0
+    assert loaded.warnings == [
+        "BACKLOG.yaml: schema 1 is read as schema 3; the next save writes it so",
+        "BACKLOG.yaml: WRK-002: status researching is now scoping",
+        "BACKLOG.yaml: WRK-003: status scoped is now ready",
+        "BACKLOG.yaml: WRK-005: blocked_from_status scoped is now ready",
+    ]
+    assert loaded.path.read_text() == text
+
+
+def test_a_migration_is_written_by_the_first_save(load: Load) -> None:
+    text = old_file(V1, "  status: scoped   # mine\n", "  status: new\n")
+    loaded = load("# top\n" + text)
+    loaded.store.transact([])
+    assert loaded.path.read_text() == "# top\n" + text
+    loaded.store.transact([lambda d: d.update("WRK-002", NOW, size="small")])
+    saved = loaded.path.read_text()
+    assert saved.startswith("# top\nschema_version: 3\n")
+    assert "status: ready   # mine\n" in saved
+    again = load(saved)
+    assert again.backlog == loaded.store.backlog
+    assert again.warnings == []
+
+
+def test_a_missing_schema_version_is_schema_1(load: Load) -> None:
+    loaded = load(old_file("", "  status: scoped\n"))
+    assert brief(loaded.backlog) == [{"status": "ready", "pipeline_type": "feature"}]
+
+
+@pytest.mark.parametrize("version", ["", V1, "schema_version: 2\n"])
+def test_an_empty_older_backlog(load: Load, version: str) -> None:
+    loaded = load(old_file(version))
+    assert loaded.backlog == Backlog({}, 0)
+
+
+def test_phases_the_feature_pipeline_does_not_have_are_cleared(load: Load) -> None:
+    text = old_file(
+        V1, "  status: in_progress\n  phase: spec\n", "  status: in_progress\n  phase: build\n", "  status: new\n"
+    )
+    loaded = load(text, feature_phases=("research", "build"))
+    assert brief(loaded.backlog) == [
+        {"status": "in_progress", "pipeline_type": "feature"},
+        {"status": "in_progress", "phase": "build", "phase_pool": "main", "pipeline_type": "feature"},
+        {"status": "new", "pipeline_type": "feature"},
+    ]
+    assert loaded.warnings[1:] == [
+        "BACKLOG.yaml: WRK-001: the pipeline feature has no phase spec; cleared"
+    ]
+
+
+def test_schema_2_gets_structured_descriptions_and_keeps_the_rest(load: Load) -> None:
+    text = old_file(
+        "schema_version: 2\n",
+        '  status: ready\n  description: "Problem: p\\nSizing rationale: s"\n  phase_pool: pre\n',
+        "  status: new\n  description: free text\n",
+        "  status: new\n",
+        tail="next_item_id: 42\n",
+    )
+    loaded = load(text)
+    empty = {"context": "", "problem": "", "solution": "", "impact": "", "sizing_rationale": ""}
+    assert brief(loaded.backlog) == [
+        {
+            "status": "ready",
+            "phase_pool": "pre",
+            "description": {**empty, "problem": "p", "sizing_rationale": "s"},
+        },
+        {"status": "new", "description": {**empty, "context": "free text"}},
+        {"status": "new"},
+    ]
+    assert loaded.backlog.next_item_id == 42
+    assert loaded.warnings == [
+        "BACKLOG.yaml: schema 2 is read as schema 3; the next save writes it so",
+        "BACKLOG.yaml: WRK-002: the whole description is now its context: free text",
+    ]
+    loaded.store.transact([lambda d: d.add("WRK", "New", NOW)])
+    again = load(loaded.path.read_bytes())
+    assert again.backlog == loaded.store.backlog
+    assert again.backlog.items["WRK-043"]["title"] == "New"
+    assert again.warnings == []
+
+
+def test_problems_of_an_older_file_are_named_too(load: Load) -> None:
+    message = refusal(load, old_file(V1, "  status: resting\n", "  status: new\n  size: 5\n"))
+    assert "WRK-001: status is 'resting'" in message
+    assert "WRK-002: size must be text" in message
+
+
+EMPTY = {"context": "", "problem": "", "solution": "", "impact": "", "sizing_rationale": ""}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", {}),
+        (" \n\t\n", {}),
+        ("Free text", {"context": "Free text"}),
+        (" Free\n  text \n", {"context": "Free\ntext"}),
+        ("Problem: p", {"problem": "p"}),
+        ("PROBLEM: p\nsizing RATIONALE:\n a\n\n b", {"problem": "p", "sizing_rationale": "a\n\nb"}),
+        ("Context: a: b\nurl: http://x", {"context": "a: b\nurl: http://x"}),
+        ("before\nProblem: p", {"context": "before", "problem": "p"}),
+        ("before\nContext: c\nafter", {"context": "before\nc\nafter"}),
+        ("Impact: one\nmore\nImpact: two", {"impact": "two"}),
+        (
+            "Context: c\nProblem: p\nSolution:\ns1\ns2\nImpact: i\nSizing rationale: r",
+            {"context": "c", "problem": "p", "solution": "s1\ns2", "impact": "i", "sizing_rationale": "r"},
+        ),
+        ("Sizing  rationale: no header", {"context": "Sizing  rationale: no header"}),
+    ],
+)
+def test_parse_description(text: str, expected: dict[str, str]) -> None:
+    assert parse_description(text) == {**EMPTY, **expected}
+
+
+# ---- Worklog -------------------------------------------------------------------------------------
+
+
+def test_worklog_entries() -> None:
+    assert worklog_entry(NOW, "WRK-001", "A\ntitle", "build", "Complete", "Did it.\n") == (
+        "## 2026-02-13T17:41:26.593891+00:00 — WRK-001 (A title)\n"
+        "\n"
+        "- **Phase:** build\n"
+        "- **Outcome:** Complete\n"
+        "- **Summary:** Did it.\n"
+        "\n---\n\n"
+    )
+    assert archive_entry(START, item(title="T", phase="review")) == (
+        "## 2026-02-10T00:00:00+00:00 — WRK-001 (T)\n\n- **Status:** Done\n- **Phase:** review\n\n---\n\n"
+    )
+    assert "- **Phase:** N/A\n" in archive_entry(START, item())
+
+
+def test_a_summary_of_many_lines_stays_in_its_bullet() -> None:
+    entry = worklog_entry(NOW, "WRK-001", "T", "build", "Failed", "One\n\n---\n## two\r\n- three")
+    assert "- **Summary:** One\n\n  ---\n  ## two\n  - three\n\n---\n\n" in entry
+
+
+def test_the_worklog_is_appended_by_month_of_utc(tmp_path: Path) -> None:
+    directory = tmp_path / "deep" / "_worklog"
+    late = datetime(2026, 2, 28, 23, 30, tzinfo=timezone(timedelta(hours=-2)))
+    assert append_worklog(directory, NOW, "first\n") == directory / "2026-02.md"
+    append_worklog(directory, NOW, "second\n")
+    assert append_worklog(directory, late, "third\n") == directory / "2026-03.md"
+    assert (directory / "2026-02.md").read_text() == "first\nsecond\n"
+    assert (directory / "2026-03.md").read_text() == "third\n"
+
+
+def test_an_entry_is_appended_once_also_over_the_end_of_a_month(tmp_path: Path) -> None:
+    text = worklog_entry(NOW, "WRK-001", "T", "build", "Complete", "s")
+    for now in (NOW, NOW, NOW + timedelta(days=20)):
+        append_worklog(tmp_path, now, text)
+    assert [path.name for path in tmp_path.iterdir()] == ["2026-02.md"]
+    assert (tmp_path / "2026-02.md").read_text() == text
+
+
+def test_nothing_is_appended_for_no_text(tmp_path: Path) -> None:
+    append_worklog(tmp_path / "_worklog", NOW, "")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_torn_line_at_the_end_is_closed_first(tmp_path: Path) -> None:
+    (tmp_path / "2026-02.md").write_text("torn")
+    append_worklog(tmp_path, NOW, "entry\n")
+    assert (tmp_path / "2026-02.md").read_text() == "torn\nentry\n"
