@@ -33,33 +33,13 @@ from typing import NamedTuple, NoReturn, Protocol, TypeVar, TypedDict, cast
 #
 # Where parsers of YAML 1.1 and 1.2 disagree about a number or a line break, it is refused too.
 
+# The usual order of an item's keys; new keys of an item are put where this wants them.
 ITEM_KEYS = (
-    "id",
-    "title",
-    "status",
-    "phase",
-    "size",
-    "complexity",
-    "risk",
-    "impact",
-    "requires_human_review",
-    "origin",
-    "blocked_from_status",
-    "blocked_reason",
-    "blocked_type",
-    "unblock_context",
-    "tags",
-    "dependencies",
-    "created",
-    "updated",
-    "pipeline_type",
-    "description",
-    "phase_pool",
-    "last_phase_commit",
-    "guardrail_override",
-    "priority",
-    "attempts",
-)
+    "id", "title", "status", "phase", "size", "complexity", "risk", "impact",
+    "requires_human_review", "origin", "blocked_from_status", "blocked_reason", "blocked_type",
+    "unblock_context", "tags", "dependencies", "created", "updated", "pipeline_type",
+    "description", "phase_pool", "last_phase_commit", "guardrail_override", "priority", "attempts",
+)  # fmt: skip
 _TOP_KEYS = ("schema_version", "items", "next_item_id")
 
 _YAML_MAX_BYTES = 64 * 1024 * 1024
@@ -174,9 +154,9 @@ def _yaml_check_characters(data: bytes, text: str, source: str) -> None:
         if not found:
             return
         bad = found[0]
-    problem = f'character U+{ord(bad):04X} is not supported; remove it or write it as "\\u{ord(bad):04X}"'
-    if bad == "\ufeff":
-        problem = "a byte order mark inside the text is not supported; remove it"
+    name = "a byte order mark inside the text" if bad == "\ufeff" else "this character"
+    remedy = f'remove it, or write it as "\\u{ord(bad):04X}" in double quotes'
+    problem = f"{name} (U+{ord(bad):04X}) is not supported; {remedy}"
     place = text.index(bad)
     start = text.rfind("\n", 0, place) + 1
     raise YamlError(source, text.count("\n", 0, place) + 1, place - start + 1, problem)
@@ -287,7 +267,10 @@ def _yaml_number(text: str, otherwise: object) -> object:
 
 
 def _yaml_fold(lines: list[str]) -> str:
-    """Join the lines of a folded block scalar: a break becomes a space, except at blank lines and around lines that are indented more."""
+    """Join the lines of a folded block scalar.
+
+    A line break becomes a space, except at blank lines and around lines that are indented more.
+    """
     parts: list[str] = []
     previous, blank = "", 0
     for line in lines:
@@ -343,7 +326,9 @@ class _YamlReader:
     the collection which owns what is read: whatever is indented deeper belongs to its entry.
     """
 
-    __slots__ = ("at", "complete", "end", "heads", "indent", "keys", "lines", "source", "tail", "values")
+    __slots__ = (
+        "at", "complete", "end", "heads", "indent", "keys", "lines", "source", "tail", "values",
+    )  # fmt: skip
 
     def __init__(self, lines: list[str], source: str) -> None:
         """`lines`: as in _YamlFile; all but the last end with a line break."""
@@ -360,11 +345,13 @@ class _YamlReader:
         self.keys: defaultdict[int, dict[str, str]] = defaultdict(dict)
         self.heads: defaultdict[int, dict[str, str]] = defaultdict(dict)
 
-    def error(self, line: int, column: int, problem: str) -> YamlError:
-        return YamlError(self.source, line + 1, column + 1, problem)
+    def fail(self, line: int, column: int, problem: str, remedy: str) -> NoReturn:
+        """Raise for what stands at `column` of `line`; all four go into the message."""
+        raise YamlError(self.source, line + 1, column + 1, f"{problem}; {remedy}")
 
     def refuse(self, line: int, column: int, construct: str, remedy: str) -> NoReturn:
-        raise self.error(line, column, f"{construct} is not supported here; {remedy}")
+        """Raise for a construct that is not in the subset."""
+        self.fail(line, column, f"{construct} is not supported here", remedy)
 
     # ---- document and lines ----
 
@@ -375,8 +362,8 @@ class _YamlReader:
             return None
         value = self._root()
         if self.indent >= 0:
-            problem = "this line does not belong to the sequence above; start it with a dash, or indent it"
-            raise self.error(self.at, self.indent, problem)
+            problem = "this line does not belong to what is above"
+            self.fail(self.at, self.indent, problem, "start it with a dash, or indent it")
         return value
 
     def open(self) -> None:
@@ -421,7 +408,7 @@ class _YamlReader:
             return self._flow(0)
         if not self._is_dash(0) and not self._is_entry(0):
             self._check_start(0)
-            raise self.error(self.at, 0, 'expected "key: value" or "- value"; a bare scalar document is not supported')
+            self.refuse(self.at, 0, "a bare scalar document", 'write "key: value" or "- value"')
         return self._block(0, 1)
 
     # ---- block collections ----
@@ -450,14 +437,16 @@ class _YamlReader:
         """Read the block collection that starts at `column` of line `at`."""
         if self._is_dash(column):
             return self._sequence(column, depth)
-        if self._is_entry(column):
-            return self._mapping(column, depth)
-        self._check_start(column)
-        raise self.error(self.at, column, "a scalar on a line of its own is not supported here; write it behind its key or dash")
+        if not self._is_entry(column):
+            self._check_start(column)
+            what = "a scalar on a line of its own"
+            self.refuse(self.at, column, what, "write it behind its key or dash")
+        return self._mapping(column, depth)
 
     def _check_depth(self, column: int, depth: int) -> None:
         if depth > _YAML_MAX_DEPTH:
-            self.refuse(self.at, column, f"nesting deeper than {_YAML_MAX_DEPTH}", "flatten the structure")
+            what = f"nesting deeper than {_YAML_MAX_DEPTH}"
+            self.refuse(self.at, column, what, "flatten the structure")
 
     def _mapping(self, column: int, depth: int) -> dict[str, object]:
         self._check_depth(column, depth)
@@ -508,14 +497,19 @@ class _YamlReader:
         found[key] = self._value(colon + 1, column, depth, dash_from=column)
 
     def _goes_on(self, column: int) -> bool:
-        """Whether line `at` is the next entry of the mapping at `column`; raise if it is nothing."""
+        """Whether line `at` is the next entry of the mapping at `column`."""
         if self.indent < column:
             return False
-        if self.indent > column:
-            raise self.error(self.at, self.indent, "this line is indented deeper than its neighbours; align it with them")
+        self._check_not_deeper(column)
         if self._is_dash(column):
-            raise self.error(self.at, column, "a sequence entry among mapping keys; indent it, or write it below its key")
+            remedy = "indent it, or write it directly below its key"
+            self.fail(self.at, column, "a sequence entry among mapping keys", remedy)
         return True
+
+    def _check_not_deeper(self, column: int) -> None:
+        if self.indent > column:
+            problem = "this line is indented deeper than its neighbours"
+            self.fail(self.at, self.indent, problem, "align it with them")
 
     def _duplicate(self, key: str, first: int, column: int) -> NoReturn:
         """Raise for the second `key`, on line `at`, of the mapping that starts on line `first`."""
@@ -526,8 +520,8 @@ class _YamlReader:
             line = again.at
             other, colon = again._key(column)
             again._value(colon + 1, column, 1, dash_from=column)
-        problem = f"duplicate key {key[:40]!r}, first on line {line + 1}; remove one of the two"
-        raise self.error(self.at, column, problem)
+        problem = f"duplicate key {key[:40]!r}, first on line {line + 1}"
+        self.fail(self.at, column, problem, "remove one of the two")
 
     def spans(self, column: int, depth: int) -> dict[str, _YamlSpan]:
         """Read a mapping as `_mapping` does, and say where its entries stand."""
@@ -556,8 +550,7 @@ class _YamlReader:
         while True:
             value = self._element(column, depth)
             found.append((value, self.end))
-            if self.indent > column:
-                raise self.error(self.at, self.indent, "this line is indented deeper than its neighbours; align it with them")
+            self._check_not_deeper(column)
             if self.indent < column or not self._is_dash(column):
                 return found
 
@@ -605,7 +598,8 @@ class _YamlReader:
     def _quoted_key(self, column: int) -> tuple[str, int]:
         line = self.lines[self.at]
         if not self._is_entry(column):
-            raise self.error(self.at, column, 'expected "key: value"; a quoted key stands on one line, with its colon')
+            hint = "a quoted key stands on one line with its colon"
+            self.fail(self.at, column, 'expected "key: value"', hint)
         close = _yaml_quote_end(line, column + 1, line[column])
         key = self._unquoted(self.at, column + 1, close, line[column])
         return key, _yaml_text_start(line, close + 1)
@@ -616,7 +610,7 @@ class _YamlReader:
         self._check_start(column)
         if colon == len(line):
             hint = "a text that goes on is indented deeper than its key"
-            raise self.error(at, column, f'expected "key: value"; {hint}')
+            self.fail(at, column, 'expected "key: value"', hint)
         if not key:
             self.refuse(at, column, "an empty key", 'write "" for an empty key')
         for sign, name in (("\t", "a tab character"), ("#", "`#`"), (":", "`:`")):
@@ -629,7 +623,7 @@ class _YamlReader:
             what = f"a plain key that starts with `{key[0]}`"
             self.refuse(at, column, what, "quote the key")
         if key in _YAML_CONSTANTS or _YAML_NUMBER_LIKE.fullmatch(key):
-            raise self.error(at, column, f"the key {key[:40]} is not a string; quote it")
+            self.fail(at, column, f"the key {key[:40]} is not a string", "quote it")
         return key
 
     # ---- values ----
@@ -664,7 +658,8 @@ class _YamlReader:
         if first in _YAML_REFUSED:
             self.refuse(self.at, column, *_YAML_REFUSED[first])
         if first == "-" and second in ("", " "):
-            self.refuse(self.at, column, "a sequence entry on the line of its key", "put it on the next line, or quote the text")
+            what = "a sequence entry on the line of its key"
+            self.refuse(self.at, column, what, "put it on the next line, or quote the text")
         if first == "?" and second in ("", " "):
             self.refuse(self.at, column, "an explicit key (?)", 'write "key: value"')
         if first == ":" and second in ("", " "):
@@ -674,7 +669,8 @@ class _YamlReader:
         self._check_start(start)
         at, first = self.at, self.lines[self.at][start]
         if first in "?:":
-            self.refuse(at, start, f"a plain text that starts with `{first}`", "quote the text")
+            what = f"a plain text that starts with `{first}`"
+            self.refuse(at, start, what, "quote the text")
         text = self._plain_line(start)
         self.seek(at + 1)
         if self.indent <= parent:
@@ -683,16 +679,19 @@ class _YamlReader:
         while self.indent > parent:
             gap = self.lines[self.end : self.at]
             if self.tail.strip(" ") or any(line.strip(" ") for line in gap):
-                raise self.error(self.at, self.indent, "text after a comment inside a multi-line plain scalar; move the comment, or quote the text")
+                what = "text after a comment inside a multi-line plain scalar"
+                self.refuse(self.at, self.indent, what, "move the comment, or quote the text")
             parts += ("\n" * len(gap) or " ", self._continuation())
             self.seek(self.at + 1)
         return "".join(parts)
 
     def _continuation(self) -> str:
-        line = self.lines[self.at]
-        if line[self.indent] in "-?:" and line[self.indent + 1 : self.indent + 2] in ("", " "):
-            self.refuse(self.at, self.indent, f"a line that starts with `{line[self.indent]} ` inside a plain scalar", "quote the text, or align the line with its neighbours")
-        return self._plain_line(self.indent)
+        """A further line of a plain scalar."""
+        at, start, line = self.at, self.indent, self.lines[self.at]
+        if line[start] in "-?:" and line[start + 1 : start + 2] in ("", " "):
+            what = f"a line that starts with `{line[start]} ` inside a plain scalar"
+            self.refuse(at, start, what, "quote the text, or align the line with its neighbours")
+        return self._plain_line(start)
 
     def _plain_line(self, start: int) -> str:
         """The plain text on line `at` from `start` on, without the comment behind it."""
@@ -701,7 +700,9 @@ class _YamlReader:
         text = line[start:].rstrip(" ") if comment < 0 else line[start:comment].rstrip(" ")
         self.tail = line[start + len(text) :]
         if "\t" in text:
-            self.refuse(at, start + text.index("\t"), "a tab character in a plain scalar", "use a space, or quote the text")
+            place = start + text.index("\t")
+            remedy = "use a space, or quote the text"
+            self.refuse(at, place, "a tab character in a plain scalar", remedy)
         if ": " in text or text.endswith(":"):
             place = start + (text + " ").index(": ")
             self.refuse(at, place, '": " inside a plain scalar', "quote the text")
@@ -715,8 +716,9 @@ class _YamlReader:
             return text
         value = _yaml_number(text, _YAML_SLOW)
         if value is _YAML_SLOW:
-            shown = text if len(text) <= 40 else text[:40] + "…"
-            self.refuse(line, column, f"a number in a form that parsers read differently ({shown})", "quote it, or write it as a plain decimal number of at most 15 digits")
+            what = f"a number in a form that parsers read differently ({text[:40]})"
+            remedy = "quote it, or write it as a decimal number of at most 15 digits"
+            self.refuse(line, column, what, remedy)
         return value
 
     # ---- quoted scalars ----
@@ -748,26 +750,34 @@ class _YamlReader:
             return len(line) - 1
         kept = text.rstrip(" ")
         if kept.endswith("\t"):
-            self.refuse(at, begin + len(kept) - 1, "a tab character at the end of a line of a quoted scalar", "write it as \\t, in double quotes")
+            what = "a tab character at the end of a line of a quoted scalar"
+            self.refuse(at, begin + len(kept) - 1, what, "write it as \\t, in double quotes")
         if quote == '"' and len(kept) < len(text) and _yaml_ends_in_backslash(kept):
             return begin + len(kept) + 1  # an escaped space is not cut off
         return begin + len(kept)
 
-    def _next_segment(self, opened: int, start: int, at: int, parent: int, joined: bool) -> tuple[int, int, str]:
-        """The next line with text of a quoted scalar, where its text begins, and what goes between."""
+    def _next_segment(
+        self, opened: int, start: int, at: int, parent: int, joined: bool
+    ) -> tuple[int, int, str]:
+        """The next line of a quoted scalar that has text, where the text begins, and what the
+        line breaks in between become."""
         following, last = at + 1, len(self.lines) - 1
         while following < last and not self.lines[following].strip(" "):
             following += 1
         if following >= last:
-            raise self.error(opened, start, "this quoted scalar is never closed; add the closing quote")
+            self.fail(opened, start, "this quoted scalar is never closed", "add the closing quote")
         begin = _yaml_text_start(self.lines[following], 0)
         if self.lines[following][begin] == "\t":
-            self.refuse(following, begin, "a tab character at the start of a line of a quoted scalar", "use spaces, or write it as \\t in double quotes")
+            what = "a tab character at the start of a line of a quoted scalar"
+            self.refuse(following, begin, what, "use spaces, or write it as \\t in double quotes")
         if begin <= parent:
-            raise self.error(following, begin, f"the continuation of a quoted scalar is not indented; indent it, or close the quote of line {opened + 1}")
+            problem = "the continuation of a quoted scalar is not indented"
+            remedy = f"indent it, or close the quote of line {opened + 1}"
+            self.fail(following, begin, problem, remedy)
         blank = following - at - 1
         if joined and blank:
-            self.refuse(at + 1, 0, "a blank line after an escaped line break", "write \\n, or remove the line")
+            what = "a blank line after an escaped line break"
+            self.refuse(at + 1, 0, what, "write \\n, or remove the line")
         return following, begin, "" if joined else "\n" * blank or " "
 
     def _unquoted(self, at: int, begin: int, stop: int, quote: str) -> str:
@@ -799,7 +809,8 @@ class _YamlReader:
         text = self.tail.lstrip(" ")
         if text and (text[0] != "#" or self.tail[0] != " "):
             place = _yaml_text_start(self.lines[at], column)
-            self.refuse(at, place, f"text after {what}", "quote all of the text, or put a space before the `#` of a comment")
+            remedy = "quote all of the text, or put a space before the # of a comment"
+            self.refuse(at, place, f"text after {what}", remedy)
 
     # ---- block scalars ----
 
@@ -815,8 +826,8 @@ class _YamlReader:
         if not body:
             self.refuse(self.at, start, "a block scalar without content", 'write ""')
         if end == len(self.lines) - 1 and not self.complete and chomp != "-":
-            problem = "the file ends inside a block scalar without a final line break; add one"
-            raise self.error(end - 1, len(self.lines[end - 1]), problem)
+            problem = "the file ends inside a block scalar without a final line break"
+            self.fail(end - 1, len(self.lines[end - 1]), problem, "add one")
         trailing = len(content) - body
         self.seek(end if chomp == "+" else end - trailing)
         text = "\n".join(content[:body]) if style == "|" else _yaml_fold(content[:body])
@@ -845,7 +856,7 @@ class _YamlReader:
             return parent + 1
         if widest > indent:
             problem = "a leading blank line has more spaces than the first line of the block scalar"
-            raise self.error(line, indent, problem + "; empty the blank lines")
+            self.fail(line, indent, problem, "empty the blank lines")
         return indent
 
     def _block_lines(self, first: int, indent: int, parent: int) -> tuple[list[str], int]:
@@ -867,8 +878,8 @@ class _YamlReader:
             at += 1
         below = _yaml_text_start(self.lines[at], 0)
         if at < last and below > parent and self.lines[at][below] != "#":
-            problem = "this line is indented less than the first line of the block scalar; align it"
-            raise self.error(at, below, problem)
+            problem = "this line is indented less than the first line of the block scalar"
+            self.fail(at, below, problem, "align the two")
         return content, at
 
     # ---- flow collections ----
@@ -1139,7 +1150,12 @@ def _yaml_same(one: object, other: object) -> bool:
 
 
 def _yaml_edit_mapping(
-    lines: list[str], first: int, column: int, new: Mapping[str, object], order: Sequence[str], offset: int
+    lines: list[str],
+    first: int,
+    column: int,
+    new: Mapping[str, object],
+    order: Sequence[str],
+    offset: int,
 ) -> list[str]:
     """Change the block mapping that starts at `column` of line `first` so that it reads `new`.
 
@@ -1169,22 +1185,27 @@ def _yaml_edit_mapping(
     return [*lines[:first], *out, *lines[done:]]
 
 
-def _yaml_places(present: list[str], new: Iterable[str], order: Sequence[str]) -> dict[str, list[str]]:
-    """Per present key the new keys to write behind it: each behind its nearest predecessor in
-    `order`; keys that `order` does not know go to the end."""
+def _yaml_places(
+    present: list[str], new: Mapping[str, object], order: Sequence[str]
+) -> dict[str, list[str]]:
+    """Per present key the missing keys to write behind it.
+
+    That is the nearest predecessor in `order`; what `order` does not know goes to the end.
+    """
     rank = {key: number for number, key in enumerate(order)}
     places: dict[str, list[str]] = {}
-    for key in sorted((key for key in new if key not in present), key=lambda key: rank.get(key, len(rank))):
-        if key in rank:
-            before = [other for other in present if rank.get(other, len(rank)) < rank[key]]
-            place = max(before, key=rank.__getitem__, default=present[0])
-        else:
-            place = present[-1]
+    for key in (*order, *(key for key in new if key not in rank)):
+        if key not in new or key in present:
+            continue
+        before = [other for other in present if rank.get(other, len(rank)) < rank.get(key, -1)]
+        place = max(before, key=rank.__getitem__, default=present[0 if key in rank else -1])
         places.setdefault(place, []).append(key)
     return places
 
 
-def _yaml_edit_entry(lines: list[str], span: _YamlSpan, column: int, value: object, offset: int) -> list[str]:
+def _yaml_edit_entry(
+    lines: list[str], span: _YamlSpan, column: int, value: object, offset: int
+) -> list[str]:
     """The lines of a mapping's entry with a new value."""
     old, head = span.value, lines[span.start][: span.colon + 1]
     if _yaml_same(old, value):
@@ -1228,7 +1249,9 @@ def _yaml_edit_body(body: list[str], value: object, offset: int) -> list[str]:
     return _yaml_edit_sequence(body, reader, value, offset)
 
 
-def _yaml_edit_sequence(body: list[str], reader: _YamlReader, new: list[object], offset: int) -> list[str]:
+def _yaml_edit_sequence(
+    body: list[str], reader: _YamlReader, new: list[object], offset: int
+) -> list[str]:
     """Change a list; equal elements keep their lines, with the comments above them."""
     column, done = reader.indent, 0
     kept: defaultdict[str, list[list[str]]] = defaultdict(list)
@@ -1287,11 +1310,11 @@ class Document:
         reader.open()
         if reader.indent < 0:
             remedy = "take the file back from git history, or write `items: []`"
-            raise reader.error(0, 0, f"the file holds no backlog; {remedy}")
+            reader.fail(0, 0, "the file is empty, which a backlog never is", remedy)
         if reader.indent or reader._is_dash(0) or not reader._is_entry(0):
             at = reader.at
             reader._root()
-            raise reader.error(at, 0, "this is not a mapping; a backlog starts with keys like `items:`")
+            reader.fail(at, 0, "this is not a mapping", "write the backlog's list below `items:`")
         spans = reader.spans(0, 1)
         self.top = {key: span.value for key, span in spans.items() if key != "items"}
         self.items = cls._items(reader, spans.get("items"))
@@ -1306,8 +1329,8 @@ class Document:
             return []
         assert span is not None
         if not isinstance(value, list) or not (span.block or not value):
-            problem = "`items` is not a list of items; write one `- id: …` below it per item"
-            raise reader.error(span.start, 0, problem)
+            remedy = "write one `- id: …` below it per item"
+            reader.fail(span.start, 0, "`items` is not a list in block style", remedy)
         return value
 
     def _cut(self, reader: _YamlReader, span: _YamlSpan) -> None:
@@ -2869,6 +2892,11 @@ class Store:
         if data is None:
             raise SaveError(f"{self.path}: the file is gone", self.unsaved())
         return data
+
+    def disturbed(self) -> bool:
+        """Whether the file holds anything but what was last read or written here."""
+        with self._locked():
+            return self._read() != self._last.data
 
     def rewrite_if_reverted(self, reverted: bytes | None) -> bool:
         """Write the file again if somebody removed it or set it back to the bytes `reverted`.

@@ -263,23 +263,25 @@ def _git_start_and_wait(
     # Between fork and setsid the child is still in our foreground group: a Ctrl-C in that moment
     # would end it. So the terminal's signals wait until it has a session of its own.
     held = signal.pthread_sigmask(signal.SIG_BLOCK, _GIT_HELD_SIGNALS)
+    process = None
     try:
-        process = subprocess.Popen(
-            argv,
-            cwd=cwd,
-            env=env,
-            stdin=files[0],
-            stdout=files[1],
-            stderr=files[2],
-            start_new_session=True,
-        )
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, held)
-    try:
+        try:
+            process = subprocess.Popen(
+                argv,
+                cwd=cwd,
+                env=env,
+                stdin=files[0],
+                stdout=files[1],
+                stderr=files[2],
+                start_new_session=True,
+            )
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, held)  # may raise what a handler raises
         if _git_wait(process.pid, process.wait, limit_s):
             return process.wait()
     except BaseException:
-        _git_end_group(process.pid, process.wait)
+        if process is not None:
+            _git_end_group(process.pid, process.wait)
         raise
     _git_end_group(process.pid, process.wait)
     return None
@@ -405,8 +407,8 @@ class Repo:
         inside, object_format, *folders = facts
         if inside != "true" or len(folders) != 3:
             raise GitError(
-                f"git cannot tell the work tree of {self.root} (is there a line break in its path?)."
-                " Name the folder of a checkout with --root."
+                f"git cannot tell the work tree of {self.root}; is there a line break in its path?"
+                " Name the folder of another checkout with --root."
             )
         self.top, self.git_dir, self.common_dir = (Path(os.path.realpath(f)) for f in folders)
         relative = os.path.relpath(self.root, self.top)

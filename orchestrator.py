@@ -124,6 +124,7 @@ CHANGES_DIR = "changes"
 IDEAS_DIR = "_ideas"
 WORKLOG_DIR = "_worklog"
 TRIAGE = "triage"  # the reserved phase name
+DEMO_AGENT = "__demo-agent"  # the hidden command that the agent processes of the demo run
 
 DEFAULT_PIPELINE = "feature"
 
@@ -236,7 +237,7 @@ class Promote(NamedTuple):
 
 
 class Task(NamedTuple):
-    """Something an agent (or a phase's command) shall do; takes a slot and counts against the cap."""
+    """What an agent (or a phase's command) shall do; takes a slot, counts against the cap."""
 
     item_id: str
     phase: Phase
@@ -3685,8 +3686,13 @@ def _command_argv(settings: AgentSettings, spec: AttemptSpec) -> list[str]:
 
 
 def _demo_argv(settings: AgentSettings, spec: AttemptSpec) -> list[str]:
-    """This very program; -E and -S spare most of Python's start-up."""
-    return [sys.executable, "-E", "-S", os.path.abspath(__file__), "__demo-agent", *settings.args]
+    """This very program, imported so that its compiled form is used; -E and -S start quicker."""
+    here = Path(__file__).resolve()
+    code = (
+        f"import importlib, sys; sys.path.insert(0, {str(here.parent)!r});"
+        f" sys.exit(importlib.import_module({here.stem!r}).main([{DEMO_AGENT!r}]))"
+    )
+    return [sys.executable, "-E", "-S", "-c", code, *settings.args]
 
 
 PROFILES: Mapping[str, Profile] = {
@@ -4799,8 +4805,8 @@ def demo_agent(env: Mapping[str, str], prompt: str, root: Path) -> int:
     """A scripted agent that shows the whole machinery in seconds; returns its exit code.
 
     Words in an item's title choose what happens: "risky" is rated high risk at triage, "flaky"
-    fails its first attempt at the phase build, "follow-up" makes
-    review report a new item, "unclear" blocks at its first document. Everything else is completed.
+    fails its first attempt at the phase build, "follow-up" makes build report a new item,
+    "unclear" blocks at its first document. Everything else is completed.
     """
     phase, item_id = env["ORCHESTRATOR_PHASE"], env["ORCHESTRATOR_ITEM_ID"]
     job = DemoJob(
@@ -4848,15 +4854,10 @@ def _demo_document(job: DemoJob) -> dict[str, object]:
     job.change_dir.mkdir(parents=True, exist_ok=True)
     document = job.change_dir / f"{_path_part(job.phase).upper()}.md"
     document.write_text(f"# {job.title}: {job.phase}\n\nWritten by the demo agent.\n")
-    report: dict[str, object] = {"summary": f"Wrote {document.name}"}
     if "unclear" in job.title.lower():
-        question = "What should happen for an empty list?"
+        question = "Is this for users or for developers?"
         return {"result": "blocked", "summary": "It is unclear what is wanted", "context": question}
-    if job.phase == "review" and "follow-up" in job.title.lower():
-        follow_up = {"title": f"Document what {job.item_id} added", "suggested_size": "small"}
-        report["follow_ups"] = [{**follow_up, "suggested_risk": "low"}]
-        report["summary"] = f"Wrote {document.name}, found one thing left to do"
-    return report
+    return {"summary": f"Wrote {document.name}"}
 
 
 def _demo_build(job: DemoJob) -> dict[str, object]:
@@ -4869,7 +4870,11 @@ def _demo_build(job: DemoJob) -> dict[str, object]:
         return {"result": "failed", "summary": "The tests fail", "context": "SyntaxError in line 1"}
     target.write_text(f"# {job.title}\n\n\ndef feature() -> str:\n    return {job.item_id!r}\n")
     subject = f"Add {target.relative_to(job.root)}"
-    return {"summary": subject, "commit_summary": subject}
+    report: dict[str, object] = {"summary": subject, "commit_summary": subject}
+    if "follow-up" in job.title.lower():
+        title = f"Document what {job.item_id} added (unclear)"
+        report["follow_ups"] = [{"title": title, "suggested_size": "small"}]
+    return report
 
 
 def _demo_write(job: DemoJob, report: Mapping[str, object]) -> None:
@@ -4951,6 +4956,9 @@ class LiveLine:
     def note(self, item_id: str, progress: Progress) -> None:
         self.seen[item_id] = progress
 
+    def forget(self, item_id: str) -> None:
+        self.seen.pop(item_id, None)
+
     def wipe(self) -> None:
         self._write("\r\x1b[K")
 
@@ -5003,7 +5011,7 @@ class PendingCommit(NamedTuple):
     """The commit that a finished phase still has to become (or to become a part of)."""
 
     token: str
-    parent: str | None  # HEAD as the phase ended: where a search for the token may stop
+    parent: str | None  # HEAD as the attempt began: where a search for the token may stop
     item: str
     phase: str
     outcome: str  # complete, blocked or failed
@@ -5133,6 +5141,7 @@ class Ledger:
         self.clock = clock
         self.inbox_path = config.base / INBOX_NAME
         self.inbox_trouble = ""  # the last complaint, so that it is made once
+        self.inbox_tracked: bool | None = None  # None: not looked up yet
         self.commit_again = 0.0  # monotonic seconds; see `flush`
         self.own_commits: set[str] = set()  # made by this run; other new ones are an agent's
 
@@ -5347,7 +5356,7 @@ class Ledger:
         task = started.task
         record = PendingCommit(
             started.token,
-            self.repo.head().commit,
+            started.before.head.commit,
             task.item_id,
             task.name,
             outcome,
@@ -5628,20 +5637,21 @@ class Ledger:
 
     def guard_state(self, started: Started) -> None:
         """Undo what an agent's git command did to BACKLOG.yaml (stash, checkout, reset, clean)."""
-        before, now = started.before.head.commit, self.repo.head().commit
-        for commit in {before} | ({now} & self.own_commits):
-            entry = self.repo.entry(commit, self.backlog_path) if commit else None
-            try:
-                done = self.store.rewrite_if_reverted(
-                    self.repo.read_blob(entry.oid) if entry else None
-                )
-            except SaveError:
-                return  # the save of the outcome, which comes next, tells
-            if done:
-                text = (
-                    f"put back or removed {self.store.path.name}; it was written again from memory"
-                )
+        with suppress(SaveError):  # the save of the outcome, which comes next, tells
+            if self.store.disturbed() and self._undo_revert(started):
+                name = self.store.path.name
+                text = f"put back or removed {name}; it is written again from memory"
                 log().warning("%s", phase_line(started.task.item_id, started.task.name, text))
+
+    def _undo_revert(self, started: Started) -> bool:
+        """Write the backlog again if the file is what git had when the attempt began or has now.
+
+        A commit of the operator's is not looked at: the file may hold an edit of theirs.
+        """
+        commits = {started.before.head.commit} | ({self.repo.head().commit} & self.own_commits)
+        entries = [commit and self.repo.entry(commit, self.backlog_path) for commit in commits]
+        blobs = [self.repo.read_blob(entry.oid) if entry else None for entry in entries]
+        return any(self.store.rewrite_if_reverted(blob) for blob in blobs)
 
     # -- commits -----------------------------------------------------------------------------------
 
@@ -5691,10 +5701,12 @@ class Ledger:
         return sorted(self.worklog_dir.glob("[0-9][0-9][0-9][0-9]-[0-9][0-9].md"))[-2:]
 
     def _inbox_removal(self) -> dict[str, Entry]:
-        """The deletion of a tracked inbox that was taken in."""
+        """The deletion of a tracked inbox that was taken in, now or by an earlier run."""
         path = self.repo.prefix + INBOX_NAME
-        head = self.repo.head().commit
-        if head is None or self.inbox_path.exists() or self.repo.entry(head, path) is None:
+        if self.inbox_tracked is None:
+            head = self.repo.head().commit
+            self.inbox_tracked = head is not None and self.repo.entry(head, path) is not None
+        if not self.inbox_tracked or self.inbox_path.exists():
             return {}
         return {path: Entry(path, ABSENT_MODE, ABSENT_OID)}
 
@@ -5738,11 +5750,10 @@ class Ledger:
     def recover(self) -> None:
         """Finish what a killed run, or one whose last save failed, left in its journal.
 
-        Idempotent: killed at any point, the next start does it again. Raises OrchestratorError
-        when something has to be mended by hand first; nothing is lost then.
+        Its processes have been ended before. Idempotent: killed at any point, the next start does
+        it again. Raises OrchestratorError when something has to be mended by hand first; nothing
+        is lost then.
         """
-        for line in end_run(self.journal.run_id):
-            log().warning("ended a process that the last run left behind: %s", line)
         self.store.restore(self.journal.unsaved)
         for record in list(self.journal.attempts.values()):
             self._recover_attempt(record)
@@ -5871,7 +5882,7 @@ class Coordinator:
         return self.ledger.store.backlog
 
     async def edit(self, change: Callable[[Draft], T]) -> T:
-        """Change the backlog; returns once it is saved. Raises what `change` raised or SaveError."""
+        """Change the backlog; returns once saved. Raises what `change` raised, or SaveError."""
         return cast(T, await self._ask(change, is_edit=True))
 
     async def do(self, work: Callable[[], T]) -> T:
@@ -6180,6 +6191,7 @@ class Scheduler:
             applied = await self._attempts(task)
         finally:
             del self.running[task.item_id]
+            self.live.forget(task.item_id)
         if applied is not None:
             self._count(applied)
 
@@ -6503,7 +6515,7 @@ def begin_run(space: Workspace, *, allow_dirty: bool) -> Ledger:
     last = Journal.read(space.journal_path)
     _refuse(_head_problems(space, last))
     if last is not None and not last.settled:
-        end_run(last.run_id)
+        end_leftovers(last.run_id)
     space.store.load()
     space.repo.clean_leftovers()
     if last is not None and not last.settled:
@@ -6517,6 +6529,12 @@ def begin_run(space: Workspace, *, allow_dirty: bool) -> Ledger:
     for line in ledger.edit([lambda draft: repair_items(draft, space.config, utc_now())])[0]:
         log().warning("%s", line)
     return ledger
+
+
+def end_leftovers(run_id: str) -> None:
+    """End every process of a run that is over, and name it."""
+    for line in end_run(run_id):
+        log().warning("ended a process that an agent left behind: %s", line)
 
 
 def _head_problems(space: Workspace, last: Journal | None) -> list[Problem]:
@@ -6658,7 +6676,7 @@ class Session:
             if scheduler.stop.signal is not None and self.reason is not None:
                 self.reason = HaltReason.SHUTDOWN_REQUESTED
             try:
-                await asyncio.to_thread(self._end_leftovers)
+                await asyncio.to_thread(end_leftovers, self.ledger.journal.run_id)
                 await coordinator.do(self.ledger.flush)
             finally:
                 self.saved = await coordinator.close()
@@ -6675,10 +6693,6 @@ class Session:
             return
         self.state_commit = done
         self.ledger.tell_state_commit(done, "saved the backlog state")
-
-    def _end_leftovers(self) -> None:
-        for line in end_run(self.ledger.journal.run_id):
-            log().warning("ended a process that an agent left behind: %s", line)
 
     def _end_journal(self) -> None:
         try:
@@ -7077,7 +7091,7 @@ DEMO_CONFIG = """\
 [project]
 prefix = "DEMO"
 
-# A small pipeline: plan (a document), build (code), review (a document).
+# A small pipeline: plan (a document), then build (code).
 [agent]
 cli = "demo"
 
@@ -7092,9 +7106,6 @@ name = "plan"
 [[pipelines.feature.phases]]
 name = "build"
 destructive = true
-
-[[pipelines.feature.phases]]
-name = "review"
 """
 
 DEMO_TITLES = (
@@ -7130,7 +7141,6 @@ def _dumps(value: object) -> str:
 # ==== 12. Command line ============================================================================
 
 
-DEMO_AGENT = "__demo-agent"  # the hidden command that the demo's agent processes run
 PROGRAM = "python3 orchestrator.py"  # how messages name this program
 
 COMMANDS: Mapping[str, Callable[[argparse.Namespace], int]] = {

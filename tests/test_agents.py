@@ -1171,8 +1171,8 @@ def test_demo_agent_by_phase_and_title(make_spec: SpecMaker) -> None:
     assert demo(spec, "build", "A flaky thing")["result"] == "failed"
     assert demo(spec, "build", "A flaky thing", attempt=2)["commit_summary"] == "Add demo/a_flaky_thing.py"
     assert (spec.root / "demo/a_flaky_thing.py").read_text().startswith("# A flaky thing\n")
-    assert "follow_ups" not in demo(spec, "review", "Plain")
-    assert len(demo(spec, "review", "Has a follow-up")["follow_ups"]) == 1  # type: ignore[arg-type]
+    assert "follow_ups" not in demo(spec, "build", "Plain")
+    assert len(demo(spec, "build", "Has a follow-up")["follow_ups"]) == 1  # type: ignore[arg-type]
 
 
 def test_demo_title_falls_back_to_the_id() -> None:

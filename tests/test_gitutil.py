@@ -5,6 +5,7 @@ Committing BACKLOG.yaml has its own file, test_state_commit.py.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -55,6 +56,16 @@ def repo(project: Path) -> Repo:
     return Repo.open(project, delay=no_delay)
 
 
+def table(rows: Mapping[str, object], slow: str = "") -> list[object]:
+    """Parameters named by their keys; those named in `slow` run only when asked for."""
+    marks = dict.fromkeys(slow.split(), pytest.mark.slow)
+    assert marks.keys() <= rows.keys()
+    return [
+        pytest.param(*(row if isinstance(row, tuple) else (row,)), id=name, marks=marks.get(name, ()))
+        for name, row in rows.items()
+    ]
+
+
 def no_delay(_: float) -> None:
     pass
 
@@ -65,8 +76,7 @@ def git(where: Path, *args: str, check: bool = True) -> str:
 
 def run(*commands: str) -> Act:
     def act(where: Path) -> None:
-        for command in commands:
-            sh(where, "sh", "-c", command)
+        sh(where, "sh", "-ec", "\n".join(commands))
 
     return act
 
@@ -89,9 +99,20 @@ def work_tree(where: Path) -> dict[str, tuple[str, bytes]]:
 
 def index(where: Path) -> str:
     """All index entries with their flags, intent-to-add included; without cached times."""
-    flags = [line for line in git(where, "ls-files", "--debug").splitlines() if "flags:" in line]
-    listed = git(where, "ls-files", "-s", "-v").splitlines()
-    return "\n".join(f"{entry} {flag.split('flags:')[1]}" for entry, flag in zip(listed, flags, strict=True))
+    lines = git(where, "ls-files", "-s", "-v", "--debug").splitlines()
+    flags = [line.split("flags:")[1].strip() for line in lines if line.startswith("  size")]
+    listed = [line for line in lines if not line.startswith("  ")]
+    return "\n".join(f"{entry} {flag}" for entry, flag in zip(listed, flags, strict=True))
+
+
+def stored(where: Path, tree: str) -> dict[str, str]:
+    """Path and blob of every file of a tree."""
+    rows = git(where, "ls-tree", "-r", "-z", tree).split("\0")[:-1]
+    return {row.split("\t")[1]: row.split("\t")[0].split()[2] for row in rows}
+
+
+def blob_id(data: bytes) -> str:
+    return hashlib.sha1(b"blob %d\0%b" % (len(data), data)).hexdigest()
 
 
 def paths(changes: list[Change]) -> list[str]:
@@ -195,17 +216,17 @@ class Interrupted(BaseException):
 def test_exception_in_a_signal_handler_ends_git_in_order(
     fake_git: Callable[[str], Repo], tmp_path: Path
 ) -> None:
-    repo = fake_git(f"trap 'rm {tmp_path}/lock; exit 1' TERM; : > {tmp_path}/lock; kill -USR1 $PPID; while :; do sleep 0.02; done")
+    repo = fake_git(f"trap 'rm {tmp_path}/lock; exit 1' TERM; : > {tmp_path}/lock; kill -HUP $PPID; while :; do sleep 0.02; done")
 
     def interrupt(*_: object) -> None:
         raise Interrupted
 
-    before = signal.signal(signal.SIGUSR1, interrupt)
+    before = signal.signal(signal.SIGHUP, interrupt)
     try:
         with pytest.raises(Interrupted):
             repo.git("gc", limit_s=30)
     finally:
-        signal.signal(signal.SIGUSR1, before)
+        signal.signal(signal.SIGHUP, before)
     assert not (tmp_path / "lock").exists()
 
 
@@ -257,7 +278,7 @@ OPENING: Mapping[str, tuple[Act, str, str]] = {
 }
 
 
-@pytest.mark.parametrize(("act", "where", "says"), OPENING.values(), ids=OPENING.keys())
+@pytest.mark.parametrize(("act", "where", "says"), table(OPENING))
 def test_opening_refuses(project: Path, monkeypatch: pytest.MonkeyPatch, act: Act, where: str, says: str) -> None:
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(project.parent))
     act(project)
@@ -320,7 +341,7 @@ OPERATIONS: Mapping[str, tuple[Act, str | None]] = {
 }
 
 
-@pytest.mark.parametrize(("act", "operation"), OPERATIONS.values(), ids=OPERATIONS.keys())
+@pytest.mark.parametrize(("act", "operation"), table(OPERATIONS))
 def test_operation(project: Path, repo: Repo, act: Act, operation: str | None) -> None:
     act(project)
     assert repo.operation() == operation
@@ -438,18 +459,33 @@ def operators_mess(where: Path) -> None:
     )(where)
 
 
-def test_a_snapshot_touches_nothing_and_sees_everything(project: Path, repo: Repo) -> None:
-    operators_mess(project)
+@pytest.fixture(scope="session")
+def messy_template(template: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    where = tmp_path_factory.mktemp("messy") / "project"
+    shutil.copytree(template, where, symlinks=True)
+    operators_mess(where)
+    return where
+
+
+@pytest.fixture
+def messy(messy_template: Path, tmp_path: Path) -> Path:
+    """The project with much that is the operator's."""
+    where = tmp_path / "messy"
+    shutil.copytree(messy_template, where, symlinks=True)
+    return where
+
+
+def test_a_snapshot_touches_nothing_and_sees_everything(messy: Path) -> None:
+    project, repo = messy, Repo.open(messy)
     before, files = (project / ".git/index").read_bytes(), work_tree(project)
     taken = repo.snapshot("refs/orchestrator/snapshots/run/1")
     assert ((project / ".git/index").read_bytes(), work_tree(project)) == (before, files)
     assert not list((project / ".git").glob("orchestrator-*"))
-    for name, (kind, data) in files.items():
-        entry = repo.entry(taken.tree, name)
-        ignored = name in ("x.log", "build/out")
-        assert (entry is None) == (kind == "folder" or ignored), name
-        if entry is not None:
-            assert repo.read_blob(entry.oid) == data
+    assert stored(project, taken.tree) == {
+        name: blob_id(data)
+        for name, (kind, data) in files.items()
+        if kind != "folder" and name not in ("x.log", "build/out")
+    }
     assert json.loads(json.dumps(taken.staging)) == taken.staging
     assert sorted(row[0] + row.split("\t")[1] for row in taken.staging) == [
         "Ha.txt", "Hdocs/x.md", "Hempty-staged.txt", "Hnew-staged.txt", "Nintended.txt", "Srun.sh", "hc.txt"
@@ -592,16 +628,19 @@ PHASES: Mapping[str, Act] = {
     "removes_ignore_rules": run("rm .gitignore"),
     "new_ignore_rules": run("mkdir n && echo '*.tmp' > n/.gitignore && echo x > n/f.tmp && echo x > n/g"),
 }  # fmt: skip
-SLOW_PHASES = {"edit", "remove", "chmod", "checkout", "stash", "reset_hard", "removes_ignore_rules", "adds_everything", "odd_names", "folder_becomes_file"}  # fmt: skip
 KEPT_BY_GIT = {"n", "n/f.tmp"}  # ignored by a rule of the agent's own: never recorded, never removed
 
 
 @pytest.mark.parametrize(
     "act",
-    [pytest.param(act, id=name, marks=[pytest.mark.slow] * (name in SLOW_PHASES)) for name, act in PHASES.items()],
+    table(
+        PHASES,
+        slow="edit remove move chmod checkout stash reset_hard removes_ignore_rules adds_everything"
+        " odd_names folder_becomes_file file_becomes_empty_folder a01_stages_all new_ignore_rules",
+    ),
 )
-def test_a_failed_phase_is_kept_and_undone(project: Path, repo: Repo, act: Act) -> None:
-    operators_mess(project)
+def test_a_failed_phase_is_kept_and_undone(messy: Path, act: Act) -> None:
+    project, repo = messy, Repo.open(messy)
     files, staged = work_tree(project), index(project)
     before = repo.snapshot("refs/orchestrator/snapshots/run/1")
     act(project)
@@ -610,7 +649,6 @@ def test_a_failed_phase_is_kept_and_undone(project: Path, repo: Repo, act: Act) 
     after = repo.snapshot()
     changes = repo.changes(before.tree, after.tree)
     commit = repo.salvage("refs/orchestrator/salvage/A/build/1", after, "[A][build] Salvaged")
-    git(project, "gc", "-q", "--prune=now")
     before = Snapshot(**{**json.loads(json.dumps(before._asdict())), "head": before.head})
     repo.restore(before, changes)
     repo.restage(before, after)
@@ -621,11 +659,18 @@ def test_a_failed_phase_is_kept_and_undone(project: Path, repo: Repo, act: Act) 
         assert repo.snapshot() == before
     assert git(project, "stash", "list") == stashes
     assert repo.changes(commit, after.tree) == []
-    for name, (kind, data) in agents.items():
-        entry = repo.entry(commit, name)
-        if entry is not None:
-            assert kind != "folder"
-            assert repo.read_blob(entry.oid) == data
+    kept = stored(project, commit)
+    assert kept == {name: blob_id(agents[name][1]) for name in kept}
+
+
+def test_a_snapshot_on_a_ref_outlives_what_an_agent_throws_away(messy: Path) -> None:
+    repo, files, staged = Repo.open(messy), work_tree(messy), index(messy)
+    before = repo.snapshot("refs/orchestrator/snapshots/run/1")
+    run("git reset -q --hard && git clean -q -fd && git gc -q --prune=now")(messy)
+    after = repo.snapshot()
+    repo.restore(before, repo.changes(before.tree, after.tree))
+    repo.restage(before, after)
+    assert (work_tree(messy), index(messy)) == (files, staged)
 
 
 def test_restoring_keeps_to_the_changes(project: Path, repo: Repo) -> None:
@@ -697,8 +742,8 @@ def test_salvage_never_replaces(project: Path, repo: Repo) -> None:
 
 
 @pytest.mark.parametrize("command", ["git add -A", "git reset -q", "git rm -q -f --cached a.txt b.txt"])
-def test_staging_that_an_agent_disturbed_is_given_back(project: Path, repo: Repo, command: str) -> None:
-    operators_mess(project)
+def test_staging_that_an_agent_disturbed_is_given_back(messy: Path, command: str) -> None:
+    project, repo = messy, Repo.open(messy)
     staged = index(project)
     before = repo.snapshot()
     run("echo agent > src/one.py", command)(project)
@@ -782,7 +827,7 @@ def test_a_hook_rejects(project: Path, repo: Repo, entries: list[Entry], name: s
     assert not repo.run_hooks(entries, "x").ok
 
 
-@pytest.mark.parametrize("status", [0, 1])
+@pytest.mark.parametrize("status", [0, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("body", "changed"),
     [
@@ -858,7 +903,7 @@ PROBLEMS: Mapping[str, tuple[Act, str, str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("act", "what", "remedy"), PROBLEMS.values(), ids=PROBLEMS.keys())
+@pytest.mark.parametrize(("act", "what", "remedy"), table(PROBLEMS, slow="rebase bisect head_lock branch_lock packed_refs_lock a22_revert backlog_folder backlog_assume_unchanged"))
 def test_problem(project: Path, repo: Repo, act: Act, what: str, remedy: str) -> None:
     act(project)
     [problem] = repo.problems(project / NAME)
@@ -866,8 +911,8 @@ def test_problem(project: Path, repo: Repo, act: Act, what: str, remedy: str) ->
     assert remedy in problem.remedy
 
 
-def test_no_problem(project: Path, repo: Repo, make_repo: Callable[..., Path]) -> None:
-    operators_mess(project)
+def test_no_problem(messy: Path) -> None:
+    project, repo = messy, Repo.open(messy)
     assert repo.problems(project / NAME) == []
     assert repo.remarks(project / NAME) == []
     (project / NAME).unlink()
@@ -905,7 +950,7 @@ REMARKS: Mapping[str, tuple[Act, str]] = {
 }
 
 
-@pytest.mark.parametrize(("act", "says"), REMARKS.values(), ids=REMARKS.keys())
+@pytest.mark.parametrize(("act", "says"), table(REMARKS))
 def test_remark(project: Path, repo: Repo, act: Act, says: str) -> None:
     act(project)
     [remark] = repo.remarks(project / NAME)

@@ -1,0 +1,1224 @@
+"""The YAML subset of backlog.py: reading, refusing, hostile input, writing, surgical editing."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import json
+import random
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from backlog import ITEM_KEYS, Document, YamlError, parse_yaml, render_yaml
+
+DATA = Path(__file__).parent / "data" / "yaml"
+OTHER_WRITERS = sorted(DATA.glob("*.yaml"))
+assert OTHER_WRITERS, f"no files in {DATA}"
+
+
+def read(text: str) -> object:
+    return parse_yaml(text.encode("utf-8", "surrogatepass"), "t")
+
+
+def same(one: object, other: object) -> bool:
+    """Equality that tells 1, 1.0 and True apart, and minds the order of keys."""
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, dict) and isinstance(other, dict):
+        return list(one) == list(other) and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(same, one, other))
+    return one == other
+
+
+def refusal(data: bytes | str) -> YamlError:
+    with pytest.raises(YamlError) as caught:
+        parse_yaml(data if isinstance(data, bytes) else data.encode(), "t")
+    error = caught.value
+    assert str(error) == f"t:{error.line}:{error.column}: {error.problem}"
+    assert "; " in error.problem, "says what to write instead"
+    return error
+
+
+# ---- reading -------------------------------------------------------------------------------------
+
+READ: dict[str, tuple[str, object]] = {
+    "empty_file_is_none": ("", None),
+    "comments_only_is_none": ("# a\n\n  # b\n", None),
+    "root_sequence_inbox": ("# new\n- title: A\n- title: B\n", [{"title": "A"}, {"title": "B"}]),
+    "root_empty_flow_list": ("[]\n", []),
+    "root_empty_flow_mapping": ("{ }  # none\n", {}),
+    "leading_dashes_accepted": ("# c\n---  # d\na: 1\n", {"a": 1}),
+    "leading_dashes_alone": ("---\n", None),
+    "seq_at_key_column": ("a:\n- 1\n- x\nb: 2\n", {"a": [1, "x"], "b": 2}),
+    "seq_indented_two": ("a:\n  - 1\n  - x\nb: 2\n", {"a": [1, "x"], "b": 2}),
+    "compact_seq_of_seq": ("- - a\n  - b\n- - - c\n", [["a", "b"], [["c"]]]),
+    "compact_mapping_in_seq": ("-   a: 1\n    b: 2\n- c: 3\n", [{"a": 1, "b": 2}, {"c": 3}]),
+    "dash_alone_then_mapping": ("-\n  a: 1\n-\n- b\n", [{"a": 1}, None, "b"]),
+    "dash_with_comment_then_mapping": ("- # c\n  a: 1\n", [{"a": 1}]),
+    "key_without_value_is_null": ("a:\nb: # c\n\n# d\nc:\n", dict.fromkeys("abc")),
+    "null_before_same_column_sequence": ("- a:\n- b\n", [{"a": None}, "b"]),
+    "key_yes_and_on_are_strings": ("yes: no\non: off\n", {"yes": "no", "on": "off"}),
+    "quoted_keys": ("'1': a\n\"b: c\" : d\n'it''s': e\n", {"1": "a", "b: c": "d", "it's": "e"}),
+    "spaces_before_colon": ("a : 1\nb   :\n", {"a": 1, "b": None}),
+    "plain_with_brackets_hash_colon_inside": (
+        "a: b [c] {d}, e#f g:h 'i' \"j\" & * !\n",
+        {"a": "b [c] {d}, e#f g:h 'i' \"j\" & * !"},
+    ),
+    "plain_with_dash_in_front": ("- -x\n- a: -y\n", ["-x", {"a": "-y"}]),
+    "trailing_comment_needs_space": ("a: b#c\nb: b #c\n", {"a": "b#c", "b": "b"}),
+    "plain_multi_line_folds": ("a: b\n  c  \n\n\n   d\ne: f\n", {"a": "b c\n\nd", "e": "f"}),
+    "plain_multi_line_is_text": ("a: 1\n  2\nb: null\n  x\n", {"a": "1 2", "b": "null x"}),
+    "plain_continuation_starting_with_quote_sign": (
+        "a: b\n  'c'\n  \"d\n  [e\n  &f\n",
+        {"a": "b 'c' \"d [e &f"},
+    ),
+    "single_quote_doubled": ("a: 'it''s'\nb: ''''\nc: ''\n", {"a": "it's", "b": "'", "c": ""}),
+    "single_multi_line": ("a: 'b  \n\n  c\n  d '\n", {"a": "b\nc d "}),
+    "double_all_escapes": (
+        r'a: "\0\a\b\t\n\v\f\r\e\ \"\/\\\N\_\L\P\x41\u263A\U0001F600"' + "\n",
+        {"a": "\0\a\b\t\n\v\f\r\x1b \"/\\\x85\xa0\u2028\u2029A☺😀"},
+    ),
+    "double_multi_line_folds": ('a: "b\n\n\n  c\n  d"\n', {"a": "b\n\nc d"}),
+    "double_multi_line_backslash_join": ('a: "b \\\n   c\\\n  \\ d"\n', {"a": "b c d"}),
+    "double_escaped_space_before_break": ('a: "b\\   \n  c"\n', {"a": "b  c"}),
+    "quoted_text_looks_like_structure": ("a: '- b: c # d'\n", {"a": "- b: c # d"}),
+    "literal_clip": ("a: |\n  b\n\n\nc: 1\n", {"a": "b\n", "c": 1}),
+    "literal_strip": ("a: |-\n  b\n\n\nc: 1\n", {"a": "b", "c": 1}),
+    "literal_keep": ("a: |+\n  b\n\n\nc: 1\n", {"a": "b\n\n\n", "c": 1}),
+    "literal_indent_digit_serde": ("a: |2-\n    b\n   c\n", {"a": "  b\n c"}),
+    "literal_digit_behind_sign": ("a: |-1\n  b\n", {"a": " b"}),
+    "literal_contains_hash_dash_and_key_like_lines": (
+        "a: | # c\n  # b\n  - c\n  d: e\n  ---\n",
+        {"a": "# b\n- c\nd: e\n---\n"},
+    ),
+    "folded": ("a: >\n  b\n  c\n\n  d\n", {"a": "b c\nd\n"}),
+    "folded_more_indented_and_leading_blanks": (
+        "a: >-\n\n  b\n  c\n    d\n  e\n\n    f\n\n  g\n",
+        {"a": "\nb c\n  d\ne\n\n  f\n\ng"},
+    ),
+    "block_eof_without_newline_strip": ("a: |-\n  b", {"a": "b"}),
+    "comment_below_block_scalar_less_indented": (
+        "a: |\n    b\n  # c\n    # d\n# e\nf: 1\n",
+        {"a": "b\n", "f": 1},
+    ),
+    "block_scalar_in_list_entry": ("- |\n a\n- >-\n  b\n  c\n", ["a\n", "b c"]),
+    "flow_list_of_scalars": (
+        "a: [b, 'c, d', \"e]\", 1, -2, true, x y, a/b.c] # f\n",
+        {"a": ["b", "c, d", "e]", 1, -2, True, "x y", "a/b.c"]},
+    ),
+    "dates_times_stay_text_with_nanoseconds": (
+        "a: 2026-02-12T16:23:33.711239234+00:00\nb: 2026-02-13\nc: 12:30:45\nd: 1_000\n",
+        {
+            "a": "2026-02-12T16:23:33.711239234+00:00",
+            "b": "2026-02-13",
+            "c": "12:30:45",
+            "d": "1_000",
+        },
+    ),
+    "continuation_after_memoised_value": (
+        "a: b\nc:\n  a: b\nd:\n  a: b\n    more\ne: b\n  more\n",
+        {"a": "b", "c": {"a": "b"}, "d": {"a": "b more"}, "e": "b more"},
+    ),
+    "continuation_after_memoised_first_key": (
+        "- a: b\n- a: b\n    more\n  c: b\n- a\n- a\n  more\n",
+        [{"a": "b"}, {"a": "b more", "c": "b"}, "a", "a more"],
+    ),
+    "first_keys_that_differ": (
+        "- a: 1\n  b: 2\n- b: 1\n  a: 2\n- a: 1\n- b: 2\n",
+        [{"a": 1, "b": 2}, {"b": 1, "a": 2}, {"a": 1}, {"b": 2}],
+    ),
+    "known_key_as_text": ("- a: b\n- a\n- a:\n    a: a\n", [{"a": "b"}, "a", {"a": {"a": "a"}}]),
+    "tab_inside_quotes": ("a: 'b\tc'\nd: \"e\tf\"\n", {"a": "b\tc", "d": "e\tf"}),
+    "tab_inside_literal_and_comment": ("a: | #\tx\n  b\tc\t\n", {"a": "b\tc\t\n"}),
+    "unicode": ("é: naïve ☃ 😀\n", {"é": "naïve ☃ 😀"}),
+}
+
+
+@pytest.mark.parametrize(("text", "value"), READ.values(), ids=READ)
+def test_read(text: str, value: object) -> None:
+    assert same(read(text), value)
+
+
+NUMBER_FORMS: dict[str, object] = {
+    # the core schema's constants
+    "~": None, "null": None, "Null": None, "NULL": None,
+    "true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False,
+    # numbers that every parser reads the same
+    "0": 0, "-0": 0, "7": 7, "-12": -12, "999999999999999": 999999999999999,
+    "0.5": 0.5, "-1.25": -1.25, "1e3": 1e3, "1E+3": 1e3, "1.5e-7": 1.5e-7, "-0.0": -0.0,
+    # texts in YAML 1.2, whatever they are elsewhere
+    **{
+        text: text
+        for text in (
+            "yes Yes YES no on Off y n Y N nUll TrUe = << e3 E9 . +e1 -e1 1e 1e+ . .. ... +  - 1_000 "
+            "1__0 1_ 0x_1 0_7 -_1 1:30 12:30:45 -1:30 190:20:30.15 1_0:30 01:30 0:0 2026-02-13 "
+            "2026-2-3 2026-13-45 0_B0 0_X9 0b+1 0o-1 ++1 0o+1 0x-9 0xg 0b2 0o8 1.2.3 1-2 --1 .inf0 "
+            "4c0bd27 deadbeef 0192117a 1e1_0 1_000.5 ._5 .nano"
+        ).split()
+        if text not in ("-", "...")
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", NUMBER_FORMS)
+def test_number_forms_table(text: str) -> None:
+    value = NUMBER_FORMS[text]
+    assert same(read(f"a: {text}\nb:\n- {text}\n"), {"a": value, "b": [value]})
+    assert same(read(f"a: {text}   # c\nb: {text}\n"), {"a": value, "b": value})
+
+
+@pytest.mark.parametrize(
+    "text",
+    "01 00 -01 007 010 08 +1 +0 0x1F 0X1f 0o7 0O7 0b11 0B1 -0x1F -0b1 -0o7 .5 1. -.5 +.5 1.e3 01.5 "
+    ".inf -.INF +.Inf .nan .NAN 1234567890123456 -1234567890123456 1e400 -1e400 61e9540 0192117".split(),
+)
+def test_leading_zero_hex_octal_inf_nan_16_digits_1e400_refused(text: str) -> None:
+    for document, line, column in ((f"a: {text}\n", 1, 4), (f"b: 1\na:\n- {text}\n", 3, 3)):
+        error = refusal(document)
+        assert (error.line, error.column) == (line, column)
+        assert text in error.problem
+        assert "quote it" in error.problem
+    assert "number" in refusal(f"a: [x, {text}]\n").problem
+    assert read(f"a: '{text}'\n") == {"a": text}
+
+
+@pytest.mark.parametrize("key", ["1", "1.5", "true", "null", "~", "0x1", "-1", ".inf"])
+def test_non_string_keys_refused(key: str) -> None:
+    error = refusal(f"a: 1\n{key}: b\n")
+    assert (error.line, error.column) == (2, 1)
+    assert "is not a string" in error.problem or key == "-1"
+    assert read(f"'{key}': b\n") == {key: "b"}
+
+
+# name: text, line, column, what the message names
+REFUSED: dict[str, tuple[str, int, int, str]] = {
+    "second_document": ("a: 1\n---\nb: 2\n", 2, 1, "document start marker"),
+    "document_end_marker": ("a: 1\n...\n", 2, 1, "document end marker"),
+    "directive": ("%YAML 1.2\n---\na: 1\n", 1, 1, "directive"),
+    "directive_later": ("a: 1\n%TAG ! x\n", 2, 1, "directive"),
+    "content_on_marker_line": ("--- a: 1\n", 1, 5, "content on the line of `---`"),
+    "root_indented": (" a: 1\n", 1, 2, "indented document"),
+    "bare_scalar_document": ("hello\n", 1, 1, "bare scalar document"),
+    "mixed_seq_columns": ("a:\n  - 1\n - 2\n", 3, 2, "indented deeper than its neighbours"),
+    "mixed_seq_columns_root": ("- 1\n - b: 2\n", 2, 2, "`- `"),
+    "mixed_key_columns": ("a:\n    b: 1\n  c: 2\n", 3, 3, "indented deeper than its neighbours"),
+    "duplicate_key_names_first_line": ("a: 1\nb: 2\na: 3\n", 3, 1, "duplicate key 'a', first on line 1"),
+    "duplicate_key_in_item": ("- a: 1\n  b: 2\n- a: 1\n  b: 2\n  a: 3\n", 5, 3, "first on line 3"),
+    "duplicate_key_quoted_and_plain": ("a: 1\n'a': 3\n", 2, 1, "duplicate key 'a', first on line 1"),
+    "duplicate_items_across_sections": ("items:\n- a: |\n   items: 1\nb: 1\nitems: []\n", 5, 1, "first on line 1"),
+    "merge_key": ("a: 1\n<<: b\n", 2, 1, "merge key"),
+    "explicit_key": ("? a\n: b\n", 1, 1, "explicit key"),
+    "explicit_key_in_list": ("- ? a\n", 1, 3, "explicit key"),
+    "empty_key": ("a: 1\n: b\n", 2, 1, "empty key"),
+    "key_colon_inside_value": ("a: b: c\n", 1, 5, '": " inside a plain scalar'),
+    "plain_ending_in_colon": ("a: b\nc: d:\n", 2, 5, '": " inside a plain scalar'),
+    "colon_in_key": ("a:b: c\n", 1, 2, "`:` in a plain key"),
+    "hash_in_key": ("a#b: c\n", 1, 2, "`#` in a plain key"),
+    "tab_in_key": ("a\tb: c\n", 1, 2, "tab character in a plain key"),
+    "key_too_long": (f"{'k' * 1001}: 1\n", 1, 1, "more than 1000 characters"),
+    "key_with_dash_in_front": ("-a: 1\n", 1, 1, "starts with `-`"),
+    "line_without_colon": ("a: 1\nb\n", 2, 1, 'expected "key: value"'),
+    "known_key_without_colon": ("a: 1\nb:\n  a: 2\nc:\n  b: 1\n  a\n", 6, 3, 'expected "key: value"'),
+    "quoted_key_without_colon": ("a: 1\n'b'\n", 2, 1, 'expected "key: value"'),
+    "comment_then_continuation": ("a: b # c\n  d\n", 2, 3, "text after a comment"),
+    "comment_line_then_continuation": ("a: b\n  # c\n  d\n", 3, 3, "text after a comment"),
+    "deeper_line_after_blank_and_comment": ("a: b\n\n# c\n\n  d\n", 5, 3, "text after a comment"),
+    "continuation_looks_like_list": ("a: b\n  - c\n", 2, 3, "`- `"),
+    "continuation_looks_like_key": ("a: b\n  c: d\n", 2, 4, '": "'),
+    "sequence_on_key_line": ("a: - b\n", 1, 4, "sequence entry on the line of its key"),
+    "sequence_entry_among_keys": ("a: 1\n- b\n", 2, 1, "sequence entry among mapping keys"),
+    "key_among_sequence_entries": ("- a\nb: 1\n", 2, 1, "does not belong"),
+    "scalar_on_own_line": ("a:\n  b\n", 2, 3, "line of its own"),
+    "question_mark_start": ("a: ?b\n", 1, 4, "starts with `?`"),
+    "colon_start": ("a: :b\n", 1, 4, "starts with `:`"),
+    "at_sign": ("a: @b\n", 1, 4, "reserved indicator @"),
+    "backtick": ("a: `b`\n", 1, 4, "reserved indicator `"),
+    "text_after_closing_quote": ("a: 'b' c\n", 1, 8, "text after the closing quote"),
+    "colon_after_closing_quote": ("a: 'b': c\n", 1, 7, "text after the closing quote"),
+    "hash_directly_after_quote": ('a: "b"#c\n', 1, 7, "text after the closing quote"),
+    "unclosed_quote_reports_opening": ('a: 1\nb: "c\n  d\n\n', 2, 4, "never closed"),
+    "unclosed_single_quote": ("a: 'b''\n", 1, 4, "never closed"),
+    "quote_not_indented": ("a: 'b\nc'\n", 2, 1, "continuation of a quoted scalar is not indented"),
+    "unknown_escape": ('a: "b\\qc"\n', 1, 6, "unknown escape \\q"),
+    "unknown_escape_on_second_line": ('a: "b\n   c\\x4"\n', 2, 5, "unknown escape \\x"),
+    "surrogate_escape": ('a: "\\uD83D\\uDE00"\n', 1, 5, "\\uD83D"),
+    "escape_out_of_range": ('a: "\\U00110000"\n', 1, 5, "\\U00110000"),
+    "blank_after_escaped_break": ('a: "b\\\n\n  c"\n', 2, 1, "blank line after an escaped line break"),
+    "block_without_content": ("a: |\nb: 1\n", 1, 4, "block scalar without content"),
+    "block_with_blanks_only": ("a: |+\n\n\nb: 1\n", 1, 4, "block scalar without content"),
+    "block_header": ("a: |x\n  b\n", 1, 4, "malformed block scalar header"),
+    "block_header_zero": ("a: |0\n  b\n", 1, 4, "malformed block scalar header"),
+    "block_header_text": ("a: > b\n", 1, 6, "text after a block scalar header"),
+    "block_header_comment_without_space": ("a: ># c\n  b\n", 1, 4, "malformed block scalar header"),
+    "block_first_blank_wider": ("a: |\n    \n  b\n", 3, 3, "leading blank line has more spaces"),
+    "block_less_indented": ("a: |\n   b\n  c\n", 3, 3, "indented less than the first line"),
+    "block_spaces_only_line": ("a: |\n  b\n    \n  c\n", 3, 3, "blank line with more spaces"),
+    "block_line_starting_with_tab": ("a: |\n  b\n  \tc\n", 3, 3, "starts with a tab character"),
+    "block_eof_without_newline": ("a: |\n  b", 2, 4, "without a final line break"),
+    "block_eof_keep_without_newline": ("a: |+\n  b\n\n ", 4, 2, "without a final line break"),
+    "flow_mapping": ("a: {b: 1}\n", 1, 4, "flow mapping that is not empty"),
+    "flow_nested": ("a: [b, [c]]\n", 1, 7, "flow sequence that is not a one-line list"),
+    "flow_trailing_comma": ("a: [b,]\n", 1, 7, "flow sequence that is not a one-line list"),
+    "flow_multiline": ("a: [b,\n  c]\n", 1, 7, "flow sequence that is not a one-line list"),
+    "flow_question_mark": ("a: [?b]\n", 1, 5, "flow sequence that is not a one-line list"),
+    "flow_colon": ("a: [b: c]\n", 1, 5, "flow sequence that is not a one-line list"),
+    "flow_quoted_key": ("a: ['b':c]\n", 1, 5, "flow sequence that is not a one-line list"),
+    "flow_dash": ("a: [b, - c]\n", 1, 7, "flow sequence that is not a one-line list"),
+    "flow_lone_dash": ("a: [-]\n", 1, 5, "flow sequence that is not a one-line list"),
+    "flow_then_text": ("a: [] b\n", 1, 7, "text after the closing bracket"),
+    "flow_extra_bracket": ("a: [b]]\n", 1, 7, "text after the closing bracket"),
+    "flow_as_key": ("[a]: b\n", 1, 4, "text after the closing bracket"),
+    "flow_then_deeper_line": ("a: [b]\n  c\n", 2, 3, "indented deeper"),
+    "tab_indent": ("a:\n\tb: 1\n", 2, 1, "tab character in indentation"),
+    "tab_after_colon": ("a: \tb\n", 1, 4, "tab character between tokens"),
+    "tab_directly_after_colon": ("a: 1\nb:\tc\n", 2, 1, 'expected "key: value"'),
+    "tab_after_dash": ("- \ta\n", 1, 3, "tab character between tokens"),
+    "tab_in_plain": ("a: b\tc\n", 1, 5, "tab character in a plain scalar"),
+    "tab_before_comment": ("a: b\t# c\n", 1, 5, "tab character in a plain scalar"),
+    "tab_on_blank_line": ("a: 1\n \t\nb: 2\n", 2, 2, "tab character in indentation"),
+    "tab_at_end_of_quoted_line": ("a: 'b\t\n  c'\n", 1, 6, "tab character at the end"),
+    "tab_at_start_of_quoted_line": ("a: 'b\n  \tc'\n", 2, 3, "tab character at the start"),
+    "billion_laughs_refused_at_first_anchor": ("a: &x [b]\nc: [*x, *x]\n", 1, 4, "anchor"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "line", "column", "names"), REFUSED.values(), ids=REFUSED)
+def test_refused(text: str, line: int, column: int, names: str) -> None:
+    error = refusal(text)
+    assert (error.line, error.column) == (line, column)
+    assert names in error.problem
+
+
+@pytest.mark.parametrize(
+    ("sign", "name"), [("&x", "anchor"), ("*x", "alias"), ("!t", "tag"), ("!!str", "tag"), ("!", "tag")]
+)
+@pytest.mark.parametrize(
+    ("before", "line", "column"),
+    [("a: {} b\n", 1, 4), ("- {} b\n", 1, 3), ("- a: {}\n", 1, 6), ("{} a: b\n", 1, 1), ("{}\na: b\n", 1, 1),
+     ("a:\n  {} b: c\n", 2, 3), ("a:\n- {}\n", 2, 3), ("a: 1\n{}: b\n", 2, 1), ("--- {}\na: b\n", 1, 5)],
+)  # fmt: skip
+def test_anchor_alias_tag_each_position_refused(
+    sign: str, name: str, before: str, line: int, column: int
+) -> None:
+    error = refusal(before.replace("{}", sign))
+    assert (error.line, error.column) == (line, column)
+    assert name in error.problem or "---" in error.problem
+
+
+def test_value_memo_not_shared_mutable() -> None:
+    value = read("a: []\nb: []\nc: {}\nd: {}\ne: [x]\nf: [x]\n")
+    assert isinstance(value, dict)
+    value["a"].append(1)
+    value["c"]["x"] = 1
+    value["e"].append(1)
+    assert value == {"a": [1], "b": [], "c": {"x": 1}, "d": {}, "e": ["x", 1], "f": ["x"]}
+
+
+@pytest.mark.parametrize("path", OTHER_WRITERS, ids=lambda path: path.stem)
+def test_other_writers_output_reads_equal(path: Path) -> None:
+    expected = json.loads((DATA / "value.json").read_text(encoding="utf-8"))
+    assert same(parse_yaml(path.read_bytes(), path.name), expected)
+
+
+def careful(text: str) -> object:
+    """Read with comments behind all lines of plain values, which no shortcut of the reader takes."""
+    return read("".join(f"{line}   # c\n" for line in text.splitlines()))
+
+
+def test_fast_path_equals_careful_path() -> None:
+    rng = random.Random(63)
+    values = ["x", "two words", "'q'", '"d"', "12", "-3", "1.5", "true", "~", "", "2026-02-13", "a:b", "[]", "-x"]
+    for _ in range(300):
+        lines = []
+        for item in range(rng.randint(1, 4)):
+            keys = rng.sample("abcdef", rng.randint(1, 5))
+            lines += [
+                f"{'- ' if not n else '  '}{key}: {rng.choice(values)}" for n, key in enumerate(keys)
+            ]
+            if rng.random() < 0.5:
+                lines += [f"  z{item}:", f"    a: {rng.choice(values)}", "    b: x"]
+        text = "\n".join(lines)
+        assert same(read(text + "\n"), careful(text)), text
+
+
+# ---- real files and the public test suite, where this machine has them -------------------------------
+
+
+def backlogs(corpus: Path) -> list[Path]:
+    found = sorted(corpus.glob("*/*.yaml"))
+    assert found
+    return found
+
+
+def test_corpus_noop_bytes_identical(corpus: Path) -> None:
+    for path in backlogs(corpus):
+        data = path.read_bytes()
+        value = parse_yaml(data, path.name)
+        if isinstance(value, dict):
+            assert Document.parse(data, path.name).to_bytes() == data
+        if value is not None:
+            assert same(read(render_yaml(value)), value)
+
+
+def test_corpus_every_version_equals_core_pyyaml(corpus: Path) -> None:
+    yaml = pytest.importorskip("yaml")
+
+    class Core(yaml.CSafeLoader):  # type: ignore[misc,name-defined]
+        yaml_implicit_resolvers = {
+            sign: [pair for pair in pairs if pair[0][-4:] in ("null", "bool", ":int")]
+            for sign, pairs in yaml.CSafeLoader.yaml_implicit_resolvers.items()
+            if sign not in "yYnNoO" or sign in "nN"
+        }
+
+    for path in backlogs(corpus):
+        data = path.read_bytes()
+        assert same(parse_yaml(data, path.name), yaml.load(data, Core)), path.name
+
+
+def test_suite_no_silent_error(corpus: Path) -> None:
+    cases = json.loads((corpus / "yaml-cases.json").read_text(encoding="utf-8"))
+    wrong, equal, refused = [], 0, 0
+    for case in cases:
+        try:
+            value = parse_yaml(case["yaml"].encode("utf-8", "surrogatepass"), case["id"])
+        except YamlError as error:
+            refused += 1
+            assert error.line >= 1
+            assert error.column >= 1
+            assert "; " in error.problem
+            continue
+        expected = case["expected"]
+        right = not case["error"] and (same(expected, [value]) or (not expected and value is None))
+        equal += right
+        wrong += [] if right else [case["id"]]
+    assert wrong == []
+    assert equal + refused == len(cases)
+    assert equal >= len(cases) // 10
+
+
+# ---- hostile input -------------------------------------------------------------------------------
+
+BYTES_REFUSED: dict[str, tuple[bytes, int, int, str]] = {
+    "nul": (b"a: b\nc: d\0\n", 2, 5, "U+0000"),
+    "invalid_utf8_column": ("a: é".encode() + b"\xff\n", 1, 5, "0xFF"),
+    "truncated_utf8": (b"a: 1\nb: \xe2\x98", 2, 4, "0xE2"),
+    "utf16": ("a: 1\n".encode("utf-16"), 1, 1, "UTF-8"),
+    "bom_inside": (b"a: \xef\xbb\xbfb\n", 1, 4, "byte order mark"),
+    "two_boms": (b"\xef\xbb\xbf\xef\xbb\xbfa: b\n", 1, 1, "byte order mark"),
+    "mixed_endings": (b"a: 1\r\nb: 2\nc: 3\r\n", 2, 5, "mixed line endings"),
+    "lone_cr": (b"a: 1\rb: 2\n", 1, 5, "lone carriage return"),
+    "escape_character": (b"a: \x1b[31m\n", 1, 4, "U+001B"),
+    "del": (b"a: \x7f\n", 1, 4, "U+007F"),
+    "c1": ("a: é\x80\n".encode(), 1, 5, "U+0080"),
+    "nel": ("a: b\n\x85\n".encode(), 2, 1, "U+0085"),
+    "ls": ("a: b\u2028c\n".encode(), 1, 5, "U+2028"),
+    "ps": ("a: '\u2029'\n".encode(), 1, 5, "U+2029"),
+    "surrogate": (b"a: \xed\xa0\x80\n", 1, 4, "0xED"),
+    "noncharacter": ("a: \uffff\n".encode(), 1, 4, "U+FFFF"),
+    "too_large": (b"#" * (64 * 1024 * 1024 + 1), 1, 1, "64 MiB"),
+}
+
+
+@pytest.mark.parametrize(
+    ("data", "line", "column", "names"), BYTES_REFUSED.values(), ids=BYTES_REFUSED
+)
+def test_bytes_refused(data: bytes, line: int, column: int, names: str) -> None:
+    error = refusal(data)
+    assert (error.line, error.column) == (line, column)
+    assert names in error.problem
+
+
+def test_depth_32_ok_33_refused() -> None:
+    def nested(depth: int) -> str:
+        return "".join(f"{' ' * n}a:\n" for n in range(depth - 1)) + " " * (depth - 1) + "a: 1\n"
+
+    value = read(nested(32))
+    for _ in range(32):
+        assert isinstance(value, dict)
+        value = value["a"]
+    assert value == 1
+    error = refusal(nested(33))
+    assert (error.line, error.column) == (33, 33)
+    assert "nesting deeper than 32" in error.problem
+    assert "nesting deeper than 32" in refusal(nested(3000)).problem
+
+
+HOSTILE: dict[str, Callable[[], bytes]] = {
+    "million_dashes_one_line": lambda: b"- " * 1_000_000,
+    "hundred_thousand_levels": lambda: b"".join(b" " * (n % 400) + b"a:\n" for n in range(100_000)),
+    "million_brackets": lambda: b"a: " + b"[" * 1_000_000,
+    "long_flow_list": lambda: b"a: [" + b"b, " * 200_000 + b"c]\n",
+    "million_colons": lambda: b"a" + b": " * 500_000,
+    "million_backslashes": lambda: b'a: "' + b"\\" * 1_000_001,
+    "million_quotes": lambda: b"a: " + b"'" * 1_000_001,
+    "huge_integer_refused_quickly": lambda: b"a: " + b"1" * 1_000_000 + b"\n",
+    "huge_float": lambda: b"a: 1." + b"1" * 1_000_000 + b"\n",
+    "million_spaces": lambda: b" " * 1_000_000,
+    "deep_indent": lambda: b"a:\n" + b" " * 1_000_000 + b"b: 1\n",
+    "unclosed_over_many_lines": lambda: b'a: "b\n' + b"  c\n" * 200_000,
+    "late_duplicate": lambda: b"".join(b"k%d: v\n" % n for n in range(50_000)) + b"k7: v\n",
+}
+
+
+@pytest.mark.parametrize("make", HOSTILE.values(), ids=HOSTILE)
+def test_hostile_input_is_read_or_refused_by_name(make: Callable[[], bytes]) -> None:
+    data = make()
+    for load in (parse_yaml, Document.parse):
+        try:
+            load(data, "t")
+        except YamlError as error:
+            assert len(str(error)) < 300, "a message fits on a screen"
+
+
+@pytest.mark.slow
+def test_million_lines_linear_time() -> None:
+    text = b"".join(b"k%d: v%d\n" % (n, n) for n in range(1_000_000))
+    value = parse_yaml(text)
+    assert isinstance(value, dict)
+    assert len(value) == 1_000_000
+    assert read("a: b\n" + "  c\n" * 1_000_000) == {"a": "b" + " c" * 1_000_000}
+
+
+def test_ten_mb_line_memory_bound() -> None:
+    for data in (b"a: " + b"word " * 2_000_000 + b"x\n", b"word " * 2_000_000 + b": x\n"):
+        tracemalloc.start()
+        try:
+            parse_yaml(data)
+        except YamlError:
+            pass
+        finally:
+            peak = tracemalloc.get_traced_memory()[1]
+            tracemalloc.stop()
+        assert peak < 8 * len(data)
+
+
+@pytest.mark.parametrize("collecting", [True, False])
+def test_gc_state_restored_after_error(collecting: bool) -> None:
+    before = gc.isenabled()
+    (gc.enable if collecting else gc.disable)()
+    try:
+        for data in (b"a: 1\n", b"a: \0"):
+            with pytest.raises(YamlError) if b"\0" in data else pytest.MonkeyPatch.context():
+                parse_yaml(data)
+            assert gc.isenabled() == collecting
+    finally:
+        (gc.enable if before else gc.disable)()
+
+
+def test_mutated_files_raise_nothing_but_yaml_error() -> None:
+    rng = random.Random(67)
+    seeds = [path.read_bytes() for path in OTHER_WRITERS]
+    for _ in range(400):
+        data = bytearray(rng.choice(seeds))
+        for _ in range(rng.randint(1, 4)):
+            place = rng.randrange(len(data))
+            data[place : place + rng.randint(0, 3)] = rng.choice(
+                [b"\t", b"\n", b"- ", b": ", b'"', b"'", b"#", b"\xff", b"|", b"[", b"  ", b"\r", b"a"]
+            )
+        try:
+            document = Document.parse(bytes(data), "t")
+        except YamlError:
+            continue
+        assert document.to_bytes() == data
+        assert same({**document.top, "items": document.items}, sorted_like(document, parse_yaml(bytes(data))))
+
+
+def sorted_like(document: Document, value: object) -> object:
+    """The parsed value with its keys in the order that the test above writes them."""
+    assert isinstance(value, dict)
+    return {**{key: value[key] for key in document.top}, "items": value.get("items") or []}
+
+
+# ---- writing -------------------------------------------------------------------------------------
+
+
+def written(value: object) -> str:
+    """How a value is written behind a key; checked by reading it back."""
+    text = render_yaml({"a": value})
+    assert same(read(text), {"a": value})
+    assert text.startswith("a: ")
+    return text[3:-1]
+
+
+@pytest.mark.parametrize("sign", "!\"#%&'*,>@[]`{|}-?:")
+def test_plain_rule_first_characters(sign: str) -> None:
+    assert written(sign) == "'" + sign.replace("'", "''") + "'"
+    assert written(sign + "x")[0] == "'"
+    assert written("x" + sign)[0] == ("'" if sign == ":" else "x")
+
+
+@pytest.mark.parametrize(
+    ("text", "plain"),
+    [
+        ("a: b", False), ("a #b", False), ("a:", False), (" a", False), ("a ", False), ("", False),
+        ("a:b", True), ("a#b", True), ("a, [b] {c}", True), ("it's \"so\"", True), ("a - b", True),
+    ],
+)  # fmt: skip
+def test_plain_rule_inner_positions(text: str, plain: bool) -> None:
+    assert (written(text) == text) == plain
+
+
+def test_reserved_words_three_cases() -> None:
+    words = "y n yes no on off true false null".split()
+    for word in [*words, *map(str.capitalize, words), *map(str.upper, words), "~", "=", "<<", "..."]:
+        assert written(word) == f"'{word}'"
+    assert written("yEs") == "yEs"
+
+
+@pytest.mark.parametrize(
+    "text",
+    "61e9540 1234567 e123456 0192117 0_B0 ++1 0b+1 0 -0 +1 007 0x1F 0o7 -0b1 1_000 -_1 1. .5 1e3 1E+3 e3 E9 . "
+    "+e1 .inf -.INF .nan 1:30 12:30:45 190:20:30.15 2026-02-13 2026-2-3 2026-13-45 2026-02-13T10:00:00Z".split(),
+)
+def test_short_hashes_and_other_number_like_texts_quoted(text: str) -> None:
+    quoted = "'" + text + "'"
+    if text.startswith("2026-02-13T"):
+        # The one exception is none: a time stamp is quoted too when it is written anew.
+        assert written(text) == quoted
+        return
+    assert written(text) == quoted
+    assert render_yaml([text]) == f"- {quoted}\n"
+
+
+@pytest.mark.parametrize("text", ["4c0bd27", "8957cea715e8", "1.2.3", "v1.0", "10 items", "2026-02"])
+def test_texts_that_no_reader_takes_for_numbers_stay_plain(text: str) -> None:
+    assert written(text) == text
+
+
+def test_key_e9_quoted() -> None:
+    value = {"e9": 1, "yes": 2, "1": 3, "a b": 4, "a: b": 5, "": 6, "é": 7, "a-b_c": 8, "-": 9, "\t": 10}
+    text = render_yaml(value)
+    assert text == (
+        "'e9': 1\n'yes': 2\n'1': 3\n'a b': 4\n'a: b': 5\n'': 6\n'é': 7\na-b_c: 8\n'-': 9\n\"\\t\": 10\n"
+    )
+    assert same(read(text), value)
+
+
+@pytest.mark.parametrize("space", ["\xa0", "\u3000", "\u2003"])
+def test_nbsp_and_ideographic_space_at_ends_quoted(space: str) -> None:
+    assert written(f"{space}a") == f"'{space}a'"
+    assert written(f"a{space}") == f"'a{space}'"
+    assert written(f"a{space}b") == f"a{space}b"
+
+
+def test_control_and_line_separator_escaped() -> None:
+    assert written("\x00\x1b\x7f\x85\u2028\u2029\ufeff\t\"\\") == (
+        '"\\x00\\x1B\\x7F\\x85\\u2028\\u2029\\uFEFF\\t\\"\\\\"'
+    )
+    assert written("a\rb") == '"a\\x0Db"'
+
+
+def test_astral_raw() -> None:
+    assert written("😀") == "😀"
+
+
+@pytest.mark.parametrize("value", ["a\ud800", ["\udfff"], {"\ud800": 1}])
+def test_lone_surrogate_refused(value: object) -> None:
+    with pytest.raises(ValueError, match=r"U\+D"):
+        render_yaml({"a": value})
+
+
+@pytest.mark.parametrize(
+    ("text", "form"),
+    [
+        ("a\nb", "|-\n  a\n  b"),
+        ("a\nb\n", "|\n  a\n  b"),
+        ("a\n\n  b\n", "|\n  a\n\n    b"),
+        ("# a\n- b", "|-\n  # a\n  - b"),
+        (" a\nb", '" a\\nb"'),
+        ("a \nb", '"a \\nb"'),
+        ("a\nb ", '"a\\nb "'),
+        ("a\n\n", '"a\\n\\n"'),
+        ("\na", '"\\na"'),
+        ("\n", '"\\n"'),
+        ("a\tb\nc", '"a\\tb\\nc"'),
+        ("a\n\u2028", '"a\\n\\u2028"'),
+    ],
+)
+def test_literal_choice_table(text: str, form: str) -> None:
+    assert written(text) == form
+
+
+def test_float_repr_portable() -> None:
+    for value, text in ((1e16, "1.0e+16"), (1e-7, "1.0e-07"), (1.5e300, "1.5e+300"), (0.1, "0.1"), (-0.0, "-0.0")):
+        assert written(value) == text
+    for value in (float("inf"), float("-inf"), float("nan")):
+        with pytest.raises(ValueError, match="cannot be written"):
+            render_yaml([value])
+
+
+def test_int_limit() -> None:
+    assert written(-999_999_999_999_999) == "-999999999999999"
+    with pytest.raises(ValueError, match="15 digits"):
+        render_yaml([10**15])
+
+
+@pytest.mark.parametrize(
+    "value", [{1: "a"}, {None: 1}, {"k" * 1001: 1}, {"a": (1, 2)}, {"a": b"x"}, [object()], "text", 1, True]
+)
+def test_what_cannot_be_written_is_refused(value: object) -> None:
+    with pytest.raises(ValueError, match=r"."):
+        render_yaml(value)
+
+
+def test_nesting_written_up_to_32() -> None:
+    value: object = "x"
+    for depth in range(32):
+        value = {"a": value} if depth % 2 else [value]
+    assert same(read(render_yaml(value)), value)
+    cycle: list[object] = []
+    cycle.append(cycle)
+    for deeper in ([value], cycle):
+        with pytest.raises(ValueError, match="nesting deeper than 32"):
+            render_yaml(deeper)
+
+
+def test_long_line_never_wrapped() -> None:
+    for text in ("word " * 500 + "end", "it's: " * 300 + "x"):
+        assert "\n" not in written(text)
+
+
+def test_empty_collections_and_none() -> None:
+    assert render_yaml(None) == ""
+    assert render_yaml([]) == "[]\n"
+    assert render_yaml({}) == "{}\n"
+    assert render_yaml({"a": [], "b": {}, "c": [[], {}], "d": None}) == "a: []\nb: {}\nc:\n- []\n- {}\nd: null\n"
+
+
+def test_nested_layout() -> None:
+    value = {"a": [[1, [2]], {"b": {"c": ["d"]}, "e": "f\ng"}], "h": True}
+    text = "a:\n- - 1\n  - - 2\n- b:\n    c:\n    - d\n  e: |-\n    f\n    g\nh: true\n"
+    assert render_yaml(value) == text
+    assert same(read(text), value)
+
+
+ALPHABET = "ab01 :#-?,[]{}'\"|>%@`&*!~=<.+_eExo\n\t\\/é\xa0\u3000\u2028\x85\x07😀Yn"
+
+
+def random_texts(rng: random.Random, count: int) -> list[str]:
+    return ["".join(rng.choices(ALPHABET, k=rng.randint(0, 8))) for _ in range(count)]
+
+
+def check_random_texts(count: int) -> None:
+    texts = random_texts(random.Random(99), count)
+    for some in (texts[n : n + 500] for n in range(0, count, 500)):
+        value = {
+            "list": some,
+            "values": {f"k{n}": text for n, text in enumerate(some)},
+            "keys": dict.fromkeys(some, 1),
+            "items": [{"id": text, "in": {"deep": [text]}} for text in some],
+        }
+        assert same(read(render_yaml(value)), value)
+
+
+def test_random_strings_own_reader() -> None:
+    check_random_texts(6_000)
+
+
+@pytest.mark.slow
+def test_random_200k_strings_own_reader() -> None:
+    check_random_texts(200_000)
+
+
+def check_number_like(length: int) -> None:
+    signs = "0179-+._eExXoObB:aF"
+    for size in range(1, length + 1):
+        texts = ["".join(text) for text in itertools.product(signs, repeat=size)]
+        assert read(render_yaml(texts)) == texts
+
+
+def test_exhaustive_number_like_length_3() -> None:
+    check_number_like(3)
+
+
+@pytest.mark.slow
+def test_exhaustive_number_like_length_4() -> None:
+    check_number_like(4)
+
+
+@pytest.mark.slow
+def test_random_strings_read_equal_by_pyyaml() -> None:
+    yaml = pytest.importorskip("yaml")
+    texts = random_texts(random.Random(100), 20_000)
+    value = {"list": texts, "keys": dict.fromkeys(texts, "x")}
+    assert yaml.load(render_yaml(value), yaml.CSafeLoader) == value
+
+
+# ---- editing -------------------------------------------------------------------------------------
+
+BACKLOG = """\
+# the backlog of a test
+
+schema_version: 3  # ours
+items:
+# about A
+- id: A-1   # first
+  title: 'it''s A'   # title
+  status: "new"
+  custom:   [x, 'y z']   # mine
+  # about the tags
+  tags:  # tags
+  # about one
+  - one
+  - two  # second
+
+  - three
+  description:   # text
+    context: some text
+      that goes on   # end
+    problem: |-  # literal
+      # not a comment
+      - not a list
+
+    other: "x"
+
+# belongs to the file
+
+# about B
+- id: B-2
+  'status': new
+  created: 2026-02-12T16:23:33.711239234+00:00
+  # phase: old
+
+- id: C-3
+  title: C
+# at the end
+next_item_id: 3
+"""
+
+
+def document(text: str = BACKLOG) -> Document:
+    return Document.parse(text.encode(), "B.yaml")
+
+
+def edited(text: str, *edits: Callable[[Document], object]) -> str:
+    """The text after edits; its values are compared with what a fresh reading of it gives."""
+    made = document(text)
+    for edit in edits:
+        edit(made)
+    data = made.to_bytes()
+    again = Document.parse(data, "again")
+    assert same(made.items, again.items)
+    assert made.top == again.top
+    assert again.to_bytes() == data
+    return data.decode()
+
+
+def changed(before: str, after: str) -> tuple[list[str], list[str]]:
+    """The lines that only one of the two has."""
+    old, new = before.splitlines(), after.splitlines()
+    while old and new and old[0] == new[0]:
+        del old[0], new[0]
+    while old and new and old[-1] == new[-1]:
+        del old[-1], new[-1]
+    return old, new
+
+
+def update(index: int, **changes: object) -> Callable[[Document], None]:
+    return lambda made: made.update(index, changes)
+
+
+def test_document_values() -> None:
+    made = document()
+    assert made.top == {"schema_version": 3, "next_item_id": 3}
+    assert [item["id"] for item in made.items] == ["A-1", "B-2", "C-3"]
+    assert made.items[0]["description"] == {
+        "context": "some text that goes on",
+        "problem": "# not a comment\n- not a list",
+        "other": "x",
+    }
+
+
+def test_unedited_bytes_are_kept() -> None:
+    assert document().to_bytes() == BACKLOG.encode()
+
+
+def test_set_same_value_changes_nothing() -> None:
+    everything = document().items[0]
+    assert edited(BACKLOG, lambda d: d.update(0, everything), update(0, gone=None)) == BACKLOG
+    assert edited(BACKLOG, lambda d: d.set_top("next_item_id", 3), lambda d: d.set_top("no", None)) == BACKLOG
+
+
+def test_true_is_not_one() -> None:
+    text = "items:\n- id: A\n  attempts: 1\n"
+    assert edited(text, update(0, attempts=True)) == "items:\n- id: A\n  attempts: true\n"
+
+
+EDITS: dict[str, tuple[dict[str, object], list[str], list[str]]] = {
+    "set_scalar_changes_one_line": ({"id": "A-9"}, ["- id: A-1   # first"], ["- id: A-9   # first"]),
+    "set_keeps_trailing_comment_and_its_spacing": (
+        {"title": "A's"}, ["  title: 'it''s A'   # title"], ["  title: 'A''s'   # title"],
+    ),
+    "set_keeps_quote_kind": ({"status": "ready"}, ['  status: "new"'], ['  status: "ready"']),
+    "set_keeps_flow_list": (
+        {"custom": ["x", "a b", "c: d"]},
+        ["  custom:   [x, 'y z']   # mine"], ["  custom: [x, a b, 'c: d']   # mine"],
+    ),
+    "set_value_with_comments_inside_list": (
+        {"tags": ["two", "four", "one"]},
+        ["  # about one", "  - one", "  - two  # second", "", "  - three"],
+        ["  - two  # second", "  - four", "  # about one", "  - one"],
+    ),
+    "set_replaces_multi_line_plain": (
+        {"description": {"context": "short", "problem": "# not a comment\n- not a list", "other": "x"}},
+        ["    context: some text", "      that goes on   # end"], ["    context: short   # end"],
+    ),
+    "set_literal_containing_comment_like_lines": (
+        {"description": {"context": "some text that goes on", "problem": "one\n# two\n", "other": "x"}},
+        ["    problem: |-  # literal", "      # not a comment", "      - not a list"],
+        ["    problem: |  # literal", "      one", "      # two"],
+    ),
+    "nested_key_deleted_and_added": (
+        {"description": {"context": "some text that goes on", "impact": "big", "other": "x"}},
+        ["    problem: |-  # literal", "      # not a comment", "      - not a list"],
+        ["    impact: big"],
+    ),
+    "set_mapping_to_scalar_keeps_comment": (
+        {"description": "short"},
+        BACKLOG.splitlines()[16:24], ["  description: short   # text"],
+    ),
+    "set_list_empty": ({"tags": []}, BACKLOG.splitlines()[10:16], ["  tags: []  # tags"]),
+    "delete_key": ({"custom": None}, ["  custom:   [x, 'y z']   # mine"], []),
+    "new_key_in_its_place": ({"phase": "build"}, [], ["  phase: build"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("changes", "old", "new"), EDITS.values(), ids=EDITS)
+def test_edit(changes: dict[str, object], old: list[str], new: list[str]) -> None:
+    text = edited(BACKLOG, lambda made: made.update(0, changes))
+    assert changed(BACKLOG, text) == (old, new)
+    assert edited(BACKLOG, update(0, id="A-1"), lambda made: made.update(0, changes)) == text
+
+
+def test_set_keeps_quoted_key() -> None:
+    text = edited(BACKLOG, update(1, status="ready"))
+    assert changed(BACKLOG, text) == (["  'status': new"], ["  'status': ready"])
+
+
+def test_set_scalar_to_mapping_moves_comment_to_header() -> None:
+    text = edited("items:\n- id: A\n  description: x  # why\n", update(0, description={"context": "y"}))
+    assert text == "items:\n- id: A\n  description:  # why\n    context: y\n"
+
+
+def test_new_key_before_trailing_comments() -> None:
+    text = edited(BACKLOG, update(1, priority=1))
+    created = "  created: 2026-02-12T16:23:33.711239234+00:00\n"
+    assert text == BACKLOG.replace(created, created + "  priority: 1\n")
+
+
+def test_new_keys_in_canonical_order() -> None:
+    assert ITEM_KEYS[:3] == ("id", "title", "status")
+    assert ITEM_KEYS[-3:] == ("guardrail_override", "priority", "attempts")
+    every = {key: "x" for key in reversed(ITEM_KEYS) if key != "id"}
+    text = edited("items:\n- id: A\n", lambda made: made.update(0, {"own": "y", **every}))
+    assert text == "items:\n- id: A\n" + "".join(f"  {key}: x\n" for key in (*ITEM_KEYS[1:], "own"))
+
+
+def test_dash_moves_when_the_first_key_is_deleted() -> None:
+    assert edited("items:\n- id: A\n  title: B\n", update(0, id=None)) == "items:\n- title: B\n"
+    assert edited("items:\n-\n  id: A\n  title: B\n", update(0, id=None)) == "items:\n-\n  title: B\n"
+    assert edited("items:\n- id: A\n", update(0, id=None)) == "items:\n- {}\n"
+    assert edited("items:\n- {}\n", update(0, id="A")) == "items:\n- id: A\n"
+
+
+def test_delete_item_takes_its_comment_not_the_next() -> None:
+    text = edited(BACKLOG, lambda made: made.remove(1))
+    start = BACKLOG.index("# about B\n")
+    assert text == BACKLOG[:start] + BACKLOG[BACKLOG.index("- id: C-3") :]
+    text = edited(BACKLOG, lambda made: made.remove(0))
+    start = BACKLOG.index("# about A\n")
+    assert text == BACKLOG[:start] + BACKLOG[BACKLOG.index("# belongs to the file\n") :]
+    text = edited(BACKLOG, lambda made: made.remove(2))
+    assert text == BACKLOG.replace("\n- id: C-3\n  title: C\n", "")
+
+
+def test_delete_items_until_none_is_left_and_append() -> None:
+    text = edited(BACKLOG, *[lambda made: made.remove(0)] * 3)
+    head = "# the backlog of a test\n\nschema_version: 3  # ours\n"
+    assert text == head + "items: []\n# belongs to the file\n\n# at the end\nnext_item_id: 3\n"
+    text = edited(BACKLOG, *[lambda made: made.remove(0)] * 3, lambda made: made.append({"id": "D"}))
+    assert text == head + "items:\n- id: D\n# belongs to the file\n\n# at the end\nnext_item_id: 3\n"
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("items:\n- id: A\nnext_item_id: 1\n", "items:\n- id: A\n- id: Z\nnext_item_id: 1\n"),
+        ("next_item_id: 1\nitems:\n- id: A\n", "next_item_id: 1\nitems:\n- id: A\n- id: Z\n"),
+        ("items:\n- id: A\n\n- id: B\n# c\nn: 1\n", "items:\n- id: A\n\n- id: B\n\n- id: Z\n# c\nn: 1\n"),
+        ("items:\n  - id: A\n\n  # d\n", "items:\n  - id: A\n  - id: Z\n\n  # d\n"),
+        ("items:\n- id: A\n  # p: q\n", "items:\n- id: A\n  # p: q\n- id: Z\n"),
+    ],
+)
+def test_append_after_tail_key_absent_or_present(before: str, after: str) -> None:
+    assert edited(before, lambda made: made.append({"id": "Z", "phase": None})) == after
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("items: []  # none\nn: 1\n", "items:  # none\n- id: Z\nn: 1\n"),
+        ("items:\n\n# c\nn: 1", "items:\n- id: Z\n\n# c\nn: 1"),
+        ("items: null", "items:\n- id: Z"),
+        ("---\nschema_version: 3\nn: 1\n", "---\nschema_version: 3\nitems:\n- id: Z\nn: 1\n"),
+        ("items: ~\n", "items:\n- id: Z\n"),
+    ],
+)
+def test_append_to_empty_flow_items(before: str, after: str) -> None:
+    assert edited(before, lambda made: made.append({"id": "Z"})) == after
+
+
+def test_appended_item_is_written_in_canonical_order_and_the_files_indentation() -> None:
+    item = {"own": 1, "tags": ["x"], "title": "a: b", "id": "Z", "description": {"context": "a\nb"}}
+    text = edited("items:\n  - id: A\n", lambda made: made.append(item))
+    assert text == (
+        "items:\n  - id: A\n  - id: Z\n    title: 'a: b'\n    tags:\n      - x\n"
+        "    description:\n      context: |-\n        a\n        b\n    own: 1\n"
+    )
+
+
+def test_nested_list_offset_follows_document() -> None:
+    for offset in ("", "  "):
+        text = f"items:\n{offset}- id: A\n"
+        key = f"{offset}  tags:\n{offset}  {offset}- x\n"
+        assert edited(text, update(0, tags=["x"])) == text + key
+
+
+def test_file_without_final_newline() -> None:
+    text = "schema_version: 3\nitems:\n- id: A\n  title: x"
+    assert edited(text) == text
+    assert edited(text, update(0, title="y")) == text[:-1] + "y"
+    assert edited(text, lambda made: made.append({"id": "B"})) == text + "\n- id: B"
+    assert edited(text, lambda made: made.set_top("next_item_id", 2)) == text + "\nnext_item_id: 2"
+    assert edited(text, update(0, title=None)) == "schema_version: 3\nitems:\n- id: A"
+    assert edited(text + "\n- id: B", lambda made: made.remove(1)) == text
+
+
+def test_file_without_final_newline_gets_one_where_a_block_scalar_needs_it() -> None:
+    text = edited("items:\n- id: A\n  title: x", update(0, title="a\nb\n"))
+    assert text == "items:\n- id: A\n  title: |\n    a\n    b\n"
+
+
+def test_crlf_edit_writes_crlf() -> None:
+    data = BACKLOG.replace("\n", "\r\n").encode()
+    made = Document.parse(data, "t")
+    assert made.to_bytes() == data
+    made.update(0, {"title": "B", "description": {"context": "a\nb"}})
+    made.append({"id": "Z"})
+    plain = document()
+    plain.update(0, {"title": "B", "description": {"context": "a\nb"}})
+    plain.append({"id": "Z"})
+    assert made.to_bytes() == plain.to_bytes().replace(b"\n", b"\r\n")
+    assert made.items[0]["description"] == {"context": "a\nb"}
+
+
+def test_bom_kept() -> None:
+    made = Document.parse(b"\xef\xbb\xbfitems: []\n", "t")
+    made.set_top("next_item_id", 1)
+    assert made.to_bytes() == b"\xef\xbb\xbfitems: []\nnext_item_id: 1\n"
+    assert parse_yaml(b"\xef\xbb\xbfa: 1\r\nb: 2\r\n") == {"a": 1, "b": 2}
+
+
+def test_d44_unknown_keys_and_order_kept() -> None:
+    text = "zeta: [1]\nitems:\n- own: x\n  status: new\n  id: A\n  more: {}\nnext_item_id: 1\nalpha: ~\n"
+    assert edited(text, update(0, status="ready"), lambda made: made.set_top("next_item_id", 2)) == (
+        text.replace("new", "ready").replace("next_item_id: 1", "next_item_id: 2")
+    )
+
+
+def test_set_top() -> None:
+    text = edited(BACKLOG, lambda made: made.set_top("next_item_id", 4), lambda made: made.set_top("schema_version", 2))
+    assert text == BACKLOG.replace("next_item_id: 3", "next_item_id: 4").replace("version: 3", "version: 2")
+    assert edited(BACKLOG, lambda made: made.set_top("next_item_id", None)) == BACKLOG.replace("next_item_id: 3\n", "")
+    assert edited("items:\n# c\n\n- id: A\n", lambda made: made.set_top("schema_version", 3), lambda made: made.set_top("next_item_id", 1)) == (
+        "items:\n# c\n\n- id: A\nschema_version: 3\nnext_item_id: 1\n"
+    )
+    with pytest.raises(ValueError, match="items"):
+        document().set_top("items", [])
+
+
+def test_keep_block_scalars_survive_edits_around_them() -> None:
+    text = "items:\n- id: A\n  title: |+\n    x\n\n- id: B\n- id: C\n\n# file\n- id: D\n\nn: 1\n"
+    assert document(text).items[0]["title"] == "x\n\n"
+    for edit in (
+        lambda made: made.remove(1),
+        lambda made: made.append({"id": "E"}),
+        lambda made: (made.remove(1), made.remove(1), made.remove(1)),
+        lambda made: (made.remove(3), made.remove(2)),
+        lambda made: made.update(0, {"title": "y", "phase": "z"}),
+        lambda made: made.update(0, {"created": "y"}),
+    ):
+        wanted = document(text)
+        edit(wanted)
+        edited(text, edit)
+
+
+def test_key_removed_below_a_keep_block_scalar_at_the_end() -> None:
+    text = "items:\n- title: |+\n    x\n  id: A\n\nn: 1\n"
+    with pytest.raises(ValueError, match="reads back"):
+        edited(text, update(0, id=None))
+    assert edited(text, update(0, id="B")) == text.replace("A", "B")
+
+
+class Liar(str):
+    """A text that equals nothing that is read."""
+
+    __slots__ = ()
+
+    def __eq__(self, other: object) -> bool:
+        return False
+
+    __hash__ = str.__hash__
+
+
+UNWRITABLE: dict[str, Callable[[Document], object]] = {
+    "update": lambda made: made.update(0, {"title": "fine", "status": Liar("new")}),
+    "append": lambda made: made.append({"id": Liar("new")}),
+    "set_top": lambda made: made.set_top("next_item_id", Liar("new")),
+    "type": lambda made: made.update(0, {"tags": ("a",)}),
+    "nested": lambda made: made.update(0, {"tags": ["x", float("nan")]}),
+    "surrogate": lambda made: made.append({"id": "\ud800"}),
+    "key": lambda made: made.update(0, {"k" * 1001: 1}),
+    "too_deep": lambda made: made.update(0, {"tags": json.loads("[" * 31 + "1" + "]" * 31)}),
+}
+
+
+@pytest.mark.parametrize("edit", UNWRITABLE.values(), ids=UNWRITABLE)
+@pytest.mark.parametrize("text", [BACKLOG, "items:\n- id: A", "items:\n- id: A\n  tags:\n  - x\n"])
+def test_edit_self_check_raises_not_writes(text: str, edit: Callable[[Document], object]) -> None:
+    made = document(text)
+    items, top = [*made.items], {**made.top}
+    with pytest.raises(ValueError, match=r"."):
+        edit(made)
+    assert made.to_bytes() == text.encode()
+    assert same(made.items, items)
+    assert made.top == top
+
+
+def test_first_append_that_cannot_be_written_leaves_the_document() -> None:
+    made = document("items: []\n")
+    with pytest.raises(ValueError, match="reads back"):
+        made.append({"id": Liar("x")})
+    assert (made.to_bytes(), made.items) == (b"items: []\n", [])
+
+
+def test_copy_is_independent() -> None:
+    made = document()
+    other = made.copy()
+    other.update(0, {"title": "x", "tags": ["y"]})
+    other.remove(1)
+    other.append({"id": "Z"})
+    other.set_top("next_item_id", 9)
+    assert made.to_bytes() == BACKLOG.encode()
+    assert same(made.items, document().items)
+    assert made.top == {"schema_version": 3, "next_item_id": 3}
+    assert [item["id"] for item in other.items] == ["A-1", "C-3", "Z"]
+
+
+DOCUMENT_REFUSED: dict[str, tuple[str, int, int, str]] = {
+    "d63_empty_file": ("", 1, 1, "empty"),
+    "d63_comments_only": ("# a\n\n", 1, 1, "empty"),
+    "list": ("# a\n- id: A\n", 2, 1, "not a mapping"),
+    "flow": ("{}\n", 1, 1, "not a mapping"),
+    "scalar": ("text\n", 1, 1, "bare scalar"),
+    "items_mapping": ("n: 1\nitems:\n  a: 1\n", 2, 1, "`items` is not a list"),
+    "items_text": ("items: x\n", 1, 1, "`items` is not a list"),
+    "items_flow_list": ("items: [a]\n", 1, 1, "`items` is not a list"),
+}
+
+
+@pytest.mark.parametrize(("text", "line", "column", "names"), DOCUMENT_REFUSED.values(), ids=DOCUMENT_REFUSED)
+def test_d63_document_refused(text: str, line: int, column: int, names: str) -> None:
+    with pytest.raises(YamlError) as caught:
+        document(text)
+    assert (caught.value.line, caught.value.column) == (line, column)
+    assert caught.value.source == "B.yaml"
+    assert names in caught.value.problem
+
+
+def test_item_that_is_no_mapping_is_kept_as_parsed() -> None:
+    text = "items:\n- text\n- id: A\n- - x\n- null\n"
+    made = document(text)
+    assert made.items == ["text", {"id": "A"}, ["x"], None]
+    with pytest.raises(ValueError, match="item number 1 is not a mapping"):
+        made.update(0, {"id": "B"})
+    assert edited(text, update(1, id="B"), lambda d: d.remove(0)) == "items:\n- id: B\n- - x\n- null\n"
+
+
+# ---- random edits --------------------------------------------------------------------------------
+
+
+def random_value(rng: random.Random, depth: int = 0) -> object:
+    kind = rng.randrange(12)
+    if kind == 0 and depth < 3:
+        return [random_value(rng, depth + 1) for _ in range(rng.randint(0, 4))]
+    if kind == 1 and depth < 3:
+        keys = rng.sample(["context", "problem", "own key", "1"], rng.randint(0, 4))
+        return {key: random_value(rng, depth + 1) for key in keys}
+    return rng.choice(
+        [True, 1, -2.5, "", "x", "yes", "two words", "a: b", "# c", "it's", "a\nb", "a\n\n# b\n", " a\nb ",
+         "- x", "é\t", "61e9540", "long " * 30 + "end", "0x1", [], {}]
+    )  # fmt: skip
+
+
+def random_edit(rng: random.Random, made: Document) -> None:
+    kind = rng.randrange(10)
+    if kind == 0:
+        made.append({"id": "N", "title": random_value(rng, 3), "tags": random_value(rng)})
+    elif kind == 1 and len(made.items) > 1:
+        made.remove(rng.randrange(len(made.items)))
+    elif kind == 2:
+        made.set_top(rng.choice(["next_item_id", "own", "schema_version"]), rng.randint(0, 9))
+    elif made.items:
+        index = rng.randrange(len(made.items))
+        keys = [*made.items[index], *rng.sample(ITEM_KEYS, 2), "own"]
+        made.update(index, {rng.choice(keys): random_value(rng) if rng.random() < 0.8 else None})
+
+
+def check_random_edits(texts: list[str], count: int) -> None:
+    """Each edit gives what a dict would hold, and touches no line of another item."""
+    rng = random.Random(118)
+    for _ in range(count // 20):
+        made = document(rng.choice(texts))
+        for _ in range(20):
+            before, items = made.to_bytes(), [*made.items]
+            random_edit(rng, made)
+            again = Document.parse(made.to_bytes(), "again")
+            assert same(again.items, made.items)
+            assert again.top == made.top
+            touched = sum(1 for item in made.items if not any(item is other for other in items))
+            assert touched <= 1
+            if same(made.items, items) and made.top == document(before.decode()).top:
+                assert made.to_bytes() == before
+
+
+def edit_seeds() -> list[str]:
+    return [BACKLOG, *(path.read_text(encoding="utf-8") for path in OTHER_WRITERS)]
+
+
+def test_random_edits_only_touched_lines() -> None:
+    check_random_edits(edit_seeds(), 600)
+
+
+@pytest.mark.slow
+def test_random_4000_edits_only_touched_lines() -> None:
+    check_random_edits(edit_seeds(), 4_000)
+
+
+def test_random_edits_of_corpus(corpus: Path) -> None:
+    texts = [path.read_text(encoding="utf-8") for path in backlogs(corpus) if "backlogs" in path.parts]
+    check_random_edits([text for text in texts if "\nitems:" in text and len(text) < 60_000], 200)
+
+
+def test_incremental_equals_full_reload() -> None:
+    made = document()
+    for number in range(12):
+        made.update(number % 3, {"attempts": number, "phase": f"p{number}", "blocked_reason": "a\nb" if number % 2 else None})
+        again = Document.parse(made.to_bytes(), "again")
+        assert same(again.items, made.items)
+        assert again.to_bytes() == made.to_bytes()
+        made = again if number % 4 == 3 else made
