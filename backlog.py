@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
 from itertools import pairwise, takewhile
 from pathlib import Path
-from typing import NamedTuple, NoReturn, Protocol, TypeVar, TypedDict, cast
+from typing import NamedTuple, NoReturn, Protocol, TypedDict, cast
 
 # ==== 1. The YAML subset: what it is, and its one error ===========================================
 #
@@ -48,8 +48,6 @@ _YAML_MAX_KEY = 1_000  # characters; YAML itself stops at 1,024
 _YAML_MAX_DIGITS = 15  # more do not survive a reader that takes numbers for doubles
 _YAML_MEMO = 32  # longest text kept in a memo: bounds the memory that hostile input can take
 
-_YamlResult = TypeVar("_YamlResult")
-
 
 class YamlError(ValueError):
     """A YAML text that cannot be used; `str()` is `SOURCE:LINE:COLUMN: PROBLEM`.
@@ -72,19 +70,22 @@ def parse_yaml(data: bytes, source: str = "<yaml>") -> object:
     An empty document is None. `source` is only used in messages. Raises YamlError, and nothing
     else, for everything that is not in the subset; takes time and memory linear in `data`.
     """
-    return _yaml_load(data, source, lambda reader, _file: reader.document())
+    with _yaml_opened(data, source) as (reader, _):
+        return reader.document()
 
 
-def _yaml_load(
-    data: bytes, source: str, read: Callable[[_YamlReader, _YamlFile], _YamlResult]
-) -> _YamlResult:
-    # The cycle collector would walk all that was read so far again and again, for nothing:
-    # plain values hold no cycles. It costs half of the time at 10,000 items.
+@contextmanager
+def _yaml_opened(data: bytes, source: str) -> Iterator[tuple[_YamlReader, _YamlFile]]:
+    """A reader of `data`, and the file as decoded, with the cycle collector off.
+
+    It would walk all that was read so far again and again, for nothing: plain values hold no
+    cycles. That costs half of the time at 10,000 items.
+    """
     collecting = gc.isenabled()
     gc.disable()
     try:
         file = _yaml_decode(data, source)
-        return read(_YamlReader(file.lines, source), file)
+        yield _YamlReader(file.lines, source), file
     finally:
         if collecting:
             gc.enable()
@@ -95,7 +96,8 @@ def _yaml_load(
 _YAML_BOM = b"\xef\xbb\xbf"
 _YAML_ALLOWED_BYTES = bytes([9, 10, *range(0x20, 0x7F), *range(0x80, 0x100)])
 _YAML_ASCII = bytes(range(0x80))
-_YAML_NOT_ASCII_FORBIDDEN = re.compile("[\x80-\x9f\u2028\u2029\ufeff\ufffe\uffff]")
+# Not printable in YAML, or a line break for some readers only.
+_YAML_UNPRINTABLE = re.compile("[\0-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\ufeff\ufffe\uffff]")
 
 
 class _YamlFile(NamedTuple):
@@ -150,7 +152,7 @@ def _yaml_check_characters(data: bytes, text: str, source: str) -> None:
     elif data.isascii():
         return
     else:
-        found = _YAML_NOT_ASCII_FORBIDDEN.search(data.translate(None, _YAML_ASCII).decode())
+        found = _YAML_UNPRINTABLE.search(data.translate(None, _YAML_ASCII).decode())
         if not found:
             return
         bad = found[0]
@@ -177,9 +179,7 @@ _YAML_CONSTANTS: dict[str, bool | None] = {
 }
 _YAML_NUMBER_START = frozenset("-+.0123456789")
 # Written the one way that all parsers read the same: group 1 is the integer part, 2 the rest.
-_YAML_NUMBER = re.compile(
-    r"(-?(?:0|[1-9][0-9]*+))((?:\.[0-9]++)?(?:[eE][-+]?[0-9]++)?)",
-)
+_YAML_NUMBER = re.compile(r"(-?(?:0|[1-9][0-9]*+))((?:\.[0-9]++)?(?:[eE][-+]?[0-9]++)?)")
 # Everything that some YAML 1.2 parser takes for a number.
 _YAML_NUMBER_LIKE = re.compile(
     r"[-+]?(?:(?:[0-9]++(?:\.[0-9]*+)?|\.[0-9]++)(?:[eE][-+]?[0-9]++)?"
@@ -243,7 +243,7 @@ class _YamlValues(dict[str, object]):
         first = raw[:1]
         if first in _YAML_CAREFUL_START:
             return _YAML_SLOW
-        if first == "'" or first == '"':
+        if first in ("'", '"'):
             inner = raw[1:-1]
             closed = raw[-1] == first and len(raw) > 1 and first not in inner
             return inner if closed and (first == "'" or "\\" not in inner) else _YAML_SLOW
@@ -363,7 +363,7 @@ class _YamlReader:
         value = self._root()
         if self.indent >= 0:
             problem = "this line does not belong to what is above"
-            self.fail(self.at, self.indent, problem, "start it with a dash, or indent it")
+            self.fail(self.at, self.indent, problem, "make the file one list or one mapping")
         return value
 
     def open(self) -> None:
@@ -449,8 +449,10 @@ class _YamlReader:
             self.refuse(self.at, column, what, "flatten the structure")
 
     def _mapping(self, column: int, depth: int) -> dict[str, object]:
+        """Read the mapping whose first key stands at `column` of line `at`."""
         self._check_depth(column, depth)
-        first, found = self.at, dict[str, object]()
+        first = self.at
+        found: dict[str, object] = {}
         memo = (self.keys if self.indent == column else self.heads)[column]
         while not found or self._goes_on(column):
             if not self._simple_entries(found, memo, column, depth):
@@ -555,6 +557,7 @@ class _YamlReader:
                 return found
 
     def _element(self, column: int, depth: int) -> object:
+        """Read one entry of a sequence; its dash stands at `column`."""
         at, line, start = self.at, self.lines[self.at], column + 2
         left, colon, _ = line.partition(": ")
         if colon and left in self.heads[start]:
@@ -938,9 +941,6 @@ _YAML_QUOTE_NUMBER = re.compile(
     r"|[0-9_]*(?:\.[0-9_]*)?(?:[eE][-+]?[0-9_]+)?|[0-9][0-9_]*(?::[0-9]{1,2})+(?:\.[0-9_]*)?"
     r"|\.(?:inf|Inf|INF|nan|NaN|NAN)|[0-9]{4}-[0-9]{1,2}-[0-9]{1,2}(?:[Tt ].*)?)"
 )
-_YAML_UNPRINTABLE = re.compile(
-    "[^ -~\xa0-\u2027\u202a-\ud7ff\ue000-\ufefe\uff00-\ufffd\U00010000-\U0010ffff]"
-)
 
 
 def render_yaml(value: object) -> str:
@@ -1300,7 +1300,8 @@ class Document:
     @classmethod
     def parse(cls, data: bytes, source: str) -> Document:
         """Read a file; YamlError if it is not a mapping, or `items` is neither list nor null."""
-        return _yaml_load(data, source, cls._read)
+        with _yaml_opened(data, source) as (reader, file):
+            return cls._read(reader, file)
 
     @classmethod
     def _read(cls, reader: _YamlReader, file: _YamlFile) -> Document:
@@ -1310,7 +1311,7 @@ class Document:
         reader.open()
         if reader.indent < 0:
             remedy = "take the file back from git history, or write `items: []`"
-            reader.fail(0, 0, "the file is empty, which a backlog never is", remedy)
+            reader.fail(0, 0, "the file holds no backlog", remedy)
         if reader.indent or reader._is_dash(0) or not reader._is_entry(0):
             at = reader.at
             reader._root()
@@ -1511,12 +1512,15 @@ class Document:
         last = index == len(self._chunks) - 1
         below = self._tail if last else [""]
         # Some block scalars cannot end a file that has no final line break: then it gets one.
-        self._settle(index, [(lines, below), (lines, below or [""])], item)
+        self.items[index] = self._settle(index, [(lines, below), (lines, below or [""])], item)
 
     def _settle(
         self, index: int, options: list[tuple[list[str], list[str]]], item: dict[str, object]
-    ) -> None:
-        """Take the first option, (lines of an item, lines behind it), that reads back as `item`."""
+    ) -> dict[str, object]:
+        """Take the first option, (lines of an item, lines behind it), that reads back as `item`.
+
+        Returns what it reads back as, with the keys in the order of the lines.
+        """
         reason = "it reads back as something else"
         for lines, below in options:
             blank = list(takewhile(lambda line: not line.strip(" "), below))
@@ -1530,10 +1534,9 @@ class Document:
                 continue
             if reader.indent < 0 and _yaml_same(found, [item]):
                 self._chunks[index] = "\n".join(lines)
-                self.items[index] = cast("dict[str, object]", found[0])
                 if index == len(self._chunks) - 1:
                     self._tail = below
-                return
+                return cast("dict[str, object]", found[0])
         raise self._unsound(reason)
 
     def _unsound(self, reason: str) -> ValueError:
@@ -2811,8 +2814,11 @@ class Store:
 
     # -- for everybody -----------------------------------------------------------------------------
 
-    def load(self) -> Backlog:
+    def load(self, fallback: bytes | None = None) -> Backlog:
         """Read the file anew, forgetting what is only in memory.
+
+        `fallback` is what it held, for the case that the file is gone: the first `transact` writes
+        it again.
 
         Raises YamlError or BacklogError (with every problem found) if it cannot be used. Schemas 1
         and 2 are converted in memory; the first change that is saved writes them so.
@@ -2820,15 +2826,21 @@ class Store:
         with self._locked():
             with suppress(OSError):
                 self._temporary.unlink()  # left by a save that was killed
-            data = self._read()
-            if data is None:
-                raise BacklogError(
-                    f"{self.path}: there is no such file; 'orchestrator init' makes one"
-                )
-            self._disk = self._parse(data)
-            self.backlog = self._disk.backlog
-            self.waiting, self._gone = None, False
-            return self.backlog
+            return self.look(fallback)
+
+    def look(self, fallback: bytes | None = None) -> Backlog:
+        """`load` that touches nothing, not even the lock: a save replaces the file in one act."""
+        data = self._read()
+        content = fallback if data is None else data
+        if content is None:
+            raise BacklogError(
+                f"{self.path}: there is no such file; if git has it, `git restore {self.path.name}`"
+                " brings it back, else 'orchestrator init' makes one"
+            )
+        self._disk = self._parse(content)
+        self.backlog = self._disk.backlog
+        self.waiting, self._gone = None, data is None
+        return self.backlog
 
     def transact(
         self,

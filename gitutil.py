@@ -38,6 +38,7 @@ HOOK_LIMIT_S = 120.0  # one hook of the operator
 KILL_GRACE_S = 2.0  # TERM to KILL
 LOCK_PAUSE_S = 0.05
 LOCK_TRIES = 60  # so a lock is waited for 3 s
+LOCK_RESPITE_S = 30.0  # after that, it is only tried once for this long
 RETRY_DELAYS_S = (0.02, 0.04, 0.08)  # between the four tries to move the branch
 ADD_TRIES = 3  # a file that vanishes while the work tree is read makes a try incomplete
 
@@ -372,6 +373,7 @@ class Repo:
         self._clock = clock
         self._limit_s = limit_s
         self._deadline = float("inf")  # of the commit in progress, by `clock`
+        self._impatient_until = float("-inf")  # by `clock`; see `_lock_tries`
         self._null = ABSENT_OID  # as long as this repository's object ids
         self._parked: str | None = None  # what this object parked itself
         self._file_mode: bool | None = None
@@ -733,7 +735,7 @@ class Repo:
 
     def _patiently(self, *args: str, stdin: bytes) -> None:
         """Run a command on the real index, waiting a while for whoever holds its lock."""
-        for _ in range(LOCK_TRIES):
+        for _ in range(self._lock_tries()):
             try:
                 self.git(*args, stdin=stdin)
                 return
@@ -741,7 +743,15 @@ class Repo:
                 if "index.lock" not in error.stderr:
                     raise
             self._delay(LOCK_PAUSE_S)
-        raise HeadBusy(_git_lock_text(self.git_dir / "index.lock"))
+        raise self._locked_out(self.git_dir / "index.lock")
+
+    def _lock_tries(self) -> int:
+        """A lock that was just waited for in vain is not waited for again so soon."""
+        return 1 if self._clock() < self._impatient_until else LOCK_TRIES
+
+    def _locked_out(self, lock: Path) -> HeadBusy:
+        self._impatient_until = self._clock() + LOCK_RESPITE_S
+        return HeadBusy(_git_lock_text(lock))
 
     # -- snapshots ---------------------------------------------------------------------------------
 
@@ -899,7 +909,7 @@ class Repo:
     def _refuse_to_move(self, head: Head, expect_branch: str | None) -> None:
         operation = self.operation()
         if operation is not None:
-            raise HeadBusy(f"a {operation} is in progress")
+            raise HeadBusy(_git_open_operation(operation))
         if head.branch is None:
             raise HeadBusy("HEAD is detached")
         if expect_branch is not None and head.branch != expect_branch:
@@ -958,13 +968,13 @@ class Repo:
     def _await_ref_locks(self, head: Head) -> None:
         """Wait for a git that is about to move HEAD; before the index is touched."""
         locks = [self.git_dir / "HEAD.lock", self.common_dir / f"{head.branch}.lock"]
-        for _ in range(LOCK_TRIES):
+        for _ in range(self._lock_tries()):
             if not any(lock.exists() for lock in locks):
                 return
             self._delay(LOCK_PAUSE_S)
         held = next((lock for lock in locks if lock.exists()), None)
         if held is not None:
-            raise HeadBusy(_git_lock_text(held))
+            raise self._locked_out(held)
 
     def _move_branch(self, head: Head, commit: str, message: str) -> bool:
         """Compare-and-swap of the branch (by name: the operator may switch meanwhile)."""
@@ -1154,13 +1164,17 @@ class Repo:
         self._refuse_if_edited(files)
         with self._private_index() as env:
             self.git("read-tree", before.tree, env=env)
-            rules = [c for c in files if os.path.basename(c.before.path) == ".gitignore"]
-            self._check_out([c.before for c in rules if not c.before.absent], env)
-            self._remove([c.before.path for c in rules if c.before.absent])
-            added = [c.before.path for c in files if c.before.absent and c not in rules]
-            ignored = self._matching_ignore_rules(added)
-            self._remove([path for path in added if path not in ignored])
-            self._check_out([c.before for c in files if not c.before.absent], env)
+            old = [c.before for c in files if not c.before.absent]
+            new = [c.before.path for c in files if c.before.absent]
+            folders = {str(folder) for entry in old for folder in Path(entry.path).parents}
+            self._remove([path for path in new if path in folders])
+            new = [path for path in new if path not in folders]
+            # Ignore rules come first: what they cover was hidden before, so it is not the phase's.
+            self._check_out([entry for entry in old if _git_is_rules(entry.path)], env)
+            self._remove([path for path in new if _git_is_rules(path)])
+            ignored = self._matching_ignore_rules(new)
+            self._remove([path for path in new if path not in ignored])
+            self._check_out(old, env)
         self._restage(before, [c.before.path for c in changes])
         self._verify_restored([c for c in files if c.before.path not in ignored])
 
@@ -1383,7 +1397,7 @@ class Repo:
         """What forbids a run, each with its remedy. Dirtiness is the caller's to judge."""
         found = [*self._program_problems(), *self._lock_problems()]
         try:
-            found += self._head_problems()
+            found += self.head_problems()
             found += self._index_problems(backlog)
             self.git("hash-object", "-w", "--stdin", stdin=b"orchestrator\n")
         except GitError as error:
@@ -1424,11 +1438,12 @@ class Repo:
             locks += [self.common_dir / f"{branch}.lock"] if branch else []
         return locks
 
-    def _head_problems(self) -> Iterator[Problem]:
+    def head_problems(self) -> Iterator[Problem]:
+        """What forbids even a commit: an open operation, no branch, a damaged HEAD."""
         operation = self.operation()
         if operation is not None:
             undo = "git bisect reset" if operation == "bisect" else f"git {operation} --abort"
-            yield Problem(f"a {operation} is in progress", f"Finish it, or undo it: `{undo}`.")
+            yield Problem(_git_open_operation(operation), f"Finish it, or undo it: `{undo}`.")
         head = self.head()
         if head.branch is None:
             yield Problem("HEAD is detached", "Switch to a branch: `git switch BRANCH`.")
@@ -1531,6 +1546,10 @@ def _git_branch_name(ref: str) -> str:
     return ref.removeprefix("refs/heads/")
 
 
+def _git_open_operation(operation: str) -> str:
+    return f"{'an' if operation.startswith('a') else 'a'} {operation} is in progress"
+
+
 def _git_lock_text(lock: Path) -> str:
     return f"{lock} exists: another git command is running, or one that was killed left it"
 
@@ -1554,6 +1573,10 @@ def _git_by_hand(path: Path, message: str) -> str:
 
 def _git_is_folder(path: Path) -> bool:
     return path.is_dir() and not path.is_symlink()
+
+
+def _git_is_rules(path: str) -> bool:
+    return os.path.basename(path) == ".gitignore"
 
 
 def _git_verdict(hook: str, ended: _Ended) -> HookResult:

@@ -37,7 +37,9 @@ Reading order, pure chapters first:
 from __future__ import annotations
 
 import argparse
+import errno
 import heapq
+import io
 import itertools
 import os
 import re
@@ -50,7 +52,7 @@ from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn, TypeVar, cast
 
 from backlog import (
     BLOCK_WORDS,
@@ -62,6 +64,7 @@ from backlog import (
     BacklogError,
     Draft,
     Filter,
+    FilterError,
     InboxEntry,
     Item,
     KeyChange,
@@ -1082,6 +1085,19 @@ def select_actions(
         Promote(item["id"]) for item in heapq.nsmallest(wanted, groups["ready"], _promotion_key)
     ]
     return [*actions, *_fill_slots(_candidates(groups, config, free), bool(running))]
+
+
+def to_triage(
+    items: Mapping[str, Item], targets: Collection[str], only: Container[str] | None
+) -> set[str]:
+    """The ids that `triage` may act on: it leaves every item alone that is not new."""
+    return {
+        item_id
+        for item_id, item in items.items()
+        if item["status"] == "new"
+        and (not targets or item_id in targets)
+        and (only is None or item_id in only)
+    }
 
 
 def _considered(items: Mapping[str, Item], only: Container[str] | None) -> Iterable[Item]:
@@ -2901,21 +2917,28 @@ def plan_rows(
     filters: Sequence[Filter] = (),
     *,
     auto_advance: bool = False,
+    only_triage: bool = False,
 ) -> list[PlanRow]:
     """The plan of `run --dry-run`: what would start first, in order, then why the others would not.
 
-    Items that `targets` or `filters` leave out are listed as such, done ones not at all.
+    Items that `targets` or `filters` leave out are listed as such, done ones not at all; `triage`
+    has no word for those that are not new.
     """
     items = backlog.items
     only = {id for id, item in items.items() if matches(item, filters)} if filters else None
     finished = ("done", "blocked") if auto_advance else ("done",)
     left = [id for id in targets if id in items and items[id]["status"] not in finished]
     actions: Sequence[Action] = ()
-    if left or not targets:
+    if only_triage:
+        new = to_triage(items, targets, only)
+        actions = select_actions(backlog, {}, config, only=new)
+    elif left or not targets:
         target = left[0] if left else None
         actions = select_actions(backlog, {}, config, only=only, target=target)
     chosen = {action.item_id for action in actions}
     rest = [i for i in items.values() if i["id"] not in chosen and i["status"] != "done"]
+    if only_triage:
+        rest = [item for item in rest if item["status"] == "new"]
     wanted = targets if targets else only
     return [
         *(_start_row(action, items[action.item_id], config) for action in actions),
@@ -2968,9 +2991,12 @@ def render_plan(
     filters: Sequence[Filter] = (),
     *,
     auto_advance: bool = False,
+    only_triage: bool = False,
 ) -> str:
     """`run --dry-run` for people; see `plan_rows`."""
-    rows = plan_rows(backlog, config, targets, filters, auto_advance=auto_advance)
+    rows = plan_rows(
+        backlog, config, targets, filters, auto_advance=auto_advance, only_triage=only_triage
+    )
     first = [_plan_line(row) for row in rows if row.runs]
     rest = [_plan_line(row) for row in rows if not row.runs]
     lines = ["Would start now:", *first] if first else ["Nothing would start."]
@@ -2989,9 +3015,12 @@ def plan_json(
     filters: Sequence[Filter] = (),
     *,
     auto_advance: bool = False,
+    only_triage: bool = False,
 ) -> dict[str, object]:
     """`run --dry-run --json`: {"version": 1, "items": [{id, title, starts, text}, …]}, in order."""
-    rows = plan_rows(backlog, config, targets, filters, auto_advance=auto_advance)
+    rows = plan_rows(
+        backlog, config, targets, filters, auto_advance=auto_advance, only_triage=only_triage
+    )
     items = [
         {"id": row.item_id, "title": row.title, "starts": row.runs, "text": row.text}
         for row in rows
@@ -4929,15 +4958,21 @@ def _formatter(form: str) -> logging.Formatter:
         def format(self, record: logging.LogRecord) -> str:
             clock = time.strftime("%H:%M:%S", time.localtime(record.created))
             tag = "" if record.levelno == logging.INFO else f"{record.levelname.lower()}: "
-            return f"{clock} {tag}{clean_text(record.getMessage())}"
+            return f"{clock} {tag}{clean_text(_message_of(self, record))}"
 
     class Json(logging.Formatter):
         def format(self, record: logging.LogRecord) -> str:
             when = datetime.fromtimestamp(record.created, UTC).isoformat()
             level = record.levelname.lower()
-            return json.dumps({"time": when, "level": level, "message": record.getMessage()})
+            return json.dumps({"time": when, "level": level, "message": _message_of(self, record)})
 
     return Json() if form == "json" else Text()
+
+
+def _message_of(formatter: logging.Formatter, record: logging.LogRecord) -> str:
+    if record.exc_info:
+        return f"{record.getMessage()}\n{formatter.formatException(record.exc_info)}"
+    return record.getMessage()
 
 
 class LiveLine:
@@ -5038,7 +5073,8 @@ class Journal:
         self.attempts: dict[str, AttemptRecord] = {}  # by token
         self.pending: list[PendingCommit] = []
         self.unsaved: list[KeyChange] = []
-        self.inbox = ""  # digest of the inbox that was taken in last
+        self.inbox = ""  # digest of the inbox that was taken in last, until its removal is in git
+        self.parked = ""  # the parked state commit that the file on disk has taken up
 
     @classmethod
     def read(cls, path: Path) -> Journal | None:
@@ -5054,7 +5090,7 @@ class Journal:
             journal.attempts = {row["token"]: _attempt_record(row) for row in data["attempts"]}
             journal.pending = [_pending_commit(row) for row in data["pending"]]
             journal.unsaved = [KeyChange(**row) for row in data["unsaved"]]
-            journal.inbox = data["inbox"]
+            journal.inbox, journal.parked = data["inbox"], data["parked"]
         except FileNotFoundError:
             return None
         except (ValueError, KeyError, TypeError, OSError) as error:
@@ -5077,6 +5113,7 @@ class Journal:
             "pending": [_as_json(commit) for commit in self.pending],
             "unsaved": [_as_json(change) for change in self.unsaved],
             "inbox": self.inbox,
+            "parked": self.parked,
         }
         replace_file(self.path, (json.dumps(data, indent=1) + "\n").encode(), mode=0o600)
 
@@ -5141,7 +5178,6 @@ class Ledger:
         self.clock = clock
         self.inbox_path = config.base / INBOX_NAME
         self.inbox_trouble = ""  # the last complaint, so that it is made once
-        self.inbox_tracked: bool | None = None  # None: not looked up yet
         self.commit_again = 0.0  # monotonic seconds; see `flush`
         self.own_commits: set[str] = set()  # made by this run; other new ones are an agent's
 
@@ -5169,15 +5205,18 @@ class Ledger:
         """One edit; raises its error.
 
         With `prepare` the edit is journalled before it is saved: `prepare` completes the journal
-        with what belongs to the edit, and a start after a crash rolls all of it forward.
+        with what belongs to the edit, and a start after a crash rolls all of it forward. Once the
+        save is on disk the journal forgets it, so that it is not done again over a later edit of
+        the operator's.
         """
-        prepared = False
+        journalled = False
 
         def ahead(changes: list[KeyChange]) -> None:
-            nonlocal prepared
+            nonlocal journalled
             if prepare is not None:
-                prepared = True
-                prepare()
+                if not journalled:
+                    prepare()
+                journalled = True
                 self.journal.unsaved = changes
                 self.journal.write()
 
@@ -5187,23 +5226,36 @@ class Ledger:
             self._remember_unsaved()
         if isinstance(answer, Exception):
             raise answer
-        if prepare is not None and not prepared:  # the edit changed nothing in the file
-            prepare()
+        if prepare is not None:
+            if not journalled:  # the edit changed nothing in the file
+                prepare()
             self.journal.write()
         return cast(T, answer)
 
     def take_in(self) -> list[str]:
         """Take up edits made on disk meanwhile and new items from the inbox; ids of those."""
+        if self.inbox_taken.exists():
+            return self.recover_inbox()
         entries = self._inbox_entries()
         if not entries:
             self.edit([])
             return []
-        os.replace(self.inbox_path, self.inbox_taken)
+        self._claim_inbox()
         return self.ingest_taken()
+
+    def _claim_inbox(self) -> None:
+        """Move the inbox where no agent's `git clean` reaches it."""
+        try:
+            os.replace(self.inbox_path, self.inbox_taken)
+        except OSError as error:
+            if error.errno != errno.EXDEV:
+                raise
+            replace_file(self.inbox_taken, self.inbox_path.read_bytes())
+            self.inbox_path.unlink()
 
     def _inbox_entries(self) -> list[InboxEntry]:
         try:
-            entries = parse_inbox(self.inbox_path.read_bytes(), INBOX_NAME)
+            entries = read_inbox(self.inbox_path)
         except FileNotFoundError:
             return []
         except (BacklogError, YamlError, OSError) as error:
@@ -5217,7 +5269,7 @@ class Ledger:
     @property
     def inbox_taken(self) -> Path:
         """Where the inbox waits between being claimed and being saved as items."""
-        return self.repo.root / WORK_DIR / "inbox.taken"
+        return self.repo.state_dir / "inbox.taken"
 
     def ingest_taken(self) -> list[str]:
         """Make items of the claimed inbox; twice over a crash gives them once (see `recover`)."""
@@ -5230,7 +5282,7 @@ class Ledger:
         now = self.clock()
 
         def prepare() -> None:
-            self.journal.inbox = _digest(data)
+            self.journal.inbox = digest(data)
 
         added = self.edit_one(
             lambda draft: ingest(draft, self.config.prefix, entries, now), prepare=prepare
@@ -5238,30 +5290,35 @@ class Ledger:
         self.inbox_taken.unlink()
         return [item["id"] for item in added]
 
+    def recover_inbox(self) -> list[str]:
+        """Finish an inbox that was claimed when the run was killed; ids of its items, if any."""
+        if digest(self.inbox_taken.read_bytes()) != self.journal.inbox:
+            return self.ingest_taken()
+        self.inbox_taken.unlink()  # its items are saved: the journal named them before
+        return []
+
     # -- one attempt -------------------------------------------------------------------------------
 
-    def begin(self, task: Task, attempt: int, previous: Started | None = None) -> Started:
+    def begin(self, task: Task, attempt: int, previous: Started | None = None) -> Started | None:
         """Record that an attempt starts: snapshot and journal first, then the agent.
+
+        None if the item was deleted by hand before its phase began.
 
         A retry of a document phase goes on from what `previous` left, so that its documents are
         still seen as the phase's; a destructive phase always starts from a tree put back.
         """
         import secrets
 
-        if task.phase.destructive and self.journal.pending:
-            self.flush()
-            if self.journal.pending:
-                raise OrchestratorError(
-                    f"{task.item_id}: {task.name} cannot start before the finished phases are"
-                    " committed (see the warning above); they are kept in the journal."
-                )
-        item = self.store.backlog.items[task.item_id]
+        item = self.store.backlog.items.get(task.item_id) or (previous and previous.item)
+        if item is None:
+            return None
         token = secrets.token_hex(8)
-        ref = self.snapshot_ref(token) if task.phase.destructive else None
         if previous is None or task.phase.destructive:
-            before = self.repo.snapshot(ref)
+            before = self.repo.snapshot(self.snapshot_ref(token))
         else:
             before = previous.before
+        if previous is not None:
+            self.journal.attempts.pop(previous.token, None)
         self.journal.attempts[token] = AttemptRecord(
             task.item_id,
             task.name,
@@ -5365,20 +5422,42 @@ class Ledger:
             with_state=outcome == "complete",
         )
 
-        outcomes: list[Applied] = []  # the store may have to apply an edit more than once
+        outcomes: list[Applied] = []
 
         def edit(draft: Draft) -> Applied:
             outcomes.append(apply(draft))
-            return outcomes[-1]
+            return outcomes[0]
 
         def prepare() -> None:
             self.journal.attempts.pop(started.token, None)
             rest = [p for p in self.journal.pending if p.token != started.token]
-            self.journal.pending = [*rest, record._replace(worklog=outcomes[-1].worklog)]
+            self.journal.pending = [*rest, record._replace(worklog=outcomes[0].worklog)]
 
         applied = self.edit_one(edit, prepare=prepare)
         self.write_worklog(applied.worklog)
         return applied
+
+    def note_block(self, phase: str, applied: Applied) -> None:
+        """The worklog of a block that no attempt led to; it is committed with the next batch."""
+        import secrets
+
+        token, item_id, text = secrets.token_hex(8), applied.item["id"], applied.worklog
+        parent = self.repo.head().commit
+        self.journal.pending.append(
+            PendingCommit(
+                token,
+                parent,
+                item_id,
+                phase,
+                "blocked",
+                applied.reason,
+                (),
+                with_state=False,
+                worklog=text,
+            )
+        )
+        self.journal.write()
+        self.write_worklog(text)
 
     def write_worklog(self, text: str) -> None:
         """Append to this month's worklog; text that is there already is not repeated."""
@@ -5391,7 +5470,8 @@ class Ledger:
         ref = self._salvage(started, self._aftermath(started))
         now, task = self.clock(), started.task
         self.edit_one(lambda draft: apply_failed_attempt(draft, task, started.item, now))
-        self._drop_attempt(started)
+        if task.phase.destructive:  # documents are still to be looked after: see `begin`, `cancel`
+            self._drop_attempt(started)
         return ref
 
     def give_up(self, started: Started, reason: str, result: PhaseResult | None) -> Applied:
@@ -5413,7 +5493,8 @@ class Ledger:
     def cancel(self, started: Started) -> None:
         """An attempt was interrupted: nothing is charged, nothing it left is lost."""
         self.guard_state(started)
-        self._set_aside(self.journal.attempts[started.token])
+        if started.token in self.journal.attempts:
+            self._set_aside(self.journal.attempts[started.token])
 
     def _set_aside(self, record: AttemptRecord) -> None:
         """Keep what an interrupted attempt left: code on a ref, documents as a commit to come."""
@@ -5443,8 +5524,8 @@ class Ledger:
 
     def check_staleness(self, task: Task) -> Applied | None:
         """Block a destructive phase whose ground was rewritten, as its `staleness` says."""
-        item = self.store.backlog.items[task.item_id]
-        base = item.get("last_phase_commit")
+        item = self.store.backlog.items.get(task.item_id)
+        base = item.get("last_phase_commit") if item else None
         if not task.phase.destructive or base is None:
             return None
         ancestor, error = None, ""
@@ -5459,7 +5540,7 @@ class Ledger:
             return None
         now = self.clock()
         applied = self.edit_one(lambda draft: block_task(draft, task, text, now))
-        self.write_worklog(applied.worklog)
+        self.note_block(task.name, applied)
         return applied
 
     # -- what a phase left in the work tree --------------------------------------------------------
@@ -5505,13 +5586,19 @@ class Ledger:
     def is_own(self, path: str) -> bool:
         """Whether a path is state of ours, never part of a phase's changes."""
         prefix = self.repo.prefix
-        own = {self.backlog_path, f"{prefix}.{self.store.path.name}.tmp", prefix + INBOX_NAME}
-        return path in own or path.startswith((f"{prefix}{WORKLOG_DIR}/", f"{prefix}{WORK_DIR}/"))
+        unfinished = self.repo.relative(self.store.path.with_name(f".{self.store.path.name}.tmp"))
+        folders = (f"{prefix}{WORKLOG_DIR}/", f"{prefix}{WORK_DIR}/")
+        own = (self.backlog_path, self.inbox_git_path, unfinished)
+        return path in own or path.startswith(folders)
 
     @property
     def backlog_path(self) -> str:
         """The backlog relative to the top of the work tree, as git names it."""
         return os.path.relpath(self.store.path, self.repo.top)
+
+    @property
+    def inbox_git_path(self) -> str:
+        return self.repo.relative(self.inbox_path)
 
     @property
     def worklog_dir(self) -> Path:
@@ -5602,24 +5689,28 @@ class Ledger:
         """Keep the changes of an attempt on a ref of their own; None when there are none.
 
         The branch is never moved back: where the agent committed by itself, only the rest is put
-        back, to what it committed.
+        back, to what it committed; what was the operator's goes back to how they had it.
         """
         self.repo.restage(before, aftermath.after)
-        changes, base = aftermath.changes, before
-        if aftermath.after.head.commit != before.head.commit and aftermath.after.head.commit:
-            base = before._replace(tree=aftermath.after.head.commit)
-            changes = [
+        theirs = [c for c in aftermath.changes if c.after.path in aftermath.operator_dirty]
+        mine, base = [c for c in aftermath.changes if c not in theirs], before
+        head = aftermath.after.head.commit
+        if head is not None and head != before.head.commit:
+            base = before._replace(tree=head)
+            mine = [
                 change
-                for change in self.repo.changes(base.tree, aftermath.after.tree)
+                for change in self.repo.changes(head, aftermath.after.tree)
                 if change.after.path not in aftermath.operator_dirty
                 and not self.is_own(change.after.path)
             ]
-        if not changes:
+        if not (mine or theirs):
             return None
         ref = self._next_salvage_ref(item_id, phase)
         self.repo.salvage(ref, aftermath.after, f"[{item_id}][{phase}] Salvaged changes")
-        self.repo.restore(base, changes)
-        log().info(phase_line(item_id, phase, "what it left is kept on %s"), ref)
+        self.repo.restore(base, mine)
+        self.repo.restore(before, theirs)
+        paths = one_line(", ".join(change.after.path for change in (*mine, *theirs)), 200)
+        log().info("%s", phase_line(item_id, phase, f"what it left is kept on {ref}: {paths}"))
         return ref
 
     def _next_salvage_ref(self, item_id: str, phase: str) -> str:
@@ -5679,6 +5770,8 @@ class Ledger:
             log().info(
                 "committed %s %s", commit[:10], self._message(self.journal.pending).split("\n")[0]
             )
+        if any(record.with_state for record in self.journal.pending):
+            self.journal.inbox = ""  # a tracked one that is gone is committed as gone now
         self.journal.pending.clear()
         self.journal.write()
 
@@ -5701,14 +5794,13 @@ class Ledger:
         return sorted(self.worklog_dir.glob("[0-9][0-9][0-9][0-9]-[0-9][0-9].md"))[-2:]
 
     def _inbox_removal(self) -> dict[str, Entry]:
-        """The deletion of a tracked inbox that was taken in, now or by an earlier run."""
-        path = self.repo.prefix + INBOX_NAME
-        if self.inbox_tracked is None:
-            head = self.repo.head().commit
-            self.inbox_tracked = head is not None and self.repo.entry(head, path) is not None
-        if not self.inbox_tracked or self.inbox_path.exists():
+        """The deletion of a tracked inbox that was taken in; not one that the operator made."""
+        head = self.repo.head().commit
+        if not self.journal.inbox or head is None or self.inbox_path.exists():
             return {}
-        return {path: Entry(path, ABSENT_MODE, ABSENT_OID)}
+        if self.repo.entry(head, self.inbox_git_path) is None:
+            return {}
+        return {self.inbox_git_path: Entry(self.inbox_git_path, ABSENT_MODE, ABSENT_OID)}
 
     def _message(self, pending: Sequence[PendingCommit]) -> str:
         rows = [MessageEntry(p.item, p.phase, p.outcome, p.summary, p.token) for p in pending]
@@ -5723,12 +5815,25 @@ class Ledger:
     def commit_state(self, message: str) -> StateCommit:
         """Commit BACKLOG.yaml, alone, as it is on disk now."""
         data = self.store.committed_bytes()
-        return self.repo.commit_state(
+        done = self.repo.commit_state(
             self.store.path, data, message, expect_branch=self.journal.branch
         )
+        if done.outcome == "parked":
+            self.journal.parked = str(done.commit)
+        elif done.outcome in ("committed", "clean"):
+            self._forget_parked()
+        return done
+
+    def _forget_parked(self) -> None:
+        """HEAD holds the file, and the file what was parked: the ref has done its service."""
+        parked = self.repo.parked(self.store.path)
+        if parked is not None and parked[0] == self.journal.parked:
+            self.repo.unpark(self.journal.parked)
+        self.journal.parked = ""
 
     def closing_save(self) -> bool:
         """Write whatever is not on disk yet; whether the file now holds the ledger's state."""
+        late = self.store.waiting or self.store.unsaved()  # so `flush` has had to wait, too
         try:
             self.edit([])
         except (SaveError, OSError) as error:
@@ -5736,6 +5841,8 @@ class Ledger:
         else:
             trouble = self.store.waiting
         if trouble is None:
+            if late:
+                self.flush()
             return True
         log().error(
             "%s\nThe backlog is not committed. What the run decided and could not save is kept in"
@@ -5754,29 +5861,33 @@ class Ledger:
         it again. Raises OrchestratorError when something has to be mended by hand first; nothing
         is lost then.
         """
+        for record in self.journal.attempts.values():
+            self._recover_state(record)
         self.store.restore(self.journal.unsaved)
         for record in list(self.journal.attempts.values()):
             self._recover_attempt(record)
         self.edit([])
         if self.store.waiting:
             raise OrchestratorError(f"{self.store.waiting}. Mend the file, then start again.")
-        self._recover_inbox()
+        if self.inbox_taken.exists():
+            self.recover_inbox()
         self._recover_pending()
         done = self.commit_state("[orchestrator] Recover backlog state")
         self.tell_state_commit(done, "recovered what the last run decided")
         self.end()
 
+    def _recover_state(self, record: AttemptRecord) -> None:
+        """Undo an agent's `git checkout` of the backlog that we were killed before noticing."""
+        kept = self.repo.entry(record.before.tree, self.backlog_path)
+        head = record.before.head.commit
+        was = self.repo.entry(head, self.backlog_path) if head else None
+        if kept and was and kept.oid != was.oid and self.repo.blob(self.store.path).oid == was.oid:
+            log().warning("%s was put back to an older state; it is merged in again", kept.path)
+            self.store.merge_bytes(self.repo.read_blob(was.oid), self.repo.read_blob(kept.oid))
+
     def _recover_attempt(self, record: AttemptRecord) -> None:
         log().info("%s", phase_line(record.item, record.phase, "was cut off; it starts again"))
         self._set_aside(record)
-
-    def _recover_inbox(self) -> None:
-        if not self.inbox_taken.exists():
-            return
-        if _digest(self.inbox_taken.read_bytes()) == self.journal.inbox:
-            self.inbox_taken.unlink()  # its items are saved: the journal named them before
-        else:
-            self.ingest_taken()
 
     def _recover_pending(self) -> None:
         self.journal.pending = [
@@ -5793,17 +5904,33 @@ class Ledger:
                 " mend that, then start again: nothing is lost, the journal keeps them."
             )
 
-    def take_up_parked(self) -> None:
-        """Merge a parked backlog state (see `Repo.commit_state`) into the file, once."""
+    def take_up_parked(self, last: Journal | None) -> None:
+        """Merge a parked backlog state (see `Repo.commit_state`) into the file.
+
+        A file that already descends from it is left alone, so that nothing done since is undone;
+        one that git has set back does not. The ref stays until a commit holds the file.
+        """
         parked = self.repo.parked(self.store.path)
         if parked is None:
             return
         commit, theirs, base = parked
-        self.store.merge_bytes(base, theirs)
-        self.edit([])
-        if not self.store.waiting:
-            self.repo.unpark(commit)
-            log().info("took up the backlog state parked as %s", commit[:10])
+        known = last is not None and last.parked == commit
+        if known and last is not None and last.branch not in (None, self.journal.branch):
+            log().warning(
+                "the backlog state of %s waits on %s (%s); the next run on that branch takes it up",
+                *(str(last.branch).removeprefix("refs/heads/"), self.repo.parked_ref, commit[:10]),
+            )
+            return
+        if not known or self._is_as_committed():
+            self.store.merge_bytes(base, theirs)
+            self.edit([])
+        self.journal.parked = commit
+        log().info("took up the backlog state that was parked as %s", commit[:10])
+
+    def _is_as_committed(self) -> bool:
+        head = self.repo.head().commit
+        committed = self.repo.entry(head, self.backlog_path) if head else None
+        return committed is not None and self.repo.blob(self.store.path).oid == committed.oid
 
     def tell_state_commit(self, done: StateCommit, what: str) -> None:
         if done.outcome == "committed" and done.commit:
@@ -5829,7 +5956,14 @@ def item_folder(root: Path, item: Item) -> Path:
     return have[0] if have else changes / change_dir_name(item["id"], item["title"])
 
 
-def _digest(data: bytes) -> str:
+def read_inbox(path: Path) -> list[InboxEntry]:
+    """The entries of the inbox; BacklogError, YamlError or OSError when it cannot be used."""
+    if path.is_symlink():
+        raise BacklogError(f"{path.name} is a symbolic link; put the file itself there")
+    return parse_inbox(path.read_bytes(), path.name)
+
+
+def digest(data: bytes) -> str:
     import hashlib
 
     return hashlib.sha256(data).hexdigest()
@@ -6089,15 +6223,14 @@ class Scheduler:
     def _offered(self) -> list[Action]:
         """What could be started now, the cap not yet applied."""
         backlog, running = self.coordinator.backlog, self._running_tasks()
+        only = self.matched if self.options.filters else None
+        if self.options.only_triage:
+            new = to_triage(backlog.items, self.options.targets, only)
+            return select_actions(backlog, running, self.config, only=new)
         if self.options.targets:
             target = self._current_target()
-            actions = select_actions(backlog, running, self.config, target=target) if target else []
-        else:
-            only = self.matched if self.options.filters else None
-            actions = select_actions(backlog, running, self.config, only=only)
-        if self.options.only_triage:
-            return [a for a in actions if isinstance(a, Task) and a.pool == TRIAGE]
-        return actions
+            return select_actions(backlog, running, self.config, target=target) if target else []
+        return select_actions(backlog, running, self.config, only=only)
 
     def _running_tasks(self) -> dict[str, Task]:
         return {item_id: running.task for item_id, running in self.running.items()}
@@ -6115,7 +6248,7 @@ class Scheduler:
             stop_requested=self.stop.requested,
             breaker_open=bool(self.breaker)
             or totals.exhausted_in_a_row >= execution.circuit_breaker,
-            targets=self.options.targets,
+            targets=() if self.options.only_triage else self.options.targets,
             auto_advance=self.options.auto_advance,
             filters_given=bool(self.options.filters),
             matched=frozenset(self.matched),
@@ -6146,9 +6279,13 @@ class Scheduler:
         if promotions:
             await asyncio.gather(*map(self._promote, promotions))
         for action in offered:
-            if isinstance(action, Task) and not self._cap_reached():
+            if isinstance(action, Task) and not self._cap_reached() and not self._held(action):
                 self._start_task(action)
         return bool(promotions)
+
+    def _held(self, task: Task) -> bool:
+        """A phase that changes code starts from committed ground: first what is pending goes in."""
+        return task.phase.destructive and bool(self.ledger.journal.pending)
 
     async def _promote(self, action: Promote) -> None:
         now = self.ledger.clock()
@@ -6156,14 +6293,17 @@ class Scheduler:
             lambda draft: promote(draft, action.item_id, self.config, now)
         )
         if applied.state == "blocked":
-            await self.coordinator.do(lambda: self.ledger.write_worklog(applied.worklog))
+            await self.coordinator.do(lambda: self.ledger.note_block("promotion", applied))
             self._count(applied)
 
     def _start_task(self, task: Task) -> None:
         import asyncio
 
+        item = self.coordinator.backlog.items.get(task.item_id)
+        if item is None:  # deleted by hand since the choice
+            return
         self.totals.phases += 1
-        title = self.coordinator.backlog.items[task.item_id]["title"]
+        title = item["title"]
         self.running[task.item_id] = Running(task, time.monotonic(), title)
         log().info("%s", phase_line(task.item_id, task.name, f"starts: {one_line(title, 80)}"))
         self.workers.add(asyncio.create_task(self._work(task)))
@@ -6201,11 +6341,15 @@ class Scheduler:
         if stale is not None:
             return stale
         attempts = self.config.execution.max_retries + 1
-        first = self.coordinator.backlog.items[task.item_id].get("attempts", 0) + 1
+        item = self.coordinator.backlog.items.get(task.item_id)
+        first = item.get("attempts", 0) + 1 if item else 1
         failure, salvaged = "", None
         started: Started | None = None
         for attempt in itertools.count(min(first, attempts)):
             started = await self._begin(task, attempt, started)
+            if started is None:
+                self._tell(task, "not started: the item was deleted by hand")
+                return None
             outcome = await self._run_agent(started, attempts, failure, salvaged)
             self.totals.add_usage(outcome.usage)
             if outcome.kind in ("cancelled", "limited", "unusable"):
@@ -6219,14 +6363,23 @@ class Scheduler:
             if attempt >= attempts:
                 return await self._give_up(started, attempts, failure, outcome.result)
             salvaged = await self._fail(started)
-            if await self._stopped_within(retry_delay_s(self.config, attempt)):
+            if await self._stopped_within(self._retry_delay(attempt)) or self.stop.requested:
+                await self._cancel(started)
                 return None
         raise AssertionError("the last attempt returns")
 
     def _tell(self, task: Task, text: str) -> None:
         log().warning("%s", phase_line(task.item_id, task.name, text))
 
-    async def _begin(self, task: Task, attempt: int, previous: Started | None) -> Started:
+    def _retry_delay(self, attempt: int) -> float:
+        return max(retry_delay_s(self.config, attempt), self.paused_until - time.time())
+
+    async def _cancel(self, started: Started) -> None:
+        await self.coordinator.do(lambda: self.ledger.cancel(started))
+
+    async def _begin(
+        self, task: Task, attempt: int, previous: Started | None
+    ) -> Started | None:
         return await self.coordinator.do(lambda: self.ledger.begin(task, attempt, previous))
 
     async def _fail(self, started: Started) -> str | None:
@@ -6263,7 +6416,7 @@ class Scheduler:
 
     async def _interrupt(self, started: Started, outcome: AgentOutcome) -> None:
         """The attempt does not count: the run is stopping, or the agent cannot work now."""
-        await self.coordinator.do(lambda: self.ledger.cancel(started))
+        await self._cancel(started)
         task = started.task
         if outcome.kind == "cancelled":
             log().info(
@@ -6271,7 +6424,8 @@ class Scheduler:
                 phase_line(task.item_id, task.name, "interrupted; the next run starts it again"),
             )
         elif outcome.kind == "limited" and self.config.execution.on_usage_limit == "wait":
-            self.paused_until = wait_until(outcome.until, time.time())
+            self.totals.phases -= 1  # it is started again, and did nothing
+            self.paused_until = max(self.paused_until, wait_until(outcome.until, time.time()))
             until = datetime.fromtimestamp(self.paused_until).strftime("%H:%M:%S")
             log().warning(
                 "%s",
@@ -6415,14 +6569,15 @@ def stop_requested(state_dir: Path, run_id: str) -> bool:
 
 
 class RunLock:
-    """The flock that makes sure of one run per work tree; held until `release`."""
+    """The flock that makes sure of one run per work tree; a context manager."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, owner: str) -> None:
         self.path = path
-        self._handle: int | None = None
+        self.owner = owner  # a run id, or what else holds it
+        self._handle = -1
 
-    def acquire(self) -> None:
-        """Take the lock or raise OrchestratorError naming who has it."""
+    def __enter__(self) -> RunLock:
+        """Take the lock, or raise OrchestratorError naming who has it."""
         import fcntl
 
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -6430,29 +6585,25 @@ class RunLock:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            holder = os.pread(handle, 200, 0).decode(errors="replace").strip()
             os.close(handle)
             raise OrchestratorError(
-                f"another run is at work here ({holder or 'it does not say which'}). Wait for it,"
-                " or ask it to stop with `orchestrator.py stop`."
+                f"another run is at work here ({self.holder() or 'it has just begun'}). Wait for"
+                f" it, or ask it to stop with `{PROGRAM} stop`."
             ) from None
+        since = f"{datetime.now():%Y-%m-%d %H:%M:%S}"
         os.ftruncate(handle, 0)
-        os.pwrite(
-            handle, f"pid {os.getpid()}, since {datetime.now():%Y-%m-%d %H:%M:%S}\n".encode(), 0
-        )
+        os.pwrite(handle, f"{self.owner}, pid {os.getpid()}, since {since}\n".encode(), 0)
         self._handle = handle
-
-    def release(self) -> None:
-        if self._handle is not None:
-            os.close(self._handle)
-            self._handle = None
-
-    def __enter__(self) -> RunLock:
-        self.acquire()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.release()
+        os.close(self._handle)
+
+    def holder(self) -> str:
+        """Who took the lock last: owner, pid and time."""
+        with suppress(OSError):
+            return self.path.read_text(errors="replace").strip()
+        return ""
 
 
 class Workspace(NamedTuple):
@@ -6462,9 +6613,8 @@ class Workspace(NamedTuple):
     config: Config
     store: Store
 
-    @property
-    def run_lock(self) -> RunLock:
-        return RunLock(self.repo.state_dir / "run.lock")
+    def run_lock(self, owner: str) -> RunLock:
+        return RunLock(self.repo.state_dir / "run.lock", owner)
 
     @property
     def journal_path(self) -> Path:
@@ -6507,7 +6657,7 @@ def new_run_id() -> str:
     return f"{utc_now():%Y%m%dT%H%M%S}-{secrets.token_hex(3)}"
 
 
-def begin_run(space: Workspace, *, allow_dirty: bool) -> Ledger:
+def begin_run(space: Workspace, run_id: str, *, allow_dirty: bool) -> Ledger:
     """Recover what the last run left, check everything, and open the journal of a new run.
 
     The run lock is held by the caller. Raises OrchestratorError with every problem at once.
@@ -6516,19 +6666,29 @@ def begin_run(space: Workspace, *, allow_dirty: bool) -> Ledger:
     _refuse(_head_problems(space, last))
     if last is not None and not last.settled:
         end_leftovers(last.run_id)
-    space.store.load()
+    space.store.load(_state_before_attempts(space, last))
     space.repo.clean_leftovers()
     if last is not None and not last.settled:
         Ledger(space.repo, space.store, space.config, last, utc_now).recover()
-    journal = Journal(space.journal_path, new_run_id(), space.repo.head().branch)
+    journal = Journal(space.journal_path, run_id, space.repo.head().branch)
     ledger = Ledger(space.repo, space.store, space.config, journal, utc_now)
-    ledger.take_up_parked()
+    if last is not None:
+        journal.inbox = last.inbox
+    ledger.take_up_parked(last)
     _refuse(preflight(space, allow_dirty=allow_dirty))
     prepare_work_dir(space.repo.root)
     journal.write()
     for line in ledger.edit([lambda draft: repair_items(draft, space.config, utc_now())])[0]:
         log().warning("%s", line)
     return ledger
+
+
+def _state_before_attempts(space: Workspace, last: Journal | None) -> bytes | None:
+    """The backlog as the newest cut-off attempt found it: all there is if its agent deleted it."""
+    path = space.repo.relative(space.store.path)
+    records = [] if last is None else list(last.attempts.values())
+    entries = [space.repo.entry(record.before.tree, path) for record in reversed(records)]
+    return next((space.repo.read_blob(entry.oid) for entry in entries if entry), None)
 
 
 def end_leftovers(run_id: str) -> None:
@@ -6539,15 +6699,10 @@ def end_leftovers(run_id: str) -> None:
 
 def _head_problems(space: Workspace, last: Journal | None) -> list[Problem]:
     """What forbids even a recovery: it may commit."""
-    problems, head = [], space.repo.head()
-    operation = space.repo.operation()
-    if operation:
-        problems.append(
-            Problem(f"a {operation} is in progress", f"Finish it, or `git {operation} --abort`.")
-        )
+    problems, head = list(space.repo.head_problems()), space.repo.head()
     if head.branch is None:
-        problems.append(Problem("HEAD is detached", "Switch to a branch: `git switch BRANCH`."))
-    elif last is not None and not last.settled and last.branch not in (None, head.branch):
+        return problems
+    if last is not None and not last.settled and last.branch not in (None, head.branch):
         was = str(last.branch).removeprefix("refs/heads/")
         problems.append(
             Problem(
@@ -6576,10 +6731,12 @@ def preflight(space: Workspace, *, allow_dirty: bool) -> list[Problem]:
     problems += preflight_agents(config, repo.root)
     inbox = config.base / INBOX_NAME
     try:
-        if inbox.exists():
-            parse_inbox(inbox.read_bytes(), INBOX_NAME)
-    except (BacklogError, YamlError, OSError) as error:
+        if os.path.lexists(inbox):
+            read_inbox(inbox)
+    except (BacklogError, YamlError) as error:
         problems.append(Problem(str(error), "Mend the inbox or move it away."))
+    except OSError as error:
+        problems.append(Problem(os_trouble(error), "Make it a readable file or move it away."))
     return problems
 
 
@@ -6630,59 +6787,99 @@ def prepare_work_dir(root: Path) -> None:
         ignore.write_text("*\n")
 
 
-class Session:
-    """One run from its first turn to its halt commit; `shut_down` is the only way out of it."""
+def ending_signals() -> list[signal.Signals]:
+    """The signals that end a run; not HUP where it is ignored, for that is what nohup asks."""
+    numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+    return numbers if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN else numbers[:2]
 
-    def __init__(self, ledger: Ledger, options: RunOptions, live: LiveLine) -> None:
+
+@contextmanager
+def signals_noted() -> Iterator[list[int]]:
+    """Note a signal that arrives while a run is prepared; the run acts on it once it has begun.
+
+    A second one is not held back: a start may be killed at any point.
+    """
+    noted: list[int] = []
+    handlers = {number: signal.getsignal(number) for number in ending_signals()}
+
+    def restore() -> None:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+    def note(number: int, _frame: object) -> None:
+        noted.append(number)
+        restore()
+
+    for number in handlers:
+        signal.signal(number, note)
+    try:
+        yield noted
+    finally:
+        restore()
+
+
+class Session:
+    """One run from its first turn to its halt commit; `_shut_down` is the only way out of it."""
+
+    def __init__(
+        self, ledger: Ledger, options: RunOptions, live: LiveLine, early: Sequence[int] = ()
+    ) -> None:
         self.ledger = ledger
         self.options = options
         self.live = live
-        self.reason: HaltReason | None = None
+        self.early = early  # signals that came while the run was being prepared
+        self.stop = StopSwitch()
+        self.coordinator = Coordinator(ledger)
+        self.scheduler = Scheduler(self.coordinator, options, self.stop, live)
+        self.reason: HaltReason | None = None  # None: an error ended the run
         self.saved = False
         self.state_commit: StateCommit | None = None
-        self.totals = Totals()
-        self.signal: int | None = None
-        self.detail = ""  # the error, or what tripped the breaker
-        self.seconds = 0.0
 
     async def run(self) -> None:
         """Run until a halt; raises what the run raised, after the shutdown path was taken."""
         import asyncio
 
-        stop = StopSwitch()
-        self._watch_signals(asyncio.get_running_loop(), stop)
-        coordinator = Coordinator(self.ledger)
-        coordinator.start()
-        scheduler = Scheduler(coordinator, self.options, stop, self.live)
-        self.totals = scheduler.totals
+        self.coordinator.start()
         try:
-            self.reason = await scheduler.run()
+            self._watch_signals(asyncio.get_running_loop())
+            self.reason = await self.scheduler.run()
         except BaseException:
-            stop.agents.set()
+            self.stop.agents.set()
             raise
         finally:
-            await self._shut_down(scheduler, coordinator)
-            self.live.close()
-            self.signal, self.detail = stop.signal, scheduler.breaker
-            self.seconds = time.monotonic() - scheduler.began
+            await self._shut_down()
 
-    async def _shut_down(self, scheduler: Scheduler, coordinator: Coordinator) -> None:
+    async def _shut_down(self) -> None:
         """Agents, their results, the batch, the coordinator, and only then the halt commit."""
         import asyncio
 
         try:
-            await scheduler.drain()
-        finally:
-            if scheduler.stop.signal is not None and self.reason is not None:
+            await self.scheduler.drain()
+            if self.stop.signal is not None and self.reason is not None:
                 self.reason = HaltReason.SHUTDOWN_REQUESTED
+        except BaseException:
+            self.reason = None
+            raise
+        finally:
+            self.live.close()
             try:
                 await asyncio.to_thread(end_leftovers, self.ledger.journal.run_id)
-                await coordinator.do(self.ledger.flush)
+                await self.coordinator.do(self.ledger.flush)
             finally:
-                self.saved = await coordinator.close()
+                self.saved = await self.coordinator.close()
                 if self.saved:
                     await asyncio.to_thread(self._halt_commit)
                 await asyncio.to_thread(self._end_journal)
+
+    def warnings(self) -> list[str]:
+        """Git trouble at the halt: what is not in history yet, and what becomes of it."""
+        texts = []
+        if self.ledger.journal.pending:
+            names = ", ".join(f"[{p.item}][{p.phase}]" for p in self.ledger.journal.pending)
+            texts.append(f"not committed yet, but kept in the journal for the next run: {names}")
+        if self.state_commit is not None and self.state_commit.warning:
+            texts.append(self.state_commit.warning)
+        return texts
 
     def _halt_commit(self) -> None:
         """Commit BACKLOG.yaml if it is dirty, alone; git trouble is a warning, never an error."""
@@ -6700,15 +6897,15 @@ class Session:
         except (OSError, GitError) as error:
             log().warning("%s", error)
 
-    def _watch_signals(self, loop: asyncio.AbstractEventLoop, stop: StopSwitch) -> None:
-        import signal
+    def _watch_signals(self, loop: asyncio.AbstractEventLoop) -> None:
+        for number in ending_signals():
+            loop.add_signal_handler(number, self._on_signal, number)
+        for early in self.early:
+            self._on_signal(early)
 
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            loop.add_signal_handler(number, self._on_signal, stop, number)
-
-    def _on_signal(self, stop: StopSwitch, number: int) -> None:
-        first = stop.signal is None
-        stop.on_signal(number)
+    def _on_signal(self, number: int) -> None:
+        first = self.stop.signal is None
+        self.stop.on_signal(number)
         log().warning(
             "%s",
             "stopping: ending the agents, then saving (once more: without waiting for them)"
@@ -6726,13 +6923,15 @@ def cmd_run(args: argparse.Namespace) -> int:
     options = run_options(args, space)
     if args.dry_run:
         return _dry_run(space, options, as_json=args.json)
-    with space.run_lock:
+    if options.targets:
+        _check_targets(options, space.store.look())
+    run_id = new_run_id()
+    with space.run_lock(f"run {run_id}"), signals_noted() as early:
         become_subreaper()
         live = LiveLine(sys.stderr.isatty() and args.log_format == "text" and args.command == "run")
         set_up_logging(args.log_level, args.log_format, live)
-        ledger = begin_run(space, allow_dirty=args.allow_dirty)
-        _check_targets(options, space.store.backlog)
-        session = Session(ledger, options, live)
+        ledger = begin_run(space, run_id, allow_dirty=args.allow_dirty)
+        session = Session(ledger, options, live, early)
         failed = _conduct(session)
     return _report(session, args, failed)
 
@@ -6753,26 +6952,36 @@ def _conduct(session: Session) -> bool:
 
 
 def _report(session: Session, args: argparse.Namespace, failed: bool) -> int:
-    totals = session.totals
-    code = EXIT_ERROR
+    totals, code = session.scheduler.totals, EXIT_ERROR
     if not failed and session.saved and session.reason is not None:
-        code = exit_code(session.reason, session.signal, totals.completed, tuple(totals.blocked))
-    if args.strict and session.state_commit is not None and session.state_commit.warning:
+        number = session.stop.signal
+        code = exit_code(session.reason, number, totals.completed, tuple(totals.blocked))
+    if args.strict and session.warnings():
         code = EXIT_ERROR
     facts = summary_facts(session, code)
     with suppress(OSError):  # nobody may be listening any more
         if args.json:
-            print(_dumps(summary_json(facts)), flush=True)
+            print(_dumps(summary_json(facts)))
+            flush_output()
         else:
             print(f"\n{render_summary(facts)}", file=sys.stderr)
     _notify(session.ledger.config, facts)
     return code
 
 
+def filters_of(args: argparse.Namespace) -> tuple[Filter, ...]:
+    """The filters of `--only`; UsageError when one makes no sense."""
+    try:
+        filters = tuple(parse_filter(text) for text in args.only)
+        check_filters(filters)
+    except FilterError as error:
+        raise UsageError(f"--only: {error}") from None
+    return filters
+
+
 def run_options(args: argparse.Namespace, space: Workspace) -> RunOptions:
     """Turn the arguments of `run` or `triage` into options; UsageError when they clash."""
-    filters = tuple(parse_filter(text) for text in args.only)
-    check_filters(list(filters))
+    filters = filters_of(args)
     if args.target and filters:
         raise UsageError("--target and --only cannot be combined: name the items, or filter them")
     repeated = sorted({target for target in args.target if args.target.count(target) > 1})
@@ -6792,16 +7001,16 @@ def _check_targets(options: RunOptions, backlog: Backlog) -> None:
 
 
 def summary_facts(session: Session, code: int) -> SummaryFacts:
-    totals, options, done = session.totals, session.options, session.state_commit
+    totals, options, done = session.scheduler.totals, session.options, session.state_commit
     return SummaryFacts(
         run_id=session.ledger.journal.run_id,
         reason=session.reason,
         exit_code=code,
         backlog=session.ledger.store.backlog,
-        detail=session.detail,
+        detail=session.scheduler.breaker,
         phases=totals.phases,
         cap=options.cap,
-        seconds=session.seconds,
+        seconds=time.monotonic() - session.scheduler.began,
         completed=tuple(totals.completed),
         blocked=totals.blocked,
         follow_ups=tuple(totals.follow_ups),
@@ -6813,7 +7022,7 @@ def summary_facts(session: Session, code: int) -> SummaryFacts:
         filters=tuple(str(one) for one in options.filters),
         targets=options.targets,
         state_commit=done.commit if done and done.outcome == "committed" else None,
-        warnings=(done.warning,) if done and done.warning else (),
+        warnings=tuple(session.warnings()),
         program=PROGRAM,
     )
 
@@ -6843,11 +7052,16 @@ def _notify(config: Config, facts: SummaryFacts) -> None:
 
 def _dry_run(space: Workspace, options: RunOptions, *, as_json: bool) -> int:
     """Say what a run would do; writes nothing."""
-    backlog = space.store.load()
+    backlog = space.store.look()
     _check_targets(options, backlog)
     render = plan_json if as_json else render_plan
     plan = render(
-        backlog, space.config, options.targets, options.filters, auto_advance=options.auto_advance
+        backlog,
+        space.config,
+        options.targets,
+        options.filters,
+        auto_advance=options.auto_advance,
+        only_triage=options.only_triage,
     )
     print(plan if isinstance(plan, str) else _dumps(plan))
     return EXIT_OK
@@ -6855,9 +7069,8 @@ def _dry_run(space: Workspace, options: RunOptions, *, as_json: bool) -> int:
 
 def cmd_status(args: argparse.Namespace) -> int:
     space = open_workspace(args.root, args.config)
-    backlog = space.store.load()
-    filters = [parse_filter(text) for text in args.only]
-    check_filters(filters)
+    backlog = space.store.look()
+    filters = filters_of(args)
     only = {id for id, item in backlog.items.items() if matches(item, filters)} if filters else None
     print(_dumps(status_json(backlog, only)) if args.json else render_status(backlog, only))
     return EXIT_OK
@@ -6865,7 +7078,7 @@ def cmd_status(args: argparse.Namespace) -> int:
 
 def cmd_show(args: argparse.Namespace) -> int:
     space = open_workspace(args.root, args.config)
-    item = _item(space.store.load(), args.id)
+    item = _item(space.store.look(), args.id)
     documents = _documents(item_folder(space.repo.root, item), space.repo.root)
     commits = commits_of(space.repo, args.id)
     if args.json:
@@ -6888,9 +7101,7 @@ def commits_of(repo: Repo, item_id: str) -> list[tuple[str, str]]:
 
 def _item(backlog: Backlog, item_id: str) -> Item:
     if item_id not in backlog.items:
-        raise OrchestratorError(
-            f"{item_id}: there is no such item{did_you_mean(item_id, backlog.items)}"
-        )
+        raise UsageError(f"{item_id}: there is no such item{did_you_mean(item_id, backlog.items)}")
     return backlog.items[item_id]
 
 
@@ -6902,7 +7113,9 @@ def cmd_add(args: argparse.Namespace) -> int:
     if pipeline is not None and pipeline not in space.config.pipelines:
         hint = did_you_mean(pipeline, space.config.pipelines)
         raise UsageError(f"--pipeline {pipeline}: there is no such pipeline{hint}")
-    space.store.load()
+    backlog = space.store.look()
+    for other in args.depends_on:
+        _item(backlog, other)
     now = utc_now()
 
     def add(draft: Draft) -> Item:
@@ -6943,7 +7156,7 @@ def _commit_command(space: Workspace, args: argparse.Namespace, what: str) -> in
     if not (args.commit or space.config.execution.commit_commands):
         return EXIT_OK
     try:
-        with space.run_lock:
+        with space.run_lock("a command"):
             data = space.store.committed_bytes()
             done = space.repo.commit_state(
                 space.store.path, data, f"[orchestrator] {one_line(what, 72)}"
@@ -6958,7 +7171,7 @@ def _commit_command(space: Workspace, args: argparse.Namespace, what: str) -> in
 
 def cmd_advance(args: argparse.Namespace) -> int:
     space = open_workspace(args.root, args.config)
-    item = _item(space.store.load(), args.id)
+    item = _item(space.store.look(), args.id)
     pipeline = pipeline_of(space.config, item)
     if pipeline is None:
         raise OrchestratorError(
@@ -6973,7 +7186,7 @@ def cmd_advance(args: argparse.Namespace) -> int:
 
 def cmd_unblock(args: argparse.Namespace) -> int:
     space = open_workspace(args.root, args.config)
-    _item(space.store.load(), args.id)
+    _item(space.store.look(), args.id)
     item = _change(
         space,
         lambda draft: unblock(
@@ -6987,9 +7200,10 @@ def cmd_unblock(args: argparse.Namespace) -> int:
 def cmd_check(args: argparse.Namespace) -> int:
     """Everything that `run` would refuse for, and what it would remark; changes nothing."""
     space = open_workspace(args.root, args.config)
-    space.store.load()
+    space.store.look()
     last = Journal.read(space.journal_path)
-    problems = [*_head_problems(space, last), *preflight(space, allow_dirty=False)]
+    found = [*_head_problems(space, last), *preflight(space, allow_dirty=False)]
+    problems = list(dict.fromkeys(found))  # both look at HEAD
     remarks = space.repo.remarks(space.store.path)
     if args.json:
         print(
@@ -7005,34 +7219,46 @@ def cmd_check(args: argparse.Namespace) -> int:
 
 
 def cmd_stop(args: argparse.Namespace) -> int:
+    """Ask the active run, by a file naming it, to end when its phases in flight are through."""
     space = open_workspace(args.root, args.config)
+    lock = space.run_lock("a command")
     try:
-        with space.run_lock:
+        with lock:
             print("No run is active.")
             return EXIT_OK
     except OrchestratorError:
-        journal = Journal.read(space.journal_path)
-    if journal is None:
+        found = re.match(r"run ([^,]+),", lock.holder())
+    if found is None:
         raise OrchestratorError("the active run has only just begun; try again in a moment")
-    replace_file(space.repo.state_dir / "stop", journal.run_id.encode())
-    print(f"Run {journal.run_id} finishes the phases in flight and halts.")
+    replace_file(space.repo.state_dir / "stop", found[1].encode())
+    print(f"Run {found[1]} finishes the phases in flight and halts.")
     return EXIT_OK
 
 
 def cmd_init(args: argparse.Namespace) -> int:
     repo = Repo.open(args.root)
-    if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", args.prefix):
-        raise UsageError(f"--prefix {args.prefix!r}: use letters, digits, - and _, a letter first")
+    if not NAME.fullmatch(args.prefix):
+        raise UsageError(
+            f"--prefix {args.prefix!r}: use at most 64 ASCII letters, digits, - and _,"
+            " a letter or digit first"
+        )
+    config = load_config(repo.root, None)  # the one that is there already, or the defaults
     wanted = {
         repo.root / CONFIG_NAME: config_template(args.prefix, args.agent).encode(),
-        repo.root / "BACKLOG.yaml": render_yaml(
+        repo.root / config.backlog_path: render_yaml(
             {"schema_version": 3, "items": [], "next_item_id": 0}
         ).encode(),
     }
     made = [path for path in wanted if not os.path.lexists(path)]
+    head = repo.head().commit
     for path in made:
+        if head is not None and repo.entry(head, repo.relative(path)) is not None:
+            raise OrchestratorError(
+                f"{path.name} is in git but not on disk; a new one would not know what it held."
+                f" Bring it back first: git restore {path.name}"
+            )
         replace_file(path, wanted[path])
-        print(f"made {path.name}")
+        print(f"made {os.path.relpath(path, repo.root)}")
     prepare_work_dir(repo.root)
     if not made:
         print("nothing to do: the files are there already")
@@ -7158,6 +7384,21 @@ COMMANDS: Mapping[str, Callable[[argparse.Namespace], int]] = {
 }
 
 
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong with a command line in one line, and where to look it up."""
+
+    def error(self, message: str) -> NoReturn:
+        wrong = re.match(r"argument COMMAND: invalid choice: '([^']*)'", message)
+        if wrong:
+            message = f"{wrong[1]}: there is no such command{did_you_mean(wrong[1], COMMANDS)}"
+        advice = f"`{self.prog} --help` shows what there is."
+        self.exit(EXIT_USAGE, f"{self.prog}: {clean_text(message)}. {advice}\n")
+
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        flush_output()  # the help that was asked for
+        super().exit(status, message)
+
+
 def _global_options(parser: argparse.ArgumentParser, *, default: bool) -> None:
     """The options accepted before and after the command; after it they have no default."""
 
@@ -7186,7 +7427,7 @@ def _global_options(parser: argparse.ArgumentParser, *, default: bool) -> None:
 
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="orchestrator",
         description="Let coding agents work through a backlog in this git repository.",
     )
@@ -7242,7 +7483,7 @@ def _run_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="KEY=VALUE[,VALUE]",
         help="work on matching items only; may be repeated (and)",
     )
-    parser.add_argument("--cap", type=_count, metavar="N", help="start at most N phases")
+    parser.add_argument("--cap", type=_whole(0), metavar="N", help="start at most N phases")
     parser.add_argument(
         "--auto-advance", action="store_true", help="go on to the next target when one is blocked"
     )
@@ -7264,9 +7505,9 @@ def _edit_arguments(command: Callable[[str, str], argparse.ArgumentParser]) -> N
     add.add_argument("--size", type=_word("small", "medium", "large"))
     for name in ("complexity", "risk", "impact"):
         add.add_argument(f"--{name}", type=_word("low", "medium", "high"))
-    add.add_argument("--priority", type=int, help="higher goes first")
+    add.add_argument("--priority", type=_whole(-MAX_NUMBER), metavar="N", help="higher goes first")
     add.add_argument("--pipeline")
-    add.add_argument("--tag", action="append", default=[])
+    add.add_argument("--tag", action="append", default=[], type=_tag)
     add.add_argument("--depends-on", action="append", default=[], metavar="ID")
     add.add_argument("--description")
     forward = command("advance", "move an item to its next phase, or to the one given")
@@ -7282,11 +7523,26 @@ def _edit_arguments(command: Callable[[str, str], argparse.ArgumentParser]) -> N
         parser.add_argument("--commit", action="store_true", help="commit BACKLOG.yaml, alone")
 
 
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise ValueError(text)
-    return value
+def _whole(least: int) -> Callable[[str], int]:
+    """An argument that is a whole number from `least` up."""
+
+    def parse(text: str) -> int:
+        with suppress(ValueError):  # also of thousands of digits
+            if least <= int(text) <= MAX_NUMBER:
+                return int(text)
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no whole number from {least} to {MAX_NUMBER}"
+        )
+
+    return parse
+
+
+def _tag(text: str) -> str:
+    """A tag: one line, not blank, without the comma that separates the values of `--only`."""
+    tag = one_line(text)
+    if not tag or "," in tag:
+        raise argparse.ArgumentTypeError(f"{text!r} is no tag: it is blank or holds a comma")
+    return tag
 
 
 def _word(*words: str) -> Callable[[str], str]:
@@ -7303,21 +7559,52 @@ def _word(*words: str) -> Callable[[str], str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
+    _make_output_safe()
     words = sys.argv[1:] if argv is None else list(argv)
     if words[:1] == [DEMO_AGENT]:
         return demo_agent(os.environ, sys.stdin.read(), Path.cwd())
-    args = build_parser().parse_args(words)
-    set_up_logging(args.log_level, args.log_format)
     try:
-        return COMMANDS[args.command](args)
+        args = build_parser().parse_args(words)
+        set_up_logging(args.log_level, args.log_format)
+        code = COMMANDS[args.command](args)
+        flush_output()
+        return code
     except (OrchestratorError, BacklogError, GitError, YamlError) as error:
         print(f"orchestrator: {clean_text(str(error))}", file=sys.stderr)
         return getattr(error, "exit_code", EXIT_ERROR)
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # nobody wants to read on
+        flush_output()
         return EXIT_OK
+    except OSError as error:
+        print(f"orchestrator: {clean_text(os_trouble(error))}", file=sys.stderr)
+        return EXIT_ERROR
+
+
+def _make_output_safe() -> None:
+    """Neither a closed stream nor a narrow encoding may keep the tool from its work."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:  # closed: a file of ours must not get its number
+            os.dup2(os.open(os.devnull, os.O_RDWR), number)
+            setattr(sys, name, os.fdopen(number, "r" if number == 0 else "w", closefd=False))
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def flush_output() -> None:
+    """Write out what was printed, as long as somebody listens: `| head -1` is no failure."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+
+
+def os_trouble(error: OSError) -> str:
+    """What the system refused, and for which file."""
+    trouble = error.strerror or str(error)
+    return trouble if error.filename is None else f"{os.fsdecode(error.filename)}: {trouble}"
 
 
 if __name__ == "__main__":

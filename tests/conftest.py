@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import subprocess
 import sys
 from collections.abc import Callable
@@ -85,7 +86,11 @@ with open(f"{here}/prompt-{item}-{phase}-{attempt}.md", "w") as copy:
 with open(here + "/script.json") as file:
     script = json.load(file)
 steps = next((script[key] for key in (f"{item}/{phase}", f"*/{phase}", f"{item}/*", "*") if key in script), [{}])
-step = steps[min(int(attempt), len(steps)) - 1]
+with open(here + "/agent.log") as log:
+    visit = sum(line.startswith(f"{item} {phase} ") for line in log)
+step = steps[min(visit, len(steps)) - 1]
+if "on_term" in step:  # "ignore" it, or "finish": wait for it, then go on to the result
+    signal.signal(signal.SIGTERM, signal.SIG_IGN if step["on_term"] == "ignore" else lambda *_: None)
 for path, text in step.get("write", {}).items():
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     with open(path, "w") as file:
@@ -122,13 +127,14 @@ class Project:
     def __init__(self, root: Path, outside: Path) -> None:
         self.root = root
         self.outside = outside
+        self.heard: list[str] = []
         outside.mkdir()
         (outside / "agent.py").write_text(SCRIPTED_AGENT)
         os.mkfifo(outside / "announce")
         self.script({})
 
     def script(self, steps: dict[str, object]) -> None:
-        """What the agent does, by `ITEM/PHASE`, `*/PHASE`, `ITEM/*` or `*`: one step per attempt."""
+        """What the agent does, by `ITEM/PHASE`, `*/PHASE`, `ITEM/*` or `*`: one step per visit."""
         (self.outside / "script.json").write_text(json.dumps(steps))
 
     def configure(self, phases: str = "plan build!", more: str = "", execution: str = "") -> None:
@@ -167,15 +173,45 @@ class Project:
         return subprocess.CompletedProcess(args, process.returncode, out, err)
 
     def start(self, *args: str) -> subprocess.Popen[str]:
-        argv = [sys.executable, str(ORCHESTRATOR), "--root", str(self.root), *args]
+        # As a module, so that its compiled form is used: a script is compiled at every start.
+        argv = [sys.executable, "-m", "orchestrator", "--root", str(self.root), *args]
         return subprocess.Popen(
             argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            cwd=self.outside, start_new_session=True,
+            cwd=self.outside, start_new_session=True, env={**os.environ, "PYTHONPATH": str(ORCHESTRATOR.parent)},
         )
+
+    def read_until(self, process: subprocess.Popen[str], text: str) -> str:
+        """Read what a started command logs up to a line with `text`; returns it all."""
+        lines = []
+        assert process.stderr
+        for line in process.stderr:
+            lines.append(line)
+            if text in line:
+                return "".join(lines)
+        raise AssertionError(f"{text!r} was never logged:\n{''.join(lines)}")
+
+    def finish(self, process: subprocess.Popen[str], code: int = 0) -> str:
+        """Wait for a started command; returns the (rest of the) log."""
+        assert process.stderr
+        assert process.stdout
+        with process:
+            err, out = process.stderr.read(), process.stdout.read()
+        if process.returncode != code:
+            raise AssertionError(f"exited {process.returncode}, not {code}:\n{out}{err}")
+        return err
 
     def announced(self) -> str:
         """Block until the agent announces itself; returns `ITEM PHASE ATTEMPT`."""
-        return (self.outside / "announce").read_text().strip()
+        while not self.heard:  # two agents may announce themselves at once
+            handle = os.open(self.outside / "announce", os.O_RDONLY | os.O_NONBLOCK)
+            with open(handle) as fifo:
+                poll = select.poll()
+                poll.register(handle, select.POLLIN)
+                if not poll.poll(60_000):
+                    raise AssertionError("no agent has announced itself")
+                os.set_blocking(handle, True)
+                self.heard += fifo.read().splitlines()
+        return self.heard.pop(0)
 
     def agent_log(self) -> list[str]:
         log = self.outside / "agent.log"

@@ -143,7 +143,7 @@ def is_alive(pid_file: Path) -> bool:
     return state.strip() != "" and not state.startswith("Z")
 
 
-def test_every_call_is_shielded(
+def test_a33_every_call_is_shielded(
     fake_git: Callable[[str], Repo], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("GIT_DIR", "/elsewhere")
@@ -386,10 +386,10 @@ def test_d04_a03_a04_renames_and_deletions_are_plain_changes(project: Path, repo
     assert git(project, "status", "--porcelain") == ""
 
 
-def test_dirty_paths(project: Path, repo: Repo, make_repo: Callable[..., Path]) -> None:
+def test_a14_dirty_paths(project: Path, repo: Repo, make_repo: Callable[..., Path]) -> None:
     assert repo.dirty_paths() == []
     make_repo("project/vendor/lib")
-    git(project, "config", "status.showUntrackedFiles", "no")  # a14
+    git(project, "config", "status.showUntrackedFiles", "no")
     run("echo x > a.txt", "git add a.txt", "mkdir new", "touch new/f new/g x.log", "git rm -q --cached b.txt", "chmod +x c.txt")(project)
     assert repo.dirty_paths() == ["a.txt", "b.txt", "b.txt", "c.txt", "new/f", "new/g", "vendor/lib/"]
     assert Repo.open(project / "src").dirty_paths() == repo.dirty_paths()
@@ -531,7 +531,7 @@ def test_a19_nested_repositories(project: Path, repo: Repo, make_repo: Callable[
     assert (project / "vendor/lib/README.md").exists()
 
 
-@pytest.mark.parametrize("mode", ["--cone", "--no-cone"])
+@pytest.mark.parametrize("mode", ["--cone", pytest.param("--no-cone", marks=pytest.mark.slow)])
 def test_a_sparse_checkout_is_no_deletion(project: Path, repo: Repo, mode: str) -> None:
     git(project, "update-index", "--refresh")  # a copied file looks changed, so it would stay
     git(project, "sparse-checkout", "set", mode, "docs" if mode == "--cone" else "/docs/")
@@ -636,7 +636,8 @@ KEPT_BY_GIT = {"n", "n/f.tmp"}  # ignored by a rule of the agent's own: never re
     table(
         PHASES,
         slow="edit remove move chmod checkout stash reset_hard removes_ignore_rules adds_everything"
-        " odd_names folder_becomes_file file_becomes_empty_folder a01_stages_all new_ignore_rules",
+        " odd_names folder_becomes_file file_becomes_empty_folder a01_stages_all new_ignore_rules"
+        " stash_untracked new_files file_becomes_folder ignores_more",
     ),
 )
 def test_a_failed_phase_is_kept_and_undone(messy: Path, act: Act) -> None:
@@ -663,6 +664,7 @@ def test_a_failed_phase_is_kept_and_undone(messy: Path, act: Act) -> None:
     assert kept == {name: blob_id(agents[name][1]) for name in kept}
 
 
+@pytest.mark.slow
 def test_a_snapshot_on_a_ref_outlives_what_an_agent_throws_away(messy: Path) -> None:
     repo, files, staged = Repo.open(messy), work_tree(messy), index(messy)
     before = repo.snapshot("refs/orchestrator/snapshots/run/1")
@@ -671,6 +673,7 @@ def test_a_snapshot_on_a_ref_outlives_what_an_agent_throws_away(messy: Path) -> 
     repo.restore(before, repo.changes(before.tree, after.tree))
     repo.restage(before, after)
     assert (work_tree(messy), index(messy)) == (files, staged)
+    assert git(messy, "show", ":a.txt") == "a1 staged\na2\na3\n"
 
 
 def test_restoring_keeps_to_the_changes(project: Path, repo: Repo) -> None:
@@ -693,6 +696,7 @@ def test_restoring_refuses_what_was_changed_since(project: Path, repo: Repo) -> 
     assert work_tree(project) == files
 
 
+@pytest.mark.slow
 def test_restoring_is_repeatable(project: Path, repo: Repo) -> None:
     before = repo.snapshot()
     run("echo agent > b.txt && echo agent > n.txt && rm -r docs")(project)
@@ -733,6 +737,26 @@ def test_a_commit_of_the_agent_stays(project: Path, repo: Repo) -> None:
     assert (project / "b.txt").read_text() == "committed\n"
 
 
+def test_a_file_that_cannot_be_put_back_is_named(project: Path, repo: Repo) -> None:
+    (project / ".git/info").mkdir(exist_ok=True)
+    (project / ".git/info/attributes").write_text("b.txt filter=f\n")
+    git(project, "config", "filter.f.smudge", "echo broken")
+    before = repo.snapshot()
+    run("echo agent > b.txt")(project)
+    with pytest.raises(GitError, match=r"could not be put back as it was: b\.txt"):
+        repo.restore(before, repo.changes(before.tree, repo.snapshot().tree))
+
+
+def test_ignore_rules_in_a_folder_that_became_a_file(project: Path, repo: Repo) -> None:
+    (project / "docs/.gitignore").write_text("*.tmp\n")
+    (project / "docs/x.tmp").write_text("hidden\n")
+    before = repo.snapshot()
+    run("mv docs/x.tmp . && rm -r docs && echo agent > docs")(project)
+    repo.restore(before, repo.changes(before.tree, repo.snapshot().tree))
+    assert repo.snapshot().tree == before.tree
+    assert (project / "docs/.gitignore").read_text() == "*.tmp\n"
+
+
 def test_salvage_never_replaces(project: Path, repo: Repo) -> None:
     ref = "refs/orchestrator/salvage/A/build/1"
     first = repo.salvage(ref, repo.snapshot(), "first")
@@ -741,7 +765,7 @@ def test_salvage_never_replaces(project: Path, repo: Repo) -> None:
     assert git(project, "log", "-1", "--format=%H %P %s", ref).split() == [first, str(repo.head().commit), "first"]
 
 
-@pytest.mark.parametrize("command", ["git add -A", "git reset -q", "git rm -q -f --cached a.txt b.txt"])
+@pytest.mark.parametrize("command", ["git add -A", pytest.param("git reset -q", marks=pytest.mark.slow), "git rm -q -f --cached a.txt b.txt"])
 def test_staging_that_an_agent_disturbed_is_given_back(messy: Path, command: str) -> None:
     project, repo = messy, Repo.open(messy)
     staged = index(project)
@@ -883,7 +907,7 @@ PROBLEMS: Mapping[str, tuple[Act, str, str]] = {
     "merge": (run("git rev-parse HEAD > .git/MERGE_HEAD"), "a merge is in progress", "git merge --abort"),
     "a22_cherry_pick": (run("git rev-parse HEAD > .git/CHERRY_PICK_HEAD"), "a cherry-pick is in progress", "git cherry-pick --abort"),
     "a22_revert": (run("git rev-parse HEAD > .git/REVERT_HEAD"), "a revert is in progress", "git revert --abort"),
-    "a22_am": (run("mkdir .git/rebase-apply && touch .git/rebase-apply/applying"), "a am is in progress", "git am --abort"),
+    "a22_am": (run("mkdir .git/rebase-apply && touch .git/rebase-apply/applying"), "an am is in progress", "git am --abort"),
     "rebase": (run("mkdir .git/rebase-merge"), "a rebase is in progress", "git rebase --abort"),
     "bisect": (run("git bisect start -q"), "a bisect is in progress", "git bisect reset"),
     "detached": (run("git checkout -q --detach"), "HEAD is detached", "git switch BRANCH"),
@@ -903,7 +927,7 @@ PROBLEMS: Mapping[str, tuple[Act, str, str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("act", "what", "remedy"), table(PROBLEMS, slow="rebase bisect head_lock branch_lock packed_refs_lock a22_revert backlog_folder backlog_assume_unchanged"))
+@pytest.mark.parametrize(("act", "what", "remedy"), table(PROBLEMS, slow="merge rebase a22_am a22_cherry_pick index_damaged backlog_symlink bisect head_lock branch_lock packed_refs_lock a22_revert backlog_folder backlog_assume_unchanged"))
 def test_problem(project: Path, repo: Repo, act: Act, what: str, remedy: str) -> None:
     act(project)
     [problem] = repo.problems(project / NAME)

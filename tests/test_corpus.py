@@ -1,0 +1,152 @@
+"""Real backlogs of years gone by, through the real command: load, leave alone, work on a copy."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from backlog import BacklogError, Store, parse_yaml
+
+# The phases that the old files name, in the order in which they ran.
+PRE_PHASES = ("research",)
+PHASES = ("prd", "tech-research", "design", "spec", "build", "review")
+
+
+def backlogs(corpus: Path) -> list[Path]:
+    found = sorted((corpus / "backlogs").glob("*.yaml"))
+    assert found
+    return found
+
+
+def version(path: Path) -> int:
+    found = re.search(r"^schema_version: (\d+)$", path.read_text(), re.M)
+    return int(found[1]) if found else 1
+
+
+def is_refused(path: Path) -> bool:
+    return version(path) not in (1, 2, 3)
+
+
+@pytest.fixture
+def project_with(project: Any) -> Any:
+    """The project with a given backlog, and a config that knows its phases and prefix."""
+
+    def prepare(path: Path) -> Any:
+        text = path.read_text()
+        prefix = re.search(r"^- id: ([A-Z]+)-\d", text, re.M)
+        words = [f"{name}?" for name in PRE_PHASES] + [name + "!" * (name == "build") for name in PHASES]
+        project.configure(" ".join(words), execution="max_retries = 0\ncircuit_breaker = 100")
+        config = project.root / "orchestrator.toml"
+        config.write_text(f'[project]\nprefix = "{prefix[1] if prefix else "WRK"}"\n{config.read_text()}')
+        (project.root / "BACKLOG.yaml").write_bytes(path.read_bytes())
+        project.commit_all()
+        project.script({"*/build": [{"sh": "echo $ORCHESTRATOR_ITEM_ID >> code.txt"}]})
+        return project
+
+    return prepare
+
+
+def test_each_file_loads_or_is_refused_for_its_version(corpus: Path, tmp_path: Path) -> None:
+    for path in backlogs(corpus):
+        copy = tmp_path / "BACKLOG.yaml"
+        copy.write_bytes(path.read_bytes())
+        store = Store(copy, tmp_path / "lock", warn=lambda text: None)
+        if is_refused(path):
+            with pytest.raises(BacklogError, match=r"BACKLOG\.yaml.*schema_version"):
+                store.load()
+        else:
+            raw: Any = parse_yaml(path.read_bytes())
+            assert list(store.load().items) == [row["id"] for row in raw["items"] or []]
+        assert copy.read_bytes() == path.read_bytes()
+    assert sum(map(is_refused, backlogs(corpus))) == 1
+
+
+def test_saving_without_a_change_leaves_every_byte(corpus: Path, tmp_path: Path) -> None:
+    for path in backlogs(corpus):
+        if is_refused(path):
+            continue
+        copy = tmp_path / "BACKLOG.yaml"
+        copy.write_bytes(path.read_bytes())
+        facts = copy.stat()
+        store = Store(copy, tmp_path / "lock", warn=lambda text: None)
+        store.load()
+        assert store.transact([lambda draft: None]) == [None]
+        if version(path) == 3:
+            assert copy.read_bytes() == path.read_bytes(), path.name
+            assert copy.stat().st_ino == facts.st_ino, f"{path.name} was written anew"
+
+
+def test_the_real_inboxes_are_taken_in(corpus: Path, project: Any) -> None:
+    text = project.text().replace("next_item_id: 0", "next_item_id: 99")  # they depend on finished items
+    (project.root / "BACKLOG.yaml").write_text(text)
+    for number, path in enumerate(sorted((corpus / "inbox").glob("*.yaml"))):
+        raw: Any = parse_yaml(path.read_bytes())
+        (project.root / "BACKLOG_INBOX.yaml").write_bytes(path.read_bytes())
+        before = len(project.statuses())
+        project.run("run", "--cap", "0")
+        assert len(project.statuses()) == before + len(raw or []), path.name
+        assert (project.root / "BACKLOG_INBOX.yaml").exists() is (not raw)
+        assert project.committed() == project.text(), number
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(15))
+def test_a_run_on_a_copy(corpus: Path, project_with: Any, number: int) -> None:
+    files = backlogs(corpus)
+    assert len(files) <= 15, "more real backlogs than this test looks at"
+    if number >= len(files):
+        pytest.skip("no such file")
+    path = files[number]
+    project = project_with(path)
+    before = project.text()
+    if is_refused(path):
+        done = project.run("run", "--cap", "12", code=1)
+        assert "schema_version" in done.stderr
+        assert (project.text(), project.status()) == (before, "")
+        return
+    check = project.run("check", code=None)
+    if check.returncode:  # what the file itself has wrong is named, and nothing is done
+        done = project.run("run", "--cap", "12", code=1)
+        assert done.stderr.startswith("orchestrator: cannot start:\n- ")
+        assert (project.text(), project.status()) == (before, "")
+        pytest.skip(f"refused by name: {check.stdout.splitlines()[0]}")
+    done = project.run("run", "--cap", "12", "--json", code=None)
+    assert done.returncode in (0, 3), done.stderr
+    assert "Traceback" not in done.stderr
+    summary = json.loads(done.stdout)
+    assert summary["halt_reason"] in ("CapReached", "AllDoneOrBlocked")
+    assert (project.committed(), project.status()) == (project.text(), "")
+    if version(path) == 3:
+        assert_untouched_items_are_unchanged(before, project)
+    again = project.run("run", "--cap", "0", code=None)
+    assert again.returncode in (0, 3), again.stderr
+
+
+def assert_untouched_items_are_unchanged(before: str, project: Any) -> None:
+    """The lines of every item that no agent worked on and that no event named are as they were."""
+    worked_on = {line.split()[0] for line in project.agent_log()}
+    old, new = blocks(before), blocks(project.text())
+    assert set(new) >= {item_id for item_id in old if item_id not in worked_on and "status: done" not in old[item_id]}
+    changed = {item_id for item_id, lines in old.items() if item_id in new and new[item_id] != lines}
+    gone = set(old) - set(new)
+    depending = {item_id for item_id in changed if any(other in old[item_id] for other in gone)}
+    promoted = {item_id for item_id in changed if "status: ready" in old[item_id]}
+    assert changed - worked_on - depending - promoted == set()
+    head = before.partition("items:")[0]
+    assert project.text().startswith(head)
+
+
+def blocks(text: str) -> dict[str, str]:
+    """The lines of each item, by id."""
+    body = text.partition("items:\n")[2].rpartition("next_item_id:")[0]
+    parts = re.split(r"(?m)^(?=- )", body)
+    found = {}
+    for part in parts:
+        match = re.search(r"(?m)^(?:- |  )id: (\S+)$", part)
+        if match:
+            found[match[1]] = part
+    return found

@@ -1,0 +1,131 @@
+"""The shape of the code: what its docstring promises about order, purity and dependencies."""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).resolve().parent.parent
+MODULES = ("gitutil", "backlog", "orchestrator")  # imports point to the left only
+TEXTS = {name: (HERE / f"{name}.py").read_text() for name in MODULES}
+TREES = {name: ast.parse(text) for name, text in TEXTS.items()}
+BANNER = re.compile(r"^# ==== (\d+)\. (.+?) =+$", re.M)
+
+
+def banners(name: str) -> list[tuple[int, str, int]]:
+    """Number, title and line of each chapter."""
+    text = TEXTS[name]
+    return [(int(m[1]), m[2], text.count("\n", 0, m.start()) + 1) for m in BANNER.finditer(text)]
+
+
+def test_the_reading_order_of_the_docstring_is_that_of_the_banners() -> None:
+    docstring = ast.get_docstring(TREES["orchestrator"]) or ""
+    order = docstring.partition("Reading order")[2]
+    listed = [(int(number), title) for number, title in re.findall(r"^ ?(\d+)\. (.+)$", order, re.M)]
+    assert listed == [(number, title) for number, title, _ in banners("orchestrator")]
+    assert [number for number, _ in listed] == list(range(1, len(listed) + 1))
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_chapters_are_numbered_in_order_and_banners_are_of_one_width(name: str) -> None:
+    assert [number for number, _, _ in banners(name)] == list(range(1, len(banners(name)) + 1))
+    assert {len(match[0]) for match in BANNER.finditer(TEXTS[name])} <= {100}
+
+
+def top_level_names(tree: ast.Module) -> list[str]:
+    """What a module itself defines, imports left out; overloads of a condition count once."""
+    names = []
+    for node in tree.body:
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            names.append(node.name)
+        elif isinstance(node, ast.Assign):
+            names += [t.id for target in node.targets for t in ast.walk(target) if isinstance(t, ast.Name)]
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            names.append(node.target.id)
+    return names
+
+
+def test_no_two_modules_define_the_same_top_level_name() -> None:
+    """Else they could not be put into one file."""
+    found = Counter(name for tree in TREES.values() for name in top_level_names(tree))
+    assert [name for name, count in found.items() if count > 1] == []
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_imports_are_the_standard_library_and_our_modules_to_the_left(name: str) -> None:
+    allowed = sys.stdlib_module_names | set(MODULES[: MODULES.index(name)])
+    if name == "backlog":
+        allowed = allowed - {"gitutil"}
+    found = set()
+    for node in ast.walk(TREES[name]):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0
+            found.add((node.module or "").partition(".")[0])
+    assert found - allowed == set()
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_no_function_is_longer_than_a_screen(name: str) -> None:
+    long = [
+        f"{node.name}: {node.end_lineno - node.lineno + 1} lines"
+        for node in ast.walk(TREES[name])
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+        and node.end_lineno is not None
+        and node.end_lineno - node.lineno >= 60
+        and node.name != "build_parser"
+    ]
+    assert long == []
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_no_exception_is_swallowed_without_a_name(name: str) -> None:
+    bad = [
+        node.lineno
+        for node in ast.walk(TREES[name])
+        if isinstance(node, ast.ExceptHandler)
+        and (node.type is None or (isinstance(node.type, ast.Name) and node.type.id in ("Exception", "BaseException")))
+        and all(isinstance(step, ast.Pass) for step in node.body)
+    ]
+    assert bad == []
+
+
+PURE = ("Config", "Decisions (pure)", "Texts (pure)")
+PURE_IMPORTS = {"difflib", "fnmatch", "heapq", "itertools", "json", "math", "re", "shlex", "string", "textwrap", "tomllib", "unicodedata"}
+IMPURE_MODULES = {"asyncio", "os", "signal", "subprocess", "sys", "time"}
+IMPURE_NAMES = {"Repo", "Store", "input", "log", "open", "print", "utc_now"}
+IMPURE_METHODS = {
+    "exists", "glob", "is_dir", "is_file", "iterdir", "lstat", "mkdir", "now", "open", "read_bytes", "read_text", "rename",
+    "resolve", "rglob", "stat", "touch", "today", "unlink", "utcnow", "write_bytes", "write_text",
+}
+
+
+def test_the_pure_chapters_do_nothing_but_compute() -> None:
+    chapters = banners("orchestrator")
+    ends = [line for _, _, line in chapters[1:]] + [sys.maxsize]
+    ranges = [(line, end) for (_, title, line), end in zip(chapters, ends, strict=True) if title in PURE]
+    assert len(ranges) == len(PURE)
+    bad = []
+    for node in ast.walk(TREES["orchestrator"]):
+        line = getattr(node, "lineno", 0)
+        if not any(start < line < end for start, end in ranges):
+            continue
+        if isinstance(node, (ast.Await, ast.AsyncFunctionDef, ast.AsyncFor, ast.AsyncWith, ast.Global)):
+            bad.append(f"{line}: {type(node).__name__}")
+        elif isinstance(node, ast.Import):
+            bad += [f"{line}: import {a.name}" for a in node.names if a.name not in PURE_IMPORTS]
+        elif isinstance(node, ast.ImportFrom) and node.module not in PURE_IMPORTS:
+            bad.append(f"{line}: from {node.module}")
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) and node.id in IMPURE_NAMES:
+            bad.append(f"{line}: {node.id}")
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in IMPURE_MODULES:
+            bad.append(f"{line}: {node.value.id}.{node.attr}")
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in IMPURE_METHODS:
+            bad.append(f"{line}: .{node.func.attr}()")
+    assert bad == []

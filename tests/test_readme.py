@@ -1,0 +1,184 @@
+"""README.md compared with the code: what it promises is what there is."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import orchestrator
+from backlog import parse_filter
+
+HERE = Path(__file__).resolve().parent.parent
+README = (HERE / "README.md").read_text()
+
+
+def section(title: str) -> str:
+    found = re.search(rf"^## {re.escape(title)}\n(.*?)(?=^## |\Z)", README, re.M | re.S)
+    assert found is not None
+    return found[1]
+
+
+def between(mark: str) -> str:
+    """The code block between two markers."""
+    found = re.search(rf"<!-- {mark} -->\n```\w+\n(.*?)```\n<!-- /{mark} -->", README, re.S)
+    assert found is not None
+    return found[1]
+
+
+def table(text: str) -> dict[str, list[str]]:
+    """Rows of the first table by their first cell, the code marks taken off it."""
+    rows = [line.strip("|").split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    return {row[0].strip().strip("`"): [cell.strip() for cell in row[1:]] for row in rows[1:]}
+
+
+def parsers() -> dict[str, argparse.ArgumentParser]:
+    parser = orchestrator.build_parser()
+    (sub,) = (a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
+    return dict(sub.choices)
+
+
+def options(parser: argparse.ArgumentParser) -> set[str]:
+    return {word for action in parser._actions for word in action.option_strings if word.startswith("--")} - {"--help"}
+
+
+def paragraph_with(words: str) -> str:
+    (found,) = (part for part in section("Commands").split("\n\n") if words in part)
+    return found
+
+
+GLOBAL = options(orchestrator.build_parser()) - {"--version"}
+EDITING = {"add", "advance", "unblock"}
+
+
+def documented() -> dict[str, str]:
+    return {row.split()[0]: row for row in table(section("Commands"))}
+
+
+def test_every_command_is_documented_and_every_documented_one_exists() -> None:
+    assert list(documented()) == list(parsers()) == list(orchestrator.COMMANDS)
+
+
+@pytest.mark.parametrize("name", list(orchestrator.COMMANDS))
+def test_every_option_of_a_command_is_documented_and_the_other_way_round(name: str) -> None:
+    row = documented()[name]
+    if name == "triage":
+        assert "same options and shutdown as `run`" in table(section("Commands"))["triage"][0]
+        assert options(parsers()["triage"]) == options(parsers()["run"])
+        return
+    shown = set(re.findall(r"--[a-z][a-z-]*", row))
+    if name in EDITING:  # said below the table, once for all three
+        shown.add("--commit")
+    assert shown == options(parsers()[name]) - GLOBAL
+
+
+def test_positional_arguments_are_documented() -> None:
+    words = {"dir": "[DIR]", "id": "ID", "title": "TITLE"}
+    for name, parser in parsers().items():
+        for action in parser._actions:
+            if not action.option_strings:
+                assert words[action.dest] in documented()[name]
+
+
+def test_every_global_option_is_documented() -> None:
+    paragraph = paragraph_with("before or after the command")
+    assert set(re.findall(r"--[a-z][a-z-]*", paragraph)) - {"--commit"} == GLOBAL
+    for option in GLOBAL:
+        for name, parser in parsers().items():
+            assert option in options(parser), f"{name} does not take {option} after it"
+
+
+def test_the_keys_of_filters_are_those_that_filters_have() -> None:
+    keys = re.findall(r"`([a-z_]+)`", paragraph_with("matches items by"))
+    assert len(keys) == 10
+    values = {"status": "new", "size": "small", "priority": "1"}
+    for key in keys:
+        parse_filter(f"{key}={values.get(key, 'low')}")
+    with pytest.raises(orchestrator.BacklogError) as caught:
+        parse_filter("nonsense=1")
+    assert set(re.findall(r"[a-z_]+", str(caught.value).partition("Supported: ")[2])) == set(keys)
+
+
+def test_the_reasons_and_exit_codes_are_those_of_the_code() -> None:
+    rows = table(section("Why a run ends, and its exit code"))
+    assert list(rows) == [str(reason) for reason in orchestrator.HaltReason]
+    code = orchestrator.exit_code
+    for reason in orchestrator.HaltReason:
+        said = [int(number) for number in re.findall(r"\b\d+\b", rows[str(reason)][1])]
+        possible = {
+            code(reason, signal, completed, blocked)
+            for signal in ((2, 15, 1, None) if reason == "ShutdownRequested" else (None,))
+            for completed in ((), ("WRK-001",))
+            for blocked in ((), ("WRK-002",))
+        }
+        assert set(said) == possible, reason
+    assert code(None, None, (), ()) == orchestrator.EXIT_ERROR == 1
+    assert orchestrator.EXIT_USAGE == 2
+
+
+def test_the_config_block_is_what_init_writes() -> None:
+    assert between("config") == orchestrator.config_template("WRK", "claude")
+
+
+def test_every_key_of_the_config_is_in_the_block_and_means_its_default() -> None:
+    text = between("config")
+    base = Path("/nowhere")
+    shown = orchestrator.parse_config(text.encode(), "x", base)
+    assert shown == orchestrator.default_config(base)._replace(source="x")
+    tables = {"execution": orchestrator.Execution, "guardrails": orchestrator.Guardrails}
+    for name, kind in tables.items():
+        part = text.partition(f"[{name}]")[2].partition("\n[")[0]
+        assert set(re.findall(r"^(?:# )?([a-z_]+) = ", part, re.M)) == set(kind._fields), name
+    for key in ("workflows", "agent", "model", "timeout_minutes", "run", "verify", "outputs", "allow_empty", "staleness"):
+        assert re.search(rf"^#   .*\b{key}\b", text, re.M), f"the phase key {key} is not explained"
+    assert set(tomllib.loads(text)) == {"project", "guardrails", "execution", "agent", "pipelines"}
+
+
+def test_the_test_command_is_what_ci_runs() -> None:
+    command = between("test").strip()
+    ci = (HERE / ".ci" / "run").read_text()
+    assert "\n" not in command
+    assert "<!-- test -->" in ci
+    assert 'eval "$command"' in ci
+    assert command not in ci  # it is read from the README, not repeated
+    assert "pytest" in command
+    assert '".[test]"' in command
+
+
+def test_the_commands_to_copy_exist() -> None:
+    """Every line of a shell block that calls the tool names a real command with real options."""
+    calls = re.findall(r"orchestrator\.py (.+)$", "\n".join(re.findall(r"^```sh\n(.*?)^```", README, re.M | re.S)), re.M)
+    assert {call.split()[0] for call in calls} == {"demo", "init", "add", "run"}
+    for call in calls:
+        words = re.findall(r'"[^"]*"|\S+', call)
+        orchestrator.build_parser().parse_args([word.strip('"') for word in words])
+
+
+def test_the_halt_commit_is_quoted_as_it_is_made() -> None:
+    assert orchestrator.halt_message(orchestrator.HaltReason.CAP_REACHED).splitlines()[0] in README
+
+
+def test_the_hook_is_installed_as_the_readme_says() -> None:
+    command = "cp hooks/pre-commit .git/hooks/pre-commit && chmod +x .git/hooks/pre-commit"
+    assert command in README
+    assert f"# Install: {command}" in (HERE / "hooks" / "pre-commit").read_text()
+
+
+def test_the_files_that_are_named_are_the_real_ones() -> None:
+    rows = table(section("Files"))
+    for name in (orchestrator.CONFIG_NAME, orchestrator.INBOX_NAME, "BACKLOG.yaml"):
+        assert name in rows
+    text = section("Files")
+    for folder in (orchestrator.WORK_DIR, orchestrator.CHANGES_DIR, orchestrator.IDEAS_DIR, orchestrator.WORKLOG_DIR):
+        assert f"`{folder}/" in text
+
+
+def test_versions_agree() -> None:
+    project = tomllib.loads((HERE / "pyproject.toml").read_text())["project"]
+    assert project["version"] == orchestrator.__version__
+    assert project["requires-python"] == ">=3.11"
+    assert "Python 3.11+" in README
+    assert f"## {orchestrator.__version__}" in (HERE / "CHANGELOG.md").read_text()

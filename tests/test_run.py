@@ -1,0 +1,572 @@
+"""Whole runs through the real command: what is committed, what is left alone, what is decided.
+
+Several related outcomes share a run where they can: a run costs about half a second.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+CODE = {"write": {"code.py": "done = 1\n"}}
+BLOCKED = {"result": "blocked", "summary": "needs a decision"}
+FAILED = {"result": "failed", "summary": "cannot"}
+IN_BUILD = "in_progress phase=build phase_pool=main"
+HALT = "[orchestrator] Save backlog state on halt"
+
+
+def prepare(project: Any, *items: str, phases: str = "", script: Any = None, execution: str = "", more: str = "") -> None:
+    """Configure, write the backlog, commit, and script the agent."""
+    project.configure(phases or "plan build!", execution=execution, more=more)
+    project.backlog(*items)
+    project.commit_all()
+    project.script(script or {})
+
+
+def log_of(project: Any, since: str) -> list[tuple[str, list[str]]]:
+    """Subject and sorted paths of each commit since `since`, oldest first."""
+    commits = project.git("rev-list", "--reverse", f"{since}..HEAD").split()
+    return [(project.git("show", "-s", "--format=%s", c).strip(), sorted(project.paths(c))) for c in commits]
+
+
+def worklog(project: Any) -> str:
+    folder = project.root / "_worklog"
+    return "".join(path.read_text() for path in sorted(folder.glob("*.md")))
+
+
+def month(project: Any) -> str:
+    (path,) = (project.root / "_worklog").iterdir()
+    return f"_worklog/{path.name}"
+
+
+def item(project: Any, item_id: str) -> dict[str, Any]:
+    shown: dict[str, Any] = json.loads(project.run("show", item_id, "--json").stdout)["item"]
+    return shown
+
+
+def prompt(project: Any, item_id: str, phase: str, attempt: int) -> str:
+    return str((project.outside / f"prompt-{item_id}-{phase}-{attempt}.md").read_text())
+
+
+def clean_and_saved(project: Any) -> None:
+    """What holds after every run that was not told otherwise."""
+    assert project.committed() == project.text()
+    assert project.status() == ""
+    assert project.git("for-each-ref", "refs/orchestrator/snapshots", "refs/orchestrator/backlog") == ""
+
+
+# ---- What commits hold ---------------------------------------------------------------------------
+
+
+def test_d03_d07_d08_a1_a2_commits_hold_code_and_decision_and_nothing_of_the_operator(project: Any) -> None:
+    """A document phase, then a destructive one, with the operator's own changes of every kind."""
+    prepare(project, "WRK-001 ready", script={
+        "*/plan": [{"document": "plan.md", "sh": "echo secret > .env.local; git add .env.local; echo more >> README.md"}],
+        "*/build": [{"write": {"code.py": "1\n", "lib/new.py": "2\n"}, "sh": "git rm -q old.py && git mv name.py renamed.py"}],
+    })
+    for name in ("old.py", "name.py", "half.py", "gone.py"):
+        (project.root / name).write_text(f"{name}\n" * 5)
+    project.commit_all()
+    start = project.git("rev-parse", "HEAD").strip()
+    (project.root / "staged.txt").write_text("staged\n")
+    (project.root / "half.py").write_text("staged half\n")
+    project.git("add", "staged.txt", "half.py")
+    (project.root / "half.py").write_text("staged half\nand a rest\n")
+    project.git("rm", "-q", "gone.py")
+    (project.root / "README.md").write_text("edited\n")
+    (project.root / "untracked.txt").write_text("untracked\n")
+    done = project.run("run", "--allow-dirty", "--json")
+    log = month(project)
+    assert log_of(project, start) == [
+        ("[WRK-001][plan] plan done", ["BACKLOG.yaml", log, "changes/WRK-001_item-wrk-001/plan.md"]),
+        ("[WRK-001][build] build done", sorted(["BACKLOG.yaml", log, "code.py", "lib/new.py", "name.py", "old.py", "renamed.py"])),
+    ]
+    message = project.git("show", "-s", "--format=%B", "HEAD")
+    run_id = json.loads(done.stdout)["run_id"]
+    body = message.strip().split("\n")
+    assert body[:5] == ["[WRK-001][build] build done", "", f"Orchestrator-Run: {run_id}", "Orchestrator-Item: WRK-001", "Orchestrator-Phase: build"]
+    assert body[5].startswith("Orchestrator-Attempt: ")
+    assert len(body) == 6
+    assert "phase: build" in project.git("show", "HEAD~1:BACKLOG.yaml")
+    assert "WRK-001" not in project.committed()
+    assert project.committed() == project.text()
+    assert worklog(project).count("## ") == 3  # plan, build, archived
+    assert project.git("show", f"HEAD:{log}") == worklog(project)
+    status = "A  .env.local\n M README.md\nD  gone.py\nMM half.py\nA  staged.txt\n?? untracked.txt\n"
+    assert project.status() == status
+    assert project.git("show", ":half.py") == "staged half\n"
+    assert (project.root / "half.py").read_text() == "staged half\nand a rest\n"
+    assert (project.root / "README.md").read_text() == "edited\nmore\n"
+
+
+def test_two_documents_in_one_batch_and_a_backlog_that_does_not_parse_for_a_while(project: Any) -> None:
+    """Nothing is written while the file is broken; once it is mended, one commit has both."""
+    items = [f"WRK-00{n} ready" for n in (1, 2, 3)]
+    prepare(project, *items, phases="plan", execution="max_concurrent = 3\nmax_wip = 3", script={
+        f"WRK-00{n}/plan": [{"document": "plan.md", "announce": True, "await": f"go{n}"}] for n in (1, 2, 3)
+    })
+    for n in (1, 2, 3):
+        os.mkfifo(project.outside / f"go{n}")
+    process = project.start("run")
+    for _ in items:
+        project.announced()
+    good = project.text()
+    broken = good + "items: [\n"
+    (project.root / "BACKLOG.yaml").write_text(broken)
+    (project.outside / "go1").write_text("")
+    (project.outside / "go2").write_text("")
+    log = project.read_until(process, " is done: ") + project.read_until(process, " is done: ")
+    assert project.text() == broken
+    (project.outside / "mended").write_text(good.replace("title: Item WRK-003", "title: Renamed  # by hand"))
+    (project.outside / "mended").replace(project.root / "BACKLOG.yaml")
+    log += project.read_until(process, "committed ")
+    (project.outside / "go3").write_text("")
+    log += project.finish(process)
+    assert log.count("warning:") == log.count("warning: BACKLOG.yaml:28:1: duplicate key 'items'") == 1, log
+    assert project.subjects()[0] == "[WRK-003][plan] plan done"
+    assert project.subjects()[1] in (
+        "[WRK-001][plan] plan done | [WRK-002][plan] plan done",
+        "[WRK-002][plan] plan done | [WRK-001][plan] plan done",
+    )
+    assert project.subjects()[2] == "Set up"
+    documents = ["changes/WRK-001_item-wrk-001/plan.md", "changes/WRK-002_item-wrk-002/plan.md"]
+    assert sorted(project.paths("HEAD~1")) == ["BACKLOG.yaml", month(project), *documents]
+    assert "title: Renamed  # by hand" in project.git("show", "HEAD~1:BACKLOG.yaml")
+    trailers = project.git("show", "-s", "--format=%(trailers:key=Orchestrator-Item,valueonly)", "HEAD~1").split()
+    assert sorted(trailers) == ["WRK-001", "WRK-002"]
+    clean_and_saved(project)
+
+
+def test_d01_b1_b3_blocked_and_failed_documents_are_committed_without_the_backlog(project: Any) -> None:
+    """The halt commit has the decisions, alone, and the next run starts on a clean tree."""
+    prepare(project, "WRK-001 ready", "WRK-002 ready", phases="plan", execution="max_retries = 0", script={
+        "WRK-001/plan": [{"document": "plan.md", "result": {**BLOCKED, "context": "which way?"}}],
+        "WRK-002/plan": [{"document": "plan.md", "result": {**FAILED, "follow_ups": ["Kept all the same"]}}],
+    })
+    start = project.git("rev-parse", "HEAD").strip()
+    project.run("run", "--cap", "2")
+    log = month(project)
+    assert log_of(project, start) == [
+        ("[WRK-001][plan] Blocked: which way?", [log, "changes/WRK-001_item-wrk-001/plan.md"]),
+        ("[WRK-002][plan] Failed: plan failed after 1 attempts: cannot", [log, "changes/WRK-002_item-wrk-002/plan.md"]),
+        (f"{HALT} (CapReached)", ["BACKLOG.yaml"]),
+    ]
+    clean_and_saved(project)
+    assert project.statuses() == {"WRK-001": "blocked plan", "WRK-002": "blocked plan", "WRK-003": "new"}
+    assert item(project, "WRK-001")["blocked_reason"] == "which way?"
+    head = project.git("rev-parse", "HEAD")
+    project.run("run", "--cap", "0")
+    assert project.git("rev-parse", "HEAD") == head
+
+
+def test_subphase_and_documents_outside_the_outputs(project: Any) -> None:
+    prepare(project, f"WRK-001 {IN_BUILD}", phases="build! review", script={
+        "*/build": [{"write": {"a.py": "1\n"}, "result": {"result": "subphase_complete", "summary": "first half"}}, {"write": {"b.py": "1\n"}}],
+        "*/review": [{"document": "review.md", "write": {"stray.txt": "1\n", "a.py": "2\n"}}],
+    })
+    start = project.git("rev-parse", "HEAD").strip()
+    done = project.run("run")
+    log = month(project)
+    assert log_of(project, start) == [
+        ("[WRK-001][build] first half", ["BACKLOG.yaml", log, "a.py"]),
+        ("[WRK-001][build] build done", ["BACKLOG.yaml", log, "b.py"]),
+        ("[WRK-001][review] review done", ["BACKLOG.yaml", log, "changes/WRK-001_item-wrk-001/review.md"]),
+    ]
+    assert "[WRK-001][REVIEW] touched files outside its outputs" in done.stderr
+    assert "a.py, stray.txt" in done.stderr
+    assert project.status() == " M a.py\n?? stray.txt\n"
+    assert "Subphase Complete" in worklog(project)
+
+
+def test_d16_d17_d35_d36_d59_triage_routes_guards_merges_and_adds_follow_ups(project: Any) -> None:
+    """One item per outcome of a triage, all in one run."""
+    big = {"size": "large", "complexity": "high", "risk": "high"}
+    prepare(
+        project, "WRK-001 new", "WRK-002 new", "WRK-003 new", "WRK-004 new", "WRK-005 blocked blocked_from_status=new dependencies=[WRK-004]",
+        "WRK-006 new", phases="plan", script={
+            "WRK-001/triage": [{"write": {"_ideas/WRK-001_item.md": "idea\n"}, "result": {
+                "updated_assessments": {"size": "medium", "risk": "nonsense"},
+                "follow_ups": ["Bare title", {"title": "With context", "context": "because"}, {"no": "title"}, {"title": "bare  TITLE"}],
+                "description": {"problem": "It is slow"},
+            }}],
+            "WRK-002/triage": [{"result": {"updated_assessments": big}}],
+            "WRK-003/triage": [{"result": {"requires_human_review": True}}],
+            "WRK-004/triage": [{"result": {"duplicates": ["WRK-001"]}}],
+            "WRK-006/triage": [{"result": {"follow_ups": None, "duplicates": None, "pipeline_type": "no-such"}}],
+        },
+    )
+    start = project.git("rev-parse", "HEAD").strip()
+    done = project.run("triage", "--cap", "5", code=None)
+    commits = log_of(project, start)
+    log = month(project)
+    assert [subject for subject, _ in commits] == [f"[WRK-00{n}][triage] triage done" for n in (1, 2, 3, 4, 6)]
+    assert commits[0][1] == ["BACKLOG.yaml", "_ideas/WRK-001_item.md", log]
+    assert [paths for _, paths in commits[1:]] == [["BACKLOG.yaml", log]] * 4
+    rows = project.statuses()
+    assert rows["WRK-001"] == "ready"
+    assert rows["WRK-002"] == rows["WRK-003"] == rows["WRK-006"] == "blocked"
+    assert "WRK-004" not in rows
+    assert item(project, "WRK-005")["dependencies"] == ["WRK-001"]
+    for measure in ("size", "complexity", "risk"):
+        assert measure in item(project, "WRK-002")["blocked_reason"]
+    assert "human" in item(project, "WRK-003")["blocked_reason"]
+    assert "no-such" in item(project, "WRK-006")["blocked_reason"]
+    added = {item(project, one)["title"]: item(project, one) for one in rows if one > "WRK-006"}
+    assert set(added) == {"Bare title", "With context"}
+    assert added["With context"]["description"]["context"] == "because"
+    assert added["With context"]["status"] == "new"
+    assert "nonsense" in done.stderr
+    assert "Merged into WRK-001" in worklog(project)
+    clean_and_saved(project)
+
+
+def test_d10_d13_d14_d15_a_triage_that_fails_uses_its_attempts_and_then_blocks(project: Any) -> None:
+    prepare(project, "WRK-001 new", "WRK-002 new", execution="max_retries = 1\ncircuit_breaker = 9", script={
+        "WRK-001/triage": [{"result": FAILED}, {"result": {"phase": "build"}}],
+        "WRK-002/triage": [{"no_result": True, "sh": "echo broken pipe of the agent; true", "exit": 7}, {"result": {"updated_assessments": {"size": "large"}}}],
+    })
+    project.run("triage", code=3)
+    assert project.agent_log() == [f"WRK-00{n} triage {attempt}" for n in (1, 2) for attempt in (1, 2)]
+    assert "build" in item(project, "WRK-001")["blocked_reason"]  # the identity that it claimed
+    assert "cannot" in prompt(project, "WRK-001", "triage", 2)
+    assert "broken pipe of the agent" in prompt(project, "WRK-002", "triage", 2)
+    assert "size" in item(project, "WRK-002")["blocked_reason"]
+    clean_and_saved(project)
+
+
+def test_d41_d42_l1_l2_inbox(project: Any) -> None:
+    """Untracked and tracked inboxes are taken in; comments stay; a malformed one is told of once."""
+    inbox = project.root / "BACKLOG_INBOX.yaml"
+    prepare(project, "WRK-001 ready", "WRK-002 ready", phases="plan", script={
+        "WRK-001/plan": [{"document": "p.md"}], "*/triage": [{"sh": "echo '- title: [' > BACKLOG_INBOX.yaml"}]})
+    inbox.write_text("- title: From outside\n  size: small\n")
+    project.run("run", "--cap", "0")
+    assert not inbox.exists()
+    assert project.paths() == ["BACKLOG.yaml"]
+    assert project.statuses()["WRK-003"] == "new"
+    clean_and_saved(project)
+    inbox.write_text("# - title: an example\n")
+    project.commit_all("Example")
+    project.run("run", "--cap", "0")
+    assert inbox.read_text() == "# - title: an example\n"
+    inbox.write_text("- title: Tracked\n")
+    project.commit_all("Inbox")
+    done = project.run("run", "--cap", "2")
+    assert project.subjects()[:2] == ["[WRK-003][triage] triage done", "[WRK-001][plan] plan done"]
+    assert project.paths("HEAD~1")[:2] == ["BACKLOG.yaml", "BACKLOG_INBOX.yaml"]
+    assert project.statuses()["WRK-004"] == "new"
+    assert done.stderr.count("warning: BACKLOG_INBOX.yaml") == 1
+    assert inbox.read_text() == "- title: [\n"
+    assert project.status() == "?? BACKLOG_INBOX.yaml\n"
+
+
+def test_d04_i2_odd_file_names_and_kinds(project: Any) -> None:
+    names = ["with space.txt", "grün ☃.txt", "-leading", "new\nline", 'quo"te', "tab\there", "*", ":(top)x", "[WRK-001] -> b"]
+    quoted = " ".join("'./" + name + "'" for name in names)
+    shell = f"for f in {quoted}; do echo 1 > \"$f\"; done; ln -s 'with space.txt' link; echo '#!/bin/sh' > run.sh; chmod +x run.sh; git mv README.md 'READ ME.md'"
+    prepare(project, f"WRK-001 {IN_BUILD}", phases="build!", script={"*/build": [{"sh": shell}]})
+    project.run("run")
+    assert sorted(project.paths()) == sorted(["BACKLOG.yaml", month(project), *names, "link", "run.sh", "README.md", "READ ME.md"])
+    modes = {row.split("\t")[1]: row[:6] for row in project.git("ls-tree", "-z", "HEAD").split("\0") if row}
+    assert (modes["link"], modes["run.sh"]) == ("120000", "100755")
+    clean_and_saved(project)
+
+
+# ---- Attempts ------------------------------------------------------------------------------------
+
+
+def test_d50_d57_retry_with_the_failure_in_the_prompt_and_the_attempt_on_a_ref(project: Any) -> None:
+    (project.root / "old.py").write_text("old\n")
+    seen = project.outside / "seen"
+    prepare(project, f"WRK-001 {IN_BUILD}", phases="build!", script={"*/build": [
+        {"write": {"half.py": "half\n", "README.md": "spoilt\n"}, "sh": "git rm -q old.py; git add half.py",
+         "result": {**FAILED, "context": "the compiler says no"}},
+        {"sh": f"git status --porcelain > {seen}", "write": {"code.py": "1\n"}},
+    ]})
+    done = project.run("run")
+    ref = "refs/orchestrator/salvage/WRK-001/build/1"
+    assert seen.read_text() == " M BACKLOG.yaml\n?? code.py\n"  # code.py is the second attempt's
+    text = prompt(project, "WRK-001", "build", 2)
+    for words in ("cannot", "the compiler says no", ref, "2 of 3"):
+        assert words in text
+    assert ref in done.stderr
+    assert project.git("show", f"{ref}:half.py") == "half\n"
+    assert project.git("show", f"{ref}:README.md") == "spoilt\n"
+    assert "old.py" not in project.git("ls-tree", "--name-only", ref).split()
+    assert sorted(project.paths()) == ["BACKLOG.yaml", month(project), "code.py"]
+    assert project.git("show", "HEAD:README.md") == "A project\n"
+    assert project.agent_log() == ["WRK-001 build 1", "WRK-001 build 2"]
+    clean_and_saved(project)
+
+
+def test_d29_retries_exhausted_and_a_claim_without_a_change(project: Any) -> None:
+    """Blocked with the salvage ref; an item that succeeds in between keeps the breaker shut."""
+    prepare(
+        project, f"WRK-001 {IN_BUILD}", f"WRK-002 {IN_BUILD}", f"WRK-003 {IN_BUILD}", phases="build!",
+        execution="max_retries = 1\nmax_wip = 3", script={
+            "WRK-001/build": [{}, {"write": {"bad.py": "1\n"}, "result": FAILED}],
+            "WRK-002/build": [CODE],
+            "WRK-003/build": [{"write": {"bad.py": "2\n"}, "exit": 9, "no_result": True}],
+        },
+    )
+    done = project.run("run")
+    assert "nothing in the repository changed" in prompt(project, "WRK-001", "build", 2)
+    ref = "refs/orchestrator/salvage/WRK-001/build/1"
+    assert ref in item(project, "WRK-001")["blocked_reason"]
+    assert project.git("show", f"{ref}:bad.py") == "1\n"
+    assert project.git("show", "refs/orchestrator/salvage/WRK-003/build/2:bad.py") == "2\n"
+    assert project.statuses() == {"WRK-001": "blocked build", "WRK-003": "blocked build"}
+    assert "(AllDoneOrBlocked)" in done.stderr
+    clean_and_saved(project)
+
+
+def test_verify_that_fails_first_and_phases_that_are_commands(project: Any) -> None:
+    check = 'verify = [["sh", "-c", "grep -q right code.py || { echo code is not right; exit 3; }"]]\n'
+    listing = '[[pipelines.feature.phases]]\nname = "list"\nrun = ["sh", "-c", "ls > \\"$ORCHESTRATOR_CHANGE_DIR/files.txt\\""]\n'
+    broken = '[[pipelines.feature.phases]]\nname = "ship"\nrun = ["sh", "-c", "echo no network >&2; exit 4"]\n'
+    prepare(project, f"WRK-001 {IN_BUILD}", phases="build!", execution="max_retries = 1", more=check + listing + broken, script={
+        "*/build": [{"write": {"code.py": "wrong\n"}}, {"write": {"code.py": "right\n"}}]})
+    project.run("run", code=3)
+    assert "code is not right" in prompt(project, "WRK-001", "build", 2)
+    assert project.git("show", "HEAD:code.py") == "right\n"
+    assert "code.py" in project.git("show", "HEAD:changes/WRK-001_item-wrk-001/files.txt")
+    assert "no network" in item(project, "WRK-001")["blocked_reason"]
+    assert project.agent_log() == ["WRK-001 build 1", "WRK-001 build 2"]
+    clean_and_saved(project)
+
+
+def test_d32_h1_h3_the_operators_hooks_reject_once_and_mend_once(project: Any) -> None:
+    """A hook that rejects fails the attempt, one that mends files gets a second look; it never sees state commits."""
+    prepare(project, f"WRK-001 {IN_BUILD}", phases="build!", script={"*/build": [{"write": {"code.py": "bad\n"}}, {"write": {"code.py": "ugly\n"}}]})
+    hook = project.root / ".git/hooks/pre-commit"
+    hook.parent.mkdir(exist_ok=True)
+    hook.write_text(
+        f"#!/bin/sh\ngit diff --cached --name-only >> {project.outside}/hooked\n"
+        "if grep -q bad code.py; then echo 'style: bad'; exit 1; fi\n"
+        "if grep -q ugly code.py; then echo pretty > code.py; exit 1; fi\n"
+    )
+    hook.chmod(0o755)
+    project.run("run")
+    assert "style: bad" in prompt(project, "WRK-001", "build", 2)
+    assert project.git("show", "HEAD:code.py") == "pretty\n"
+    assert project.subjects()[:2] == ["[WRK-001][build] build done", "Set up"]
+    assert "code.py" in (project.outside / "hooked").read_text().split()
+    clean_and_saved(project)
+
+
+# ---- Agents that use git -------------------------------------------------------------------------
+
+
+def test_an_agent_that_commits_by_itself(project: Any) -> None:
+    commit = "git add -A -- '*.py' && git commit -qm 'by the agent'"
+    prepare(project, f"WRK-001 {IN_BUILD}", phases="build! again!", script={
+        "*/build": [{"write": {"own.py": "1\n"}, "sh": commit}, CODE],
+        "*/again": [{"write": {"half.py": "1\n"}, "sh": commit + "; echo rest > rest.py", "result": FAILED}, {"write": {"more.py": "1\n"}}],
+    })
+    done = project.run("run")
+    subjects = project.subjects()
+    assert subjects[:4] == ["[WRK-001][again] again done", "by the agent", "[WRK-001][build] build done", "by the agent"]
+    first = project.git("rev-parse", "HEAD~3")
+    assert f"[WRK-001][BUILD] commits made meanwhile: {first[:10]}" in done.stderr
+    assert sorted(project.paths("HEAD~1")) == ["half.py"]
+    assert sorted(project.paths()) == ["BACKLOG.yaml", month(project), "more.py"]
+    ref = "refs/orchestrator/salvage/WRK-001/again/1"
+    assert project.git("show", f"{ref}:rest.py") == "rest\n"
+    clean_and_saved(project)
+
+
+def test_decisions_survive_an_agents_stash_checkout_reset_and_clean(project: Any) -> None:
+    """Decisions that are only on disk yet come back after each of them, and the log names it."""
+    shells = ["git stash -uq", "git checkout -q -- .", "git reset -q --hard", "git clean -qfdx && mkdir -p .orchestrator/results", "rm BACKLOG.yaml"]
+    items = [f"WRK-00{n} {IN_BUILD}" for n in range(1, 6)]
+    prepare(project, *items, phases="build!", execution="max_wip = 9", script={
+        f"WRK-00{n}/build": [{"write": {"junk.txt": "1\n"}, "sh": shell, "result": {**BLOCKED, "context": f"reason {n}"}}]
+        for n, shell in enumerate(shells, 1)
+    })
+    project.root.joinpath("untracked.txt").write_text("the operator's\n")
+    done = project.run("run", "--allow-dirty", code=3)
+    rows = {one: item(project, one) for one in project.statuses()}
+    assert [row["status"] for row in rows.values()] == ["blocked"] * 5
+    for n, row in enumerate(rows.values(), 1):
+        assert row["blocked_reason"].startswith(f"reason {n}")
+    for n in (2, 3, 5):
+        assert f"[WRK-00{n}][BUILD] put back or removed BACKLOG.yaml" in done.stderr
+    assert project.committed() == project.text()
+    assert (project.root / "untracked.txt").read_text() == "the operator's\n"
+    assert project.status() == "?? untracked.txt\n"
+
+
+def test_a_file_of_the_operator_that_a_destructive_phase_changes(project: Any) -> None:
+    prepare(project, f"WRK-001 {IN_BUILD}", phases="build!", execution="max_retries = 0", script={
+        "*/build": [{"write": {"README.md": "the agent's\n", "code.py": "1\n"}}]})
+    (project.root / "README.md").write_text("the operator's\n")
+    project.run("run", "--allow-dirty", code=3)
+    reason = item(project, "WRK-001")["blocked_reason"]
+    ref = "refs/orchestrator/salvage/WRK-001/build/1"
+    assert "README.md" in reason
+    assert ref in reason
+    assert (project.root / "README.md").read_text() == "the operator's\n"
+    assert project.git("show", f"{ref}:README.md") == "the agent's\n"
+    assert project.status() == " M README.md\n"
+    assert project.committed() == project.text()
+
+
+# ---- What is worked on ---------------------------------------------------------------------------
+
+
+def test_d21_d22_only_by_status_and_dependencies_on_the_whole_backlog(project: Any) -> None:
+    prepare(
+        project, "WRK-001 ready", "WRK-002 ready tags=[x] dependencies=[WRK-003]", "WRK-003 blocked blocked_from_status=ready blocked_reason=no",
+        "WRK-004 ready tags=[x]", phases="plan", execution="max_wip = 5", script={"*/plan": [{"document": "p.md"}]})
+    done = project.run("run", "--only", "status=ready", "--only", "tag=x", code=None)
+    assert project.agent_log() == ["WRK-004 plan 1"]
+    assert project.statuses() == {"WRK-001": "ready", "WRK-002": "ready", "WRK-003": "blocked"}
+    assert "(FilterExhausted)" in done.stderr or "(AllDoneOrBlocked)" in done.stderr
+    clean_and_saved(project)
+
+
+def test_targets_auto_advance_cap_and_the_order_of_work(project: Any) -> None:
+    prepare(
+        project, "WRK-001 ready impact=low", "WRK-002 ready priority=5", "WRK-003 blocked blocked_from_status=ready blocked_reason=no",
+        "WRK-004 ready impact=high", phases="plan", script={"*/plan": [{"document": "p.md"}]})
+    done = project.run("run", "--target", "WRK-003", code=3)
+    assert "(TargetBlocked)" in done.stderr
+    project.run("run", "--target", "WRK-003", "--target", "WRK-001", "--auto-advance")
+    assert project.agent_log() == ["WRK-001 plan 1"]
+    done = project.run("run", "--cap", "1")
+    assert "(CapReached)" in done.stderr
+    assert project.agent_log()[1:] == ["WRK-002 plan 1"]
+    project.run("run")
+    assert project.agent_log()[2:] == ["WRK-004 plan 1"]
+    assert project.statuses() == {"WRK-003": "blocked"}
+    clean_and_saved(project)
+
+
+def test_max_wip_and_max_concurrent_bound_what_is_in_work(project: Any) -> None:
+    """Two at once and never a third; one of them ends, and only then another starts."""
+    prepare(project, "WRK-001 ready", "WRK-002 ready", "WRK-003 ready", phases="plan", execution="max_concurrent = 2\nmax_wip = 2", script={
+        "WRK-001/plan": [{"announce": True, "await": "go1"}],
+        "WRK-002/plan": [{"announce": True, "await": "go2"}],
+        "WRK-003/plan": [{"announce": True}],
+    })
+    for name in ("go1", "go2"):
+        os.mkfifo(project.outside / name)
+    process = project.start("run")
+    assert {project.announced(), project.announced()} == {"WRK-001 plan 1", "WRK-002 plan 1"}
+    assert project.statuses() == {"WRK-001": "in_progress plan", "WRK-002": "in_progress plan", "WRK-003": "ready"}
+    (project.outside / "go1").write_text("")
+    assert project.announced() == "WRK-003 plan 1"
+    (project.outside / "go2").write_text("")
+    project.finish(process)
+    assert project.statuses() == {}
+    clean_and_saved(project)
+
+
+def test_d23_d24_i1_items_that_could_never_run_are_mended_or_blocked(project: Any) -> None:
+    prepare(
+        project, "WRK-001 ready pipeline_type=unknown", "WRK-002 in_progress", "WRK-003 ready size=large", phases="plan",
+        script={"*/plan": [{"document": "p.md"}]})
+    project.run("run", code=0)
+    assert project.statuses() == {"WRK-001": "blocked", "WRK-003": "blocked"}
+    assert "unknown" in item(project, "WRK-001")["blocked_reason"]
+    assert "large" in item(project, "WRK-003")["blocked_reason"]
+    assert project.agent_log() == ["WRK-002 plan 1"]
+    clean_and_saved(project)
+
+
+# ---- Where and beside what it runs ---------------------------------------------------------------
+
+
+def test_refusals_name_every_problem_at_once_and_write_nothing(project: Any) -> None:
+    prepare(project, "WRK-001 ready")
+    text = (project.root / "orchestrator.toml").read_text()
+    (project.root / "orchestrator.toml").write_text('[project]\nprotected_branches = ["main"]\n' + text)
+    project.commit_all()
+    before = project.text()
+    assert "branch main is protected" in project.run("run", code=1).stderr
+    project.git("switch", "-q", "-c", "work")
+    (project.root / "README.md").write_text("dirty\n")
+    text = (project.root / "orchestrator.toml").read_text().replace(str(project.outside / "agent.py"), "agent.py").replace(json.dumps(sys.executable), '"no-such-agent"')
+    (project.root / "orchestrator.toml").write_text(text)
+    err = project.run("run", code=1).stderr
+    assert "README.md" in err
+    assert "--allow-dirty" in err
+    assert "no-such-agent" in err
+    assert "Traceback" not in err
+    assert project.text() == before
+    assert project.agent_log() == []
+
+
+def test_d2_a_second_run_other_commands_and_stop_beside_an_active_run(project: Any) -> None:
+    prepare(project, "WRK-001 ready", "WRK-002 ready", phases="plan", script={"*/plan": [{"document": "p.md", "announce": True, "await": "go"}]})
+    os.mkfifo(project.outside / "go")
+    process = project.start("run")
+    project.announced()
+    second = project.run("run", code=1)
+    assert f"another run is at work here (pid {process.pid}, since" in second.stderr
+    added = project.run("add", "Added meanwhile", "--commit").stdout
+    assert "WRK-003" in added
+    assert "A run is active" in added
+    assert "finishes the phases in flight" in project.run("stop").stdout
+    (project.outside / "go").write_text("")
+    log = project.finish(process)
+    assert "(ShutdownRequested)" in log
+    assert project.statuses() == {"WRK-002": "ready", "WRK-003": "new"}
+    clean_and_saved(project)
+    assert "No run is active" in project.run("stop").stdout
+
+
+def test_a_clone_elsewhere_goes_on_with_the_same_next_action(project: Any, tmp_path: Path) -> None:
+    prepare(project, "WRK-001 ready", "WRK-002 ready", script={"*/build": [CODE], "*/plan": [{"document": "p.md"}]})
+    project.run("run", "--cap", "1")
+    here = project.run("run", "--dry-run", "--json").stdout
+    project.git("clone", "-q", str(project.root), str(tmp_path / "clone"))
+    project.root = tmp_path / "clone"
+    assert project.run("run", "--dry-run", "--json").stdout == here
+    project.run("run", "--cap", "1")
+    assert project.agent_log() == ["WRK-001 plan 1", "WRK-001 build 1"]
+    clean_and_saved(project)
+
+
+def test_d06_d39_k1_project_below_the_top_with_a_relative_root(project: Any) -> None:
+    sub = project.root / "sub dir"
+    sub.mkdir()
+    for name in ("BACKLOG.yaml", "orchestrator.toml"):
+        (project.root / name).rename(sub / name)
+    project.root = sub
+    prepare(project, "WRK-001 ready", script={"*/plan": [{"document": "p.md"}], "*/build": [{"write": {"code.py": "1\n"}, "sh": "pwd > ../../outside/cwd; echo 1 > ../top.py"}]})
+    relative = os.path.relpath(sub, project.outside)
+    argv = [sys.executable, str(Path(__file__).parent.parent / "orchestrator.py"), "run", "--root", relative]
+    done = subprocess.run(argv, cwd=project.outside, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (project.outside / "cwd").read_text().strip() == str(sub.resolve())
+    paths = ["sub dir/BACKLOG.yaml", f"sub dir/{month(project)}", "sub dir/code.py", "top.py"]
+    assert sorted(project.paths()) == paths
+    assert project.git("show", "HEAD:./BACKLOG.yaml") == project.text()
+    assert project.status() == ""
+
+
+@pytest.mark.parametrize("kind", ["unborn", "linked"])
+def test_unborn_branch_and_linked_work_tree(project: Any, tmp_path: Path, kind: str) -> None:
+    if kind == "unborn":
+        project.git("update-ref", "-d", "HEAD")
+        project.git("rm", "-rq", "--cached", ".")
+    else:
+        project.git("worktree", "add", "-q", "-b", "other", str(tmp_path / "linked"))
+        project.root = tmp_path / "linked"
+    project.configure()
+    project.backlog("WRK-001 ready")
+    if kind == "linked":
+        project.commit_all()
+    project.script({"*/plan": [{"document": "p.md"}], "*/build": [CODE]})
+    project.run("run", "--allow-dirty")
+    assert project.subjects()[:2] == ["[WRK-001][build] build done", "[WRK-001][plan] plan done"]
+    assert sorted(project.paths()) == ["BACKLOG.yaml", month(project), "code.py"]
+    assert project.committed() == project.text()
+    assert project.status() == ("?? README.md\n?? orchestrator.toml\n" if kind == "unborn" else "")

@@ -1,0 +1,268 @@
+"""Signals: the run ends in order, whatever it is doing; nobody survives it; nothing is blocked for it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+HANG = {"announce": True, "hang": True}
+IN_BUILD = "in_progress phase=build phase_pool=main"
+HALT = "[orchestrator] Save backlog state on halt (ShutdownRequested)"
+CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
+
+# A tool command of an agent in a session of its own, deaf to TERM, its environment kept.
+DEAF_CHILD = (
+    "setsid sh -c 'trap \"\" TERM INT HUP; echo $$ > {0}/child.pid; : > {0}/ready; exec sleep 1000' &"
+    " cat {0}/ready > /dev/null"
+)
+
+
+def prepare(project: Any, *items: str, phases: str = "plan build!", execution: str = "", script: Any = None) -> None:
+    project.configure(phases, execution=execution)
+    project.backlog(*items)
+    project.commit_all()
+    project.script(script or {"*": [HANG]})
+
+
+def alive(pid: int) -> bool:
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+    return stat.rpartition(")")[2].split()[0] not in "ZX"
+
+
+def survivors(project: Any) -> list[int]:
+    """Processes whose environment says that an attempt in this project started them."""
+    mark = f"={project.root}/".encode()
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and alive(int(entry.name)):
+            try:
+                variables = (entry / "environ").read_bytes().split(b"\0")
+            except OSError:
+                continue
+            if any(v.startswith(b"ORCHESTRATOR_PROMPT_FILE" + mark) for v in variables):
+                found.append(int(entry.name))
+    return found
+
+
+def ended_well(project: Any, statuses: dict[str, str]) -> None:
+    assert project.statuses() == statuses
+    assert project.committed() == project.text()
+    assert project.status() == ""
+    assert survivors(project) == []
+    assert not list((project.root / ".git").glob("*.lock"))
+
+
+@pytest.mark.parametrize("number", CODES, ids=lambda number: number.name)
+def test_b2_each_signal_to_the_whole_group_during_a_destructive_phase(project: Any, number: signal.Signals) -> None:
+    """Cancelled, not charged; what the agent left is on a ref and the tree is clean."""
+    prepare(project, f"WRK-001 {IN_BUILD}", "WRK-002 ready", execution="max_wip = 2", script={"*": [{**HANG, "write": {"half.py": "1\n"}}]})
+    process = project.start("run")
+    assert project.announced() == "WRK-001 build 1"
+    os.killpg(process.pid, number)
+    log = project.finish(process, CODES[number])
+    assert log.count("warning: stopping: ending the agents") == 1
+    assert "(ShutdownRequested)" in log
+    assert project.subjects()[:2] == [HALT, "Set up"]
+    assert project.paths() == ["BACKLOG.yaml"]
+    assert project.git("show", "refs/orchestrator/salvage/WRK-001/build/1:half.py") == "1\n"
+    assert "attempts" not in project.text()
+    ended_well(project, {"WRK-001": "in_progress build", "WRK-002": "in_progress plan"})
+
+
+def test_twice_ends_deaf_agents_and_their_children_without_the_grace(project: Any) -> None:
+    """With a grace of an hour only the second signal can end this; it does not skip the commit."""
+    prepare(project, "WRK-001 ready", script={"*": [{"on_term": "ignore", "sh": DEAF_CHILD.format(project.outside), **HANG}]})
+    os.mkfifo(project.outside / "ready")
+    text = (project.root / "orchestrator.toml").read_text().replace("kill_grace_seconds = 5", "kill_grace_seconds = 3600")
+    (project.root / "orchestrator.toml").write_text(text)
+    project.commit_all()
+    process = project.start("run")
+    project.announced()
+    child = int((project.outside / "child.pid").read_text())
+    assert alive(child)
+    os.killpg(process.pid, signal.SIGINT)
+    log = project.read_until(process, "once more")
+    os.killpg(process.pid, signal.SIGTERM)
+    log += project.finish(process, 130)
+    assert "ending the agents at once" in log
+    assert not alive(child)
+    assert project.subjects()[:2] == [HALT, "Set up"]
+    ended_well(project, {"WRK-001": "in_progress plan"})
+
+
+def test_d12_an_agent_may_tidy_up_within_the_grace(project: Any) -> None:
+    shell = f"trap 'echo tidied > {project.outside}/tidied; exit 0' TERM; echo here > {project.outside}/announce; while :; do sleep 1000 & wait; done"
+    prepare(project, "WRK-001 ready", script={"*": [{"sh": shell, "on_term": "finish", "no_result": True}]})
+    process = project.start("run")
+    project.announced()
+    process.terminate()
+    project.finish(process, 143)
+    assert (project.outside / "tidied").read_text() == "tidied\n"
+    ended_well(project, {"WRK-001": "in_progress plan"})
+
+
+def test_d11_d58_results_that_are_finished_meanwhile_count(project: Any) -> None:
+    """One agent finishes its document as it is asked to end, the other does not."""
+    prepare(project, "WRK-001 ready", "WRK-002 ready", phases="plan build!", execution="max_wip = 2\nmax_concurrent = 2", script={
+        "WRK-001/plan": [{**HANG, "on_term": "finish", "document": "plan.md"}],
+        "WRK-002/plan": [{**HANG, "document": "half.md"}],
+    })
+    process = project.start("run")
+    assert {project.announced(), project.announced()} == {"WRK-001 plan 1", "WRK-002 plan 1"}
+    process.terminate()
+    project.finish(process, 143)
+    ended_well(project, {"WRK-001": "in_progress build", "WRK-002": "in_progress plan"})
+    committed = {path for n in range(len(project.subjects()) - 2) for path in project.paths(f"HEAD~{n}")}
+    assert {"changes/WRK-001_item-wrk-001/plan.md", "changes/WRK-002_item-wrk-002/half.md"} <= committed
+
+
+def test_d10_k4_during_triage_nothing_is_blocked_or_charged(project: Any) -> None:
+    prepare(project, "WRK-001 new")
+    process = project.start("run")
+    assert project.announced() == "WRK-001 triage 1"
+    process.send_signal(signal.SIGTERM)
+    project.finish(process, 143)
+    assert project.subjects()[0] == "Set up"
+    ended_well(project, {"WRK-001": "new"})
+    project.script({"*/triage": [{}]})
+    project.run("triage")
+    assert project.statuses() == {"WRK-001": "ready"}
+
+
+def test_between_attempts_the_delay_is_not_waited_for(project: Any) -> None:
+    """The failed attempt stays charged: the next run goes on with the second one."""
+    prepare(project, "WRK-001 ready", script={"*": [{"result": {"result": "failed", "summary": "cannot"}}]})
+    text = (project.root / "orchestrator.toml").read_text().replace("retry_delay_seconds = 0", "retry_delay_seconds = 300")
+    (project.root / "orchestrator.toml").write_text(text)
+    project.commit_all()
+    process = project.start("run")
+    project.read_until(process, "attempt 1 of 3 failed")
+    process.send_signal(signal.SIGINT)
+    project.finish(process, 130)
+    assert project.subjects()[0] == HALT
+    ended_well(project, {"WRK-001": "in_progress plan"})
+    assert "attempts: 1" in project.text()
+    project.script({"*/plan": [{"document": "p.md"}]})
+    project.run("run", "--cap", "1")
+    assert project.agent_log() == ["WRK-001 plan 1", "WRK-001 plan 2"]
+    assert "attempts" not in project.text()
+
+
+def test_during_verify_and_a_command_phase(project: Any) -> None:
+    """A check that hangs is ended like an agent, and the attempt does not count."""
+    hang = f"echo here > {project.outside}/announce; exec sleep 1000"
+    project.configure("plan", more=f'verify = [["sh", "-c", "{hang}"]]\n[[pipelines.feature.phases]]\nname = "ship"\nrun = ["sh", "-c", "{hang}"]\n')
+    project.backlog("WRK-001 ready", "WRK-002 in_progress phase=ship phase_pool=main")
+    project.commit_all()
+    for statuses in ({"WRK-001": "ready", "WRK-002": "in_progress ship"}, {"WRK-001": "in_progress plan", "WRK-002": "in_progress ship"}):
+        process = project.start("run", "--target", "WRK-001" if "plan" in str(statuses) else "WRK-002")
+        assert project.announced() == "here"
+        process.send_signal(signal.SIGTERM)
+        project.finish(process, 143)
+        ended_well(project, statuses)
+
+
+@pytest.fixture
+def interrupting(project: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Make the command send itself Ctrl-C, as a terminal would, at its nth act that names a text."""
+
+    def arrange(matching: str, nth: int = 1) -> None:
+        hook = project.outside / "hook"
+        hook.mkdir()
+        (hook / "sitecustomize.py").write_text(
+            "import os, signal, sys\n"
+            "seen = []\n"
+            "def watch(event, args):\n"
+            f"    if event in ('os.rename', 'subprocess.Popen') and {matching!r} in repr(args[:2]):\n"
+            "        seen.append(event)\n"
+            f"        if len(seen) == {nth}:\n"
+            f"            os.mkdir({str(project.outside / 'interrupted')!r})\n"
+            "            os.killpg(0, signal.SIGINT)\n"
+            "if 'orchestrator.py' in ' '.join(sys.orig_argv):\n"
+            "    sys.addaudithook(watch)\n"
+        )
+        monkeypatch.setenv("PYTHONPATH", str(hook))
+
+    return arrange
+
+
+@pytest.mark.parametrize(
+    ("act", "reason"), [("commit-tree", "CapReached"), ("update-ref", "CapReached"), ("/BACKLOG.yaml", "ShutdownRequested")],
+    ids=["commit", "branch", "save"],
+)
+def test_e1_e2_ctrl_c_while_a_save_or_the_halt_commit_is_being_made(project: Any, act: str, reason: str, interrupting: Any) -> None:
+    """The terminal sends it to the whole group; git is not hit, and the commit is made."""
+    prepare(project, "WRK-001 ready")
+    interrupting(act)
+    process = project.start("run", "--cap", "0")
+    log = project.finish(process, 130 if reason == "ShutdownRequested" else 0)
+    assert (project.outside / "interrupted").exists()
+    assert project.subjects()[:2] == [HALT.replace("ShutdownRequested", reason), "Set up"], log
+    assert project.paths() == ["BACKLOG.yaml"]
+    ended_well(project, {"WRK-001": "in_progress plan"})
+
+
+def test_a_signal_while_a_run_is_being_prepared_ends_it_in_order(project: Any, interrupting: Any) -> None:
+    """The journal of the run is written by then, and a repair of the backlog may be saved."""
+    prepare(project, "WRK-001 in_progress")
+    interrupting("run.json")
+    process = project.start("run")
+    project.finish(process, 130)
+    assert project.agent_log() == []
+    assert project.subjects()[:2] == [HALT, "Set up"]
+    ended_well(project, {"WRK-001": "in_progress plan"})
+
+
+def test_nohup_is_respected(project: Any) -> None:
+    prepare(project, "WRK-001 ready", script={"*/plan": [{"announce": True, "await": "go", "document": "p.md"}]})
+    os.mkfifo(project.outside / "go")
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        process = project.start("run", "--cap", "1")
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    project.announced()
+    process.send_signal(signal.SIGHUP)
+    (project.outside / "go").write_text("")
+    project.finish(process)
+    ended_well(project, {"WRK-001": "in_progress build"})
+
+
+def test_a_terminal_that_goes_away_is_no_reason_to_lose_the_commit(project: Any) -> None:
+    """HUP, and nobody reads what is logged any more."""
+    prepare(project, "WRK-001 ready")
+    process = project.start("run")
+    project.announced()
+    process.stderr.close()
+    process.stdout.close()
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(timeout=60) == 129
+    assert project.subjects()[0] == HALT
+    ended_well(project, {"WRK-001": "in_progress plan"})
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the process table is read from /proc")
+def test_i4_an_internal_error_ends_the_agents_too(project: Any) -> None:
+    """Two agents; one switches the branch, which stops the run: the other does not outlive it."""
+    prepare(project, "WRK-001 ready", "WRK-002 ready", phases="plan", execution="max_wip = 2\nmax_concurrent = 2", script={
+        "WRK-001/plan": [{"announce": True, "await": "go", "sh": "true", "document": "p.md"}],
+        "WRK-002/plan": [{**HANG, "on_term": "ignore", "sh": DEAF_CHILD.format(project.outside)}],
+    })
+    for name in ("go", "ready"):
+        os.mkfifo(project.outside / name)
+    process = project.start("run")
+    assert {project.announced(), project.announced()} == {"WRK-001 plan 1", "WRK-002 plan 1"}
+    project.git("switch", "-q", "-c", "elsewhere")
+    (project.outside / "go").write_text("")
+    log = project.finish(process, 1)
+    assert "switched from main to elsewhere" in log
+    assert "Traceback" not in log
+    assert survivors(project) == []
