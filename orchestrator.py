@@ -1868,8 +1868,9 @@ def did_you_mean(word: str, words: Iterable[str]) -> str:
     """A hint such as ` (did you mean "build"?)` to put behind a message, or nothing."""
     import difflib
 
-    close = difflib.get_close_matches(word, list(words), n=1)
-    return f' (did you mean "{close[0]}"?)' if close else ""
+    spelt = {other.casefold(): other for other in words}
+    close = difflib.get_close_matches(word.casefold(), spelt, n=1)
+    return f' (did you mean "{spelt[close[0]]}"?)' if close else ""
 
 
 def human_duration(seconds: float) -> str:
@@ -5869,6 +5870,7 @@ class Ledger:
         self.edit([])
         if self.store.waiting:
             raise OrchestratorError(f"{self.store.waiting}. Mend the file, then start again.")
+        self.take_up_parked(self.journal)
         if self.inbox_taken.exists():
             self.recover_inbox()
         self._recover_pending()
@@ -6210,8 +6212,7 @@ class Scheduler:
         added = await self.coordinator.do(self.ledger.take_in)
         if added:
             log().info("took %d from the inbox: %s", len(added), ", ".join(added))
-        if stop_requested(self.ledger.repo.state_dir, self.ledger.journal.run_id):
-            self.stop.requested = True
+        self._look_for_stop()
         backlog = self.coordinator.backlog
         if self.options.filters:
             self.matched |= {
@@ -6219,6 +6220,12 @@ class Scheduler:
                 for item_id, item in backlog.items.items()
                 if matches(item, self.options.filters)
             }
+
+    def _look_for_stop(self) -> bool:
+        """Whether the run is to end, be it by a signal or by `orchestrator stop`."""
+        ledger = self.ledger
+        self.stop.requested |= stop_requested(ledger.repo.state_dir, ledger.journal.run_id)
+        return self.stop.requested
 
     def _offered(self) -> list[Action]:
         """What could be started now, the cap not yet applied."""
@@ -6363,7 +6370,7 @@ class Scheduler:
             if attempt >= attempts:
                 return await self._give_up(started, attempts, failure, outcome.result)
             salvaged = await self._fail(started)
-            if await self._stopped_within(self._retry_delay(attempt)) or self.stop.requested:
+            if await self._stopped_within(self._retry_delay(attempt)) or self._look_for_stop():
                 await self._cancel(started)
                 return None
         raise AssertionError("the last attempt returns")

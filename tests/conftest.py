@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import select
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -128,6 +130,7 @@ class Project:
         self.root = root
         self.outside = outside
         self.heard: list[str] = []
+        self.started: list[subprocess.Popen[str]] = []
         outside.mkdir()
         (outside / "agent.py").write_text(SCRIPTED_AGENT)
         os.mkfifo(outside / "announce")
@@ -175,10 +178,41 @@ class Project:
     def start(self, *args: str) -> subprocess.Popen[str]:
         # As a module, so that its compiled form is used: a script is compiled at every start.
         argv = [sys.executable, "-m", "orchestrator", "--root", str(self.root), *args]
-        return subprocess.Popen(
+        path = f"{self.outside / 'inject'}{os.pathsep}{ORCHESTRATOR.parent}"
+        process = subprocess.Popen(
             argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            cwd=self.outside, start_new_session=True, env={**os.environ, "PYTHONPATH": str(ORCHESTRATOR.parent)},
+            cwd=self.outside, start_new_session=True, env={**os.environ, "PYTHONPATH": path},
         )
+        self.started.append(process)
+        return process
+
+    def inject(self, watch: str) -> None:
+        """Give the command an audit hook, `watch(event, args)`; an empty text takes it away."""
+        (self.outside / "inject").mkdir(exist_ok=True)
+        text = f"import os, signal, sys\n{watch}\nsys.addaudithook(watch)\n" if watch else ""
+        (self.outside / "inject/sitecustomize.py").write_text(text)
+
+    def survivors(self) -> list[int]:
+        """Processes that an attempt in this project started, by what their environment says."""
+        mark = f"ORCHESTRATOR_PROMPT_FILE={self.root}/".encode()
+        found = []
+        for entry in Path("/proc").iterdir():
+            with suppress(OSError):
+                if entry.name.isdigit() and mark in (entry / "environ").read_bytes():  # empty for a zombie
+                    found.append(int(entry.name))
+        return found
+
+    def end(self) -> None:
+        """Leave nothing behind, also when a test fails half-way."""
+        for process in self.started:
+            if process.poll() is None:
+                process.kill()
+            for pipe in (process.stdout, process.stderr):
+                if pipe is not None:
+                    pipe.close()
+            process.wait()
+        for pid in self.survivors():
+            os.kill(pid, signal.SIGKILL)
 
     def read_until(self, process: subprocess.Popen[str], text: str) -> str:
         """Read what a started command logs up to a line with `text`; returns it all."""
@@ -245,10 +279,11 @@ class Project:
 
 
 @pytest.fixture
-def project(make_repo: Callable[..., Path], tmp_path: Path) -> Project:
+def project(make_repo: Callable[..., Path], tmp_path: Path) -> Iterator[Project]:
     """A project with two-phase pipeline (plan, build) and an empty backlog, all committed."""
     one = Project(make_repo(), tmp_path / "outside")
     one.configure()
     one.backlog()
     one.commit_all()
-    return one
+    yield one
+    one.end()

@@ -171,25 +171,17 @@ def test_during_verify_and_a_command_phase(project: Any) -> None:
 
 
 @pytest.fixture
-def interrupting(project: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Make the command send itself Ctrl-C, as a terminal would, at its nth act that names a text."""
+def interrupting(project: Any) -> Any:
+    """Make the command send itself Ctrl-C, as a terminal would, at its first act that names a text."""
 
-    def arrange(matching: str, nth: int = 1) -> None:
-        hook = project.outside / "hook"
-        hook.mkdir()
-        (hook / "sitecustomize.py").write_text(
-            "import os, signal, sys\n"
-            "seen = []\n"
+    def arrange(matching: str) -> None:
+        mark = str(project.outside / "interrupted")
+        project.inject(
             "def watch(event, args):\n"
-            f"    if event in ('os.rename', 'subprocess.Popen') and {matching!r} in repr(args[:2]):\n"
-            "        seen.append(event)\n"
-            f"        if len(seen) == {nth}:\n"
-            f"            os.mkdir({str(project.outside / 'interrupted')!r})\n"
-            "            os.killpg(0, signal.SIGINT)\n"
-            "if 'orchestrator.py' in ' '.join(sys.orig_argv):\n"
-            "    sys.addaudithook(watch)\n"
+            f"    if event in ('os.rename', 'subprocess.Popen') and {matching!r} in repr(args[:2]) and not os.path.exists({mark!r}):\n"
+            f"        os.mkdir({mark!r})\n"
+            "        os.killpg(0, signal.SIGINT)\n"
         )
-        monkeypatch.setenv("PYTHONPATH", str(hook))
 
     return arrange
 
