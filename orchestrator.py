@@ -5941,13 +5941,13 @@ class Ledger:
             log().warning("%s", done.warning)
 
     def end(self) -> None:
-        """Mark the run as ended and drop the snapshots that it no longer needs."""
+        """Drop the snapshots that the run no longer needs, then mark it as ended."""
         self.journal.ended = True
-        self.journal.write()
-        (self.repo.state_dir / "stop").unlink(missing_ok=True)
         if self.journal.settled:
             for ref in self.repo.refs(f"refs/orchestrator/snapshots/{self.journal.run_id}/"):
                 self.repo.drop_ref(ref)
+        self.journal.write()
+        (self.repo.state_dir / "stop").unlink(missing_ok=True)
 
 
 def item_folder(root: Path, item: Item) -> Path:

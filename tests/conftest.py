@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from backlog import parse_yaml
 
 IDENTITY = {
     "GIT_AUTHOR_NAME": "Operator",
@@ -55,17 +59,18 @@ def sh(cwd: Path, *argv: str, check: bool = True) -> str:
 
 
 @pytest.fixture
-def make_repo(tmp_path: Path) -> Callable[..., Path]:
+def make_repo(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Make a git repository with one commit holding README.md; returns its path."""
+    template = tmp_path_factory.getbasetemp() / "template-repo"
+    if not template.exists():
+        template.mkdir()
+        sh(template, "git", "init", "-q", "-b", "main")
+        (template / "README.md").write_text("A project\n")
+        sh(template, "git", "add", "README.md")
+        sh(template, "git", "commit", "-q", "-m", "Start")
 
     def make(name: str = "repo") -> Path:
-        where = tmp_path / name
-        where.mkdir(parents=True)
-        sh(where, "git", "init", "-q", "-b", "main")
-        (where / "README.md").write_text("A project\n")
-        sh(where, "git", "add", "README.md")
-        sh(where, "git", "commit", "-q", "-m", "Start")
-        return where
+        return Path(shutil.copytree(template, tmp_path / name, symlinks=True))
 
     return make
 
@@ -140,10 +145,13 @@ class Project:
         """What the agent does, by `ITEM/PHASE`, `*/PHASE`, `ITEM/*` or `*`: one step per visit."""
         (self.outside / "script.json").write_text(json.dumps(steps))
 
-    def configure(self, phases: str = "plan build!", more: str = "", execution: str = "") -> None:
+    def configure(
+        self, phases: str = "plan build!", more: str = "", execution: str = "", agent: str = ""
+    ) -> None:
         """Write orchestrator.toml: `!` marks a destructive phase, `?` a pre-phase."""
-        agent = json.dumps([sys.executable, "-E", "-S", str(self.outside / "agent.py")])
-        text = f'[agent]\ncli = "command"\ncommand = {agent}\n'
+        script = agent or str(self.outside / "agent.py")
+        command = json.dumps([sys.executable, "-E", "-S", script])
+        text = f'[agent]\ncli = "command"\ncommand = {command}\n'
         text += f"[execution]\nretry_delay_seconds = 0\nkill_grace_seconds = 5\n{execution}\n"
         for word in phases.split():
             kind = "pre_phases" if word.endswith("?") else "phases"
@@ -272,18 +280,30 @@ class Project:
     def text(self) -> str:
         return (self.root / "BACKLOG.yaml").read_text()
 
+    def items(self) -> dict[str, dict[str, Any]]:
+        """The items of the file by id."""
+        backlog: Any = parse_yaml((self.root / "BACKLOG.yaml").read_bytes())
+        return {row["id"]: row for row in backlog["items"]}
+
     def statuses(self) -> dict[str, str]:
-        """Status and phase by id, as `status --json` has them."""
-        rows = json.loads(self.run("status", "--json").stdout)["items"]
-        return {row["id"]: " ".join(filter(None, (row["status"], row.get("phase")))) for row in rows}
+        """Status and phase by id."""
+        return {row["id"]: " ".join(filter(None, (row["status"], row.get("phase")))) for row in self.items().values()}
 
 
 @pytest.fixture
-def project(make_repo: Callable[..., Path], tmp_path: Path) -> Iterator[Project]:
+def project(
+    make_repo: Callable[..., Path], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Project]:
     """A project with two-phase pipeline (plan, build) and an empty backlog, all committed."""
-    one = Project(make_repo(), tmp_path / "outside")
-    one.configure()
-    one.backlog()
-    one.commit_all()
+    template = tmp_path_factory.getbasetemp() / "template-project"
+    if not template.exists():
+        first = Project(make_repo(), tmp_path / "outside")
+        first.configure(agent="../outside/agent.py")
+        first.backlog()
+        first.commit_all()
+        first.root.rename(template)
+        shutil.rmtree(first.outside)
+    root = Path(shutil.copytree(template, tmp_path / "repo", symlinks=True))
+    one = Project(root, tmp_path / "outside")
     yield one
     one.end()

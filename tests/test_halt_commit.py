@@ -288,7 +288,7 @@ def test_the_reason_of_a_signal_wins_over_a_halt_it_overtakes(project: Any) -> N
     process = project.start("run", "--cap", "1")
     project.announced()
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    process.communicate(timeout=60)
     assert process.returncode == 130
     assert project.subjects()[0] == "[orchestrator] Save backlog state on halt (ShutdownRequested)"
     assert project.statuses() == {"WRK-001": "in_progress plan"}

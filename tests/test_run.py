@@ -46,8 +46,8 @@ def month(project: Any) -> str:
 
 
 def item(project: Any, item_id: str) -> dict[str, Any]:
-    shown: dict[str, Any] = json.loads(project.run("show", item_id, "--json").stdout)["item"]
-    return shown
+    found: dict[str, Any] = project.items()[item_id]
+    return found
 
 
 def prompt(project: Any, item_id: str, phase: str, attempt: int) -> str:
@@ -431,6 +431,7 @@ def test_d21_d22_only_by_status_and_dependencies_on_the_whole_backlog(project: A
     clean_and_saved(project)
 
 
+@pytest.mark.slow
 def test_targets_auto_advance_cap_and_the_order_of_work(project: Any) -> None:
     prepare(
         project, "WRK-001 ready impact=low", "WRK-002 ready priority=5", "WRK-003 blocked blocked_from_status=ready blocked_reason=no",
@@ -509,7 +510,8 @@ def test_d2_a_second_run_other_commands_and_stop_beside_an_active_run(project: A
     process = project.start("run")
     project.announced()
     second = project.run("run", code=1)
-    assert f"another run is at work here (pid {process.pid}, since" in second.stderr
+    assert "another run is at work here (" in second.stderr
+    assert f"pid {process.pid}, since" in second.stderr
     added = project.run("add", "Added meanwhile", "--commit").stdout
     assert "WRK-003" in added
     assert "A run is active" in added
@@ -552,7 +554,16 @@ def test_d06_d39_k1_project_below_the_top_with_a_relative_root(project: Any) -> 
     assert project.status() == ""
 
 
-@pytest.mark.parametrize("kind", ["unborn", "linked"])
+def test_d25_k2_k6_default_phase_cap_and_an_absolute_config_path(project: Any) -> None:
+    """The cap of the config holds; the halt commit is made wherever the config was named from."""
+    prepare(project, "WRK-001 ready", "WRK-002 ready", execution="default_phase_cap = 1", script={"*/plan": [{"result": BLOCKED}]})
+    done = project.run("--config", str(project.root / "orchestrator.toml"), "run")
+    assert "(CapReached)" in done.stderr
+    assert project.subjects()[0] == f"{HALT} (CapReached)"
+    clean_and_saved(project)
+
+
+@pytest.mark.parametrize("kind", ["unborn", pytest.param("linked", marks=pytest.mark.slow)])
 def test_unborn_branch_and_linked_work_tree(project: Any, tmp_path: Path, kind: str) -> None:
     if kind == "unborn":
         project.git("update-ref", "-d", "HEAD")
