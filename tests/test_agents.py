@@ -668,6 +668,7 @@ def test_end_run_gives_time_to_tidy_up(make_spec: SpecMaker, tmp_path: Path) -> 
     mine.wait()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", SURVIVORS.values(), ids=SURVIVORS)
 @pytest.mark.usefixtures("without_proc")
 def test_without_proc_the_process_table_comes_from_ps(make_spec: SpecMaker, script: str) -> None:

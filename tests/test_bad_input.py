@@ -501,6 +501,7 @@ def run_with_results(project: Any, texts: dict[str, str]) -> Any:
     return ids
 
 
+@pytest.mark.slow
 def test_bad_results_of_agents_fail_the_attempt_and_say_why(project: Any) -> None:
     ids = run_with_results(project, {name: text for name, (text, _) in BAD_RESULTS.items()})
     done = project.run("run", "--json", code=3)
@@ -512,6 +513,7 @@ def test_bad_results_of_agents_fail_the_attempt_and_say_why(project: Any) -> Non
     assert (project.committed(), project.status()) == (project.text(), "")
 
 
+@pytest.mark.slow
 def test_d59_lenient_fields_of_results_are_no_failure(project: Any) -> None:
     ids = run_with_results(project, LENIENT)
     done = project.run("run", "--json", "--only", f"id={','.join(ids.values())}")

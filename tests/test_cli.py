@@ -164,6 +164,7 @@ def test_d39_a_relative_root_means_the_same(project: Any, cli: Cli, monkeypatch:
     assert cli("add", "y").out == "Added WRK-002: y\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("argv", [["status"], ["--help"]])
 def test_a_closed_pipe_gives_no_traceback(project: Any, argv: list[str]) -> None:
     project.backlog(*(f"WRK-{n:03} new" for n in range(1, 1200)))  # more than a pipe holds
@@ -176,6 +177,7 @@ def test_a_closed_pipe_gives_no_traceback(project: Any, argv: list[str]) -> None
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.slow
 def test_a_closed_pipe_does_not_hide_how_a_run_ended(project: Any) -> None:
     project.configure(execution="max_retries = 0")
     project.script({"*": [{"result": {"result": "blocked"}}]})
@@ -351,6 +353,7 @@ def test_add_refuses_an_empty_title(project: Any, here: Cli, title: str) -> None
     assert photograph(project.root) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("title", ["- not a list", "#hash", "a: b", "'q'", "null", "0x1F", "ünï ✓", "\x1b[31mred\x1b[0m", "two\nlines", "bad\udcff", "x" * 3000])
 def test_any_title_is_kept_as_one_line_of_text(project: Any, here: Cli, title: str) -> None:
     here("add", "--", title)
@@ -676,6 +679,7 @@ SUMMARY_KEYS = {
 }
 
 
+@pytest.mark.slow
 def test_run_json_is_the_only_thing_on_stdout(project: Any) -> None:
     project.script({"*/build": [WORKS]})
     project.backlog("WRK-001 ready")
@@ -689,6 +693,7 @@ def test_run_json_is_the_only_thing_on_stdout(project: Any) -> None:
         assert set(json.loads(line)) == {"time", "level", "message"}
 
 
+@pytest.mark.slow
 def test_run_prints_its_summary_for_people_on_stderr(project: Any) -> None:
     project.script({"*/build": [WORKS]})
     project.backlog("WRK-001 ready")
@@ -716,6 +721,7 @@ def test_strict_turns_trouble_at_the_halt_commit_into_exit_1(project: Any) -> No
         project.run("unblock", "WRK-001")
 
 
+@pytest.mark.slow
 def test_triage_rates_new_items_and_starts_nothing_else(project: Any) -> None:
     project.backlog("WRK-001 ready", "WRK-002 new", "WRK-003 new")
     project.commit_all()
@@ -726,6 +732,7 @@ def test_triage_rates_new_items_and_starts_nothing_else(project: Any) -> None:
     assert (project.committed(), project.status()) == (project.text(), "")
 
 
+@pytest.mark.slow
 def test_d37_triage_is_not_held_up_by_items_in_work(project: Any) -> None:
     project.backlog("WRK-001 in_progress phase=plan phase_pool=main", "WRK-002 new", "WRK-003 new", "WRK-004 new")
     project.commit_all()
@@ -759,6 +766,7 @@ def test_stop_without_a_run(here: Cli) -> None:
     assert here("stop").out == "No run is active.\n"
 
 
+@pytest.mark.slow
 def test_stop_lets_the_phases_in_flight_finish(project: Any, here: Cli) -> None:
     project.script({"*/plan": [{"announce": True, "await": "announce"}]})
     project.backlog("WRK-001 ready", "WRK-002 ready")

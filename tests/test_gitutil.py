@@ -872,6 +872,7 @@ def test_a_hook_that_mends_files(project: Path, repo: Repo, entries: list[Entry]
     assert index(project) == staged
 
 
+@pytest.mark.slow
 def test_a_hook_that_hangs(project: Path, repo: Repo, entries: list[Entry], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gitutil, "KILL_GRACE_S", 0.1)
     put_hook(project, "pre-commit", "echo begun; trap '' TERM; echo $$ > .git/pid; sleep 60; sleep 60")

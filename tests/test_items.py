@@ -264,7 +264,8 @@ def test_a_missing_file_names_the_command_that_makes_one(tmp_path: Path) -> None
     with pytest.raises(BacklogError) as caught:
         store.load()
     assert str(caught.value) == (
-        f"{tmp_path}/BACKLOG.yaml: there is no such file; 'orchestrator init' makes one"
+        f"{tmp_path}/BACKLOG.yaml: there is no such file; if git has it, `git restore BACKLOG.yaml`"
+        " brings it back, else 'orchestrator init' makes one"
     )
 
 

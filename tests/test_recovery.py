@@ -100,6 +100,7 @@ def test_f_f2_f3_killed_in_a_destructive_phase(project: Any) -> None:
     assert project.subjects()[0] == "[WRK-001][build] build done"
 
 
+@pytest.mark.slow
 def test_killed_in_a_document_phase_and_a_run_that_refuses_on_another_branch(project: Any) -> None:
     """Its documents so far are committed; on another branch a start says where to go first."""
     prepare(project, "WRK-001 ready", script={"*/plan": [{**HANG, "document": "half.md"}, {"document": "plan.md"}]})
@@ -119,6 +120,7 @@ def test_killed_in_a_document_phase_and_a_run_that_refuses_on_another_branch(pro
     assert project.statuses() == {"WRK-001": "in_progress plan"}
 
 
+@pytest.mark.slow
 def test_a_decision_by_hand_between_a_crash_and_the_next_start_is_merged(project: Any) -> None:
     """Killed between journal and save: the saved result meets an edit of the operator."""
     prepare(project, f"WRK-001 {IN_BUILD}", "WRK-002 ready", script={"*/build": [{"write": {"code.py": "1\n"}}]})
@@ -269,7 +271,8 @@ def kill_at_all(project: Any, tmp_path: Path, points: Iterable[tuple[str, int]])
         return [job.result() for job in jobs]
 
 
-def test_killed_at_chosen_points_of_a_run(project: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("whole", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_killed_at_chosen_points_of_a_run(project: Any, tmp_path: Path, whole: bool) -> None:
     """The journal, the save, the worklog, each step of a commit, the halt commit."""
     template(project)
     events = events_of(project, tmp_path / "whole")
@@ -279,25 +282,30 @@ def test_killed_at_chosen_points_of_a_run(project: Any, tmp_path: Path) -> None:
 
     journal, saves = count("/run.json"), count("/repo/BACKLOG.yaml")
     points = [
-        ("inbox.taken", 1),  # between claiming the inbox and saving its items
         ("/repo/BACKLOG.yaml", saves // 2),  # between journal and save
-        ("/run.json", 2 * journal // 3),
-        ("/run.json", journal),  # the run has ended, and its journal does not say so yet
-        ("agent.py", 3),  # as the second attempt's agent is started
-        ("_worklog", 2),  # between save and worklog
         ("commit-tree", 2),  # between save and commit
         ("update-ref", count("update-ref")),  # in or after the halt commit
     ]
+    if whole:
+        points += [
+            ("inbox.taken", 1),  # between claiming the inbox and saving its items
+            ("/run.json", 2 * journal // 3),
+            ("/run.json", journal),  # the run has ended, and its journal does not say so yet
+            ("agent.py", 3),  # as the second attempt's agent is started
+            ("_worklog", 2),  # between save and worklog
+        ]
     wrong = [text for text in kill_at_all(project, tmp_path, points) if text]
     assert not wrong, "\n".join(wrong)
 
 
 @pytest.mark.slow
 def test_killed_at_every_event_of_a_run(project: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every sixth event, or all of them with KILL_AT_EVERY=1 (which takes more than ten minutes)."""
     faulthandler.cancel_dump_traceback_later()  # this takes minutes
     template(project)
     events = events_of(project, tmp_path / "whole")
-    wrong = [text for text in kill_at_all(project, tmp_path, (("", n) for n in range(1, len(events) + 1))) if text]
+    numbers = range(1, len(events) + 1, int(os.environ.get("KILL_AT_EVERY", "6")))
+    wrong = [text for text in kill_at_all(project, tmp_path, (("", n) for n in numbers)) if text]
     with capsys.disabled():
-        print(f"\nkilled at {len(events)} points, lost {len(wrong)}")
+        print(f"\nkilled at {len(numbers)} points, lost {len(wrong)}")
     assert not wrong, "\n".join(wrong)

@@ -165,6 +165,7 @@ def test_d01_b1_b3_blocked_and_failed_documents_are_committed_without_the_backlo
     assert project.git("rev-parse", "HEAD") == head
 
 
+@pytest.mark.slow
 def test_subphase_and_documents_outside_the_outputs(project: Any) -> None:
     prepare(project, f"WRK-001 {IN_BUILD}", phases="build! review", script={
         "*/build": [{"write": {"a.py": "1\n"}, "result": {"result": "subphase_complete", "summary": "first half"}}, {"write": {"b.py": "1\n"}}],
@@ -226,6 +227,7 @@ def test_d16_d17_d35_d36_d59_triage_routes_guards_merges_and_adds_follow_ups(pro
     clean_and_saved(project)
 
 
+@pytest.mark.slow
 def test_d10_d13_d14_d15_a_triage_that_fails_uses_its_attempts_and_then_blocks(project: Any) -> None:
     prepare(project, "WRK-001 new", "WRK-002 new", execution="max_retries = 1\ncircuit_breaker = 9", script={
         "WRK-001/triage": [{"result": FAILED}, {"result": {"phase": "build"}}],
@@ -305,6 +307,7 @@ def test_d50_d57_retry_with_the_failure_in_the_prompt_and_the_attempt_on_a_ref(p
     clean_and_saved(project)
 
 
+@pytest.mark.slow
 def test_d29_retries_exhausted_and_a_claim_without_a_change(project: Any) -> None:
     """Blocked with the salvage ref; an item that succeeds in between keeps the breaker shut."""
     prepare(
@@ -326,6 +329,7 @@ def test_d29_retries_exhausted_and_a_claim_without_a_change(project: Any) -> Non
     clean_and_saved(project)
 
 
+@pytest.mark.slow
 def test_verify_that_fails_first_and_phases_that_are_commands(project: Any) -> None:
     check = 'verify = [["sh", "-c", "grep -q right code.py || { echo code is not right; exit 3; }"]]\n'
     listing = '[[pipelines.feature.phases]]\nname = "list"\nrun = ["sh", "-c", "ls > \\"$ORCHESTRATOR_CHANGE_DIR/files.txt\\""]\n'
@@ -363,6 +367,7 @@ def test_d32_h1_h3_the_operators_hooks_reject_once_and_mend_once(project: Any) -
 # ---- Agents that use git -------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_an_agent_that_commits_by_itself(project: Any) -> None:
     commit = "git add -A -- '*.py' && git commit -qm 'by the agent'"
     prepare(project, f"WRK-001 {IN_BUILD}", phases="build! again!", script={
@@ -402,6 +407,7 @@ def test_decisions_survive_an_agents_stash_checkout_reset_and_clean(project: Any
     assert project.status() == "?? untracked.txt\n"
 
 
+@pytest.mark.slow
 def test_a_file_of_the_operator_that_a_destructive_phase_changes(project: Any) -> None:
     prepare(project, f"WRK-001 {IN_BUILD}", phases="build!", execution="max_retries = 0", script={
         "*/build": [{"write": {"README.md": "the agent's\n", "code.py": "1\n"}}]})
@@ -449,6 +455,7 @@ def test_targets_auto_advance_cap_and_the_order_of_work(project: Any) -> None:
     clean_and_saved(project)
 
 
+@pytest.mark.slow
 def test_max_wip_and_max_concurrent_bound_what_is_in_work(project: Any) -> None:
     """Two at once and never a third; one of them ends, and only then another starts."""
     prepare(project, "WRK-001 ready", "WRK-002 ready", "WRK-003 ready", phases="plan", execution="max_concurrent = 2\nmax_wip = 2", script={
@@ -469,6 +476,7 @@ def test_max_wip_and_max_concurrent_bound_what_is_in_work(project: Any) -> None:
     clean_and_saved(project)
 
 
+@pytest.mark.slow
 def test_d23_d24_i1_items_that_could_never_run_are_mended_or_blocked(project: Any) -> None:
     prepare(
         project, "WRK-001 ready pipeline_type=unknown", "WRK-002 in_progress", "WRK-003 ready size=large", phases="plan",
@@ -524,6 +532,7 @@ def test_d2_a_second_run_other_commands_and_stop_beside_an_active_run(project: A
     assert "No run is active" in project.run("stop").stdout
 
 
+@pytest.mark.slow
 def test_a_clone_elsewhere_goes_on_with_the_same_next_action(project: Any, tmp_path: Path) -> None:
     prepare(project, "WRK-001 ready", "WRK-002 ready", script={"*/build": [CODE], "*/plan": [{"document": "p.md"}]})
     project.run("run", "--cap", "1")
@@ -536,6 +545,7 @@ def test_a_clone_elsewhere_goes_on_with_the_same_next_action(project: Any, tmp_p
     clean_and_saved(project)
 
 
+@pytest.mark.slow
 def test_d06_d39_k1_project_below_the_top_with_a_relative_root(project: Any) -> None:
     sub = project.root / "sub dir"
     sub.mkdir()
@@ -554,6 +564,7 @@ def test_d06_d39_k1_project_below_the_top_with_a_relative_root(project: Any) -> 
     assert project.status() == ""
 
 
+@pytest.mark.slow
 def test_d25_k2_k6_default_phase_cap_and_an_absolute_config_path(project: Any) -> None:
     """The cap of the config holds; the halt commit is made wherever the config was named from."""
     prepare(project, "WRK-001 ready", "WRK-002 ready", execution="default_phase_cap = 1", script={"*/plan": [{"result": BLOCKED}]})

@@ -65,6 +65,7 @@ def test_what_was_done_since_a_state_was_parked_is_not_undone(project: Any) -> N
     assert project.git("for-each-ref", "refs/orchestrator/backlog") == ""
 
 
+@pytest.mark.slow
 def test_a_parked_state_that_git_set_back_is_merged_in_again(project: Any) -> None:
     parked_by_a_merge(project)
     project.git("reset", "-q", "--hard")
@@ -76,6 +77,7 @@ def test_a_parked_state_that_git_set_back_is_merged_in_again(project: Any) -> No
     assert project.git("for-each-ref", "refs/orchestrator/backlog") == ""
 
 
+@pytest.mark.slow
 def test_documents_of_an_attempt_interrupted_before_its_retry_are_committed(project: Any) -> None:
     step = {"document": "plan.md", "result": {"result": "failed", "summary": "cannot"}}
     set_up(project, PLANNING, {"*/plan": [step]}, "retry_delay_seconds = 200")
@@ -91,6 +93,7 @@ def test_documents_of_an_attempt_interrupted_before_its_retry_are_committed(proj
     assert project.statuses() == {"WRK-001": "in_progress plan"}
 
 
+@pytest.mark.slow
 def test_an_item_deleted_by_hand_while_its_phase_fails_does_not_stop_the_run(project: Any) -> None:
     os.mkfifo(project.outside / "go")
     set_up(
@@ -124,6 +127,7 @@ def test_stop_ends_the_retries_too(project: Any) -> None:
     assert "attempts: 1" in project.committed()
 
 
+@pytest.mark.slow
 def test_d41_an_inbox_claimed_by_a_killed_run_is_taken_in_once(project: Any) -> None:
     project.run("run")
     taken = project.root / ".git/orchestrator/inbox.taken"

@@ -45,6 +45,7 @@ def ended_well(project: Any, statuses: dict[str, str]) -> None:
     assert not list((project.root / ".git").glob("*.lock"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", CODES, ids=lambda number: number.name)
 def test_b2_each_signal_to_the_whole_group_during_a_destructive_phase(project: Any, number: signal.Signals) -> None:
     """Cancelled, not charged; what the agent left is on a ref and the tree is clean."""
@@ -188,6 +189,7 @@ def test_a_signal_while_a_run_is_being_prepared_ends_it_in_order(project: Any, i
     ended_well(project, {"WRK-001": "in_progress plan"})
 
 
+@pytest.mark.slow
 def test_nohup_is_respected(project: Any) -> None:
     prepare(project, "WRK-001 ready", script={"*/plan": [{"announce": True, "await": "go", "document": "p.md"}]})
     os.mkfifo(project.outside / "go")
@@ -203,6 +205,7 @@ def test_nohup_is_respected(project: Any) -> None:
     ended_well(project, {"WRK-001": "in_progress build"})
 
 
+@pytest.mark.slow
 def test_a_terminal_that_goes_away_is_no_reason_to_lose_the_commit(project: Any) -> None:
     """HUP, and nobody reads what is logged any more."""
     prepare(project, "WRK-001 ready")
@@ -216,6 +219,7 @@ def test_a_terminal_that_goes_away_is_no_reason_to_lose_the_commit(project: Any)
     ended_well(project, {"WRK-001": "in_progress plan"})
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the process table is read from /proc")
 def test_i4_an_internal_error_ends_the_agents_too(project: Any) -> None:
     """Two agents; one switches the branch, which stops the run: the other does not outlive it."""

@@ -754,6 +754,7 @@ def is_alive(pid_file: Path) -> bool:
     return state.strip() != "" and not state.startswith("Z")
 
 
+@pytest.mark.slow
 def test_a12_filter_that_hangs_is_ended(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gitutil, "KILL_GRACE_S", 0.2)
     mark = project / "filter.pid"
