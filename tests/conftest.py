@@ -29,7 +29,8 @@ IDENTITY = {
 @pytest.fixture(autouse=True)
 def hermetic(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A private HOME and a clean environment; returns the HOME."""
-    home = tmp_path_factory.mktemp("home")
+    home = tmp_path_factory.getbasetemp() / "home"  # one for all: nothing is written to it
+    home.mkdir(exist_ok=True)
     for name in list(os.environ):
         if name.startswith(("GIT_", "ORCHESTRATOR_", "CLAUDE")) and name != "ORCHESTRATOR_CORPUS":
             monkeypatch.delenv(name)

@@ -972,6 +972,7 @@ def test_opencode_sums_its_steps(play: Callable[..., AgentOutcome]) -> None:
     assert play("opencode", events(step, step), result=True).usage == Usage(0.5, 200, 20)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("cli", "row", "code", "kind"),
     [

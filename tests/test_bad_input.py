@@ -399,6 +399,7 @@ STATES: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if name.endswith("_lock") else ()) for name in STATES])
 def test_a_bad_state_of_the_repository(root: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
     prepare, says = STATES[name]

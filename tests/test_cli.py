@@ -402,6 +402,7 @@ def test_commands_commit_when_the_config_says_so(project: Any, here: Cli) -> Non
     assert project.status() == ""
 
 
+@pytest.mark.slow
 def test_d02_add_during_a_run_reaches_the_run_and_its_commit(project: Any, here: Cli) -> None:
     project.script({"WRK-001/plan": [{"announce": True, "await": "announce"}], "*/build": [WORKS]})
     project.backlog("WRK-001 in_progress phase=plan phase_pool=main")
@@ -448,6 +449,7 @@ def test_impossible_advances_change_nothing(project: Any, here: Cli, row: str, a
     assert (done.err.count("\n"), project.text()) == (1, before)
 
 
+@pytest.mark.slow
 def test_unblock_notes_reach_the_next_prompt_once(project: Any, here: Cli) -> None:
     project.script({"*/build": [WORKS]})
     project.backlog("WRK-001 blocked phase=plan phase_pool=main blocked_from_status=in_progress blocked_reason=Unclear")
@@ -559,6 +561,7 @@ def test_bad_filters_are_usage_errors(project: Any, here: Cli, command: str, onl
     assert photograph(project.root) == before
 
 
+@pytest.mark.slow
 def test_show_tells_everything_with_documents_and_commits(project: Any, here: Cli) -> None:
     project.script({"*/plan": [{"document": "PLAN.md"}]})
     project.backlog("WRK-001 in_progress phase=plan phase_pool=main size=small", "WRK-0011 new")

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import orchestrator
 from backlog import parse_yaml
 
@@ -31,6 +33,7 @@ def processes_naming(text: str) -> list[str]:
     return found
 
 
+@pytest.mark.slow
 def test_the_demo_shows_what_it_promises(tmp_path: Path) -> None:
     where = tmp_path / "demo"
     done = subprocess.run([sys.executable, str(SCRIPT), "demo", str(where)], capture_output=True, text=True, timeout=100)

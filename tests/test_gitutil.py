@@ -179,6 +179,7 @@ def test_a30_a_ctrl_c_cannot_reach_git(fake_git: Callable[[str], Repo], tmp_path
     assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == set()
 
 
+@pytest.mark.slow
 def test_time_limit_sends_term_first(fake_git: Callable[[str], Repo], tmp_path: Path) -> None:
     repo = fake_git(f"trap 'rm {tmp_path}/lock; exit 1' TERM; : > {tmp_path}/lock; while :; do sleep 0.02; done")
     with pytest.raises(GitError) as error:
@@ -189,6 +190,7 @@ def test_time_limit_sends_term_first(fake_git: Callable[[str], Repo], tmp_path: 
     assert not (tmp_path / "lock").exists()
 
 
+@pytest.mark.slow
 def test_time_limit_ends_the_whole_group(
     fake_git: Callable[[str], Repo], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -851,6 +853,7 @@ def test_a_hook_rejects(project: Path, repo: Repo, entries: list[Entry], name: s
     assert not repo.run_hooks(entries, "x").ok
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("status", [0, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("body", "changed"),

@@ -86,6 +86,13 @@ CASES = [
 ]
 
 
+def as_parameter(case: Case) -> Any:
+    """The quick suite takes every reason with a commit, and two without."""
+    quick = case.dirty or case.reason in ("ShutdownRequested", "AllDoneOrBlocked")
+    marks = () if quick else (pytest.mark.slow,)
+    return pytest.param(case, id=f"{case.reason}-{'dirty' if case.dirty else 'clean'}", marks=marks)
+
+
 def set_up(project: Any, case: Case) -> None:
     project.backlog(*case.items)
     project.script(case.script)
@@ -118,7 +125,7 @@ def run_case(project: Any, case: Case) -> Any:
     return err
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.reason}-{'dirty' if case.dirty else 'clean'}")
+@pytest.mark.parametrize("case", [as_parameter(case) for case in CASES])
 def test_every_halt_reason_commits_the_backlog_alone_and_only_if_dirty(
     project: Any, case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -185,7 +192,10 @@ def test_the_commit_holds_what_the_coordinator_saved_last(project: Any) -> None:
     assert project.committed() == project.text()
 
 
-@pytest.mark.parametrize("trouble", ["merge", "detached", "locked"])
+@pytest.mark.parametrize(
+    "trouble",
+    ["merge", *(pytest.param(name, marks=pytest.mark.slow) for name in ("detached", "locked"))],
+)
 def test_git_trouble_at_the_halt_commit_is_a_warning(project: Any, trouble: str) -> None:
     """The exit code stays that of the halt; the state is parked and the next start takes it up."""
     shell = {

@@ -105,6 +105,7 @@ def test_d03_d07_d08_a1_a2_commits_hold_code_and_decision_and_nothing_of_the_ope
     assert (project.root / "README.md").read_text() == "edited\nmore\n"
 
 
+@pytest.mark.slow
 def test_two_documents_in_one_batch_and_a_backlog_that_does_not_parse_for_a_while(project: Any) -> None:
     """Nothing is written while the file is broken; once it is mended, one commit has both."""
     items = [f"WRK-00{n} ready" for n in (1, 2, 3)]
@@ -143,6 +144,7 @@ def test_two_documents_in_one_batch_and_a_backlog_that_does_not_parse_for_a_whil
     clean_and_saved(project)
 
 
+@pytest.mark.slow
 def test_d01_b1_b3_blocked_and_failed_documents_are_committed_without_the_backlog(project: Any) -> None:
     """The halt commit has the decisions, alone, and the next run starts on a clean tree."""
     prepare(project, "WRK-001 ready", "WRK-002 ready", phases="plan", execution="max_retries = 0", script={
@@ -185,6 +187,7 @@ def test_subphase_and_documents_outside_the_outputs(project: Any) -> None:
     assert "Subphase Complete" in worklog(project)
 
 
+@pytest.mark.slow
 def test_d16_d17_d35_d36_d59_triage_routes_guards_merges_and_adds_follow_ups(project: Any) -> None:
     """One item per outcome of a triage, all in one run."""
     big = {"size": "large", "complexity": "high", "risk": "high"}
@@ -242,6 +245,7 @@ def test_d10_d13_d14_d15_a_triage_that_fails_uses_its_attempts_and_then_blocks(p
     clean_and_saved(project)
 
 
+@pytest.mark.slow
 def test_d41_d42_l1_l2_inbox(project: Any) -> None:
     """Untracked and tracked inboxes are taken in; comments stay; a malformed one is told of once."""
     inbox = project.root / "BACKLOG_INBOX.yaml"
@@ -345,6 +349,7 @@ def test_verify_that_fails_first_and_phases_that_are_commands(project: Any) -> N
     clean_and_saved(project)
 
 
+@pytest.mark.slow
 def test_d32_h1_h3_the_operators_hooks_reject_once_and_mend_once(project: Any) -> None:
     """A hook that rejects fails the attempt, one that mends files gets a second look; it never sees state commits."""
     prepare(project, f"WRK-001 {IN_BUILD}", phases="build!", script={"*/build": [{"write": {"code.py": "bad\n"}}, {"write": {"code.py": "ugly\n"}}]})
@@ -386,6 +391,7 @@ def test_an_agent_that_commits_by_itself(project: Any) -> None:
     clean_and_saved(project)
 
 
+@pytest.mark.slow
 def test_decisions_survive_an_agents_stash_checkout_reset_and_clean(project: Any) -> None:
     """Decisions that are only on disk yet come back after each of them, and the log names it."""
     shells = ["git stash -uq", "git checkout -q -- .", "git reset -q --hard", "git clean -qfdx && mkdir -p .orchestrator/results", "rm BACKLOG.yaml"]
@@ -426,6 +432,7 @@ def test_a_file_of_the_operator_that_a_destructive_phase_changes(project: Any) -
 # ---- What is worked on ---------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_d21_d22_only_by_status_and_dependencies_on_the_whole_backlog(project: Any) -> None:
     prepare(
         project, "WRK-001 ready", "WRK-002 ready tags=[x] dependencies=[WRK-003]", "WRK-003 blocked blocked_from_status=ready blocked_reason=no",
@@ -512,6 +519,7 @@ def test_refusals_name_every_problem_at_once_and_write_nothing(project: Any) -> 
     assert project.agent_log() == []
 
 
+@pytest.mark.slow
 def test_d2_a_second_run_other_commands_and_stop_beside_an_active_run(project: Any) -> None:
     prepare(project, "WRK-001 ready", "WRK-002 ready", phases="plan", script={"*/plan": [{"document": "p.md", "announce": True, "await": "go"}]})
     os.mkfifo(project.outside / "go")

@@ -55,6 +55,7 @@ def parked_by_a_merge(project: Any) -> None:
     assert project.git("for-each-ref", "refs/orchestrator/backlog") != ""
 
 
+@pytest.mark.slow
 def test_what_was_done_since_a_state_was_parked_is_not_undone(project: Any) -> None:
     parked_by_a_merge(project)
     project.git("merge", "--abort")
@@ -113,6 +114,7 @@ def test_an_item_deleted_by_hand_while_its_phase_fails_does_not_stop_the_run(pro
     assert project.committed() == project.text()
 
 
+@pytest.mark.slow
 def test_stop_ends_the_retries_too(project: Any) -> None:
     os.mkfifo(project.outside / "go")
     set_up(project, PLANNING, {"*": [{"announce": True, "await": "go", **FAILS}]}, "max_retries = 3")

@@ -63,6 +63,7 @@ def test_b2_each_signal_to_the_whole_group_during_a_destructive_phase(project: A
     ended_well(project, {"WRK-001": "in_progress build", "WRK-002": "in_progress plan"})
 
 
+@pytest.mark.slow
 def test_twice_ends_deaf_agents_and_their_children_without_the_grace(project: Any) -> None:
     """With a grace of an hour only the second signal can end this; it does not skip the commit."""
     prepare(project, "WRK-001 ready", script={"*": [{"on_term": "ignore", "sh": DEAF_CHILD.format(project.outside), **HANG}]})
@@ -99,6 +100,7 @@ def test_d11_d12_d58_results_that_are_finished_meanwhile_count(project: Any) -> 
     assert {"changes/WRK-001_item-wrk-001/plan.md", "changes/WRK-002_item-wrk-002/half.md"} <= committed
 
 
+@pytest.mark.slow
 def test_d10_k4_during_triage_nothing_is_blocked_or_charged(project: Any) -> None:
     prepare(project, "WRK-001 new")
     process = project.start("run")
@@ -162,6 +164,7 @@ def interrupting(project: Any) -> Any:
     return arrange
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("act", "reason"), [("commit-tree", "CapReached"), ("update-ref", "CapReached"), ("/BACKLOG.yaml", "ShutdownRequested")],
     ids=["commit", "branch", "save"],

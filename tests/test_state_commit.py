@@ -437,6 +437,7 @@ def test_submodule_is_a_repository_of_its_own(project: Path, make_repo: Callable
 ODD_NAMES = ["with space.yaml", "äöü€.yaml", "-dash.yaml", "B*[a].yaml", ":(top)B.yaml", 'quo"te\\.yaml', "new\nline.yaml", os.fsdecode(b"latin-\xe4.yaml"), "data[1].yaml", " lead and trail "]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_d04_a05_a07_odd_names_are_paths_not_patterns(project: Path) -> None:
     for other in ("Ba.yaml", "B.yaml", "data1.yaml"):
         (project / other).write_text("theirs\n")
@@ -676,6 +677,7 @@ def test_another_branch_than_expected(project: Path) -> None:
     assert save(project, expect_branch="refs/heads/other").outcome == "committed"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lock", ["index.lock", "HEAD.lock", "refs/heads/main.lock"])
 def test_a20_lock_that_stays(project: Path, lock: str) -> None:
     (project / ".git" / lock).write_text("somebody's")
@@ -914,6 +916,7 @@ class Killed(BaseException):
     """Stands for the end of the process in the middle of a commit."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("side", ["before", "after"])
 @pytest.mark.parametrize(
     "step", table({step: step for step in STEPS}, slow="hash-object read-tree write-tree commit-tree diff-tree")

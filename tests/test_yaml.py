@@ -465,7 +465,13 @@ HOSTILE: dict[str, Callable[[], bytes]] = {
 }
 
 
-@pytest.mark.parametrize("make", HOSTILE.values(), ids=HOSTILE)
+HOSTILE_AND_LONG = ("late_duplicate", "unclosed_over_many_lines", "million_backslashes", "hundred_thousand_levels")
+
+
+@pytest.mark.parametrize("make", [
+    pytest.param(make, id=name, marks=[pytest.mark.slow] if name in HOSTILE_AND_LONG else [])
+    for name, make in HOSTILE.items()
+])
 def test_hostile_input_is_read_or_refused_by_name(make: Callable[[], bytes]) -> None:
     data = make()
     for load in (parse_yaml, Document.parse):
