@@ -6416,7 +6416,7 @@ class Scheduler:
     async def _give_up(
         self, started: Started, attempts: int, failure: str, result: PhaseResult | None
     ) -> Applied:
-        reason = f"{started.task.name} failed after {attempts} attempts: {failure}"
+        reason = f"{started.task.name} failed after {plural(attempts, 'attempt')}: {failure}"
         self.totals.exhausted_in_a_row += 1
         self.summaries.pop(started.task.item_id, None)
         return await self.coordinator.do(lambda: self.ledger.give_up(started, reason, result))
