@@ -57,7 +57,9 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn, TypeVar, c
 from backlog import (
     BLOCK_WORDS,
     DESCRIPTION_KEYS,
+    ITEM_KEYS,
     LEVEL_WORDS,
+    OWNED_KEYS,
     RATING_WORDS,
     SIZE_WORDS,
     Backlog,
@@ -1042,15 +1044,7 @@ IMPACT_ORDER = {"high": 0, "medium": 1, "low": 2}  # anything else sorts behind
 
 # What the operator may have edited while a phase ran, although it is for us to set. `attempts` and
 # `updated` are left out: our own saves change them meanwhile.
-CONTESTED_KEYS = (
-    "status",
-    "phase",
-    "phase_pool",
-    "blocked_from_status",
-    "blocked_reason",
-    "blocked_type",
-    "last_phase_commit",
-)
+CONTESTED_KEYS = [key for key in ITEM_KEYS if key in OWNED_KEYS - {"attempts", "updated"}]
 
 
 # ---- What to do next -----------------------------------------------------------------------------
