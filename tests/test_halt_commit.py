@@ -176,20 +176,22 @@ def test_a_second_run_with_nothing_to_do_makes_no_commit(project: Any) -> None:
 
 
 def test_the_commit_holds_what_the_coordinator_saved_last(project: Any) -> None:
-    """A result that arrives while the run is being stopped is in the commit."""
+    """A result that arrives while the run is being stopped is saved, and then committed."""
     project.backlog("WRK-001 ready")
     project.commit_all()
-    finishes = "trap 'exit 0' TERM; echo here > ../outside/announce; while :; do sleep 0.05; done"
-    project.script({"*/plan": [{"sh": "true", "announce": True, "await": "go"}]})
-    os.mkfifo(project.outside / "go")
-    del finishes
+    project.script({"*/plan": [{"announce": True, "hang": True, "on_term": "finish", **BLOCKS}]})
     process = project.start("run")
     project.announced()
-    (project.outside / "go").write_text("")
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 143, err
+    assert project.statuses() == {"WRK-001": "blocked plan"}
+    assert "blocked_reason: needs a decision" in project.committed()
     assert project.committed() == project.text()
+    assert project.subjects()[:2] == [
+        "[orchestrator] Save backlog state on halt (ShutdownRequested)",
+        "[WRK-001][plan] Blocked: needs a decision",
+    ]
 
 
 @pytest.mark.parametrize(
