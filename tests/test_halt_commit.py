@@ -226,8 +226,10 @@ def test_git_trouble_at_the_halt_commit_is_a_warning(project: Any, trouble: str)
 
 @pytest.mark.parametrize(
     "spoil",
-    ["rm BACKLOG.yaml && mkdir BACKLOG.yaml", "printf 'items: [\\n' > BACKLOG.yaml"],
-    ids=["unwritable", "unparsable"],
+    [
+        pytest.param("rm BACKLOG.yaml && mkdir BACKLOG.yaml", id="unwritable"),
+        pytest.param("printf 'items: [\\n' > BACKLOG.yaml", id="unparsable", marks=pytest.mark.slow),
+    ],
 )
 def test_a_failed_closing_save_skips_the_commit(project: Any, spoil: str) -> None:
     """Nothing stale is committed; what was decided waits in the journal for the next start."""

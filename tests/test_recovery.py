@@ -301,11 +301,11 @@ def test_killed_at_chosen_points_of_a_run(project: Any, tmp_path: Path, whole: b
 
 @pytest.mark.slow
 def test_killed_at_every_event_of_a_run(project: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Every sixth event, or all of them with KILL_AT_EVERY=1 (which takes more than ten minutes)."""
+    """Every third event, or all of them with KILL_AT_EVERY=1 (which takes more than ten minutes)."""
     faulthandler.cancel_dump_traceback_later()  # this takes minutes
     template(project)
     events = events_of(project, tmp_path / "whole")
-    numbers = range(1, len(events) + 1, int(os.environ.get("KILL_AT_EVERY", "6")))
+    numbers = range(1, len(events) + 1, int(os.environ.get("KILL_AT_EVERY", "3")))
     wrong = [text for text in kill_at_all(project, tmp_path, (("", n) for n in numbers)) if text]
     with capsys.disabled():
         print(f"\nkilled at {len(numbers)} points, lost {len(wrong)}")

@@ -114,6 +114,7 @@ def test_d10_k4_during_triage_nothing_is_blocked_or_charged(project: Any) -> Non
     assert project.statuses() == {"WRK-001": "ready"}
 
 
+@pytest.mark.slow
 def test_between_attempts_the_delay_is_not_waited_for(project: Any) -> None:
     """The failed attempt stays charged: the next run goes on with the second one."""
     prepare(project, "WRK-001 ready", script={"*": [{"result": {"result": "failed", "summary": "cannot"}}]})
