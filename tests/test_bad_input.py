@@ -509,7 +509,7 @@ def test_bad_results_of_agents_fail_the_attempt_and_say_why(project: Any) -> Non
     assert "Traceback" not in done.stderr
     reasons = {row["id"]: row["reason"] for row in json.loads(done.stdout)["blocked"]}
     for name, (_, says) in BAD_RESULTS.items():
-        assert reasons[ids[name]].startswith("plan failed after 1 attempts: "), name
+        assert reasons[ids[name]].startswith("plan failed after 1 attempt: "), name
         assert says in reasons[ids[name]], name
     assert (project.committed(), project.status()) == (project.text(), "")
 

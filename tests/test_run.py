@@ -156,7 +156,7 @@ def test_d01_b1_b3_blocked_and_failed_documents_are_committed_without_the_backlo
     log = month(project)
     assert log_of(project, start) == [
         ("[WRK-001][plan] Blocked: which way?", [log, "changes/WRK-001_item-wrk-001/plan.md"]),
-        ("[WRK-002][plan] Failed: plan failed after 1 attempts: cannot", [log, "changes/WRK-002_item-wrk-002/plan.md"]),
+        ("[WRK-002][plan] Failed: plan failed after 1 attempt: cannot", [log, "changes/WRK-002_item-wrk-002/plan.md"]),
         (f"{HALT} (CapReached)", ["BACKLOG.yaml"]),
     ]
     clean_and_saved(project)
