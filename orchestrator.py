@@ -5297,10 +5297,9 @@ class Ledger:
     def begin(self, task: Task, attempt: int, previous: Started | None = None) -> Started | None:
         """Record that an attempt starts: snapshot and journal first, then the agent.
 
-        None if the item was deleted by hand before its phase began.
-
-        A retry of a document phase goes on from what `previous` left, so that its documents are
-        still seen as the phase's; a destructive phase always starts from a tree put back.
+        None if the item was deleted by hand before its phase began. A retry of a document phase
+        goes on from what `previous` left, so that its documents are still seen as the phase's; a
+        destructive phase always starts from a tree put back.
         """
         import secrets
 
@@ -5821,9 +5820,13 @@ class Ledger:
 
     def _forget_parked(self) -> None:
         """HEAD holds the file, and the file what was parked: the ref has done its service."""
-        parked = self.repo.parked(self.store.path)
-        if parked is not None and parked[0] == self.journal.parked:
-            self.repo.unpark(self.journal.parked)
+        try:
+            parked = self.repo.parked(self.store.path)
+            if parked is not None and parked[0] == self.journal.parked:
+                self.repo.unpark(self.journal.parked)
+        except GitError as error:  # the commit is made; the ref is tidied up by a later one
+            log().warning("%s is of no use now, but still there: %s", self.repo.parked_ref, error)
+            return
         self.journal.parked = ""
 
     def closing_save(self) -> bool:
@@ -7291,11 +7294,11 @@ def cmd_demo(args: argparse.Namespace) -> int:
     print(
         f"A demo project in {where}: five items, a scripted agent, no account needed.\n", flush=True
     )
-    main(["--root", str(where), "run"])
+    code = main(["--root", str(where), "run"])
     history = Repo.open(where).git("log", "--oneline").decode(errors="replace")
     print(f"\n$ git -C {where} log --oneline\n{history}")
     print(f"Look around: cd {where} && git log --stat, or delete the folder.")
-    return EXIT_OK
+    return code
 
 
 def make_demo(where: Path) -> None:
