@@ -7,8 +7,13 @@ entry first, branch second" makes every crash point harmless: the worst that a k
 is what `git add` of our own file would leave. Hooks, signing, editors, filters of other files and
 the operator's staging never come into it.
 
-Reading order: data, starting git, `Repo` (facts, index, snapshots, commits, state commits,
-restoring, refs, hooks, preconditions).
+Starting git costs more than what it is asked to do, so what it keeps in files of a published and
+settled format is read here: the index (gitformat-index), loose refs (gitrepository-layout), trees
+and commits; and trees and commits are written here. Whatever is stored in another way, and
+everything that filters, attributes or ignore rules have a say in, is git's to answer.
+
+Reading order: data, the index file, objects, starting git, `Repo` (facts, index, snapshots,
+commits, state commits, restoring, refs, hooks, preconditions).
 
 Paths inside git are `str` decoded with surrogateescape, '/'-separated, relative to the top of the
 work tree. Object ids are lower-case hexadecimal `str`.
@@ -16,6 +21,7 @@ work tree. Object ids are lower-case hexadecimal `str`.
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import signal
@@ -84,6 +90,7 @@ _GIT_IDENTITY = {
     for role in ("AUTHOR", "COMMITTER")
     for key, value in (("NAME", "orchestrator"), ("EMAIL", "orchestrator@localhost"))
 }
+_GIT_HEX = re.compile(r"[0-9a-f]+")
 _GIT_EMPTY_TREE = {
     40: "4b825dc642cb6eb9a060e54bf8d69288fbee4904",
     64: "6ef19b41225c5369f1c104d45d8d85efa9b057b53b14b4b9b939dd74decc5321",
@@ -216,7 +223,305 @@ class _IndexRow(NamedTuple):
         return self.flag in "Ss"
 
 
-# ==== 2. Starting git =============================================================================
+# ==== 2. The index file ===========================================================================
+
+
+def _git_index_rows(
+    data: bytes, id_size: int, wanted: Container[bytes] | None
+) -> list[_IndexRow] | None:
+    """The entries of an index file, as `ls-files -s -v` lists them (`wanted`: only these paths).
+
+    `id_size` is the length of an object id in bytes. None for what only git can read: a split or
+    sparse index, a version yet to come, damage.
+    """
+    import struct
+
+    rows: list[_IndexRow] = []
+    try:
+        magic, version, count = struct.unpack_from(">4sII", data)
+        if magic != b"DIRC" or version not in (2, 3, 4):
+            return None
+        at, path = 12, b""
+        for _ in range(count):
+            (flags,) = struct.unpack_from(">H", data, at + 40 + id_size)
+            start, more = at + 42 + id_size, 0
+            if flags & 0x4000:
+                (more,) = struct.unpack_from(">H", data, start)
+                start += 2
+            kept = b""
+            if version == 4:  # the path begins as the one before it does
+                dropped, start = _git_offset(data, start)
+                kept = path[: len(path) - dropped]
+            end = data.index(b"\0", start)
+            path = kept + data[start:end]
+            if wanted is None or path in wanted:
+                rows.append(_git_index_row(data[at + 24 : at + 40 + id_size], flags, more, path))
+            at = end + 1 if version == 4 else at + (end - at + 8) // 8 * 8
+        while at < len(data) - id_size:
+            kind, size = struct.unpack_from(">4sI", data, at)
+            if not kind[:1].isupper():  # an extension without which the entries are not all
+                return None
+            at += 8 + size
+    except (struct.error, IndexError, ValueError):
+        return None
+    return rows if at == len(data) - id_size else None
+
+
+def _git_offset(data: bytes, at: int) -> tuple[int, int]:
+    """A number of variable length, as packs have it, and where it ends."""
+    value = data[at] & 0x7F
+    while data[at] & 0x80:
+        at += 1
+        value = ((value + 1) << 7) | (data[at] & 0x7F)
+    return value, at + 1
+
+
+def _git_index_row(facts: bytes, flags: int, more: int, path: bytes) -> _IndexRow:
+    """One entry; `facts` is mode, owner, size and object id, `more` the extended flags."""
+    stage = flags >> 12 & 3
+    letter = "M" if stage else "S" if more & 0x4000 else "H"
+    mode, oid = f"{int.from_bytes(facts[:4]):06o}", facts[16:].hex()
+    shown = letter.lower() if flags & 0x8000 else letter
+    return _IndexRow(shown, mode, oid, str(stage), os.fsdecode(path))
+
+
+# ==== 3. Objects ==================================================================================
+
+_Tree = dict[str, tuple[str, str]]  # name → mode as the tree has it ("40000" = folder), object id
+
+
+class _Objects:
+    """The trees and commits of an object store: read and written loose, otherwise by asking git.
+
+    `folder` is "objects" of the repository; `cat_file` answers for `git cat-file` with an option
+    and a standard input. Ids are SHA-1, or SHA-256 where they have 32 bytes.
+    """
+
+    KEPT_TREES = 2000  # then the memory is cleared
+
+    def __init__(self, folder: Path, id_size: int, cat_file: Callable[[str, bytes], bytes]) -> None:
+        self._folder = folder
+        self._id_size = id_size
+        self._cat_file = cat_file
+        self._trees: dict[str, _Tree] = {}
+        self._tree_ids: dict[str, str] = {}
+
+    def tree_id(self, oid: str) -> str:
+        """The tree of a commit; a tree is its own. GitError when it cannot be read."""
+        if oid not in self._tree_ids:
+            kind, data = self._read([oid])[oid]
+            line = data.partition(b"\n")[0]
+            self._tree_ids[oid] = line[5:].decode() if kind == b"commit" else oid
+        return self._tree_ids[oid]
+
+    def signatures(self, commit: str) -> list[bytes]:
+        """Author and committer of a commit, "NAME <ADDRESS>", without the times."""
+        lines = self._read([commit])[commit][1].partition(b"\n\n")[0].split(b"\n")
+        signed = [line for line in lines if line.startswith((b"author ", b"committer "))]
+        return [line.partition(b" ")[2].rsplit(b" ", 2)[0] for line in signed]
+
+    def entries(self, root: str | None, paths: Iterable[str]) -> dict[str, Entry]:
+        """What a tree holds at each path; a folder counts as absent. No tree holds nothing."""
+        paths = list(paths)
+        trees = self._trees_at(root, {folder for path in paths for folder in _git_folders(path)})
+        found = {}
+        for path in paths:
+            folder, _, name = path.rpartition("/")
+            found[path] = _git_tree_entry(path, trees.get(folder, {}).get(name))
+        return found
+
+    def changes(self, before: str | None, after: str | None) -> list[Change]:
+        """The paths that differ between two trees, sorted; a change of kind is two changes."""
+        found: list[Change] = []
+        pairs = [("", before, after)]
+        while pairs:
+            trees = self._load({oid for _, *both in pairs for oid in both if oid})
+            below = []
+            for prefix, *both in pairs:
+                old, new = (trees[oid] if oid else {} for oid in both)
+                for name in sorted({name for name, _ in old.items() ^ new.items()}):
+                    path, was, now = prefix + name, old.get(name), new.get(name)
+                    change = Change(_git_tree_entry(path, was), _git_tree_entry(path, now))
+                    if change.before != change.after:
+                        found.append(change)
+                    if _git_is_tree(was) or _git_is_tree(now):
+                        below.append((f"{path}/", _git_subtree(was), _git_subtree(now)))
+            pairs = below
+        return sorted(found)
+
+    def graft(self, root: str | None, entries: Iterable[Entry]) -> str:
+        """A tree like `root` (None: the empty one) but for these entries; stored, its id."""
+        entries = sorted(entries, key=lambda entry: not entry.absent)  # removals make room
+        self._require(e.oid for e in entries if e.mode not in (ABSENT_MODE, GITLINK_MODE))
+        folders = {folder for entry in entries for folder in _git_folders(entry.path)} | {""}
+        old = self._trees_at(root, folders)
+        new = {folder: dict(old.get(folder, {})) for folder in folders}
+        for path, mode, oid in entries:
+            folder, _, name = path.rpartition("/")
+            if mode != ABSENT_MODE:
+                new[folder][name] = mode, oid
+            elif not _git_is_tree(new[folder].get(name)):
+                new[folder].pop(name, None)
+        for folder in sorted(folders - {""}, key=_git_depth, reverse=True):
+            above, _, name = folder.rpartition("/")
+            if new[folder] and new[folder] != old.get(folder):
+                new[above][name] = "40000", self._write_tree(new[folder])
+            elif not new[folder] and _git_is_tree(new[above].get(name)):
+                del new[above][name]
+        return root if root and new[""] == old.get("") else self._write_tree(new[""])
+
+    def write(self, kind: bytes, data: bytes) -> str:
+        """Store an object as git does, flushed and then renamed; its id."""
+        import hashlib
+
+        content = b"%s %d\0%s" % (kind, len(data), data)
+        oid = (hashlib.sha256 if self._id_size == 32 else hashlib.sha1)(content).hexdigest()
+        place = self._place(oid)
+        try:
+            with suppress(FileNotFoundError):
+                os.utime(place)  # there already; and so that no garbage collection finds it old
+                return oid
+            self._write_loose(place, content)
+        except OSError as error:
+            raise GitError(f"{place} cannot be written: {error.strerror}") from None
+        return oid
+
+    def _write_loose(self, place: Path, content: bytes) -> None:
+        import zlib
+
+        allowed = stat.S_IMODE(self._folder.stat().st_mode)  # shows whether others may read
+        if not place.parent.is_dir():
+            place.parent.mkdir(exist_ok=True)
+            place.parent.chmod(allowed)
+        unfinished = place.with_name(f"tmp_obj_{os.urandom(6).hex()}")  # git gc knows that name
+        with open(unfinished, "xb") as file:
+            file.write(zlib.compress(content, 1))
+            file.flush()
+            os.fchmod(file.fileno(), allowed & 0o444)
+            os.fsync(file.fileno())
+        os.rename(unfinished, place)
+
+    def _write_tree(self, tree: _Tree) -> str:
+        oid = self.write(b"tree", _git_tree_bytes(tree))
+        self._trees[oid] = tree
+        return oid
+
+    def _trees_at(self, root: str | None, folders: Iterable[str]) -> dict[str, _Tree]:
+        """The trees that there are at these folders ("" is the root); given with those above."""
+        found = {"": self._load({root})[root]} if root else {}
+        deeper = sorted(set(folders) - {""}, key=_git_depth)
+        for _, level in itertools.groupby(deeper, key=_git_depth):
+            places = {folder: os.path.split(folder) for folder in level}
+            rows = {f: found.get(above, {}).get(name) for f, (above, name) in places.items()}
+            ids = {folder: oid for folder, row in rows.items() if (oid := _git_subtree(row))}
+            trees = self._load(set(ids.values()))
+            found |= {folder: trees[oid] for folder, oid in ids.items()}
+        return found
+
+    def _load(self, oids: set[str]) -> dict[str, _Tree]:
+        """The trees with these ids."""
+        if len(self._trees) > self.KEPT_TREES:
+            self._trees.clear()
+        for oid, (kind, data) in self._read(oids - self._trees.keys()).items():
+            if kind != b"tree":
+                raise GitError(f"object {oid} is a {kind.decode()}, not a tree. See `git fsck`.")
+            self._trees[oid] = _git_parse_tree(data, self._id_size)
+        return {oid: self._trees[oid] for oid in oids}
+
+    def _require(self, oids: Iterable[str]) -> None:
+        """GitError if one of these objects is missing: what names it would be damaged."""
+        packed = [oid for oid in oids if not self._place(oid).exists()]
+        said = self._cat_file("--batch-check", _git_lines(packed)) if packed else b""
+        for line in said.decode().splitlines():
+            if line.endswith(" missing"):
+                raise GitError(f"object {line}. See `git fsck`.")
+
+    def _place(self, oid: str) -> Path:
+        return self._folder / oid[:2] / oid[2:]
+
+    def _read(self, oids: Iterable[str]) -> dict[str, tuple[bytes, bytes]]:
+        """Kind and content of objects; of those that are packed or borrowed, git tells them."""
+        found = {oid: self._read_loose(oid) for oid in oids}
+        asked = [oid for oid, content in found.items() if content is None]
+        told = self._ask(asked) if asked else {}
+        return told | {oid: content for oid, content in found.items() if content is not None}
+
+    def _read_loose(self, oid: str) -> tuple[bytes, bytes] | None:
+        import zlib
+
+        try:
+            raw = zlib.decompress(self._place(oid).read_bytes())
+        except (OSError, zlib.error):
+            return None
+        header, _, data = raw.partition(b"\0")
+        return header.partition(b" ")[0], data
+
+    def _ask(self, oids: Sequence[str]) -> dict[str, tuple[bytes, bytes]]:
+        output, at, found = self._cat_file("--batch", _git_lines(oids)), 0, {}
+        for oid in oids:
+            end = output.index(b"\n", at)
+            _, kind, *size = output[at:end].split(b" ")
+            if not size:
+                raise GitError(f"object {oid} is {kind.decode()}. See `git fsck`.")
+            at = end + 1 + int(size[0])
+            found[oid] = kind, output[end + 1 : at]
+            at += 1
+        return found
+
+
+def _git_lines(words: Iterable[str]) -> bytes:
+    return os.fsencode("".join(f"{word}\n" for word in words))
+
+
+def _git_parse_tree(data: bytes, id_size: int) -> _Tree:
+    tree: _Tree = {}
+    at = 0
+    while at < len(data):
+        end = data.index(b"\0", at)
+        mode, _, name = data[at:end].partition(b" ")
+        at = end + 1 + id_size
+        tree[os.fsdecode(name)] = mode.decode(), data[end + 1 : at].hex()
+    return tree
+
+
+def _git_tree_bytes(tree: _Tree) -> bytes:
+    """A tree as git stores it: sorted as if the name of a folder ended with a slash."""
+    rows = [
+        (os.fsencode(f"{name}/" if mode == "40000" else name), mode, oid)
+        for name, (mode, oid) in tree.items()
+    ]
+    return b"".join(
+        b"%s %s\0%s" % (mode.encode(), path.rstrip(b"/"), bytes.fromhex(oid))
+        for path, mode, oid in sorted(rows)
+    )
+
+
+def _git_is_tree(row: tuple[str, str] | None) -> bool:
+    return row is not None and row[0] in ("40000", "040000")
+
+
+def _git_subtree(row: tuple[str, str] | None) -> str | None:
+    return row[1] if row is not None and _git_is_tree(row) else None
+
+
+def _git_tree_entry(path: str, row: tuple[str, str] | None) -> Entry:
+    """A row of a tree as an entry; a folder is none."""
+    if row is None or _git_is_tree(row):
+        return Entry(path, ABSENT_MODE, ABSENT_OID)
+    return Entry(path, *row)
+
+
+def _git_depth(folder: str) -> int:
+    return folder.count("/")
+
+
+def _git_folders(path: str) -> list[str]:
+    """The folders above a path, the top of the work tree ("") included."""
+    parts = path.split("/")[:-1]
+    return ["/".join(parts[:n]) for n in range(len(parts) + 1)]
+
+
+# ==== 4. Starting git =============================================================================
 
 
 class _Ended(NamedTuple):
@@ -342,7 +647,7 @@ def _git_tail(output: bytes, lines: int = 40) -> str:
     return "\n".join(output.decode(errors="replace").strip().splitlines()[-lines:])
 
 
-# ==== 3. The repository ===========================================================================
+# ==== 5. The repository ===========================================================================
 
 
 class Repo:
@@ -377,6 +682,10 @@ class Repo:
         self._null = ABSENT_OID  # as long as this repository's object ids
         self._parked: str | None = None  # what this object parked itself
         self._file_mode: bool | None = None
+        self._index_seen = b"", list[_IndexRow]()  # the index file as last read, and its rows
+        self._staged_seen: tuple[object, frozenset[str]] = None, frozenset()  # see `_staged`
+        self._signatures: list[bytes] = []  # author and committer, once git has told them
+        self._objects = _Objects(root, 20, self._cat_file)
 
     @classmethod
     def open(
@@ -416,6 +725,7 @@ class Repo:
         relative = os.path.relpath(self.root, self.top)
         self.prefix = "" if relative == "." else relative + "/"
         self._null = "0" * (64 if object_format == "sha256" else 40)
+        self._objects = _Objects(self.common_dir / "objects", len(self._null) // 2, self._cat_file)
 
     def _read_version(self) -> tuple[int, int]:
         said = self.git("version").decode(errors="replace")
@@ -513,6 +823,29 @@ class Repo:
 
     def head(self) -> Head:
         """Branch and commit. GitError when HEAD is damaged."""
+        return self._head_by_files() or self._head_by_git()
+
+    def _head_by_files(self) -> Head | None:
+        """HEAD where it is a branch in a file of its own, whose commit can be read."""
+        place = self.git_dir / "HEAD"
+        with suppress(OSError, GitError):
+            named = os.fsdecode(place.read_bytes())
+            branch = named.removeprefix("ref: ").removesuffix("\n")
+            commit = self._loose_ref(branch)
+            if commit and branch.startswith("refs/heads/") and not place.is_symlink():
+                self._objects.tree_id(commit)
+                return Head(branch, commit)
+        return None
+
+    def _loose_ref(self, name: str) -> str | None:
+        """The id in the file of a ref; None where it has none (packed, another way to store)."""
+        try:
+            said = (self.common_dir / name).read_text("ascii", "replace").removesuffix("\n")
+        except OSError:
+            return None
+        return said if len(said) == len(self._null) and _GIT_HEX.fullmatch(said) else None
+
+    def _head_by_git(self) -> Head:
         # One process, so that both belong together; it fails on an unborn branch.
         both = self._call(
             ("rev-parse", "HEAD^{commit}", "--symbolic-full-name", "HEAD"), ok=range(256)
@@ -599,30 +932,25 @@ class Repo:
         return None if found.absent else found
 
     def _entries(self, tree: str | None, paths: Iterable[str]) -> dict[str, Entry]:
-        """What a tree holds at each path; a folder counts as absent. No tree holds nothing."""
-        wanted = {path: Entry(path, ABSENT_MODE, ABSENT_OID) for path in paths}
-        if tree is None or not wanted:
-            return wanted
-        which = ("--", *wanted) if _git_is_few(list(wanted)) else ("-r",)
-        for row in _git_rows(self.git("ls-tree", "-z", "--full-tree", tree, *which)):
-            facts, path = row.split("\t", 1)
-            mode, kind, oid = facts.split(" ")
-            if path in wanted and kind != "tree":
-                wanted[path] = Entry(path, mode, oid)
-        return wanted
+        """What a tree (or commit) holds at each path; a folder counts as absent."""
+        return self._objects.entries(self._tree(tree), paths)
+
+    def _tree(self, name: str | None) -> str | None:
+        """The tree of a commit or tree. None stands for no commit yet."""
+        if name is None or (len(name) == len(self._null) and _GIT_HEX.fullmatch(name)):
+            return name and self._objects.tree_id(name)
+        return self._line("rev-parse", "--verify", f"{name}^{{tree}}")
+
+    def _cat_file(self, option: str, stdin: bytes) -> bytes:
+        return self.git("cat-file", option, stdin=stdin, limit_s=TREE_LIMIT_S)
 
     def read_blob(self, oid: str) -> bytes:
         """The bytes of a blob, as git stores them."""
         return self.git("cat-file", "blob", oid)
 
-    def changes(self, before: str, after: str) -> list[Change]:
+    def changes(self, before: str | None, after: str) -> list[Change]:
         """The paths that differ between two trees (or commits), sorted; renames are two changes."""
-        if before == after:
-            return []
-        options = ("-r", "-z", "--raw", "--no-renames", "--no-abbrev", "--ignore-submodules=none")
-        rows = _git_rows(self.git("diff-tree", *options, before, after, limit_s=TREE_LIMIT_S))
-        pairs = zip(rows[::2], rows[1::2], strict=True)
-        return sorted(_git_change(facts, path) for facts, path in pairs)
+        return self._objects.changes(self._tree(before), self._tree(after))
 
     def relative(self, path: Path) -> str:
         """A file's path as git names it. GitError when it lies outside of the work tree."""
@@ -651,6 +979,25 @@ class Repo:
         if facts is not None and not stat.S_ISREG(facts.st_mode):
             raise GitError(f"{path} is neither a file nor a symbolic link")
         return Entry(name, self._mode(name, facts), self._store(name, data))
+
+    def blobs(self, files: Mapping[Path, bytes | None]) -> list[Entry]:
+        """Store files as `blob` does, but all plain ones by one process."""
+        plain = {}
+        for path in files:
+            name = self.relative(path)
+            if path.is_file() and not path.is_symlink() and not re.search('^"|\n', name):
+                plain[path] = name
+        stored = self._line("hash-object", "-w", "--stdin-paths", stdin=_git_lines(plain.values()))
+        oids = dict(zip(plain, stored.split(), strict=True))
+        for path, data in files.items():
+            if data is not None and path in oids and path.read_bytes() != data:
+                del oids[path]  # somebody has written to it since
+        return [
+            Entry(plain[path], self._mode(plain[path], path.lstat()), oids[path])
+            if path in oids
+            else self.blob(path, data)
+            for path, data in files.items()
+        ]
 
     def _store(self, name: str, data: bytes | None) -> str:
         if data is None:
@@ -691,17 +1038,35 @@ class Repo:
         with suppress(FileNotFoundError):
             shutil.copy2(self.git_dir / "index", path)
 
-    def _index_rows(
-        self, paths: Sequence[str] | None = None, env: Mapping[str, str] | None = None
-    ) -> list[_IndexRow]:
+    def _index_rows(self, paths: Iterable[str] | None = None) -> list[_IndexRow]:
         """The index entries of the paths (None: of all)."""
-        which = ("--", *paths) if paths is not None and _git_is_few(paths) else ()
-        if paths is not None and not paths:
-            return []
+        data = self._index_data(self.git_dir / "index")
         wanted = None if paths is None else frozenset(paths)
-        listed = _git_rows(self.git("ls-files", "-s", "-v", "-z", *which, env=env))
-        rows = map(_IndexRow.parse, listed)
-        return [row for row in rows if wanted is None or row.path in wanted]
+        if data != self._index_seen[0]:
+            if wanted is not None:
+                return self._parse_index(data, wanted)
+            self._index_seen = data, self._parse_index(data)
+        return [row for row in self._index_seen[1] if wanted is None or row.path in wanted]
+
+    def _index_data(self, path: Path) -> bytes:
+        try:
+            return path.read_bytes()
+        except FileNotFoundError:
+            return b""
+
+    def _parse_index(
+        self,
+        data: bytes,
+        wanted: frozenset[str] | None = None,
+        env: Mapping[str, str] | None = None,
+    ) -> list[_IndexRow]:
+        names = None if wanted is None else frozenset(map(os.fsencode, wanted))
+        rows = _git_index_rows(data, len(self._null) // 2, names) if data else []
+        if rows is None:
+            listed = _git_rows(self.git("ls-files", "-s", "-v", "-z", env=env))
+            rows = [_IndexRow.parse(row) for row in listed]
+            rows = [row for row in rows if wanted is None or row.path in wanted]
+        return rows
 
     def _write_index(self, rows: Sequence[_IndexRow]) -> None:
         """Make the real index hold exactly these rows for their paths; nothing else is touched.
@@ -764,17 +1129,30 @@ class Repo:
         head = self.head()
         rows = self._index_rows()
         staging = [str(row) for row in self._staging(head, rows)]
-        taken = Snapshot(self._work_tree(rows), head, staging)
+        taken = Snapshot(self._work_tree(head, rows), head, staging)
         if ref is not None:
             self._keep(ref, taken)
         return taken
 
-    def _work_tree(self, rows: Sequence[_IndexRow]) -> str:
-        """The tree of the work tree, given the entries of the real index."""
+    def _work_tree(self, head: Head, rows: Sequence[_IndexRow]) -> str:
+        """The tree of the work tree, given the entries of the real index.
+
+        It is HEAD's, but for what is staged or what `git add -A` would stage.
+        """
         with self._private_index(copied=True) as env:
             self._show_hidden(rows, env)
             self._add_everything(env)
-            return self._line("write-tree", env=env)
+            found = self._parse_index(self._index_data(Path(env["GIT_INDEX_FILE"])), None, env)
+        new = {row.path: Entry(row.path, row.mode, row.oid) for row in found}
+        old = {row.path: Entry(row.path, row.mode, row.oid) for row in rows}
+        paths = {path for path, _ in new.items() ^ old.items()} | self._staged(head)
+        absent = Entry("", ABSENT_MODE, ABSENT_OID)
+        entries = [new.get(path, absent._replace(path=path)) for path in paths]
+        return self._objects.graft(self._tree(head.commit), entries)
+
+    def _present(self, paths: Iterable[str]) -> dict[str, Entry]:
+        """What the work tree holds at each path."""
+        return self._entries(self._work_tree(self.head(), self._index_rows()), paths)
 
     def _show_hidden(self, rows: Sequence[_IndexRow], env: Mapping[str, str]) -> None:
         """Let git look at files that the operator told it not to look at.
@@ -810,13 +1188,10 @@ class Repo:
 
     def _staging(self, head: Head, rows: Sequence[_IndexRow]) -> list[_IndexRow]:
         """The entries that say more than HEAD does, see `Snapshot.staging`."""
-        base = head.commit or self._empty_tree
-        against = ("diff-index", "--cached", "--raw", "-z", "--no-renames", "--no-abbrev")
-        staged = set(_git_rows(self.git(*against, base))[1::2])
-        firm = staged
+        staged = firm = self._staged(head)
         if any(row.path in staged and row.oid == self._empty_blob for row in rows):
             # An intent-to-add entry looks like an empty file, unless one asks for the difference.
-            firm = set(_git_rows(self.git(*against, "--ita-invisible-in-index", base))[1::2])
+            firm = self._differing(head, "--ita-invisible-in-index")
         kept = [
             row._replace(flag="N") if row.path in staged - firm else row
             for row in rows
@@ -824,6 +1199,17 @@ class Repo:
         ]
         deleted = sorted(staged - {row.path for row in rows})
         return kept + [_IndexRow("H", ABSENT_MODE, self._null, "0", path) for path in deleted]
+
+    def _staged(self, head: Head) -> frozenset[str]:
+        """The paths in which the index differs from HEAD."""
+        state = self._index_data(self.git_dir / "index"), head.commit
+        if state != self._staged_seen[0]:
+            self._staged_seen = state, self._differing(head)
+        return self._staged_seen[1]
+
+    def _differing(self, head: Head, *options: str) -> frozenset[str]:
+        against = ("diff-index", "--cached", "--raw", "-z", "--no-renames", "--no-abbrev", *options)
+        return frozenset(_git_rows(self.git(*against, head.commit or self._empty_tree))[1::2])
 
     def _is_hidden(self, row: _IndexRow) -> bool:
         """Whether an entry carries a flag that the operator set (not one of a sparse checkout)."""
@@ -846,8 +1232,8 @@ class Repo:
         parents = [taken.head.commit] if taken.head.commit else []
         staged = [_IndexRow.parse(row) for row in taken.staging]
         if staged and all(row.stage == "0" for row in staged):
-            with self._private_index(copied=True) as env:
-                tree = self._line("write-tree", env=env)
+            firm = [Entry(row.path, row.mode, row.oid) for row in staged if row.flag != "N"]
+            tree = self._objects.graft(self._tree(taken.head.commit), firm)
             parents.append(self._commit_tree(tree, parents, "Staged before the phase"))
         commit = self._commit_tree(taken.tree, parents, "Work tree before the phase")
         self.git("update-ref", ref, commit)
@@ -922,13 +1308,9 @@ class Repo:
         self, head: Head, entries: Sequence[Entry], message: str, parents: Sequence[str]
     ) -> str:
         """The commit object: HEAD with these entries; checked to differ in nothing else."""
-        rows = [_IndexRow("H", entry.mode, entry.oid, "0", entry.path) for entry in entries]
-        with self._private_index() as env:
-            self.git("read-tree", head.commit or "--empty", env=env)
-            self.git("update-index", "-z", "--index-info", stdin=self._index_info(rows), env=env)
-            tree = self._line("write-tree", env=env)
+        tree = self._objects.graft(self._tree(head.commit), entries)
         commit = self._commit_tree(tree, parents, message)
-        made = [change.after for change in self.changes(head.commit or self._empty_tree, commit)]
+        made = [change.after for change in self.changes(head.commit, commit)]
         if sorted(made) != sorted(_git_normal(entry) for entry in entries):
             raise GitError(
                 f"the commit {commit[:10]} would not hold what it should, so the branch was left"
@@ -937,8 +1319,20 @@ class Repo:
         return commit
 
     def _commit_tree(self, tree: str, parents: Sequence[str], message: str) -> str:
-        options = [option for parent in parents for option in ("-p", parent)]
         text = (message.rstrip("\n") + "\n").encode(errors="replace")
+        if not self._signatures:
+            commit = self._commit_tree_by_git(tree, parents, text)
+            self._signatures = self._objects.signatures(commit)
+            return commit
+        when = f"{time.time():.0f} {time.strftime('%z')}".encode()
+        author, committer = self._signatures
+        lines = [f"tree {tree}", *(f"parent {parent}" for parent in parents)]
+        signed = b"author %s %s\ncommitter %s %s\n\n%s" % (author, when, committer, when, text)
+        return self._objects.write(b"commit", _git_lines(lines) + signed)
+
+    def _commit_tree_by_git(self, tree: str, parents: Sequence[str], text: bytes) -> str:
+        """The first commit is made by git, which knows whom it is by."""
+        options = [option for parent in parents for option in ("-p", parent)]
         command = ("commit-tree", tree, *options, "-F", "-")
         try:
             return self._line(*command, stdin=text)
@@ -1104,7 +1498,7 @@ class Repo:
 
     def _nothing_yet(self) -> str:
         """A commit of no files, so that a parked one always has a first parent."""
-        return self._commit_tree(self._line("mktree"), [], "No commit yet")
+        return self._commit_tree(self._objects.graft(None, []), [], "No commit yet")
 
     def _forget_parked(self, entry: Entry) -> None:
         """HEAD holds the newest state: drop a parked one that it holds or that we have outrun."""
@@ -1180,7 +1574,7 @@ class Repo:
 
     def _refuse_if_edited(self, changes: Sequence[Change]) -> None:
         """Only what is known to be kept elsewhere may be overwritten."""
-        now = self._entries(self._work_tree(self._index_rows()), [c.after.path for c in changes])
+        now = self._present(change.after.path for change in changes)
         edited = [
             c.after.path
             for c in changes
@@ -1250,7 +1644,7 @@ class Repo:
         return frozenset(path.removeprefix("./") for path in _git_rows(output))
 
     def _verify_restored(self, changes: Sequence[Change]) -> None:
-        now = self._entries(self._work_tree(self._index_rows()), [c.before.path for c in changes])
+        now = self._present(change.before.path for change in changes)
         wrong = [c.before.path for c in changes if now[c.before.path] != _git_normal(c.before)]
         if wrong:
             raise GitError(
@@ -1295,6 +1689,8 @@ class Repo:
 
     def _ref(self, name: str) -> str | None:
         """The commit that a name stands for, if it does."""
+        if name.startswith("refs/") and self._has_no_refs(name):
+            return None
         said = self._call(("rev-parse", "-q", "--verify", f"{name}^{{commit}}"), ok=(0, 1))
         return said.out.decode().strip() or None
 
@@ -1307,13 +1703,26 @@ class Repo:
     def refs(self, prefix: str) -> dict[str, str]:
         """Full name → object id of every ref whose name starts with `prefix`."""
         pattern = prefix.rstrip("/") if prefix.endswith("/") else os.path.dirname(prefix)
+        if self._has_no_refs(pattern):
+            return {}
         listed = self._line("for-each-ref", "--format=%(objectname) %(refname)", pattern)
         pairs = (line.split(" ", 1) for line in listed.splitlines())
         return {name: oid for oid, name in pairs if name.startswith(prefix)}
 
-    def drop_ref(self, ref: str) -> None:
-        """Delete a ref, if it exists."""
-        self.git("update-ref", "-d", ref)
+    def _has_no_refs(self, name: str) -> bool:
+        """Whether surely no ref has this name, or one below it."""
+        if (self.common_dir / "reftable").is_dir() or (self.common_dir / name).exists():
+            return False
+        try:
+            packed = (self.common_dir / "packed-refs").read_bytes()
+        except FileNotFoundError:
+            return True
+        return b" %s" % os.fsencode(name) not in packed
+
+    def drop_refs(self, refs: Iterable[str]) -> None:
+        """Delete refs, as far as they exist."""
+        if commands := _git_lines(f"delete {ref}" for ref in refs):
+            self.git("update-ref", "--stdin", stdin=commands)
 
     # -- hooks -------------------------------------------------------------------------------------
 
@@ -1326,8 +1735,7 @@ class Repo:
         message, is not taken over, but files that they mend in the work tree are there to stay
         (see `HookResult.changed`). `limit_s` counts per hook.
         """
-        names = ("pre-commit", "commit-msg")
-        hooks = {name: path for name in names if (path := self._hook(name)) is not None}
+        hooks = self._hooks("pre-commit", "commit-msg")
         if not hooks:
             return HookResult("ok", "", "", False)
         with self._private_index() as env, self._message_file(message) as file:
@@ -1340,16 +1748,17 @@ class Repo:
                     break
             return verdict._replace(changed=self._hook_changed(tree, entries, env))
 
-    def _hook(self, name: str) -> Path | None:
-        """The operator's hook, wherever core.hooksPath puts it; None unless it is executable."""
+    def _hooks(self, *names: str) -> dict[str, Path]:
+        """Those of the operator's hooks that are executable, wherever core.hooksPath puts them."""
         # Asked without our own settings, which switch hooks off.
-        argv = ("git", "rev-parse", "--git-path", f"hooks/{name}")
+        argv = ("git", "rev-parse", "--git-path", "hooks")
         env = {**_git_environment(), **_GIT_ENV}
         said = _git_child(argv, cwd=self.top, env=env, stdin=b"", limit_s=self._limit_s)
         if said.status != 0:
             raise GitError(said.err.decode(errors="replace"), argv[1:], said.status)
-        path = self.top / os.fsdecode(said.out).removesuffix("\n")
-        return path if path.is_file() and os.access(path, os.X_OK) else None
+        folder = self.top / os.fsdecode(said.out).removesuffix("\n")
+        hooks = {name: folder / name for name in names}
+        return {n: path for n, path in hooks.items() if path.is_file() and os.access(path, os.X_OK)}
 
     def _fill(self, env: Mapping[str, str], entries: Sequence[Entry]) -> str:
         """Make a private index hold HEAD and the entries, as `git commit` shows it to hooks."""
@@ -1399,7 +1808,7 @@ class Repo:
         try:
             found += self.head_problems()
             found += self._index_problems(backlog)
-            self.git("hash-object", "-w", "--stdin", stdin=b"orchestrator\n")
+            self._objects.write(b"blob", b"orchestrator\n")
         except GitError as error:
             remedy = f"See `git -C '{self.top}' status` and `git -C '{self.top}' fsck`."
             found.append(Problem(f"git cannot work here: {error}", remedy))
@@ -1448,7 +1857,7 @@ class Repo:
         if head.branch is None:
             yield Problem("HEAD is detached", "Switch to a branch: `git switch BRANCH`.")
         if head.commit is not None:
-            self.git("cat-file", "-e", f"{head.commit}^{{tree}}")
+            self._entries(head.commit, ())  # that is: its tree can be read
 
     def _index_problems(self, backlog: Path) -> Iterator[Problem]:
         rows = self._index_rows()
@@ -1527,14 +1936,6 @@ def _git_open_advice(root: Path, error: GitError) -> str:
             " --root."
         )
     return error.stderr.strip() or str(error)
-
-
-def _git_change(facts: str, path: str) -> Change:
-    """One record of `diff-tree --raw -z`: ":MODE MODE OID OID STATUS" and a path."""
-    old_mode, new_mode, old_oid, new_oid, _ = facts[1:].split(" ")
-    return Change(
-        _git_normal(Entry(path, old_mode, old_oid)), _git_normal(Entry(path, new_mode, new_oid))
-    )
 
 
 def _git_normal(entry: Entry) -> Entry:

@@ -5772,14 +5772,11 @@ class Ledger:
     def _commit_pending(self) -> str | None:
         pending = self.journal.pending
         entries = {entry.path: entry for record in pending for entry in record.entries}
-        for path in self._worklog_files():
-            entry = self.repo.blob(path)
-            entries[entry.path] = entry
+        files: dict[Path, bytes | None] = dict.fromkeys(self._worklog_files())
         if any(record.with_state for record in pending):
-            data = self.store.committed_bytes()
-            entry = self.repo.blob(self.store.path, data)
-            entries[entry.path] = entry
+            files[self.store.path] = self.store.committed_bytes()
             entries |= self._inbox_removal()
+        entries |= {entry.path: entry for entry in self.repo.blobs(files)}
         return self.repo.commit(
             list(entries.values()), self._message(pending), expect_branch=self.journal.branch
         )
@@ -5941,8 +5938,8 @@ class Ledger:
         """Drop the snapshots that the run no longer needs, then mark it as ended."""
         self.journal.ended = True
         if self.journal.settled:
-            for ref in self.repo.refs(f"refs/orchestrator/snapshots/{self.journal.run_id}/"):
-                self.repo.drop_ref(ref)
+            snapshots = f"refs/orchestrator/snapshots/{self.journal.run_id}/"
+            self.repo.drop_refs(self.repo.refs(snapshots))
         self.journal.write()
         (self.repo.state_dir / "stop").unlink(missing_ok=True)
 

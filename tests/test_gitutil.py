@@ -439,8 +439,8 @@ def test_refs(project: Path, repo: Repo) -> None:
     stem = "refs/orchestrator/salvage/A-1/build/"
     assert repo.refs(stem) == {f"{stem}1": head, f"{stem}12": head}
     assert len(repo.refs("refs/orchestrator/salvage/A-1")) == 4
-    repo.drop_ref(f"{stem}1")
-    repo.drop_ref(f"{stem}1")
+    repo.drop_refs([f"{stem}1"])
+    repo.drop_refs([f"{stem}1"])
     assert list(repo.refs(stem)) == [f"{stem}12"]
 
 
@@ -596,7 +596,7 @@ def test_objects_that_cannot_be_written_are_a_problem(project: Path) -> None:
             if path.is_dir():
                 path.chmod(0o500)
         [problem] = Repo.open(where).problems(where / NAME)
-        assert "insufficient permission" in problem.what
+        assert "cannot be written: Permission denied" in problem.what
         (where / NAME).write_text("v: 2\n")
         made = Repo.open(where).commit_state(where / NAME, b"v: 2\n", "m")
         assert made.outcome == "skipped"
