@@ -840,7 +840,7 @@ class Repo:
     def _loose_ref(self, name: str) -> str | None:
         """The id in the file of a ref; None where it has none (packed, another way to store)."""
         try:
-            said = (self.common_dir / name).read_text("ascii", "replace").removesuffix("\n")
+            said = os.fsdecode((self.common_dir / name).read_bytes()).removesuffix("\n")
         except OSError:
             return None
         return said if len(said) == len(self._null) and _GIT_HEX.fullmatch(said) else None
