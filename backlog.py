@@ -11,10 +11,13 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from datetime import UTC, datetime
+from functools import cache
 from itertools import pairwise, takewhile
-from pathlib import Path
-from typing import NamedTuple, NoReturn, Protocol, TypedDict, cast
+from typing import TYPE_CHECKING, NamedTuple, NoReturn, Protocol, TypedDict, cast
+
+if TYPE_CHECKING:
+    from datetime import datetime
+    from pathlib import Path
 
 # ==== 1. The YAML subset: what it is, and its one error ===========================================
 #
@@ -47,6 +50,12 @@ _YAML_MAX_DEPTH = 32
 _YAML_MAX_KEY = 1_000  # characters; YAML itself stops at 1,024
 _YAML_MAX_DIGITS = 15  # more do not survive a reader that takes numbers for doubles
 _YAML_MEMO = 32  # longest text kept in a memo: bounds the memory that hostile input can take
+
+
+@cache
+def _regex(pattern: str) -> re.Pattern[str]:
+    """`pattern`, compiled when it is first used: all of them would double the time of importing."""
+    return re.compile(pattern)
 
 
 class YamlError(ValueError):
@@ -97,7 +106,7 @@ _YAML_BOM = b"\xef\xbb\xbf"
 _YAML_ALLOWED_BYTES = bytes([9, 10, *range(0x20, 0x7F), *range(0x80, 0x100)])
 _YAML_ASCII = bytes(range(0x80))
 # Not printable in YAML, or a line break for some readers only.
-_YAML_UNPRINTABLE = re.compile("[\0-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\ufeff\ufffe\uffff]")
+_YAML_UNPRINTABLE = "[\0-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\ufeff\ufffe\uffff]"
 
 
 class _YamlFile(NamedTuple):
@@ -152,7 +161,7 @@ def _yaml_check_characters(data: bytes, text: str, source: str) -> None:
     elif data.isascii():
         return
     else:
-        found = _YAML_UNPRINTABLE.search(data.translate(None, _YAML_ASCII).decode())
+        found = _regex(_YAML_UNPRINTABLE).search(data.translate(None, _YAML_ASCII).decode())
         if not found:
             return
         bad = found[0]
@@ -179,23 +188,23 @@ _YAML_CONSTANTS: dict[str, bool | None] = {
 }
 _YAML_NUMBER_START = frozenset("-+.0123456789")
 # Written the one way that all parsers read the same: group 1 is the integer part, 2 the rest.
-_YAML_NUMBER = re.compile(r"(-?(?:0|[1-9][0-9]*+))((?:\.[0-9]++)?(?:[eE][-+]?[0-9]++)?)")
+_YAML_NUMBER = r"(-?(?:0|[1-9][0-9]*+))((?:\.[0-9]++)?(?:[eE][-+]?[0-9]++)?)"
 # Everything that some YAML 1.2 parser takes for a number.
-_YAML_NUMBER_LIKE = re.compile(
+_YAML_NUMBER_LIKE = (
     r"[-+]?(?:(?:[0-9]++(?:\.[0-9]*+)?|\.[0-9]++)(?:[eE][-+]?[0-9]++)?"
     r"|0[bB][01]++|0[oO][0-7]++|0[xX][0-9a-fA-F]++|\.(?:inf|Inf|INF|nan|NaN|NAN))"
 )
 _YAML_QUOTED = {
-    "'": re.compile(r"(?:[^']++|'')*+"),
-    '"': re.compile(r'(?:[^"\\]++|\\.)*+'),
+    "'": r"(?:[^']++|'')*+",
+    '"': r'(?:[^"\\]++|\\.)*+',
 }
-_YAML_ESCAPE = re.compile(r"\\(x[0-9A-Fa-f]{2}|u[0-9A-Fa-f]{4}|U[0-9A-Fa-f]{8}|.)")
+_YAML_ESCAPE = r"\\(x[0-9A-Fa-f]{2}|u[0-9A-Fa-f]{4}|U[0-9A-Fa-f]{8}|.)"
 _YAML_ESCAPES = {
     "0": "\0", "a": "\a", "b": "\b", "t": "\t", "n": "\n", "v": "\v", "f": "\f", "r": "\r",
     "e": "\x1b", " ": " ", '"': '"', "/": "/", "\\": "\\",
     "N": "\x85", "_": "\xa0", "L": "\u2028", "P": "\u2029",
 }  # fmt: skip
-_YAML_FLOW_ITEM = re.compile(
+_YAML_FLOW_ITEM = (
     r" *+('(?:[^']++|'')*+'|\"(?:[^\"\\]++|\\.)*+\""
     r"|(?!- |-[\],])[A-Za-z0-9_./+-]++(?: [A-Za-z0-9_./+-]++)*+) *+(?=[],])"
 )
@@ -249,14 +258,14 @@ class _YamlValues(dict[str, object]):
             return inner if closed and (first == "'" or "\\" not in inner) else _YAML_SLOW
         if ": " in raw or " #" in raw or "\t" in raw or raw[-1] in " :":
             return _YAML_SLOW
-        if first in _YAML_DIGITS and ":" not in raw and _YAML_NUMBER_LIKE.fullmatch(raw):
+        if first in _YAML_DIGITS and ":" not in raw and _regex(_YAML_NUMBER_LIKE).fullmatch(raw):
             return _yaml_number(raw, _YAML_SLOW)
         return raw
 
 
 def _yaml_number(text: str, otherwise: object) -> object:
     """The number that `text` is in every parser; `otherwise` if there is no such number."""
-    match = _YAML_NUMBER.fullmatch(text)
+    match = _regex(_YAML_NUMBER).fullmatch(text)
     if not match or len(text) > 2 * _YAML_MAX_DIGITS:
         return otherwise
     whole, rest = match.groups()
@@ -295,7 +304,7 @@ def _yaml_text_start(line: str, start: int) -> int:
 
 def _yaml_quote_end(line: str, begin: int, quote: str) -> int:
     """Where the closing quote stands of what begins at `begin`, or the end of its text."""
-    match = _YAML_QUOTED[quote].match(line, begin)
+    match = _regex(_YAML_QUOTED[quote]).match(line, begin)
     return match.end() if match else begin
 
 
@@ -625,7 +634,7 @@ class _YamlReader:
         if key[0] in "-?:":
             what = f"a plain key that starts with `{key[0]}`"
             self.refuse(at, column, what, "quote the key")
-        if key in _YAML_CONSTANTS or _YAML_NUMBER_LIKE.fullmatch(key):
+        if key in _YAML_CONSTANTS or _regex(_YAML_NUMBER_LIKE).fullmatch(key):
             self.fail(at, column, f"the key {key[:40]} is not a string", "quote it")
         return key
 
@@ -715,7 +724,7 @@ class _YamlReader:
         """The value of a plain scalar of one line, by the core schema."""
         if text in _YAML_CONSTANTS:
             return _YAML_CONSTANTS[text]
-        if text[0] not in _YAML_NUMBER_START or not _YAML_NUMBER_LIKE.fullmatch(text):
+        if text[0] not in _YAML_NUMBER_START or not _regex(_YAML_NUMBER_LIKE).fullmatch(text):
             return text
         value = _yaml_number(text, _YAML_SLOW)
         if value is _YAML_SLOW:
@@ -790,7 +799,7 @@ class _YamlReader:
             return text.replace("''", "'")
         if "\\" not in text:
             return text
-        return _YAML_ESCAPE.sub(lambda match: self._escaped(match, at, begin), text)
+        return _regex(_YAML_ESCAPE).sub(lambda match: self._escaped(match, at, begin), text)
 
     def _escaped(self, match: re.Match[str], at: int, begin: int) -> str:
         """The character that an escape in a double-quoted scalar stands for."""
@@ -909,7 +918,7 @@ class _YamlReader:
         if line[place : place + 1] == "]":
             return found, place
         while True:
-            match = _YAML_FLOW_ITEM.match(line, place)
+            match = _regex(_YAML_FLOW_ITEM).match(line, place)
             if not match:
                 what = "a flow sequence that is not a one-line list of simple scalars"
                 self.refuse(self.at, place, what, "write one `- value` per line")
@@ -936,7 +945,7 @@ _YAML_RESERVED = frozenset(
     for form in (word, word.capitalize(), word.upper())
 ) | {"~", "=", "<<", "..."}
 _YAML_QUOTE_START = frozenset("-+.0123456789_eE")
-_YAML_QUOTE_NUMBER = re.compile(
+_YAML_QUOTE_NUMBER = (
     r"[-+]*(?:0_*[bB][-+01_]+|0_*[oO][-+0-7_]+|0_*[xX][-+0-9a-fA-F_]+"
     r"|[0-9_]*(?:\.[0-9_]*)?(?:[eE][-+]?[0-9_]+)?|[0-9][0-9_]*(?::[0-9]{1,2})+(?:\.[0-9_]*)?"
     r"|\.(?:inf|Inf|INF|nan|NaN|NAN)|[0-9]{4}-[0-9]{1,2}-[0-9]{1,2}(?:[Tt ].*)?)"
@@ -1091,7 +1100,7 @@ def _yaml_float(value: float) -> str:
 
 def _yaml_written(text: str) -> str:
     """How `text` is written on one line: plain if possible, "" if it shall be a literal block."""
-    printable = text.isprintable() or not _YAML_UNPRINTABLE.search(text)
+    printable = text.isprintable() or not _regex(_YAML_UNPRINTABLE).search(text)
     if printable and _yaml_is_plain(text):
         return text
     if "\n" in text and _yaml_is_literal(text):
@@ -1105,22 +1114,22 @@ def _yaml_is_plain(text: str) -> bool:
         return False
     if ": " in text or " #" in text or text[-1] == ":" or text != text.strip():
         return False
-    return text[0] not in _YAML_QUOTE_START or not _YAML_QUOTE_NUMBER.fullmatch(text)
+    return text[0] not in _YAML_QUOTE_START or not _regex(_YAML_QUOTE_NUMBER).fullmatch(text)
 
 
 def _yaml_is_literal(text: str) -> bool:
     """Whether a literal block holds `text`, and no reader disagrees about its line breaks."""
     if text[0] in " \n" or text.endswith("\n\n") or " \n" in text or text[-1] == " ":
         return False
-    return not _YAML_UNPRINTABLE.search(text.replace("\n", ""))
+    return not _regex(_YAML_UNPRINTABLE).search(text.replace("\n", ""))
 
 
 def _yaml_quoted(text: str, double: bool = False) -> str:
     """`text` in single quotes, or in double quotes if it needs escapes (or if `double`)."""
-    if not double and not _YAML_UNPRINTABLE.search(text):
+    if not double and not _regex(_YAML_UNPRINTABLE).search(text):
         return "'" + text.replace("'", "''") + "'"
     text = text.replace("\\", "\\\\").replace('"', '\\"')
-    return '"' + _YAML_UNPRINTABLE.sub(_yaml_escape, text) + '"'
+    return '"' + _regex(_YAML_UNPRINTABLE).sub(_yaml_escape, text) + '"'
 
 
 def _yaml_escape(match: re.Match[str]) -> str:
@@ -1234,7 +1243,7 @@ def _yaml_in_style(style: str, old: object, value: object) -> str:
 
 
 def _yaml_flow_text(text: str) -> str:
-    match = _YAML_FLOW_ITEM.match(text + "]") if _yaml_is_plain(text) else None
+    match = _regex(_YAML_FLOW_ITEM).match(text + "]") if _yaml_is_plain(text) else None
     return text if match and match.end() == len(text) else _yaml_quoted(text)
 
 
@@ -1600,7 +1609,7 @@ OWNED_KEYS = frozenset(
 )
 
 MAX_COUNTER = 10**15 - 1  # more digits do not survive every YAML reader
-_ID_TEXT = re.compile(r"\w[\w.-]{0,99}")  # goes into file names and git refs
+_ID_TEXT = r"\w[\w.-]{0,99}"  # goes into file names and git refs
 
 
 class BacklogError(Exception):
@@ -1659,6 +1668,8 @@ class KeyChange(NamedTuple):
 
 def timestamp(now: datetime) -> str:
     """RFC 3339 text in UTC, as `created` and `updated` hold it."""
+    from datetime import UTC
+
     return now.astimezone(UTC).isoformat()
 
 
@@ -1781,7 +1792,7 @@ def _word_problem(key: str, value: str, words: Sequence[str]) -> str:
 
 
 def _id_problem(value: object) -> str:
-    if _ID_TEXT.fullmatch(str(value)):
+    if _regex(_ID_TEXT).fullmatch(str(value)):
         return ""
     return (
         f"id {str(value)[:120]!r} cannot be used: up to 100 letters, digits, '-', '_' and '.',"
@@ -2631,6 +2642,8 @@ def append_worklog(directory: Path, now: datetime, text: str) -> Path:
     Does nothing when one of the last two months has exactly this text already, so that it can be
     done again after a crash; nor for an empty text. Raises OSError.
     """
+    from datetime import UTC
+
     path = directory / f"{now.astimezone(UTC):%Y-%m}.md"
     months = sorted(directory.glob("[0-9][0-9][0-9][0-9]-[0-9][0-9].md"))[-2:]
     written = {month: month.read_bytes() for month in months}
