@@ -519,8 +519,9 @@ class _YamlReader:
 
     def _check_not_deeper(self, column: int) -> None:
         if self.indent > column:
-            problem = "this line is indented deeper than its neighbours"
-            self.fail(self.at, self.indent, problem, "align it with them")
+            where = f"column {self.indent + 1}, theirs is {column + 1}"
+            problem = f"this line is indented deeper than its neighbours ({where})"
+            self.fail(self.at, self.indent, problem, "align it with them or with the block above")
 
     def _duplicate(self, key: str, first: int, column: int) -> NoReturn:
         """Raise for the second `key`, on line `at`, of the mapping that starts on line `first`."""
@@ -700,9 +701,13 @@ class _YamlReader:
     def _continuation(self) -> str:
         """A further line of a plain scalar."""
         at, start, line = self.at, self.indent, self.lines[self.at]
+        sign = ":" if self._is_entry(start) else ""
         if line[start] in "-?:" and line[start + 1 : start + 2] in ("", " "):
-            what = f"a line that starts with `{line[start]} ` inside a plain scalar"
-            self.refuse(at, start, what, "quote the text, or align the line with its neighbours")
+            sign = line[start]
+        if sign:
+            why = f"this line continues line {self.end}, because it is indented deeper"
+            what = f'"{sign} " inside a plain scalar ({why})'
+            self.refuse(at, start, what, "align it with its neighbours, or quote the text")
         return self._plain_line(start)
 
     def _plain_line(self, start: int) -> str:
