@@ -2765,6 +2765,27 @@ def _merge_removal(draft: Draft, change: KeyChange, warn: Callable[[str], None])
             )
 
 
+def _is_saved(disk: Backlog, changes: Iterable[KeyChange]) -> bool:
+    """Whether a save of these changes has reached the file: it has a time that they set.
+
+    A save is one act, so what else differs from them has been edited since.
+    """
+    items = cast(Mapping[str, Mapping[str, object]], disk.items)
+    return any(
+        items[change.item_id].get(change.key or "created") == _time_set(change)
+        for change in changes
+        if change.item_id in items and _time_set(change) is not None
+    )
+
+
+def _time_set(change: KeyChange) -> object:
+    """The time that a change writes: it is exact to the microsecond, so no other change has it."""
+    if change.key == "updated":
+        return change.new
+    added = change.new if change.item_id and not change.key else None
+    return cast(Item, added)["created"] if added else None
+
+
 def _edit_document(document: Document, changes: Sequence[KeyChange]) -> Document:
     """The document with the changes made; the given one stays as it is.
 
@@ -2903,17 +2924,20 @@ class Store:
     def restore(self, changes: Sequence[KeyChange]) -> None:
         """Take up changes that an earlier run could not save; the next `transact` writes them.
 
-        Merged like edits made meanwhile, with the same warnings.
+        Merged like edits made meanwhile, with the same warnings. Nothing happens if they were
+        saved after all.
         """
-        self.backlog = _merge_changes(self.backlog, changes, self._warn)
+        if not _is_saved(self.backlog, changes):
+            self.backlog = _merge_changes(self.backlog, changes, self._warn)
 
     def merge_bytes(self, base: bytes, theirs: bytes) -> None:
-        """Take up what leads from one content of the file to another, as `restore` does.
+        """Take up what leads from one content of the file to another, merged as by `restore`.
 
         An empty `base` is an empty backlog. Raises YamlError or BacklogError.
         """
         old = self._parse(base).backlog if base else Backlog({}, 0)
-        self.restore(changes_between(old, self._parse(theirs).backlog))
+        changes = changes_between(old, self._parse(theirs).backlog)
+        self.backlog = _merge_changes(self.backlog, changes, self._warn)
 
     def committed_bytes(self) -> bytes:
         """The file's bytes now, complete; SaveError if it cannot be read."""

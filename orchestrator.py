@@ -140,6 +140,10 @@ class OrchestratorError(Exception):
     exit_code = EXIT_ERROR
 
 
+class RunActive(OrchestratorError):
+    """Somebody else holds the run lock."""
+
+
 class UsageError(OrchestratorError):
     """The command line asks for something that makes no sense."""
 
@@ -5178,31 +5182,20 @@ class Ledger:
 
     # -- the backlog -------------------------------------------------------------------------------
 
-    def edit(self, edits: Sequence[Callable[[Draft], Any]]) -> list[Any]:
+    def edit(
+        self,
+        edits: Sequence[Callable[[Draft], Any]],
+        *,
+        prepare: Callable[[], None] | None = None,
+    ) -> list[Any]:
         """Apply the edits in one save; an edit's exception is its result.
 
+        With `prepare` the edits are journalled before they are saved: `prepare` completes the
+        journal with what belongs to them, and a start after a crash rolls all of it forward. Once
+        the save is on disk the journal forgets them, so that they are not made again over a later
+        edit of the operator's.
+
         Raises SaveError when the file cannot be written: the decisions are then in the journal.
-        """
-        try:
-            return self.store.transact(edits)
-        finally:
-            self._remember_unsaved()
-
-    def _remember_unsaved(self) -> None:
-        """Keep in the journal what could not be saved; a save that worked needs no write now."""
-        before, self.journal.unsaved = self.journal.unsaved, self.store.unsaved()
-        if self.journal.unsaved and self.journal.unsaved != before:
-            self.journal.write()
-
-    def edit_one(
-        self, edit: Callable[[Draft], T], *, prepare: Callable[[], None] | None = None
-    ) -> T:
-        """One edit; raises its error.
-
-        With `prepare` the edit is journalled before it is saved: `prepare` completes the journal
-        with what belongs to the edit, and a start after a crash rolls all of it forward. Once the
-        save is on disk the journal forgets it, so that it is not done again over a later edit of
-        the operator's.
         """
         journalled = False
 
@@ -5216,15 +5209,28 @@ class Ledger:
                 self.journal.write()
 
         try:
-            (answer,) = self.store.transact([edit], ahead=ahead)
+            answers = self.store.transact(edits, ahead=ahead)
         finally:
             self._remember_unsaved()
+        done = not all(isinstance(answer, Exception) for answer in answers)
+        if prepare is not None and done and not journalled:  # nothing changed in the file
+            prepare()
+            self.journal.write()
+        return answers
+
+    def _remember_unsaved(self) -> None:
+        """Keep in the journal what could not be saved, and only that."""
+        before, self.journal.unsaved = self.journal.unsaved, self.store.unsaved()
+        if self.journal.unsaved != before:
+            self.journal.write()
+
+    def edit_one(
+        self, edit: Callable[[Draft], T], *, prepare: Callable[[], None] | None = None
+    ) -> T:
+        """One edit, as `edit` makes it; raises its error."""
+        (answer,) = self.edit([edit], prepare=prepare)
         if isinstance(answer, Exception):
             raise answer
-        if prepare is not None:
-            if not journalled:  # the edit changed nothing in the file
-                prepare()
-            self.journal.write()
         return cast(T, answer)
 
     def take_in(self) -> list[str]:
@@ -5431,27 +5437,38 @@ class Ledger:
         self.write_worklog(applied.worklog)
         return applied
 
-    def note_block(self, phase: str, applied: Applied) -> None:
-        """The worklog of a block that no attempt led to; it is committed with the next batch."""
-        import secrets
+    def promote(self, item_ids: Sequence[str]) -> list[Applied]:
+        """Move ready items to their first phase, or block them where they may not start."""
+        now = self.clock()
 
-        token, item_id, text = secrets.token_hex(8), applied.item["id"], applied.worklog
-        parent = self.repo.head().commit
-        self.journal.pending.append(
-            PendingCommit(
-                token,
-                parent,
-                item_id,
-                phase,
-                "blocked",
-                applied.reason,
-                (),
-                with_state=False,
-                worklog=text,
-            )
-        )
-        self.journal.write()
-        self.write_worklog(text)
+        def promotion(item_id: str) -> Callable[[Draft], Applied]:
+            return lambda draft: promote(draft, item_id, self.config, now)
+
+        return self._decide("promotion", [promotion(item_id) for item_id in item_ids])
+
+    def _decide(self, phase: str, edits: Sequence[Callable[[Draft], Applied]]) -> list[Applied]:
+        """Decisions that no attempt led to, in one save; raises the error of an edit.
+
+        The worklog of those that block an item is journalled with them, and committed with the
+        next batch.
+        """
+        outcomes: list[Applied] = []
+
+        def noted(edit: Callable[[Draft], Applied]) -> Callable[[Draft], None]:
+            return lambda draft: outcomes.append(edit(draft))
+
+        def prepare() -> None:
+            told = [applied for applied in outcomes if applied.worklog]
+            parent = self.repo.head().commit if told else None
+            self.journal.pending += [_block_record(phase, applied, parent) for applied in told]
+
+        answers = self.edit([noted(edit) for edit in edits], prepare=prepare)
+        for applied in outcomes:
+            self.write_worklog(applied.worklog)
+        for answer in answers:
+            if answer is not None:
+                raise answer
+        return outcomes
 
     def write_worklog(self, text: str) -> None:
         """Append to this month's worklog; text that is there already is not repeated."""
@@ -5490,11 +5507,12 @@ class Ledger:
         if started.token in self.journal.attempts:
             self._set_aside(self.journal.attempts[started.token])
 
-    def _set_aside(self, record: AttemptRecord) -> None:
-        """Keep what an interrupted attempt left: code on a ref, documents as a commit to come."""
-        aftermath = self.aftermath(record.item, record.phase, record.before)
+    def _set_aside(self, record: AttemptRecord) -> str | None:
+        """Keep what an interrupted attempt left: code on a ref, which is returned, documents as a
+        commit to come."""
+        aftermath, ref = self.aftermath(record.item, record.phase, record.before), None
         if record.destructive:
-            self.salvage(record.item, record.phase, record.before, aftermath)
+            ref = self.salvage(record.item, record.phase, record.before, aftermath)
         elif entries := self._outputs(aftermath, record.outputs, record.item):
             parent, text = aftermath.after.head.commit, "its documents so far"
             self.journal.pending.append(
@@ -5511,6 +5529,7 @@ class Ledger:
             )
         del self.journal.attempts[record.token]
         self.journal.write()
+        return ref
 
     def _drop_attempt(self, started: Started) -> None:
         self.journal.attempts.pop(started.token, None)
@@ -5533,8 +5552,7 @@ class Ledger:
         if verdict != "block":
             return None
         now = self.clock()
-        applied = self.edit_one(lambda draft: block_task(draft, task, text, now))
-        self.note_block(task.name, applied)
+        (applied,) = self._decide(task.name, [lambda draft: block_task(draft, task, text, now)])
         return applied
 
     # -- what a phase left in the work tree --------------------------------------------------------
@@ -5883,7 +5901,14 @@ class Ledger:
 
     def _recover_attempt(self, record: AttemptRecord) -> None:
         log().info("%s", phase_line(record.item, record.phase, "was cut off; it starts again"))
-        self._set_aside(record)
+        ref = self._set_aside(record)
+        if ref:
+            log().warning(
+                "The files are again as they were before that phase. What you have changed yourself"
+                " since the crash is kept with the rest; to get a file of yours back:"
+                " git restore --source=%s -- PATH",
+                ref,
+            )
 
     def _recover_pending(self) -> None:
         self.journal.pending = [
@@ -5944,6 +5969,23 @@ class Ledger:
         (self.repo.state_dir / "stop").unlink(missing_ok=True)
 
 
+def _block_record(phase: str, applied: Applied, parent: str | None) -> PendingCommit:
+    """What is to be committed for a block that no attempt led to: its worklog."""
+    import secrets
+
+    return PendingCommit(
+        secrets.token_hex(8),
+        parent,
+        applied.item["id"],
+        phase,
+        "blocked",
+        applied.reason,
+        (),
+        with_state=False,
+        worklog=applied.worklog,
+    )
+
+
 def item_folder(root: Path, item: Item) -> Path:
     """An item's folder of documents: the one there is, else the one to make."""
     changes = root / CHANGES_DIR
@@ -5983,14 +6025,13 @@ class Request(NamedTuple):
     """One entry of the coordinator's queue."""
 
     answer: asyncio.Future[Any]
-    work: Callable[..., Any]
-    is_edit: bool  # work is an edit of the backlog: neighbours in the queue share one save
+    work: Callable[[], Any]
 
 
 class Coordinator:
     """The actor in front of the ledger: one request after the other, on one thread of its own.
 
-    Never cancelled. Edits that wait together are saved together (group commit).
+    Never cancelled.
     """
 
     def __init__(self, ledger: Ledger) -> None:
@@ -6011,17 +6052,13 @@ class Coordinator:
         """The state as last saved; immutable, so nobody has to wait for it."""
         return self.ledger.store.backlog
 
-    async def edit(self, change: Callable[[Draft], T]) -> T:
-        """Change the backlog; returns once saved. Raises what `change` raised, or SaveError."""
-        return cast(T, await self._ask(change, is_edit=True))
-
     async def do(self, work: Callable[[], T]) -> T:
         """Let the ledger do something; returns or raises what it did."""
-        return cast(T, await self._ask(work, is_edit=False))
+        return cast(T, await self._enqueue(work))
 
     def post(self, work: Callable[[], Any]) -> None:
         """Let the ledger do something that nobody waits for; an error of it is logged."""
-        answer = self._enqueue(work, is_edit=False)
+        answer = self._enqueue(work)
         answer.add_done_callback(_log_error)
 
     async def close(self) -> bool:
@@ -6032,39 +6069,20 @@ class Coordinator:
         finally:
             self._thread.shutdown()
 
-    async def _ask(self, work: Callable[..., Any], *, is_edit: bool) -> Any:
-        return await self._enqueue(work, is_edit=is_edit)
-
-    def _enqueue(self, work: Callable[..., Any], *, is_edit: bool) -> asyncio.Future[Any]:
+    def _enqueue(self, work: Callable[[], Any]) -> asyncio.Future[Any]:
         if self._task.done():
             raise RuntimeError("the coordinator has ended")
-        request = Request(self._loop.create_future(), work, is_edit)
+        request = Request(self._loop.create_future(), work)
         self._queue.put_nowait(request)
         return request.answer
 
     async def _serve(self) -> bool:
         while True:
-            batch = [await self._queue.get()]
-            while not self._queue.empty():
-                batch.append(self._queue.get_nowait())
-            requests = [request for request in batch if request is not None]
-            answers = await self._loop.run_in_executor(self._thread, self._answers, requests)
-            for request, answer in zip(requests, answers, strict=True):
-                _settle(request.answer, answer)
-            if None in batch:
+            request = await self._queue.get()
+            if request is None:
                 return await self._loop.run_in_executor(self._thread, self.ledger.closing_save)
-
-    def _answers(self, requests: list[Request]) -> list[Any]:
-        """The results of the requests in order; an exception stands for itself."""
-        answers: list[Any] = []
-        for is_edit, group in itertools.groupby(requests, key=lambda request: request.is_edit):
-            works = [request.work for request in group]
-            answers += self._edits(works) if is_edit else [_attempt(work) for work in works]
-        return answers
-
-    def _edits(self, changes: list[Callable[[Draft], Any]]) -> list[Any]:
-        answers = _attempt(lambda: self.ledger.edit(changes))
-        return [answers] * len(changes) if isinstance(answers, Exception) else answers
+            answer = await self._loop.run_in_executor(self._thread, _attempt, request.work)
+            _settle(request.answer, answer)
 
 
 def _attempt(work: Callable[[], Any]) -> Any:
@@ -6272,13 +6290,11 @@ class Scheduler:
 
     async def _start(self, offered: Sequence[Action]) -> bool:
         """Start what may start; whether that changed the backlog, so that it pays to look again."""
-        import asyncio
-
         if self.ledger.store.waiting or time.time() < self.paused_until:
             return False
         promotions = [action for action in offered if isinstance(action, Promote)]
         if promotions:
-            await asyncio.gather(*map(self._promote, promotions))
+            await self._promote([action.item_id for action in promotions])
         for action in offered:
             if isinstance(action, Task) and not self._cap_reached() and not self._held(action):
                 self._start_task(action)
@@ -6288,14 +6304,10 @@ class Scheduler:
         """A phase that changes code starts from committed ground: first what is pending goes in."""
         return task.phase.destructive and bool(self.ledger.journal.pending)
 
-    async def _promote(self, action: Promote) -> None:
-        now = self.ledger.clock()
-        applied = await self.coordinator.edit(
-            lambda draft: promote(draft, action.item_id, self.config, now)
-        )
-        if applied.state == "blocked":
-            await self.coordinator.do(lambda: self.ledger.note_block("promotion", applied))
-            self._count(applied)
+    async def _promote(self, item_ids: Sequence[str]) -> None:
+        for applied in await self.coordinator.do(lambda: self.ledger.promote(item_ids)):
+            if applied.state == "blocked":
+                self._count(applied)
 
     def _start_task(self, task: Task) -> None:
         import asyncio
@@ -6360,10 +6372,13 @@ class Scheduler:
             if isinstance(verdict, Applied):
                 return verdict
             failure = verdict
-            self._tell(task, f"attempt {attempt} of {attempts} failed: {one_line(failure, 300)}")
-            if attempt >= attempts:
-                return await self._give_up(started, attempts, failure, outcome.result)
-            salvaged = await self._fail(started)
+            try:
+                if attempt >= attempts:
+                    return await self._give_up(started, attempts, failure, outcome.result)
+                salvaged = await self._fail(started)
+            finally:  # said once it is charged: nobody is told what a crash would take back
+                text = f"attempt {attempt} of {attempts} failed: {one_line(failure, 300)}"
+                self._tell(task, text)
             if await self._stopped_within(self._retry_delay(attempt)) or self._look_for_stop():
                 await self._cancel(started)
                 return None
@@ -6587,7 +6602,7 @@ class RunLock:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(handle)
-            raise OrchestratorError(
+            raise RunActive(
                 f"another run is at work here ({self.holder() or 'it has just begun'}). Wait for"
                 f" it, or ask it to stop with `{PROGRAM} stop`."
             ) from None
@@ -7144,12 +7159,36 @@ def cmd_add(args: argparse.Namespace) -> int:
 
 def _change(space: Workspace, edit: Callable[[Draft], T]) -> T:
     """One edit of the backlog by a command; raises what it raised."""
+    _settle_last_run(space)
     (answer,) = space.store.transact([edit])
     if isinstance(answer, Exception):
         raise answer
-    if space.store.waiting:
-        raise OrchestratorError(f"{space.store.waiting}. Nothing was changed; mend the file first.")
+    _refuse_waiting(space.store)
     return cast(T, answer)
+
+
+def _settle_last_run(space: Workspace) -> None:
+    """Save what a killed run decided and could not save any more, as far as its journal knows.
+
+    Before a command's edit, because it was decided before: the next start could not tell that.
+    """
+    last = Journal.read(space.journal_path)
+    if last is None or not last.unsaved:
+        return
+    try:
+        with space.run_lock("a command"):
+            space.store.restore(last.unsaved)
+            space.store.transact([])
+            _refuse_waiting(space.store)
+            last.unsaved = []
+            last.write()
+    except RunActive:
+        return  # the active run sees to its own, and has seen to what was there before
+
+
+def _refuse_waiting(store: Store) -> None:
+    if store.waiting:
+        raise OrchestratorError(f"{store.waiting}. Nothing was changed; mend the file first.")
 
 
 def _commit_command(space: Workspace, args: argparse.Namespace, what: str) -> int:
