@@ -1749,16 +1749,31 @@ class Repo:
             return verdict._replace(changed=self._hook_changed(tree, entries, env))
 
     def _hooks(self, *names: str) -> dict[str, Path]:
-        """Those of the operator's hooks that are executable, wherever core.hooksPath puts them."""
-        # Asked without our own settings, which switch hooks off.
-        argv = ("git", "rev-parse", "--git-path", "hooks")
-        env = {**_git_environment(), **_GIT_ENV}
-        said = _git_child(argv, cwd=self.top, env=env, stdin=b"", limit_s=self._limit_s)
-        if said.status != 0:
-            raise GitError(said.err.decode(errors="replace"), argv[1:], said.status)
-        folder = self.top / os.fsdecode(said.out).removesuffix("\n")
+        """Those of the operator's hooks that are executable."""
+        folder = self._hooks_folder()
         hooks = {name: folder / name for name in names}
         return {n: path for n, path in hooks.items() if path.is_file() and os.access(path, os.X_OK)}
+
+    def hook_path(self, name: str) -> Path:
+        """Where git looks for a hook: core.hooksPath, or the folder that all work trees share."""
+        return self._hooks_folder() / name
+
+    def _hooks_folder(self) -> Path:
+        return self.top / self._asked("rev-parse", "--git-path", "hooks")
+
+    def hooks_setting(self) -> tuple[str, str] | None:
+        """Scope ("global", "local" …) and value of core.hooksPath, if it is set."""
+        said = self._asked("config", "--show-scope", "--get", "core.hooksPath", ok=(0, 1))
+        scope, _, value = said.partition("\t")
+        return (scope, value) if said else None
+
+    def _asked(self, *args: str, ok: Container[int] = (0,)) -> str:
+        """What git says without our own settings, for they switch hooks off."""
+        env = {**_git_environment(), **_GIT_ENV}
+        said = _git_child(("git", *args), cwd=self.top, env=env, stdin=b"", limit_s=self._limit_s)
+        if said.status not in ok:
+            raise GitError(said.err.decode(errors="replace"), args, said.status)
+        return os.fsdecode(said.out).removesuffix("\n")
 
     def _fill(self, env: Mapping[str, str], entries: Sequence[Entry]) -> str:
         """Make a private index hold HEAD and the entries, as `git commit` shows it to hooks."""
