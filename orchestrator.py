@@ -7727,7 +7727,9 @@ def single_file(program: Path) -> bytes:
     if known is None:
         return build_single_file(read_sources(program)).encode()
     if known.modified:
-        raise OrchestratorError(f"{program} was changed by hand; take an untouched one, or modules")
+        raise OrchestratorError(
+            f"{program} was changed by hand; take an untouched one, or the modules"
+        )
     return data
 
 

@@ -77,7 +77,32 @@ def make_repo(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Calla
 
 
 HERE = Path(__file__).resolve().parent
-ORCHESTRATOR = HERE.parent / "orchestrator.py"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--vendored", action="store_true",
+        help="start the command from its single file; only tests that start it are run",
+    )  # fmt: skip
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With --vendored, tests of functions are left out: they import the modules."""
+    if config.getoption("vendored"):
+        others = [one for one in items if "program" not in getattr(one, "fixturenames", ())]
+        config.hook.pytest_deselected(items=others)
+        items[:] = [one for one in items if one not in others]
+
+
+@pytest.fixture(scope="session")
+def program(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file that tests start as the command: that of the sources, or the single file."""
+    source = HERE.parent / "orchestrator.py"
+    if not pytestconfig.getoption("vendored"):
+        return source
+    built = tmp_path_factory.mktemp("vendored") / "orchestrator.py"
+    sh(HERE, sys.executable, str(source), "vendor", str(built))
+    return built
 
 SCRIPTED_AGENT = r"""
 # An agent that does what script.json beside it says; keeps its own log outside the repository.
@@ -131,6 +156,8 @@ TIMES = "  created: 2026-01-01T00:00:00+00:00\n  updated: 2026-01-01T00:00:00+00
 
 class Project:
     """A repository with a backlog and a scripted agent, driven through the real command."""
+
+    program: Path  # what is started as the command; see the fixture of this name
 
     def __init__(self, root: Path, outside: Path) -> None:
         self.root = root
@@ -186,8 +213,8 @@ class Project:
 
     def start(self, *args: str) -> subprocess.Popen[str]:
         # As a module, so that its compiled form is used: a script is compiled at every start.
-        argv = [sys.executable, "-m", "orchestrator", "--root", str(self.root), *args]
-        path = f"{self.outside / 'inject'}{os.pathsep}{ORCHESTRATOR.parent}"
+        argv = [sys.executable, "-m", self.program.stem, "--root", str(self.root), *args]
+        path = f"{self.outside / 'inject'}{os.pathsep}{self.program.parent}"
         process = subprocess.Popen(
             argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             cwd=self.outside, start_new_session=True, env={**os.environ, "PYTHONPATH": path},
@@ -293,9 +320,10 @@ class Project:
 
 @pytest.fixture
 def project(
-    make_repo: Callable[..., Path], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+    make_repo: Callable[..., Path], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, program: Path
 ) -> Iterator[Project]:
     """A project with two-phase pipeline (plan, build) and an empty backlog, all committed."""
+    Project.program = program
     template = tmp_path_factory.getbasetemp() / "template-project"
     if not template.exists():
         first = Project(make_repo(), tmp_path / "outside")

@@ -19,7 +19,6 @@ import pytest
 import orchestrator
 from backlog import parse_yaml
 
-SCRIPT = Path(orchestrator.__file__)
 COMMANDS = tuple(orchestrator.COMMANDS)
 
 
@@ -171,7 +170,7 @@ def test_a_closed_pipe_gives_no_traceback(project: Any, argv: list[str]) -> None
     reading, writing = os.pipe()
     os.close(reading)
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), "--root", str(project.root), *argv], stdout=writing, stderr=subprocess.PIPE, text=True
+        [sys.executable, str(project.program), "--root", str(project.root), *argv], stdout=writing, stderr=subprocess.PIPE, text=True
     )
     os.close(writing)
     assert (done.returncode, done.stderr) == (0, "")
@@ -186,7 +185,7 @@ def test_a_closed_pipe_does_not_hide_how_a_run_ended(project: Any) -> None:
     reading, writing = os.pipe()
     os.close(reading)
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), "--root", str(project.root), "run", "--json"], stdout=writing, stderr=subprocess.PIPE, text=True
+        [sys.executable, str(project.program), "--root", str(project.root), "run", "--json"], stdout=writing, stderr=subprocess.PIPE, text=True
     )
     os.close(writing)
     assert done.returncode == 3
@@ -199,7 +198,7 @@ def test_a_closed_pipe_does_not_hide_how_a_run_ended(project: Any) -> None:
 def test_a_full_disk_behind_stdout_is_an_error(project: Any) -> None:
     with open("/dev/full", "w") as full:
         done = subprocess.run(
-            [sys.executable, str(SCRIPT), "--root", str(project.root), "status"], stdout=full, stderr=subprocess.PIPE, text=True
+            [sys.executable, str(project.program), "--root", str(project.root), "status"], stdout=full, stderr=subprocess.PIPE, text=True
         )
     assert done.returncode != 0
     assert "No space left on device" in done.stderr
@@ -305,9 +304,9 @@ def test_d38_init_looks_at_the_root_not_at_the_current_folder(
     assert list(outside.iterdir()) == []
 
 
-def test_d02_init_add_run_just_work(bare: Path) -> None:
+def test_d02_init_add_run_just_work(bare: Path, program: Path) -> None:
     def run(*argv: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([sys.executable, str(SCRIPT), *argv], cwd=bare, capture_output=True, text=True, check=True)
+        return subprocess.run([sys.executable, str(program), *argv], cwd=bare, capture_output=True, text=True, check=True)
 
     run("init", "--agent", "demo")
     run("add", "Reject empty passwords", "--size", "small", "--risk", "low")

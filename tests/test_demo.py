@@ -13,8 +13,6 @@ import pytest
 import orchestrator
 from backlog import parse_yaml
 
-SCRIPT = Path(orchestrator.__file__)
-
 
 def git(root: Path, *argv: str) -> str:
     return subprocess.run(["git", "-C", str(root), *argv], check=True, capture_output=True, text=True).stdout
@@ -34,9 +32,9 @@ def processes_naming(text: str) -> list[str]:
 
 
 @pytest.mark.slow
-def test_the_demo_shows_what_it_promises(tmp_path: Path) -> None:
+def test_the_demo_shows_what_it_promises(tmp_path: Path, program: Path) -> None:
     where = tmp_path / "demo"
-    done = subprocess.run([sys.executable, str(SCRIPT), "demo", str(where)], capture_output=True, text=True, timeout=100)
+    done = subprocess.run([sys.executable, str(program), "demo", str(where)], capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
     assert done.stdout.startswith(f"A demo project in {where}: five items, a scripted agent, no account needed.\n")
@@ -60,17 +58,17 @@ def test_the_demo_shows_what_it_promises(tmp_path: Path) -> None:
     assert processes_naming(str(where)) == []
 
 
-def test_the_demo_refuses_a_folder_with_something_in_it(tmp_path: Path) -> None:
+def test_the_demo_refuses_a_folder_with_something_in_it(tmp_path: Path, program: Path) -> None:
     (tmp_path / "mine.txt").write_text("mine\n")
-    done = subprocess.run([sys.executable, str(SCRIPT), "demo", str(tmp_path)], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, str(program), "demo", str(tmp_path)], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == f"orchestrator: {tmp_path} is not empty; name a new folder, or none\n"
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
-def test_the_demo_refuses_a_file(tmp_path: Path) -> None:
+def test_the_demo_refuses_a_file(tmp_path: Path, program: Path) -> None:
     (tmp_path / "mine.txt").write_text("mine\n")
-    done = subprocess.run([sys.executable, str(SCRIPT), "demo", str(tmp_path / "mine.txt")], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, str(program), "demo", str(tmp_path / "mine.txt")], capture_output=True, text=True, timeout=60)
     assert done.returncode in (1, 2)
     assert done.stderr.count("\n") == 1
     assert str(tmp_path / "mine.txt") in done.stderr

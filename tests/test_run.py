@@ -562,7 +562,7 @@ def test_d06_d39_k1_project_below_the_top_with_a_relative_root(project: Any) -> 
     project.root = sub
     prepare(project, "WRK-001 ready", script={"*/plan": [{"document": "p.md"}], "*/build": [{"write": {"code.py": "1\n"}, "sh": "pwd > ../../outside/cwd; echo 1 > ../top.py"}]})
     relative = os.path.relpath(sub, project.outside)
-    argv = [sys.executable, str(Path(__file__).parent.parent / "orchestrator.py"), "run", "--root", relative]
+    argv = [sys.executable, str(project.program), "run", "--root", relative]
     done = subprocess.run(argv, cwd=project.outside, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert (project.outside / "cwd").read_text().strip() == str(sub.resolve())
