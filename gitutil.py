@@ -27,7 +27,7 @@ import re
 import signal
 import stat
 import time
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Literal, NamedTuple, Self
@@ -684,6 +684,7 @@ class Repo:
         self._file_mode: bool | None = None
         self._index_seen = b"", list[_IndexRow]()  # the index file as last read, and its rows
         self._staged_seen: tuple[object, frozenset[str]] = None, frozenset()  # see `_staged`
+        self._plain: dict[str, tuple[list[object], bool]] = {}  # see `_is_plain`
         self._signatures: list[bytes] = []  # author and committer, once git has told them
         self._objects = _Objects(root, 20, self._cat_file)
 
@@ -980,29 +981,33 @@ class Repo:
             raise GitError(f"{path} is neither a file nor a symbolic link")
         return Entry(name, self._mode(name, facts), self._store(name, data))
 
-    def blobs(self, files: Mapping[Path, bytes | None]) -> list[Entry]:
-        """Store files as `blob` does, but all plain ones by one process."""
-        plain = {}
-        for path in files:
-            name = self.relative(path)
-            if path.is_file() and not path.is_symlink() and not re.search('^"|\n', name):
-                plain[path] = name
-        stored = self._line("hash-object", "-w", "--stdin-paths", stdin=_git_lines(plain.values()))
-        oids = dict(zip(plain, stored.split(), strict=True))
-        for path, data in files.items():
-            if data is not None and path in oids and path.read_bytes() != data:
-                del oids[path]  # somebody has written to it since
-        return [
-            Entry(plain[path], self._mode(plain[path], path.lstat()), oids[path])
-            if path in oids
-            else self.blob(path, data)
-            for path, data in files.items()
-        ]
-
     def _store(self, name: str, data: bytes | None) -> str:
         if data is None:
             return self._line("hash-object", "-w", "--", name)
+        if self._is_plain(name, data):
+            return self._objects.write(b"blob", data)
         return self._line("hash-object", "-w", "--stdin", f"--path={name}", stdin=data)
+
+    def _is_plain(self, name: str, data: bytes) -> bool:
+        """Whether git stores these bytes of a file as they are.
+
+        Without a carriage return there is no line end to convert, without $Id$ no ident to take
+        out; filter and encoding are asked for whenever a file of attributes has changed.
+        """
+        if b"\r" in data or b"$Id" in data:
+            return False
+        folders = [self.top / folder for folder in _git_folders(name)]
+        files = [folder / ".gitattributes" for folder in folders]
+        stamp = [_git_stamp(file) for file in (*files, self.common_dir / "info/attributes")]
+        if self._plain.get(name, ([], False))[0] != stamp:
+            self._plain[name] = stamp, not self._attributes(name, "filter", "working-tree-encoding")
+        return self._plain[name][1]
+
+    def _attributes(self, name: str, *attributes: str) -> dict[str, str]:
+        """Those of the attributes that are set for a path."""
+        rows = _git_rows(self.git("check-attr", "-z", *attributes, "--", name))
+        values = dict(zip(rows[1::3], rows[2::3], strict=True))
+        return {key: text for key, text in values.items() if text not in ("unspecified", "unset")}
 
     def _mode(self, name: str, facts: os.stat_result | None) -> str:
         if self._file_mode is None:
@@ -1236,7 +1241,7 @@ class Repo:
             tree = self._objects.graft(self._tree(taken.head.commit), firm)
             parents.append(self._commit_tree(tree, parents, "Staged before the phase"))
         commit = self._commit_tree(taken.tree, parents, "Work tree before the phase")
-        self.git("update-ref", ref, commit)
+        self._create_ref(ref, commit)
 
     # -- commits -----------------------------------------------------------------------------------
 
@@ -1269,6 +1274,7 @@ class Repo:
         """One try; None when HEAD moved meanwhile. The order of the steps is what makes it safe."""
         parents = [head.commit] if head.commit else []
         commit = self._build(head, wanted, message, parents)
+        index, staged = self._index_seen, self._staged_seen
         self._await_ref_locks(head)
         if self.head() != head:
             return None
@@ -1276,8 +1282,21 @@ class Repo:
         if not self._move_branch(head, commit, message):
             return None
         self._stage(wanted)  # a git that read the index before us may have written it back since
+        if staged[0] == (index[0], head.commit):
+            self._still_staged(index[1], staged[1], commit, {entry.path for entry in wanted})
         self._make_durable(str(head.branch))
         return commit
+
+    def _still_staged(
+        self, rows: Sequence[_IndexRow], staged: frozenset[str], commit: str, paths: Set[str]
+    ) -> None:
+        """Conclude what is staged now, if a commit and the index have changed in these paths only.
+
+        `rows` and `staged` are the index and what was staged before that.
+        """
+        now = self._index_rows()
+        if {row.path for row in set(rows) ^ set(now)} <= paths:
+            self._staged_seen = (self._index_seen[0], commit), staged - paths
 
     def _news(self, head: Head, entries: Sequence[Entry]) -> list[Entry]:
         """The entries that would change HEAD."""
@@ -1694,6 +1713,19 @@ class Repo:
         said = self._call(("rev-parse", "-q", "--verify", f"{name}^{{commit}}"), ok=(0, 1))
         return said.out.decode().strip() or None
 
+    def _create_ref(self, ref: str, commit: str) -> None:
+        """Make a ref whose name is new; a file like those beside it, if there are any."""
+        place, lock = self.common_dir / ref, self.common_dir / f"{ref}.lock"
+        try:
+            with open(lock, "xb") as file:
+                file.write(_git_lines([commit]))
+                file.flush()
+                os.fsync(file.fileno())
+            os.rename(lock, place)
+        except OSError:  # no such folder: it is the first, or refs are kept in another way
+            lock.unlink(missing_ok=True)
+            self.git("update-ref", ref, commit)
+
     def _set_ref(self, ref: str, new: str, old: str, message: str) -> None:
         """Move a ref of ours from `old`, and flush it."""
         subject = message.split("\n", 1)[0]
@@ -1923,14 +1955,12 @@ class Repo:
     def _file_remarks(self, name: str) -> Iterator[str]:
         if not self._index_rows([name]) and os.path.lexists(self.top / name):
             yield f"{name} is not tracked by git yet; the run's first commit will add it."
-        names = ("filter", "ident", "working-tree-encoding")
-        rows = _git_rows(self.git("check-attr", "-z", *names, "--", name))
-        for attribute, value in zip(rows[1::3], rows[2::3], strict=True):
-            if value not in ("unspecified", "unset"):
-                yield (
-                    f"{name} has the attribute {attribute}={value}: what git stores is not what is"
-                    " on disk. Take it out of .gitattributes."
-                )
+        found = self._attributes(name, "filter", "ident", "working-tree-encoding")
+        for attribute, value in found.items():
+            yield (
+                f"{name} has the attribute {attribute}={value}: what git stores is not what is"
+                " on disk. Take it out of .gitattributes."
+            )
 
 
 def _git_open_advice(root: Path, error: GitError) -> str:
@@ -1985,6 +2015,15 @@ def _git_command(command: str, path: Path, message: str | None = None) -> str:
 
 def _git_by_hand(path: Path, message: str) -> str:
     return f"`{_git_command('add', path)} && {_git_command('commit', path, message)}`"
+
+
+def _git_stamp(path: Path) -> object:
+    """What changes whenever a file does; None if there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def _git_is_folder(path: Path) -> bool:

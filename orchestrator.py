@@ -3854,7 +3854,8 @@ def process_entry(pid: int) -> ProcessEntry | None:
     if not ON_LINUX:
         return _ps_table().get(pid)
     try:
-        stat = Path(f"/proc/{pid}/stat").read_bytes()
+        with open(f"/proc/{pid}/stat", "rb", buffering=0) as file:
+            stat = file.read()
     except OSError:
         return None
     fields = stat.rpartition(b")")[2].split()  # the name before it may hold anything
@@ -3998,7 +3999,7 @@ class Family:
         A tool that waits for a daemon's end by its pid would else wait for ever. Only from the
         thread that starts children: a child that has not been registered yet looks adopted.
         """
-        if not (ON_LINUX and self.subreaper):
+        if not (ON_LINUX and self.subreaper) or not _a_child_is_dead():
             return
         for child in self.adopted(process_table()):
             if not child.alive:
@@ -4027,6 +4028,14 @@ def become_subreaper() -> bool:
     os.environ[OWN_MARK] = str(os.getpid())
     FAMILY.subreaper = True
     return True
+
+
+def _a_child_is_dead() -> bool:
+    """Whether any child waits to be reaped; far cheaper than to read the process table."""
+    try:
+        return os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+    except ChildProcessError:
+        return False
 
 
 def _reap_pid(pid: int) -> None:
@@ -4059,7 +4068,8 @@ def _leftovers(variable: str, leader: int, known: Mapping[int, int]) -> list[Pro
     `known` holds descendants seen earlier as {pid: start}, for systems without subreaper.
     """
     table = process_table()
-    marked = _marked(variable, table)
+    since = table[leader].start if leader in table else 0  # nothing older can carry its mark
+    marked = _marked(variable, {pid: one for pid, one in table.items() if one.start >= since})
     mine = variable if leader else ""
     found = marked | _strays(marked, leader, mine, table)
     found |= {pid for pid, start in known.items() if pid in table and table[pid].start == start}
@@ -4099,7 +4109,7 @@ def _kill_all(look: Callable[[], list[ProcessEntry]]) -> dict[tuple[int, int], s
             killed.setdefault((entry.pid, entry.start), _describe_process(entry))
             _signal_entry(entry, signal.SIGKILL)
         if clean < 2:
-            time.sleep(0.01)
+            time.sleep(0.01 if left else 0.002)
     for pid, _ in killed:
         if pid not in FAMILY.live.values():
             _reap_pid(pid)
@@ -4346,7 +4356,8 @@ class Watched:
                 if self._output.take():
                     grown_at = now
                 tick(self._output.report)
-                FAMILY.reap()
+                if not gone.done():  # else it is the one that waits; what it leaves is swept
+                    FAMILY.reap()
                 await self._remember_descendants(now)
                 if why := self._reason(gone.done(), stop.is_set(), now - begun, now - grown_at):
                     return why
@@ -5794,11 +5805,13 @@ class Ledger:
     def _commit_pending(self) -> str | None:
         pending = self.journal.pending
         entries = {entry.path: entry for record in pending for entry in record.entries}
-        files: dict[Path, bytes | None] = dict.fromkeys(self._worklog_files())
+        files = {path: path.read_bytes() for path in self._worklog_files()}
         if any(record.with_state for record in pending):
             files[self.store.path] = self.store.committed_bytes()
             entries |= self._inbox_removal()
-        entries |= {entry.path: entry for entry in self.repo.blobs(files)}
+        for path, data in files.items():
+            entry = self.repo.blob(path, data)
+            entries[entry.path] = entry
         return self.repo.commit(
             list(entries.values()), self._message(pending), expect_branch=self.journal.branch
         )
