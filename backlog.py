@@ -1685,16 +1685,16 @@ def changes_between(old: Backlog, new: Backlog) -> list[KeyChange]:
     """
     if old is new:
         return []
-    changes = [
-        KeyChange(item_id, "", item, None)
-        for item_id, item in old.items.items()
-        if item_id not in new.items
-    ]
-    for item_id, item in new.items.items():
-        before = old.items.get(item_id)
+    changes: list[KeyChange] = []
+    if not old.items.keys() <= new.items.keys():
+        gone = (item_id for item_id in old.items if item_id not in new.items)
+        changes += [KeyChange(item_id, "", old.items[item_id], None) for item_id in gone]
+    known = old.items.get
+    for item_id in [key for key, item in new.items.items() if known(key) is not item]:
+        before, item = known(item_id), new.items[item_id]
         if before is None:
             changes.append(KeyChange(item_id, "", None, item))
-        elif before is not item:
+        else:
             changes += _item_changes(item_id, before, item)
     if old.next_item_id != new.next_item_id:
         changes.append(KeyChange("", "next_item_id", old.next_item_id, new.next_item_id))
@@ -2389,13 +2389,15 @@ class Suggestion(Protocol):
 
 
 def add_follow_ups(
-    draft: Draft, prefix: str, origin: str, follow_ups: Iterable[Suggestion], now: datetime
+    draft: Draft, prefix: str, origin: str, follow_ups: Sequence[Suggestion], now: datetime
 ) -> list[Item]:
     """Add what an agent suggests as new items; returns those added.
 
     One that an open item already covers (same words in the title), or that cannot be added, is
     left out with a warning on the draft.
     """
+    if not follow_ups:
+        return []
     open_titles = {
         normalise_title(item["title"]): item["id"]
         for item in reversed(draft.items.values())

@@ -54,6 +54,7 @@ ABSENT_OID = "0" * 40
 GITLINK_MODE = "160000"
 SYMLINK_MODE = "120000"
 LEFTOVER_PREFIXES = ("orchestrator-index-", "orchestrator-message-")
+LARGE_FILE_BYTES = 512 * 1024  # to read and hash more takes longer than to start a git
 LOW_SPACE_BYTES = 16 * 1024 * 1024
 
 # Variables by which a surrounding git, or the operator's shell, would send our calls elsewhere:
@@ -1282,6 +1283,7 @@ class Repo:
         if not self._move_branch(head, commit, message):
             return None
         self._stage(wanted)  # a git that read the index before us may have written it back since
+        self._note_times(wanted)
         if staged[0] == (index[0], head.commit):
             self._still_staged(index[1], staged[1], commit, {entry.path for entry in wanted})
         self._make_durable(str(head.branch))
@@ -1377,6 +1379,14 @@ class Repo:
                 rows.append(_IndexRow(flag, entry.mode, entry.oid, "0", entry.path))
         if rows:
             self._write_index(rows)
+
+    def _note_times(self, entries: Sequence[Entry]) -> None:
+        """Let the index know the times of large files: git reads again what it has no times of."""
+        places = [(entry.path, self.top / entry.path) for entry in entries]
+        large = [path for path, file in places if _git_size(file) > LARGE_FILE_BYTES]
+        if large:
+            with suppress(GitError):  # it only saves time
+                self.git("add", "--refresh", "--", *large)
 
     def _await_ref_locks(self, head: Head) -> None:
         """Wait for a git that is about to move HEAD; before the index is touched."""
@@ -2024,6 +2034,13 @@ def _git_stamp(path: Path) -> object:
     except OSError:
         return None
     return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
+def _git_size(path: Path) -> int:
+    try:
+        return path.lstat().st_size
+    except OSError:
+        return 0
 
 
 def _git_is_folder(path: Path) -> bool:
