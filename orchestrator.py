@@ -7467,7 +7467,7 @@ exec "$chained" "$@"
 """
 
 # The digest is written when the hook is installed; it covers every line but this one.
-HOOK_ID = re.compile(rb"^# orchestrator-hook: ([0-9]+)(?: ([0-9a-f]{64}))?\n", re.M)
+HOOK_ID = re.compile(rb"^# orchestrator-hook: (\S+).*\n", re.M)
 
 # Hooks that go by their own file name, `. "$(dirname "$0")/h"` being husky's: renamed, they would
 # no longer do what they should.
@@ -7519,6 +7519,7 @@ def hook_state(data: bytes | None, wanted: bytes) -> HookState:
 
 def inspect_hook(repo: Repo, wanted: bytes) -> HookFacts:
     path = repo.hook_path("pre-commit")
+    path = Path(os.path.realpath(path.parent)) / path.name
     chained = path.with_name(CHAINED_HOOK)
     legacy = path.with_name("pre-commit.legacy")  # where `pre-commit install` moves what it finds
     state = hook_state(_bytes_of(path), wanted)
