@@ -7440,10 +7440,17 @@ HOOK_TEXT = """\
 backlog=BACKLOG.yaml # relative to the top of the work tree
 
 # Compares the file with the index of this very commit (GIT_INDEX_FILE), so `git commit FILE` and
-# `git commit -a` are judged rightly; an untracked backlog is named too.
+# `git commit -a` are judged rightly. Not with `ls-files -m`: that looks at every file there is.
 left_behind() {
-    left=$(git --literal-pathspecs --no-optional-locks ls-files -m -o -- "$backlog" 2>/dev/null)
-    [ -z "$left" ] || return 0
+    git --literal-pathspecs --no-optional-locks diff --quiet --no-ext-diff -- "$backlog" 2>/dev/null
+    case $? in
+    0) ;;
+    1) return 0 ;;
+    *) return 1 ;; # git cannot tell; the commit itself will say why
+    esac
+    if [ -e "$backlog" ]; then # it may be untracked
+        [ -n "$(git --literal-pathspecs ls-files -- "$backlog" 2>/dev/null)" ] || return 0
+    fi
     # The pre-commit framework hides what is not staged: it is in a file that names its process.
     [ -n "$PRE_COMMIT" ] || return 1
     hidden=${PRE_COMMIT_HOME:-${XDG_CACHE_HOME:-$HOME/.cache}/pre-commit}
