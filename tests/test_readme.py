@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import argparse
 import re
+import shlex
+import subprocess
 import tomllib
 from pathlib import Path
 
 import pytest
 
+import gitutil
 import orchestrator
-from backlog import parse_filter
+from backlog import parse_filter, parse_yaml
 
 HERE = Path(__file__).resolve().parent.parent
 README = (HERE / "README.md").read_text()
@@ -51,7 +54,7 @@ def paragraph_with(words: str) -> str:
 
 
 GLOBAL = options(orchestrator.build_parser()) - {"--version"}
-EDITING = {"add", "advance", "unblock"}
+EDITING = {name for name, parser in parsers().items() if "--commit" in options(parser)}
 
 
 def documented() -> dict[str, str]:
@@ -70,22 +73,27 @@ def test_every_option_of_a_command_is_documented_and_the_other_way_round(name: s
         assert options(parsers()["triage"]) == options(parsers()["run"])
         return
     shown = set(re.findall(r"--[a-z][a-z-]*", row))
-    if name in EDITING:  # said below the table, once for all three
+    if name in EDITING:  # said below the table, once for all
         shown.add("--commit")
     assert shown == options(parsers()[name]) - GLOBAL
 
 
 def test_positional_arguments_are_documented() -> None:
-    words = {"dir": "[DIR]", "id": "ID", "title": "TITLE"}
     for name, parser in parsers().items():
         for action in parser._actions:
             if not action.option_strings:
-                assert words[action.dest] in documented()[name]
+                word = "\\|".join(action.choices) if action.choices else action.dest.upper()
+                assert (f"[{word}]" if action.nargs == "?" else word) in documented()[name]
+
+
+def test_the_commands_that_can_commit_are_named() -> None:
+    said = paragraph_with("take `--commit`").replace("\n", " ").partition("take `--commit`")[0].rpartition(". ")[2]
+    assert set(re.findall(r"`([a-z]+)`", said)) == EDITING
 
 
 def test_every_global_option_is_documented() -> None:
     paragraph = paragraph_with("before or after the command")
-    assert set(re.findall(r"--[a-z][a-z-]*", paragraph)) - {"--commit"} == GLOBAL
+    assert set(re.findall(r"--[a-z][a-z-]*", paragraph)) - {"--commit", "--version"} == GLOBAL
     for option in GLOBAL:
         for name, parser in parsers().items():
             assert option in options(parser), f"{name} does not take {option} after it"
@@ -104,7 +112,7 @@ def test_the_keys_of_filters_are_those_that_filters_have() -> None:
 
 def test_the_reasons_and_exit_codes_are_those_of_the_code() -> None:
     rows = table(section("Why a run ends, and its exit code"))
-    assert list(rows) == [str(reason) for reason in orchestrator.HaltReason]
+    assert list(rows) == [*(str(reason) for reason in orchestrator.HaltReason), "an error", "usage"]
     code = orchestrator.exit_code
     for reason in orchestrator.HaltReason:
         said = [int(number) for number in re.findall(r"\b\d+\b", rows[str(reason)][1])]
@@ -115,8 +123,8 @@ def test_the_reasons_and_exit_codes_are_those_of_the_code() -> None:
             for blocked in ((), ("WRK-002",))
         }
         assert set(said) == possible, reason
-    assert code(None, None, (), ()) == orchestrator.EXIT_ERROR == 1
-    assert orchestrator.EXIT_USAGE == 2
+    assert code(None, None, (), ()) == orchestrator.EXIT_ERROR == int(rows["an error"][1])
+    assert int(rows["usage"][1]) == orchestrator.EXIT_USAGE
 
 
 def test_the_config_block_is_what_init_writes() -> None:
@@ -148,23 +156,51 @@ def test_the_test_command_is_what_ci_runs() -> None:
     assert '".[test]"' in command
 
 
+def blocks(*languages: str) -> str:
+    return "\n".join(re.findall(rf"^```(?:{'|'.join(languages)})\n(.*?)^```", README, re.M | re.S))
+
+
 def test_the_commands_to_copy_exist() -> None:
-    """Every line of a shell block that calls the tool names a real command with real options."""
-    calls = re.findall(r"orchestrator\.py (.+)$", "\n".join(re.findall(r"^```sh\n(.*?)^```", README, re.M | re.S)), re.M)
-    assert {call.split()[0] for call in calls} == {"demo", "init", "add", "run"}
-    for call in calls:
-        words = re.findall(r'"[^"]*"|\S+', call)
-        orchestrator.build_parser().parse_args([word.strip('"') for word in words])
+    """Every line of a block that calls the tool names a real command with real options."""
+    calls = re.findall(r"orchestrator\.py (.+?)(?: (?:>|\|\||&&).*)?$", blocks("sh", "text", "ini"), re.M)
+    names = {orchestrator.build_parser().parse_args(shlex.split(call)).command for call in calls}
+    assert names >= {"demo", "init", "add", "run", "vendor"}
+
+
+@pytest.mark.parametrize("block", re.findall(r"^```sh\n(.*?)^```", README, re.M | re.S))
+def test_shell_blocks_are_plain_sh(block: str) -> None:
+    done = subprocess.run(["sh", "-n"], input=block, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_agents_of_recipes_are_valid_config() -> None:
+    for block in re.findall(r"^```toml\n(.*?)^```", section("Recipes"), re.M | re.S):
+        assert orchestrator.parse_config(block.encode(), "x", Path("/nowhere")).agent.command
+
+
+def test_symptoms_are_quoted_as_they_are_printed() -> None:
+    code = "".join((HERE / f"{name}.py").read_text() for name in ("gitutil", "backlog", "orchestrator"))
+    code = re.sub(r'"\s+f?"', "", code).replace("{PARKED_REF}", gitutil.PARKED_REF).replace("{self.parked_ref}", gitutil.PARKED_REF)
+    quoted = re.findall(r"^\| `([^`]+)`", section("Trouble"), re.M)
+    assert len(quoted) > 5
+    for symptom in set(quoted) - {"BACKLOG.yaml:12:3: …"}:
+        for part in symptom.split("…"):
+            assert part in code
 
 
 def test_the_halt_commit_is_quoted_as_it_is_made() -> None:
     assert orchestrator.halt_message(orchestrator.HaltReason.CAP_REACHED).splitlines()[0] in README
 
 
-def test_the_hook_is_installed_as_the_readme_says() -> None:
-    command = "cp hooks/pre-commit .git/hooks/pre-commit && chmod +x .git/hooks/pre-commit"
-    assert command in README
-    assert f"# Install: {command}" in (HERE / "hooks" / "pre-commit").read_text()
+def test_every_link_within_the_page_leads_somewhere() -> None:
+    titles = re.findall(r"^##+ (.+)$", README, re.M)
+    anchors = {re.sub(r"[^a-z0-9 -]", "", title.lower()).replace(" ", "-") for title in titles}
+    assert set(re.findall(r"\]\(#([^)]+)\)", README)) <= anchors
+
+
+def test_the_entry_of_the_pre_commit_framework_is_named() -> None:
+    (entry,) = parse_yaml((HERE / ".pre-commit-hooks.yaml").read_bytes())  # type: ignore[misc]
+    assert f"`{entry['id']}`" in section("The git hook")
 
 
 def test_the_files_that_are_named_are_the_real_ones() -> None:
