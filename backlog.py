@@ -2680,6 +2680,7 @@ def sync_directory(directory: Path) -> None:
 
 _SAVE_TRIES = 20  # how often somebody may change the file just as it is to be replaced
 _LOCK_POLL_S = 0.02
+_WRECK_S = 1.0  # how long a cut-off file has to stay as it is before it is written again
 
 
 class SaveError(BacklogError):
@@ -2848,9 +2849,12 @@ class Store:
         self._warn = warn
         self._feature_phases = feature_phases
         self._lock_limit_s = lock_limit_s
+        self.older: frozenset[bytes] = frozenset()  # what only git puts there: no edit of anybody
         self._disk: _FileState | None = None  # the last usable content of the file
-        self._gone = False  # the file has been deleted since
+        self._found: bytes | None = None  # what is there now: that, or what is worth nothing
         self._unusable = b""  # the content that `waiting` complains about
+        self._unusable_since = 0.0  # monotonic seconds
+        self._copy_seen: tuple[int, int] | None = None  # see `copy_path`
         self._mode = 0o644
 
     # -- for everybody -----------------------------------------------------------------------------
@@ -2867,6 +2871,7 @@ class Store:
         with self._locked():
             with suppress(OSError):
                 self._temporary.unlink()  # left by a save that was killed
+            self._copy_seen = self._stamp_of_copy()
             return self.look(fallback)
 
     def look(self, fallback: bytes | None = None) -> Backlog:
@@ -2880,7 +2885,7 @@ class Store:
             )
         self._disk = self._parse(content)
         self.backlog = self._disk.backlog
-        self.waiting, self._gone = None, data is None
+        self.waiting, self._found = None, data
         return self.backlog
 
     def transact(
@@ -2949,21 +2954,45 @@ class Store:
             raise SaveError(f"{self.path}: the file is gone", self.unsaved())
         return data
 
-    def disturbed(self) -> bool:
-        """Whether the file holds anything but what was last read or written here."""
+    @property
+    def copy_path(self) -> Path:
+        """The content that was last saved, by whatever process, where no agent's git reaches it.
+
+        From it a store learns what another command saved, though the file was set back or deleted
+        before it looked; and it is what the operator can mend a broken file with.
+        """
+        return self.lock_path.with_name(f"{self.path.name}.saved")
+
+    def keep_copy(self) -> None:
+        """Make the copy hold what the file does, edits by hand included."""
         with self._locked():
-            return self._read() != self._last.data
+            if self.last_copy() != self._last.data:
+                self._keep_copy(self._last.data)
 
-    def rewrite_if_reverted(self, reverted: bytes | None) -> bool:
-        """Write the file again if somebody removed it or set it back to the bytes `reverted`.
+    def last_copy(self) -> bytes | None:
+        """The content of the copy, None if there is none."""
+        try:
+            return self.copy_path.read_bytes()
+        except OSError:
+            return None
 
-        Whether that was necessary. `reverted` has to be older than what the store saw last, as the
-        commit is that a phase started on; what was committed later may hold an edit. Any other
-        content is left for the next `transact` to merge.
+    def disturbed(self) -> bool:
+        """Whether anybody has written the file since it was last read or written here."""
+        with self._locked():
+            return self._read() != self._last.data or self._stamp_of_copy() != self._copy_seen
+
+    def put_back(self) -> bool:
+        """Write the file again if somebody removed it or set it back to one of the `older`
+        contents; whether that was necessary.
+
+        Those have to be older than what the store saw last, as the commit is that a phase started
+        on; what was committed later may hold an edit. Any other content is left for the next
+        `transact` to merge.
         """
         with self._locked():
-            current = self._read()
-            if current == self._last.data or current not in (None, reverted):
+            current, base = self._read(), self._last.data
+            self._take_up_copy(current)
+            if current == self._last.data or current not in (None, base, *self.older):
                 return False
             document = self._working_document()
             return self._replace(document, current)
@@ -3015,25 +3044,56 @@ class Store:
     def _catch_up(self) -> None:
         """Take up what is on disk now. If it cannot be used, `waiting` says why; SaveError if it
         cannot be read."""
-        data = self._read()
-        last = self._last
-        if data is None and not self._gone:
-            self._warn(f"{self.path}: the file is gone; it is written again from memory")
-        self._gone = data is None
-        if data is None or data == last.data:
-            self.waiting = None
+        data, base = self._read(), self._last
+        self._take_up_copy(data)
+        known = (base.data, self._last.data, *self.older)
+        if data is None or data in known or self._is_wreck(data):
+            self.waiting, self._found = None, data
+        else:
+            self._take_up(data, changes_between(base.backlog, self.backlog))
+
+    def _take_up_copy(self, data: bytes | None) -> None:
+        """Take up what another process has saved and somebody then overwrote with `data`."""
+        stamp = self._stamp_of_copy()
+        if stamp == self._copy_seen:
             return
+        self._copy_seen = stamp
+        saved = self.last_copy()
+        if saved is None or saved in (data, self._last.data):
+            return
+        with suppress(YamlError, BacklogError):  # cut off by a power failure
+            self._adopt(self._parse(saved), self.unsaved())
+
+    def _take_up(self, data: bytes, ours: Sequence[KeyChange]) -> None:
+        """Merge `ours` into what somebody else wrote, if that can be used."""
         try:
             self._refuse_lost_tail(data)
             disk = self._parse(data)
         except (YamlError, BacklogError) as error:
             if self.waiting is None or data != self._unusable:
-                self._warn(f"{error}\nThe file is left as it is; changes wait until it is mended.")
+                self._unusable_since = time.monotonic()
+                self._keep_copy(self._last.data)
+                self._warn(
+                    f"{error}\nThe file is left as it is; changes wait until it is mended."
+                    f" What it held before is in {self.copy_path}"
+                )
             self.waiting, self._unusable = error, data
             return
-        ours = self.unsaved()
-        self.waiting, self._disk = None, disk
+        self.waiting, self._found = None, data
+        self._adopt(disk, ours)
+
+    def _adopt(self, disk: _FileState, ours: Sequence[KeyChange]) -> None:
+        self._disk = disk
         self.backlog = self._keep_counter(_merge_changes(disk.backlog, ours, self._warn))
+
+    def _is_wreck(self, data: bytes) -> bool:
+        """Whether nothing but the beginning of what we saw last has been there for a while.
+
+        Nobody's edit is in that; but an editor at work leaves it so for a moment.
+        """
+        since = time.monotonic() - self._unusable_since
+        stays = self.waiting is not None and data == self._unusable and since >= _WRECK_S
+        return stays and self._last.data.startswith(data)
 
     def _refuse_lost_tail(self, data: bytes) -> None:
         """What an interrupted writer left of our file is no backlog from which items were taken."""
@@ -3070,9 +3130,14 @@ class Store:
     ) -> None:
         """Bring memory to disk; whoever changes the file just now is merged first."""
         for _ in range(_SAVE_TRIES):
-            if not (self._gone or self.unsaved()):
+            found, last = self._found, self._last.data
+            # What an agent's `git stash` set back it may pop any moment: that is for `put_back`.
+            if (found == last or found in self.older) and not self.unsaved():
                 return
-            if self._replace(document, None if self._gone else self._last.data):
+            if self._replace(document, found):
+                if found != last:
+                    what = "gone" if found is None else "set back or cut off"
+                    self._warn(f"{self.path}: the file was {what}; it is written again from memory")
                 return
             self._catch_up()
             if self.waiting:
@@ -3094,6 +3159,7 @@ class Store:
                 self._write_temporary(data)
                 if self._read() != expected:
                     return False
+                self._keep_copy(data)
                 os.rename(self._temporary, self.path)
                 sync_directory(self.path.parent)
         except OSError as error:
@@ -3105,8 +3171,23 @@ class Store:
             with suppress(OSError):
                 self._temporary.unlink()
         self._disk = _FileState(data, document, self.backlog)
-        self.waiting, self._gone = None, False
+        self.waiting, self._found = None, data
         return True
+
+    def _keep_copy(self, data: bytes) -> None:
+        """Not flushed: it outlives every process, and after a power cut nobody asks for it."""
+        unfinished = self.copy_path.with_suffix(".tmp")
+        with suppress(OSError):  # a second copy is no reason not to save
+            unfinished.write_bytes(data)
+            os.replace(unfinished, self.copy_path)
+            self._copy_seen = self._stamp_of_copy()
+
+    def _stamp_of_copy(self) -> tuple[int, int] | None:
+        try:
+            found = self.copy_path.stat()
+        except OSError:
+            return None
+        return found.st_ino, found.st_mtime_ns
 
     def _write_temporary(self, data: bytes) -> None:
         with suppress(FileNotFoundError):

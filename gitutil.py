@@ -1574,6 +1574,15 @@ class Repo:
             raise GitError(f"{ref} does not hold what was to be salvaged; nothing was put back")
         return commit
 
+    def keep_commit(self, ref: str, commit: str, message: str) -> None:
+        """Keep a commit on a new ref; GitError when the ref exists already."""
+        self._set_ref(ref, commit, self._null, message)
+
+    def advance_branch(self, head: Head, commit: str) -> None:
+        """Move the branch from `head` to a commit that descends from it; nothing else changes."""
+        if not self._move_branch(head, commit, "put back what was taken off"):
+            raise HeadBusy("somebody else is moving the branch")
+
     def restore(self, before: Snapshot, changes: Sequence[Change]) -> None:
         """Put every changed path, with its index entry, back to what `before` recorded.
 

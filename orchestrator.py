@@ -336,6 +336,16 @@ class Applied(NamedTuple):
     worklog: str = ""  # text to append
 
 
+class Salvage(NamedTuple):
+    """What an attempt left that became no commit on the branch, kept on a ref."""
+
+    ref: str
+    item: str  # as `safe_name` writes it, like the phase
+    phase: str
+    commit: str
+    finished: bool  # the item is done, so nobody will come back to it
+
+
 class RunView(NamedTuple):
     """All that the halt decision depends on."""
 
@@ -2871,6 +2881,20 @@ def render_item(item: Item, history: Sequence[str] = ()) -> str:
     return "\n".join(lines)
 
 
+def render_salvage(kept: Sequence[Salvage]) -> list[str]:
+    """The lines of `status` and `show` about work that is kept on refs; none if there is none."""
+    if not kept:
+        return []
+    rows = [f"  [{one.item}][{one.phase}] {one.ref}" for one in kept]
+    heading = "Left by attempts that did not complete, and kept (`git show --stat REF`):"
+    return ["", heading, *rows]
+
+
+def salvage_json(kept: Sequence[Salvage]) -> list[dict[str, object]]:
+    """For `--json`: [{"ref", "item", "phase", "commit", "finished"}]."""
+    return [one._asdict() for one in kept]
+
+
 def _item_facts(item: Item) -> list[tuple[str, object]]:
     row = cast(Mapping[str, object], item)
     phase = item.get("phase")
@@ -5194,6 +5218,7 @@ class Ledger:
         self.inbox_trouble = ""  # the last complaint, so that it is made once
         self.commit_again = 0.0  # monotonic seconds; see `flush`
         self.own_commits: set[str] = set()  # made by this run; other new ones are an agent's
+        self.newest_own: str | None = None
 
     # -- the backlog -------------------------------------------------------------------------------
 
@@ -5213,6 +5238,7 @@ class Ledger:
         Raises SaveError when the file cannot be written: the decisions are then in the journal.
         """
         journalled = False
+        self._expect_reverts()
 
         def ahead(changes: list[KeyChange]) -> None:
             nonlocal journalled
@@ -5232,6 +5258,33 @@ class Ledger:
             prepare()
             self.journal.write()
         return answers
+
+    def _expect_reverts(self) -> None:
+        """Tell the store what an agent's git command may have put the file back to just now."""
+        attempts = self.journal.attempts.values()
+        if not attempts:
+            self.store.older = frozenset()
+            return
+        with suppress(SaveError, GitError):  # the save tells; and what `begin` noted stands
+            if self.store.disturbed():
+                found = (self._older_states(record.before) for record in attempts)
+                self.store.older = self.store.older.union(*found)
+
+    def _older_states(self, before: Snapshot) -> frozenset[bytes]:
+        """What the backlog was in commits that are older than what we saw of it last.
+
+        HEAD is one if it is the commit that the attempt began on, one of ours, or if the agent
+        went back or to another branch. Any other may hold an edit of the operator's.
+        """
+        head, base = self.repo.head(), before.head.commit
+        is_older = (
+            head.commit in self.own_commits
+            or head.branch != before.head.branch
+            or (head.commit and base and not self.repo.commits_between(base, head.commit))
+        )
+        commits = {base, head.commit} if is_older else {base}
+        entries = [self.repo.entry(commit, self.backlog_path) for commit in commits if commit]
+        return frozenset(self.repo.read_blob(entry.oid) for entry in entries if entry)
 
     def _remember_unsaved(self) -> None:
         """Keep in the journal what could not be saved, and only that."""
@@ -5327,11 +5380,14 @@ class Ledger:
         item = self.store.backlog.items.get(task.item_id) or (previous and previous.item)
         if item is None:
             return None
+        self.edit([])
+        self.store.keep_copy()
         token = secrets.token_hex(8)
         if previous is None or task.phase.destructive:
             before = self.repo.snapshot(self.snapshot_ref(token))
         else:
             before = previous.before
+        self.store.older |= self._older_states(before)
         if previous is not None:
             self.journal.attempts.pop(previous.token, None)
         self.journal.attempts[token] = AttemptRecord(
@@ -5360,7 +5416,6 @@ class Ledger:
 
     def finish(self, started: Started, result: PhaseResult) -> Applied | str:
         """Record and commit what a phase reported; a text instead says why the attempt failed."""
-        self.guard_state(started)
         aftermath = self._aftermath(started)
         destructive = started.task.phase.destructive
         if result.result == "blocked":
@@ -5492,7 +5547,6 @@ class Ledger:
 
     def fail(self, started: Started) -> str | None:
         """Charge a failed attempt; returns the ref that keeps what a destructive one left."""
-        self.guard_state(started)
         ref = self._salvage(started, self._aftermath(started))
         now, task = self.clock(), started.task
         self.edit_one(lambda draft: apply_failed_attempt(draft, task, started.item, now))
@@ -5502,7 +5556,6 @@ class Ledger:
 
     def give_up(self, started: Started, reason: str, result: PhaseResult | None) -> Applied:
         """Record that the last attempt failed: the item is blocked."""
-        self.guard_state(started)
         aftermath = self._aftermath(started)
         entries = self._document_entries(started, aftermath)
         if started.task.phase.destructive:
@@ -5518,7 +5571,6 @@ class Ledger:
 
     def cancel(self, started: Started) -> None:
         """An attempt was interrupted: nothing is charged, nothing it left is lost."""
-        self.guard_state(started)
         if started.token in self.journal.attempts:
             self._set_aside(self.journal.attempts[started.token])
 
@@ -5580,6 +5632,8 @@ class Ledger:
 
         Raises OrchestratorError when the branch was switched: nothing is touched then.
         """
+        self._put_state_back(item_id, phase, before)
+        self._put_branch_back(item_id, phase, before)
         after = self.repo.snapshot()
         if after.head.branch != before.head.branch:
             raise OrchestratorError(
@@ -5741,7 +5795,7 @@ class Ledger:
         return ref
 
     def _next_salvage_ref(self, item_id: str, phase: str) -> str:
-        stem = f"refs/orchestrator/salvage/{safe_name(item_id)}/{safe_name(phase)}/"
+        stem = salvage_stem(item_id, phase)
         taken = [
             int(ref[len(stem) :]) for ref in self.repo.refs(stem) if ref[len(stem) :].isdigit()
         ]
@@ -5749,27 +5803,56 @@ class Ledger:
 
     def last_salvage(self, item_id: str, phase: str) -> str | None:
         """The newest salvage ref of a phase of an item."""
-        stem = f"refs/orchestrator/salvage/{safe_name(item_id)}/{safe_name(phase)}/"
+        stem = salvage_stem(item_id, phase)
         refs = [ref for ref in self.repo.refs(stem) if ref[len(stem) :].isdigit()]
         return max(refs, key=lambda ref: int(ref[len(stem) :]), default=None)
 
-    def guard_state(self, started: Started) -> None:
+    def _put_state_back(self, item_id: str, phase: str, before: Snapshot) -> None:
         """Undo what an agent's git command did to BACKLOG.yaml (stash, checkout, reset, clean)."""
         with suppress(SaveError):  # the save of the outcome, which comes next, tells
-            if self.store.disturbed() and self._undo_revert(started):
+            if not self.store.disturbed():
+                return
+            self.store.older |= self._older_states(before)
+            if self.store.put_back():
                 name = self.store.path.name
                 text = f"put back or removed {name}; it is written again from memory"
-                log().warning("%s", phase_line(started.task.item_id, started.task.name, text))
+                log().warning("%s", phase_line(item_id, phase, text))
 
-    def _undo_revert(self, started: Started) -> bool:
-        """Write the backlog again if the file is what git had when the attempt began or has now.
+    def _put_branch_back(self, item_id: str, phase: str, before: Snapshot) -> None:
+        """Bring back the commits that an agent took off the branch (`git reset HEAD~1`).
 
-        A commit of the operator's is not looked at: the file may hold an edit of theirs.
+        If it made others in their place (`--amend`, a rebase), the branch stays, and a ref keeps
+        what was there.
         """
-        commits = {started.before.head.commit} | ({self.repo.head().commit} & self.own_commits)
-        entries = [commit and self.repo.entry(commit, self.backlog_path) for commit in commits]
-        blobs = [self.repo.read_blob(entry.oid) if entry else None for entry in entries]
-        return any(self.store.rewrite_if_reverted(blob) for blob in blobs)
+        head, tip = self.repo.head(), self._tip_since(before)
+        if None in (head.commit, tip) or head.branch != before.head.branch:
+            return
+        gone = self.repo.commits_between(str(head.commit), str(tip))
+        if not gone:
+            return
+        if self.repo.commits_between(str(tip), str(head.commit)):
+            ref = self._next_salvage_ref(item_id, phase)
+            self.repo.keep_commit(ref, str(tip), f"[{item_id}][{phase}] What was rewritten")
+            fate = f"they are kept on {ref}"
+        else:
+            self._go_forward(head, str(tip), before)
+            fate = "they are there again"
+        names = ", ".join(commit[:10] for commit in gone)
+        log().warning("%s", phase_line(item_id, phase, f"took commits off: {names}; {fate}"))
+
+    def _tip_since(self, before: Snapshot) -> str | None:
+        """The newest commit that the branch is known to have had since the snapshot."""
+        base, own = before.head.commit, self.newest_own
+        if base is None or own is None or self.repo.commits_between(own, base):
+            return base
+        return own
+
+    def _go_forward(self, head: Head, tip: str, before: Snapshot) -> None:
+        """Move the branch from `head` on to `tip`, and the files along that lie as in `head`."""
+        went_back = {(c.after, c.before) for c in self.repo.changes(str(head.commit), before.tree)}
+        self.repo.advance_branch(head, tip)
+        changes = self.repo.changes(before.tree, self.repo.snapshot().tree)
+        self.repo.restore(before, [change for change in changes if change in went_back])
 
     # -- commits -----------------------------------------------------------------------------------
 
@@ -5794,6 +5877,7 @@ class Ledger:
             return
         if commit:
             self.own_commits.add(commit)
+            self.newest_own = commit
             log().info(
                 "committed %s %s", commit[:10], self._message(self.journal.pending).split("\n")[0]
             )
@@ -5909,12 +5993,13 @@ class Ledger:
 
     def _recover_state(self, record: AttemptRecord) -> None:
         """Undo an agent's `git checkout` of the backlog that we were killed before noticing."""
-        kept = self.repo.entry(record.before.tree, self.backlog_path)
-        head = record.before.head.commit
-        was = self.repo.entry(head, self.backlog_path) if head else None
-        if kept and was and kept.oid != was.oid and self.repo.blob(self.store.path).oid == was.oid:
-            log().warning("%s was put back to an older state; it is merged in again", kept.path)
-            self.store.merge_bytes(self.repo.read_blob(was.oid), self.repo.read_blob(kept.oid))
+        if not self.store.path.exists():  # then the copy has been loaded instead
+            return
+        copy, disk = self.store.last_copy(), self.store.committed_bytes()
+        if copy is not None and copy != disk and disk in self._older_states(record.before):
+            name = self.store.path.name
+            log().warning("%s was put back to an older state; it is merged in again", name)
+            self.store.merge_bytes(disk, copy)
 
     def _recover_attempt(self, record: AttemptRecord) -> None:
         log().info("%s", phase_line(record.item, record.phase, "was cut off; it starts again"))
@@ -6001,6 +6086,38 @@ def _block_record(phase: str, applied: Applied, parent: str | None) -> PendingCo
         with_state=False,
         worklog=applied.worklog,
     )
+
+
+SALVAGE_REFS = "refs/orchestrator/salvage/"
+
+
+def salvage_stem(item_id: str, phase: str) -> str:
+    """What the names of the refs begin with that keep what attempts at a phase left."""
+    return f"{SALVAGE_REFS}{safe_name(item_id)}/{safe_name(phase)}/"
+
+
+def salvages(repo: Repo, backlog: Backlog, prefix: str) -> list[Salvage]:
+    """All that is kept of attempts, also by other work trees of the repository.
+
+    An item counts as finished if it is done, or was handed out here and has left the backlog; but
+    not one of another branch, whose items may have the same ids.
+    """
+    going_on = {safe_name(id) for id, item in backlog.items.items() if item["status"] != "done"}
+    issued = IssuedIds(prefix, backlog.items, backlog.next_item_id)
+    found = []
+    for ref, commit in repo.refs(SALVAGE_REFS).items():
+        item, phase, *_ = (*ref.removeprefix(SALVAGE_REFS).split("/"), "")
+        finished = item in issued and item not in going_on and _is_of_this_branch(repo, commit)
+        found.append(Salvage(ref, item, phase, commit, finished))
+    return found
+
+
+def _is_of_this_branch(repo: Repo, commit: str) -> bool:
+    """Whether the attempt whose remains `commit` holds began on a commit of this branch."""
+    try:
+        return repo.is_ancestor(f"{commit}^")
+    except GitError:  # it began on an unborn branch
+        return False
 
 
 def item_folder(root: Path, item: Item) -> Path:
@@ -6699,7 +6816,8 @@ def begin_run(space: Workspace, run_id: str, *, allow_dirty: bool) -> Ledger:
     _refuse(_head_problems(space, last))
     if last is not None and not last.settled:
         end_leftovers(last.run_id)
-    space.store.load(_state_before_attempts(space, last))
+    deleted_by_agent = last is not None and last.attempts
+    space.store.load(space.store.last_copy() if deleted_by_agent else None)
     space.repo.clean_leftovers()
     if last is not None and not last.settled:
         Ledger(space.repo, space.store, space.config, last, utc_now).recover()
@@ -6714,14 +6832,6 @@ def begin_run(space: Workspace, run_id: str, *, allow_dirty: bool) -> Ledger:
     for line in ledger.edit([lambda draft: repair_items(draft, space.config, utc_now())])[0]:
         log().warning("%s", line)
     return ledger
-
-
-def _state_before_attempts(space: Workspace, last: Journal | None) -> bytes | None:
-    """The backlog as the newest cut-off attempt found it: all there is if its agent deleted it."""
-    path = space.repo.relative(space.store.path)
-    records = [] if last is None else list(last.attempts.values())
-    entries = [space.repo.entry(record.before.tree, path) for record in reversed(records)]
-    return next((space.repo.read_blob(entry.oid) for entry in entries if entry), None)
 
 
 def end_leftovers(run_id: str) -> None:
@@ -7105,21 +7215,32 @@ def cmd_status(args: argparse.Namespace) -> int:
     backlog = space.store.look()
     filters = filters_of(args)
     only = {id for id, item in backlog.items.items() if matches(item, filters)} if filters else None
-    print(_dumps(status_json(backlog, only)) if args.json else render_status(backlog, only))
+    kept = salvages(space.repo, backlog, space.config.prefix)
+    if args.json:
+        print(_dumps({**status_json(backlog, only), "salvage": salvage_json(kept)}))
+    else:
+        shown = [one for one in kept if only is None or one.item in map(safe_name, only)]
+        print(render_status(backlog, only), *render_salvage(shown), sep="\n")
     return EXIT_OK
 
 
 def cmd_show(args: argparse.Namespace) -> int:
     space = open_workspace(args.root, args.config)
-    item = _item(space.store.look(), args.id)
+    backlog = space.store.look()
+    item = _item(backlog, args.id)
+    everything = salvages(space.repo, backlog, space.config.prefix)
+    kept = [one for one in everything if one.item == safe_name(args.id)]
     documents = _documents(item_folder(space.repo.root, item), space.repo.root)
     commits = commits_of(space.repo, args.id)
     if args.json:
-        print(_dumps({"version": 1, "item": item, "documents": documents, "commits": commits}))
+        facts = {"item": item, "documents": documents, "commits": commits}
+        print(_dumps({"version": 1, **facts, "salvage": salvage_json(kept)}))
         return EXIT_OK
     print(render_item(item, [f"{commit[:10]} {subject}" for commit, subject in commits]))
     if documents:
         print("\nDocuments:", *documents, sep="\n  ")
+    if kept:
+        print(*render_salvage(kept), sep="\n")
     return EXIT_OK
 
 
@@ -7255,24 +7376,41 @@ def cmd_unblock(args: argparse.Namespace) -> int:
 
 
 def cmd_check(args: argparse.Namespace) -> int:
-    """Everything that `run` would refuse for, and what it would remark; changes nothing."""
+    """Everything that `run` would refuse for, and what it would remark.
+
+    Changes nothing, but for `--prune`: that removes what is kept of attempts at finished items.
+    """
     space = open_workspace(args.root, args.config)
-    space.store.look()
+    backlog = space.store.look()
     last = Journal.read(space.journal_path)
     found = [*_head_problems(space, last), *preflight(space, allow_dirty=False)]
     problems = list(dict.fromkeys(found))  # both look at HEAD
     remarks = space.repo.remarks(space.store.path)
+    kept = salvages(space.repo, backlog, space.config.prefix)
+    pruned = [one for one in kept if one.finished] if args.prune else []
+    space.repo.drop_refs(one.ref for one in pruned)
+    kept = [one for one in kept if one not in pruned]
     if args.json:
-        print(
-            _dumps({"version": 1, "problems": [p._asdict() for p in problems], "remarks": remarks})
-        )
+        facts = {"problems": [p._asdict() for p in problems], "remarks": remarks}
+        refs = {"salvage": salvage_json(kept), "pruned": salvage_json(pruned)}
+        print(_dumps({"version": 1, **facts, **refs}))
         return EXIT_ERROR if problems else EXIT_OK
+    for one in pruned:
+        print(f"removed {one.ref}: `git update-ref {one.ref} {one.commit}` brings it back")
     for problem in problems:
         print(f"problem: {problem.what}\n  {problem.remedy}")
-    for remark in remarks:
+    for remark in (*remarks, *_salvage_remarks(kept)):
         print(f"note: {remark}")
     print(f"{len(problems)} problem(s)" if problems else "ready to run")
     return EXIT_ERROR if problems else EXIT_OK
+
+
+def _salvage_remarks(kept: Sequence[Salvage]) -> list[str]:
+    texts = [f"{one.ref} keeps what [{one.item}][{one.phase}] left" for one in kept]
+    if finished := sum(one.finished for one in kept):
+        whose = "belongs to a finished item" if finished == 1 else "belong to finished items"
+        texts.append(f"{finished} of these {whose}; `{PROGRAM} check --prune` removes such refs")
+    return texts
 
 
 def cmd_stop(args: argparse.Namespace) -> int:
@@ -8041,6 +8179,11 @@ def build_parser() -> argparse.ArgumentParser:
     _edit_arguments(command)
     check = command("check", "say what would keep a run from working")
     check.add_argument("--json", action="store_true")
+    check.add_argument(
+        "--prune",
+        action="store_true",
+        help="remove what is kept of failed attempts at items that are done now",
+    )
     command("stop", "ask the active run to finish what is in flight and halt")
     hook = command("hook", "the optional pre-commit hook, which warns of a dirty BACKLOG.yaml")
     hook.add_argument("action", choices=("install", "uninstall", "status"))

@@ -499,7 +499,7 @@ def test_impossible_unblocks_change_nothing(project: Any, here: Cli, argv: list[
 
 def test_status_of_an_empty_backlog(here: Cli) -> None:
     assert here("status").out == "No items.\n"
-    assert json.loads(here("status", "--json").out) == {"version": 1, "counts": {}, "items": []}
+    assert json.loads(here("status", "--json").out) == {"version": 1, "counts": {}, "items": [], "salvage": []}
 
 
 def test_d52_status_table(project: Any, here: Cli) -> None:
@@ -571,7 +571,7 @@ def test_show_tells_everything_with_documents_and_commits(project: Any, here: Cl
     assert re.search(r"\nHistory:\n  [0-9a-f]{10} \[WRK-001\]\[plan\] plan done\n", text)
     assert text.endswith("\nDocuments:\n  changes/WRK-001_item-wrk-001/PLAN.md\n")
     got = json.loads(here("show", "WRK-001", "--json").out)
-    assert set(got) == {"version", "item", "documents", "commits"}
+    assert set(got) == {"version", "item", "documents", "commits", "salvage"}
     assert (got["version"], got["item"]["id"], got["documents"]) == (1, "WRK-001", ["changes/WRK-001_item-wrk-001/PLAN.md"])
     assert [subject for _, subject in got["commits"]] == ["[WRK-001][plan] plan done"]
     assert json.loads(here("show", "WRK-0011", "--json").out)["commits"] == []
