@@ -1989,6 +1989,40 @@ def _line_of(data: bytes, position: int, key: str) -> int | None:
     return start + 1
 
 
+# ---- Items of old versions -----------------------------------------------------------------------
+
+
+def item_texts(data: bytes) -> list[bytes]:
+    """Cut a backlog file into one text per item, without reading any.
+
+    For comparing many versions of the file: what two of them share need not be read at all. Cut at
+    the dashes in the first one's column, for whatever belongs to an item stands deeper.
+    """
+    begin = re.search(rb"^(?:\xef\xbb\xbf)?items:[^\n]*\n", data, re.M)
+    first = re.compile(rb"^ *- ", re.M).search(data, begin.end()) if begin else None
+    if first is None:
+        return []
+    below = re.compile(rb"\n[^\s#-]").search(data, first.end())
+    body = data[first.end() : below.start() if below else len(data)].removesuffix(b"\n")
+    return [first[0] + text + b"\n" for text in body.split(b"\n" + first[0])]
+
+
+def read_item_text(text: bytes, source: str) -> Item:
+    """The item that one of `item_texts` holds, of any schema; YamlError or BacklogError."""
+    root = parse_yaml(b"items:" + (b"\r\n" if text.endswith(b"\r\n") else b"\n") + text, source)
+    items = root["items"] if isinstance(root, dict) else None
+    item = _clean_item(items[0]) if isinstance(items, list) else {}
+    if any(type(item.get(key)) is not str for key in ("id", "status")):
+        raise BacklogError(f"{source}: an item has no id or status")
+    return item
+
+
+def counter_of(data: bytes) -> int:
+    """The last number handed out according to a version of the file; 0 if it does not say."""
+    found = re.match(rb"\nnext_item_id: *(\d{1,15})\s", data[data.rfind(b"\nnext_item_id:") :])
+    return int(found[1]) if found else 0
+
+
 # ---- Older schemas -------------------------------------------------------------------------------
 
 _SCHEMA_1_STATUS = {"researching": "scoping", "scoped": "ready"}

@@ -30,7 +30,10 @@ import time
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Literal, NamedTuple, Self
+from typing import IO, TYPE_CHECKING, Literal, NamedTuple, Self
+
+if TYPE_CHECKING:
+    import subprocess
 
 # ==== 1. Data and errors ==========================================================================
 
@@ -39,7 +42,7 @@ FSYNC_GIT = (2, 36)  # first with core.fsync
 
 STEP_LIMIT_S = 10.0  # one git process of a commit
 COMMIT_LIMIT_S = 30.0  # everything that one commit does, retries included
-TREE_LIMIT_S = 300.0  # a process that reads the whole work tree
+TREE_LIMIT_S = 300.0  # a process that reads the whole work tree, or all of history
 HOOK_LIMIT_S = 120.0  # one hook of the operator
 KILL_GRACE_S = 2.0  # TERM to KILL
 LOCK_PAUSE_S = 0.05
@@ -168,6 +171,16 @@ class Change(NamedTuple):
 
     before: Entry
     after: Entry
+
+
+class FileVersion(NamedTuple):
+    """A commit that changed a file; of a merge, one that differs from all its parents."""
+
+    commit: str
+    time: str  # RFC 3339, the committer's
+    message: str
+    before: tuple[str, ...]  # blob ids, one per parent; ABSENT_OID: there was no file
+    after: str
 
 
 class StateCommit(NamedTuple):
@@ -565,6 +578,21 @@ def _git_start_and_wait(
     files: tuple[IO[bytes], IO[bytes], IO[bytes]],
     limit_s: float,
 ) -> int | None:
+    with _git_started(argv, cwd, env, files) as process:
+        if _git_wait(process.pid, process.wait, limit_s):
+            return process.wait()
+        _git_end_group(process.pid, process.wait)
+    return None
+
+
+@contextmanager
+def _git_started(
+    argv: Sequence[str],
+    cwd: Path,
+    env: Mapping[str, str],
+    files: tuple[IO[bytes], IO[bytes] | int, IO[bytes]],
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A child in a session of its own, which an exception ends; reaping it is the caller's."""
     import subprocess
 
     # Between fork and setsid the child is still in our foreground group: a Ctrl-C in that moment
@@ -584,14 +612,44 @@ def _git_start_and_wait(
             )
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, held)  # may raise what a handler raises
-        if _git_wait(process.pid, process.wait, limit_s):
-            return process.wait()
+        yield process
     except BaseException:
         if process is not None:
             _git_end_group(process.pid, process.wait)
         raise
-    _git_end_group(process.pid, process.wait)
-    return None
+
+
+@contextmanager
+def _git_reading(
+    argv: Sequence[str], *, cwd: Path, env: Mapping[str, str], stdin: bytes, limit_s: float
+) -> Iterator[tuple[IO[bytes], Callable[[], _Ended]]]:
+    """A child whose output is read while it comes; the function given waits for its end."""
+    import subprocess
+    import tempfile
+    import threading
+
+    with tempfile.TemporaryFile() as source, tempfile.TemporaryFile() as err:
+        source.write(stdin)
+        source.seek(0)
+        with _git_started(argv, cwd, env, (source, subprocess.PIPE, err)) as process:
+            assert process.stdout
+            # Whoever reads cannot look at a clock: at the limit the child's end ends the output.
+            limit = threading.Timer(limit_s, os.killpg, (process.pid, signal.SIGTERM))
+            limit.daemon = True
+
+            def end() -> _Ended:
+                limit.cancel()
+                if not _git_wait(process.pid, process.wait, KILL_GRACE_S):
+                    _git_end_group(process.pid, process.wait)
+                err.seek(0)
+                return _Ended(process.wait(), b"", err.read())
+
+            with process.stdout:
+                limit.start()
+                try:
+                    yield process.stdout, end
+                finally:
+                    limit.cancel()
 
 
 def _git_wait(pid: int, wait: Callable[[float | None], int], limit_s: float) -> bool:
@@ -781,9 +839,8 @@ class Repo:
         limit_s: float | None = None,
     ) -> _Ended:
         limit_s = min(limit_s or self._limit_s, self._deadline - self._clock())
-        argv = ("git", *_GIT_CONFIG, *self._durability(), *args)
+        argv, where = self._command(args), self._folder()
         environment = {**_git_environment(), **_GIT_ENV, **(env or {})}
-        where = self.top if self.top.is_dir() else self.root
         if limit_s <= 0:
             raise GitError("no time was left for it", args)
         try:
@@ -797,6 +854,12 @@ class Repo:
         if ended.status not in ok:
             raise GitError(ended.err.decode(errors="replace"), args, ended.status)
         return ended
+
+    def _command(self, args: Sequence[str]) -> Sequence[str]:
+        return ("git", *_GIT_CONFIG, *self._durability(), *args)
+
+    def _folder(self) -> Path:
+        return self.top if self.top.is_dir() else self.root
 
     def _durability(self) -> tuple[str, str]:
         """Git flushes nothing by default: a power cut then leaves HEAD at an empty object."""
@@ -949,6 +1012,52 @@ class Repo:
     def read_blob(self, oid: str) -> bytes:
         """The bytes of a blob, as git stores them."""
         return self.git("cat-file", "blob", oid)
+
+    def read_blobs(self, oids: Iterable[str]) -> Iterator[bytes]:
+        """The bytes of any number of blobs, one by one, from one process.
+
+        GitError, in its place, for one that is not there.
+        """
+        wanted = list(oids)
+        args = ("cat-file", "--batch")
+        stdin = "".join(f"{oid}\n" for oid in wanted).encode()
+        environment = {**_git_environment(), **_GIT_ENV}
+        with _git_reading(
+            self._command(args),
+            cwd=self._folder(),
+            env=environment,
+            stdin=stdin,
+            limit_s=TREE_LIMIT_S,
+        ) as (output, end):
+            for oid in wanted:
+                facts = output.readline().split()
+                if facts[1:2] != [b"blob"]:
+                    why = "" if facts else end().err.decode(errors="replace")
+                    raise GitError(why or f"object {oid} is missing", args)
+                yield output.read(int(facts[2]) + 1)[:-1]
+            end()
+
+    def files_under(self, folder: str) -> list[bytes]:
+        """The contents of all files in a folder (with a slash at its end) of HEAD."""
+        head = self.head().commit
+        if head is None:
+            return []
+        rows = _git_rows(self.git("ls-tree", "-z", "--full-tree", head, "--", folder))
+        facts = [row.partition("\t")[0].split(" ") for row in rows]
+        return list(self.read_blobs(oid for _, kind, oid in facts if kind == "blob"))
+
+    def file_versions(self, path: str) -> list[FileVersion]:
+        """The commits of HEAD's history that changed a file, oldest first, through renames.
+
+        Of a branch that was merged each commit is listed, and the merge itself only where it made
+        something of its own.
+        """
+        if self.head().commit is None:
+            return []
+        options = ("--follow", "-c", "--date-order", "--no-show-signature", "--no-color")
+        form = ("--raw", "-z", "--no-abbrev", "--no-ext-diff", "--format=%H %cI%n%B")
+        output = self.git("log", *options, *form, "HEAD", "--", path, limit_s=TREE_LIMIT_S)
+        return list(reversed(list(_git_versions(output))))
 
     def changes(self, before: str | None, after: str) -> list[Change]:
         """The paths that differ between two trees (or commits), sorted; renames are two changes."""
@@ -2000,6 +2109,30 @@ def _git_open_advice(root: Path, error: GitError) -> str:
             " --root."
         )
     return error.stderr.strip() or str(error)
+
+
+def _git_versions(output: bytes) -> Iterator[FileVersion]:
+    """Read `git log --raw -z`: a message, then `:modes ids status`, a path (renamed: two)."""
+    fields = iter(output.decode(errors="replace").split("\0"))
+    head = ""
+    for field in fields:
+        facts = field.lstrip("\n")
+        if not facts.startswith(":"):
+            head = facts or head
+            continue
+        parents = len(facts) - len(facts.lstrip(":"))
+        words = facts[parents:].split(" ")
+        modes, oids, kind = words[: parents + 1], words[parents + 1 : -1], words[-1]
+        next(fields)
+        if kind[0] in "RC" and parents == 1:
+            next(fields)
+        *before, after = (
+            oid if mode.startswith("100") else ABSENT_OID
+            for mode, oid in zip(modes, oids, strict=True)
+        )
+        first, _, message = head.partition("\n")
+        commit, _, when = first.partition(" ")
+        yield FileVersion(commit, when, message, tuple(before), after)
 
 
 def _git_normal(entry: Entry) -> Entry:

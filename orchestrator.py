@@ -83,11 +83,14 @@ from backlog import (
     block,
     check_filters,
     context_description,
+    counter_of,
     ingest,
+    item_texts,
     matches,
     merge_items,
     parse_filter,
     parse_inbox,
+    read_item_text,
     render_yaml,
     sync_directory,
     transition,
@@ -99,6 +102,7 @@ from gitutil import (
     ABSENT_OID,
     Change,
     Entry,
+    FileVersion,
     GitError,
     Head,
     HeadBusy,
@@ -1809,6 +1813,164 @@ def staleness(
     return ("proceed", "") if phase.staleness == "ignore" else (phase.staleness, text)
 
 
+# ---- What history tells --------------------------------------------------------------------------
+
+STAGES = ("new", "scoping", "ready", "in_progress", "done")
+
+
+class Decision(NamedTuple):
+    """A change of an item's status or phase, as a commit holds it; no item: it was not there."""
+
+    version: FileVersion
+    old: Item
+    new: Item
+
+    @property
+    def item_id(self) -> str:
+        return (self.new or self.old)["id"]
+
+
+class Finding(NamedTuple):
+    """Something in history that the orchestrator itself would not have done."""
+
+    commit: str
+    item_id: str  # "": the file as a whole
+    text: str
+
+
+class Departure(NamedTuple):
+    """How an item left the backlog, as the worklog has it."""
+
+    word: str  # "done", "closed" or "merged"
+    reason: str
+
+
+class History:
+    """What the versions of a backlog file, given oldest first, decided, and what is odd in them.
+
+    Versions share nearly all of their items, so only the texts of items that differ are read: the
+    cost follows the changes, not the size of the backlog. In a merge only that counts which is as
+    in none of its parents.
+    """
+
+    def __init__(self, source: str) -> None:
+        import functools
+
+        self.decisions: list[Decision] = []
+        self.findings: list[Finding] = []
+        self.gone: dict[str, Decision] = {}  # ids that have left the backlog, and how
+        self._created: dict[str, str] = {}  # of every id that ever was
+        self._instead: dict[bytes, bytes] = {}  # for versions that cannot be read
+        self._texts = functools.lru_cache(maxsize=8)(item_texts)
+        self._item = functools.lru_cache(maxsize=4096)(lambda text: read_item_text(text, source))
+
+    def add(self, version: FileVersion, before: Sequence[bytes], after: bytes) -> None:
+        """Take in the next version; `before` are the contents of its parents."""
+        before = [self._instead.get(data, data) for data in before]
+        try:
+            changes = [self._changes(data, after) for data in before]
+        except (BacklogError, YamlError) as error:
+            self._find(version, "", f"the file cannot be read: {one_line(str(error), 300)}")
+            self._instead[after] = before[0]
+            return
+        counters = [counter_of(data) for data in before]
+        if 0 < counter_of(after) < min(counters):
+            what = f"next_item_id went back from {min(counters)} to {counter_of(after)}"
+            self._find(version, "", what)
+        for item_id, (old, new) in changes[0].items():
+            if all(item_id in others for others in changes[1:]):
+                self._decide(Decision(version, old, new))
+
+    def _find(self, version: FileVersion, item_id: str, text: str) -> None:
+        self.findings.append(Finding(version.commit, item_id, text))
+
+    def _changes(self, before: bytes, after: bytes) -> dict[str, tuple[Item, Item]]:
+        """By id, the items whose status or phase differs."""
+        texts = self._texts(before), self._texts(after)
+        was, now = (self._items(mine, set(other)) for mine, other in (texts, texts[::-1]))
+        pairs = {id: (was.get(id, Item()), now.get(id, Item())) for id in {**was, **now}}
+        return {id: pair for id, pair in pairs.items() if _place(pair[0]) != _place(pair[1])}
+
+    def _items(self, texts: Iterable[bytes], known: Container[bytes]) -> dict[str, Item]:
+        items = [self._item(text) for text in texts if text not in known]
+        return {item["id"]: item for item in items}
+
+    def _decide(self, decision: Decision) -> None:
+        self.decisions.append(decision)
+        item_id, objection = decision.item_id, illegal_move(decision.old, decision.new)
+        if objection:
+            self._find(decision.version, item_id, objection)
+        if not decision.new:
+            self.gone[item_id] = decision
+            return
+        self.gone.pop(item_id, None)
+        created = decision.new.get("created", "")
+        if self._created.setdefault(item_id, created) != created:
+            self._find(decision.version, item_id, "the id is used again, for another item")
+            self._created[item_id] = created
+
+    def lost(self, departures: Mapping[str, Departure]) -> list[Finding]:
+        """The items that left the backlog for good while nothing says that they were finished."""
+        return [
+            Finding(
+                decision.version.commit,
+                item_id,
+                f"it was {' '.join(_place(decision.old))} and left the backlog without a word in"
+                " the worklog",
+            )
+            for item_id, decision in self.gone.items()
+            if item_id not in departures and not _finishing(decision)
+        ]
+
+
+def _place(item: Item) -> tuple[str, ...]:
+    """Status and phase, as far as there are any."""
+    return tuple(filter(None, (item.get("status"), item.get("phase"))))
+
+
+def _finishing(decision: Decision) -> bool:
+    """Whether a command committed that the item is finished."""
+    told = re.match(r"\[orchestrator\] (?:Complete|Close) ([^\s:]+)", decision.version.message)
+    return bool(told and told[1] == decision.item_id)
+
+
+def illegal_move(old: Item, new: Item) -> str:
+    """What is wrong with a change of status between two commits; "" if nothing.
+
+    A commit may hold several steps, so any number forward is fine. A blocked item stands where it
+    was blocked from, and only goes on from there.
+    """
+    if not old or not new:
+        return ""
+    stages = [_stage(item) for item in (old, new)]
+    if -1 not in stages and stages[1] < stages[0]:
+        return f"it went back from {old['status']} to {new['status']}"
+    return ""
+
+
+def _stage(item: Item) -> int:
+    """How far an item has come; -1 for a word of an older schema."""
+    status = item["status"]
+    if status == "blocked":
+        status = item.get("blocked_from_status", "new")
+    return STAGES.index(status) if status in STAGES else -1
+
+
+def departures(worklog: str) -> dict[str, Departure]:
+    """By id, how items left the backlog according to the text of worklogs."""
+    found: dict[str, Departure] = {}
+    item_id = word = ""
+    for line in worklog.splitlines():
+        if heading := re.match(r"## \S+ — (\S+) \(", line):
+            item_id, word = heading[1], ""
+        elif ended := re.match(r"- \*\*(?:Status|Outcome):\*\* (Done|Closed|Merged)$", line):
+            word = ended[1].lower()
+            found[item_id] = Departure(word, "")
+        elif word and (told := re.match(r"- \*\*(?:Summary|Reason):\*\* (.*)", line)):
+            found[item_id] = Departure(word, told[1])
+    return found
+
+
 # ==== 5. Texts (pure) =============================================================================
 
 MAX_RESULT_BYTES = 5_000_000
@@ -3051,6 +3213,110 @@ def plan_json(
         for row in rows
     ]
     return {"version": 1, "items": items}
+
+
+# -- decisions in history --------------------------------------------------------------------------
+
+
+class LogRow(NamedTuple):
+    """One decision as `log` tells it; an empty status: the item is not in the backlog."""
+
+    commit: str
+    time: str  # RFC 3339
+    run_id: str  # "": not made by a phase commit of a run
+    subject: str
+    item: str
+    title: str
+    status_from: str
+    phase_from: str
+    status_to: str
+    phase_to: str
+    reason: str
+
+
+def log_rows(
+    history: History, left: Mapping[str, Departure], item_id: str | None = None
+) -> list[LogRow]:
+    """The decisions of a history, oldest first, on one item or all of them."""
+    return [
+        _log_row(decision, left.get(decision.item_id))
+        for decision in history.decisions
+        if item_id in (None, decision.item_id)
+    ]
+
+
+def _log_row(decision: Decision, departure: Departure | None) -> LogRow:
+    version, old, new = decision.version, decision.old, decision.new
+    run = re.search(r"^Orchestrator-Run: (\S+)", version.message, re.M)
+    gone = (departure.word if departure else "") if not new else new["status"]
+    return LogRow(
+        commit=version.commit,
+        time=version.time,
+        run_id=run[1] if run else "",
+        subject=one_line(version.message.partition("\n")[0]),
+        item=decision.item_id,
+        title=one_line(str((new or old).get("title", ""))),
+        status_from=old.get("status", ""),
+        phase_from=old.get("phase", ""),
+        status_to=gone,
+        phase_to=new.get("phase", ""),
+        reason=one_line(_decision_reason(decision, departure)),
+    )
+
+
+def _decision_reason(decision: Decision, departure: Departure | None) -> str:
+    """Why: in the words of the item, else of the commit, else of the worklog."""
+    old, new = decision.old, decision.new
+    if new.get("status") == "blocked":
+        return block_reason(new)
+    if old.get("status") == "blocked" and new.get("unblock_context"):
+        return new["unblock_context"]
+    if not old and new.get("origin"):
+        return f"from {new['origin']}"
+    tagged = re.findall(r"\[([^]\s]+)\]\[[^]]*\] (.+?)(?= \| \[|$)", decision.version.message, re.M)
+    said: list[str] = [text for item_id, text in tagged if item_id == decision.item_id]
+    return max(said, key=len, default="") or (departure.reason if departure and not new else "")
+
+
+def render_log(rows: Sequence[LogRow], width: int) -> str:
+    """`log` for people: a line per commit, below it one per decision, with the reason."""
+    lines: list[str] = []
+    for commit, decided in itertools.groupby(rows, key=lambda row: row.commit):
+        first, *others = decided
+        who = f"run {first.run_id}" if first.run_id else first.subject
+        when = first.time[:16].replace("T", " ")
+        lines += ["", f"{when}  {commit[:10]}  {fit(who, width - 30).rstrip()}"]
+        for row in (first, *others):
+            lines += _decision_lines(row, width)
+    return "\n".join(lines[1:])
+
+
+def _decision_lines(row: LogRow, width: int) -> list[str]:
+    import textwrap
+
+    before = f"{row.status_from} {row.phase_from}".rstrip()
+    after = f"{row.status_to or 'removed'} {row.phase_to}".rstrip()
+    text = f"{before} → {after}" if before else f"added as {after}: {row.title}"
+    label = f"  {one_line(row.item):10} "
+    line = label + fit(text, max(30, width - len(label))).rstrip()
+    return [line, *(f"      {part}" for part in textwrap.wrap(row.reason, width - 6))]
+
+
+def render_findings(findings: Sequence[Finding], rows: int) -> str:
+    """`log --verify` for people."""
+    lines = [
+        f"problem: commit {one.commit[:10]}: {one_line(f'{one.item_id} {one.text}')}"
+        for one in findings
+    ]
+    verdict = plural(len(findings), "problem") if findings else "all is in order"
+    return "\n".join([*lines, f"{plural(rows, 'decision')} looked at: {verdict}"])
+
+
+def log_json(rows: Sequence[LogRow], findings: Sequence[Finding] | None) -> dict[str, object]:
+    """`log --json`; see JSON_FORMS. `findings` None: nothing was verified."""
+    decisions = [row._asdict() for row in rows]
+    verified = {} if findings is None else {"problems": [one._asdict() for one in findings]}
+    return {"schema": 1, "decisions": decisions, **verified}
 
 
 # -- the end of a run ------------------------------------------------------------------------------
@@ -7244,6 +7510,64 @@ def cmd_show(args: argparse.Namespace) -> int:
     return EXIT_OK
 
 
+def cmd_log(args: argparse.Namespace) -> int:
+    """Every decision from git history alone; with `--verify`, what does not add up in it."""
+    space = open_workspace(args.root, args.config)
+    history = read_history(space.repo, space.store.path)
+    left = departures(worklog_text(space.repo))
+    rows = log_rows(history, left, args.id)
+    if args.id is not None and not rows:
+        known = {decision.item_id for decision in history.decisions}
+        raise UsageError(f"{args.id}: history knows no such item{did_you_mean(args.id, known)}")
+    findings = None
+    if args.verify:
+        found = [*history.findings, *history.lost(left)]
+        findings = [one for one in found if args.id in (None, one.item_id)]
+    if args.json:
+        print(_dumps(log_json(rows, findings)))
+    elif findings is not None:
+        print(render_findings(findings, len(rows)))
+    else:
+        print(render_log(rows, output_width()) or "No decision has been committed yet.")
+    return EXIT_ERROR if findings else EXIT_OK
+
+
+def read_history(repo: Repo, path: Path) -> History:
+    """Read all versions of the backlog file that HEAD's history holds; two git processes."""
+    history = History(path.name)
+    versions = repo.file_versions(repo.relative(path))
+    wanted, last = [], ABSENT_OID
+    for version in versions:
+        wanted += [oid for oid in version.before if oid not in (last, ABSENT_OID)]
+        wanted += [version.after] if version.after != ABSENT_OID else []
+        last = version.after
+    blobs = repo.read_blobs(wanted)
+    last, data = ABSENT_OID, b""
+    for version in versions:
+        before = [
+            data if oid == last else b"" if oid == ABSENT_OID else next(blobs)
+            for oid in version.before
+        ]
+        data = b"" if version.after == ABSENT_OID else next(blobs)
+        last = version.after
+        history.add(version, before, data)
+    return history
+
+
+def worklog_text(repo: Repo) -> str:
+    """All worklogs: what HEAD holds, and what is on disk but not committed yet."""
+    on_disk = {path.name: path.read_bytes() for path in (repo.root / WORKLOG_DIR).glob("*.md")}
+    committed = repo.files_under(f"{repo.prefix}{WORKLOG_DIR}/")
+    return b"\n".join([*committed, *on_disk.values()]).decode(errors="replace")
+
+
+def output_width() -> int:
+    """The columns of the terminal, 80 where there is none."""
+    import shutil
+
+    return max(40, shutil.get_terminal_size((80, 24)).columns)
+
+
 def commits_of(repo: Repo, item_id: str) -> list[tuple[str, str]]:
     """Id and subject of every commit on the branch that names the item, newest first."""
     if repo.head().commit is None:
@@ -8080,6 +8404,7 @@ COMMANDS: Mapping[str, Callable[[argparse.Namespace], int]] = {
     "triage": cmd_run,
     "status": cmd_status,
     "show": cmd_show,
+    "log": cmd_log,
     "add": cmd_add,
     "advance": cmd_advance,
     "unblock": cmd_unblock,
@@ -8176,6 +8501,10 @@ def build_parser() -> argparse.ArgumentParser:
     show = command("show", "show one item, its documents and commits")
     show.add_argument("id")
     show.add_argument("--json", action="store_true")
+    log = command("log", "tell every decision from git history: when, what, and why")
+    log.add_argument("id", nargs="?", help="of one item only")
+    log.add_argument("--verify", action="store_true", help="say what does not add up; then exit 1")
+    log.add_argument("--json", action="store_true")
     _edit_arguments(command)
     check = command("check", "say what would keep a run from working")
     check.add_argument("--json", action="store_true")
