@@ -2660,9 +2660,11 @@ def worklog_entry(
     return _worklog_text(now, item_id, title, facts)
 
 
-def archive_entry(now: datetime, item: Item) -> str:
-    """The worklog's text for an item that is done and leaves the backlog."""
-    facts = {"Status": "Done", "Phase": item.get("phase") or "N/A"}
+def archive_entry(now: datetime, item: Item, status: str = "Done", why: str = "") -> str:
+    """The worklog's text for an item that leaves the backlog, done or closed, and a word on it."""
+    facts = {"Status": status, "Phase": item.get("phase") or "N/A"}
+    if why:
+        facts["Summary" if status == "Done" else "Reason"] = why
     return _worklog_text(now, item["id"], item["title"], facts)
 
 

@@ -1721,6 +1721,38 @@ def _merge_direction(item_id: str, other: str) -> tuple[str, str]:
     return item_id, other
 
 
+# ---- What the operator decides -------------------------------------------------------------------
+
+
+class Farewell(NamedTuple):
+    """An item that the operator took out of the backlog."""
+
+    item: Item
+    dependants: tuple[str, ...]  # ids that waited for it
+    worklog: str
+
+
+def take_out(
+    draft: Draft, item_id: str, status: Literal["Done", "Closed"], why: str, now: datetime
+) -> Farewell:
+    """Take an item out of the backlog, from wherever it is, because the operator says so.
+
+    Whatever depended on it depends on it no longer, and says why in its context.
+    """
+    item = draft.item(item_id)
+    waiting = (one for one in draft.items.values() if item_id in one.get("dependencies", ()))
+    dependants = [one["id"] for one in waiting]
+    archive(draft, item_id, now)
+    fate = "was done outside of this backlog" if status == "Done" else "was closed"
+    note = f"[{item_id}, which this depended on, {fate}] {one_line(item['title'])}"
+    for dependant in dependants:
+        known = draft.item(dependant).get("description", {})
+        context = "\n".join(filter(None, (known.get("context"), f"{note}: {why}" if why else note)))
+        description = {**dict.fromkeys(DESCRIPTION_KEYS, ""), **known, "context": context}
+        draft.update(dependant, now, description=description)
+    return Farewell(item, tuple(dependants), archive_entry(now, item, status, why))
+
+
 # ---- Promotion, repair, staleness ----------------------------------------------------------------
 
 
@@ -7327,19 +7359,25 @@ class Session:
 
 
 def cmd_run(args: argparse.Namespace) -> int:
-    """`run` and `triage`: see `Session`."""
+    """`run`, `triage` and `step`: see `Session`."""
     space = open_workspace(args.root, args.config)
     options = run_options(args, space)
     if args.dry_run:
         return _dry_run(space, options, as_json=args.json)
     if options.targets:
-        _check_targets(options, space.store.look())
+        backlog = space.store.look()
+        for target in options.targets:
+            _item(backlog, target)
+        if args.command == "step":
+            _check_step(backlog.items[options.targets[0]], backlog)
     run_id = new_run_id()
     with space.run_lock(f"run {run_id}"), signals_noted() as early:
         become_subreaper()
         live = LiveLine(sys.stderr.isatty() and args.log_format == "text" and args.command == "run")
         set_up_logging(args.log_level, args.log_format, live)
         ledger = begin_run(space, run_id, allow_dirty=args.allow_dirty)
+        if args.command == "step":
+            _override_guardrails(ledger, options.targets[0])
         session = Session(ledger, options, live, early)
         failed = _conduct(session)
     return _report(session, args, failed)
@@ -7402,11 +7440,28 @@ def run_options(args: argparse.Namespace, space: Workspace) -> RunOptions:
     )
 
 
-def _check_targets(options: RunOptions, backlog: Backlog) -> None:
-    for target in options.targets:
-        if target not in backlog.items:
-            hint = did_you_mean(target, backlog.items)
-            raise UsageError(f"--target {target}: there is no such item{hint}")
+def _check_step(item: Item, backlog: Backlog) -> None:
+    """Refuse a step that could not be taken, rather than start a run that only says so."""
+    item_id, needs = item["id"], waits_for(item, backlog)
+    if item["status"] == "blocked":
+        raise OrchestratorError(
+            f"{item_id} is blocked: {block_reason(item)}. First: {PROGRAM} unblock {item_id}"
+        )
+    if item["status"] == "done":
+        raise OrchestratorError(f"{item_id} is done: there is no phase left to run")
+    if needs:
+        raise OrchestratorError(f"{item_id} waits for {', '.join(needs)}")
+
+
+def _override_guardrails(ledger: Ledger, item_id: str) -> None:
+    """Who asks for this one step has looked at the item; for good, as `unblock` does it."""
+    now = ledger.clock()
+
+    def override(draft: Draft) -> None:
+        if item_id in draft.items:
+            draft.update(item_id, now, guardrail_override=True)
+
+    ledger.edit_one(override)
 
 
 def summary_facts(session: Session, code: int) -> SummaryFacts:
@@ -7462,7 +7517,8 @@ def _notify(config: Config, facts: SummaryFacts) -> None:
 def _dry_run(space: Workspace, options: RunOptions, *, as_json: bool) -> int:
     """Say what a run would do; writes nothing."""
     backlog = space.store.look()
-    _check_targets(options, backlog)
+    for target in options.targets:
+        _item(backlog, target)
     render = plan_json if as_json else render_plan
     plan = render(
         backlog,
@@ -7697,6 +7753,48 @@ def cmd_unblock(args: argparse.Namespace) -> int:
     )
     print(f"Unblocked {args.id}: {item['status']} again")
     return _commit_command(space, args, f"Unblock {args.id}")
+
+
+def cmd_complete(args: argparse.Namespace) -> int:
+    return _take_out(args, "Done", "Complete", one_line(args.summary or "", 1000))
+
+
+def cmd_close(args: argparse.Namespace) -> int:
+    reason = one_line(args.reason, 1000)
+    if not reason:
+        raise UsageError("--reason is blank; say why the item is not wanted any more")
+    return _take_out(args, "Closed", "Close", reason)
+
+
+def _take_out(
+    args: argparse.Namespace, status: Literal["Done", "Closed"], verb: str, why: str
+) -> int:
+    """`complete` and `close`: out of the backlog, into the worklog, and whoever waited is told."""
+    space, now = open_workspace(args.root, args.config), utc_now()
+    _item(space.store.look(), args.id)
+    _refuse_while_running(space, args.id)
+    gone = _change(space, lambda draft: take_out(draft, args.id, status, why, now))
+    append_worklog(space.repo.root / WORKLOG_DIR, now, gone.worklog)
+    title = one_line(gone.item["title"])
+    print(f"{verb.removesuffix('e')}ed {args.id}: {title}")
+    if gone.dependants:
+        print(f"No longer waiting for it: {', '.join(gone.dependants)}")
+    return _commit_command(space, args, f"{verb} {args.id}: {title}")
+
+
+def _refuse_while_running(space: Workspace, item_id: str) -> None:
+    """An item whose phase runs just now is not to be taken from under it."""
+    try:
+        with space.run_lock("a command"):
+            return
+    except OrchestratorError:
+        journal = Journal.read(space.journal_path)
+    for attempt in journal.attempts.values() if journal else ():
+        if attempt.item == item_id:
+            raise OrchestratorError(
+                f"{item_id}: its phase {attempt.phase} is running just now. Wait for it, or ask the"
+                f" run to halt when it is through: {PROGRAM} stop"
+            )
 
 
 def cmd_check(args: argparse.Namespace) -> int:
@@ -8402,12 +8500,15 @@ COMMANDS: Mapping[str, Callable[[argparse.Namespace], int]] = {
     "demo": cmd_demo,
     "run": cmd_run,
     "triage": cmd_run,
+    "step": cmd_run,
     "status": cmd_status,
     "show": cmd_show,
     "log": cmd_log,
     "add": cmd_add,
     "advance": cmd_advance,
     "unblock": cmd_unblock,
+    "complete": cmd_complete,
+    "close": cmd_close,
     "check": cmd_check,
     "stop": cmd_stop,
     "hook": cmd_hook,
@@ -8495,6 +8596,10 @@ def build_parser() -> argparse.ArgumentParser:
         ("triage", "only rate and route new items"),
     ):
         _run_arguments(command(name, summary))
+    step = command("step", "run exactly one phase of an item, guardrails or not, then halt")
+    step.add_argument("target", nargs=1, metavar="ID")
+    step.set_defaults(only=[], cap=1, auto_advance=False)
+    _start_arguments(step)
     status = command("status", "list the items")
     status.add_argument("--only", action="append", default=[], metavar="KEY=VALUE[,VALUE]")
     status.add_argument("--json", action="store_true")
@@ -8542,6 +8647,11 @@ def _run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--auto-advance", action="store_true", help="go on to the next target when one is blocked"
     )
+    _start_arguments(parser)
+
+
+def _start_arguments(parser: argparse.ArgumentParser) -> None:
+    """What all commands take that start agents."""
     parser.add_argument(
         "--allow-dirty", action="store_true", help="start although there are uncommitted changes"
     )
@@ -8574,7 +8684,13 @@ def _edit_arguments(command: Callable[[str, str], argparse.ArgumentParser]) -> N
     free.add_argument(
         "--override-guardrails", action="store_true", help="let it pass the guardrails for good"
     )
-    for parser in (add, forward, free):
+    done = command("complete", "take out an item that was done outside of this backlog")
+    done.add_argument("id")
+    done.add_argument("--summary", help="what was done, for the worklog and those that waited")
+    close = command("close", "take out an item that is not wanted any more")
+    close.add_argument("id")
+    close.add_argument("--reason", required=True, help="why, for the worklog and those that waited")
+    for parser in (add, forward, free, done, close):
         parser.add_argument("--commit", action="store_true", help="commit BACKLOG.yaml, alone")
 
 

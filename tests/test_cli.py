@@ -659,8 +659,8 @@ def test_dry_run_of_triage_starts_only_triage(project: Any, here: Cli) -> None:
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
-        (["--target", "WRK-01"], '--target WRK-01: there is no such item (did you mean "WRK-001"?)'),
-        (["--target", "wrk-001"], '--target wrk-001: there is no such item (did you mean "WRK-001"?)'),
+        (["--target", "WRK-01"], 'WRK-01: there is no such item (did you mean "WRK-001"?)'),
+        (["--target", "wrk-001"], 'wrk-001: there is no such item (did you mean "WRK-001"?)'),
         (["--target", "WRK-001", "--target", "WRK-001"], "--target names WRK-001 more than once"),
         (["--target", "WRK-001", "--only", "size=small"], "--target and --only cannot be combined: name the items, or filter them"),
     ],

@@ -1,7 +1,7 @@
 """How long `log --verify` takes on a long history: python tests/benchmarks/bench_log.py [COMMITS]
 
 Makes a repository of 10,000 commits, each of which moves one item of a backlog of 100 on by one
-status or phase, and reads it back. The limit is 10 s.
+status or phase, and reads it back. The limit is 10 s of processor time, git's included.
 """
 
 from __future__ import annotations
@@ -80,13 +80,15 @@ def main() -> int:
         size = os.path.getsize(f"{folder}/BACKLOG.yaml")
         slow = False
         for options in ([], ["--verify"], ["WRK-001"]):
-            began = time.perf_counter()
+            began, used = time.perf_counter(), os.times()
             argv = [sys.executable, str(SCRIPT), "--root", folder, "log", *options]
             done = subprocess.run(argv, capture_output=True, text=True, check=False)
             took = time.perf_counter() - began
-            slow |= took > LIMIT_S or done.returncode != 0
+            now = os.times()
+            cpu = now.children_user + now.children_system - used.children_user - used.children_system
+            slow |= cpu > LIMIT_S or done.returncode != 0
             last = done.stdout.strip().splitlines()[-1:] or [done.stderr]
-            print(f"log {' '.join(options):9} {count} commits, {size:,} bytes: {took:.2f} s: {last[0]}")
+            print(f"log {' '.join(options):9} {count} commits, {size:,} bytes: {cpu:.2f} s ({took:.2f} s by the clock): {last[0]}")
     return 1 if slow else 0
 
 
