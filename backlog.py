@@ -621,6 +621,9 @@ class _YamlReader:
         at, line = self.at, self.lines[self.at]
         key = line[column:colon].rstrip(" ")
         self._check_start(column)
+        if ":\t" in line[column:]:
+            place = line.index(":\t", column) + 1
+            self.refuse(at, place, "a tab character behind a colon", "use spaces, or quote the key")
         if colon == len(line):
             hint = "a text that goes on is indented deeper than its key"
             self.fail(at, column, 'expected "key: value"', hint)

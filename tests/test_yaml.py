@@ -286,7 +286,7 @@ REFUSED: dict[str, tuple[str, int, int, str]] = {
     "flow_then_deeper_line": ("a: [b]\n  c\n", 2, 3, "indented deeper"),
     "tab_indent": ("a:\n\tb: 1\n", 2, 1, "tab character in indentation"),
     "tab_after_colon": ("a: \tb\n", 1, 4, "tab character between tokens"),
-    "tab_directly_after_colon": ("a: 1\nb:\tc\n", 2, 1, 'expected "key: value"'),
+    "tab_directly_after_colon": ("a: 1\nb:\tc\n", 2, 3, "a tab character behind a colon"),
     "tab_after_dash": ("- \ta\n", 1, 3, "tab character between tokens"),
     "tab_in_plain": ("a: b\tc\n", 1, 5, "tab character in a plain scalar"),
     "tab_before_comment": ("a: b\t# c\n", 1, 5, "tab character in a plain scalar"),
