@@ -294,22 +294,44 @@ class PhaseResult(NamedTuple):
 
 
 class Usage(NamedTuple):
-    """What an attempt cost, as its CLI reported it; None where it does not say."""
+    """What something cost, as the agents' CLIs reported it; None where they do not say."""
 
     cost_usd: float | None = None
     input_tokens: int | None = None
     output_tokens: int | None = None
 
+    def plus(self, more: Usage) -> Usage:
+        """The sum; what only one of the two reports counts as it is."""
+        pairs = zip(self, more, strict=True)
+        cost, given, made = (b if a is None else a if b is None else a + b for a, b in pairs)
+        return Usage(cost, cast("int | None", given), cast("int | None", made))
+
+
+NOTHING_SPENT = Usage()
+
 
 class AgentOutcome(NamedTuple):
-    """How one attempt ended, judged in DESIGN's order; exceptions mean bugs."""
+    """How one attempt ended, judged in this order; exceptions mean bugs.
 
-    kind: Literal["result", "cancelled", "limited", "timeout", "unusable", "failed"]
+    limited: the account's usage limit. transient: the API failed in a way that passes by itself.
+    unusable: the CLI itself cannot work. None of the three is the item's fault.
+    """
+
+    kind: Literal["result", "cancelled", "limited", "transient", "timeout", "unusable", "failed"]
     result: PhaseResult | None = None  # set if and only if kind == "result"
     detail: str = ""  # operator's text: why, with the tail of the output
     until: float | None = None  # limited: epoch seconds of the reset, if the CLI said
     usage: Usage = Usage()
     seconds: float = 0.0
+
+
+class AgentPause(NamedTuple):
+    """An open breaker: an agent that is not started before `until`, whatever the item."""
+
+    agent: str  # AgentSettings.cli
+    until: float  # epoch seconds; then one attempt is let through as a probe
+    strikes: int  # refusals in a row: the one that opened it, then every probe that failed
+    reason: str  # operator's text
 
 
 class AttemptSpec(NamedTuple):
@@ -326,6 +348,7 @@ class AttemptSpec(NamedTuple):
     timeout_s: float
     idle_timeout_s: float  # 0 = off
     grace_s: float
+    budget_usd: float | None = None  # what is left of max_cost_usd, for CLIs that take a budget
 
 
 class Applied(NamedTuple):
@@ -1077,12 +1100,14 @@ def select_actions(
     *,
     only: Container[str] | None = None,
     target: str | None = None,
+    resting: Collection[str] = (),
 ) -> list[Action]:
     """What could be started now, best first: promotions, then tasks for the free slots.
 
     `only` and `target` limit which items may be acted on; dependencies and the work in progress
     are judged on the whole backlog all the same. A target is not held back by max_wip and
-    max_concurrent. Dictionary look-ups and bounded heaps: linear in the number of items.
+    max_concurrent. Tasks for the agents in `resting` are passed over. Dictionary look-ups and
+    bounded heaps: linear in the number of items.
     """
     if any(task.phase.destructive for task in running.values()):
         return []
@@ -1098,7 +1123,7 @@ def select_actions(
     actions: list[Action] = [
         Promote(item["id"]) for item in heapq.nsmallest(wanted, groups["ready"], _promotion_key)
     ]
-    return [*actions, *_fill_slots(_candidates(groups, config, free), bool(running))]
+    return [*actions, *_fill_slots(_candidates(groups, config, free, resting), bool(running))]
 
 
 def to_triage(
@@ -1143,16 +1168,34 @@ def _triage_key(item: Item) -> tuple[int, str]:
     return -(item.get("priority") or 0), item["created"]
 
 
-def _candidates(groups: Mapping[str, list[Item]], config: Config, count: int) -> list[Task]:
+def _candidates(
+    groups: Mapping[str, list[Item]], config: Config, count: int, resting: Collection[str] = ()
+) -> list[Task]:
     """The first `count` tasks: items in progress before scoping ones before new ones.
 
     More are never needed, because each takes a slot or ends the choice.
     """
+    triage = triage_phase(config)
     places = {name: _phase_places(pipeline) for name, pipeline in config.pipelines.items()}
+    if resting:
+        places = {name: _awake(of, config, resting) for name, of in places.items()}
     tasks = _next_phases(groups["in_progress"], places, count)
     tasks += _next_phases(groups["scoping"], places, count - len(tasks))
+    if agent_settings(config, triage).cli in resting:
+        return tasks
     new = heapq.nsmallest(count - len(tasks), groups["new"], _triage_key)
-    return tasks + [Task(item["id"], triage_phase(config), "triage") for item in new]
+    return tasks + [Task(item["id"], triage, "triage") for item in new]
+
+
+def _awake(
+    places: Mapping[str, PhasePlace], config: Config, resting: Collection[str]
+) -> dict[str, PhasePlace]:
+    """The phases that need none of the resting agents."""
+    return {
+        name: place
+        for name, place in places.items()
+        if place.phase.run or agent_settings(config, place.phase).cli not in resting
+    }
 
 
 class PhasePlace(NamedTuple):
@@ -1229,6 +1272,47 @@ def unmet_dependencies(items: Mapping[str, Item], item: Item) -> list[str]:
         for need in item.get("dependencies", ())
         if need in items and items[need]["status"] != "done"
     ]
+
+
+# ---- When an agent's account or API says no ------------------------------------------------------
+
+PROBES = 8  # failures of the API in a row, about 15 minutes with the default delay, end the run
+SHORTEST_LIMIT_S, LONGEST_LIMIT_S = 60.0, 8 * 86400.0  # weekly limits exist
+UNKNOWN_LIMIT_S, LONGEST_UNKNOWN_S = 900.0, 7200.0  # where no reset is stated
+
+
+def pause_after(
+    outcome: AgentOutcome, agent: str, before: AgentPause | None, config: Config, now: float
+) -> AgentPause:
+    """How long an agent rests after a usage limit or a failure of its API; `now` in epoch seconds.
+
+    `before` is the breaker as it was. An attempt that began before its end was under way already
+    when it opened, so it says nothing new about how often the agent refused.
+    """
+    strikes = 1
+    if before is not None:
+        was_probe = now - outcome.seconds >= before.until
+        strikes = before.strikes + was_probe
+    if outcome.kind == "transient":
+        until = now + retry_delay_s(config, strikes)
+    else:
+        until = limit_ends(outcome.until, strikes, now)
+    return AgentPause(agent, max(until, before.until if before else 0), strikes, outcome.detail)
+
+
+def limit_ends(reset: float | None, strikes: int, now: float) -> float:
+    """When to try again after a usage limit: at the stated reset, within a minute to eight days.
+
+    Unknown: after 15 minutes, doubled with every refusal to two hours.
+    """
+    if reset is not None:
+        return min(max(reset, now + SHORTEST_LIMIT_S), now + LONGEST_LIMIT_S)
+    return now + min(UNKNOWN_LIMIT_S * 2.0 ** min(strikes - 1, 10), LONGEST_UNKNOWN_S)
+
+
+def agent_of(config: Config, task: Task) -> str:
+    """The CLI that a task needs; "" for a phase that is a command."""
+    return "" if task.phase.run else agent_settings(config, task.phase).cli
 
 
 # ---- When to stop --------------------------------------------------------------------------------
@@ -3026,7 +3110,9 @@ def block_reason(item: Item) -> str:
     return item.get("blocked_reason") or "no reason recorded"
 
 
-def item_json(item: Item, waiting: Sequence[str] = ()) -> dict[str, object]:
+def item_json(
+    item: Item, waiting: Sequence[str] = (), usage: Usage = NOTHING_SPENT
+) -> dict[str, object]:
     """One item for `--json`: every key is always there, null where the backlog says nothing."""
     return {
         "id": item["id"],
@@ -3048,18 +3134,28 @@ def item_json(item: Item, waiting: Sequence[str] = ()) -> dict[str, object]:
         "blocked_type": item.get("blocked_type"),
         "blocked_from": item.get("blocked_from_status"),
         "description": item.get("description"),
+        **usage_json(usage),
         "created": item["created"],
         "updated": item["updated"],
     }
 
 
-def status_json(backlog: Backlog, only: Container[str] | None = None) -> dict[str, object]:
+def status_json(
+    backlog: Backlog,
+    only: Container[str] | None = None,
+    costs: Mapping[str, Usage] | None = None,
+) -> dict[str, object]:
     """`status --json`: {"version": 1, "counts": {status: number}, "items": [item_json, …]}.
 
-    Items come in the order of the table. `version` grows when a key changes its meaning or goes.
+    Items come in the order of the table. `costs` is what items have cost so far, by id. `version`
+    grows when a key changes its meaning or goes.
     """
+    costs = costs or {}
     items = status_order(item for id, item in backlog.items.items() if only is None or id in only)
-    rows = [item_json(item, waits_for(item, backlog)) for item in items]
+    rows = [
+        item_json(item, waits_for(item, backlog), costs.get(item["id"], NOTHING_SPENT))
+        for item in items
+    ]
     return {"version": 1, "counts": _count_by_status(items), "items": rows}
 
 
@@ -3381,14 +3477,25 @@ class SummaryFacts(NamedTuple):
     follow_ups: tuple[str, ...] = ()
     merged: tuple[str, ...] = ()
     titles: Mapping[str, str] = {}  # of items that are not in the backlog any more
-    cost_usd: float | None = None  # None: the agents did not say
-    input_tokens: int = 0
-    output_tokens: int = 0
+    spent: Mapping[tuple[str, str], Usage] = {}  # by item and phase, in the order they began
     filters: tuple[str, ...] = ()
     targets: tuple[str, ...] = ()
     state_commit: str | None = None  # the commit that saved the backlog at the halt
     warnings: tuple[str, ...] = ()  # what the operator has to know: git trouble, parked commits
     program: str = "orchestrator"  # how the operator calls this tool
+
+    @property
+    def usage(self) -> Usage:
+        """What the whole run cost."""
+        return sum_usage(self.spent.values())
+
+
+def sum_usage(parts: Iterable[Usage]) -> Usage:
+    """All of them together."""
+    total = Usage()
+    for part in parts:
+        total = total.plus(part)
+    return total
 
 
 def render_halt_line(reason: HaltReason | None, detail: str = "") -> str:
@@ -3406,6 +3513,7 @@ def render_summary(facts: SummaryFacts) -> str:
         _done_lines(facts),
         _blocked_lines(facts),
         _other_lines(facts),
+        _cost_lines(facts),
         [f"Warning: {one_line(warning)}" for warning in facts.warnings],
         _next_lines(facts),
     ]
@@ -3417,7 +3525,7 @@ def _effort(facts: SummaryFacts) -> str:
     parts = [used if facts.cap is None else f"{used} (limit {facts.cap})"]
     if facts.seconds is not None:
         parts.append(human_duration(facts.seconds))
-    parts.append(_cost(facts))
+    parts.append(usage_text(facts.usage) or "cost not reported")
     if facts.filters:
         parts.append(f"--only {one_line(' AND '.join(facts.filters))}")
     if facts.state_commit:
@@ -3425,13 +3533,61 @@ def _effort(facts: SummaryFacts) -> str:
     return ", ".join(parts)
 
 
-def _cost(facts: SummaryFacts) -> str:
+def usage_text(usage: Usage) -> str:
+    """`about $0.12, 3,000 tokens in and 600 out`; what was not reported is left out.
+
+    CLIs reckon with list prices, and under a subscription nobody pays them: hence "about".
+    """
     parts = []
-    if facts.cost_usd is not None:
-        parts.append(f"about ${facts.cost_usd:.2f}")
-    if facts.input_tokens or facts.output_tokens:
-        parts.append(f"{facts.input_tokens:,} tokens in and {facts.output_tokens:,} out")
-    return ", ".join(parts) or "cost not reported"
+    if usage.cost_usd is not None:
+        parts.append(f"about ${usage.cost_usd:.{2 if usage.cost_usd >= 1 else 4}f}")
+    if usage.input_tokens or usage.output_tokens:
+        tokens = f"{usage.input_tokens or 0:,} tokens in and {usage.output_tokens or 0:,} out"
+        parts.append(tokens)
+    return ", ".join(parts)
+
+
+WORKLOG_RULE = "\n---\n"  # between entries; what people wrote is indented, so it cannot be theirs
+WORKLOG_HEAD = re.compile(r"## \S+ — (\S+) \(")
+WORKLOG_COST = re.compile(
+    r"- \*\*Cost:\*\* (?:about \$(?P<usd>\d+\.\d+))?(?:, )?"
+    r"(?:(?P<input>[\d,]+) tokens in and (?P<output>[\d,]+) out)?"
+)
+
+
+def worklog_with_cost(text: str, usage: Usage) -> str:
+    """A phase's worklog entry with what the phase cost, as far as that is known."""
+    cost = usage_text(usage)
+    entry, rule, rest = text.partition(WORKLOG_RULE)
+    return f"{entry}- **Cost:** {cost}\n{rule}{rest}" if cost and rule else text
+
+
+def worklog_costs(texts: Iterable[str]) -> dict[str, Usage]:
+    """What every item has cost so far by id, from the worklog's months in any order."""
+    costs: dict[str, Usage] = {}
+    for text in texts:
+        item_id = ""
+        for line in text.split("\n"):
+            if head := WORKLOG_HEAD.match(line):
+                item_id = head[1]
+            elif item_id and (found := WORKLOG_COST.fullmatch(line)):
+                costs[item_id] = costs.get(item_id, Usage()).plus(_usage_in(found))
+    return costs
+
+
+def _usage_in(found: re.Match[str]) -> Usage:
+    usd, given, made = found["usd"], found["input"], found["output"]
+    return Usage(
+        float(usd) if usd else None,
+        int(given.replace(",", "")) if given else None,
+        int(made.replace(",", "")) if made else None,
+    )
+
+
+def usage_json(usage: Usage) -> dict[str, object]:
+    """The three keys about cost that every JSON output uses; null: not reported."""
+    cost = usage.cost_usd
+    return {**usage._asdict(), "cost_usd": None if cost is None else round(cost, 6)}
 
 
 def _title_of(item_id: str, facts: SummaryFacts) -> str:
@@ -3467,6 +3623,15 @@ def _other_lines(facts: SummaryFacts) -> list[str]:
     }
     lines = [f"{label} ({len(ids)}): {_id_list(ids)}" for label, ids in groups.items() if ids]
     return [*lines, f"Backlog: {status_counts(list(items))}"]
+
+
+def _cost_lines(facts: SummaryFacts) -> list[str]:
+    """What each item cost; one alone is in the first lines already."""
+    by_item: dict[str, Usage] = {}
+    for (item_id, _), usage in facts.spent.items():
+        by_item[item_id] = by_item.get(item_id, Usage()).plus(usage)
+    rows = [f"  {one_line(id):10} {text}" for id, u in by_item.items() if (text := usage_text(u))]
+    return ["Cost by item:", *rows] if len(rows) > 1 else []
 
 
 def _id_list(ids: Sequence[str], most: int = 12) -> str:
@@ -3529,9 +3694,10 @@ def summary_json(facts: SummaryFacts) -> dict[str, object]:
 
     {"version": 1, "run_id", "halt_reason" (null: an error), "detail", "exit_code", "phases", "cap",
     "seconds", "completed": [{id, title}], "blocked": [{id, title, reason}], "follow_ups": [id],
-    "merged": [id], "cost_usd" (null: not reported), "input_tokens", "output_tokens", "filters",
-    "targets", "state_commit", "warnings": [text], "counts": {status: number},
-    "next": [{command, why}]}. `version` grows when a key changes its meaning or goes.
+    "merged": [id], "cost_usd" (null: not reported), "input_tokens", "output_tokens",
+    "spent": [{item, phase, cost_usd, input_tokens, output_tokens}], "filters", "targets",
+    "state_commit", "warnings": [text], "counts": {status: number}, "next": [{command, why}]}.
+    `version` grows when a key changes its meaning or goes.
     """
 
     def titled(item_id: str) -> dict[str, str]:
@@ -3550,9 +3716,11 @@ def summary_json(facts: SummaryFacts) -> dict[str, object]:
         "blocked": [{**titled(id), "reason": reason} for id, reason in facts.blocked.items()],
         "follow_ups": list(facts.follow_ups),
         "merged": list(facts.merged),
-        "cost_usd": facts.cost_usd,
-        "input_tokens": facts.input_tokens,
-        "output_tokens": facts.output_tokens,
+        **usage_json(facts.usage),
+        "spent": [
+            {"item": item_id, "phase": phase, **usage_json(usage)}
+            for (item_id, phase), usage in facts.spent.items()
+        ],
         "filters": list(facts.filters),
         "targets": list(facts.targets),
         "state_commit": facts.state_commit,
@@ -3698,6 +3866,7 @@ class AgentReport:
         "last",
         "limited",
         "missing_end",
+        "transient",
         "until",
         "unusable",
     )
@@ -3706,6 +3875,7 @@ class AgentReport:
         self.last = ""  # latest message or tool call
         self.error = ""  # how the CLI says it failed
         self.limited = ""  # what usage limit was hit
+        self.transient = ""  # how the API failed in a way that passes by itself
         self.until: float | None = None  # epoch seconds of the limit's reset
         self.unusable = ""  # why the CLI cannot work at all
         self.denied: list[str] = []  # tools it asked for and did not get
@@ -3737,7 +3907,7 @@ class AgentReport:
 
     def recovered(self) -> None:
         """The CLI came to a good end after all."""
-        self.error = self.limited = self.unusable = ""
+        self.error = self.limited = self.transient = self.unusable = ""
         self.until = None
 
     def usage(self) -> Usage:
@@ -3858,15 +4028,40 @@ def _claude_end(report: AgentReport, event: Event) -> str:
         return text
     report.error = text or "an error without a message"
     status = _number_at(event, "api_error_status")
-    if status == 429 and not report.limited:
-        report.limited = f"usage limit reached: {report.error}"
     if status in (401, 403) or text.startswith(("Not logged in", "Invalid API key")):
         report.unusable = f"claude cannot log in: {text}"
+    elif _passes(status) or (status is None and CLAUDE_TRANSIENT.match(text)):
+        report.transient = f"the API failed: {text}"
     return report.error
 
 
-CODEX_LIMIT = re.compile(r"hit your usage limit|quota exceeded|last status: 429", re.IGNORECASE)
-CODEX_LOGIN = re.compile(r"401 unauthorized|not logged in|refresh token", re.IGNORECASE)
+CLAUDE_TRANSIENT = re.compile(r"API Error: (?:Connection|Unable to connect|Request timed out)")
+
+
+def _passes(status: float | None) -> bool:
+    """Whether an HTTP status says that the same request may succeed later.
+
+    429 without a stated usage limit is "too many requests just now"; 529 is Anthropic's overload.
+    """
+    return status is not None and (status in (408, 429) or 500 <= status < 600)
+
+
+class Wording(NamedTuple):
+    """What the errors of a CLI that only says in words what went wrong look like."""
+
+    limit: re.Pattern[str]
+    login: re.Pattern[str]
+    transient: re.Pattern[str]
+
+
+CODEX_WORDING = Wording(
+    limit=re.compile(r"hit your usage limit|quota exceeded", re.IGNORECASE),
+    login=re.compile(r"401 unauthorized|not logged in|refresh token", re.IGNORECASE),
+    transient=re.compile(
+        r"last status: (?:429|5\d\d)|stream disconnected|error sending request|high demand",
+        re.IGNORECASE,
+    ),
+)
 
 
 def read_codex(report: AgentReport, event: Event) -> str:
@@ -3885,19 +4080,19 @@ def read_codex(report: AgentReport, event: Event) -> str:
     if kind in ("turn.failed", "error"):  # an error alone may be followed by "Reconnecting"
         report.missing_end = report.missing_end and kind == "error"
         text = _text_at(event, "error", "message") or _text_at(event, "message")
-        return _note_error(report, "codex", text, CODEX_LIMIT, CODEX_LOGIN)
+        return _note_error(report, "codex", text, CODEX_WORDING)
     return ""
 
 
-def _note_error(
-    report: AgentReport, cli: str, text: str, limit: re.Pattern[str], login: re.Pattern[str]
-) -> str:
+def _note_error(report: AgentReport, cli: str, text: str, wording: Wording) -> str:
     """Sort an error event of a CLI that only says in words what went wrong."""
     report.error = text or "an error without a message"
-    if limit.search(text):
+    if wording.limit.search(text):
         report.limited = f"usage limit reached: {text}"
-    elif login.search(text):
+    elif wording.login.search(text):
         report.unusable = f"{cli} cannot log in: {text}"
+    elif wording.transient.search(text):
+        report.transient = f"the API failed: {text}"
     return report.error
 
 
@@ -3911,7 +4106,9 @@ def read_opencode(report: AgentReport, event: Event) -> str:
         return _tool_line(_text_at(event, "part", "tool"), call)
     if kind == "step_finish":
         report.recovered()
-        report.close_turn(_tokens_at(_dig(event, "part", "tokens"), "input", output="output"))
+        tokens = _dig(event, "part", "tokens")
+        report.close_turn(_tokens_at(tokens, "input", output="output"))
+        report.close_turn(_tokens_at(_dig(tokens, "cache"), "read", "write", output=""))
         report.add_cost(_number_at(event, "part", "cost"))
     if kind == "error":
         return _opencode_error(report, event)
@@ -3923,15 +4120,24 @@ def _opencode_error(report: AgentReport, event: Event) -> str:
     text = f"{name}: {_text_at(event, 'error', 'data', 'message') or 'no message'}"
     status = _number_at(event, "error", "data", "statusCode")
     report.error = text
-    if status == 429:
+    retryable = _dig(event, "error", "data", "isRetryable") is True
+    if OPENCODE_LIMIT.search(text):
         report.limited = f"usage limit reached: {text}"
-    if status in (401, 403) or name == "ProviderAuthError":
+    elif status in (401, 403) or name == "ProviderAuthError":
         report.unusable = f"opencode cannot log in: {text}"
+    elif retryable or _passes(status):
+        report.transient = f"the API failed: {text}"
     return text
 
 
-GEMINI_LIMIT = re.compile(r"quota|\b429\b|rate limit", re.IGNORECASE)
-GEMINI_LOGIN = re.compile(r"\b40[13]\b|api key|auth method", re.IGNORECASE)
+OPENCODE_LIMIT = re.compile(r"usage limit|quota|insufficient credit", re.IGNORECASE)
+GEMINI_WORDING = Wording(
+    limit=re.compile(r"quota", re.IGNORECASE),
+    login=re.compile(r"\b40[13]\b|api key|auth method", re.IGNORECASE),
+    transient=re.compile(
+        r"\b(?:429|5\d\d)\b|rate limit|fetch failed|overloaded|UNAVAILABLE", re.IGNORECASE
+    ),
+)
 
 
 def read_gemini(report: AgentReport, event: Event) -> str:
@@ -3949,7 +4155,7 @@ def read_gemini(report: AgentReport, event: Event) -> str:
     report.close_turn(_tokens_at(event.get("stats"), "input_tokens"))
     if event.get("status") == "error":
         text = _text_at(event, "error", "message")
-        return _note_error(report, "gemini", text, GEMINI_LIMIT, GEMINI_LOGIN)
+        return _note_error(report, "gemini", text, GEMINI_WORDING)
     report.recovered()
     return ""
 
@@ -3991,7 +4197,7 @@ class Profile(NamedTuple):
     argv: Callable[[AgentSettings, AttemptSpec], list[str]]
     env: Mapping[str, str] = {}  # defaults: the operator's own environment and agent.env win
     read: Callable[[AgentReport, Event], str] | None = None  # None: plain lines of text
-    limit_codes: tuple[int, ...] = ()  # exit codes that say: usage limit
+    transient_codes: tuple[int, ...] = ()  # exit codes that say: the API failed for now
     unusable_codes: tuple[int, ...] = ()  # exit codes that say: not logged in, not trusted …
     install: str = ""  # where to get the CLI
 
@@ -3999,6 +4205,8 @@ class Profile(NamedTuple):
 def _claude_argv(settings: AgentSettings, spec: AttemptSpec) -> list[str]:
     argv = ["claude", "-p", "--output-format", "stream-json", "--verbose"]
     argv += ["--dangerously-skip-permissions", *_model_option("--model", settings)]
+    if spec.budget_usd is not None:
+        argv += ["--max-budget-usd", f"{spec.budget_usd + 0.00005:.4f}"]  # rounded up
     return [*argv, *settings.args]
 
 
@@ -4071,7 +4279,7 @@ PROFILES: Mapping[str, Profile] = {
         _gemini_argv,
         {"GEMINI_CLI_NO_RELAUNCH": "true", "GEMINI_CLI_TRUST_WORKSPACE": "true"},
         read_gemini,
-        limit_codes=(173,),  # 429 mod 256
+        transient_codes=(173, 244, 246, 247, 17),  # 429, 500, 502, 503, 529, each mod 256
         unusable_codes=(41, 55, 145, 147),  # no login, folder not trusted, 401, 403
         install="npm install -g @google/gemini-cli",
     ),
@@ -4997,14 +5205,17 @@ def judge_attempt(spec: AttemptSpec, end: ChildEnd, stopped: bool, now: datetime
         return AgentOutcome("result", result, _exit_remark(end))
     if stopped:
         return AgentOutcome("cancelled", detail="stopped before it reported a result")
-    if limit := _limit_of(spec, end):
+    if report.limited:
         until = report.until if report.until is not None else reset_time(report.error, now)
-        text = f"{limit}; resets at {_utc_text(until)}" if until else limit
+        text = f"{spec.settings.cli}: {report.limited}"
+        text = f"{text}; resets at {_utc_text(until)}" if until else text
         return AgentOutcome("limited", detail=one_line(text, TAIL_COLUMNS), until=until)
     if end.why in ("timeout", "idle"):
         return AgentOutcome("timeout", detail=_with_tail(_overdue(spec, end), end))
     if unusable := _unusable_of(spec, end):
         return AgentOutcome("unusable", detail=one_line(unusable, TAIL_COLUMNS))
+    if transient := _transient_of(spec, end):
+        return AgentOutcome("transient", detail=one_line(transient, TAIL_COLUMNS))
     return AgentOutcome("failed", detail=_with_tail(_failure(spec, end, trouble), end))
 
 
@@ -5027,11 +5238,13 @@ def _run_result(spec: AttemptSpec) -> PhaseResult:
     return PhaseResult(spec.task.item_id, spec.task.name, "phase_complete", summary)
 
 
-def _limit_of(spec: AttemptSpec, end: ChildEnd) -> str:
-    codes = () if spec.task.phase.run else PROFILES[spec.settings.cli].limit_codes
-    if end.report.limited:
-        return f"{spec.settings.cli}: {end.report.limited}"
-    return f"{spec.settings.cli}: usage limit reached" if end.code in codes else ""
+def _transient_of(spec: AttemptSpec, end: ChildEnd) -> str:
+    codes = () if spec.task.phase.run else PROFILES[spec.settings.cli].transient_codes
+    if end.report.transient:
+        return f"{spec.settings.cli}: {end.report.transient}"
+    if end.code not in codes:
+        return ""
+    return f"{spec.settings.cli}: the API failed ({_code_text(end.code)}): {end.report.error}"
 
 
 def _unusable_of(spec: AttemptSpec, end: ChildEnd) -> str:
@@ -5411,6 +5624,8 @@ class Journal:
         self.unsaved: list[KeyChange] = []
         self.inbox = ""  # digest of the inbox that was taken in last, until its removal is in git
         self.parked = ""  # the parked state commit that the file on disk has taken up
+        self.pauses: dict[str, AgentPause] = {}  # open breakers by agent
+        self.spent: dict[str, Usage] = {}  # by item: what the worklog does not tell yet
 
     @classmethod
     def read(cls, path: Path) -> Journal | None:
@@ -5427,6 +5642,8 @@ class Journal:
             journal.pending = [_pending_commit(row) for row in data["pending"]]
             journal.unsaved = [KeyChange(**row) for row in data["unsaved"]]
             journal.inbox, journal.parked = data["inbox"], data["parked"]
+            journal.pauses = {row["agent"]: AgentPause(**row) for row in data["pauses"]}
+            journal.spent = {item: Usage(**row) for item, row in data["spent"].items()}
         except FileNotFoundError:
             return None
         except (ValueError, KeyError, TypeError, OSError) as error:
@@ -5450,6 +5667,8 @@ class Journal:
             "unsaved": [_as_json(change) for change in self.unsaved],
             "inbox": self.inbox,
             "parked": self.parked,
+            "pauses": [_as_json(pause) for pause in self.pauses.values()],
+            "spent": {item: _as_json(usage) for item, usage in self.spent.items()},
         }
         replace_file(self.path, (json.dumps(data, indent=1) + "\n").encode(), mode=0o600)
 
@@ -5792,12 +6011,17 @@ class Ledger:
 
         outcomes: list[Applied] = []
 
+        spent = self.journal.spent.get(task.item_id, NOTHING_SPENT)
+
         def edit(draft: Draft) -> Applied:
-            outcomes.append(apply(draft))
+            applied = apply(draft)
+            text = worklog_with_cost(applied.worklog, spent)
+            outcomes.append(applied._replace(worklog=text))
             return outcomes[0]
 
         def prepare() -> None:
             self.journal.attempts.pop(started.token, None)
+            self.journal.spent.pop(task.item_id, None)
             rest = [p for p in self.journal.pending if p.token != started.token]
             self.journal.pending = [*rest, record._replace(worklog=outcomes[0].worklog)]
 
@@ -5837,6 +6061,18 @@ class Ledger:
             if answer is not None:
                 raise answer
         return outcomes
+
+    def note_usage(self, item_id: str, usage: Usage) -> None:
+        """Journal what an attempt cost until its phase's worklog entry tells it."""
+        if usage != NOTHING_SPENT:
+            self.journal.spent[item_id] = self.journal.spent.get(item_id, Usage()).plus(usage)
+            self.journal.write()
+
+    def note_pause(self, agent: str, pause: AgentPause | None) -> None:
+        """Journal an agent's breaker (None: it is closed), which a restart is to honour."""
+        rest = {name: one for name, one in self.journal.pauses.items() if name != agent}
+        self.journal.pauses = rest if pause is None else {**rest, agent: pause}
+        self.journal.write()
 
     def write_worklog(self, text: str) -> None:
         """Append to this month's worklog; text that is there already is not repeated."""
@@ -6563,15 +6799,16 @@ class Totals:
         self.merged: list[str] = []
         self.titles: dict[str, str] = {}  # of items that leave the backlog
         self.exhausted_in_a_row = 0
-        self.cost_usd: float | None = None
-        self.input_tokens = 0
-        self.output_tokens = 0
+        self.spent: dict[tuple[str, str], Usage] = {}  # by item and phase
 
-    def add_usage(self, usage: Usage) -> None:
-        if usage.cost_usd is not None:
-            self.cost_usd = (self.cost_usd or 0.0) + usage.cost_usd
-        self.input_tokens += usage.input_tokens or 0
-        self.output_tokens += usage.output_tokens or 0
+    def add_usage(self, task: Task, usage: Usage) -> None:
+        key = (task.item_id, task.name)
+        self.spent[key] = self.spent.get(key, NOTHING_SPENT).plus(usage)
+
+    @property
+    def cost_usd(self) -> float | None:
+        """What the run cost so far; None: no agent said."""
+        return sum_usage(self.spent.values()).cost_usd
 
 
 class StopSwitch:
@@ -6594,10 +6831,14 @@ class StopSwitch:
         self.agents.set()
 
 
+PROGRESS_LOG_S = 120.0  # how often the log tells what an agent does
+
+
 class Running(NamedTuple):
     task: Task
     since: float  # monotonic seconds
     title: str
+    told: float  # when the log last had a line about it
 
 
 class Scheduler:
@@ -6619,8 +6860,9 @@ class Scheduler:
         self.workers: set[asyncio.Task[None]] = set()
         self.matched: set[str] = set()  # ids the filters ever matched
         self.summaries: dict[str, str] = {}  # item → summary of its previous phase
+        self.failures: dict[str, str] = {}  # item → why the attempt before an interruption failed
         self.breaker = ""  # why the agent itself cannot work
-        self.paused_until = 0.0  # epoch seconds; a usage limit with on_usage_limit = "wait"
+        self.told: dict[str, float] = {}  # agent → seconds left as last told, see `_count_down`
         self.began = time.monotonic()
 
     async def run(self) -> HaltReason:
@@ -6631,6 +6873,10 @@ class Scheduler:
             reason = halt_reason(self._view(offered))
             if reason is not None:
                 return reason
+            resting = self._resting()
+            if resting:
+                self._count_down()
+                offered = self._offered(resting)
             if not await self._start(offered):
                 await self._wait()
             if self.ledger.journal.pending:
@@ -6671,17 +6917,20 @@ class Scheduler:
         self.stop.requested |= stop_requested(ledger.repo.state_dir, ledger.journal.run_id)
         return self.stop.requested
 
-    def _offered(self) -> list[Action]:
+    def _offered(self, resting: Collection[str] = ()) -> list[Action]:
         """What could be started now, the cap not yet applied."""
         backlog, running = self.coordinator.backlog, self._running_tasks()
-        only = self.matched if self.options.filters else None
+        only: Container[str] | None = self.matched if self.options.filters else None
+        target = None
         if self.options.only_triage:
-            new = to_triage(backlog.items, self.options.targets, only)
-            return select_actions(backlog, running, self.config, only=new)
-        if self.options.targets:
+            only = to_triage(backlog.items, self.options.targets, only)
+        elif self.options.targets:
             target = self._current_target()
-            return select_actions(backlog, running, self.config, target=target) if target else []
-        return select_actions(backlog, running, self.config, only=only)
+            if target is None:
+                return []
+        return select_actions(
+            backlog, running, self.config, only=only, target=target, resting=resting
+        )
 
     def _running_tasks(self) -> dict[str, Task]:
         return {item_id: running.task for item_id, running in self.running.items()}
@@ -6709,20 +6958,22 @@ class Scheduler:
         )
 
     def _cap_reached(self) -> bool:
-        execution, totals = self.config.execution, self.totals
+        execution, left = self.config.execution, self._budget()
         minutes = (time.monotonic() - self.began) / 60
         return (
-            totals.phases >= self.options.cap
+            self.totals.phases >= self.options.cap
             or (execution.max_run_minutes is not None and minutes >= execution.max_run_minutes)
-            or (
-                execution.max_cost_usd is not None
-                and (totals.cost_usd or 0) >= execution.max_cost_usd
-            )
+            or (left is not None and left <= 0)
         )
+
+    def _budget(self) -> float | None:
+        """What is left of max_cost_usd; None: no limit."""
+        most = self.config.execution.max_cost_usd
+        return None if most is None else most - (self.totals.cost_usd or 0)
 
     async def _start(self, offered: Sequence[Action]) -> bool:
         """Start what may start; whether that changed the backlog, so that it pays to look again."""
-        if self.ledger.store.waiting or time.time() < self.paused_until:
+        if self.ledger.store.waiting:
             return False
         promotions = [action for action in offered if isinstance(action, Promote)]
         if promotions:
@@ -6733,8 +6984,65 @@ class Scheduler:
         return bool(promotions)
 
     def _held(self, task: Task) -> bool:
-        """A phase that changes code starts from committed ground: first what is pending goes in."""
-        return task.phase.destructive and bool(self.ledger.journal.pending)
+        """A phase that changes code starts from committed ground: first what is pending goes in.
+
+        And an agent whose breaker is open does not start, but for one probe at the end of it.
+        """
+        uncommitted = task.phase.destructive and bool(self.ledger.journal.pending)
+        return uncommitted or agent_of(self.config, task) in self._resting()
+
+    # -- agents that rest --------------------------------------------------------------------------
+
+    def _now(self) -> float:
+        return self.ledger.clock().timestamp()
+
+    def _resting(self) -> set[str]:
+        """The agents that may not be started: their breaker is open, or its probe is under way."""
+        pauses = self.ledger.journal.pauses
+        if not pauses:
+            return set()
+        busy = {agent_of(self.config, running.task) for running in self.running.values()}
+        return {agent for agent, one in pauses.items() if self._now() < one.until or agent in busy}
+
+    async def _rest(self, task: Task, outcome: AgentOutcome) -> None:
+        """Open the breaker of a task's agent; or halt, if so configured or if waiting is no use."""
+        agent = agent_of(self.config, task)
+        before = self.ledger.journal.pauses.get(agent)
+        pause = pause_after(outcome, agent, before, self.config, self._now())
+        wait = self.config.execution.on_usage_limit == "wait"
+        if wait if outcome.kind == "limited" else pause.strikes < PROBES:
+            self.totals.phases -= 1  # it is started again, and did nothing
+            self.told.pop(agent, None)
+            await self.coordinator.do(lambda: self.ledger.note_pause(agent, pause))
+            text = f"{outcome.detail}; {agent} is not started before {self._clock_text(pause)}"
+            self._tell(task, f"{text}, and no attempt is charged")
+        else:
+            again = f" ({pause.strikes} times in a row)" if pause.strikes > 1 else ""
+            self.breaker = outcome.detail + again
+            log().error("%s", phase_line(task.item_id, task.name, self.breaker))
+
+    @staticmethod
+    def _clock_text(pause: AgentPause) -> str:
+        return f"{datetime.fromtimestamp(pause.until):%Y-%m-%d %H:%M:%S}"
+
+    async def _answered(self, task: Task, outcome: AgentOutcome) -> None:
+        """Close the breaker of a task's agent, if this was the probe: it got through to its API."""
+        agent = agent_of(self.config, task)
+        pause = self.ledger.journal.pauses.get(agent)
+        if pause is not None and self._now() - outcome.seconds >= pause.until:
+            await self.coordinator.do(lambda: self.ledger.note_pause(agent, None))
+            log().info("%s works again", agent)
+
+    def _count_down(self) -> None:
+        """Log how long agents still rest, whenever half of what was told last is over."""
+        for agent, pause in self.ledger.journal.pauses.items():
+            left = pause.until - self._now()
+            if left > 0 and left <= self.told.get(agent, left * 2) / 2:
+                self.told[agent] = left
+                log().info(
+                    "%s rests for %s more, until %s (%s)",
+                    *(agent, human_duration(left), self._clock_text(pause), pause.reason),
+                )
 
     async def _promote(self, item_ids: Sequence[str]) -> None:
         for applied in await self.coordinator.do(lambda: self.ledger.promote(item_ids)):
@@ -6749,7 +7057,8 @@ class Scheduler:
             return
         self.totals.phases += 1
         title = item["title"]
-        self.running[task.item_id] = Running(task, time.monotonic(), title)
+        now = time.monotonic()
+        self.running[task.item_id] = Running(task, now, title, now)
         log().info("%s", phase_line(task.item_id, task.name, f"starts: {one_line(title, 80)}"))
         self.workers.add(asyncio.create_task(self._work(task)))
 
@@ -6788,7 +7097,7 @@ class Scheduler:
         attempts = self.config.execution.max_retries + 1
         item = self.coordinator.backlog.items.get(task.item_id)
         first = item.get("attempts", 0) + 1 if item else 1
-        failure, salvaged = "", None
+        failure, salvaged = self.failures.pop(task.item_id, ""), None
         started: Started | None = None
         for attempt in itertools.count(min(first, attempts)):
             started = await self._begin(task, attempt, started)
@@ -6796,10 +7105,13 @@ class Scheduler:
                 self._tell(task, "not started: the item was deleted by hand")
                 return None
             outcome = await self._run_agent(started, attempts, failure, salvaged)
-            self.totals.add_usage(outcome.usage)
-            if outcome.kind in ("cancelled", "limited", "unusable"):
+            await self._note_usage(task, outcome.usage)
+            outcome = self._within_budget(outcome)
+            if outcome.kind in ("cancelled", "limited", "transient", "unusable"):
+                self.failures[task.item_id] = failure
                 await self._interrupt(started, outcome)
                 return None
+            await self._answered(task, outcome)
             verdict = await self._judge(started, outcome)
             if isinstance(verdict, Applied):
                 return verdict
@@ -6811,23 +7123,40 @@ class Scheduler:
             finally:  # said once it is charged: nobody is told what a crash would take back
                 text = f"attempt {attempt} of {attempts} failed: {one_line(failure, 300)}"
                 self._tell(task, text)
-            if await self._stopped_within(self._retry_delay(attempt)) or self._look_for_stop():
+            if await self._stopped_within(retry_delay_s(self.config, attempt)) or self._put_off(
+                task
+            ):
+                self.failures[task.item_id] = failure
                 await self._cancel(started)
                 return None
         raise AssertionError("the last attempt returns")
 
+    async def _note_usage(self, task: Task, usage: Usage) -> None:
+        self.totals.add_usage(task, usage)
+        await self.coordinator.do(lambda: self.ledger.note_usage(task.item_id, usage))
+
+    def _within_budget(self, outcome: AgentOutcome) -> AgentOutcome:
+        """An attempt that ended for want of money has not failed: the run ends instead."""
+        left = self._budget()
+        if left is None or left > 0 or outcome.kind in ("result", "cancelled"):
+            return outcome
+        return outcome._replace(kind="cancelled", detail="max_cost_usd is used up")
+
+    def _put_off(self, task: Task) -> bool:
+        """Whether a retry has to wait: for the next run, or until its agent may start again."""
+        pause = self.ledger.journal.pauses.get(agent_of(self.config, task))
+        if pause is None:
+            return self._look_for_stop()
+        self.totals.phases -= 1  # it goes on where it is now
+        return True
+
     def _tell(self, task: Task, text: str) -> None:
         log().warning("%s", phase_line(task.item_id, task.name, text))
-
-    def _retry_delay(self, attempt: int) -> float:
-        return max(retry_delay_s(self.config, attempt), self.paused_until - time.time())
 
     async def _cancel(self, started: Started) -> None:
         await self.coordinator.do(lambda: self.ledger.cancel(started))
 
-    async def _begin(
-        self, task: Task, attempt: int, previous: Started | None
-    ) -> Started | None:
+    async def _begin(self, task: Task, attempt: int, previous: Started | None) -> Started | None:
         return await self.coordinator.do(lambda: self.ledger.begin(task, attempt, previous))
 
     async def _fail(self, started: Started) -> str | None:
@@ -6867,20 +7196,10 @@ class Scheduler:
         await self._cancel(started)
         task = started.task
         if outcome.kind == "cancelled":
-            log().info(
-                "%s",
-                phase_line(task.item_id, task.name, "interrupted; the next run starts it again"),
-            )
-        elif outcome.kind == "limited" and self.config.execution.on_usage_limit == "wait":
-            self.totals.phases -= 1  # it is started again, and did nothing
-            self.paused_until = max(self.paused_until, wait_until(outcome.until, time.time()))
-            until = datetime.fromtimestamp(self.paused_until).strftime("%H:%M:%S")
-            log().warning(
-                "%s",
-                phase_line(
-                    task.item_id, task.name, f"{outcome.detail}; nothing starts before {until}"
-                ),
-            )
+            text = f"interrupted ({outcome.detail}); the next run starts it again"
+            log().info("%s", phase_line(task.item_id, task.name, text))
+        elif outcome.kind in ("limited", "transient"):
+            await self._rest(task, outcome)
         else:
             self.breaker = outcome.detail
             log().error("%s", phase_line(task.item_id, task.name, outcome.detail))
@@ -6903,8 +7222,9 @@ class Scheduler:
             stop=self.stop.agents,
             hurry=self.stop.hurry,
             started=lambda pid, since: self._note_process(started.token, pid, since),
-            progress=lambda seen: self.live.note(started.task.item_id, seen),
+            progress=lambda seen: self._note_progress(started.task, seen),
         )
+        self.live.forget(started.task.item_id)  # what it cost is in the totals from now on
         completed = outcome.result is not None and outcome.result.result == "phase_complete"
         if completed and started.task.phase.verify:
             trouble = await run_verify(
@@ -6915,6 +7235,18 @@ class Scheduler:
                 kind = "cancelled" if self.stop.agents.is_set() else "failed"
                 return outcome._replace(kind=kind, result=None, detail=trouble)
         return outcome
+
+    def _note_progress(self, task: Task, seen: Progress) -> None:
+        """Show what an agent does; the log gets a line of it every few minutes."""
+        self.live.note(task.item_id, seen)
+        running, now = self.running[task.item_id], time.monotonic()
+        if now - running.told >= PROGRESS_LOG_S:
+            self.running[task.item_id] = running._replace(told=now)
+            spent = f"{seen.tokens:,} tokens" if seen.tokens else ""
+            spent += f" ${seen.cost_usd:.2f}" if seen.cost_usd is not None else ""
+            parts = (human_duration(now - running.since), spent, one_line(seen.last, 160))
+            text = ", ".join(part for part in parts if part)
+            log().info("%s", phase_line(task.item_id, task.name, f"at work: {text}"))
 
     def _note_process(self, token: str, pid: int, since: int) -> None:
         self.coordinator.post(lambda: self.ledger.note_process(token, pid, since))
@@ -6951,6 +7283,7 @@ class Scheduler:
             timeout_s=phase_timeout_s(self.config, task.phase),
             idle_timeout_s=idle_timeout_s(self.config, settings),
             grace_s=self.config.execution.kill_grace_seconds,
+            budget_usd=self._budget(),
         )
 
     # -- counting ----------------------------------------------------------------------------------
@@ -6978,21 +7311,25 @@ class Scheduler:
 
     def _live_text(self) -> str:
         now = time.monotonic()
-        running = ", ".join(
+        doing = [
             f"{item_id} {one.task.name} {human_duration(now - one.since)}"
             for item_id, one in self.running.items()
-        )
+        ]
+        doing += [
+            f"{pause.agent} rests, {human_duration(pause.until - self._now())} left"
+            for pause in self.ledger.journal.pauses.values()
+            if pause.until > self._now()
+        ]
         totals = self.totals
-        cost = f" · ${totals.cost_usd:.2f}" if totals.cost_usd is not None else ""
+        seen = sum_usage(Usage(one.cost_usd, one.tokens) for one in self.live.seen.values())
+        spent = sum_usage([*totals.spent.values(), Usage(seen.cost_usd)])
+        tokens = (spent.input_tokens or 0) + (spent.output_tokens or 0) + (seen.input_tokens or 0)
+        so_far = f" · {tokens:,} tokens" if tokens else ""
+        so_far += f" · ${spent.cost_usd:.2f}" if spent.cost_usd is not None else ""
         return (
-            f"phases {totals.phases}/{self.options.cap} · {running or 'waiting'} ·"
-            f" done {len(totals.completed)} · blocked {len(totals.blocked)}{cost}"
+            f"phases {totals.phases}/{self.options.cap} · {', '.join(doing) or 'waiting'} ·"
+            f" done {len(totals.completed)} · blocked {len(totals.blocked)}{so_far}"
         )
-
-
-def wait_until(reset: float | None, now: float) -> float:
-    """When to try an agent again after a usage limit: its word, within one minute to eight days."""
-    return min(max(reset or now + 900, now + 60), now + 8 * 86400)
 
 
 def _where(item: Item) -> str:
@@ -7122,7 +7459,9 @@ def begin_run(space: Workspace, run_id: str, *, allow_dirty: bool) -> Ledger:
     journal = Journal(space.journal_path, run_id, space.repo.head().branch)
     ledger = Ledger(space.repo, space.store, space.config, journal, utc_now)
     if last is not None:
-        journal.inbox = last.inbox
+        journal.inbox, journal.spent = last.inbox, last.spent
+        if space.config.execution.on_usage_limit == "wait":  # else somebody starts it to try again
+            journal.pauses = last.pauses
     ledger.take_up_parked(last)
     _refuse(preflight(space, allow_dirty=allow_dirty))
     prepare_work_dir(space.repo.root)
@@ -7480,9 +7819,7 @@ def summary_facts(session: Session, code: int) -> SummaryFacts:
         follow_ups=tuple(totals.follow_ups),
         merged=tuple(totals.merged),
         titles=totals.titles,
-        cost_usd=totals.cost_usd,
-        input_tokens=totals.input_tokens,
-        output_tokens=totals.output_tokens,
+        spent=totals.spent,
         filters=tuple(str(one) for one in options.filters),
         targets=options.targets,
         state_commit=done.commit if done and done.outcome == "committed" else None,
@@ -7539,11 +7876,22 @@ def cmd_status(args: argparse.Namespace) -> int:
     only = {id for id, item in backlog.items.items() if matches(item, filters)} if filters else None
     kept = salvages(space.repo, backlog, space.config.prefix)
     if args.json:
-        print(_dumps({**status_json(backlog, only), "salvage": salvage_json(kept)}))
+        told = status_json(backlog, only, item_costs(space))
+        print(_dumps({**told, "salvage": salvage_json(kept)}))
     else:
         shown = [one for one in kept if only is None or one.item in map(safe_name, only)]
         print(render_status(backlog, only), *render_salvage(shown), sep="\n")
     return EXIT_OK
+
+
+def item_costs(space: Workspace) -> dict[str, Usage]:
+    """What every item has cost so far: as the worklog tells, and what is not in it yet."""
+    months = (space.repo.root / WORKLOG_DIR).glob("*.md")
+    costs = worklog_costs(month.read_text(errors="replace") for month in months)
+    last = Journal.read(space.journal_path)
+    for item_id, usage in last.spent.items() if last else ():
+        costs[item_id] = costs.get(item_id, NOTHING_SPENT).plus(usage)
+    return costs
 
 
 def cmd_show(args: argparse.Namespace) -> int:

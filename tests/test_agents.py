@@ -847,12 +847,19 @@ LIMIT = 1_800_000_000.0  # 2027-01-15T08:00:00Z, in the recording
     ("cli", "stream", "kind", "until", "detail"),
     [
         ("claude", "claude-limit", "limited", LIMIT, "claude: usage limit reached (five_hour); resets at 2027-01-15T08:00:00+00:00"),
-        ("claude", "claude-429", "limited", None, "claude: usage limit reached: API Error: Request rejected (429) · slow down"),
+        ("claude", "claude-429", "transient", None, "claude: the API failed: API Error: Request rejected (429) · slow down"),
+        ("claude", "claude-529", "transient", None, "claude: the API failed: API Error: 529 "),
+        ("claude", "claude-offline", "transient", None, "claude: the API failed: API Error: Unable to connect to API."),
+        ("claude", "claude-killed", "failed", None, "no result file was written (exit code 1); its event stream breaks off"),
+        ("claude", "claude-budget", "failed", None, "no result file was written (exit code 1); it reports: error_max_budget_usd"),
         ("claude", "claude-nologin", "unusable", None, "claude cannot log in: Not logged in · Please run /login"),
         ("claude", "claude-401", "unusable", None, "claude cannot log in: Failed to authenticate. API Error: 401 "),
         ("codex", "codex-limit", "limited", None, "codex: usage limit reached: You’ve hit your usage limit."),
-        ("codex", "codex-429", "limited", None, "codex: usage limit reached: exceeded retry limit, last status: 429 Too Many Requests"),
+        ("codex", "codex-429", "transient", None, "codex: the API failed: exceeded retry limit, last status: 429 Too Many Requests"),
         ("codex", "codex-401", "unusable", None, "codex cannot log in: unexpected status 401 Unauthorized: bad key"),
+        ("opencode", "opencode-401", "unusable", None, "opencode cannot log in: APIError: bad key"),
+        ("opencode", "opencode-429", "transient", None, "opencode: the API failed: APIError: slow down"),
+        ("opencode", "opencode-offline", "transient", None, "opencode: the API failed: APIError: Cannot connect to API"),
     ],
     ids=lambda value: value if isinstance(value, str) and "-" in value[:7] else "",
 )  # fmt: skip
@@ -908,6 +915,8 @@ def test_claude_with_two_closing_events(play: Callable[..., AgentOutcome]) -> No
     outcome = play("claude", events(first, last), result=True)
 
     assert outcome.usage == Usage(0.75, 35, 3)
+    recording = play("claude", recorded("claude-two"), result=True)
+    assert recording.usage == Usage(pytest.approx(0.018), 3000, 600)
 
 
 def test_claude_stream_that_breaks_off(play: Callable[..., AgentOutcome]) -> None:
@@ -967,23 +976,28 @@ def test_codex_good_end(play: Callable[..., AgentOutcome]) -> None:
 
 
 def test_opencode_sums_its_steps(play: Callable[..., AgentOutcome]) -> None:
-    step = {"type": "step_finish", "part": {"tokens": {"input": 100, "output": 10}, "cost": 0.25}}
+    tokens = {"input": 100, "output": 10, "cache": {"read": 5, "write": 2}}
+    step = {"type": "step_finish", "part": {"tokens": tokens, "cost": 0.25}}
 
-    assert play("opencode", events(step, step), result=True).usage == Usage(0.5, 200, 20)
+    assert play("opencode", events(step, step), result=True).usage == Usage(0.5, 214, 20)
+    whole = play("opencode", recorded("opencode-ok"), result=True)
+    assert whole.usage == Usage(pytest.approx(0.018), 3000, 600)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("cli", "row", "code", "kind"),
     [
-        ("opencode", {"type": "error", "error": {"name": "APIError", "data": {"statusCode": 429, "message": "m"}}}, 1, "limited"),
+        ("opencode", {"type": "error", "error": {"name": "APIError", "data": {"statusCode": 429, "message": "quota exceeded"}}}, 1, "limited"),
         ("opencode", {"type": "error", "error": {"name": "ProviderAuthError", "data": {"message": "m"}}}, 1, "unusable"),
-        ("opencode", {"type": "error", "error": {"name": "APIError", "data": {"statusCode": 500, "message": "m"}}}, 1, "failed"),
+        ("opencode", {"type": "error", "error": {"name": "APIError", "data": {"statusCode": 500, "message": "m"}}}, 1, "transient"),
+        ("opencode", {"type": "error", "error": {"name": "APIError", "data": {"statusCode": 400, "message": "m"}}}, 1, "failed"),
         ("gemini", {"type": "result", "status": "error", "error": {"message": "You have exhausted your daily quota on this model."}}, 1, "limited"),
-        ("gemini", {"type": "init"}, 173, "limited"),
+        ("gemini", {"type": "init"}, 173, "transient"),
         ("gemini", {"type": "init"}, 41, "unusable"),
         ("gemini", {"type": "init"}, 55, "unusable"),
-        ("gemini", {"type": "result", "status": "error", "error": {"message": "fetch failed"}}, 1, "failed"),
+        ("gemini", {"type": "result", "status": "error", "error": {"message": "fetch failed"}}, 1, "transient"),
+        ("gemini", {"type": "result", "status": "error", "error": {"message": "bad request"}}, 144, "failed"),
         ("claude", {"type": "assistant", "error": "billing_error", "message": {"content": []}}, 1, "unusable"),
     ],
 )  # fmt: skip

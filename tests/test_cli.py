@@ -676,8 +676,8 @@ def test_bad_targets_are_usage_errors(project: Any, here: Cli, command: str, dry
 
 SUMMARY_KEYS = {
     "version", "run_id", "halt_reason", "detail", "exit_code", "phases", "cap", "seconds", "completed", "blocked",
-    "follow_ups", "merged", "cost_usd", "input_tokens", "output_tokens", "filters", "targets", "state_commit",
-    "warnings", "counts", "next",
+    "follow_ups", "merged", "cost_usd", "input_tokens", "output_tokens", "spent", "filters", "targets",
+    "state_commit", "warnings", "counts", "next",
 }
 
 

@@ -21,6 +21,7 @@ from orchestrator import (
     Pipeline,
     SummaryFacts,
     Task,
+    Usage,
     build_prompt,
     change_dir_name,
     clean_text,
@@ -674,7 +675,7 @@ def test_the_status_for_machines() -> None:
         "attempts": 0, "requires_human_review": False, "guardrail_override": False, "tags": [],
         "dependencies": ["WRK-002"], "waiting_for": ["WRK-002 (blocked)"], "origin": None,
         "blocked_reason": None, "blocked_type": None, "blocked_from": None, "description": None,
-        "created": NOW, "updated": NOW,
+        "cost_usd": None, "input_tokens": None, "output_tokens": None, "created": NOW, "updated": NOW,
     }
     assert (blocked["blocked_reason"], blocked["blocked_type"], blocked["blocked_from"]) == ("why", "decision", "ready")
 
@@ -797,7 +798,7 @@ def some_facts(**changes: Any) -> SummaryFacts:
     facts = SummaryFacts(
         run_id="run-1", reason=HaltReason.ALL_DONE_OR_BLOCKED, exit_code=0, backlog=backlog, phases=7, cap=100,
         seconds=4325, completed=("WRK-001",), blocked={"WRK-003": "the guardrails are exceeded"}, follow_ups=("WRK-004",),
-        merged=("WRK-000",), titles={"WRK-001": "Login"}, cost_usd=4.2, input_tokens=120_000, output_tokens=8_000,
+        merged=("WRK-000",), titles={"WRK-001": "Login"}, spent={("WRK-001", "build"): Usage(4.2, 120_000, 8_000), ("WRK-003", "triage"): Usage()},
         state_commit="0123456789abcdef", warnings=("the index is locked",),
     )
     return facts._replace(**changes)
@@ -883,7 +884,12 @@ def test_the_summary_for_machines() -> None:
         "cap": 100, "seconds": 4325, "completed": [{"id": "WRK-001", "title": "Login"}],
         "blocked": [{"id": "WRK-003", "title": "Big", "reason": "the guardrails are exceeded"}],
         "follow_ups": ["WRK-004"], "merged": ["WRK-000"], "cost_usd": 4.2, "input_tokens": 120_000,
-        "output_tokens": 8_000, "filters": ["status=new"], "targets": [], "state_commit": "0123456789abcdef",
+        "output_tokens": 8_000,
+        "spent": [
+            {"item": "WRK-001", "phase": "build", "cost_usd": 4.2, "input_tokens": 120_000, "output_tokens": 8_000},
+            {"item": "WRK-003", "phase": "triage", "cost_usd": None, "input_tokens": None, "output_tokens": None},
+        ],
+        "filters": ["status=new"], "targets": [], "state_commit": "0123456789abcdef",
         "warnings": ["the index is locked"], "counts": {"blocked": 2, "new": 1},
         "next": [step._asdict() for step in orchestrator.next_steps(facts)],
     }
