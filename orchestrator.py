@@ -4200,6 +4200,7 @@ class Profile(NamedTuple):
     transient_codes: tuple[int, ...] = ()  # exit codes that say: the API failed for now
     unusable_codes: tuple[int, ...] = ()  # exit codes that say: not logged in, not trusted …
     install: str = ""  # where to get the CLI
+    login: str = ""  # how to log in
 
 
 def _claude_argv(settings: AgentSettings, spec: AttemptSpec) -> list[str]:
@@ -4267,13 +4268,21 @@ PROFILES: Mapping[str, Profile] = {
         },
         read_claude,
         install="npm install -g @anthropic-ai/claude-code",
+        login="start `claude` once and use /login, or set ANTHROPIC_API_KEY",
     ),
-    "codex": Profile(_codex_argv, {}, read_codex, install="npm install -g @openai/codex"),
+    "codex": Profile(
+        _codex_argv,
+        {},
+        read_codex,
+        install="npm install -g @openai/codex",
+        login="`codex login`",
+    ),
     "opencode": Profile(
         _opencode_argv,
         {"OPENCODE_DISABLE_AUTOUPDATE": "1"},
         read_opencode,
         install="npm install -g opencode-ai",
+        login="`opencode auth login`",
     ),
     "gemini": Profile(
         _gemini_argv,
@@ -4282,6 +4291,7 @@ PROFILES: Mapping[str, Profile] = {
         transient_codes=(173, 244, 246, 247, 17),  # 429, 500, 502, 503, 529, each mod 256
         unusable_codes=(41, 55, 145, 147),  # no login, folder not trusted, 401, 403
         install="npm install -g @google/gemini-cli",
+        login="start `gemini` once and log in, or set GEMINI_API_KEY",
     ),
     "command": Profile(_command_argv),
     "demo": Profile(_demo_argv),
@@ -5362,6 +5372,99 @@ def _verify_command(
         idle_s=0,
         grace_s=spec.grace_s,
     )
+
+
+# ---- Trying agents out ---------------------------------------------------------------------------
+
+PROBE_TIMEOUT_S = 180.0  # opencode tries for 90 s before it says that the API is not there
+PROBE_PROMPT = """\
+This only tests whether you can work here. Change nothing in the project and look at nothing.
+Write exactly this JSON to exactly this file, then stop:
+
+```text
+{path}
+```
+
+```json
+{{"item_id": "PROBE-1", "phase": "probe", "result": "phase_complete", "summary": "It works"}}
+```
+"""
+
+
+class Probe(NamedTuple):
+    """What came of trying an agent out."""
+
+    agent: str
+    model: str | None
+    problem: Problem | None  # None: it works
+    seconds: float
+    usage: Usage
+
+    def line(self) -> str:
+        """For people: `agent claude (opus): works (3 s, about $0.01)`."""
+        name = self.agent + (f" ({self.model})" if self.model else "")
+        cost = usage_text(self.usage)
+        facts = human_duration(self.seconds) + (f", {cost}" if cost else "")
+        return f"agent {name}: {'does not work' if self.problem else 'works'} ({facts})"
+
+    def as_json(self) -> dict[str, object]:
+        """{agent, model (null: the CLI's default), works, seconds, cost_usd, input_tokens, …}."""
+        return {
+            "agent": self.agent,
+            "model": self.model,
+            "works": self.problem is None,
+            "seconds": round(self.seconds, 3),
+            **usage_json(self.usage),
+        }
+
+
+def probe_agent(settings: AgentSettings, root: Path) -> Probe:
+    """Run an agent's real command line once, with a trivial prompt; its logs are kept as usual."""
+    import asyncio
+    import secrets
+
+    task, token = Task("PROBE-1", Phase("probe"), "main"), secrets.token_hex(8)
+    prompt = PROBE_PROMPT.format(path=result_path(root, task.item_id, task.name, token))
+    folder = root / WORK_DIR / "probe"
+    _make_folder(root, folder)
+    spec = AttemptSpec(
+        run_id=f"probe-{token}",
+        task=task,
+        attempt=1,
+        token=token,
+        root=root,
+        prompt=prompt,
+        change_dir=folder,
+        settings=settings,
+        timeout_s=PROBE_TIMEOUT_S,
+        idle_timeout_s=0,
+        grace_s=LEFTOVER_GRACE_S,
+    )
+
+    async def attempt() -> AgentOutcome:
+        never = asyncio.Event()
+        return await run_attempt(spec, stop=never, hurry=never, started=lambda pid, start: None)
+
+    outcome = asyncio.run(attempt())
+    problem = _probe_problem(settings, outcome)
+    return Probe(settings.cli, settings.model, problem, outcome.seconds, outcome.usage)
+
+
+def _probe_problem(settings: AgentSettings, outcome: AgentOutcome) -> Problem | None:
+    """What kept the agent from reporting, and how to mend it."""
+    if outcome.kind == "result":
+        return None
+    login = PROFILES[settings.cli].login
+    remedies = {
+        "unusable": f"Log in: {login}." if login else "Make it work on its own first.",
+        "limited": 'Wait for the reset; on_usage_limit = "wait" lets a run do that.',
+        "transient": "Try again later; a run would do that by itself.",
+    }
+    logs = f"Look at its output in {WORK_DIR}/logs/PROBE-1/, and at model, args and env in [agent]."
+    what = outcome.detail
+    if not what.startswith(settings.cli):
+        what = f"{settings.cli}: {what}"
+    return Problem(what, remedies.get(outcome.kind, logs))
 
 
 # ---- The demo agent ------------------------------------------------------------------------------
@@ -7540,16 +7643,27 @@ def _dirty_problems(space: Workspace) -> list[Problem]:
     ]
 
 
-def preflight_agents(config: Config, root: Path) -> list[Problem]:
-    """Whether every agent that the config names can be started at all."""
+def configured_agents(config: Config) -> list[AgentSettings]:
+    """Every agent that the config names, with each model it is to use."""
     phases = [triage_phase(config)]
     for pipeline in config.pipelines.values():
         phases += (*pipeline.pre_phases, *pipeline.phases)
-    settings = {
-        one.cli: one for one in (agent_settings(config, phase) for phase in phases if not phase.run)
-    }
+    wanted = (agent_settings(config, phase) for phase in phases if not phase.run)
+    return list({(one.cli, one.model): one for one in wanted}.values())
+
+
+def preflight_agents(config: Config, root: Path) -> list[Problem]:
+    """Whether every agent that the config names can be started at all."""
+    settings = {one.cli: one for one in configured_agents(config)}
     found = [agent_problem(one, root) for one in settings.values()]
     return [problem for problem in found if problem is not None]
+
+
+def probe_agents(config: Config, root: Path) -> list[Probe]:
+    """Try out every configured agent that can be started at all, one after the other."""
+    become_subreaper()
+    agents = [one for one in configured_agents(config) if agent_problem(one, root) is None]
+    return [probe_agent(one, root) for one in agents]
 
 
 def _refuse(problems: Sequence[Problem]) -> None:
@@ -8149,11 +8263,14 @@ def cmd_check(args: argparse.Namespace) -> int:
     """Everything that `run` would refuse for, and what it would remark.
 
     Changes nothing, but for `--prune`: that removes what is kept of attempts at finished items.
+    With `--probe` each agent's real command line is run once, which may cost a little.
     """
     space = open_workspace(args.root, args.config)
     backlog = space.store.look()
     last = Journal.read(space.journal_path)
     found = [*_head_problems(space, last), *preflight(space, allow_dirty=False)]
+    probes = probe_agents(space.config, space.repo.root) if args.probe else []
+    found += [probe.problem for probe in probes if probe.problem]
     problems = list(dict.fromkeys(found))  # both look at HEAD
     remarks = space.repo.remarks(space.store.path)
     kept = salvages(space.repo, backlog, space.config.prefix)
@@ -8163,10 +8280,13 @@ def cmd_check(args: argparse.Namespace) -> int:
     if args.json:
         facts = {"problems": [p._asdict() for p in problems], "remarks": remarks}
         refs = {"salvage": salvage_json(kept), "pruned": salvage_json(pruned)}
-        print(_dumps({"version": 1, **facts, **refs}))
+        asked = {"probes": [probe.as_json() for probe in probes]}
+        print(_dumps({"version": 1, **facts, **refs, **asked}))
         return EXIT_ERROR if problems else EXIT_OK
     for one in pruned:
         print(f"removed {one.ref}: `git update-ref {one.ref} {one.commit}` brings it back")
+    for probe in probes:
+        print(probe.line())
     for problem in problems:
         print(f"problem: {problem.what}\n  {problem.remedy}")
     for remark in (*remarks, *_salvage_remarks(kept)):
@@ -8960,6 +9080,9 @@ def build_parser() -> argparse.ArgumentParser:
     log.add_argument("--json", action="store_true")
     _edit_arguments(command)
     check = command("check", "say what would keep a run from working")
+    check.add_argument(
+        "--probe", action="store_true", help="also run each agent once with a trivial prompt"
+    )
     check.add_argument("--json", action="store_true")
     check.add_argument(
         "--prune",

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, NamedTuple
 
@@ -22,7 +22,7 @@ class Refusal(NamedTuple):
     status: int
     kind: str = "api_error"
     message: str = "scripted"
-    headers: dict[str, str] = {}
+    headers: Mapping[str, str] = {}
 
 
 class Silence(NamedTuple):
@@ -110,7 +110,7 @@ class Handler(BaseHTTPRequestHandler):
             return self.reply(answer.status, {"type": "error", "error": error}, answer.headers)
         return self.stream(block_events(answer, self.server.next_number(), body["model"]))
 
-    def reply(self, status: int, value: object, headers: dict[str, str] | None = None) -> None:
+    def reply(self, status: int, value: object, headers: Mapping[str, str] | None = None) -> None:
         data = json.dumps(value).encode()
         self.send_response(status)
         for name, text in {"content-type": "application/json", **(headers or {})}.items():

@@ -860,6 +860,9 @@ LIMIT = 1_800_000_000.0  # 2027-01-15T08:00:00Z, in the recording
         ("opencode", "opencode-401", "unusable", None, "opencode cannot log in: APIError: bad key"),
         ("opencode", "opencode-429", "transient", None, "opencode: the API failed: APIError: slow down"),
         ("opencode", "opencode-offline", "transient", None, "opencode: the API failed: APIError: Cannot connect to API"),
+        ("gemini", "gemini-limit", "limited", None, "gemini: usage limit reached: [API Error: You have exhausted your daily quota on this model.]"),
+        ("gemini", "gemini-offline", "transient", None, "gemini: the API failed: [API Error: exception TypeError: fetch failed"),
+        ("gemini", "gemini-killed", "failed", None, "no result file was written (exit code 1); its event stream breaks off"),
     ],
     ids=lambda value: value if isinstance(value, str) and "-" in value[:7] else "",
 )  # fmt: skip
@@ -971,6 +974,12 @@ def test_odd_events_are_survived(play: Callable[..., AgentOutcome], cli: str) ->
 
 def test_codex_good_end(play: Callable[..., AgentOutcome]) -> None:
     outcome = play("codex", recorded("codex-ok"), result=True)
+
+    assert (outcome.kind, outcome.usage) == ("result", Usage(None, 3000, 600))
+
+
+def test_gemini_good_end(play: Callable[..., AgentOutcome]) -> None:
+    outcome = play("gemini", recorded("gemini-ok"), result=True)
 
     assert (outcome.kind, outcome.usage) == ("result", Usage(None, 3000, 600))
 

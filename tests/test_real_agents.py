@@ -17,7 +17,15 @@ from typing import Any
 
 import pytest
 
-from orchestrator import AgentSettings, AgentTiming, AttemptSpec, Phase, Task, result_path, run_attempt
+from orchestrator import (
+    AgentSettings,
+    AgentTiming,
+    AttemptSpec,
+    Phase,
+    Task,
+    result_path,
+    run_attempt,
+)
 from tests.llm_server import Answer, Call, LlmServer, Refusal, Say, Silence
 
 CLAUDE = Path(__file__).resolve().parent.parent / ".agents/claude/node_modules/.bin/claude"
@@ -53,8 +61,8 @@ class Asked:
             found = re.search(pattern, text, re.MULTILINE)
             return found[1] if found else ""
 
-        self.item = find(r"^- \*\*ID:\*\* (\S+)$")
-        self.phase = find(r"^- \*\*Phase:\*\* (\w+)")
+        self.item = find(r"^- \*\*ID:\*\* (\S+)$") or "PROBE-1"  # whose prompt names nothing
+        self.phase = find(r"^- \*\*Phase:\*\* (\w+)") or "probe"
         self.attempt = find(r"^- \*\*Attempt:\*\* (\d+) of")
         self.result = find(r"^```text\n(.+)\n```$")
         self.failure = find(r"^> (no result file .+)$")
@@ -236,11 +244,22 @@ def test_without_a_login_the_run_halts_with_the_words_of_the_cli(
     monkeypatch.delenv("ANTHROPIC_API_KEY")
     configure(project)
 
+    probe = project.run("check", "--probe", code=1).stdout
     log = project.run("run", code=4).stderr
 
+    assert "problem: claude cannot log in: Not logged in · Please run /login\n  Log in: start `claude` once" in probe
     assert "(CircuitBreakerTripped): claude cannot log in: Not logged in · Please run /login" in log
     assert project.statuses() == {"WRK-001": "in_progress plan"}
     assert model.asked == []
+
+
+def test_the_probe_of_an_agent_that_works(project: Any, model: LlmServer) -> None:
+    model.script = play()
+    configure(project)
+
+    probe = project.run("check", "--probe").stdout
+
+    assert re.fullmatch(r"agent claude: works \(\d+ s, about \$0.0120, 2,000 tokens in and 400 out\)\nready to run\n", probe)
 
 
 def test_the_budget_ends_the_run_and_charges_nobody(project: Any, model: LlmServer) -> None:
