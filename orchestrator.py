@@ -4605,14 +4605,16 @@ def _strays(
 def _leftovers(variable: str, leader: int, known: Mapping[int, int]) -> list[ProcessEntry]:
     """Everything alive that belongs to an attempt (or, with leader 0, to a whole run).
 
-    `known` holds descendants seen earlier as {pid: start}, for systems without subreaper.
+    `known` holds descendants seen earlier as {pid: start}, for systems without subreaper, and for
+    a run that was killed.
     """
     table = process_table()
     since = table[leader].start if leader in table else 0  # nothing older can carry its mark
     marked = _marked(variable, {pid: one for pid, one in table.items() if one.start >= since})
     mine = variable if leader else ""
     found = marked | _strays(marked, leader, mine, table)
-    found |= {pid for pid, start in known.items() if pid in table and table[pid].start == start}
+    seen = {pid for pid, start in known.items() if pid in table and table[pid].start == start}
+    found |= seen | _below(seen, table)
     if leader:
         found |= {entry.pid for entry in table.values() if entry.group == leader}
         found |= _below([leader], table)
@@ -4662,16 +4664,19 @@ def _describe_process(entry: ProcessEntry) -> str:
     return f"process {entry.pid}" + (f" ({words})" if words else "")
 
 
-def end_run(run_id: str, grace_s: float = LEFTOVER_GRACE_S) -> list[str]:
+def end_run(
+    run_id: str, grace_s: float = LEFTOVER_GRACE_S, known: Mapping[int, int] | None = None
+) -> list[str]:
     """End every process that a run started, and orphans of ours that no live attempt owns.
 
-    TERM, up to `grace_s` seconds, KILL. Blocks until none is left; returns one line for each.
+    `known` holds processes of it as {pid: start time}, for those that do not show its id. TERM, up
+    to `grace_s` seconds, KILL. Blocks until none is left; returns one line for each.
     """
     if not run_id:
         return []
 
     def look() -> list[ProcessEntry]:
-        return _leftovers(f"{RUN_MARK}={run_id}", 0, {})
+        return _leftovers(f"{RUN_MARK}={run_id}", 0, known or {})
 
     ended: dict[tuple[int, int], str] = {}
     limit = time.monotonic() + grace_s
@@ -4881,6 +4886,7 @@ class Watched:
         stop: asyncio.Event,
         tick: Callable[[AgentReport], None],
         settled: Callable[[float], bool],
+        seen: Callable[[int, int], None],
     ) -> Ending:
         """Follow the output until the process ends or a reason to end it comes up."""
         import asyncio
@@ -4898,6 +4904,7 @@ class Watched:
                 tick(self._output.report)
                 if not gone.done():  # else it is the one that waits; what it leaves is swept
                     FAMILY.reap()
+                self._tell_unmarked(seen)
                 await self._remember_descendants(now)
                 if why := self._reason(gone.done(), stop.is_set(), now - begun, now - grown_at):
                     return why
@@ -4914,6 +4921,19 @@ class Watched:
         if age >= self._command.timeout_s:
             return "timeout"
         return "idle" if 0 < self._command.idle_s <= silence else None
+
+    def _tell_unmarked(self, seen: Callable[[int, int], None]) -> None:
+        """Name each process of ours that cleaned its environment: see `AttemptRecord`."""
+        if not ON_LINUX:
+            return
+        table, leader = process_table(), self._process.pid
+        adopted = {entry.pid for entry in FAMILY.adopted(table) if entry.alive}
+        mark = os.fsencode(self._command.marker)
+        for pid in adopted | _below({leader, *adopted}, table):
+            start = table[pid].start
+            if self._known.get(pid) != start and mark not in _environment_of(pid):
+                self._known[pid] = start
+                seen(pid, start)
 
     async def _remember_descendants(self, now: float) -> None:
         """Elsewhere than on Linux: note who descends from us while the parent links are there."""
@@ -5045,7 +5065,7 @@ async def _run_child(
             entry = process_entry(process.pid)
             started(process.pid, entry.start if entry else 0)
             with _exit_of(process) as gone:
-                why = await child.watch(gone, stop, tick, settled)
+                why = await child.watch(gone, stop, tick, settled, started)
                 if why != "exit":
                     await child.terminate(gone, hurry)
                 await asyncio.to_thread(child.sweep)
@@ -5690,8 +5710,9 @@ class AttemptRecord(NamedTuple):
     destructive: bool
     outputs: tuple[str, ...]  # see Phase
     before: Snapshot
-    pid: int = 0
-    started: int = 0  # start time of the process, so that a reused pid is not mistaken for it
+    # (pid, start time, so that a reused pid is not mistaken) of the agent, and of what it started
+    # and does not show our marker: the next start could not tell it from anybody's.
+    processes: tuple[tuple[int, int], ...] = ()
 
 
 class PendingCommit(NamedTuple):
@@ -6028,10 +6049,11 @@ class Ledger:
         return f"refs/orchestrator/snapshots/{self.journal.run_id}/{token}"
 
     def note_process(self, token: str, pid: int, started: int) -> None:
-        """Journal the process of an attempt, for a start that has to end it."""
+        """Journal a process of an attempt, for a start that has to end it."""
         record = self.journal.attempts.get(token)
         if record is not None:
-            self.journal.attempts[token] = record._replace(pid=pid, started=started)
+            seen = (*record.processes, (pid, started))
+            self.journal.attempts[token] = record._replace(processes=seen)
             self.journal.write()
 
     def finish(self, started: Started, result: PhaseResult) -> Applied | str:
@@ -7553,7 +7575,8 @@ def begin_run(space: Workspace, run_id: str, *, allow_dirty: bool) -> Ledger:
     last = Journal.read(space.journal_path)
     _refuse(_head_problems(space, last))
     if last is not None and not last.settled:
-        end_leftovers(last.run_id)
+        records = last.attempts.values()
+        end_leftovers(last.run_id, dict(one for record in records for one in record.processes))
     deleted_by_agent = last is not None and last.attempts
     space.store.load(space.store.last_copy() if deleted_by_agent else None)
     space.repo.clean_leftovers()
@@ -7574,9 +7597,9 @@ def begin_run(space: Workspace, run_id: str, *, allow_dirty: bool) -> Ledger:
     return ledger
 
 
-def end_leftovers(run_id: str) -> None:
-    """End every process of a run that is over, and name it."""
-    for line in end_run(run_id):
+def end_leftovers(run_id: str, known: Mapping[int, int] | None = None) -> None:
+    """End every process of a run that is over, and name it; `known` as in `end_run`."""
+    for line in end_run(run_id, known=known):
         log().warning("ended a process that an agent left behind: %s", line)
 
 

@@ -8,8 +8,6 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import ORCHESTRATOR
-
 BLOCKED: dict[str, object] = {"result": "blocked", "summary": "needs a decision"}
 BUILDING = "in_progress phase=build phase_pool=main"
 RESULTS = "mkdir -p .orchestrator/results"
@@ -36,7 +34,7 @@ ACTS = {
 
 def command(project: Any, *words: str) -> str:
     """Shell text that runs the command itself, as an agent may."""
-    argv = ["env", f"PYTHONPATH={ORCHESTRATOR.parent}", sys.executable, "-m", "orchestrator", "--root", str(project.root)]
+    argv = ["env", f"PYTHONPATH={project.program.parent}", sys.executable, "-m", project.program.stem, "--root", str(project.root)]
     return " ".join(f"'{word}'" for word in (*argv, *words))
 
 

@@ -1,0 +1,99 @@
+"""No process of an agent outlives its attempt, whatever it is and however the attempt ends."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform != "linux", reason="elsewhere than on Linux the promise is weaker"),
+]
+
+# Each starts one process that writes its pid to $P and then sleeps; a deaf one ignores TERM.
+SLEEPER = "echo $$ > $P; exec sleep 1000\n"
+DEAF = "trap '' TERM HUP INT; echo $$ > $P; while :; do sleep 1000; done\n"
+KINDS = {
+    "child": "sh $S &",
+    "nohup": "nohup sh $S > /dev/null 2>&1 < /dev/null &",
+    "session of its own": "setsid sh $S &",
+    "deaf to TERM": "sh $D &",
+    "deaf in a session of its own": "setsid sh $D &",
+    "forked twice": "sh -c '(sh $S &)'",
+    "forked twice into a session": "(setsid sh -c '(sh $S &)' &)",
+    "empty environment": "env -i P=$P setsid sh $S &",
+    "empty environment, deaf, forked twice into a session": "(env -i P=$P setsid sh $D &)",
+}
+ENDINGS = ("exit", "timeout", "idle", "signal", "kill")
+
+
+def birth(pid: int) -> str | None:
+    """When a living process started (field 22 of stat); None if there is none."""
+    with suppress(OSError):
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return None if fields[0] in "ZX" else fields[19]
+    return None
+
+
+def wait_for(what: str, condition: Any) -> None:
+    limit = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < limit, what
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_nothing_survives(project: Any, tmp_path: Path, ending: str) -> None:
+    """All kinds at once, for each ending."""
+    folder = tmp_path / "pids"
+    folder.mkdir()
+    (tmp_path / "sleeper").write_text(SLEEPER)
+    (tmp_path / "deaf").write_text(DEAF)
+    os.mkfifo(project.outside / "go")
+    shell = f"export P S={tmp_path}/sleeper D={tmp_path}/deaf\n"
+    shell += "".join(f"P={folder}/{n}\n{text}\n" for n, text in enumerate(KINDS.values()))
+    limits = {"timeout": "timeout_minutes = 0.2\n", "idle": ""}.get(ending, "")
+    idle = "idle_timeout_minutes = 0.2" if ending == "idle" else ""
+    project.configure("build!", more=limits, execution=f"max_retries = 0\n{idle}")
+    project.backlog("WRK-001 in_progress phase=build phase_pool=main")
+    project.commit_all()
+    files = [folder / str(n) for n in range(len(KINDS))]
+    step = {"sh": shell + "".join(f"while ! [ -s {one} ]; do sleep 0.02; done\n" for one in files), "write": {"a.txt": "1\n"}}
+    end = {"await": "go"} if ending == "exit" else {"hang": True}
+    project.script({"*": [{**step, **end}, {"write": {"b.txt": "1\n"}}]})
+    process = project.start("run")
+    wait_for("not all have started", lambda: all(one.exists() and one.read_text().strip() for one in files))
+    pids = [int(one.read_text()) for one in files]
+    born = dict(zip(KINDS, [(pid, birth(pid)) for pid in pids], strict=True))
+    assert None not in [start for _, start in born.values()]
+    if ending == "exit":
+        (project.outside / "go").write_text("")
+    if ending == "signal":
+        process.send_signal(signal.SIGTERM)
+    if ending == "kill":
+        journal = project.root / ".git/orchestrator/run.json"
+        unmarked = [pid for kind, (pid, _) in born.items() if "empty" in kind]
+        wait_for("not journalled", lambda: all(f"{pid}" in journal.read_text() for pid in unmarked))
+        process.kill()
+        process.communicate()
+        assert {kind for kind, (pid, start) in born.items() if birth(pid) == start} >= {"session of its own", *(k for k in KINDS if "empty" in k)}
+        log = project.run("run", "--cap", "0").stderr
+        assert log.count("ended a process that an agent left behind") >= len(KINDS)
+    else:
+        log = project.finish(process, {"exit": 0, "signal": 143}.get(ending, 3))
+    left = [kind for kind, (pid, start) in born.items() if birth(pid) == start]
+    for pid, start in born.values():
+        if birth(pid) == start:
+            os.kill(pid, signal.SIGKILL)
+    assert left == []
+    assert project.survivors() == []
+    if ending in ("timeout", "idle"):
+        assert "timed out" in log
+    assert project.committed() == project.text()
