@@ -7712,9 +7712,10 @@ def ending_signals() -> list[signal.Signals]:
 
 @contextmanager
 def signals_noted() -> Iterator[list[int]]:
-    """Note a signal that arrives while a run is prepared; the run acts on it once it has begun.
+    """Note signals that arrive while a run is prepared; the run acts on them once it has begun.
 
-    A second one is not held back: a start may be killed at any point.
+    Two of them, as many as have a meaning. A third one is not held back: a start that hangs can be
+    ended, and the next one goes on from wherever that was.
     """
     noted: list[int] = []
     handlers = {number: signal.getsignal(number) for number in ending_signals()}
@@ -7725,7 +7726,8 @@ def signals_noted() -> Iterator[list[int]]:
 
     def note(number: int, _frame: object) -> None:
         noted.append(number)
-        restore()
+        if len(noted) == 2:
+            restore()
 
     for number in handlers:
         signal.signal(number, note)
