@@ -3262,7 +3262,7 @@ class Store:
     def _locked(self) -> Iterator[None]:
         """Hold the lock that all writers of the file take; SaveError if it is not had in time."""
         try:
-            self.lock_path.parent.mkdir(parents=True, exist_ok=True)
+            self.lock_path.parent.mkdir(exist_ok=True)  # not a folder above it that vanished
             fd = os.open(self.lock_path, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
             raise SaveError(f"{self.lock_path}: cannot be locked ({error.strerror})") from error

@@ -184,7 +184,7 @@ class FileVersion(NamedTuple):
 
 
 class StateCommit(NamedTuple):
-    """What `Repo.commit_state` did; `warning` is one complete message when it could not commit."""
+    """What `Repo.commit_state` did; `warning` is one complete message on what was left undone."""
 
     outcome: Literal["clean", "committed", "parked", "skipped"]
     commit: str | None
@@ -739,7 +739,8 @@ class Repo:
         self._deadline = float("inf")  # of the commit in progress, by `clock`
         self._impatient_until = float("-inf")  # by `clock`; see `_lock_tries`
         self._null = ABSENT_OID  # as long as this repository's object ids
-        self._parked: str | None = None  # what this object parked itself
+        self._seen: str | None = None  # the last commit that HEAD was at
+        self.taken_up: str | None = None  # the parked commit that the file on disk descends from
         self._file_mode: bool | None = None
         self._index_seen = b"", list[_IndexRow]()  # the index file as last read, and its rows
         self._staged_seen: tuple[object, frozenset[str]] = None, frozenset()  # see `_staged`
@@ -846,6 +847,8 @@ class Repo:
         try:
             ended = _git_child(argv, cwd=where, env=environment, stdin=stdin, limit_s=limit_s)
         except FileNotFoundError:
+            if not where.is_dir():
+                raise GitError(f"the folder {where} is gone. Put it back.") from None
             raise GitError("git was not found on your PATH. Install git 2.34 or newer.") from None
         except OSError as error:
             raise GitError(f"could not be started: {error}", args) from None
@@ -916,8 +919,8 @@ class Repo:
             ("rev-parse", "HEAD^{commit}", "--symbolic-full-name", "HEAD"), ok=range(256)
         )
         if both.status == 0:
-            commit, name = os.fsdecode(both.out).split("\n")[:2]
-            return Head(name if name != "HEAD" else None, commit)
+            self._seen, name = os.fsdecode(both.out).split("\n")[:2]
+            return Head(name if name != "HEAD" else None, self._seen)
         branch = self._line("symbolic-ref", "-q", "HEAD")
         if self._succeeds("rev-parse", "-q", "--verify", "HEAD"):
             raise GitError(
@@ -1433,6 +1436,9 @@ class Repo:
                 f"HEAD is on {_git_branch_name(head.branch)} now, the run began on"
                 f" {_git_branch_name(expect_branch)}"
             )
+        if head.commit is None and self._seen is not None:
+            name = _git_branch_name(head.branch)
+            raise HeadBusy(f"the branch {name} was deleted (it was at {self._seen[:10]})")
 
     def _build(
         self, head: Head, entries: Sequence[Entry], message: str, parents: Sequence[str]
@@ -1537,9 +1543,9 @@ class Repo:
     ) -> StateCommit:
         """Commit one file of ours, holding `data`, alone, if that differs from HEAD.
 
-        Never raises for git trouble. Where the branch may not be moved the commit is parked on
-        `parked_ref`, see `_park`. A file that is missing, no regular file, ignored, or hidden by
-        assume-unchanged or skip-worktree is skipped with a warning.
+        Never raises for git trouble. Where the branch may not be moved, and for a file that is
+        ignored or hidden by assume-unchanged or skip-worktree, the commit is parked on
+        `parked_ref`, see `_park`. A file that is missing or no regular file is skipped.
         """
         try:
             with self._within(COMMIT_LIMIT_S + STEP_LIMIT_S):
@@ -1555,40 +1561,49 @@ class Repo:
         self, path: Path, data: bytes, message: str, expect_branch: str | None
     ) -> StateCommit:
         name = self.relative(path)
+        unfit = self._unfit(path)
+        if unfit is not None:
+            return _git_skipped(path, f"{unfit.what}. {unfit.remedy}")
         rows = self._index_rows([name])
-        obstacle = self._obstacle_to_state(path, name, rows)
-        if obstacle is not None:
-            return _git_skipped(path, obstacle)
         entry = Entry(name, "", self._store(name, data))
         try:
+            self._refuse_hidden(path, entry, rows)
             commit = self.commit([entry], message, expect_branch=expect_branch)
         except HeadBusy as busy:
             return self._park(path, entry, message, busy.reason)
-        self._forget_parked(entry)
-        if commit is not None:
-            return StateCommit("committed", commit, None)
-        self._repair(name, rows)
-        return StateCommit("clean", None, None)
+        if commit is None:
+            self._repair(name, rows)
+        outcome: Literal["clean", "committed"] = "clean" if commit is None else "committed"
+        return StateCommit(outcome, commit, self._forget_parked(entry))
 
-    def _obstacle_to_state(self, path: Path, name: str, rows: Sequence[_IndexRow]) -> str | None:
-        """Why a file cannot be committed as it should be: what, and what to do."""
+    def _unfit(self, path: Path) -> Problem | None:
+        """Why there is no file to commit; its deletion is never committed."""
         try:
             mode = path.lstat().st_mode
         except FileNotFoundError:
-            return "it is missing on disk. Its deletion is not committed; put it back."
+            return Problem("it is missing on disk", "Its deletion is not committed; put it back.")
         if not stat.S_ISREG(mode):
-            return "it is not a regular file. Put the file itself there."
+            return Problem("it is not a regular file", "Put the file itself there.")
+        return None
+
+    def _hidden(self, path: Path, name: str, rows: Sequence[_IndexRow]) -> Problem | None:
+        """Why git does not look at a file, so that the operator does not expect a commit of it."""
         flags = {row.flag for row in rows}
         if flags & set("hms"):
             undo = _git_command("update-index --no-assume-unchanged", path)
-            return f"it is marked assume-unchanged. Undo that: `{undo}`."
+            return Problem("it is marked assume-unchanged", f"Undo that: `{undo}`.")
         if "S" in flags:
             undo = _git_command("update-index --no-skip-worktree", path)
-            return f"it is marked skip-worktree. Undo that: `{undo}`."
+            return Problem("it is marked skip-worktree", f"Undo that: `{undo}`.")
         if not rows and self._is_ignored(name):
             show = _git_command("check-ignore -v", path)
-            return f"git ignores it. `{show}` names the rule; remove it."
+            return Problem("git ignores it", f"`{show}` names the rule; remove it.")
         return None
+
+    def _refuse_hidden(self, path: Path, entry: Entry, rows: Sequence[_IndexRow]) -> None:
+        hidden = self._hidden(path, entry.path, rows)
+        if hidden is not None and self._news(self.head(), [entry]):
+            raise HeadBusy(hidden.what)
 
     def _is_ignored(self, name: str) -> bool:
         """Whether git would refuse to add a path; one that HEAD has is not ignored."""
@@ -1607,11 +1622,12 @@ class Repo:
     def _park(self, path: Path, entry: Entry, message: str, reason: str) -> StateCommit:
         """Keep a state commit on a ref of ours: no garbage collection takes it.
 
-        Its first parent is HEAD. A state that was parked before replaces itself if this object
-        parked it or it holds the same file; otherwise (nobody has taken it up yet) it becomes the
-        second parent, and `unpark` brings it back.
+        Its first parent is HEAD. A state that was parked before is replaced if the file descends
+        from it (see `taken_up`), and stays if it holds the same; otherwise (nobody has taken it up
+        yet) it becomes the second parent, and `unpark` brings it back.
         """
         head = self.head()
+        head = head._replace(commit=head.commit or self._seen)  # a deleted branch comes back
         old = self._entries(head.commit, [entry.path])[entry.path]
         entry = entry._replace(mode=self._kept_mode(old))
         earlier = self._ref(self.parked_ref)
@@ -1627,25 +1643,32 @@ class Repo:
 
     def _park_commit(self, head: Head, entry: Entry, message: str, earlier: str | None) -> str:
         parents = [head.commit or self._nothing_yet()]
-        if earlier is not None and earlier != self._parked:
+        if earlier is not None and earlier != self.taken_up:
             parents.append(earlier)
         commit = self._build(head, [entry], message, parents)
         self._set_ref(self.parked_ref, commit, earlier or self._null, message)
-        self._parked = commit
+        self.taken_up = commit
         return commit
 
     def _nothing_yet(self) -> str:
         """A commit of no files, so that a parked one always has a first parent."""
         return self._commit_tree(self._objects.graft(None, []), [], "No commit yet")
 
-    def _forget_parked(self, entry: Entry) -> None:
-        """HEAD holds the newest state: drop a parked one that it holds or that we have outrun."""
-        parked = self._ref(self.parked_ref)
-        if parked is None:
-            return
-        held = self._entries(parked, [entry.path])[entry.path].oid == entry.oid
-        if held or parked == self._parked:
-            self.unpark(parked)
+    def _forget_parked(self, entry: Entry) -> str | None:
+        """HEAD holds the newest state: drop a parked one that it holds or that we have outrun.
+
+        The commit is made, so trouble is only a warning: a later commit tidies up.
+        """
+        try:
+            parked = self._ref(self.parked_ref)
+            if parked is None:
+                return None
+            held = self._entries(parked, [entry.path])[entry.path].oid == entry.oid
+            if held or parked == self.taken_up:
+                self.unpark(parked)
+        except GitError as error:
+            return f"{self.parked_ref} is of no use any more, but could not be deleted: {error}"
+        return None
 
     def parked(self, path: Path | None = None) -> tuple[str, bytes, bytes] | None:
         """The parked state: commit, the file in it, the file in its parent (b"" when it has none).
@@ -2045,10 +2068,10 @@ class Repo:
         name = self.relative(backlog)
         mine = [row for row in rows if row.path == name and row.stage == "0"]
         if os.path.lexists(backlog):
-            obstacle = self._obstacle_to_state(backlog, name, mine)
+            obstacle = self._unfit(backlog) or self._hidden(backlog, name, mine)
             if obstacle is not None:
-                what, _, remedy = obstacle.partition(". ")
-                yield Problem(f"{name} could not be committed: {what}", remedy)
+                what = f"{name} could not be committed: {obstacle.what}"
+                yield Problem(what, obstacle.remedy)
 
     def remarks(self, backlog: Path) -> list[str]:
         """What the operator should know, but what forbids nothing. Never raises for git trouble."""
@@ -2158,11 +2181,25 @@ def _git_skipped(path: Path, why: str) -> StateCommit:
 
 def _git_command(command: str, path: Path, message: str | None = None) -> str:
     """A git command for the operator to paste, about one file, valid in any folder."""
+    subject = f" -m {_git_word(message.splitlines()[0])}" if message else ""
+    folder, name = _git_word(str(path.parent)), _git_word(path.name)
+    return f"git -C {folder} {command}{subject} -- {name}"
+
+
+def _git_word(text: str) -> str:
+    """A word of a shell command; one with control characters is written as $'…'."""
     import shlex
 
-    subject = f" -m {shlex.quote(message.splitlines()[0])}" if message else ""
-    folder, name = shlex.quote(str(path.parent)), shlex.quote(path.name)
-    return f"git -C {folder} {command}{subject} -- {name}"
+    if text.isprintable():
+        return shlex.quote(text)
+    escaped = (f"\\{char}" if char in "\\'" else char for char in text)
+    return "$'" + "".join(map(_git_printable, escaped)) + "'"
+
+
+def _git_printable(text: str) -> str:
+    if text.isprintable():
+        return text
+    return "".join(f"\\x{byte:02x}" for byte in os.fsencode(text))
 
 
 def _git_by_hand(path: Path, message: str) -> str:

@@ -100,6 +100,7 @@ from backlog import (
 from gitutil import (
     ABSENT_MODE,
     ABSENT_OID,
+    HOOK_LIMIT_S,
     Change,
     Entry,
     FileVersion,
@@ -218,6 +219,7 @@ class Execution(NamedTuple):
     max_cost_usd: float | None = None
     idle_timeout_minutes: float | None = None  # None: 15 for agents that stream events, else off
     kill_grace_seconds: float = 5
+    hook_timeout_seconds: float = HOOK_LIMIT_S
     commit_commands: bool = False
     on_usage_limit: Literal["halt", "wait"] = "halt"
 
@@ -633,6 +635,7 @@ def _read_execution(table: ConfigTable) -> Execution:
         max_cost_usd=table.number("max_cost_usd", usual.max_cost_usd),
         idle_timeout_minutes=table.number("idle_timeout_minutes", usual.idle_timeout_minutes),
         kill_grace_seconds=table.number("kill_grace_seconds", usual.kill_grace_seconds),
+        hook_timeout_seconds=table.number("hook_timeout_seconds", usual.hook_timeout_seconds),
         commit_commands=table.flag("commit_commands"),
         on_usage_limit=table.word("on_usage_limit", LIMIT_POLICIES, usual.on_usage_limit),
     )
@@ -1026,6 +1029,7 @@ max_wip = 1  # items in progress at a time
 max_concurrent = 1  # agents at a time; a destructive phase always runs alone
 # idle_timeout_minutes = 15  # no output for this long = timeout; 0 = off
 kill_grace_seconds = 5
+hook_timeout_seconds = 120  # for a commit hook of yours, which sees what a destructive phase did
 commit_commands = false  # whether `add`, `unblock`, … commit BACKLOG.yaml alone
 on_usage_limit = "halt"  # or "wait" until the limit of the agent's CLI is reset
 
@@ -3514,7 +3518,8 @@ def render_summary(facts: SummaryFacts) -> str:
         _blocked_lines(facts),
         _other_lines(facts),
         _cost_lines(facts),
-        [f"Warning: {one_line(warning)}" for warning in facts.warnings],
+        # One line each, and blanks as they are: a warning holds commands to paste.
+        ["Warning: " + clean_text(text).replace("\n", " ") for text in facts.warnings],
         _next_lines(facts),
     ]
     return "\n\n".join("\n".join(lines) for lines in sections if lines)
@@ -5690,7 +5695,7 @@ class LiveLine:
 
 def replace_file(path: Path, data: bytes, mode: int = 0o644) -> None:
     """Write a file so that a crash leaves the old or the new content, never a part; OSError."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(exist_ok=True)  # not a folder above it that vanished
     unfinished = path.with_name(f".{path.name}.tmp")
     with open(unfinished, "wb") as file:
         os.fchmod(file.fileno(), mode)
@@ -5858,6 +5863,7 @@ class Ledger:
         self.inbox_path = config.base / INBOX_NAME
         self.inbox_trouble = ""  # the last complaint, so that it is made once
         self.commit_again = 0.0  # monotonic seconds; see `flush`
+        self.commit_trouble = ""  # the last complaint of `flush`, so that it is made once
         self.own_commits: set[str] = set()  # made by this run; other new ones are an agent's
         self.newest_own: str | None = None
 
@@ -6376,15 +6382,19 @@ class Ledger:
             )
             return entries
         message = self._message([self._preview(started, result)])
-        verdict = self.repo.run_hooks(entries, message)
+        limit = self.config.execution.hook_timeout_seconds
+        verdict = self.repo.run_hooks(entries, message, limit_s=limit)
         if not verdict.ok:
             mended = [change.after for change in self._aftermath(started).changes]
             if mended != entries:
                 entries = mended
-                verdict = self.repo.run_hooks(entries, message)
+                verdict = self.repo.run_hooks(entries, message, limit_s=limit)
         if verdict.outcome == "ok":
             return entries
-        return f"the repository's {verdict.hook} hook rejected the commit:\n{verdict.output}"
+        did = "rejected the commit"
+        if verdict.outcome == "timeout":
+            did = f"did not end within {limit:g} s (execution.hook_timeout_seconds)"
+        return f"the repository's {verdict.hook} hook {did}:\n{verdict.output}"
 
     def _document_entries(self, started: Started, aftermath: Aftermath) -> list[Entry]:
         """What a document phase may commit; anything else it touched is named and left alone."""
@@ -6468,7 +6478,7 @@ class Ledger:
 
     def _put_state_back(self, item_id: str, phase: str, before: Snapshot) -> None:
         """Undo what an agent's git command did to BACKLOG.yaml (stash, checkout, reset, clean)."""
-        with suppress(SaveError):  # the save of the outcome, which comes next, tells
+        with suppress(SaveError, GitError):  # whatever comes next tells
             if not self.store.disturbed():
                 return
             self.store.older |= self._older_states(before)
@@ -6527,11 +6537,11 @@ class Ledger:
         try:
             commit = self._commit_pending()
         except (GitError, SaveError) as error:
-            log().warning(
-                "%s not committed yet: %s. It is kept in the journal and tried again.",
-                ", ".join(f"[{p.item}][{p.phase}]" for p in self.journal.pending),
-                error,
-            )
+            names = ", ".join(f"[{p.item}][{p.phase}]" for p in self.journal.pending)
+            trouble = f"{names} not committed yet: {error}"
+            if trouble != self.commit_trouble:
+                log().warning("%s. It is kept in the journal and tried again.", trouble)
+            self.commit_trouble = trouble
             self.commit_again = time.monotonic() + COMMIT_PAUSE_S
             return
         if commit:
@@ -6589,20 +6599,9 @@ class Ledger:
         )
         if done.outcome == "parked":
             self.journal.parked = str(done.commit)
-        elif done.outcome in ("committed", "clean"):
-            self._forget_parked()
+        elif done.outcome in ("committed", "clean") and not done.warning:
+            self.journal.parked = ""  # HEAD holds the file, and the file what was parked
         return done
-
-    def _forget_parked(self) -> None:
-        """HEAD holds the file, and the file what was parked: the ref has done its service."""
-        try:
-            parked = self.repo.parked(self.store.path)
-            if parked is not None and parked[0] == self.journal.parked:
-                self.repo.unpark(self.journal.parked)
-        except GitError as error:  # the commit is made; the ref is tidied up by a later one
-            log().warning("%s is of no use now, but still there: %s", self.repo.parked_ref, error)
-            return
-        self.journal.parked = ""
 
     def closing_save(self) -> bool:
         """Write whatever is not on disk yet; whether the file now holds the ledger's state."""
@@ -6617,13 +6616,21 @@ class Ledger:
             if late:
                 self.flush()
             return True
-        log().error(
-            "%s\nThe backlog is not committed. What the run decided and could not save is kept in"
-            " %s; once that is mended, the next run takes it up.",
-            trouble,
-            self.journal.path,
-        )
+        log().error("%s\nThe backlog is not committed. %s", trouble, self._keep_unsaved())
         return False
+
+    def _keep_unsaved(self) -> str:
+        """Bring what could not be saved into the journal; says where it is, or all of it."""
+        try:
+            self.journal.write()
+        except OSError as error:
+            lines = [f"The journal neither: {os_trouble(error)}. Decided since the last save:"]
+            lines += [f"  {c.item_id} {c.key}: {c.old!r} → {c.new!r}" for c in self.journal.unsaved]
+            return "\n".join(lines if self.journal.unsaved else [*lines, "  nothing"])
+        return (
+            f"What the run decided and could not save is kept in {self.journal.path}; once that is"
+            " mended, the next run takes it up."
+        )
 
     # -- recovery ----------------------------------------------------------------------------------
 
@@ -6706,7 +6713,7 @@ class Ledger:
         if not known or self._is_as_committed():
             self.store.merge_bytes(base, theirs)
             self.edit([])
-        self.journal.parked = commit
+        self.journal.parked = self.repo.taken_up = commit
         log().info("took up the backlog state that was parked as %s", commit[:10])
 
     def _is_as_committed(self) -> bool:
@@ -6717,7 +6724,7 @@ class Ledger:
     def tell_state_commit(self, done: StateCommit, what: str) -> None:
         if done.outcome == "committed" and done.commit:
             log().info("%s: commit %s", what, done.commit[:10])
-        elif done.warning:
+        if done.warning:
             log().warning("%s", done.warning)
 
     def end(self) -> None:
@@ -7208,8 +7215,8 @@ class Scheduler:
     async def _work(self, task: Task) -> None:
         try:
             applied = await self._attempts(task)
+            del self.running[task.item_id]  # after an error it stays, so that it is not begun again
         finally:
-            del self.running[task.item_id]
             self.live.forget(task.item_id)
         if applied is not None:
             self._count(applied)

@@ -95,6 +95,7 @@ def test_every_key_is_read() -> None:
         max_cost_usd = 12.5
         idle_timeout_minutes = 0
         kill_grace_seconds = 1
+        hook_timeout_seconds = 600
         commit_commands = true
         on_usage_limit = "wait"
         [agent]
@@ -118,7 +119,7 @@ def test_every_key_is_read() -> None:
         backlog_path="dev/BACKLOG.yaml",
         protected_branches=("main", "release"),
         guardrails=Guardrails("small", "low", "high"),
-        execution=Execution(1.5, 0, 7, 3, 2, 4, 0.0, 240.0, 12.5, 0.0, 1.0, True, "wait"),
+        execution=Execution(1.5, 0, 7, 3, 2, 4, 0.0, 240.0, 12.5, 0.0, 1.0, 600.0, True, "wait"),
         agent=AgentSettings(
             "command",
             "vendor/model-1.5",

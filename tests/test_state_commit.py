@@ -530,6 +530,9 @@ PARKED: Mapping[str, tuple[Prepare, str]] = {
     "am": (run(*SIDE, "git format-patch -q -1 side -o ../patches", "git am -q ../patches/*.patch || true"), "am"),
     "bisect": (run(*SIDE, "git bisect start -q HEAD HEAD~1"), "bisect"),
     "detached": (run("git checkout -q --detach"), "detached"),
+    "a25_d09_ignored_untracked": (run(f"git rm -q --cached {NAME}", "git commit -q -m gone", f"echo {NAME} > .gitignore"), "git ignores it"),
+    "assume_unchanged": (run(f"git update-index --assume-unchanged {NAME}"), "assume-unchanged"),
+    "a24_skip_worktree": (run(f"git update-index --skip-worktree {NAME}"), "skip-worktree"),
 }  # fmt: skip
 
 
@@ -544,7 +547,7 @@ def state_files(where: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize(
-    ("prepare", "reason"), table(PARKED, slow="merge_conflict cherry_pick cherry_pick_range rebase_apply am bisect revert")
+    ("prepare", "reason"), table(PARKED, slow="merge_conflict cherry_pick cherry_pick_range rebase_apply am bisect revert assume_unchanged")
 )
 def test_parked_without_touching_anything(project: Path, prepare: Prepare, reason: str) -> None:
     prepare(project)
@@ -661,6 +664,52 @@ def test_a_later_commit_drops_only_what_it_holds(project: Path) -> None:
     assert Repo.open(project).parked() is None
 
 
+def test_a_hidden_backlog_as_in_head_needs_no_warning(project: Path) -> None:
+    git(project, "update-index", "--assume-unchanged", NAME)
+    assert save(project, OLD) == StateCommit("clean", None, None)
+
+
+def test_a_branch_deleted_meanwhile_gets_no_new_root(project: Path) -> None:
+    """The state is parked on top of where the branch was, so that it can go on from there."""
+    repo = Repo.open(project)
+    head = repo.head().commit
+    (project / NAME).write_bytes(NEW)
+    git(project, "update-ref", "-d", "refs/heads/main")
+    made = repo.commit_state(project / NAME, NEW, MESSAGE, expect_branch="refs/heads/main")
+    assert made.outcome == "parked"
+    assert f"the branch main was deleted (it was at {str(head)[:10]})" in str(made.warning)
+    assert repo.parked() == (made.commit, NEW, OLD)
+    git(project, "update-ref", "refs/heads/main", str(head))
+    assert git(project, "log", "--format=%P", "-1", str(made.commit)).strip() == head
+
+
+def test_a_state_that_was_taken_up_is_replaced_not_kept_behind(project: Path) -> None:
+    git(project, "checkout", "-q", "--detach")
+    earlier = save(project)
+    repo = Repo.open(project)
+    repo.taken_up = earlier.commit
+    (project / NAME).write_bytes(b"v: 3\n")
+    later = repo.commit_state(project / NAME, b"v: 3\n", MESSAGE)
+    assert repo.parked() == (later.commit, b"v: 3\n", OLD)
+    repo.unpark(str(later.commit))
+    assert repo.parked() is None
+
+
+def test_trouble_with_the_parked_ref_does_not_deny_the_commit(project: Path) -> None:
+    git(project, "checkout", "-q", "--detach")
+    save(project)
+    git(project, "checkout", "-q", "-f", "main")
+    lock = project / ".git/refs/orchestrator/backlog.lock"
+    lock.write_text("")
+    made = save(project)
+    assert made.outcome == "committed"
+    assert git(project, "rev-parse", "HEAD").strip() == made.commit
+    assert "refs/orchestrator/backlog is of no use any more, but could not be deleted" in str(made.warning)
+    lock.unlink()
+    assert commit(project) == StateCommit("clean", None, None)
+    assert git(project, "for-each-ref", "refs/orchestrator") == ""
+
+
 def test_parked_on_a_branch_without_a_commit(project: Path) -> None:
     git(project, "update-ref", "-d", "HEAD")
     made = save(project, expect_branch="refs/heads/other")
@@ -720,13 +769,10 @@ def make_fifo(where: Path) -> None:
 
 
 SKIPPED: Mapping[str, tuple[Prepare, str]] = {
-    "a25_d09_ignored_untracked": (run(f"git rm -q --cached {NAME}", "git commit -q -m gone", f"echo {NAME} > .gitignore"), "git ignores it"),
     "a26_missing": (run(f"rm {NAME}"), "missing on disk"),
     "symlink": (run(f"mv {NAME} real", f"ln -s real {NAME}"), "not a regular file"),
     "directory": (run(f"rm {NAME}", f"mkdir {NAME}"), "not a regular file"),
     "fifo": (make_fifo, "not a regular file"),
-    "assume_unchanged": (run(f"git update-index --assume-unchanged {NAME}"), "assume-unchanged"),
-    "a24_skip_worktree": (run(f"git update-index --skip-worktree {NAME}"), "skip-worktree"),
     "index_corrupt": (write(".git/index", "DIRCgarbage that is no index at all, but long enough to be one"), "index"),
     "ref_broken": (write(".git/refs/heads/main", "garbage\n"), "HEAD"),
     "ref_to_nothing": (write(".git/refs/heads/main", "1" * 40 + "\n"), "cannot be read"),
@@ -735,7 +781,7 @@ SKIPPED: Mapping[str, tuple[Prepare, str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("prepare", "why"), table(SKIPPED, slow="directory symlink assume_unchanged ref_to_nothing bad_config"))
+@pytest.mark.parametrize(("prepare", "why"), table(SKIPPED, slow="directory symlink ref_to_nothing bad_config"))
 def test_skipped_with_a_warning(project: Path, prepare: Prepare, why: str) -> None:
     repo = Repo.open(project)
     (project / NAME).write_bytes(NEW)

@@ -69,7 +69,7 @@ class Bench:
 
     def __init__(self, folder: Path, text: str = TEXT) -> None:
         self.path = folder / "BACKLOG.yaml"
-        self.lock = folder / "state" / "deep" / "backlog.lock"
+        self.lock = folder / "state" / "backlog.lock"
         self.path.write_text(text)
         self.warnings: list[str] = []
         self.store = self.fresh()
