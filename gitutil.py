@@ -891,7 +891,9 @@ class Repo:
 
     def head(self) -> Head:
         """Branch and commit. GitError when HEAD is damaged."""
-        return self._head_by_files() or self._head_by_git()
+        head = self._head_by_files() or self._head_by_git()
+        self._seen = head.commit or self._seen
+        return head
 
     def _head_by_files(self) -> Head | None:
         """HEAD where it is a branch in a file of its own, whose commit can be read."""
@@ -919,8 +921,8 @@ class Repo:
             ("rev-parse", "HEAD^{commit}", "--symbolic-full-name", "HEAD"), ok=range(256)
         )
         if both.status == 0:
-            self._seen, name = os.fsdecode(both.out).split("\n")[:2]
-            return Head(name if name != "HEAD" else None, self._seen)
+            commit, name = os.fsdecode(both.out).split("\n")[:2]
+            return Head(name if name != "HEAD" else None, commit)
         branch = self._line("symbolic-ref", "-q", "HEAD")
         if self._succeeds("rev-parse", "-q", "--verify", "HEAD"):
             raise GitError(

@@ -164,6 +164,9 @@ class Project:
         self.outside = outside
         self.heard: list[str] = []
         self.started: list[subprocess.Popen[str]] = []
+        self.launcher: tuple[str, ...] = ()  # a command that starts the command
+        self.environment: dict[str, str | None] = {}  # beside our own; None takes a variable away
+        self.at_end: list[Callable[[], object]] = []
         outside.mkdir()
         (outside / "agent.py").write_text(SCRIPTED_AGENT)
         os.mkfifo(outside / "announce")
@@ -213,11 +216,12 @@ class Project:
 
     def start(self, *args: str) -> subprocess.Popen[str]:
         # As a module, so that its compiled form is used: a script is compiled at every start.
-        argv = [sys.executable, "-m", self.program.stem, "--root", str(self.root), *args]
+        argv = [*self.launcher, sys.executable, "-m", self.program.stem, "--root", str(self.root), *args]
         path = f"{self.outside / 'inject'}{os.pathsep}{self.program.parent}"
+        env = {**os.environ, "PYTHONPATH": path, **self.environment}
         process = subprocess.Popen(
             argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            cwd=self.outside, start_new_session=True, env={**os.environ, "PYTHONPATH": path},
+            cwd=self.outside, start_new_session=True, env={k: v for k, v in env.items() if v is not None},
         )
         self.started.append(process)
         return process
@@ -249,6 +253,8 @@ class Project:
             process.wait()
         for pid in self.survivors():
             os.kill(pid, signal.SIGKILL)
+        for act in self.at_end:
+            act()
 
     def read_until(self, process: subprocess.Popen[str], text: str) -> str:
         """Read what a started command logs up to a line with `text`; returns it all."""

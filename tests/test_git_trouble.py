@@ -1,0 +1,553 @@
+"""Git trouble during a run, through the real command: fault by fault, the whole outcome.
+
+Each fault is made by the agent of a running phase (it stands for the operator, too), or is there
+from the start. Whatever it is, the run ends in bounded time; the state is in HEAD, or one warning
+names the ref on which it waits and one command, which is executed here and has to finish the job;
+nothing of the operator's changes; the next run has it all in HEAD. `pytest -m slow -s` on this file
+prints the matrix.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from tests.conftest import IDENTITY, sh
+
+BLOCKED = {"result": {"result": "blocked", "summary": "needs a decision"}}
+PARKED = "refs/orchestrator/backlog"
+READY = "WRK-001 ready"
+HALT = "[orchestrator] Save backlog state on halt"
+OURS = re.compile(r"(?:^|[/\s])(?:BACKLOG\.yaml|_worklog/.*|changes/WRK-001_.*)$")
+
+
+class Fault(NamedTuple):
+    """What happens to the repository, and what has to become of the run's state."""
+
+    act: str = ""  # shell commands in the project's folder, while a phase is running
+    outcome: str = "committed"  # or parked, or skipped: it is only on disk
+    says: str = ""  # in the warning
+    end: str = ""  # shell commands that end the fault
+    mend: str = ""  # what the next run needs beside that, but the command of the warning does not
+    before: str = ""  # shell commands before the run
+    prepare: Callable[[Any], None] = lambda project: None
+    files: str = "staged dirty untracked"  # what the operator has lying about, as far as git lets them
+    code: int = 3
+    quick: bool = False
+    config: str = ""  # lines for the [execution] table
+
+
+def hooks(body: str) -> str:
+    """Every hook that a commit may run."""
+    names = "pre-commit prepare-commit-msg commit-msg post-commit reference-transaction post-index-change"
+    script = f"#!/bin/sh\necho $0 >> $OUTSIDE/hooked\n{body}\n"
+    return (
+        f"mkdir -p .git/hooks; for hook in {names}; do cat > .git/hooks/$hook <<'END'\n{script}END\n"
+        "chmod +x .git/hooks/$hook; done"
+    )
+
+
+def linked(project: Any) -> None:
+    """The project is a linked work tree."""
+    project.git("worktree", "add", "-q", "-b", "work", "../linked tree")
+    project.root = project.root.parent / "linked tree"
+
+
+def submodule(project: Any) -> None:
+    """The project is a submodule of another repository."""
+    outer = project.root.parent / "outer"
+    outer.mkdir()
+    sh(outer, "git", "init", "-q", "-b", "main")
+    sh(outer, "git", "-c", "protocol.file.allow=always", "submodule", "--quiet", "add", str(project.root), "sub")
+    sh(outer, "git", "commit", "-q", "-m", "Add the submodule")
+    project.root = outer / "sub"
+
+
+def with_submodule(project: Any) -> None:
+    """The project has a submodule, with commits of its own that the operator has not recorded yet."""
+    shutil.copytree(project.root, project.root.parent / "library", symlinks=True)
+    library = str(project.root.parent / "library")
+    project.git("-c", "protocol.file.allow=always", "submodule", "--quiet", "add", library, "vendor")
+    project.git("commit", "-q", "-m", "Add a submodule")
+    sh(project.root / "vendor", "git", "commit", "-q", "--allow-empty", "-m", "Theirs")
+
+
+def below_the_top(project: Any, name: str = "sub dir") -> None:
+    """The project is a folder of a bigger repository that has another BACKLOG.yaml at its top."""
+    sub = project.root / name
+    sub.mkdir()
+    for path in ("BACKLOG.yaml", "orchestrator.toml"):
+        shutil.copy(project.root / path, sub / path)
+    (project.root / "BACKLOG.yaml").write_text("items: []\n")
+    project.commit_all()
+    project.root = sub
+
+
+def renamed(name: str) -> Callable[[Any], None]:
+    def prepare(project: Any) -> None:
+        project.root = project.root.rename(project.root.with_name(name))
+
+    return prepare
+
+
+def below(name: str) -> Callable[[Any], None]:
+    return lambda project: below_the_top(project, name)
+
+
+def other_git_in_the_environment(project: Any) -> None:
+    """As left in a shell by a script or a surrounding git."""
+    other = project.outside / "other"
+    other.mkdir()
+    sh(other, "git", "init", "-q")
+    project.environment |= {
+        "GIT_DIR": str(other / ".git"), "GIT_WORK_TREE": str(other), "GIT_OBJECT_DIRECTORY": str(other / ".git/objects"),
+        "GIT_COMMON_DIR": str(other / ".git"), "GIT_ICASE_PATHSPECS": "1", "GIT_CONFIG_PARAMETERS": "'core.bare'='true'",
+    }  # fmt: skip
+
+
+def no_identity(project: Any) -> None:
+    project.environment |= dict.fromkeys(IDENTITY)
+    project.git("config", "user.useConfigOnly", "true")
+
+
+def lock_that_goes(project: Any) -> None:
+    """Somebody's git holds the index while we wait, and lets go of it in the end."""
+    project.inject(f"""
+left = [3]
+def watch(event, args):
+    lock = {str(project.root / ".git/index.lock")!r}
+    if event == "subprocess.Popen" and "update-index" in args[1] and os.path.exists(lock):
+        left[0] -= 1
+        if not left[0]:
+            os.unlink(lock)
+""")
+
+
+SIGN = "git config commit.gpgSign true; git config gpg.program"
+STOP_HERE = {"code": 1, "files": "untracked"}  # the phase's outcome cannot be judged on another branch
+FAULTS = {
+    # hooks and signing: a state commit runs none
+    "hook rejects": Fault(before=hooks("exit 1"), quick=True),
+    "hook modifies the backlog": Fault(before=hooks("echo '# hook' >> BACKLOG.yaml; git add BACKLOG.yaml")),
+    "hook sweeps: git add -A": Fault(before=hooks("git add -A")),
+    "hook hangs": Fault(before=hooks("sleep 600")),
+    "core.hooksPath with a rejecting hook": Fault(act="mkdir -p $OUTSIDE/h; printf '#!/bin/sh\\nexit 1\\n' > $OUTSIDE/h/pre-commit; chmod +x $OUTSIDE/h/pre-commit; git config core.hooksPath $OUTSIDE/h"),
+    "signing program hangs": Fault(act=f"printf '#!/bin/sh\\nsleep 600\\n' > $OUTSIDE/gpg; chmod +x $OUTSIDE/gpg; {SIGN} $OUTSIDE/gpg"),
+    "signing program is missing": Fault(act=f"{SIGN} /nonexistent"),
+    "no identity, useConfigOnly": Fault(prepare=no_identity),
+    # locks
+    "index.lock, released after a while": Fault(prepare=lock_that_goes, act="touch .git/index.lock"),
+    "index.lock, stale": Fault(act="touch .git/index.lock", outcome="parked", says="index.lock", end="rm .git/index.lock"),
+    "HEAD.lock, stale": Fault(act="touch .git/HEAD.lock", outcome="parked", says="HEAD.lock", end="rm .git/HEAD.lock"),
+    "branch lock, stale": Fault(act="touch .git/refs/heads/main.lock", outcome="parked", says="main.lock", end="rm .git/refs/heads/main.lock"),
+    # operations that begin while a phase is running
+    "merge": Fault(act="git merge -q --no-commit --no-ff side", outcome="parked", says="a merge", end="git commit -qm merged", files="dirty untracked", quick=True),
+    "merge with conflicts, aborted": Fault(act="git merge -q clash || true", outcome="parked", says="a merge", end="git merge --abort", files="dirty untracked"),
+    "cherry-pick": Fault(act="git cherry-pick clash || true", outcome="parked", says="a cherry-pick", end="git cherry-pick --abort", files="untracked"),
+    "revert": Fault(act="git revert --no-edit HEAD~1 || true", outcome="parked", says="a revert", end="git revert --abort", files="untracked"),
+    "rebase with autostash": Fault(act="git -c rebase.autoStash=true rebase -q clash || true", outcome="parked", says="a rebase", end="git checkout -q BACKLOG.yaml; git rebase --abort", **STOP_HERE),
+    "bisect": Fault(act="git bisect start HEAD HEAD~2", outcome="parked", says="a bisect", end="git bisect reset", **STOP_HERE),
+    # the branch
+    "branch switched": Fault(act="git switch -q side", outcome="parked", says="HEAD is on side now, the run began on main", end="git switch -q main", **STOP_HERE),
+    "new branch at the same commit": Fault(act="git switch -q -c fresh", outcome="parked", says="HEAD is on fresh now", end="git switch -q main", **STOP_HERE),
+    "HEAD detached": Fault(act="git checkout -q --detach", outcome="parked", says="HEAD is detached", end="git switch -q main", code=1),
+    "branch deleted": Fault(act="git update-ref -d refs/heads/main", outcome="parked", says="the branch main was deleted", end="git update-ref refs/heads/main $START", files="dirty untracked"),
+    "branch switched and deleted": Fault(act="git switch -q side; git branch -qD main", outcome="parked", says="HEAD is on side now", end="git branch main $START; git switch -q main", **STOP_HERE),
+    "branch renamed": Fault(act="git branch -m trunk", outcome="parked", says="HEAD is on trunk now", end="git branch -m main", code=1),
+    "unborn branch": Fault(before="git update-ref -d refs/heads/main", files="untracked"),
+    "a commit by somebody else": Fault(act="git commit -q --allow-empty -m theirs"),
+    # where the project is
+    "linked work tree": Fault(prepare=linked),
+    "linked work tree, merge": Fault(prepare=linked, act="git merge -q --no-commit --no-ff side", outcome="parked", says="a merge", end="git merge --abort", files="dirty untracked"),
+    "inside a submodule": Fault(prepare=submodule),
+    "with a submodule": Fault(prepare=with_submodule),
+    "below the repository's top": Fault(prepare=below_the_top),
+    "below the top, HEAD detached": Fault(prepare=below_the_top, act="git checkout -q --detach", outcome="parked", says="detached", end="git switch -q main", code=1),
+    "blanks and quotes in the path": Fault(prepare=renamed("it's  a \"repo\" "), act="git checkout -q --detach", outcome="parked", says="detached", end="git switch -q main", code=1),
+    "non-ASCII and pattern characters": Fault(prepare=renamed("Überraschung [a]*")),
+    "leading dash": Fault(prepare=renamed("-rf")),
+    "leading dash below the top": Fault(prepare=below("-rf"), act="git checkout -q --detach", outcome="parked", says="detached", end="git switch -q main", code=1),
+    "line break below the top": Fault(prepare=below("two\nlin'es\\"), act="git checkout -q --detach", outcome="parked", says="detached", end="git switch -q main", code=1),
+    "variables of another repository": Fault(prepare=other_git_in_the_environment),
+    # how git sees the file
+    "sparse checkout": Fault(before="git sparse-checkout set --no-cone '/README.md' '/orchestrator.toml' '/BACKLOG.yaml'", files="dirty untracked"),
+    "sparse checkout that leaves the backlog out": Fault(act="git sparse-checkout set --no-cone '/README.md' '/orchestrator.toml'", files="untracked"),
+    "assume-unchanged": Fault(act="git update-index --assume-unchanged BACKLOG.yaml", outcome="parked", says="assume-unchanged", mend="git update-index --no-assume-unchanged BACKLOG.yaml"),
+    "skip-worktree": Fault(act="git update-index --skip-worktree BACKLOG.yaml", outcome="parked", says="skip-worktree", mend="git update-index --no-skip-worktree BACKLOG.yaml"),
+    "untracked": Fault(act="git rm -q --cached BACKLOG.yaml"),
+    "ignored": Fault(act="git rm -q --cached BACKLOG.yaml; git commit -q -m gone; echo BACKLOG.yaml >> .git/info/exclude", outcome="parked", says="git ignores it", mend=": > .git/info/exclude", files="dirty untracked"),
+    "core.autocrlf": Fault(before="git config core.autocrlf true"),
+    "eol=crlf": Fault(before="echo 'BACKLOG.yaml text eol=crlf' > .gitattributes; git add .gitattributes; git commit -qm eol; rm BACKLOG.yaml; git checkout -q BACKLOG.yaml; grep -q \"$(printf '\\r')\" BACKLOG.yaml"),
+    "clean and smudge filters": Fault(before="git config filter.x.clean 'tr a-z n-za-m'; git config filter.x.smudge 'tr a-z n-za-m'; echo 'BACKLOG.yaml filter=x' > .git/info/attributes"),
+    "clean filter fails": Fault(act="git config filter.x.clean false; git config filter.x.required true; echo 'BACKLOG.yaml filter=x' > .git/info/attributes", outcome="skipped", says="filter", end="rm .git/info/attributes", code=1),
+    # what cannot be written
+    "objects cannot be written": Fault(act="git gc -q --prune=now; cd .git/objects; for a in 0 1 2 3 4 5 6 7 8 9 a b c d e f; do for b in 0 1 2 3 4 5 6 7 8 9 a b c d e f; do touch $a$b; done; done", outcome="skipped", says="It is safe on disk", end="find .git/objects -maxdepth 1 -name '??' -type f -delete"),
+    "reflog cannot be written": Fault(act="mv .git/logs .git/logs.away; touch .git/logs", outcome="skipped", says="It is safe on disk", end="rm .git/logs; mv .git/logs.away .git/logs"),
+}  # fmt: skip
+
+
+class Seen(NamedTuple):
+    """What is the operator's: git's view of all paths but ours, and the bytes of their files."""
+
+    status: list[str]
+    index: list[str]
+    files: dict[str, bytes]
+
+
+def theirs(project: Any) -> Seen:
+    rows = project.git("status", "--porcelain", "-z", "--untracked-files=all", "--no-renames").split("\0")
+    staged = project.git("ls-files", "-s", "-z").split("\0")
+    names = ("staged.txt", "README.md", "untracked.txt", "-odd näme.txt")
+    files = {name: (project.root / name).read_bytes() for name in names if (project.root / name).exists()}
+    return Seen(
+        sorted(row for row in rows if not OURS.search(row)), sorted(row for row in staged if not OURS.search(row)), files
+    )
+
+
+def shell(project: Any, commands: str) -> None:
+    """Run the operator's commands (or the agent's) in the project's folder."""
+    env = {**os.environ, "OUTSIDE": str(project.outside), "ROOT": str(project.root), "START": project.start_commit, "GIT_EDITOR": "true"}
+    where = project.root if project.root.exists() else project.outside
+    done = subprocess.run(["sh", "-ec", commands], cwd=where, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def set_up(project: Any, fault: Fault) -> None:
+    """Branches to merge from, the backlog, the operator's files, and an agent that makes the fault."""
+    project.configure("plan", execution=fault.config)
+    project.backlog(READY)
+    (project.root / "clash.txt").write_text("base\n")
+    project.commit_all()
+    for branch, path in (("side", "side.txt"), ("clash", "clash.txt"), ("backlog", "BACKLOG.yaml")):
+        project.git("switch", "-q", "-c", branch, "main")
+        (project.root / path).write_text("# theirs\n")
+        project.commit_all(branch)
+    project.git("switch", "-q", "main")
+    project.backlog(READY, head="# mine\n")
+    for text in ("one\n", "two\n"):
+        (project.root / "clash.txt").write_text(text)
+        project.commit_all(text)
+    fault.prepare(project)
+    project.start_commit = project.git("rev-parse", "HEAD").strip()
+    shell(project, fault.before)
+    if "staged" in fault.files:
+        (project.root / "staged.txt").write_text("staged by the operator\n")
+        project.git("add", "staged.txt")
+        (project.root / "staged.txt").write_text("staged by the operator, and edited since\n")
+    if "dirty" in fault.files and (project.root / "README.md").exists():
+        (project.root / "README.md").write_text("edited by the operator\n")
+    for name in ("untracked.txt", "-odd näme.txt"):
+        (project.root / name).write_text("untracked\n")
+    project.script({"*/plan": [{"announce": True, "await": "go", **BLOCKED}]})
+    os.mkfifo(project.outside / "go")
+
+
+def saved(project: Any) -> bool:
+    """Whether HEAD holds the file, seen through git's filters."""
+    committed = sh(project.root, "git", "rev-parse", "-q", "--verify", "HEAD:./BACKLOG.yaml", check=False)
+    return committed == project.git("hash-object", "BACKLOG.yaml")
+
+
+def stray_paths(project: Any) -> set[str]:
+    """What commits of ours hold beside our own files."""
+    subjects = (row.split(" ", 1) for row in project.git("log", "--all", "--format=%H %s", f"^{project.start_commit}").splitlines())
+    ours = [commit for commit, subject in subjects if subject.startswith("[")]
+    return {path for commit in ours for path in project.paths(commit) if not OURS.search(path)}
+
+
+def told(log: str) -> str:
+    """The one warning about the state: in the log, and again in the summary."""
+    warnings = [line for line in log.splitlines() if "arning: BACKLOG.yaml" in line]
+    assert [line.partition("arning: ")[2] for line in warnings] == [warnings[0].partition("arning: ")[2]] * 2, log
+    return warnings[0]
+
+
+def run_into(project: Any, fault: Fault, *args: str) -> tuple[int, str, Seen]:
+    """A run that meets the fault; returns its exit code and log, and the operator's things before."""
+    process = project.start("run", "--allow-dirty", *args)
+    assert project.announced() == "WRK-001 plan 1"
+    shell(project, fault.act)
+    seen = theirs(project)
+    (project.outside / "go").write_text("")
+    out, err = process.communicate(timeout=60)
+    return process.returncode, out + err, seen
+
+
+def check_run(project: Any, fault: Fault, log: str, seen: Seen) -> None:
+    """Where the state is after the run, and that nothing else is anywhere."""
+    assert "Traceback" not in log
+    assert theirs(project) == seen
+    assert stray_paths(project) == set()
+    assert not (project.outside / "hooked").exists()
+    refs = project.git("for-each-ref", "--format=%(refname)", PARKED + "*").split()
+    if fault.outcome == "committed":
+        assert saved(project)
+        assert refs == []
+        assert "not committed" not in log
+        assert project.statuses() == {"WRK-001": "blocked plan"}
+        return
+    warning = told(log)
+    assert fault.says in warning
+    assert len(refs) == (fault.outcome == "parked")
+    for ref in refs:
+        assert ref in warning
+        assert project.git("show", f"{ref}:./BACKLOG.yaml") == project.text()
+        assert [path.rpartition("/")[2] for path in project.paths(ref)] == ["BACKLOG.yaml"]
+
+
+def finish_by_hand(project: Any, log: str) -> None:
+    """The command that the warning names does the job."""
+    command = told(log).split("`")[-2]
+    refs = project.git("for-each-ref", "--format=%(refname)", PARKED + "*").split()
+    state = project.git("show", f"{refs[0]}:./BACKLOG.yaml") if refs else project.text()
+    sh(project.outside, "bash", "-ec", command)
+    assert saved(project)
+    assert project.text() == state
+    assert project.subjects()[0].startswith(HALT)
+    assert project.paths() == [str((project.root / "BACKLOG.yaml").relative_to(project.git("rev-parse", "--show-toplevel")[:-1]))]
+
+
+@pytest.fixture(autouse=True)
+def no_hooks_for_the_test(project: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The test's own git runs no hooks; the command does not hear of that."""
+    for name, value in {"GIT_CONFIG_COUNT": "1", "GIT_CONFIG_KEY_0": "core.hooksPath", "GIT_CONFIG_VALUE_0": "/dev/null"}.items():
+        monkeypatch.setenv(name, value)
+        project.environment[name] = None
+
+
+@pytest.fixture(scope="module")
+def matrix(request: pytest.FixtureRequest) -> Iterator[list[str]]:
+    """Rows of fault, outcome and exit code, printed in the end."""
+    rows: list[str] = []
+    yield rows
+    if rows:
+        print("\n" + "\n".join(rows))
+
+
+def cases() -> Iterator[Any]:
+    for name, fault in FAULTS.items():
+        for strict in (True,) if fault.outcome == "committed" else (False, True):
+            marks = () if fault.quick and (not strict or fault.outcome == "committed") else pytest.mark.slow
+            yield pytest.param(name, strict, id=f"{name}{' --strict' * strict}".replace(" ", "_"), marks=marks)
+
+
+@pytest.mark.parametrize(("name", "strict"), [*cases()])
+def test_fault(project: Any, matrix: list[str], name: str, strict: bool) -> None:
+    """Without --strict the operator finishes the job by hand, with it the next run does."""
+    fault = FAULTS[name]
+    set_up(project, fault)
+    began = time.monotonic()
+    code, log, seen = run_into(project, fault, *["--strict"] * strict)
+    seconds = time.monotonic() - began
+    assert code == (1 if strict and fault.outcome != "committed" else fault.code), log
+    check_run(project, fault, log, seen)
+    shell(project, fault.end + (f"\n{fault.mend}" if strict else ""))
+    seen = theirs(project)
+    if fault.outcome != "committed" and not strict:
+        finish_by_hand(project, log)
+    project.run("run", "--allow-dirty", "--cap", "0", code=None)
+    assert saved(project)
+    assert theirs(project) == seen
+    assert stray_paths(project) == set()
+    assert project.git("for-each-ref", "--format=%(refname)", PARKED + "*") == ""
+    assert project.git("fsck", "--no-dangling", "--no-progress", "--connectivity-only") == ""
+    next_act = "" if fault.outcome == "committed" else "next run" if strict else "by hand"
+    matrix.append(f"{name:45} {'--strict' * strict:9} exit {code}  {fault.outcome:10} {next_act:9} {seconds:5.1f} s")
+
+
+# ---- The hooks of a destructive phase ------------------------------------------------------------
+
+
+class Hook(NamedTuple):
+    """A hook of the operator's, and what it makes of the commit of a destructive phase."""
+
+    name: str
+    body: str
+    says: str = ""  # in the reason for which the item is blocked; "" = the phase is committed
+
+
+HOOKS = {
+    "pre-commit hangs": Hook("pre-commit", "echo checking; sleep 600", "pre-commit hook did not end within 1 s"),
+    "pre-commit hangs and ignores TERM": Hook("pre-commit", "trap '' TERM; sleep 600", "pre-commit hook did not end within 1 s"),
+    "commit-msg rejects": Hook("commit-msg", "grep -q TICKET \"$1\" || { echo 'no ticket'; exit 1; }", "commit-msg hook rejected the commit: no ticket"),
+    "commit-msg hangs": Hook("commit-msg", "sleep 600", "commit-msg hook did not end within 1 s"),
+    "commit-msg rewrites": Hook("commit-msg", "echo other > \"$1\""),
+    "pre-commit sweeps": Hook("pre-commit", "echo x > swept.txt; git add -A"),
+    "pre-commit leaves a child": Hook("pre-commit", "sleep 600 & exit 0"),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", HOOKS)
+def test_hook_of_a_destructive_phase(project: Any, matrix: list[str], name: str) -> None:
+    hook = HOOKS[name]
+    project.configure("build!", execution="max_retries = 0\nhook_timeout_seconds = 1")
+    project.backlog("WRK-001 in_progress phase=build phase_pool=main")
+    project.commit_all()
+    project.script({"*/build": [{"write": {"code.py": "1\n"}}]})
+    path = project.root / ".git/hooks" / hook.name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{hook.body}\n")
+    path.chmod(0o755)
+    began = time.monotonic()
+    code = 3 if hook.says else 0
+    project.run("run", "--strict", code=code)
+    matrix.append(f"{name:45} --strict  exit {code}  {'blocked' if hook.says else 'committed':20} {time.monotonic() - began:5.1f} s")
+    assert saved(project)
+    assert project.survivors() == []
+    if hook.says:
+        ref = "refs/orchestrator/salvage/WRK-001/build/1"
+        reason = " ".join(project.items()["WRK-001"]["blocked_reason"].split())
+        assert hook.says in reason
+        assert ref in reason
+        assert project.git("show", f"{ref}:code.py") == "1\n"
+        assert project.status() == ""
+        assert project.subjects()[0] == f"{HALT} (CircuitBreakerTripped)" or project.subjects()[0].startswith(HALT)
+    else:
+        assert project.subjects()[0] == "[WRK-001][build] build done"
+        assert [path for path in project.paths() if not OURS.search(path)] == ["code.py"]
+        assert project.status() == ("?? swept.txt\n" if "sweeps" in name else "")
+
+
+# ---- Saves that fail -----------------------------------------------------------------------------
+
+
+class NoSave(NamedTuple):
+    """Why BACKLOG.yaml cannot be saved while a phase is running."""
+
+    act: str
+    says: str
+    end: str
+    prepare: Callable[[Any], None] = lambda project: None
+    kept: str = "blocked_reason: needs a decision"  # what the next start recovers; "": nothing was decided
+
+
+def without_root_rights(project: Any) -> None:
+    """Root heeds permissions once it may not override them."""
+    if os.geteuid() == 0:
+        launcher = ("setpriv", "--bounding-set=-dac_override,-dac_read_search", "--")
+        if shutil.which("setpriv") is None or subprocess.run([*launcher, "true"], capture_output=True, check=False).returncode:
+            pytest.skip("root cannot give up its rights here")
+        project.launcher = launcher
+
+
+def disk_of_its_own(project: Any) -> None:
+    """The project's folder on a small file system, its git directory elsewhere."""
+    place = project.root.parent / "disk"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(place)]
+    if os.geteuid() or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("no file system can be mounted here")
+    project.at_end.append(lambda: sh(place.parent, "umount", "-l", str(place)))
+    project.root = place
+
+
+def small_disk(project: Any) -> None:
+    original = project.root
+    disk_of_its_own(project)
+    sh(original, "git", "worktree", "add", "-q", "-b", "work", str(project.root))
+
+
+def small_disk_with_git(project: Any) -> None:
+    original = project.root
+    disk_of_its_own(project)
+    sh(original.parent, "git", "clone", "-q", str(original), str(project.root))
+
+
+FILL = "dd if=/dev/zero of=fill bs=4k 2> /dev/null || true"
+AWAY, BACK = 'mv "$ROOT" ../gone', 'cd ..; mv gone "$ROOT"'
+NO_SAVES = {
+    "read-only folder": NoSave("chmod a-w .", "Permission denied", "chmod u+w .", without_root_rights),
+    "read-only git directory": NoSave("chmod -R a-w .git", "Permission denied", "chmod -R u+w .git", without_root_rights, kept=""),
+    "full disk": NoSave(FILL, "No space left on device", "rm fill", small_disk, kept="attempts: 1"),  # the agent cannot write its result either
+    "full disk, journal and all": NoSave(FILL, "No space left on device", "rm fill", small_disk_with_git, kept=""),
+    "vanished folder": NoSave(AWAY, "is gone", BACK, linked, kept=""),
+    "vanished folder, git directory and all": NoSave(AWAY, "is gone", BACK, kept=""),
+    "symbolic link in its place": NoSave("mv BACKLOG.yaml real; ln -s real BACKLOG.yaml", "symbolic link", "mv real BACKLOG.yaml"),
+    "folder in its place": NoSave("mv BACKLOG.yaml real; mkdir BACKLOG.yaml", "not a regular file", "rmdir BACKLOG.yaml; mv real BACKLOG.yaml"),
+    "merge with a conflict in the backlog": NoSave("git commit -qm promoted BACKLOG.yaml; git merge -q backlog || true", "BACKLOG.yaml:", "git merge --abort"),
+    "does not parse": NoSave("cp BACKLOG.yaml good; echo 'items: [' > BACKLOG.yaml", "BACKLOG.yaml:1", "mv good BACKLOG.yaml"),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NO_SAVES)
+def test_a_save_that_fails(project: Any, matrix: list[str], name: str) -> None:
+    """No halt commit, exit code 1; the decision is in the journal, or the phase is done again."""
+    fault = NO_SAVES[name]
+    set_up(project, Fault(prepare=fault.prepare, files=""))
+    process = project.start("run", "--allow-dirty")
+    project.announced()
+    began = time.monotonic()
+    shell(project, fault.act)
+    (project.outside / "go").write_text("")
+    out, err = process.communicate(timeout=60)
+    seconds = time.monotonic() - began
+    log = out + err
+    assert process.returncode == 1, log
+    assert fault.says in log
+    assert "Traceback" not in err.replace("Last output: Traceback", "")
+    assert "saved the backlog state" not in log
+    assert "run.json; once that is mended" in log or not fault.kept, log
+    assert project.root.exists() != ("vanished" in name)  # nothing is made anew where it was
+    shell(project, fault.end)
+    assert not [subject for subject in project.subjects() if subject.startswith(HALT)]
+    project.run("run", "--allow-dirty", "--cap", "0", code=None)
+    assert saved(project)
+    assert fault.kept in project.text()
+    assert project.statuses() == {"WRK-001": "blocked plan" if "blocked" in fault.kept else "in_progress plan"}
+    assert stray_paths(project) == set()
+    kept = "in the journal" if fault.kept else "nothing was decided"
+    matrix.append(f"{name:45}           exit 1  not saved, {kept:20} {seconds:5.1f} s")
+
+
+# ---- Elsewhere -----------------------------------------------------------------------------------
+
+
+def commits_since(project: Any, start: str) -> list[tuple[str, list[str]]]:
+    commits = project.git("rev-list", "--reverse", f"{start}..HEAD").split()
+    return [(project.git("show", "-s", "--format=%s", commit).strip(), project.paths(commit)) for commit in commits]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("halt", ["CapReached", "ShutdownRequested"])
+def test_halted_here_and_continued_elsewhere(project: Any, tmp_path: Path, halt: str) -> None:
+    """A clone has the same state and the same next action, and goes on to the same commits."""
+    project.configure("plan build! review", execution="max_retries = 1\nmax_wip = 2")
+    project.backlog("WRK-001 ready", "WRK-002 ready", "WRK-003 new", "WRK-004 blocked blocked_from_status=ready blocked_reason=why")
+    project.commit_all()
+    steps: dict[str, Any] = {
+        "*/plan": [{"document": "plan.md", "result": {"follow_ups": ["Found on the way"]}}], "*/build": [{"write": {"code.py": "1\n"}}],
+        "*/review": [{"document": "review.md"}], "WRK-002/plan": [BLOCKED],
+    }
+    hang = {"announce": True, "hang": True}
+    project.script({**steps, "WRK-001/review": [hang]} if halt == "ShutdownRequested" else steps)
+    process = project.start("run", *["--cap", "3"] * (halt == "CapReached"))
+    if halt == "ShutdownRequested":
+        while project.announced() != "WRK-001 review 1":
+            pass
+        process.terminate()
+    _, err = process.communicate(timeout=60)
+    assert f"({halt})" in err
+    assert saved(project)
+    project.script(steps)
+    start, state = project.git("rev-parse", "HEAD").strip(), project.text()
+    project.git("clone", "-q", str(project.root), str(tmp_path / "elsewhere"))
+    found = []
+    for root in (project.root, tmp_path / "elsewhere"):
+        project.root = root
+        assert project.text() == state
+        plan = project.run("run", "--dry-run", "--json").stdout
+        project.run("run", code=None)
+        assert saved(project)
+        found.append((plan, commits_since(project, start), project.statuses()))
+    assert found[0] == found[1]
+    assert len(found[0][1]) >= 2
