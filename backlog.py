@@ -555,16 +555,14 @@ class _YamlReader:
     def _sequence(self, column: int, depth: int) -> list[object]:
         return [value for value, _ in self.elements(column, depth)]
 
-    def elements(self, column: int, depth: int) -> list[tuple[object, int]]:
+    def elements(self, column: int, depth: int) -> Iterator[tuple[object, int]]:
         """Read a sequence; per element its value and the line behind it."""
         self._check_depth(column, depth)
-        found: list[tuple[object, int]] = []
         while True:
-            value = self._element(column, depth)
-            found.append((value, self.end))
+            yield self._element(column, depth), self.end
             self._check_not_deeper(column)
             if self.indent < column or not self._is_dash(column):
-                return found
+                return
 
     def _element(self, column: int, depth: int) -> object:
         """Read one entry of a sequence; its dash stands at `column`."""
@@ -1511,7 +1509,7 @@ class Document:
         reader = _YamlReader([*gone, ""], self.source)
         reader.seek(0)
         column = reader.indent
-        reader.elements(column, 2)
+        reader._sequence(column, 2)
         kept = gone[_yaml_item_end(gone, reader.end, column) :]
         before = self._chunks[index - 1].split("\n") if index else self._head
         # One blank line is enough; comments that belong to nothing stay.

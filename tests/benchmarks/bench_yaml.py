@@ -4,8 +4,9 @@
 
 The contestants run in turn, so that a busy neighbour slows all of them; the figures are medians
 in milliseconds, "x json" and "x PyYAML" say how many times as fast as that one is (below 1:
-slower). The data is synthetic, in the shape of a real backlog: about 18 lines per item, a quarter
-with a structured description, some of it in literal blocks.
+slower). All loads are given bytes, as a file holds them. The data is synthetic, in the shape of a
+real backlog: about 18 lines per item, a quarter with a structured description, some of it in
+literal blocks.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -101,7 +103,7 @@ def save_one(data: bytes, where: Path) -> Callable[[], object]:
 def contestants(count: int, where: Path) -> dict[str, Callable[[], object]]:
     value = backlog(count)
     text = render_yaml(value)
-    data, as_json = text.encode(), json.dumps(value)
+    data, as_json = text.encode(), json.dumps(value).encode()
     assert parse_yaml(data) == value
     print(f"{count} items: {text.count(chr(10))} lines, {len(data) / 1e6:.2f} MB")
     racers: dict[str, Callable[[], object]] = {
@@ -135,20 +137,35 @@ def measure(racers: dict[str, Callable[[], object]], rounds: int) -> dict[str, f
     return {name: statistics.median(each) for name, each in times.items()}
 
 
-def import_cost(rounds: int) -> float:
-    """Milliseconds that `import backlog` takes beyond `import re` and `typing`, median."""
+def memory(count: int) -> tuple[float, float]:
+    """Megabytes at the peak of `parse_yaml` and of `json.loads`, on the same data."""
+    value = backlog(count)
+    data, as_json = render_yaml(value).encode(), json.dumps(value).encode()
+    peaks = []
+    for load in (lambda: parse_yaml(data), lambda: json.loads(as_json)):
+        gc.collect()
+        tracemalloc.start()
+        kept = load()
+        peaks.append(tracemalloc.get_traced_memory()[1] / 1e6)
+        tracemalloc.stop()
+        del kept
+    return peaks[0], peaks[1]
+
+
+def import_cost(rounds: int) -> tuple[float, float]:
+    """Milliseconds that `import backlog` takes beyond `import re`: the median, and the least."""
     code = (
-        "import sys, time, re, typing; sys.path.insert(0, sys.argv[1]); t = time.perf_counter();"
+        "import sys, time, re; sys.path.insert(0, sys.argv[1]); t = time.perf_counter();"
         "import backlog; print((time.perf_counter() - t) * 1000)"
     )
-    argv = [sys.executable, "-c", code, str(ROOT)]
     with tempfile.TemporaryDirectory() as cache:
-        environment = {**os.environ, "PYTHONPYCACHEPREFIX": cache, "PYTHONDONTWRITEBYTECODE": ""}
+        argv = [sys.executable, "-E", "-S", "-X", f"pycache_prefix={cache}", "-c", code, str(ROOT)]
         took = [
-            float(subprocess.run(argv, env=environment, capture_output=True, check=True).stdout)
+            float(subprocess.run(argv, capture_output=True, check=True).stdout)
             for _ in range(rounds + 1)
         ]
-    return statistics.median(took[1:])  # the first one compiles
+    del took[0]  # it compiles
+    return statistics.median(took), min(took)
 
 
 def main() -> None:
@@ -156,7 +173,8 @@ def main() -> None:
     parser.add_argument("--items", default="100,1000,10000")
     parser.add_argument("--rounds", type=int, default=7)
     args = parser.parse_args()
-    for count in map(int, args.items.split(",")):
+    counts = [int(count) for count in args.items.split(",")]
+    for count in counts:
         with tempfile.TemporaryDirectory() as folder:
             medians = measure(contestants(count, Path(folder)), args.rounds)
         print(f"{'':18}{'ms':>10}{'x json':>10}{'x PyYAML':>10}")
@@ -166,7 +184,10 @@ def main() -> None:
             ratios = "".join(f"{peer / took:10.2f}" if peer else f"{'-':>10}" for peer in peers)
             print(f"{name:18}{took:10.2f}{ratios}")
         print(f"save one takes {medians['save one'] / medians['json load']:.2f} of a json load\n")
-    print(f"import backlog: {import_cost(args.rounds):.1f} ms beyond re and typing")
+    ours, theirs = memory(max(counts))
+    print(f"peak memory of a load: {ours:.0f} MB, {ours / theirs:.2f} of json's {theirs:.0f} MB")
+    usual, least = import_cost(max(args.rounds, 20))
+    print(f"import backlog: {usual:.1f} ms beyond re (the quickest of all: {least:.1f} ms)")
 
 
 if __name__ == "__main__":
