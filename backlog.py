@@ -1,4 +1,29 @@
-"""(docstring to come)"""
+"""The backlog: its file, its items and the rules they obey.
+
+BACKLOG.yaml belongs to the operator, who may edit it at any time, and to the orchestrator, which
+writes it at every decision. So it is never rendered anew: the lines of the file are the truth, a
+save replaces the lines of changed keys and nothing else, and what somebody else has saved in the
+meantime is read and merged first. A file that does not parse is never written to.
+
+Reading order:
+
+ 1. The YAML subset: what it is, and its one error
+ 2. From bytes to lines
+ 3. Scalars
+ 4. The reader
+ 5. The writer
+ 6. Surgical edits
+ 7. The backlog file as a document
+ 8. Items
+ 9. Reading a backlog file
+10. Drafts and rules
+11. Filters
+12. Worklog
+13. Store
+
+Chapters 1 to 6 know nothing of backlogs, 8 to 11 nothing of files; `Store` puts the two together
+and is the only code that writes BACKLOG.yaml.
+"""
 
 from __future__ import annotations
 
@@ -1581,7 +1606,7 @@ def _yaml_ends_blank(lines: list[str]) -> bool:
     return not lines[-1].strip(" ")
 
 
-# ==== Items =======================================================================================
+# ==== 8. Items ====================================================================================
 
 SCHEMA_VERSION = 3
 
@@ -1839,7 +1864,7 @@ def _quoting(value: object) -> str:
     return f" (in quotes it is text: '{value}')" if isinstance(value, int | float) else ""
 
 
-# ==== Reading a backlog file ======================================================================
+# ==== 9. Reading a backlog file ===================================================================
 
 
 class _FileState(NamedTuple):
@@ -2100,7 +2125,7 @@ def parse_description(text: str) -> dict[str, str]:
     return {key: "\n".join(sections.get(key, ())).strip() for key in DESCRIPTION_KEYS}
 
 
-# ==== Drafts and rules ============================================================================
+# ==== 10. Drafts and rules ========================================================================
 
 
 class Draft:
@@ -2542,7 +2567,7 @@ def ingest(
     return added
 
 
-# ==== Filters =====================================================================================
+# ==== 11. Filters =================================================================================
 
 
 class FilterError(BacklogError):
@@ -2650,7 +2675,7 @@ def _filtered_values(item: Item, filter_: Filter) -> Sequence[str]:
     return () if value is None else (str(value),)
 
 
-# ==== Worklog =====================================================================================
+# ==== 12. Worklog =================================================================================
 
 
 def worklog_entry(
@@ -2713,7 +2738,7 @@ def sync_directory(directory: Path) -> None:
         os.close(fd)
 
 
-# ==== Store =======================================================================================
+# ==== 13. Store ===================================================================================
 
 _SAVE_TRIES = 20  # how often somebody may change the file just as it is to be replaced
 _LOCK_POLL_S = 0.02

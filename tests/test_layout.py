@@ -23,11 +23,12 @@ def banners(name: str) -> list[tuple[int, str, int]]:
     return [(int(m[1]), m[2], text.count("\n", 0, m.start()) + 1) for m in BANNER.finditer(text)]
 
 
-def test_the_reading_order_of_the_docstring_is_that_of_the_banners() -> None:
-    docstring = ast.get_docstring(TREES["orchestrator"]) or ""
+@pytest.mark.parametrize("name", ["backlog", "orchestrator"])
+def test_the_reading_order_of_the_docstring_is_that_of_the_banners(name: str) -> None:
+    docstring = ast.get_docstring(TREES[name]) or ""
     order = docstring.partition("Reading order")[2]
     listed = [(int(number), title) for number, title in re.findall(r"^ ?(\d+)\. (.+)$", order, re.M)]
-    assert listed == [(number, title) for number, title, _ in banners("orchestrator")]
+    assert listed == [(number, title) for number, title, _ in banners(name)]
     assert [number for number, _ in listed] == list(range(1, len(listed) + 1))
 
 
