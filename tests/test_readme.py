@@ -82,7 +82,7 @@ def test_positional_arguments_are_documented() -> None:
     for name, parser in parsers().items():
         for action in parser._actions:
             if not action.option_strings:
-                word = "\\|".join(action.choices) if action.choices else action.dest.upper()
+                word = "\\|".join(action.choices) if action.choices else str(action.metavar or action.dest).upper()
                 assert (f"[{word}]" if action.nargs == "?" else word) in documented()[name]
 
 
