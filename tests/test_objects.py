@@ -113,6 +113,20 @@ def test_what_is_staged_is_known_after_commits_as_before(project: Path) -> None:
     assert repo.snapshot() == Repo.open(project).snapshot()
 
 
+def test_what_is_staged_during_a_commit_is_seen(project: Path) -> None:
+    class Busy(Repo):
+        def _call(self, args, **options):  # type: ignore[no-untyped-def]
+            if args[0] == "update-ref":
+                git(project, "add", "a")
+            return super()._call(args, **options)
+
+    repo = Busy.open(project)
+    (project / "a").write_text("theirs\n")
+    assert repo.snapshot().staging == []
+    assert repo.commit([repo.blob(project / "state", b"1\n")], "state")
+    assert [row.split("\t")[1] for row in repo.snapshot().staging] == ["a"]
+
+
 # ==== Trees and commits ===========================================================================
 
 
