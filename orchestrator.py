@@ -2572,12 +2572,16 @@ Make the change: code, tests and documentation, complete and working.
 2. Find out how the project is tested and run the tests once before you change anything, so that you
    know what failed already.
 3. Work in small steps. Change what the task needs and nothing else: no drive-by refactoring, no
-   reformatting of lines you do not touch. Report what else you notice as follow-ups.
+   reformatting of lines you do not touch, no new dependency that the design does not name. Report
+   what else you notice as follow-ups.
 4. Write tests that would fail without your change, for the errors and the edges too. Never weaken,
    skip or delete a test to make it pass.
 5. Run the tests, linters and type checks that the project has, until they pass.
 6. Update the documentation that your change makes wrong.
-7. Read your whole `git diff` as a critical reviewer would. Remove debugging left-overs.
+7. Read your whole `git diff` as a critical reviewer would, and go through the requirements one by
+   one: is each met, and shown by a test? Remove debugging left-overs and generated files.
+8. Tell in the summary which checks you ran and how they ended, also what failed before you came or
+   could not be run here: never report as passed what you have not seen pass.
 
 If the work is too much for one session, finish a part that leaves the project working, note in
 `{folder}/progress.md` what is done and what remains, and report `subphase_complete`. If the plan
@@ -2589,7 +2593,8 @@ Judge the finished work as an experienced colleague who did not write it. Change
 2. Go through the requirements one by one: is it met, and which test proves it?
 3. Look for mistakes: errors that are not handled, edge cases, races, security, data loss, broken
    compatibility, wrong or missing documentation. Follow the callers of what changed.
-4. Run the tests. Believe what you saw, not what a summary says.
+4. Run the tests, and check that the new ones would fail without the change: do they look at the
+   outcome, or only at what was called? Believe what you saw, not what a summary says.
 5. For each finding give file and line, what goes wrong, how to see it, and how bad it is:
    "must fix" or "could be better".
 
@@ -4206,6 +4211,7 @@ class Profile(NamedTuple):
     unusable_codes: tuple[int, ...] = ()  # exit codes that say: not logged in, not trusted …
     install: str = ""  # where to get the CLI
     login: str = ""  # how to log in
+    starts_alone: bool = False  # a first start beside another one breaks both
 
 
 def _claude_argv(settings: AgentSettings, spec: AttemptSpec) -> list[str]:
@@ -4288,6 +4294,7 @@ PROFILES: Mapping[str, Profile] = {
         read_opencode,
         install="npm install -g opencode-ai",
         login="`opencode auth login`",
+        starts_alone=True,  # it makes a database in the operator's home
     ),
     "gemini": Profile(
         _gemini_argv,
@@ -6994,6 +7001,7 @@ class Scheduler:
         self.summaries: dict[str, str] = {}  # item → summary of its previous phase
         self.failures: dict[str, str] = {}  # item → why the attempt before an interruption failed
         self.breaker = ""  # why the agent itself cannot work
+        self.awake: set[str] = set()  # agents that have begun to work in this run
         self.told: dict[str, float] = {}  # agent → seconds left as last told, see `_count_down`
         self.began = time.monotonic()
 
@@ -7129,12 +7137,18 @@ class Scheduler:
         return self.ledger.clock().timestamp()
 
     def _resting(self) -> set[str]:
-        """The agents that may not be started: their breaker is open, or its probe is under way."""
+        """The agents that may not be started just now.
+
+        Their breaker is open, or its probe is under way; or they must start alone and one of them
+        has not begun to work yet.
+        """
+        busy = {agent_of(self.config, running.task) for running in self.running.values()} - {""}
+        waking = {agent for agent in busy - self.awake if PROFILES[agent].starts_alone}
         pauses = self.ledger.journal.pauses
         if not pauses:
-            return set()
-        busy = {agent_of(self.config, running.task) for running in self.running.values()}
-        return {agent for agent, one in pauses.items() if self._now() < one.until or agent in busy}
+            return waking
+        now = self._now()
+        return waking | {a for a, pause in pauses.items() if now < pause.until or a in busy}
 
     async def _rest(self, task: Task, outcome: AgentOutcome) -> None:
         """Open the breaker of a task's agent; or halt, if so configured or if waiting is no use."""
@@ -7371,6 +7385,7 @@ class Scheduler:
     def _note_progress(self, task: Task, seen: Progress) -> None:
         """Show what an agent does; the log gets a line of it every few minutes."""
         self.live.note(task.item_id, seen)
+        self.awake.add(agent_of(self.config, task))
         running, now = self.running[task.item_id], time.monotonic()
         if now - running.told >= PROGRESS_LOG_S:
             self.running[task.item_id] = running._replace(told=now)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import sys
+import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,8 +23,11 @@ from orchestrator import (
     Execution,
     Journal,
     LiveLine,
+    Phase,
+    Progress,
     RunOptions,
     Session,
+    Task,
     limit_ends,
     pause_after,
 )
@@ -304,6 +309,75 @@ def test_other_agents_work_on_while_one_rests(project: Any, claude: Callable[...
 
     assert claude() == ["WRK-001 check 1"]
     assert project.statuses() == {"WRK-001": "in_progress check", "WRK-002": "in_progress check"}
+
+
+OPENCODE = r"""#!/bin/sh
+# Breaks when it is started beside one that has not made its database yet.
+here=$(dirname "$0")
+cat > /dev/null
+if [ ! -e "$here/database" ]; then
+    mkdir "$here/migration" || { touch "$here/second"; echo 'database is locked'; exit 1; }
+    for _ in 1 2 3 4 5 6 7 8 9 10; do [ -e "$here/second" ] && break; sleep 0.05; done
+    touch "$here/database"
+fi
+echo '{"type":"text","part":{"text":"Hello"}}'
+printf '{"item_id":"%s","phase":"plan","result":"phase_complete","summary":"ok"}' "$ORCHESTRATOR_ITEM_ID" > "$ORCHESTRATOR_RESULT_PATH"
+"""
+
+
+@pytest.mark.slow
+def test_the_first_opencode_of_a_run_starts_alone(project: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    (project.outside / "opencode").write_text(OPENCODE)
+    (project.outside / "opencode").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{project.outside}:{os.environ['PATH']}")
+    configure(project, "max_concurrent = 2\nmax_wip = 2")
+    text = (project.root / "orchestrator.toml").read_text()
+    (project.root / "orchestrator.toml").write_text(text.replace('"claude"', '"opencode"'))
+    project.backlog(*(f"WRK-00{n} in_progress phase=plan phase_pool=main" for n in (1, 2)))
+    project.commit_all()
+
+    log = project.run("run").stderr
+
+    assert "failed" not in log
+    assert project.items() == {}
+    assert (project.outside / "database").exists()
+
+
+# ---- What is shown meanwhile ---------------------------------------------------------------------
+
+
+def test_the_live_line_tells_what_runs_what_rests_and_what_it_cost(
+    project: Any, claude: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    configure(project)
+    session = run_by(Clock(), project, monkeypatch)  # of nothing, to have one
+    scheduler, task = session.scheduler, Task("WRK-001", Phase("plan"), "main")
+    now = time.monotonic()
+    scheduler.running["WRK-001"] = orchestrator.Running(task, now - 65, "T", now)
+    scheduler.totals.add_usage(task, orchestrator.Usage(0.25, 1000, 200))
+    scheduler.live.note("WRK-001", Progress("Bash: make test", 34, 0.5))
+    scheduler.ledger.clock = lambda: datetime.fromtimestamp(NOW, UTC)
+    scheduler.ledger.journal.pauses = {"codex": AgentPause("codex", NOW + 5400, 1, "why")}
+
+    assert scheduler._live_text() == (
+        "phases 0/10 · WRK-001 plan 1 min 05 s, codex rests, 1 h 30 min left · done 0 · blocked 0 · 1,234 tokens · $0.75"
+    )
+
+
+@pytest.mark.slow
+def test_the_log_tells_now_and_then_what_an_agent_does(
+    project: Any, claude: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    configure(project)
+    project.backlog("WRK-001 in_progress phase=plan phase_pool=main")
+    project.commit_all()
+    monkeypatch.setattr(orchestrator, "PROGRESS_LOG_S", 0.0)
+    orchestrator.log().propagate = True
+
+    with caplog.at_level("INFO", "orchestrator"):
+        run_by(Clock(), project, monkeypatch)
+
+    assert re.search(r"\[WRK-001\]\[PLAN\] at work: \d+ s, 11 tokens \$0\.50, Done", caplog.text)
 
 
 # ---- What it costs -------------------------------------------------------------------------------
