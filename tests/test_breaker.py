@@ -235,6 +235,10 @@ def test_halt_starts_anew_when_somebody_runs_it_again(project: Any, claude: Call
     claude(limit(4_102_444_800))
 
     halted = project.run("run", code=4)
+    path = project.root / ".git/orchestrator/run.json"
+    state = json.loads(path.read_text())  # as if the run before had been one that waits
+    state["pauses"] = [AgentPause("claude", 4_102_444_800.0, 1, "limit")._asdict()]
+    path.write_text(json.dumps(state))
     project.run("run")
 
     limited = "claude: usage limit reached (five_hour); resets at 2100-01-01T00:00:00+00:00"
