@@ -5778,8 +5778,9 @@ class Journal:
             journal.pending = [_pending_commit(row) for row in data["pending"]]
             journal.unsaved = [KeyChange(**row) for row in data["unsaved"]]
             journal.inbox, journal.parked = data["inbox"], data["parked"]
-            journal.pauses = {row["agent"]: AgentPause(**row) for row in data["pauses"]}
-            journal.spent = {item: Usage(**row) for item, row in data["spent"].items()}
+            pauses, spent = data.get("pauses", ()), data.get("spent", {})  # not in older ones
+            journal.pauses = {row["agent"]: AgentPause(**row) for row in pauses}
+            journal.spent = {item: Usage(**row) for item, row in spent.items()}
         except FileNotFoundError:
             return None
         except (ValueError, KeyError, TypeError, OSError) as error:

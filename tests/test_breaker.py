@@ -384,6 +384,18 @@ def test_the_log_tells_now_and_then_what_an_agent_does(
     assert re.search(r"\[WRK-001\]\[PLAN\] at work: \d+ s, 11 tokens \$0\.50, Done", caplog.text)
 
 
+def test_a_journal_from_before_breakers_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    Journal(path, "run-1", None).write()
+    rows = json.loads(path.read_text())
+    path.write_text(json.dumps({key: rows[key] for key in rows if key not in ("pauses", "spent")}))
+
+    read = Journal.read(path)
+
+    assert read is not None
+    assert (read.run_id, read.pauses, read.spent) == ("run-1", {}, {})
+
+
 # ---- What it costs -------------------------------------------------------------------------------
 
 
