@@ -76,6 +76,7 @@ REMEDIES = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("cli", "stream", "exit_code", "what", "remedy"), REMEDIES, ids=[row[1] for row in REMEDIES])
 def test_what_is_wrong_is_said_with_its_remedy(
     project: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
