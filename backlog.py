@@ -2933,11 +2933,11 @@ class Store:
         with self._locked():
             with suppress(OSError):
                 self._temporary.unlink()  # left by a save that was killed
-            self._copy_seen = self._stamp_of_copy()
             return self.look(fallback)
 
     def look(self, fallback: bytes | None = None) -> Backlog:
         """`load` that touches nothing, not even the lock: a save replaces the file in one act."""
+        self._copy_seen = self._stamp_of_copy()  # before the file: what is saved since counts
         data = self._read()
         content = fallback if data is None else data
         if content is None:

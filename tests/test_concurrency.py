@@ -1,0 +1,251 @@
+"""Commands, editors and a run on one file at the same time: nobody's change is lost."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from backlog import Store
+
+ROOT = Path(__file__).parent.parent
+NUMBER = 250  # commands of each process
+EDITS = 100
+
+# Runs the command NUMBER times in one process; keeps a log of what it was told outside.
+COMMANDS = """
+import contextlib, io, sys
+import orchestrator
+
+root, log, kind, number = sys.argv[1:5]
+ids = sys.argv[5:]
+with open(log, "a", buffering=1) as told:
+    for n in range(int(number)):
+        words = {"add": ["add", f"{log} {n}"], "unblock": ["unblock", ids[n % len(ids)], "--notes", f"note {n}"],
+                 "advance": ["advance", ids[n % len(ids)], "--to", "ab"[n // len(ids) % 2]]}[kind]
+        while True:
+            out, err = io.StringIO(), io.StringIO()
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+                code = orchestrator.main(["--root", root, *words])
+            if code == 0 or kind == "unblock":
+                break
+            if "BACKLOG.yaml" not in err.getvalue():  # an editor is writing it just now
+                raise SystemExit(err.getvalue())
+        told.write(f"{code} {out.getvalue()}" if code == 0 else f"{code} {err.getvalue()}")
+"""
+
+# Edits by hand: a comment of its own and a new tag each time; tries again if somebody was quicker.
+EDITOR = """
+import os, sys
+path, log, way, number = sys.argv[1:]
+with open(log, "a", buffering=1) as told:
+    for n in range(int(number)):
+        line = f"# by hand {n}\\n"
+        for attempt in range(1000):
+            with open(path) as file:
+                text = file.read()
+            if line in text:
+                break
+            if way == "rename":
+                new = text.replace("\\nitems:\\n", f"\\n{line}items:\\n", 1)
+                with open(path + "~", "w") as file:
+                    file.write(new)
+                with open(path) as file:
+                    if file.read() != text:
+                        continue
+                os.rename(path + "~", path)
+            elif text.endswith("\\n") and "\\nitems:\\n" in text:
+                with open(path, "w") as file:
+                    file.write(text.replace("\\nitems:\\n", f"\\n{line}items:\\n", 1))
+        else:
+            raise SystemExit(f"edit {n} never came through")
+        told.write(f"{n} {attempt}\\n")
+"""
+
+READER = """
+import sys
+from backlog import parse_yaml
+path, stop = sys.argv[1:]
+looks = 0
+import os
+while not os.path.exists(stop):
+    with open(path, "rb") as file:
+        data = file.read()
+    try:
+        ids = [item["id"] for item in parse_yaml(data)["items"]]
+        assert len(ids) == len(set(ids)), ids
+        assert b"next_item_id" in data
+    except Exception as error:
+        print(f"{error!r} {data!r}"[:2000])
+        sys.exit(1)
+    looks += 1
+print(looks)
+"""
+
+
+def python(code: str, *args: object) -> subprocess.Popen[str]:
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    argv = [sys.executable, "-c", code, *map(str, args)]
+    return subprocess.Popen(argv, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def rounds(project: Any, way: str, number: int) -> dict[str, list[str]]:
+    """A run, four processes of commands and an editor, all at once; what each was told."""
+    ids = [f"WRK-{n:03}" for n in range(1, 13)]
+    project.configure("a b")
+    held = "in_progress phase=a phase_pool=main"
+    project.backlog("WRK-001 ready", *(f"{one} blocked blocked_from_status=ready blocked_reason=x" for one in ids[1:7]), *(f"{one} {held} dependencies=[WRK-002]" for one in ids[7:]))
+    text = project.text().replace("items:\n", "# the first comment\nitems:\n", 1)
+    (project.root / "BACKLOG.yaml").write_text(text.replace("  title: Item WRK-009\n", "  title: Item WRK-009   # beside it\n"))
+    project.commit_all()
+    os.mkfifo(project.outside / "go")
+    project.script({"WRK-001/a": [{"document": "a.md", "announce": True, "await": "go"}], "*": [{"document": "b.md"}]})
+    run = project.start("run", "--target", "WRK-001")
+    project.announced()
+
+    path, logs = project.root / "BACKLOG.yaml", {kind: project.outside / f"log-{kind}" for kind in ("add1", "add2", "unblock", "advance", "editor")}
+    reader = python(READER, path, project.outside / "done")
+    workers = [python(COMMANDS, project.root, logs[name], kind, number, *some) for name, kind, some in (("add1", "add", ids[:1]), ("add2", "add", ids[:1]), ("unblock", "unblock", ids[1:7]), ("advance", "advance", ids[7:]))]
+    workers.append(python(EDITOR, path, logs["editor"], way, EDITS * number // NUMBER))
+    for worker in workers:
+        out, err = worker.communicate(timeout=500)
+        assert worker.returncode == 0, out + err
+    (project.outside / "done").touch()
+    looks, err = reader.communicate(timeout=60)
+    if way == "rename":
+        assert reader.returncode == 0, looks + err
+        assert int(looks) > 10
+    (project.outside / "go").write_text("")
+    project.finish(run)
+    return {name: log.read_text().splitlines() for name, log in logs.items()}
+
+
+PAUSED = """
+import os, sys
+path, lock, announce, go = sys.argv[1:5]
+
+def watch(event, args):
+    if event == "os.rename" and str(args[1]) == path:
+        with open(announce, "w") as fifo:
+            fifo.write("about to rename")
+        with open(go) as fifo:
+            fifo.read()
+
+import orchestrator
+sys.addaudithook(watch)
+raise SystemExit(orchestrator.main(["--root", os.path.dirname(path), "add", "paused"]))
+"""
+
+
+@pytest.mark.parametrize("act", ["a command", "an editor", "a rename", "a deletion"])
+def test_a_writer_paused_between_reading_and_renaming(project: Any, tmp_path: Path, act: str) -> None:
+    """Others' commands wait for it; an editor that writes in this instant may win or lose, no more."""
+    project.backlog("WRK-001 new")
+    path = project.root / "BACKLOG.yaml"
+    for name in ("announce", "go"):
+        os.mkfifo(tmp_path / name)
+    paused = python(PAUSED, path, "-", tmp_path / "announce", tmp_path / "go")
+    assert (tmp_path / "announce").read_text() == "about to rename"
+    other = python(COMMANDS, project.root, tmp_path / "log", "add", 1, "-") if act == "a command" else None
+    if act == "an editor":
+        path.write_text(project.text().replace("Item WRK-001", "Edited"))
+    elif act == "a rename":
+        (tmp_path / "new").write_text(project.text().replace("Item WRK-001", "Edited"))
+        os.rename(tmp_path / "new", path)
+    elif act == "a deletion":
+        path.unlink()
+    (tmp_path / "go").write_text("")
+    out, err = paused.communicate(timeout=60)
+    assert (paused.returncode, out) == (0, "Added WRK-002: paused\n"), err
+    if other is not None:
+        out, err = other.communicate(timeout=60)
+        assert other.returncode == 0, out + err
+        assert [row["title"] for row in project.items().values()] == ["Item WRK-001", "paused", f"{tmp_path}/log 0"]
+    else:
+        assert [row["title"] for row in project.items().values()][1:] == ["paused"]
+
+
+def test_a_save_that_was_written_over_is_not_lost(project: Any) -> None:
+    """What one process saved, and an editor with an older text then wrote over, another one merges."""
+    path, lock = project.root / "BACKLOG.yaml", project.root / ".git/orchestrator/backlog.lock"
+    project.backlog("WRK-001 new", "WRK-002 new")
+    warnings: list[str] = []
+    stores = [Store(path, lock, warn=warnings.append) for _ in range(3)]
+    for store in stores:
+        store.load()
+    first, second, third = stores
+    old = project.text()
+    now = datetime(2026, 1, 2, tzinfo=UTC)
+    second.transact([lambda draft: draft.add("WRK", "saved by another", now), lambda draft: draft.update("WRK-001", now, size="small")])
+    path.write_text(old.replace("Item WRK-002", "From a stale buffer") + "# kept\n")
+    first.transact([])
+    titles = {one: row["title"] for one, row in project.items().items()}
+    assert titles == {"WRK-001": "Item WRK-001", "WRK-002": "From a stale buffer", "WRK-003": "saved by another"}
+    assert project.items()["WRK-001"]["size"] == "small"
+    assert project.text().endswith("# kept\n")
+    assert warnings == ["BACKLOG.yaml: next_item_id went back from 3 to 2; kept 3, because ids are never used twice"]
+    mended = project.text()
+    path.write_text(old)  # a third one that has not looked since sees nothing new, but for the copy
+    third.transact([])
+    assert project.text() == mended
+    assert warnings == [f"{path}: the file was set back or cut off; it is written again from memory"]
+
+
+def test_a_file_cut_off_for_good_is_written_again(project: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    project.backlog("WRK-001 new")
+    path = project.root / "BACKLOG.yaml"
+    store = Store(path, project.root / ".git/orchestrator/backlog.lock", warn=lambda text: None)
+    store.load()
+    whole = project.text()
+    for rest in ("", whole[: len(whole) // 2]):
+        path.write_text(rest)
+        store.transact([])
+        assert store.waiting
+        assert project.text() == rest
+        store.transact([])  # an editor may be writing it
+        assert project.text() == rest
+        monkeypatch.setattr("backlog._WRECK_S", 0)
+        store.transact([])
+        assert project.text() == whole
+        assert not store.waiting
+        monkeypatch.undo()
+    path.write_text("somebody's work: [\n")
+    monkeypatch.setattr("backlog._WRECK_S", 0)
+    store.transact([])
+    store.transact([])
+    assert project.text() == "somebody's work: [\n"
+    assert store.copy_path.read_text() == whole
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["rename", "in place"])
+def test_commands_an_editor_and_a_run_at_once_lose_nothing(project: Any, way: str) -> None:
+    number = NUMBER if way == "rename" else NUMBER // 5
+    told = rounds(project, way, number)
+    items, text = project.items(), project.text()
+    added = {}
+    for name in ("add1", "add2"):
+        rows = [re.fullmatch(r"0 Added (WRK-\d+): (.*)", row) for row in told[name]]
+        assert len(rows) == number
+        added |= {row[1]: row[2] for row in rows if row}
+    assert len(added) == 2 * number  # no id twice
+    assert {one: items[one]["title"] for one in added} == added
+    assert set(items) == {*added, *(f"WRK-{n:03}" for n in range(2, 13))}  # WRK-001 is done and gone
+    for row in told["advance"]:
+        assert row.startswith("0 Advanced WRK-"), row
+    last = {row.split()[2]: row.split()[-1] for row in told["advance"]}
+    assert {one: items[one]["phase"] for one in last} == last
+    assert [row[0] for row in told["unblock"]] == ["0"] * 6 + ["1"] * (number - 6)
+    assert {items[f"WRK-{n:03}"]["status"] for n in range(2, 8)} == {"ready"}
+    comments = [line for line in text.splitlines() if line.startswith("# by hand")]
+    assert sorted(comments) == sorted(f"# by hand {n}" for n in range(EDITS * number // NUMBER))
+    assert "# the first comment" in text
+    assert "  title: Item WRK-009   # beside it\n" in text
+    assert project.committed() == text
+    assert project.status() == ""
