@@ -2096,6 +2096,7 @@ def departures(worklog: str) -> dict[str, Departure]:
 MAX_RESULT_BYTES = 5_000_000
 MAX_TEXT = 20_000  # characters of one field of a result
 MAX_TITLE = 200
+MAX_FOLLOW_UPS = 200  # of one result: an agent that reports more has lost its way
 QUOTE_HEAD, QUOTE_TAIL = 2_000, 6_000  # what a prompt shows of a longer text
 MAX_LISTED = 400  # items a triage prompt lists
 SUBJECT_PART = 100  # characters of a summary in a commit subject
@@ -2434,7 +2435,11 @@ class _FieldReader:
         return {key: text for key, text in texts.items() if text}
 
     def follow_ups(self, row: Mapping[str, object]) -> tuple[FollowUp, ...]:
-        found = (self._follow_up(entry) for entry in self.entries(row, "follow_ups"))
+        entries = self.entries(row, "follow_ups")
+        if len(entries) > MAX_FOLLOW_UPS:
+            dropped = f"{len(entries) - MAX_FOLLOW_UPS} of {len(entries)} dropped"
+            self.warnings.append(f"follow_ups: {dropped}, at most {MAX_FOLLOW_UPS} are taken")
+        found = (self._follow_up(entry) for entry in entries[:MAX_FOLLOW_UPS])
         return tuple(follow_up for follow_up in found if follow_up)
 
     def _follow_up(self, entry: object) -> FollowUp | None:
@@ -3751,6 +3756,7 @@ RESULT_LIMIT = 5_000_000  # bytes of a result file
 LINE_LIMIT = 1 << 20  # bytes of one line of output that are looked at; codex writes lines this long
 BACKLOG_LIMIT = 16 << 20  # unread output beyond this is skipped but for its end
 TAIL_LINES = 20
+SEEN_LINES = 10 * TAIL_LINES  # of what has come since the last look: some may be blank
 TAIL_COLUMNS = 400
 SWEEP_LIMIT_S = 10.0  # a process that survives SIGKILL this long hangs in the kernel
 PS_SNAPSHOT_S = 2.0  # elsewhere than on Linux: how often the process table is read
@@ -4764,9 +4770,10 @@ class ChildOutput:
     def take(self) -> bool:
         """Take in what is new; True if either file has grown."""
         sizes = (self._out.size(), self._err.size())
-        for line in self._out.lines():
+        # Of text only the end is shown; to clean millions of lines would hold up the event loop.
+        for line in self._out.lines() if self._read else deque(self._out.lines(), SEEN_LINES):
             self._take_line(line)
-        for line in self._err.lines():
+        for line in deque(self._err.lines(), SEEN_LINES):
             _remember_line(self._err_tail, line.decode(errors="replace"))
         grown, self._sizes = sizes != self._sizes, sizes
         return grown
@@ -5601,6 +5608,7 @@ def _demo_write(job: DemoJob, report: Mapping[str, object]) -> None:
 
 # ==== 7. Journal and ledger =======================================================================
 
+LARGE_FILE = 50_000_000  # bytes; hosts refuse files of 100 MB
 COMMIT_PAUSE_S = 30.0  # between tries of a phase commit that met trouble
 
 T = TypeVar("T")
@@ -5960,12 +5968,24 @@ class Ledger:
         """Take up edits made on disk meanwhile and new items from the inbox; ids of those."""
         if self.inbox_taken.exists():
             return self.recover_inbox()
+        self._remove_inbox_put_back()
         entries = self._inbox_entries()
         if not entries:
             self.edit([])
             return []
         self._claim_inbox()
         return self.ingest_taken()
+
+    def _remove_inbox_put_back(self) -> None:
+        """Remove an inbox that was taken in, but that an agent's git put back since."""
+        if not self.journal.inbox:
+            return
+        with suppress(OSError):
+            data, head = self.inbox_path.read_bytes(), self.repo.head().commit
+            entry = self.repo.entry(head, self.inbox_git_path) if head else None
+            if digest(data) == self.journal.inbox and entry == self.repo.blob(self.inbox_path):
+                self.inbox_path.unlink()
+                log().warning("%s was put back by git; its items are there already", INBOX_NAME)
 
     def _claim_inbox(self) -> None:
         """Move the inbox where no agent's `git clean` reaches it."""
@@ -6307,6 +6327,7 @@ class Ledger:
         """
         self._put_state_back(item_id, phase, before)
         self._put_branch_back(item_id, phase, before)
+        self._remove_inbox_put_back()
         after = self.repo.snapshot()
         if after.head.branch != before.head.branch:
             raise OrchestratorError(
@@ -6377,7 +6398,20 @@ class Ledger:
         if empty and result.result == "phase_complete":
             return "reported completion, but nothing in the repository changed"
         entries = [change.after for change in aftermath.changes]
+        self._warn_of_large_files(started, entries)
         return self._pass_hooks(started, result, entries, bool(aftermath.operator_dirty))
+
+    def _warn_of_large_files(self, started: Started, entries: Sequence[Entry]) -> None:
+        large = []
+        for entry in entries:
+            with suppress(OSError):
+                size = (self.repo.top / entry.path).lstat().st_size
+                if size > LARGE_FILE:
+                    large.append(f"{entry.path} ({size // 10**6} MB)")
+        if large:
+            text = f"commits large files: {one_line(', '.join(large), 200)}; is that meant?"
+            line = phase_line(started.task.item_id, started.task.name, text)
+            log().warning("%s What is not belongs into .gitignore.", line)
 
     def _pass_hooks(
         self, started: Started, result: PhaseResult, entries: list[Entry], operator_dirty: bool
@@ -6581,9 +6615,12 @@ class Ledger:
         return sorted(self.worklog_dir.glob("[0-9][0-9][0-9][0-9]-[0-9][0-9].md"))[-2:]
 
     def _inbox_removal(self) -> dict[str, Entry]:
-        """The deletion of a tracked inbox that was taken in; not one that the operator made."""
+        """The deletion of a tracked inbox that was taken in; not one that the operator made.
+
+        Whatever lies there by now: a clone must not take in the same items again.
+        """
         head = self.repo.head().commit
-        if not self.journal.inbox or head is None or self.inbox_path.exists():
+        if not self.journal.inbox or head is None:
             return {}
         if self.repo.entry(head, self.inbox_git_path) is None:
             return {}

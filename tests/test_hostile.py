@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +24,7 @@ ACTS = {
     "checkout of the backlog": "git checkout -q HEAD -- BACKLOG.yaml",
     "reset": "git reset -q --hard",
     "reset to the commit before": "git reset -q --hard HEAD~1",
+    "a large file": "truncate -s 50000001 large.bin",
     "soft reset": "git reset -q --soft HEAD~1",
     "clean": f"git clean -qfdx; {RESULTS}",
     "remove the work folder": f"rm -rf .orchestrator; {RESULTS}",
@@ -87,6 +91,8 @@ def test_what_an_agent_does_to_our_state_is_undone(project: Any, outcome: str, h
             assert told, act
         if act in ("nothing", "stash and pop", "add", "edit the backlog", "commit everything"):
             assert not told, act
+        large = outcome == "phase_complete" and act == "a large file"
+        assert (f"[{one}][BUILD] commits large files: large.bin (50 MB); is that meant?" in log) == large
         assert (f"[{one}][BUILD] took commits off: " in log) == ("HEAD~1" in acts[act])
 
 
@@ -116,3 +122,105 @@ def test_a_backlog_set_back_while_the_agent_goes_on_is_no_edit_by_hand(project: 
         assert log.count(f"[{one}][BUILD] put back or removed BACKLOG.yaml; it is written again from memory") == 1
     assert "by hand" not in log
     assert project.committed() == project.text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("act", "more"), [
+    ("git checkout -q -- .", []),
+    ("git reset -q --hard", []),
+    ("echo '- title: By the agent' > BACKLOG_INBOX.yaml", ["By the agent"]),
+    ("echo '# nothing' > BACKLOG_INBOX.yaml", []),
+])
+def test_an_inbox_is_taken_in_once_whatever_an_agent_does_to_it(project: Any, act: str, more: list[str]) -> None:
+    project.configure("build!")
+    project.backlog(f"WRK-001 {BUILDING}")
+    (project.root / "BACKLOG_INBOX.yaml").write_text("- title: From the inbox\n")
+    project.commit_all()
+    project.script({"*": [{"sh": act, "write": {"a.txt": "1\n"}}, {}]})
+    project.run("run", "--target", "WRK-001")
+    project.run("run", "--only", "status=blocked")
+    assert sorted(row["title"] for row in project.items().values()) == sorted(["From the inbox", *more])
+    assert "BACKLOG_INBOX.yaml" not in project.git("ls-tree", "--name-only", "HEAD")
+    assert project.committed() == project.text()
+
+
+# ---- Results, logs and terminals -----------------------------------------------------------------
+
+NASTY = "Bad\x1b[31mred\x1b]0;title\x07\x00\x9b2J\nsecond: line\u202e # not a comment"
+
+
+def result(**keys: object) -> dict[str, object]:
+    return {"phase": "plan", "result": "phase_complete", "summary": "planned", **keys}
+
+
+@pytest.mark.slow
+def test_hostile_result_files_fail_the_attempt_and_nothing_else(project: Any, tmp_path: Path) -> None:
+    """What lies at the result path, by shell text, and what the block reason says about it."""
+    good = json.dumps(result(item_id="@"))
+    odd = ("summary", "context", "follow_ups", "duplicates", "description", "updated_assessments", "commit_summary", "based_on_commit", "requires_human_review", "block_type")
+    files = {
+        "nul": "\0" * 1000,
+        "deep": '{"a":' * 200_000,
+        "nan": good[:-1] + ', "follow_ups": [NaN, Infinity, 1e999]}',
+        "digits": good[:-1] + ', "size": ' + "9" * 10_000 + "}",
+        "twice": good[:-1] + ', "item_id": "WRK-999"}',
+        "outside": json.dumps(result(item_id="../../etc/passwd")),
+        "types": json.dumps({**result(item_id="@"), **{key: [{"x": 1}] for key in odd}}),
+    }
+    (tmp_path / "files").mkdir()
+    acts = {name: (f"cp {tmp_path}/files/{name} $R", says) for name, says in {
+        "nul": "JSON", "deep": "nested too deeply", "nan": "", "digits": "JSON", "twice": "WRK-999", "outside": "expected", "types": "",
+    }.items()}
+    acts |= {
+        "huge": ("truncate -s 50M $R", "was refused: 52428800 bytes"), "link": ("ln -s /etc/passwd $R", "symbolic link"),
+        "dangling": ("ln -s nowhere $R", "symbolic link"), "fifo": ("mkfifo $R", "no regular file"), "folder": ("mkdir $R", "no regular file"),
+        "no folder": ("rm -rf .orchestrator/results", "no result file"), "elsewhere": ("ln -s /etc .orchestrator/x; rm -rf .orchestrator/results; ln -s /tmp .orchestrator/results", "no result file"),
+        "log of 100 MB": ("head -c 100000000 /dev/zero; yes x | head -c 20000000 >&2", "no result file"),
+    }
+    ids = {name: f"WRK-{n:03}" for n, name in enumerate(acts, 1)}
+    for name, data in files.items():
+        (tmp_path / "files" / name).write_text(data.replace("@", ids[name]))
+    project.configure("plan", execution="max_retries = 0\ncircuit_breaker = 1000\nmax_wip = 100\n")
+    project.backlog(*(f"{one} in_progress phase=plan phase_pool=main" for one in ids.values()))
+    project.commit_all()
+    project.script({f"{ids[name]}/plan": [{"no_result": True, "sh": f"R=$ORCHESTRATOR_RESULT_PATH; {act}"}] for name, (act, _) in acts.items()})
+    process = project.start("run")
+    log = project.finish(process)
+    assert "Traceback" not in log
+    rows = project.items()
+    for name, (_, says) in acts.items():
+        if says:
+            assert says in rows[ids[name]]["blocked_reason"], name
+        else:
+            assert ids[name] not in rows, name
+    assert not (project.root / "../etc").exists()
+    assert project.committed() == project.text()
+    assert project.status() == ""
+
+
+@pytest.mark.slow
+def test_texts_of_agents_stay_texts_and_follow_ups_have_a_limit(project: Any) -> None:
+    titles = [NASTY, "# no comment", "- no list", "key: value", "'", '"', "{", "&a *b !c", "../../escape", "x" * 5000, "---", "null", "2026-01-01"]
+    many = [f"Follow-up number {n}" for n in range(3000)]
+    set_up(project, "WRK-001 in_progress phase=plan phase_pool=main", "WRK-002 in_progress phase=plan phase_pool=main", phases="plan", script={
+        "WRK-001/plan": [{"document": "p.md", "sh": "printf '\\033[2J\\000\\233mout\\n'; printf '\\033]0;x\\007err\\n' >&2", "result": {
+            "result": "blocked", "summary": NASTY, "context": NASTY, "follow_ups": [*titles, *({"title": one, "context": NASTY} for one in many)], "commit_summary": NASTY}}],
+        "WRK-002/plan": [{"document": "p.md", "exit": 1, "no_result": True, "sh": "printf '\\033[2J\\000\\233mout\\n'; printf '\\033]0;x\\007err\\n' >&2; git update-ref refs/heads/evil HEAD; false"}],
+    }, execution="max_retries = 0\ncircuit_breaker = 9")
+    done = project.run("run", "--target", "WRK-001", "--target", "WRK-002", "--auto-advance", "--cap", "2", code=3)
+    outputs = [done.stdout, done.stderr]
+    for words in (("status",), ("show", "WRK-001"), ("show", "WRK-002"), ("run", "--dry-run"), ("check",), ("status", "--json")):
+        got = project.run(*words, code=None)
+        outputs += [got.stdout, got.stderr]
+    outputs.append(project.git("log", "--format=%B"))
+    for text in outputs:
+        assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e]", text), text[:2000]
+    items = project.items()
+    assert len(items) == 2 + 200
+    assert "follow_ups: 2813 of 3013 dropped" in done.stderr
+    got = [row["title"] for row in items.values()][2:]
+    assert got[0] == "Badred second: line # not a comment"
+    assert got[1:5] == titles[1:5]
+    assert all("\n" not in title for title in got)
+    assert project.committed() == project.text()
+    assert sorted(path.name for path in (project.root / "changes").iterdir()) == ["WRK-001_item-wrk-001", "WRK-002_item-wrk-002"]
