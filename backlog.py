@@ -2614,7 +2614,10 @@ def parse_filter(text: str) -> Filter:
         )
     key = parts[1].lower()
     if key not in _FILTER_KEYS:
-        raise FilterError(f"Unknown filter field: {key}. Supported: {', '.join(_FILTER_KEYS)}")
+        hint = _closest(key, _FILTER_KEYS)
+        raise FilterError(
+            f"Unknown filter field: {key}{hint}. Supported: {', '.join(_FILTER_KEYS)}"
+        )
     values: list[str] = []
     for token in parts[3].split(","):
         value = _filter_value(key, token.strip(), text)
@@ -2633,7 +2636,10 @@ def _filter_value(key: str, token: str, text: str) -> str:
     if words is not None:
         if token.lower() not in words:
             valid = ", ".join(dict.fromkeys(words.values()))
-            raise FilterError(f"Invalid value '{token}' for field '{key}'. Valid values: {valid}")
+            hint = _closest(token.lower(), set(words.values()))
+            raise FilterError(
+                f"Invalid value '{token}' for field '{key}'{hint}. Valid values: {valid}"
+            )
         return words[token.lower()]
     if key == "priority":
         if not re.fullmatch(r"[+-]?[0-9]{1,15}", token):

@@ -53,7 +53,7 @@ from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn, TextIO, TypeVar, cast
 
 from backlog import (
     BLOCK_WORDS,
@@ -940,6 +940,20 @@ def _dangling_dependencies(
         for missing in item.get("dependencies", ())
         if missing not in backlog.items and missing not in issued
     ]
+
+
+def refuse_unknown_needs(entries: Iterable[InboxEntry], config: Config, backlog: Backlog) -> None:
+    """BacklogError for an inbox entry that depends on an id nobody ever had.
+
+    Once it were an item, it would keep every further run from starting.
+    """
+    issued = IssuedIds(config.prefix, backlog.items, backlog.next_item_id)
+    for number, entry in enumerate(entries, start=1):
+        for need in cast(Sequence[str], entry.fields.get("dependencies", ())):
+            if need not in backlog.items and need not in issued:
+                hint = did_you_mean(need, backlog.items)
+                where = f"{INBOX_NAME}: entry {number} ({one_line(entry.title, 60)})"
+                raise BacklogError(f"{where} depends on {need}, which does not exist{hint}")
 
 
 class IssuedIds:
@@ -2106,6 +2120,7 @@ TERMINAL_SEQUENCE = (
     r"(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b\n]*(?:\x07|\x1b\\)?"
     r"|\x1b[PX^_][^\x1b\n]*(?:\x1b\\)?|\x1b[ -/]*[0-~]"
 )
+WHOLE_LINES = 10_000  # columns of an output that is no terminal
 LINE_BREAK = r"\r\n|[\r\x0b\x0c\x85\u2028\u2029]"
 # Controls, marks that reorder what a terminal shows, and byte order marks.
 UNSEEN = r"[\x00-\x08\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ufeff\ufffe\uffff]"
@@ -2164,6 +2179,21 @@ def did_you_mean(word: str, words: Iterable[str]) -> str:
     spelt = {other.casefold(): other for other in words}
     close = difflib.get_close_matches(word.casefold(), spelt, n=1)
     return f' (did you mean "{spelt[close[0]]}"?)' if close else ""
+
+
+TINTS: Mapping[str, str] = {  # SGR parameters by what is coloured for a terminal
+    r"^(?:[\d:]{8} )?(?:error|problem|orchestrator):": "31",
+    r"^(?:[\d:]{8} )?(?:warning|Warning|note):": "33",
+    r"^(?:Halt|Ended|Done|Blocked|Next|Waiting|Would|Nothing)\b[^:\n]*:": "1",
+    r"^\d{4}-\d\d-\d\d \d\d:\d\d  [0-9a-f]{10}": "33",
+}
+
+
+def tint(text: str) -> str:
+    """A cleaned text of ours with the begins of its telling lines coloured (ECMA-48 SGR)."""
+    for pattern, colour in TINTS.items():
+        text = re.sub(pattern, f"\x1b[{colour}m\\g<0>\x1b[0m", text, flags=re.M)
+    return text
 
 
 def human_duration(seconds: float) -> str:
@@ -3159,9 +3189,9 @@ def status_json(
     only: Container[str] | None = None,
     costs: Mapping[str, Usage] | None = None,
 ) -> dict[str, object]:
-    """`status --json`: {"version": 1, "counts": {status: number}, "items": [item_json, …]}.
+    """`status --json`: {"schema": 1, "counts": {status: number}, "items": [item_json, …]}.
 
-    Items come in the order of the table. `costs` is what items have cost so far, by id. `version`
+    Items come in the order of the table. `costs` is what items have cost so far, by id. `schema`
     grows when a key changes its meaning or goes.
     """
     costs = costs or {}
@@ -3170,7 +3200,7 @@ def status_json(
         item_json(item, waits_for(item, backlog), costs.get(item["id"], NOTHING_SPENT))
         for item in items
     ]
-    return {"version": 1, "counts": _count_by_status(items), "items": rows}
+    return {"schema": 1, "counts": _count_by_status(items), "items": rows}
 
 
 def render_item(item: Item, history: Sequence[str] = ()) -> str:
@@ -3346,7 +3376,7 @@ def plan_json(
     auto_advance: bool = False,
     only_triage: bool = False,
 ) -> dict[str, object]:
-    """`run --dry-run --json`: {"version": 1, "items": [{id, title, starts, text}, …]}, in order."""
+    """`run --dry-run --json`: {"schema": 1, "items": [{id, title, starts, text}, …]}, in order."""
     rows = plan_rows(
         backlog, config, targets, filters, auto_advance=auto_advance, only_triage=only_triage
     )
@@ -3354,7 +3384,7 @@ def plan_json(
         {"id": row.item_id, "title": row.title, "starts": row.runs, "text": row.text}
         for row in rows
     ]
-    return {"version": 1, "items": items}
+    return {"schema": 1, "items": items}
 
 
 # -- decisions in history --------------------------------------------------------------------------
@@ -3364,7 +3394,7 @@ class LogRow(NamedTuple):
     """One decision as `log` tells it; an empty status: the item is not in the backlog."""
 
     commit: str
-    time: str  # RFC 3339
+    when: str  # RFC 3339
     run_id: str  # "": not made by a phase commit of a run
     subject: str
     item: str
@@ -3393,7 +3423,7 @@ def _log_row(decision: Decision, departure: Departure | None) -> LogRow:
     gone = (departure.word if departure else "") if not new else new["status"]
     return LogRow(
         commit=version.commit,
-        time=version.time,
+        when=version.time,
         run_id=run[1] if run else "",
         subject=one_line(version.message.partition("\n")[0]),
         item=decision.item_id,
@@ -3426,7 +3456,7 @@ def render_log(rows: Sequence[LogRow], width: int) -> str:
     for commit, decided in itertools.groupby(rows, key=lambda row: row.commit):
         first, *others = decided
         who = f"run {first.run_id}" if first.run_id else first.subject
-        when = first.time[:16].replace("T", " ")
+        when = first.when[:16].replace("T", " ")
         lines += ["", f"{when}  {commit[:10]}  {fit(who, width - 30).rstrip()}"]
         for row in (first, *others):
             lines += _decision_lines(row, width)
@@ -3497,6 +3527,7 @@ class SummaryFacts(NamedTuple):
     state_commit: str | None = None  # the commit that saved the backlog at the halt
     warnings: tuple[str, ...] = ()  # what the operator has to know: git trouble, parked commits
     program: str = "orchestrator"  # how the operator calls this tool
+    only_triage: bool = False
 
     @property
     def usage(self) -> Usage:
@@ -3512,27 +3543,49 @@ def sum_usage(parts: Iterable[Usage]) -> Usage:
     return total
 
 
-def render_halt_line(reason: HaltReason | None, detail: str = "") -> str:
-    """Why a run is over, in one line."""
+def render_halt_line(
+    reason: HaltReason | None, detail: str = "", *, only_triage: bool = False
+) -> str:
+    """Why a run is over, in one line; `only_triage`: it was no run, but `triage`."""
     if reason is None:
         return f"Ended by an error: {one_line(detail, 500) or 'see above'}"
     more = f": {one_line(detail, 500)}" if detail else ""
-    return f"Halt: {HALT_TEXTS[reason]} ({reason}){more}"
+    text = HALT_TEXTS[reason]
+    if only_triage and reason is HaltReason.ALL_DONE_OR_BLOCKED:
+        text = "no new item is left to triage"
+    return f"Halt: {text} ({reason}){more}"
 
 
-def render_summary(facts: SummaryFacts) -> str:
-    """What got done, what is blocked and why, what it cost, and what to do next."""
+def render_summary(facts: SummaryFacts, width: int = WHOLE_LINES) -> str:
+    """What got done, what is blocked and why, what it cost, and what to do next.
+
+    Commands are never broken over lines, they are there to be copied.
+    """
     sections = [
-        [render_halt_line(facts.reason, facts.detail), f"  {_effort(facts)}"],
+        [
+            render_halt_line(facts.reason, facts.detail, only_triage=facts.only_triage),
+            f"  {_effort(facts)}",
+        ],
         _done_lines(facts),
         _blocked_lines(facts),
         _other_lines(facts),
         _cost_lines(facts),
-        # One line each, and blanks as they are: a warning holds commands to paste.
-        ["Warning: " + clean_text(text).replace("\n", " ") for text in facts.warnings],
-        _next_lines(facts),
     ]
-    return "\n\n".join("\n".join(lines) for lines in sections if lines)
+    wrapped = [[part for line in lines for part in _wrapped(line, width)] for lines in sections]
+    # One line each, and blanks as they are: a warning holds commands to paste.
+    wrapped.append(["Warning: " + clean_text(text).replace("\n", " ") for text in facts.warnings])
+    wrapped.append(_next_lines(facts, width))
+    return "\n\n".join("\n".join(lines) for lines in wrapped if lines)
+
+
+def _wrapped(line: str, width: int) -> list[str]:
+    """A line broken at blanks where it is too long; what follows is indented like its begin."""
+    import textwrap
+
+    if cell_width(line) <= width:
+        return [line]
+    indent = " " * (len(line) - len(line.lstrip()) or 2)
+    return textwrap.wrap(line, width, subsequent_indent=indent, break_on_hyphens=False)
 
 
 def _effort(facts: SummaryFacts) -> str:
@@ -3698,28 +3751,31 @@ def _run_step(facts: SummaryFacts) -> Step:
     return Step("run", "goes on with whatever can run then")
 
 
-def _next_lines(facts: SummaryFacts) -> list[str]:
+def _next_lines(facts: SummaryFacts, width: int) -> list[str]:
     steps = next_steps(facts)
-    width = max(len(step.command) for step in steps)
-    return ["Next:", *(f"  {step.command:<{width}}  # {step.why}" for step in steps)]
+    column = max(len(step.command) for step in steps)
+    beside = [f"  {step.command:<{column}}  # {step.why}" for step in steps]
+    if max(map(len, beside)) <= width:
+        return ["Next:", *beside]
+    return ["Next:", *(line for step in steps for line in (f"  # {step.why}", f"  {step.command}"))]
 
 
 def summary_json(facts: SummaryFacts) -> dict[str, object]:
     """`run --json`, and what `notify.command` gets on its stdin.
 
-    {"version": 1, "run_id", "halt_reason" (null: an error), "detail", "exit_code", "phases", "cap",
+    {"schema": 1, "run_id", "halt_reason" (null: an error), "detail", "exit_code", "phases", "cap",
     "seconds", "completed": [{id, title}], "blocked": [{id, title, reason}], "follow_ups": [id],
     "merged": [id], "cost_usd" (null: not reported), "input_tokens", "output_tokens",
     "spent": [{item, phase, cost_usd, input_tokens, output_tokens}], "filters", "targets",
     "state_commit", "warnings": [text], "counts": {status: number}, "next": [{command, why}]}.
-    `version` grows when a key changes its meaning or goes.
+    `schema` grows when a key changes its meaning or goes.
     """
 
     def titled(item_id: str) -> dict[str, str]:
         return {"id": item_id, "title": _title_of(item_id, facts)}
 
     return {
-        "version": 1,
+        "schema": 1,
         "run_id": facts.run_id,
         "halt_reason": facts.reason and str(facts.reason),
         "detail": facts.detail,
@@ -5622,8 +5678,8 @@ def log() -> logging.Logger:
     return logging.getLogger("orchestrator")
 
 
-def set_up_logging(level: str, form: str, live: LiveLine | None = None) -> None:
-    """Log to stderr: `form` is text or json; a live line is wiped before each log line."""
+def set_up_logging(args: argparse.Namespace, live: LiveLine | None = None) -> None:
+    """Log to stderr as the options say; a live line is wiped before each log line."""
     import logging
 
     class Handler(logging.StreamHandler[Any]):
@@ -5636,13 +5692,27 @@ def set_up_logging(level: str, form: str, live: LiveLine | None = None) -> None:
 
     logging.raiseExceptions = False  # a closed stderr must not disturb a shutdown
     handler = Handler(sys.stderr)
-    handler.setFormatter(_formatter(form))
+    handler.setFormatter(_formatter(args.log_format, coloured(args, sys.stderr)))
     log().handlers = [handler]
     log().propagate = False
-    log().setLevel(level.upper())
+    level = logging.getLevelNamesMapping()[args.log_level.upper()]
+    log().setLevel(max(level, logging.WARNING) if args.quiet else level)
 
 
-def _formatter(form: str) -> logging.Formatter:
+def coloured(args: argparse.Namespace, stream: TextIO) -> bool:
+    """Whether to colour what goes to a stream; see no-color.org."""
+    if args.color == "auto":
+        plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+        return stream.isatty() and not plain
+    return bool(args.color == "always")
+
+
+def say(args: argparse.Namespace, text: str) -> None:
+    """Print a result for people."""
+    print(tint(text) if coloured(args, sys.stdout) else text)
+
+
+def _formatter(form: str, tinted: bool) -> logging.Formatter:
     import json
     import logging
 
@@ -5650,13 +5720,16 @@ def _formatter(form: str) -> logging.Formatter:
         def format(self, record: logging.LogRecord) -> str:
             clock = time.strftime("%H:%M:%S", time.localtime(record.created))
             tag = "" if record.levelno == logging.INFO else f"{record.levelname.lower()}: "
-            return f"{clock} {tag}{clean_text(_message_of(self, record))}"
+            text = f"{clock} {tag}{clean_text(_message_of(self, record))}"
+            return tint(text) if tinted else text
 
     class Json(logging.Formatter):
         def format(self, record: logging.LogRecord) -> str:
             when = datetime.fromtimestamp(record.created, UTC).isoformat()
             level = record.levelname.lower()
-            return json.dumps({"time": when, "level": level, "message": _message_of(self, record)})
+            row = {"time": when, "level": level, "message": _message_of(self, record)}
+            facts = getattr(record, "summary", None)
+            return json.dumps(row | ({"summary": facts} if facts else {}))
 
     return Json() if form == "json" else Text()
 
@@ -6000,6 +6073,7 @@ class Ledger:
     def _inbox_entries(self) -> list[InboxEntry]:
         try:
             entries = read_inbox(self.inbox_path)
+            refuse_unknown_needs(entries, self.config, self.store.backlog)
         except FileNotFoundError:
             return []
         except (BacklogError, YamlError, OSError) as error:
@@ -6020,6 +6094,7 @@ class Ledger:
         data = self.inbox_taken.read_bytes()
         try:
             entries = parse_inbox(data, INBOX_NAME)
+            refuse_unknown_needs(entries, self.config, self.store.backlog)
         except (BacklogError, YamlError):
             os.replace(self.inbox_taken, self.inbox_path)  # it was edited as it was claimed
             return []
@@ -7698,7 +7773,7 @@ def preflight(space: Workspace, *, allow_dirty: bool) -> list[Problem]:
     inbox = config.base / INBOX_NAME
     try:
         if os.path.lexists(inbox):
-            read_inbox(inbox)
+            refuse_unknown_needs(read_inbox(inbox), config, space.store.backlog)
     except (BacklogError, YamlError) as error:
         problems.append(Problem(str(error), "Mend the inbox or move it away."))
     except OSError as error:
@@ -7911,8 +7986,8 @@ def cmd_run(args: argparse.Namespace) -> int:
     run_id = new_run_id()
     with space.run_lock(f"run {run_id}"), signals_noted() as early:
         become_subreaper()
-        live = LiveLine(sys.stderr.isatty() and args.log_format == "text" and args.command == "run")
-        set_up_logging(args.log_level, args.log_format, live)
+        live = LiveLine(sys.stderr.isatty() and args.log_format == "text" and not args.quiet)
+        set_up_logging(args, live)
         ledger = begin_run(space, run_id, allow_dirty=args.allow_dirty)
         if args.command == "step":
             _override_guardrails(ledger, options.targets[0])
@@ -7943,13 +8018,17 @@ def _report(session: Session, args: argparse.Namespace, failed: bool) -> int:
         code = exit_code(session.reason, number, totals.completed, tuple(totals.blocked))
     if args.strict and session.warnings():
         code = EXIT_ERROR
-    facts = summary_facts(session, code)
+    facts = summary_facts(session, code, command_prefix(args))
     with suppress(OSError):  # nobody may be listening any more
         if args.json:
             print(_dumps(summary_json(facts)))
             flush_output()
-        else:
-            print(f"\n{render_summary(facts)}", file=sys.stderr)
+        elif args.log_format == "json":
+            line = render_halt_line(facts.reason, facts.detail, only_triage=facts.only_triage)
+            log().info("%s", line, extra={"summary": summary_json(facts)})
+        elif code or not args.quiet:
+            text = render_summary(facts, output_width(sys.stderr))
+            print(f"\n{tint(text) if coloured(args, sys.stderr) else text}", file=sys.stderr)
     _notify(session.ledger.config, facts)
     return code
 
@@ -8002,7 +8081,7 @@ def _override_guardrails(ledger: Ledger, item_id: str) -> None:
     ledger.edit_one(override)
 
 
-def summary_facts(session: Session, code: int) -> SummaryFacts:
+def summary_facts(session: Session, code: int, program: str) -> SummaryFacts:
     totals, options, done = session.scheduler.totals, session.options, session.state_commit
     return SummaryFacts(
         run_id=session.ledger.journal.run_id,
@@ -8023,7 +8102,8 @@ def summary_facts(session: Session, code: int) -> SummaryFacts:
         targets=options.targets,
         state_commit=done.commit if done and done.outcome == "committed" else None,
         warnings=tuple(session.warnings()),
-        program=PROGRAM,
+        program=program,
+        only_triage=options.only_triage,
     )
 
 
@@ -8103,7 +8183,7 @@ def cmd_show(args: argparse.Namespace) -> int:
     commits = commits_of(space.repo, args.id)
     if args.json:
         facts = {"item": item, "documents": documents, "commits": commits}
-        print(_dumps({"version": 1, **facts, "salvage": salvage_json(kept)}))
+        print(_dumps({"schema": 1, **facts, "salvage": salvage_json(kept)}))
         return EXIT_OK
     print(render_item(item, [f"{commit[:10]} {subject}" for commit, subject in commits]))
     if documents:
@@ -8129,9 +8209,10 @@ def cmd_log(args: argparse.Namespace) -> int:
     if args.json:
         print(_dumps(log_json(rows, findings)))
     elif findings is not None:
-        print(render_findings(findings, len(rows)))
+        say(args, render_findings(findings, len(rows)))
     else:
-        print(render_log(rows, output_width()) or "No decision has been committed yet.")
+        text = render_log(rows, output_width(sys.stdout))
+        say(args, text or "No decision has been committed yet.")
     return EXIT_ERROR if findings else EXIT_OK
 
 
@@ -8164,11 +8245,13 @@ def worklog_text(repo: Repo) -> str:
     return b"\n".join([*committed, *on_disk.values()]).decode(errors="replace")
 
 
-def output_width() -> int:
-    """The columns of the terminal, 80 where there is none."""
-    import shutil
-
-    return max(40, shutil.get_terminal_size((80, 24)).columns)
+def output_width(stream: TextIO) -> int:
+    """The columns of the terminal; where there is none, lines stay whole."""
+    given = os.environ.get("COLUMNS", "")
+    columns = int(given) if given.isdecimal() else WHOLE_LINES
+    with suppress(OSError, ValueError):
+        columns = os.get_terminal_size(stream.fileno()).columns or columns
+    return max(40, columns)
 
 
 def commits_of(repo: Repo, item_id: str) -> list[tuple[str, str]]:
@@ -8366,7 +8449,7 @@ def cmd_check(args: argparse.Namespace) -> int:
         facts = {"problems": [p._asdict() for p in problems], "remarks": remarks}
         refs = {"salvage": salvage_json(kept), "pruned": salvage_json(pruned)}
         asked = {"probes": [probe.as_json() for probe in probes]}
-        print(_dumps({"version": 1, **facts, **refs, **asked}))
+        print(_dumps({"schema": 1, **facts, **refs, **asked}))
         return EXIT_ERROR if problems else EXIT_OK
     for one in pruned:
         print(f"removed {one.ref}: `git update-ref {one.ref} {one.commit}` brings it back")
@@ -8436,7 +8519,8 @@ def cmd_init(args: argparse.Namespace) -> int:
         _commit_init(repo, made)
     if args.hook:
         install_hook(open_workspace(args.root, args.config))
-    print(f'Next: {PROGRAM} add "What shall be done", then {PROGRAM} run')
+    program = command_prefix(args)
+    print(f'Next: {program} add "What shall be done", then {program} run')
     return EXIT_OK
 
 
@@ -8748,7 +8832,7 @@ def _hook_status(space: Workspace, *, as_json: bool) -> None:
     if as_json:
         rows = {"path": str(found.path), "state": found.state, "notes": notes}
         chained = str(found.chained) if found.chained else None
-        print(_dumps({"version": 1, **rows, "chained": chained}))
+        print(_dumps({"schema": 1, **rows, "chained": chained}))
         return
     print(f"{found.path}: {HOOK_STATES[found.state]}")
     if found.chained is not None:
@@ -9046,7 +9130,33 @@ def _bindings(module: str, node: ast.AST) -> Iterator[tuple[str, str, int]]:
 # ==== 13. Command line ============================================================================
 
 
-PROGRAM = "python3 orchestrator.py"  # how messages name this program
+def _program() -> str:
+    """How this program was called, for the commands that messages give to copy."""
+    import shlex
+
+    script = Path(sys.argv[0])
+    if script.name == "orchestrator":  # installed
+        return "orchestrator"
+    if script.name != Path(__file__).name:  # imported by another program
+        return "python3 orchestrator.py"
+    inside = script.absolute().is_relative_to(Path.cwd())
+    path = script.absolute().relative_to(Path.cwd()) if inside else script
+    return f"python3 {shlex.quote(str(path))}"
+
+
+# Texts that are kept, such as the reason of a block, say `orchestrator unblock …` instead: who
+# reads them may call it in another way.
+PROGRAM = _program()
+
+
+def command_prefix(args: argparse.Namespace) -> str:
+    """What a command to copy begins with, so that it means the same project."""
+    import shlex
+
+    given = {"--root": None if args.root == Path() else args.root, "--config": args.config}
+    options = [f"{name} {shlex.quote(str(path))}" for name, path in given.items() if path]
+    return " ".join([PROGRAM, *options])
+
 
 COMMANDS: Mapping[str, Callable[[argparse.Namespace], int]] = {
     "init": cmd_init,
@@ -9076,6 +9186,9 @@ class Parser(argparse.ArgumentParser):
         wrong = re.match(r"argument COMMAND: invalid choice: '([^']*)'", message)
         if wrong:
             message = f"{wrong[1]}: there is no such command{did_you_mean(wrong[1], COMMANDS)}"
+        unknown = re.match(r"unrecognized arguments: (--[\w-]+)", message)
+        if unknown:
+            message += did_you_mean(unknown[1], self._option_string_actions)
         advice = f"`{self.prog} --help` shows what there is."
         self.exit(EXIT_USAGE, f"{self.prog}: {clean_text(message)}. {advice}\n")
 
@@ -9116,6 +9229,18 @@ def _global_options(parser: argparse.ArgumentParser, *, default: bool) -> None:
         "--log-level", choices=("error", "warning", "info", "debug"), default=either("info")
     )
     parser.add_argument("--log-format", choices=("text", "json"), default=either("text"))
+    parser.add_argument(
+        "--quiet",
+        action="store_true",
+        default=either(False),
+        help="log only warnings and errors, and no summary of a run that ended with exit code 0",
+    )
+    parser.add_argument(
+        "--color",
+        choices=("auto", "always", "never"),
+        default=either("auto"),
+        help="auto: on a terminal, unless NO_COLOR is set",
+    )
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -9290,14 +9415,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else list(argv)
     if words[:1] == [DEMO_AGENT]:
         return demo_agent(os.environ, sys.stdin.read(), Path.cwd())
+    args = None
     try:
         args = build_parser().parse_args(words)
-        set_up_logging(args.log_level, args.log_format)
+        set_up_logging(args)
         code = COMMANDS[args.command](args)
         flush_output()
         return code
     except (OrchestratorError, BacklogError, GitError, YamlError) as error:
-        print(f"orchestrator: {clean_text(str(error))}", file=sys.stderr)
+        _complain(args, str(error))
         return getattr(error, "exit_code", EXIT_ERROR)
     except KeyboardInterrupt:
         return 130
@@ -9305,8 +9431,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         flush_output()
         return EXIT_OK
     except OSError as error:
-        print(f"orchestrator: {clean_text(os_trouble(error))}", file=sys.stderr)
+        _complain(args, os_trouble(error))
         return EXIT_ERROR
+
+
+def _complain(args: argparse.Namespace | None, text: str) -> None:
+    """Tell an error that ends the command, in the form that was asked for."""
+    if args is not None and args.log_format == "json":
+        log().error("%s", text)
+        return
+    line = f"orchestrator: {clean_text(text)}"
+    print(tint(line) if args and coloured(args, sys.stderr) else line, file=sys.stderr)
 
 
 def _make_output_safe() -> None:

@@ -218,7 +218,7 @@ def test_init_makes_and_commits_exactly_two_files(bare: Path, cli: Cli) -> None:
         "made orchestrator.toml",
         "made BACKLOG.yaml",
         f"committed them as {commit}",
-        'Next: python3 orchestrator.py add "What shall be done", then python3 orchestrator.py run',
+        f'Next: python3 orchestrator.py --root {bare} add "What shall be done", then python3 orchestrator.py --root {bare} run',
     ]
     assert done.err == ""
     assert git(bare, "show", "--format=%s", "--name-only", "HEAD").split("\n") == [
@@ -499,7 +499,7 @@ def test_impossible_unblocks_change_nothing(project: Any, here: Cli, argv: list[
 
 def test_status_of_an_empty_backlog(here: Cli) -> None:
     assert here("status").out == "No items.\n"
-    assert json.loads(here("status", "--json").out) == {"version": 1, "counts": {}, "items": [], "salvage": []}
+    assert json.loads(here("status", "--json").out) == {"schema": 1, "counts": {}, "items": [], "salvage": []}
 
 
 def test_d52_status_table(project: Any, here: Cli) -> None:
@@ -523,7 +523,7 @@ def test_d52_status_table(project: Any, here: Cli) -> None:
 def test_status_json_has_every_key_of_every_item(project: Any, here: Cli) -> None:
     project.backlog("WRK-001 new", "WRK-002 blocked blocked_reason=Unclear tags=[a] size=small priority=7")
     got = json.loads(here("status", "--json").out)
-    assert (got["version"], got["counts"]) == (1, {"blocked": 1, "new": 1})
+    assert (got["schema"], got["counts"]) == (1, {"blocked": 1, "new": 1})
     assert [row["id"] for row in got["items"]] == ["WRK-002", "WRK-001"]
     keys = {
         "id", "title", "status", "phase", "phase_pool", "pipeline", "size", "complexity", "risk", "impact", "priority",
@@ -571,8 +571,8 @@ def test_show_tells_everything_with_documents_and_commits(project: Any, here: Cl
     assert re.search(r"\nHistory:\n  [0-9a-f]{10} \[WRK-001\]\[plan\] plan done\n", text)
     assert text.endswith("\nDocuments:\n  changes/WRK-001_item-wrk-001/PLAN.md\n")
     got = json.loads(here("show", "WRK-001", "--json").out)
-    assert set(got) == {"version", "item", "documents", "commits", "salvage"}
-    assert (got["version"], got["item"]["id"], got["documents"]) == (1, "WRK-001", ["changes/WRK-001_item-wrk-001/PLAN.md"])
+    assert set(got) == {"schema", "item", "documents", "commits", "salvage"}
+    assert (got["schema"], got["item"]["id"], got["documents"]) == (1, "WRK-001", ["changes/WRK-001_item-wrk-001/PLAN.md"])
     assert [subject for _, subject in got["commits"]] == ["[WRK-001][plan] plan done"]
     assert json.loads(here("show", "WRK-0011", "--json").out)["commits"] == []
 
@@ -592,7 +592,7 @@ def test_show_on_an_unborn_branch(tmp_path: Path, cli: Cli) -> None:
 def test_check_of_a_sound_project(here: Cli) -> None:
     assert here("check").out.splitlines()[-1] == "ready to run"
     got = json.loads(here("check", "--json").out)
-    assert (got["version"], got["problems"]) == (1, [])
+    assert (got["schema"], got["problems"]) == (1, [])
 
 
 def test_check_names_all_problems_each_with_its_remedy(project: Any, here: Cli) -> None:
@@ -644,7 +644,7 @@ def test_dry_run_says_what_would_start_and_why_the_rest_would_not(project: Any, 
     assert [line.split(maxsplit=1)[0] for line in text.splitlines() if line.startswith("  ")] == ["WRK-001", "WRK-003", "WRK-002", "WRK-004"]
     assert text.endswith("\nNothing was started and nothing was written.\n")
     got = json.loads(here("run", "--dry-run", "--json").out)
-    assert got["version"] == 1
+    assert got["schema"] == 1
     assert [(row["id"], row["starts"]) for row in got["items"]] == [("WRK-001", True), ("WRK-003", False), ("WRK-002", False), ("WRK-004", False)]
     assert {frozenset(row) for row in got["items"]} == {frozenset({"id", "title", "starts", "text"})}
 
@@ -675,7 +675,7 @@ def test_bad_targets_are_usage_errors(project: Any, here: Cli, command: str, dry
 
 
 SUMMARY_KEYS = {
-    "version", "run_id", "halt_reason", "detail", "exit_code", "phases", "cap", "seconds", "completed", "blocked",
+    "schema", "run_id", "halt_reason", "detail", "exit_code", "phases", "cap", "seconds", "completed", "blocked",
     "follow_ups", "merged", "cost_usd", "input_tokens", "output_tokens", "spent", "filters", "targets",
     "state_commit", "warnings", "counts", "next",
 }
@@ -689,7 +689,7 @@ def test_run_json_is_the_only_thing_on_stdout(project: Any) -> None:
     done = project.run("run", "--json", "--log-format", "json")
     got = json.loads(done.stdout)
     assert set(got) == SUMMARY_KEYS
-    assert (got["version"], got["halt_reason"], got["exit_code"]) == (1, "AllDoneOrBlocked", 0)
+    assert (got["schema"], got["halt_reason"], got["exit_code"]) == (1, "AllDoneOrBlocked", 0)
     assert got["completed"] == [{"id": "WRK-001", "title": "Item WRK-001"}]
     for line in done.stderr.splitlines():
         assert set(json.loads(line)) == {"time", "level", "message"}

@@ -98,7 +98,7 @@ def test_no_exception_is_swallowed_without_a_name(name: str) -> None:
 
 
 PURE = ("Config", "Decisions (pure)", "Texts (pure)")
-PURE_IMPORTS = {"difflib", "fnmatch", "heapq", "itertools", "json", "math", "re", "shlex", "string", "textwrap", "tomllib", "unicodedata"}
+PURE_IMPORTS = {"difflib", "fnmatch", "functools", "heapq", "itertools", "json", "math", "re", "shlex", "string", "textwrap", "tomllib", "unicodedata"}
 IMPURE_MODULES = {"asyncio", "os", "signal", "subprocess", "sys", "time"}
 IMPURE_NAMES = {"Repo", "Store", "input", "log", "open", "print", "utc_now"}
 IMPURE_METHODS = {

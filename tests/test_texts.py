@@ -666,7 +666,7 @@ def test_the_status_for_machines() -> None:
     )
     status = status_json(backlog)
     assert json.loads(json.dumps(status)) == status
-    assert status["version"] == 1
+    assert status["schema"] == 1
     assert status["counts"] == {"blocked": 1, "new": 1}
     blocked, new = status["items"]  # type: ignore[misc]
     assert new == {
@@ -779,7 +779,7 @@ def test_d21_the_plan_of_a_filter_still_judges_dependencies_on_the_whole_backlog
 def test_the_plan_for_machines() -> None:
     plan = orchestrator.plan_json(make_backlog(make_item("WRK-001", "ready")), make_config())
     assert plan == {
-        "version": 1,
+        "schema": 1,
         "items": [
             {"id": "WRK-001", "title": "Title of WRK-001", "starts": True, "text": "starts: ready → in_progress, then prd"}
         ],
@@ -880,7 +880,7 @@ def test_the_summary_for_machines() -> None:
     summary = summary_json(facts)
     assert json.loads(json.dumps(summary)) == summary
     assert summary == {
-        "version": 1, "run_id": "run-1", "halt_reason": "AllDoneOrBlocked", "detail": "", "exit_code": 0, "phases": 7,
+        "schema": 1, "run_id": "run-1", "halt_reason": "AllDoneOrBlocked", "detail": "", "exit_code": 0, "phases": 7,
         "cap": 100, "seconds": 4325, "completed": [{"id": "WRK-001", "title": "Login"}],
         "blocked": [{"id": "WRK-003", "title": "Big", "reason": "the guardrails are exceeded"}],
         "follow_ups": ["WRK-004"], "merged": ["WRK-000"], "cost_usd": 4.2, "input_tokens": 120_000,
