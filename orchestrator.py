@@ -1101,6 +1101,7 @@ def _toml_text(text: str) -> str:
 
 # ==== 4. Decisions (pure) =========================================================================
 
+PLAN_TIME = datetime.fromtimestamp(0, UTC)  # for what is only played through, and never written
 IMPACT_ORDER = {"high": 0, "medium": 1, "low": 2}  # anything else sorts behind
 
 # What the operator may have edited while a phase ran, although it is for us to set. `attempts` and
@@ -3203,6 +3204,75 @@ def status_json(
     return {"schema": 1, "counts": _count_by_status(items), "items": rows}
 
 
+class Graph(NamedTuple):
+    """What waits for what among the items that are not done."""
+
+    items: tuple[Item, ...]
+    edges: tuple[tuple[str, str], ...]  # (what has to be done first, what waits for it)
+    cycles: tuple[tuple[str, ...], ...]  # closed paths A, B, A; none of these can ever start
+
+
+def dependency_graph(backlog: Backlog, only: Container[str] | None = None) -> Graph:
+    """The graph of the items in `only` (ids; None: all) and of what these wait for."""
+    items = backlog.items
+    needs = {id: unmet_dependencies(items, item) for id, item in items.items()}
+    to_do = deque(id for id in items if (only is None or id in only) and _is_open(items, id))
+    reached: set[str] = set()
+    while to_do:
+        item_id = to_do.popleft()
+        if item_id not in reached:
+            reached.add(item_id)
+            to_do += needs[item_id]
+    shown = [item for item_id, item in items.items() if item_id in reached]
+    edges = [(need, item["id"]) for item in shown for need in needs[item["id"]]]
+    cycles = [tuple(cycle) for cycle in dependency_cycles(items) if cycle[0] in reached]
+    return Graph(tuple(shown), tuple(edges), tuple(cycles))
+
+
+GRAPH_STYLES: Mapping[str, str] = {
+    "blocked": "fill:#fdd,stroke:#c00",
+    "in_progress": "fill:#dfd,stroke:#080",
+    "cycle": "stroke:#c00,stroke-width:3px",
+}
+
+
+def render_graph(graph: Graph) -> str:
+    """The graph as Mermaid (flowchart), with the waiting items and cycles as comments on top."""
+    names = {item["id"]: f"n{number}" for number, item in enumerate(graph.items, 1)}
+    caught = {item_id for cycle in graph.cycles for item_id in cycle}
+    lines = [f"%% cycle, none of these can start: {' → '.join(cycle)}" for cycle in graph.cycles]
+    for item in graph.items:
+        if needs := [need for need, waiting in graph.edges if waiting == item["id"]]:
+            lines.append(f"%% {item['id']} waits for {', '.join(needs)}")
+    lines.append("flowchart LR")
+    for item in graph.items:
+        kind = "cycle" if item["id"] in caught else item["status"]
+        style = f":::{kind}" if kind in GRAPH_STYLES else ""
+        phase = f" {item['phase']}" if item.get("phase") else ""
+        label = f"{item['id']} {one_line(item['title'], 60)}<br/>{item['status']}{phase}"
+        lines.append(f'  {names[item["id"]]}["{_mermaid_text(label)}"]{style}')
+    lines += [f"  {names[need]} --> {names[waiting]}" for need, waiting in graph.edges]
+    lines += [f"  classDef {kind} {style}" for kind, style in GRAPH_STYLES.items()]
+    return "\n".join(lines)
+
+
+def _mermaid_text(text: str) -> str:
+    """Text inside of a quoted label: Mermaid's own entities for what would end or restyle it."""
+    text = re.sub(r"<(?!br/>)", "#lt;", text.replace("#", "#35;").replace("&", "#amp;"))
+    return re.sub(r"(?<!br/)>", "#gt;", text).replace('"', "#quot;").replace("`", "#96;")
+
+
+def graph_json(graph: Graph) -> dict[str, object]:
+    """`status --graph --json`; see JSON_FORMS."""
+    keys = ("id", "title", "status")
+    return {
+        "schema": 1,
+        "items": [{key: item.get(key) for key in keys} for item in graph.items],
+        "edges": [{"needs": need, "waiting": waiting} for need, waiting in graph.edges],
+        "cycles": [list(cycle) for cycle in graph.cycles],
+    }
+
+
 def render_item(item: Item, history: Sequence[str] = ()) -> str:
     """Everything about one item, for `show`; `history` are lines about its commits."""
     lines = [f"{one_line(item['id'])}  {one_line(item['title'])}", ""]
@@ -3261,11 +3331,12 @@ def _indented_text(label: str, text: str) -> list[str]:
 
 
 class PlanRow(NamedTuple):
-    """What the next turn does with an item, or why it does nothing."""
+    """One phase that a run would do, or one item with which it would do nothing (more), and why."""
 
     item_id: str
     title: str
-    runs: bool
+    turn: int  # phases of one turn run side by side; 0: nothing is done
+    phase: str
     text: str
 
 
@@ -3275,54 +3346,91 @@ def plan_rows(
     targets: Sequence[str] = (),
     filters: Sequence[Filter] = (),
     *,
+    cap: int,
     auto_advance: bool = False,
     only_triage: bool = False,
 ) -> list[PlanRow]:
-    """The plan of `run --dry-run`: what would start first, in order, then why the others would not.
+    """The plan of `run --dry-run`: the phases in order, then why the other items do not move.
 
-    Items that `targets` or `filters` leave out are listed as such, done ones not at all; `triage`
-    has no word for those that are not new.
+    Played through with the run's own decisions, as if every phase succeeded and took equally long.
+    What comes after a triage is for the triage to say. Items that `targets` or `filters` leave out
+    are listed as such, done ones not at all; `triage` has no word for those that are not new.
     """
-    items = backlog.items
-    only = {id for id, item in items.items() if matches(item, filters)} if filters else None
-    finished = ("done", "blocked") if auto_advance else ("done",)
-    left = [id for id in targets if id in items and items[id]["status"] not in finished]
-    actions: Sequence[Action] = ()
-    if only_triage:
-        new = to_triage(items, targets, only)
-        actions = select_actions(backlog, {}, config, only=new)
-    elif left or not targets:
-        target = left[0] if left else None
-        actions = select_actions(backlog, {}, config, only=only, target=target)
-    chosen = {action.item_id for action in actions}
-    rest = [i for i in items.values() if i["id"] not in chosen and i["status"] != "done"]
+    draft, rows, triaged = Draft(backlog), list[PlanRow](), set[str]()
+    only = {id for id, item in backlog.items.items() if matches(item, filters)}
+    while len(rows) < cap:
+        now = draft.backlog()
+        left = only - triaged
+        actions = _planned_actions(now, config, targets, left, auto_advance, only_triage)
+        if not actions:
+            break
+        turn = rows[-1].turn + 1 if rows else 1
+        for action in actions:
+            if isinstance(action, Promote):
+                promote(draft, action.item_id, config, PLAN_TIME)
+            elif len(rows) < cap:
+                rows.append(_planned_row(action, draft.item(action.item_id), turn, config))
+                triaged |= {action.item_id} if action.pool == TRIAGE else set()
+                _play(draft, action, config)
+    wanted = targets if targets else only
+    ended = draft.backlog()
+    rest = [i for i in ended.items.values() if i["id"] not in triaged and i["status"] != "done"]
     if only_triage:
         rest = [item for item in rest if item["status"] == "new"]
-    wanted = targets if targets else only
-    return [
-        *(_start_row(action, items[action.item_id], config) for action in actions),
-        *(_idle_row(item, backlog, config, wanted) for item in status_order(rest)),
+    started = {row.item_id for row in rows}
+    used_up = len(rows) >= cap
+    return rows + [
+        _idle_row(item, ended, config, wanted, started, used_up) for item in status_order(rest)
     ]
 
 
-def _start_row(action: Action, item: Item, config: Config) -> PlanRow:
-    return PlanRow(item["id"], item["title"], True, _action_text(action, item, config))
+def _planned_actions(
+    backlog: Backlog,
+    config: Config,
+    targets: Sequence[str],
+    only: Collection[str],
+    auto_advance: bool,
+    only_triage: bool,
+) -> Sequence[Action]:
+    if only_triage:
+        only = to_triage(backlog.items, targets, only)
+    elif targets:
+        target = next_target(targets, backlog.items, (), auto_advance)
+        if target is None:
+            return ()
+        return select_actions(backlog, {}, config, only=only, target=target)
+    return select_actions(backlog, {}, config, only=only)
+
+
+def _planned_row(task: Task, item: Item, turn: int, config: Config) -> PlanRow:
+    text = phase_position(pipeline_of(config, item), task)
+    return PlanRow(item["id"], item["title"], turn, task.name, text)
+
+
+def _play(draft: Draft, task: Task, config: Config) -> None:
+    """Let a phase have succeeded; a triage leaves the item as it is."""
+    if task.pool != TRIAGE:
+        result = PhaseResult(task.item_id, task.name, "phase_complete", "planned")
+        item = draft.item(task.item_id)
+        _apply_phase(draft, task, item, result, config, PLAN_TIME, None)
 
 
 def _idle_row(
-    item: Item, backlog: Backlog, config: Config, wanted: Container[str] | None
+    item: Item,
+    backlog: Backlog,
+    config: Config,
+    wanted: Container[str],
+    started: Container[str],
+    used_up: bool,
 ) -> PlanRow:
-    outside = wanted is not None and item["id"] not in wanted
-    why = "left out by --target or --only" if outside else _idle_text(item, backlog, config)
-    return PlanRow(item["id"], item["title"], False, why)
-
-
-def _action_text(action: Action, item: Item, config: Config) -> str:
-    pipeline = pipeline_of(config, item)
-    if isinstance(action, Promote):
-        first = pipeline.phases[0].name if pipeline and pipeline.phases else "its first phase"
-        return f"starts: ready → in_progress, then {first}"
-    return f"runs {phase_position(pipeline, action)}"
+    if item["id"] not in wanted:
+        why = "left out by --target or --only"
+    elif item["status"] == "blocked" or not used_up:
+        why = _idle_text(item, backlog, config)
+    else:
+        why = "later: the limit of phases for one run is used up"
+    text = f"then {why}" if item["id"] in started else why
+    return PlanRow(item["id"], item["title"], 0, "", text)
 
 
 def _idle_text(item: Item, backlog: Backlog, config: Config) -> str:
@@ -3343,48 +3451,47 @@ def _slots_text(config: Config) -> str:
     return f"max_concurrent = {number}, and a phase that changes code runs alone"
 
 
-def render_plan(
-    backlog: Backlog,
-    config: Config,
-    targets: Sequence[str] = (),
-    filters: Sequence[Filter] = (),
-    *,
-    auto_advance: bool = False,
-    only_triage: bool = False,
-) -> str:
-    """`run --dry-run` for people; see `plan_rows`."""
-    rows = plan_rows(
-        backlog, config, targets, filters, auto_advance=auto_advance, only_triage=only_triage
-    )
-    first = [_plan_line(row) for row in rows if row.runs]
-    rest = [_plan_line(row) for row in rows if not row.runs]
-    lines = ["Would start now:", *first] if first else ["Nothing would start."]
-    lines += ["", "Would not start now:", *rest] if rest else []
+def render_plan(rows: Sequence[PlanRow], width: int = WHOLE_LINES) -> str:
+    """`run --dry-run` for people; see `plan_rows`. One line for phases that follow one another."""
+    lines = ["Would run, if every phase succeeds:"]
+    for _, group in itertools.groupby((row for row in rows if row.turn), lambda r: r.item_id):
+        same = list(group)
+        phases = " → ".join(row.phase for row in same)
+        lines += _plan_line(f"{same[0].turn:4}. ", same[0], phases, width)
+    if len(lines) == 1:
+        lines = ["Nothing would start."]
+    rest = [row for row in rows if not row.turn]
+    lines += ["", "Would not run:"] if rest else []
+    for row in rest:
+        lines += _plan_line("  ", row, row.text, width)
     return "\n".join([*lines, "", "Nothing was started and nothing was written."])
 
 
-def _plan_line(row: PlanRow) -> str:
-    return f"  {one_line(row.item_id):12} {fit(row.title, 36)} {one_line(row.text, 200)}"
+def _plan_line(lead: str, row: PlanRow, text: str, width: int) -> list[str]:
+    """An item and what is to be said of it, below it where there is no room beside it."""
+    item = f"{lead}{one_line(row.item_id):10} {fit(row.title, 30)}"
+    text = one_line(text, 400)
+    if cell_width(item) + 1 + cell_width(text) <= width:
+        return [f"{item} {text}"]
+    return [item.rstrip(), *_wrapped(" " * (len(lead) + 2) + text, width)]
 
 
-def plan_json(
-    backlog: Backlog,
-    config: Config,
-    targets: Sequence[str] = (),
-    filters: Sequence[Filter] = (),
-    *,
-    auto_advance: bool = False,
-    only_triage: bool = False,
-) -> dict[str, object]:
-    """`run --dry-run --json`: {"schema": 1, "items": [{id, title, starts, text}, …]}, in order."""
-    rows = plan_rows(
-        backlog, config, targets, filters, auto_advance=auto_advance, only_triage=only_triage
-    )
-    items = [
-        {"id": row.item_id, "title": row.title, "starts": row.runs, "text": row.text}
-        for row in rows
-    ]
-    return {"schema": 1, "items": items}
+def plan_json(rows: Sequence[PlanRow]) -> dict[str, object]:
+    """`run --dry-run --json`; see JSON_FORMS."""
+    return {
+        "schema": 1,
+        "items": [
+            {
+                "id": row.item_id,
+                "title": row.title,
+                "runs": bool(row.turn),
+                "turn": row.turn or None,
+                "phase": row.phase or None,
+                "text": row.text,
+            }
+            for row in rows
+        ],
+    }
 
 
 # -- decisions in history --------------------------------------------------------------------------
@@ -7976,7 +8083,7 @@ def cmd_run(args: argparse.Namespace) -> int:
     space = open_workspace(args.root, args.config)
     options = run_options(args, space)
     if args.dry_run:
-        return _dry_run(space, options, as_json=args.json)
+        return _dry_run(space, options, args)
     if options.targets:
         backlog = space.store.look()
         for target in options.targets:
@@ -8130,21 +8237,24 @@ def _notify(config: Config, facts: SummaryFacts) -> None:
         log().warning("notify.command exited with %d: %s", done.returncode, tail)
 
 
-def _dry_run(space: Workspace, options: RunOptions, *, as_json: bool) -> int:
+def _dry_run(space: Workspace, options: RunOptions, args: argparse.Namespace) -> int:
     """Say what a run would do; writes nothing."""
     backlog = space.store.look()
     for target in options.targets:
         _item(backlog, target)
-    render = plan_json if as_json else render_plan
-    plan = render(
+    rows = plan_rows(
         backlog,
         space.config,
         options.targets,
         options.filters,
+        cap=options.cap,
         auto_advance=options.auto_advance,
         only_triage=options.only_triage,
     )
-    print(plan if isinstance(plan, str) else _dumps(plan))
+    if args.json:
+        print(_dumps(plan_json(rows)))
+    else:
+        say(args, render_plan(rows, output_width(sys.stdout)))
     return EXIT_OK
 
 
@@ -8153,13 +8263,17 @@ def cmd_status(args: argparse.Namespace) -> int:
     backlog = space.store.look()
     filters = filters_of(args)
     only = {id for id, item in backlog.items.items() if matches(item, filters)} if filters else None
+    if args.graph:
+        graph = dependency_graph(backlog, only)
+        print(_dumps(graph_json(graph)) if args.json else render_graph(graph))
+        return EXIT_OK
     kept = salvages(space.repo, backlog, space.config.prefix)
     if args.json:
         told = status_json(backlog, only, item_costs(space))
         print(_dumps({**told, "salvage": salvage_json(kept)}))
     else:
         shown = [one for one in kept if only is None or one.item in map(safe_name, only)]
-        print(render_status(backlog, only), *render_salvage(shown), sep="\n")
+        say(args, "\n".join([render_status(backlog, only), *render_salvage(shown)]))
     return EXIT_OK
 
 
@@ -8182,14 +8296,14 @@ def cmd_show(args: argparse.Namespace) -> int:
     documents = _documents(item_folder(space.repo.root, item), space.repo.root)
     commits = commits_of(space.repo, args.id)
     if args.json:
-        facts = {"item": item, "documents": documents, "commits": commits}
+        rows = [{"commit": commit, "subject": subject} for commit, subject in commits]
+        facts = {"item": item, "documents": documents, "commits": rows}
         print(_dumps({"schema": 1, **facts, "salvage": salvage_json(kept)}))
         return EXIT_OK
-    print(render_item(item, [f"{commit[:10]} {subject}" for commit, subject in commits]))
+    lines = [render_item(item, [f"{commit[:10]} {subject}" for commit, subject in commits])]
     if documents:
-        print("\nDocuments:", *documents, sep="\n  ")
-    if kept:
-        print(*render_salvage(kept), sep="\n")
+        lines += ["", "Documents:", *(f"  {one_line(path)}" for path in documents)]
+    say(args, "\n".join([*lines, *render_salvage(kept)]))
     return EXIT_OK
 
 
@@ -8440,7 +8554,7 @@ def cmd_check(args: argparse.Namespace) -> int:
     probes = probe_agents(space.config, space.repo.root) if args.probe else []
     found += [probe.problem for probe in probes if probe.problem]
     problems = list(dict.fromkeys(found))  # both look at HEAD
-    remarks = space.repo.remarks(space.store.path)
+    remarks = [text for look in REMARKS for text in look(space)]
     kept = salvages(space.repo, backlog, space.config.prefix)
     pruned = [one for one in kept if one.finished] if args.prune else []
     space.repo.drop_refs(one.ref for one in pruned)
@@ -8451,15 +8565,15 @@ def cmd_check(args: argparse.Namespace) -> int:
         asked = {"probes": [probe.as_json() for probe in probes]}
         print(_dumps({"schema": 1, **facts, **refs, **asked}))
         return EXIT_ERROR if problems else EXIT_OK
-    for one in pruned:
-        print(f"removed {one.ref}: `git update-ref {one.ref} {one.commit}` brings it back")
-    for probe in probes:
-        print(probe.line())
-    for problem in problems:
-        print(f"problem: {problem.what}\n  {problem.remedy}")
-    for remark in (*remarks, *_salvage_remarks(kept)):
-        print(f"note: {remark}")
-    print(f"{len(problems)} problem(s)" if problems else "ready to run")
+    lines = [
+        f"removed {one.ref}: `git update-ref {one.ref} {one.commit}` brings it back"
+        for one in pruned
+    ]
+    lines += [probe.line() for probe in probes]
+    lines += [f"problem: {problem.what}\n  {problem.remedy}" for problem in problems]
+    lines += [f"note: {remark}" for remark in (*remarks, *_salvage_remarks(kept))]
+    lines.append(plural(len(problems), "problem") if problems else "ready to run")
+    say(args, "\n".join(lines))
     return EXIT_ERROR if problems else EXIT_OK
 
 
@@ -8469,6 +8583,53 @@ def _salvage_remarks(kept: Sequence[Salvage]) -> list[str]:
         whose = "belongs to a finished item" if finished == 1 else "belong to finished items"
         texts.append(f"{finished} of these {whose}; `{PROGRAM} check --prune` removes such refs")
     return texts
+
+
+def _git_remarks(space: Workspace) -> Iterable[str]:
+    return space.repo.remarks(space.store.path)
+
+
+def _orphaned_folders(space: Workspace) -> Iterator[str]:
+    """Folders of documents that belong to no item, neither an open one nor one that is done."""
+    backlog = space.store.backlog
+    issued = IssuedIds(space.config.prefix, backlog.items, backlog.next_item_id)
+    for folder in sorted((space.repo.root / CHANGES_DIR).glob("*/")):
+        item_id = folder.name.partition("_")[0]
+        if item_id not in backlog.items and item_id not in issued:
+            path = f"{CHANGES_DIR}/{one_line(folder.name)}/"
+            yield f"{path} belongs to no item that ever was; move it away or rename it"
+
+
+def _leftover_refs(space: Workspace) -> Iterator[str]:
+    """Refs of runs that are over; what an unfinished or active run needs is none."""
+    last = Journal.read(space.journal_path)
+    kept = "" if last is None or last.settled else last.run_id
+    runs: dict[str, int] = {}
+    for ref in space.repo.refs("refs/orchestrator/snapshots/"):
+        run_id = ref.split("/")[3]
+        runs[run_id] = runs.get(run_id, 0) + (run_id != kept)
+    for run_id, count in runs.items():
+        if count:
+            refs = f"refs/orchestrator/snapshots/{run_id}"
+            yield (
+                f"{plural(count, 'snapshot')} of run {run_id}, which is over, under {refs}/; to"
+                f" drop them: git for-each-ref --format='delete %(refname)' {refs} | git update-ref"
+                " --stdin"
+            )
+    parked = space.repo.parked(space.store.path)
+    if parked is not None:
+        yield (
+            f"a backlog state is parked on {space.repo.parked_ref} ({parked[0][:10]}); the next run"
+            " takes it up"
+        )
+
+
+# What `check` remarks beside the problems: each looks at one thing and gives lines.
+REMARKS: Sequence[Callable[[Workspace], Iterable[str]]] = (
+    _git_remarks,
+    _orphaned_folders,
+    _leftover_refs,
+)
 
 
 def cmd_stop(args: argparse.Namespace) -> int:
@@ -9179,6 +9340,45 @@ COMMANDS: Mapping[str, Callable[[argparse.Namespace], int]] = {
 }
 
 
+# What `--json` prints, by command. "schema" grows when a key changes its meaning or goes; new keys
+# may come at any time. A value that is not there is null.
+_SALVAGE_FORM = '[{"ref", "item", "phase", "commit", "finished"}]'
+_SPENT_FORM = '"cost_usd", "input_tokens", "output_tokens"'
+JSON_FORMS: Mapping[str, str] = {
+    "status": (
+        '{"schema": 1, "counts": {STATUS: number}, "items": [{"id", "title", "status", "phase",'
+        ' "phase_pool", "pipeline", "size", "complexity", "risk", "impact", "priority", "attempts",'
+        ' "requires_human_review", "guardrail_override", "tags", "dependencies", "waiting_for",'
+        ' "origin", "blocked_reason", "blocked_type", "blocked_from", "description", "created",'
+        f' "updated", {_SPENT_FORM}}}], "salvage": {_SALVAGE_FORM}}};'
+        ' with --graph {"schema": 1, "items": [{"id", "title", "status"}], "edges":'
+        ' [{"needs", "waiting"}], "cycles": [[id]]}'
+    ),
+    "show": (
+        '{"schema": 1, "item": {the keys of the item in BACKLOG.yaml}, "documents": [path],'
+        f' "commits": [{{"commit", "subject"}}], "salvage": {_SALVAGE_FORM}}}, newest commit first'
+    ),
+    "log": (
+        '{"schema": 1, "decisions": [{"commit", "when", "run_id", "subject", "item", "title",'
+        ' "status_from", "phase_from", "status_to", "phase_to", "reason"}]}, oldest first, "" where'
+        ' there is nothing; with --verify also "problems": [{"commit", "item_id", "text"}]'
+    ),
+    "check": (
+        '{"schema": 1, "problems": [{"what", "remedy"}], "remarks": [text],'
+        f' "salvage": {_SALVAGE_FORM}, "pruned": the same, "probes": [{{"agent", "model", "works",'
+        f' "seconds", {_SPENT_FORM}}}]}}'
+    ),
+    "run": (
+        '{"schema": 1, "run_id", "halt_reason" (null: an error), "detail", "exit_code", "phases",'
+        ' "cap", "seconds", "completed": [{"id", "title"}], "blocked": [{"id", "title", "reason"}],'
+        f' "follow_ups": [id], "merged": [id], {_SPENT_FORM}, "spent": [{{"item", "phase",'
+        f' {_SPENT_FORM}}}], "filters", "targets", "state_commit", "warnings": [text],'
+        ' "counts": {STATUS: number}, "next": [{"command", "why"}]};'
+        ' with --dry-run {"schema": 1, "items": [{"id", "title", "runs", "turn", "phase", "text"}]}'
+    ),
+}
+
+
 class Parser(argparse.ArgumentParser):
     """Says what is wrong with a command line in one line, and where to look it up."""
 
@@ -9254,7 +9454,9 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
     def command(name: str, summary: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=summary, description=summary)
+        form = JSON_FORMS.get("run" if name in ("triage", "step") else name)
+        epilog = form and f"--json prints {form}".replace("%", "%%")
+        sub = commands.add_parser(name, help=summary, description=summary, epilog=epilog)
         _global_options(sub, default=False)
         return sub
 
@@ -9280,6 +9482,9 @@ def build_parser() -> argparse.ArgumentParser:
     _start_arguments(step)
     status = command("status", "list the items")
     status.add_argument("--only", action="append", default=[], metavar="KEY=VALUE[,VALUE]")
+    status.add_argument(
+        "--graph", action="store_true", help="what waits for what, and cycles, as a Mermaid chart"
+    )
     status.add_argument("--json", action="store_true")
     show = command("show", "show one item, its documents and commits")
     show.add_argument("id")

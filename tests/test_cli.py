@@ -573,7 +573,7 @@ def test_show_tells_everything_with_documents_and_commits(project: Any, here: Cl
     got = json.loads(here("show", "WRK-001", "--json").out)
     assert set(got) == {"schema", "item", "documents", "commits", "salvage"}
     assert (got["schema"], got["item"]["id"], got["documents"]) == (1, "WRK-001", ["changes/WRK-001_item-wrk-001/PLAN.md"])
-    assert [subject for _, subject in got["commits"]] == ["[WRK-001][plan] plan done"]
+    assert [row["subject"] for row in got["commits"]] == ["[WRK-001][plan] plan done"]
     assert json.loads(here("show", "WRK-0011", "--json").out)["commits"] == []
 
 
@@ -608,7 +608,7 @@ def test_check_names_all_problems_each_with_its_remedy(project: Any, here: Cli) 
     for problem, want in zip(problems, wanted, strict=True):
         assert want in problem
         assert lines[lines.index(problem) + 1].startswith("  ")
-    assert lines[-1] == "5 problem(s)"
+    assert lines[-1] == "5 problems"
     got = json.loads(here("check", "--json", code=1).out)
     assert [set(row) for row in got["problems"]] == [{"what", "remedy"}] * 5
 
@@ -640,19 +640,22 @@ def test_commands_that_only_look_write_nothing(project: Any, here: Cli, argv: li
 
 def test_dry_run_says_what_would_start_and_why_the_rest_would_not(project: Any, here: Cli) -> None:
     project.backlog("WRK-001 ready", "WRK-002 ready", "WRK-003 blocked blocked_reason=Unclear", "WRK-004 new dependencies=[WRK-001]", "WRK-005 done")
-    text = here("run", "--dry-run").out
-    assert [line.split(maxsplit=1)[0] for line in text.splitlines() if line.startswith("  ")] == ["WRK-001", "WRK-003", "WRK-002", "WRK-004"]
+    text = here("run", "--dry-run", "--cap", "2").out
+    assert [line.split()[:2] for line in text.splitlines() if line.startswith("  ")] == [
+        ["1.", "WRK-001"], ["WRK-003", "Item"], ["WRK-002", "Item"], ["WRK-004", "Item"],
+    ]
     assert text.endswith("\nNothing was started and nothing was written.\n")
-    got = json.loads(here("run", "--dry-run", "--json").out)
+    got = json.loads(here("run", "--dry-run", "--cap", "2", "--json").out)
     assert got["schema"] == 1
-    assert [(row["id"], row["starts"]) for row in got["items"]] == [("WRK-001", True), ("WRK-003", False), ("WRK-002", False), ("WRK-004", False)]
-    assert {frozenset(row) for row in got["items"]} == {frozenset({"id", "title", "starts", "text"})}
+    assert [(row["id"], row["phase"]) for row in got["items"]] == [
+        ("WRK-001", "plan"), ("WRK-001", "build"), ("WRK-003", None), ("WRK-002", None), ("WRK-004", None),
+    ]
 
 
 def test_dry_run_of_triage_starts_only_triage(project: Any, here: Cli) -> None:
     project.backlog("WRK-001 ready", "WRK-002 new")
     got = json.loads(here("triage", "--dry-run", "--json").out)
-    assert [row["id"] for row in got["items"] if row["starts"]] == ["WRK-002"]
+    assert [row["id"] for row in got["items"] if row["runs"]] == ["WRK-002"]
 
 
 @pytest.mark.parametrize(("command", "dry"), [("run", []), ("triage", []), ("run", ["--dry-run"])])

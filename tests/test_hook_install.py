@@ -277,7 +277,7 @@ def test_linked_work_trees_share_one_hook(root: Path, hook: Callable[..., str]) 
 
 def test_the_status_as_json(root: Path, hook: Callable[..., str]) -> None:
     path = root / ".git/hooks/pre-commit"
-    assert json.loads(hook("status", "--json")) == {"version": 1, "path": str(path), "state": "absent", "notes": [], "chained": None}
+    assert json.loads(hook("status", "--json")) == {"schema": 1, "path": str(path), "state": "absent", "notes": [], "chained": None}
     put(path, RECORD)
     hook("install")
     found = json.loads(hook("status", "--json"))

@@ -733,56 +733,128 @@ def plan_lines(text: str) -> list[str]:
     return [" ".join(line.split()) for line in text.splitlines()]
 
 
-def test_the_plan_says_what_would_start_and_why_the_rest_would_not() -> None:
-    assert plan_lines(render_plan(plan_backlog(), make_config())) == [
-        "Would start now:",
-        "WRK-001 Title of WRK-001 runs prd (1/4, main)",
+def plan(backlog: Backlog, *, cap: int = 100, config: Config | None = None, **options: Any) -> list[str]:
+    rows = orchestrator.plan_rows(backlog, config or make_config(), cap=cap, **options)
+    return [" ".join(line.split()) for line in render_plan(rows).splitlines()]
+
+
+def test_the_plan_gives_the_phases_in_order_and_why_the_rest_does_not_run() -> None:
+    assert plan(plan_backlog()) == [
+        "Would run, if every phase succeeds:",
+        "1. WRK-001 Title of WRK-001 prd → design → build → review",
+        "5. WRK-005 Title of WRK-005 triage",
+        "6. WRK-002 Title of WRK-002 prd → design → build → review",
         "",
-        "Would not start now:",
+        "Would not run:",
         "WRK-003 Title of WRK-003 blocked: Which size?",
-        "WRK-002 Title of WRK-002 ready; max_wip = 1 lets no further item start yet",
         'WRK-006 Title of WRK-006 its pipeline "odd" is not in orchestrator.toml',
         "WRK-004 Title of WRK-004 waits for WRK-003 (blocked)",
-        "WRK-005 Title of WRK-005 later; max_concurrent = 1, and a phase that changes code runs alone",
         "",
         "Nothing was started and nothing was written.",
     ]
 
 
-def test_the_plan_of_a_promotion() -> None:
-    plan = plan_lines(render_plan(make_backlog(make_item("WRK-001", "ready")), make_config()))
-    assert plan[:2] == ["Would start now:", "WRK-001 Title of WRK-001 starts: ready → in_progress, then prd"]
+def test_the_plan_lets_an_item_run_once_what_it_waits_for_is_done() -> None:
+    backlog = make_backlog(make_item("WRK-001", "new", dependencies=["WRK-002"]), make_item("WRK-002", "ready"))
+    assert plan(backlog)[1:3] == ["1. WRK-002 Title of WRK-002 prd → design → build → review", "5. WRK-001 Title of WRK-001 triage"]
 
 
-def test_the_plan_of_targets_starts_with_the_first_that_is_not_done() -> None:
-    plan = plan_lines(render_plan(plan_backlog(), make_config(), targets=("WRK-007", "WRK-005", "WRK-001")))
-    assert plan[:2] == ["Would start now:", "WRK-005 Title of WRK-005 runs triage"]
-    assert "WRK-002 Title of WRK-002 left out by --target or --only" in plan
+def test_phases_of_one_turn_have_one_number() -> None:
+    config = make_config()
+    config = config._replace(execution=config.execution._replace(max_concurrent=2))
+    both = plan(make_backlog(make_item("WRK-001", "new"), make_item("WRK-002", "new")), config=config)
+    assert both[1:3] == ["1. WRK-001 Title of WRK-001 triage", "1. WRK-002 Title of WRK-002 triage"]
+
+
+def test_the_plan_ends_with_the_cap_and_foresees_the_guardrails() -> None:
+    risky = make_item("WRK-002", "ready", risk="high")
+    text = plan(make_backlog(make_item("WRK-001", "in_progress", phase="prd"), risky), cap=2)
+    assert text[:2] == ["Would run, if every phase succeeds:", "1. WRK-001 Title of WRK-001 prd → design"]
+    assert text[4:6] == [
+        "WRK-001 Title of WRK-001 then later: the limit of phases for one run is used up",
+        "WRK-002 Title of WRK-002 later: the limit of phases for one run is used up",
+    ]
+    (line,) = [line for line in plan(make_backlog(risky)) if line.startswith("WRK-002")]
+    assert line.startswith("WRK-002 Title of WRK-002 blocked: the guardrails are exceeded by risk high (limit low)")
+    assert plan(make_backlog(risky), cap=0)[0] == "Nothing would start."
+
+
+def test_the_plan_of_targets_takes_them_in_order() -> None:
+    text = plan(plan_backlog(), targets=("WRK-007", "WRK-001", "WRK-005"))
+    assert text[1:3] == ["1. WRK-001 Title of WRK-001 prd → design → build → review", "5. WRK-005 Title of WRK-005 triage"]
+    assert "WRK-002 Title of WRK-002 left out by --target or --only" in text
 
 
 def test_the_plan_of_a_blocked_target() -> None:
     targets = ("WRK-003", "WRK-005")
-    assert render_plan(plan_backlog(), make_config(), targets=targets).startswith("Nothing would start.")
-    plan = plan_lines(render_plan(plan_backlog(), make_config(), targets=targets, auto_advance=True))
-    assert plan[1] == "WRK-005 Title of WRK-005 runs triage"
-    done = render_plan(plan_backlog(), make_config(), targets=("WRK-007",))
-    assert done.startswith("Nothing would start.")
+    assert plan(plan_backlog(), targets=targets)[0] == "Nothing would start."
+    assert plan(plan_backlog(), targets=targets, auto_advance=True)[1] == "1. WRK-005 Title of WRK-005 triage"
+    assert plan(plan_backlog(), targets=("WRK-007",))[0] == "Nothing would start."
 
 
 def test_d21_the_plan_of_a_filter_still_judges_dependencies_on_the_whole_backlog() -> None:
-    plan = plan_lines(render_plan(plan_backlog(), make_config(), filters=[parse_filter("status=new")]))
-    assert plan[:2] == ["Would start now:", "WRK-005 Title of WRK-005 runs triage"]
-    assert "WRK-004 Title of WRK-004 waits for WRK-003 (blocked)" in plan
-    assert "WRK-001 Title of WRK-001 left out by --target or --only" in plan
+    text = plan(plan_backlog(), filters=[parse_filter("status=new")])
+    assert text[:2] == ["Would run, if every phase succeeds:", "1. WRK-005 Title of WRK-005 triage"]
+    assert "WRK-004 Title of WRK-004 waits for WRK-003 (blocked)" in text
+    assert "WRK-001 Title of WRK-001 left out by --target or --only" in text
+
+
+def test_the_plan_puts_below_an_item_what_has_no_room_beside_it() -> None:
+    rows = orchestrator.plan_rows(plan_backlog(), make_config(), cap=100)
+    text = render_plan(rows, 60)
+    assert max(map(len, text.splitlines())) <= 60
+    assert "   1. WRK-001    Title of WRK-001\n        prd → design → build → review\n" in text
 
 
 def test_the_plan_for_machines() -> None:
-    plan = orchestrator.plan_json(make_backlog(make_item("WRK-001", "ready")), make_config())
-    assert plan == {
+    rows = orchestrator.plan_rows(make_backlog(make_item("WRK-001", "ready"), make_item("WRK-002", "blocked")), make_config(), cap=1)
+    assert orchestrator.plan_json(rows) == {
         "schema": 1,
         "items": [
-            {"id": "WRK-001", "title": "Title of WRK-001", "starts": True, "text": "starts: ready → in_progress, then prd"}
+            {"id": "WRK-001", "title": "Title of WRK-001", "runs": True, "turn": 1, "phase": "prd", "text": "prd (1/4, main)"},
+            {"id": "WRK-001", "title": "Title of WRK-001", "runs": False, "turn": None, "phase": None,
+             "text": "then later: the limit of phases for one run is used up"},
+            {"id": "WRK-002", "title": "Title of WRK-002", "runs": False, "turn": None, "phase": None, "text": "blocked: no reason recorded"},
         ],
+    }
+
+
+# -- the graph -------------------------------------------------------------------------------------
+
+
+def test_the_graph_is_mermaid_with_cycles_and_what_waits_for_what() -> None:
+    backlog = make_backlog(
+        make_item("A-1", "in_progress", phase="prd", title='Say "x" #1 <b>'),
+        make_item("A-2", "new", dependencies=["A-1", "A-4", "A-9"]),
+        make_item("A-3", "blocked", dependencies=["A-5"]),
+        make_item("A-4", "done"),
+        make_item("A-5", "new", dependencies=["A-3"]),
+    )
+    graph = orchestrator.dependency_graph(backlog)
+    styles = [f"  classDef {kind} {style}" for kind, style in orchestrator.GRAPH_STYLES.items()]
+    assert orchestrator.render_graph(graph).splitlines() == [
+        "%% cycle, none of these can start: A-3 → A-5 → A-3",
+        "%% A-2 waits for A-1",
+        "%% A-3 waits for A-5",
+        "%% A-5 waits for A-3",
+        "flowchart LR",
+        '  n1["A-1 Say #quot;x#quot; #35;1 #lt;b#gt;<br/>in_progress prd"]:::in_progress',
+        '  n2["A-2 Title of A-2<br/>new"]',
+        '  n3["A-3 Title of A-3<br/>blocked"]:::cycle',
+        '  n4["A-5 Title of A-5<br/>new"]:::cycle',
+        "  n1 --> n2",
+        "  n4 --> n3",
+        "  n3 --> n4",
+        *styles,
+    ]
+    assert orchestrator.graph_json(orchestrator.dependency_graph(backlog, {"A-2"})) == {
+        "schema": 1,
+        "items": [
+            {"id": "A-1", "title": 'Say "x" #1 <b>', "status": "in_progress"},
+            {"id": "A-2", "title": "Title of A-2", "status": "new"},
+        ],
+        "edges": [{"needs": "A-1", "waiting": "A-2"}],
+        "cycles": [],
     }
 
 
@@ -909,7 +981,7 @@ def test_nothing_in_a_summary_can_paint_on_the_terminal() -> None:
     nasty = "\x1b[2J\x1b]0;x\x07\nHalt: all is well"
     backlog = make_backlog(make_item("WRK-002", "blocked", title=nasty, blocked_reason=nasty))
     facts = some_facts(backlog=backlog, blocked={"WRK-002": nasty}, titles={"WRK-001": nasty}, detail=nasty, warnings=(nasty,), filters=(nasty,))
-    text = "\n".join((render_summary(facts), render_status(backlog), render_plan(backlog, make_config()), render_item(backlog.items["WRK-002"])))
+    text = "\n".join((render_summary(facts), render_status(backlog), render_plan(orchestrator.plan_rows(backlog, make_config(), cap=9)), render_item(backlog.items["WRK-002"])))
     assert "\x1b" not in text
     assert "\x07" not in text
     assert [line for line in text.splitlines() if line.startswith("Halt: all is well")] == []
