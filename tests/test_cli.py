@@ -93,7 +93,7 @@ def git(root: Path, *argv: str) -> str:
 
 
 def test_version(cli: Cli) -> None:
-    assert cli("--version").out == f"orchestrator {orchestrator.__version__}\n"
+    assert cli("--version").out.startswith(f"orchestrator {orchestrator.__version__} (three modules, ")
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])
@@ -528,7 +528,7 @@ def test_status_json_has_every_key_of_every_item(project: Any, here: Cli) -> Non
     keys = {
         "id", "title", "status", "phase", "phase_pool", "pipeline", "size", "complexity", "risk", "impact", "priority",
         "attempts", "requires_human_review", "guardrail_override", "tags", "dependencies", "waiting_for", "origin",
-        "blocked_reason", "blocked_type", "blocked_from", "description", "created", "updated",
+        "blocked_reason", "blocked_type", "blocked_from", "description", "created", "updated", "cost_usd", "input_tokens", "output_tokens",
     }
     assert [set(row) for row in got["items"]] == [keys, keys]
 
