@@ -5113,7 +5113,8 @@ class Watched:
         mark = os.fsencode(self._command.marker)
         for pid in adopted | _below({leader, *adopted}, table):
             start = table[pid].start
-            if self._known.get(pid) != start and mark not in _environment_of(pid):
+            in_exec = not _command_of(pid)  # it shows no environment then; the next look tells
+            if self._known.get(pid) != start and not in_exec and mark not in _environment_of(pid):
                 self._known[pid] = start
                 seen(pid, start)
 
