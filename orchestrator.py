@@ -3750,6 +3750,21 @@ def worklog_costs(texts: Iterable[str]) -> dict[str, Usage]:
     return costs
 
 
+WORKLOG_SUMMARY = re.compile(
+    r"^- \*\*Outcome:\*\* (?:Subphase )?Complete\n- \*\*Summary:\*\* (.*?)(?=\n- \*\*|\Z)",
+    re.MULTILINE | re.DOTALL,
+)
+
+
+def worklog_summary(texts: Sequence[str], item_id: str) -> str | None:
+    """What the item's last completed phase reported, from the worklog's months in order."""
+    for entry in reversed([entry for text in texts for entry in text.split(WORKLOG_RULE)]):
+        head = WORKLOG_HEAD.match(entry.lstrip("\n"))
+        if head and head[1] == item_id and (found := WORKLOG_SUMMARY.search(entry)):
+            return re.sub(r"(?m)^  ", "", found[1]).strip()
+    return None
+
+
 def _usage_in(found: re.Match[str]) -> Usage:
     usd, given, made = found["usd"], found["input"], found["output"]
     return Usage(
@@ -6794,6 +6809,10 @@ class Ledger:
             list(entries.values()), self._message(pending), expect_branch=self.journal.branch
         )
 
+    def worklog(self) -> list[str]:
+        """The texts of the last two months, the older one first."""
+        return [path.read_text(errors="replace") for path in self._worklog_files()]
+
     def _worklog_files(self) -> list[Path]:
         return sorted(self.worklog_dir.glob("[0-9][0-9][0-9][0-9]-[0-9][0-9].md"))[-2:]
 
@@ -7219,7 +7238,6 @@ class Scheduler:
         self.running: dict[str, Running] = {}
         self.workers: set[asyncio.Task[None]] = set()
         self.matched: set[str] = set()  # ids the filters ever matched
-        self.summaries: dict[str, str] = {}  # item → summary of its previous phase
         self.failures: dict[str, str] = {}  # item → why the attempt before an interruption failed
         self.breaker = ""  # why the agent itself cannot work
         self.awake: set[str] = set()  # agents that have begun to work in this run
@@ -7537,25 +7555,15 @@ class Scheduler:
         if result is None or result.result == "failed":
             return failure_text(outcome)
         verdict = await self.coordinator.do(lambda: self.ledger.finish(started, result))
-        if isinstance(verdict, Applied):
-            self._remember(started.task, result, verdict)
-        return verdict
-
-    def _remember(self, task: Task, result: PhaseResult, applied: Applied) -> None:
-        """Keep the summary for the next phase's prompt; a success ends the row of failures."""
-        if applied.state in ("advanced", "again"):
-            self.summaries[task.item_id] = result.summary
-        else:
-            self.summaries.pop(task.item_id, None)
-        if result.result != "blocked":
+        if isinstance(verdict, Applied) and result.result != "blocked":
             self.totals.exhausted_in_a_row = 0
+        return verdict
 
     async def _give_up(
         self, started: Started, attempts: int, failure: str, result: PhaseResult | None
     ) -> Applied:
         reason = f"{started.task.name} failed after {plural(attempts, 'attempt')}: {failure}"
         self.totals.exhausted_in_a_row += 1
-        self.summaries.pop(started.task.item_id, None)
         return await self.coordinator.do(lambda: self.ledger.give_up(started, reason, result))
 
     async def _interrupt(self, started: Started, outcome: AgentOutcome) -> None:
@@ -7633,7 +7641,7 @@ class Scheduler:
             attempts=attempts,
             result_path=result_path(root, task.item_id, task.name, started.token),
             change_dir=started.change_dir,
-            previous_summary=self.summaries.get(task.item_id),
+            previous_summary=worklog_summary(self.ledger.worklog(), task.item_id),
             failure=failure or None,
             salvage_ref=salvaged or self.ledger.last_salvage(task.item_id, task.name),
             documents=_documents(started.change_dir, root),

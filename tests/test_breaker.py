@@ -458,6 +458,34 @@ def test_what_a_phase_cost_is_in_the_worklog_and_in_status(project: Any, claude:
     assert journal(project).spent == {}
 
 
+def test_the_last_completed_phase_is_read_back_from_worklogs() -> None:
+    def entry(item_id: str, outcome: str, summary: str) -> str:
+        text = orchestrator.worklog_entry(datetime.fromtimestamp(NOW, UTC), item_id, "T", "plan", outcome, summary)
+        return orchestrator.worklog_with_cost(text, orchestrator.Usage(1.0))
+
+    told = "First\n\n- **Cost:** no\n---\n  indented"
+    months = [
+        entry("WRK-001", "Complete", "Old") + entry("WRK-001", "Subphase Complete", told),
+        entry("WRK-002", "Complete", "Other") + entry("WRK-001", "Failed", "No") + entry("WRK-0011", "Complete", "Not it"),
+    ]
+    assert orchestrator.worklog_summary(months, "WRK-001") == told
+    assert orchestrator.worklog_summary(months, "WRK-003") is None
+    assert orchestrator.worklog_summary([], "WRK-001") is None
+
+
+@pytest.mark.slow
+def test_the_summary_of_the_previous_phase_outlives_a_restart(project: Any) -> None:
+    project.script({"*/plan": [{"result": {"summary": "Chose the short way"}}], "*/build": [{"write": {"a": "1\n"}}]})
+    project.backlog("WRK-001 in_progress phase=plan phase_pool=main")
+    project.commit_all()
+
+    project.run("run", "--cap", "1")
+    project.run("run", "--cap", "1")
+
+    prompt = (project.outside / "prompt-WRK-001-build-1.md").read_text()
+    assert "## Previous Phase Summary\n\n> Chose the short way\n" in prompt
+
+
 def test_costs_are_read_back_from_worklogs(tmp_path: Path) -> None:
     entry = orchestrator.worklog_entry(datetime.fromtimestamp(NOW, UTC), "WRK-001", "T", "plan", "Complete", "a\n- **Cost:** about $9.00\n---\n## x — WRK-002 (y)")
     parts = [orchestrator.Usage(0.125, 1234, 5), orchestrator.Usage(None, 7, 0), orchestrator.Usage(3.5), orchestrator.Usage()]
