@@ -257,10 +257,10 @@ def _git_index_rows(
             return None
         at, path = 12, b""
         for _ in range(count):
-            (flags,) = struct.unpack_from(">H", data, at + 40 + id_size)
             start, more = at + 42 + id_size, 0
+            flags = data[start - 2] << 8 | data[start - 1]
             if flags & 0x4000:
-                (more,) = struct.unpack_from(">H", data, start)
+                more = data[start] << 8 | data[start + 1]
                 start += 2
             kept = b""
             if version == 4:  # the path begins as the one before it does
@@ -333,6 +333,10 @@ class _Objects:
         lines = self._read([commit])[commit][1].partition(b"\n\n")[0].split(b"\n")
         signed = [line for line in lines if line.startswith((b"author ", b"committer "))]
         return [line.partition(b" ")[2].rsplit(b" ", 2)[0] for line in signed]
+
+    def content(self, oid: str) -> bytes:
+        """What an object holds."""
+        return self._read([oid])[oid][1]
 
     def entries(self, root: str | None, paths: Iterable[str]) -> dict[str, Entry]:
         """What a tree holds at each path; a folder counts as absent. No tree holds nothing."""
@@ -697,11 +701,6 @@ def _git_paths(paths: Iterable[str]) -> bytes:
     return b"".join(os.fsencode(path) + b"\0" for path in paths)
 
 
-def _git_is_few(paths: Sequence[str]) -> bool:
-    """Whether the paths fit on a command line; else it is cheaper to list everything."""
-    return len(paths) <= 200 and sum(map(len, paths)) <= 20_000
-
-
 def _git_tail(output: bytes, lines: int = 40) -> str:
     return "\n".join(output.decode(errors="replace").strip().splitlines()[-lines:])
 
@@ -743,6 +742,7 @@ class Repo:
         self.taken_up: str | None = None  # the parked commit that the file on disk descends from
         self._file_mode: bool | None = None
         self._index_seen = b"", list[_IndexRow]()  # the index file as last read, and its rows
+        self._few_seen = b"", frozenset[str](), list[_IndexRow]()  # the same, of some paths
         self._staged_seen: tuple[object, frozenset[str]] = None, frozenset()  # see `_staged`
         self._plain: dict[str, tuple[list[object], bool]] = {}  # see `_is_plain`
         self._signatures: list[bytes] = []  # author and committer, once git has told them
@@ -969,7 +969,7 @@ class Repo:
 
     def commits_between(self, old: str, new: str) -> list[str]:
         """The commits that `new` has and `old` has not, oldest first."""
-        return self._line("rev-list", "--reverse", new, f"^{old}").split()
+        return [] if old == new else self._line("rev-list", "--reverse", new, f"^{old}").split()
 
     def mentions(self, token: str, since: str | None) -> bool:
         """Whether a commit of HEAD's history carries the trailer "Orchestrator-Attempt: token".
@@ -1016,7 +1016,7 @@ class Repo:
 
     def read_blob(self, oid: str) -> bytes:
         """The bytes of a blob, as git stores them."""
-        return self.git("cat-file", "blob", oid)
+        return self._objects.content(oid)
 
     def read_blobs(self, oids: Iterable[str]) -> Iterator[bytes]:
         """The bytes of any number of blobs, one by one, from one process.
@@ -1164,7 +1164,9 @@ class Repo:
         wanted = None if paths is None else frozenset(paths)
         if data != self._index_seen[0]:
             if wanted is not None:
-                return self._parse_index(data, wanted)
+                if (data, wanted) != self._few_seen[:2]:
+                    self._few_seen = data, wanted, self._parse_index(data, wanted)
+                return self._few_seen[2]
             self._index_seen = data, self._parse_index(data)
         return [row for row in self._index_seen[1] if wanted is None or row.path in wanted]
 
