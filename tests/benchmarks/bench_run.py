@@ -222,7 +222,7 @@ def halt_commits(tool: Path, folder: Path, files: int, goal: float) -> Iterator[
     text = f"{1000 * statistics.median(ours):.1f} ms, bare {1000 * statistics.median(theirs):.1f} ms"
     yield Figure(f"halt commit, {size}", ratio, "x bare", goal, text)
     if not files:
-        yield Figure("git processes of a state commit", made, "", 13)
+        yield Figure("git processes of a state commit", made, "", 6)
         yield Figure("git processes of a halt, clean backlog", clean, "", 2)
 
 
@@ -249,7 +249,7 @@ def phases(tool: Path, folder: Path, items: int, rounds: int) -> Iterator[Figure
     goal = 1.5 if items <= 100 else float("inf")
     yield Figure(f"orchestration per phase, {items:,} items", ratios[best], "x bare", goal, text)
     per = {key: [(m[key] - f[key]) / (MANY - FEW) for f, m in seen] for key in ("git", "saves")}
-    yield Figure(f"git processes per phase, {items:,} items", statistics.mean(per["git"]), "", 13)
+    yield Figure(f"git processes per phase, {items:,} items", statistics.mean(per["git"]), "", 6)
     yield Figure(f"saves of BACKLOG.yaml per phase, {items:,} items", max(per["saves"]), "", 2)
     where = make_project(folder / f"memory-{items}", items)
     rss = peak_mb([sys.executable, str(tool), "run", "--cap", str(FEW)], where)
@@ -271,7 +271,7 @@ def time_agent(where: Path, items: int) -> float:
 def start(tool: Path, folder: Path) -> Iterator[Figure]:
     where = make_project(folder / "start", 100)
     _, nothing = run_tool(tool, where, "run", "--only", "status=done")
-    yield Figure("git processes of a start and a halt with nothing to do", nothing["git"], "", 13)
+    yield Figure("git processes of a start and a halt with nothing to do", nothing["git"], "", 6)
 
 
 def ending(tool: Path, folder: Path) -> Iterator[Figure]:
