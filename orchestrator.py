@@ -53,7 +53,17 @@ from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn, TextIO, TypeVar, cast
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    ClassVar,
+    Literal,
+    NamedTuple,
+    NoReturn,
+    TextIO,
+    TypeVar,
+    cast,
+)
 
 from backlog import (
     BLOCK_WORDS,
@@ -9391,13 +9401,19 @@ JSON_FORMS: Mapping[str, str] = {
 class Parser(argparse.ArgumentParser):
     """Says what is wrong with a command line in one line, and where to look it up."""
 
+    known_options: ClassVar[set[str]] = set()  # of all commands
+
+    def add_argument(self, *words: Any, **options: Any) -> argparse.Action:
+        self.known_options.update(word for word in words if word.startswith("--"))
+        return super().add_argument(*words, **options)
+
     def error(self, message: str) -> NoReturn:
         wrong = re.match(r"argument COMMAND: invalid choice: '([^']*)'", message)
         if wrong:
             message = f"{wrong[1]}: there is no such command{did_you_mean(wrong[1], COMMANDS)}"
         unknown = re.match(r"unrecognized arguments: (--[\w-]+)", message)
         if unknown:
-            message += did_you_mean(unknown[1], self._option_string_actions)
+            message += did_you_mean(unknown[1], self.known_options)
         advice = f"`{self.prog} --help` shows what there is."
         self.exit(EXIT_USAGE, f"{self.prog}: {clean_text(message)}. {advice}\n")
 

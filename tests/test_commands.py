@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 from typing import Any
 
 import pytest
 
-from tests.conftest import Project
+import orchestrator
+from tests.conftest import Project, sh
 from tests.test_cli import Cli, cli, here
 
 __all__ = ["cli", "here"]  # fixtures
@@ -155,3 +158,132 @@ def test_a_step_that_cannot_be_taken_is_refused(
     assert (project.subjects(), project.text()) == before
     wrong = here("step", "WRK-01", code=2).err
     assert wrong == 'orchestrator: WRK-01: there is no such item (did you mean "WRK-001"?)\n'
+
+
+# -- what check remarks ----------------------------------------------------------------------------
+
+
+def test_check_names_what_is_left_over(project: Project, here: Cli) -> None:
+    project.backlog("WRK-002 new", head="")
+    project.commit_all()
+    for name in ("WRK-002_open", "WRK-001_done", "WRK-077_never", "notes"):
+        (project.root / "changes" / name).mkdir(parents=True)
+    (project.root / "BACKLOG.yaml").write_text(project.text().replace("next_item_id: 1", "next_item_id: 2"))
+    project.commit_all()
+    project.git("update-ref", "refs/orchestrator/snapshots/20260101T000000-abcdef/aa", "HEAD")
+    project.git("update-ref", "refs/orchestrator/snapshots/20260101T000000-abcdef/bb", "HEAD")
+    notes = [line for line in here("check").out.splitlines() if line.startswith("note: ")]
+    refs = "refs/orchestrator/snapshots/20260101T000000-abcdef"
+    assert notes == [
+        "note: changes/WRK-077_never/ belongs to no item that ever was; move it away or rename it",
+        "note: changes/notes/ belongs to no item that ever was; move it away or rename it",
+        f"note: 2 snapshots of run 20260101T000000-abcdef, which is over, under {refs}/; to drop them:"
+        f" git for-each-ref --format='delete %(refname)' {refs} | git update-ref --stdin",
+    ]
+    command = notes[2].partition("to drop them: ")[2]
+    sh(project.root, "sh", "-c", command)
+    assert project.git("for-each-ref", "refs/orchestrator") == ""
+
+
+# -- the inbox -------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_an_inbox_entry_that_waits_for_an_unknown_item_stays_in_the_inbox(project: Project) -> None:
+    project.script({"*/plan": [{"announce": True, "await": "go"}]})
+    os.mkfifo(project.outside / "go")
+    project.backlog("WRK-001 in_progress phase=plan")
+    project.commit_all()
+    inbox = project.root / "BACKLOG_INBOX.yaml"
+    run = project.start("run", "--cap", "1")
+    project.announced()
+    inbox.write_text("- title: Fine\n- title: Odd\n  dependencies: [WRK-099]\n")
+    said = project.read_until(run, "BACKLOG_INBOX.yaml")
+    assert "BACKLOG_INBOX.yaml: entry 2 (Odd) depends on WRK-099, which does not exist" in said
+    inbox.write_text("- title: Fine\n- title: Odd\n  dependencies: [WRK-001]\n")
+    project.read_until(run, "took 2 from the inbox: WRK-002, WRK-003")
+    (project.outside / "go").write_text("")
+    project.finish(run)
+    assert project.status() == ""
+    inbox.write_text("- title: Odd\n  dependencies: [WRK-099]\n")
+    assert "entry 1 (Odd) depends on WRK-099, which does not exist" in project.run("check", code=1).stdout
+
+
+# -- output ----------------------------------------------------------------------------------------
+
+
+def test_colour_is_for_terminals_and_can_be_asked_for(project: Project, here: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_COLOR", "1")
+    project.backlog("WRK-001 in_progress phase=nope")
+    (project.root / "new.txt").write_text("")
+    assert "\x1b" not in here("check", code=1).out
+    assert "\x1b" not in here("--color", "never", "check", code=1).out
+    coloured = here("check", "--color", "always", code=1)
+    assert "\x1b[31mproblem:\x1b[0m " in coloured.out
+    assert here("--color=always", "show", "WRK-009", code=2).err.startswith("\x1b[31morchestrator:\x1b[0m WRK-009: ")
+
+
+def test_an_error_is_a_json_line_where_the_log_is_json(project: Project, here: Cli) -> None:
+    row = json.loads(here("--log-format", "json", "show", "WRK-009", code=2).err)
+    assert (set(row), row["level"]) == ({"time", "level", "message"}, "error")
+    assert row["message"] == "WRK-009: there is no such item"
+
+
+@pytest.mark.slow
+def test_quiet_and_json_logs_of_a_run(project: Project) -> None:
+    project.backlog("WRK-001 new")
+    project.commit_all()
+    quiet = project.run("--quiet", "triage")
+    assert (quiet.stdout, quiet.stderr) == ("", "")
+    project.script({"*/plan": [{"result": {"result": "blocked", "context": "Which?"}}]})
+    blocked = project.run("run", "--quiet", code=3).stderr
+    assert blocked.splitlines()[0].endswith("warning: WRK-001 is blocked: Which?")
+    assert "\nNext:\n" in blocked
+    rows = [json.loads(line) for line in project.run("run", "--log-format=json").stderr.splitlines()]
+    assert rows[-1]["summary"]["schema"] == 1
+    assert rows[-1]["message"] == "Halt: nothing is left that can run (AllDoneOrBlocked)"
+    halt = project.run("triage").stderr.strip().splitlines()[0]
+    assert halt == "Halt: no new item is left to triage (AllDoneOrBlocked)"
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["statsu"], 'statsu: there is no such command (did you mean "status"?)'),
+        (["run", "--taget", "WRK-001"], '--taget WRK-001 (did you mean "--target"?)'),
+        (["status", "--only", "statsu=new"], "Unknown filter field: statsu; did you mean status?. Supported"),
+        (["status", "--only", "status=blokced"], "did you mean blocked?"),
+        (["show", "WRK-0001"], 'there is no such item (did you mean "WRK-001"?)'),
+        (["log", "WRK-0001"], 'history knows no such item (did you mean "WRK-001"?)'),
+        (["add", "x", "--pipeline", "featur"], '(did you mean "feature"?)'),
+    ],
+)
+def test_a_wrong_word_gets_a_hint(project: Project, here: Cli, argv: list[str], says: str) -> None:
+    project.backlog("WRK-001 new")
+    project.commit_all()
+    done = here(*argv, code=2)
+    assert done.out == ""
+    assert says in done.err
+    assert len(done.err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("option", [["--quiet"], ["--color", "never"], ["--log-format", "json"], ["--log-level", "debug"]])
+def test_global_options_stand_before_or_after_the_command(project: Project, here: Cli, option: list[str]) -> None:
+    assert here(*option, "status").out == here("status", *option).out == "No items.\n"
+
+
+@pytest.mark.parametrize(
+    "argv", [["status"], ["status", "--graph"], ["show", "WRK-001"], ["log"], ["log", "--verify"], ["check"], ["run", "--dry-run"]], ids=" ".join
+)
+def test_the_form_of_json_is_documented(project: Project, here: Cli, argv: list[str]) -> None:
+    project.backlog("WRK-001 new", "WRK-002 new dependencies=[WRK-001]")
+    project.commit_all()
+    got = json.loads(here(*argv, "--json").out)
+    form = orchestrator.JSON_FORMS[argv[0]]
+    documented = set(re.findall(r'"(\w+)"', form))
+    assert got.pop("schema") == 1
+    assert set(got) <= documented
+    rows = [row for key, rows in got.items() if isinstance(rows, list) for row in rows if isinstance(row, dict)]
+    assert {key for row in rows for key in row} <= documented
+    shown = " ".join(here(argv[0], "--help").out.split())
+    assert " ".join(form.split())[:60] in shown
