@@ -3093,7 +3093,9 @@ def _level(word: str | None) -> int:
     return LEVEL_WORDS.index(word) if word in LEVEL_WORDS else -1
 
 
-def render_status(backlog: Backlog, only: Container[str] | None = None) -> str:
+def render_status(
+    backlog: Backlog, only: Container[str] | None = None, width: int = WHOLE_LINES
+) -> str:
     """The table of `status`, with why each blocked or waiting item does not move.
 
     `only` limits the rows (ids); dependencies are judged on the whole backlog.
@@ -3102,10 +3104,12 @@ def render_status(backlog: Backlog, only: Container[str] | None = None) -> str:
     if not items:
         return "No items." if only is None else "No item matches."
     columns = _columns_for(items)
+    if sum(column.width + 1 for column in columns) > width + 1:
+        columns = _narrowed(columns, items, width)
     header = " ".join(fit(column.heading, column.width) for column in columns).rstrip()
     rule = "-" * (sum(column.width for column in columns) + len(columns) - 1)
     rows = [_status_row(item, columns) for item in items]
-    notes = _status_notes(items, backlog)
+    notes = [part for line in _status_notes(items, backlog) for part in _wrapped(line, width)]
     return "\n".join([header, rule, *rows, "", status_counts(items), *notes])
 
 
@@ -3116,6 +3120,19 @@ def _columns_for(items: Sequence[Item]) -> list[Column]:
     if not any(item.get("priority") for item in items):
         rest = [column for column in rest if column.heading != "PRIORITY"]
     return [ids, *rest]
+
+
+def _narrowed(columns: Sequence[Column], items: Sequence[Item], width: int) -> list[Column]:
+    """The columns as wide as what is in them, without empty ones; the title takes what is left."""
+    *others, title = columns
+    kept: list[Column] = []
+    for column in others:
+        texts = [one_line(str(column.cell(item) or "")) for item in items]
+        if any(texts):
+            widest = max(len(column.heading), *map(cell_width, texts))
+            kept.append(column._replace(width=min(column.width, widest)))
+    left = width - sum(column.width + 1 for column in kept)
+    return [*kept, title._replace(width=max(12, left))]
 
 
 def _status_row(item: Item, columns: Iterable[Column]) -> str:
@@ -3702,7 +3719,9 @@ def _wrapped(line: str, width: int) -> list[str]:
     if cell_width(line) <= width:
         return [line]
     indent = " " * (len(line) - len(line.lstrip()) or 2)
-    return textwrap.wrap(line, width, subsequent_indent=indent, break_on_hyphens=False)
+    return textwrap.wrap(
+        line, width, subsequent_indent=indent, break_on_hyphens=False, break_long_words=False
+    )
 
 
 def _effort(facts: SummaryFacts) -> str:
@@ -8292,7 +8311,8 @@ def cmd_status(args: argparse.Namespace) -> int:
         print(_dumps({**told, "salvage": salvage_json(kept)}))
     else:
         shown = [one for one in kept if only is None or one.item in map(safe_name, only)]
-        say(args, "\n".join([render_status(backlog, only), *render_salvage(shown)]))
+        table = render_status(backlog, only, output_width(sys.stdout))
+        say(args, "\n".join([table, *render_salvage(shown)]))
     return EXIT_OK
 
 
@@ -8592,7 +8612,9 @@ def cmd_check(args: argparse.Namespace) -> int:
     lines += [f"problem: {problem.what}\n  {problem.remedy}" for problem in problems]
     lines += [f"note: {remark}" for remark in (*remarks, *_salvage_remarks(kept))]
     lines.append(plural(len(problems), "problem") if problems else "ready to run")
-    say(args, "\n".join(lines))
+    width = output_width(sys.stdout)
+    whole = "\n".join(lines).split("\n")
+    say(args, "\n".join(part for line in whole for part in _wrapped(line, width)))
     return EXIT_ERROR if problems else EXIT_OK
 
 

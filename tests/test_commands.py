@@ -287,3 +287,16 @@ def test_the_form_of_json_is_documented(project: Project, here: Cli, argv: list[
     assert {key for row in rows for key in row} <= documented
     shown = " ".join(here(argv[0], "--help").out.split())
     assert " ".join(form.split())[:60] in shown
+
+
+def test_status_fits_a_narrow_terminal(project: Project, here: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    project.backlog("WRK-001 in_progress phase=build size=small", "WRK-002 blocked blocked_reason=" + "why_" * 9 + " priority=3")
+    text = project.text().replace("why_", "why ").replace("title: Item WRK-001", "title: A title that is far too long for a narrow terminal")
+    (project.root / "BACKLOG.yaml").write_text(text)
+    monkeypatch.setenv("COLUMNS", "60")
+    lines = here("status").out.splitlines()
+    assert max(map(len, lines)) <= 60
+    assert lines[0] == "ID      STATUS      PHASE PRIORITY SIZE  TITLE"
+    assert lines[2] == "WRK-001 in_progress build -        small A title that is fa…"
+    monkeypatch.delenv("COLUMNS")
+    assert "A title that is far too long for a" in here("status").out.splitlines()[2]
