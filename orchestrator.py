@@ -6660,10 +6660,10 @@ class Ledger:
                 verdict = self.repo.run_hooks(entries, message, limit_s=limit)
         if verdict.outcome == "ok":
             return entries
-        did = "rejected the commit"
         if verdict.outcome == "timeout":
             did = f"did not end within {limit:g} s (execution.hook_timeout_seconds)"
-        return f"the repository's {verdict.hook} hook {did}:\n{verdict.output}"
+            return f"the repository's {verdict.hook} hook {did}:\n{verdict.output}"
+        return f"the repository's {verdict.hook} hook rejected the commit:\n{verdict.output}"
 
     def _document_entries(self, started: Started, aftermath: Aftermath) -> list[Entry]:
         """What a document phase may commit; anything else it touched is named and left alone."""
