@@ -114,7 +114,7 @@ def test_help_of_every_command(cli: Cli, command: str) -> None:
         ([], "orchestrator: the following arguments are required: COMMAND. `orchestrator --help` shows what there is."),
         (["stauts"], 'orchestrator: stauts: there is no such command (did you mean "status"?). `orchestrator --help` shows what there is.'),
         (["xyzzy"], "orchestrator: xyzzy: there is no such command. `orchestrator --help` shows what there is."),
-        (["run", "--tagret", "X"], "orchestrator: unrecognized arguments: --tagret X. `orchestrator --help` shows what there is."),
+        (["run", "--tagret", "X"], "orchestrator: unrecognized arguments: --tagret X (did you mean \"--target\"?). `orchestrator --help` shows what there is."),
         (["add"], "orchestrator add: the following arguments are required: title. `orchestrator add --help` shows what there is."),
         (["run", "--cap", "-1"], "orchestrator run: argument --cap: '-1' is no whole number from 0 to 4294967295. `orchestrator run --help` shows what there is."),
         (["run", "--cap", "x"], "orchestrator run: argument --cap: 'x' is no whole number from 0 to 4294967295. `orchestrator run --help` shows what there is."),
