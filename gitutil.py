@@ -56,7 +56,7 @@ ABSENT_MODE = "000000"
 ABSENT_OID = "0" * 40
 GITLINK_MODE = "160000"
 SYMLINK_MODE = "120000"
-LEFTOVER_PREFIXES = ("orchestrator-index-", "orchestrator-message-")
+LEFTOVER_PREFIXES = ("orchestrator-index-", "orchestrator-message-", "orchestrator-ref-")
 LARGE_FILE_BYTES = 512 * 1024  # to read and hash more takes longer than to start a git
 LOW_SPACE_BYTES = 16 * 1024 * 1024
 
@@ -1870,15 +1870,15 @@ class Repo:
 
     def _create_ref(self, ref: str, commit: str) -> None:
         """Make a ref whose name is new; a file like those beside it, if there are any."""
-        place, lock = self.common_dir / ref, self.common_dir / f"{ref}.lock"
+        unfinished = self.git_dir / f"orchestrator-ref-{os.urandom(8).hex()}"
         try:
-            with open(lock, "xb") as file:
+            with open(unfinished, "xb") as file:
                 file.write(_git_lines([commit]))
                 file.flush()
                 os.fsync(file.fileno())
-            os.rename(lock, place)
+            os.rename(unfinished, self.common_dir / ref)
         except OSError:  # no such folder: it is the first, or refs are kept in another way
-            lock.unlink(missing_ok=True)
+            unfinished.unlink(missing_ok=True)
             self.git("update-ref", ref, commit)
 
     def _set_ref(self, ref: str, new: str, old: str, message: str) -> None:
