@@ -46,9 +46,10 @@ class Fault(NamedTuple):
 
 
 def hooks(body: str) -> str:
-    """Every hook that a commit may run."""
+    """Every hook that a commit may run. A git that the hook itself calls runs none: that would never end."""
     names = "pre-commit prepare-commit-msg commit-msg post-commit reference-transaction post-index-change"
-    script = f"#!/bin/sh\necho $0 >> $OUTSIDE/hooked\n{body}\n"
+    guard = "test -z \"$INSIDE_A_HOOK\" || exit 0\nexport INSIDE_A_HOOK=1"
+    script = f"#!/bin/sh\n{guard}\necho $0 >> $OUTSIDE/hooked\n{body}\n"
     return (
         f"mkdir -p .git/hooks; for hook in {names}; do cat > .git/hooks/$hook <<'END'\n{script}END\n"
         "chmod +x .git/hooks/$hook; done"
