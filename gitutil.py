@@ -52,6 +52,7 @@ RETRY_DELAYS_S = (0.02, 0.04, 0.08)  # between the four tries to move the branch
 ADD_TRIES = 3  # a file that vanishes while the work tree is read makes a try incomplete
 
 PARKED_REF = "refs/orchestrator/backlog"
+_PARKED_FOR = "Orchestrator-Branch: "  # the trailer of a parked commit
 ABSENT_MODE = "000000"
 ABSENT_OID = "0" * 40
 GITLINK_MODE = "160000"
@@ -1574,7 +1575,7 @@ class Repo:
             self._refuse_hidden(path, entry, rows)
             commit = self.commit([entry], message, expect_branch=expect_branch)
         except HeadBusy as busy:
-            return self._park(path, entry, message, busy.reason)
+            return self._park(path, entry, message, busy.reason, expect_branch)
         if commit is None:
             self._repair(name, rows)
         outcome: Literal["clean", "committed"] = "clean" if commit is None else "committed"
@@ -1623,20 +1624,29 @@ class Repo:
         with suppress(HeadBusy):
             self._stage([committed])
 
-    def _park(self, path: Path, entry: Entry, message: str, reason: str) -> StateCommit:
+    def _park(
+        self, path: Path, entry: Entry, message: str, reason: str, branch: str | None
+    ) -> StateCommit:
         """Keep a state commit on a ref of ours: no garbage collection takes it.
 
-        Its first parent is HEAD. A state that was parked before is replaced if the file descends
-        from it (see `taken_up`), and stays if it holds the same; otherwise (nobody has taken it up
-        yet) it becomes the second parent, and `unpark` brings it back.
+        Its first parent is HEAD, a trailer names the branch that it is for. A state that was parked
+        before is replaced if the file descends from it (see `taken_up`), and stays if it holds the
+        same for the same branch; otherwise (nobody has taken it up yet) it becomes the second
+        parent, and `unpark` brings it back.
         """
         head = self.head()
         head = head._replace(commit=head.commit or self._seen)  # a deleted branch comes back
         old = self._entries(head.commit, [entry.path])[entry.path]
         entry = entry._replace(mode=self._kept_mode(old))
+        branch = branch or head.branch
         earlier = self._ref(self.parked_ref)
-        if earlier is None or self._entries(earlier, [entry.path])[entry.path] != entry:
-            earlier = self._park_commit(head, entry, message, earlier)
+        if (
+            earlier is None
+            or self._entries(earlier, [entry.path])[entry.path] != entry
+            or self._is_for_another(earlier, branch)
+        ):
+            trailer = f"\n\n{_PARKED_FOR}{branch}" if branch and branch.isprintable() else ""
+            earlier = self._park_commit(head, entry, message + trailer, earlier)
         fetch = _git_command(f"checkout {self.parked_ref}", path)
         warning = (
             f"{path.name} is saved on disk but not committed on your branch: {reason}. The commit"
@@ -1650,7 +1660,7 @@ class Repo:
         if earlier is not None and earlier != self.taken_up:
             parents.append(earlier)
         commit = self._build(head, [entry], message, parents)
-        self._set_ref(self.parked_ref, commit, earlier or self._null, message)
+        self._set_ref(self.parked_ref, commit, earlier or self._null, message.partition("\n")[0])
         self.taken_up = commit
         return commit
 
@@ -1668,6 +1678,7 @@ class Repo:
             if parked is None:
                 return None
             held = self._entries(parked, [entry.path])[entry.path].oid == entry.oid
+            held = held and not self._is_for_another(parked, self.head().branch)
             if held or parked == self.taken_up:
                 self.unpark(parked)
         except GitError as error:
@@ -1687,6 +1698,15 @@ class Repo:
             return None
         before = b"" if change.before.absent else self.read_blob(change.before.oid)
         return commit, self.read_blob(change.after.oid), before
+
+    def parked_for(self, commit: str) -> str | None:
+        """The branch that a parked state is for, a full ref; None where that is not known."""
+        lines = os.fsdecode(self._objects.content(commit)).splitlines()
+        named = [line for line in lines if line.startswith(_PARKED_FOR)]
+        return named[-1].removeprefix(_PARKED_FOR) if named else None
+
+    def _is_for_another(self, parked: str, branch: str | None) -> bool:
+        return branch is not None and self.parked_for(parked) not in (None, branch)
 
     def unpark(self, commit: str) -> None:
         """Drop a parked state, if it still is the one; an earlier one comes to light again."""

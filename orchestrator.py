@@ -6973,19 +6973,23 @@ class Ledger:
         """Merge a parked backlog state (see `Repo.commit_state`) into the file.
 
         A file that already descends from it is left alone, so that nothing done since is undone;
-        one that git has set back does not. The ref stays until a commit holds the file.
+        one that git has set back does not. The ref stays until a commit holds the file. What is
+        for another branch waits for a run there.
         """
         parked = self.repo.parked(self.store.path)
         if parked is None:
             return
         commit, theirs, base = parked
-        known = last is not None and last.parked == commit
-        if known and last is not None and last.branch not in (None, self.journal.branch):
+        branch = self.repo.parked_for(commit)
+        if branch not in (None, self.journal.branch):
             log().warning(
-                "the backlog state of %s waits on %s (%s); the next run on that branch takes it up",
-                *(str(last.branch).removeprefix("refs/heads/"), self.repo.parked_ref, commit[:10]),
+                "the backlog state of %s waits on %s (%s); the next run on that branch takes it up."
+                " If it is of no use any more: git update-ref -d %s",
+                *(str(branch).removeprefix("refs/heads/"), self.repo.parked_ref, commit[:10]),
+                self.repo.parked_ref,
             )
             return
+        known = last is not None and last.parked == commit
         if not known or self._is_as_committed():
             self.store.merge_bytes(base, theirs)
             self.edit([])
@@ -8659,9 +8663,11 @@ def _leftover_refs(space: Workspace) -> Iterator[str]:
             )
     parked = space.repo.parked(space.store.path)
     if parked is not None:
+        branch = space.repo.parked_for(parked[0])
+        where = f" on {branch.removeprefix('refs/heads/')}" if branch else ""
         yield (
             f"a backlog state is parked on {space.repo.parked_ref} ({parked[0][:10]}); the next run"
-            " takes it up"
+            f"{where} takes it up"
         )
 
 

@@ -151,11 +151,14 @@ def run(*commands: str) -> Prepare:
 
 
 def failing_hooks(body: str) -> Prepare:
+    """Every hook; a git that the hook itself calls runs none: that would never end."""
+    guard = "test -z \"$INSIDE_A_HOOK\" || exit 0\nexport INSIDE_A_HOOK=1"
+
     def prepare(where: Path) -> None:
         folder = where / ".git/hooks"
         folder.mkdir(exist_ok=True)
         for name in ["pre-commit", "prepare-commit-msg", "commit-msg", "post-commit", "reference-transaction", "post-index-change", "fsmonitor-watchman"]:
-            (folder / name).write_text(f"#!/bin/sh\n{body}\n")
+            (folder / name).write_text(f"#!/bin/sh\n{guard}\n{body}\n")
             (folder / name).chmod(0o755)
         git(where, "config", "core.fsmonitor", str(folder / "fsmonitor-watchman"))
 
@@ -662,6 +665,22 @@ def test_a_later_commit_drops_only_what_it_holds(project: Path) -> None:
     assert Repo.open(project).parked() == (parked.commit, NEW, OLD)
     assert save(project, NEW).outcome == "committed"
     assert Repo.open(project).parked() is None
+
+
+def test_a_parked_state_is_for_its_branch(project: Path) -> None:
+    """Another branch neither drops it, because it happens to hold the same, nor takes it for its own."""
+    git(project, "checkout", "-q", "-b", "side")
+    (project / NAME).write_bytes(NEW)
+    repo = Repo.open(project)
+    made = repo.commit_state(project / NAME, NEW, MESSAGE, expect_branch="refs/heads/main")
+    assert (made.outcome, repo.parked_for(str(made.commit))) == ("parked", "refs/heads/main")
+    assert save(project).outcome == "committed"
+    assert repo.parked() == (made.commit, NEW, OLD)
+    git(project, "update-ref", "refs/heads/side", "main")
+    (project / ".git/MERGE_HEAD").write_text(git(project, "rev-parse", "main"))
+    again = save(project)
+    assert repo.parked_for(str(again.commit)) == "refs/heads/side"
+    assert git(project, "rev-parse", f"{again.commit}^2").strip() == made.commit
 
 
 def test_a_hidden_backlog_as_in_head_needs_no_warning(project: Path) -> None:
