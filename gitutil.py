@@ -397,7 +397,8 @@ class _Objects:
         oid = (hashlib.sha256 if self._id_size == 32 else hashlib.sha1)(content).hexdigest()
         place = self._place(oid)
         try:
-            with suppress(FileNotFoundError):
+            # PermissionError: it is of another user of a shared repository. Git replaces it, too.
+            with suppress(FileNotFoundError, PermissionError):
                 os.utime(place)  # there already; and so that no garbage collection finds it old
                 return oid
             self._write_loose(place, content)
@@ -506,7 +507,7 @@ def _git_parse_tree(data: bytes, id_size: int) -> _Tree:
 def _git_tree_bytes(tree: _Tree) -> bytes:
     """A tree as git stores it: sorted as if the name of a folder ended with a slash."""
     rows = [
-        (os.fsencode(f"{name}/" if mode == "40000" else name), mode, oid)
+        (os.fsencode(f"{name}/" if _git_is_tree((mode, oid)) else name), mode, oid)
         for name, (mode, oid) in tree.items()
     ]
     return b"".join(

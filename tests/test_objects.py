@@ -290,3 +290,17 @@ def test_a_large_file_is_not_read_again_for_every_snapshot(project: Path) -> Non
     assert repo.commit([repo.blob(project / "large", data)], "text")
     debug = git(project, "ls-files", "--debug", "large")
     assert f"size: {len(data)}" in debug
+
+
+def test_an_object_of_another_user_is_stored_again(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a shared repository: its times cannot be set, so it is replaced, as git does it."""
+
+    def refuse(path: Path) -> None:
+        if Path(path).exists():
+            raise PermissionError(1, "Operation not permitted", str(path))
+        raise FileNotFoundError(2, "No such file or directory", str(path))
+
+    monkeypatch.setattr(os, "utime", refuse)
+    expected = git(project, "rev-parse", "HEAD:a")
+    assert Repo.open(project).blob(project / "a", b"a\n").oid == expected
+    assert git(project, "fsck", "--no-dangling", "--no-progress") == ""
