@@ -6940,8 +6940,12 @@ class Ledger:
         copy, disk = self.store.last_copy(), self.store.committed_bytes()
         if copy is not None and copy != disk and disk in self._older_states(record.before):
             name = self.store.path.name
+            try:
+                self.store.merge_bytes(disk, copy)
+            except (YamlError, BacklogError):  # it is not flushed: a power cut tears it
+                log().warning("%s is damaged; %s itself counts", self.store.copy_path, name)
+                return
             log().warning("%s was put back to an older state; it is merged in again", name)
-            self.store.merge_bytes(disk, copy)
 
     def _recover_attempt(self, record: AttemptRecord) -> None:
         log().info("%s", phase_line(record.item, record.phase, "was cut off; it starts again"))
