@@ -3014,6 +3014,17 @@ class Store:
         changes = changes_between(old, self._parse(theirs).backlog)
         self.backlog = _merge_changes(self.backlog, changes, self._warn)
 
+    def shows_none_of(self, base: bytes, theirs: bytes) -> bool:
+        """Whether memory has no trace of what leads from one content of the file to the other.
+
+        An item counts as untouched if all its keys that were changed are as in `base`. Raises
+        YamlError or BacklogError.
+        """
+        old = self._parse(base).backlog if base else Backlog({}, 0)
+        new = self._parse(theirs).backlog
+        missing = changes_between(self.backlog, new)
+        return all(c in missing for c in changes_between(old, new) if c.item_id)
+
     def committed_bytes(self) -> bytes:
         """The file's bytes now, complete; SaveError if it cannot be read."""
         with self._locked():

@@ -6977,8 +6977,8 @@ class Ledger:
         """Merge a parked backlog state (see `Repo.commit_state`) into the file.
 
         A file that already descends from it is left alone, so that nothing done since is undone;
-        one that git has set back does not. The ref stays until a commit holds the file. What is
-        for another branch waits for a run there.
+        one that git has set back does not, edited since or not. The ref stays until a commit holds
+        the file. What is for another branch waits for a run there.
         """
         parked = self.repo.parked(self.store.path)
         if parked is None:
@@ -6994,7 +6994,7 @@ class Ledger:
             )
             return
         known = last is not None and last.parked == commit
-        if not known or self._is_as_committed():
+        if not known or self._is_as_committed() or self.store.shows_none_of(base, theirs):
             self.store.merge_bytes(base, theirs)
             self.edit([])
         self.journal.parked = self.repo.taken_up = commit

@@ -79,6 +79,16 @@ def test_a_parked_state_that_git_set_back_is_merged_in_again(project: Any) -> No
 
 
 @pytest.mark.slow
+def test_a_parked_state_that_git_set_back_is_merged_in_although_the_file_was_edited_since(project: Any) -> None:
+    parked_by_a_merge(project)
+    project.git("reset", "-q", "--hard")
+    project.run("add", "Since then")
+    project.run("run", "--cap", "0")
+    assert project.statuses() == {"WRK-001": "blocked plan", "WRK-002": "new"}
+    assert project.committed() == project.text()
+
+
+@pytest.mark.slow
 def test_documents_of_an_attempt_interrupted_before_its_retry_are_committed(project: Any) -> None:
     step = {"document": "plan.md", "result": {"result": "failed", "summary": "cannot"}}
     set_up(project, PLANNING, {"*/plan": [step]}, "retry_delay_seconds = 200")
