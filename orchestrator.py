@@ -9133,7 +9133,9 @@ class SingleFile(NamedTuple):
 
 def cmd_vendor(args: argparse.Namespace) -> int:
     """Write the single file; what is there is only replaced if it is an untouched one, too."""
-    path = args.path / "orchestrator.py" if args.path.is_dir() else args.path
+    path = Path(args.path)
+    if path.is_dir() or args.path.endswith("/"):  # a folder, be it one that is yet to be made
+        path /= "orchestrator.py"
     path = Path(os.path.realpath(path))
     if path.exists() and not path.is_file():
         raise UsageError(f"{path} is no file; name another path")
@@ -9566,7 +9568,7 @@ def build_parser() -> argparse.ArgumentParser:
     hook.add_argument("action", choices=("install", "uninstall", "status"))
     hook.add_argument("--json", action="store_true", help="print the status as JSON")
     vendor = command("vendor", "write this program as one file, to be copied anywhere")
-    vendor.add_argument("path", type=Path, help="the file, or the folder for it")
+    vendor.add_argument("path", help="the file, or the folder for it")
     vendor.add_argument("--force", action="store_true", help="write over whatever is there")
     return parser
 

@@ -247,6 +247,13 @@ def test_a_path_that_is_no_file(vendor: Callable[..., None], capsys: pytest.Capt
     assert capsys.readouterr().err == f"orchestrator: {os.devnull} is no file; name another path\n"
 
 
+@pytest.mark.parametrize("name", ["there", "new/"])
+def test_a_folder_holds_the_file_by_its_usual_name(tmp_path: Path, built: str, vendor: Callable[..., None], name: str) -> None:
+    (tmp_path / "there").mkdir()
+    vendor(f"{tmp_path}/{name}")
+    assert (tmp_path / name / "orchestrator.py").read_text() == built
+
+
 def test_a_link_is_followed(tmp_path: Path, built: str, vendor: Callable[..., None]) -> None:
     (tmp_path / "link").symlink_to("target.py")
     vendor(tmp_path / "link")
