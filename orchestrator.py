@@ -8425,9 +8425,16 @@ def commits_of(repo: Repo, item_id: str) -> list[tuple[str, str]]:
 
 
 def _item(backlog: Backlog, item_id: str) -> Item:
-    if item_id not in backlog.items:
-        raise UsageError(f"{item_id}: there is no such item{did_you_mean(item_id, backlog.items)}")
-    return backlog.items[item_id]
+    if item_id in backlog.items:
+        return backlog.items[item_id]
+    written = re.fullmatch(r"[A-Z][A-Z0-9]*-([0-9]{3,9})", item_id)
+    number = int(written[1]) if written else 0
+    if item_id.endswith(f"-{number:03}") and 0 < number <= backlog.next_item_id:
+        raise UsageError(
+            f"{item_id}: it is not in the backlog any more; what became of it:"
+            f" {PROGRAM} log {item_id}"
+        )
+    raise UsageError(f"{item_id}: there is no such item{did_you_mean(item_id, backlog.items)}")
 
 
 def cmd_add(args: argparse.Namespace) -> int:
@@ -9446,7 +9453,9 @@ class Parser(argparse.ArgumentParser):
         if wrong:
             message = f"{wrong[1]}: there is no such command{did_you_mean(wrong[1], COMMANDS)}"
         unknown = re.match(r"unrecognized arguments: (--[\w-]+)", message)
-        if unknown:
+        if unknown and unknown[1] in self.known_options:
+            message += " (an option of other commands)"
+        elif unknown:
             message += did_you_mean(unknown[1], self.known_options)
         advice = f"`{self.prog} --help` shows what there is."
         self.exit(EXIT_USAGE, f"{self.prog}: {clean_text(message)}. {advice}\n")

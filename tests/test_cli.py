@@ -115,6 +115,7 @@ def test_help_of_every_command(cli: Cli, command: str) -> None:
         (["stauts"], 'orchestrator: stauts: there is no such command (did you mean "status"?). `orchestrator --help` shows what there is.'),
         (["xyzzy"], "orchestrator: xyzzy: there is no such command. `orchestrator --help` shows what there is."),
         (["run", "--tagret", "X"], "orchestrator: unrecognized arguments: --tagret X (did you mean \"--target\"?). `orchestrator --help` shows what there is."),
+        (["stop", "--json"], "orchestrator: unrecognized arguments: --json (an option of other commands). `orchestrator --help` shows what there is."),
         (["add"], "orchestrator add: the following arguments are required: title. `orchestrator add --help` shows what there is."),
         (["run", "--cap", "-1"], "orchestrator run: argument --cap: '-1' is no whole number from 0 to 4294967295. `orchestrator run --help` shows what there is."),
         (["run", "--cap", "x"], "orchestrator run: argument --cap: 'x' is no whole number from 0 to 4294967295. `orchestrator run --help` shows what there is."),
@@ -580,6 +581,9 @@ def test_show_tells_everything_with_documents_and_commits(project: Any, here: Cl
 def test_show_of_what_is_not_there(project: Any, here: Cli) -> None:
     project.backlog("WRK-001 new")
     assert here("show", "WRK-01", code=2).err == 'orchestrator: WRK-01: there is no such item (did you mean "WRK-001"?)\n'
+    project.backlog("WRK-002 new")
+    gone = here("show", "WRK-001", code=2).err
+    assert gone == f"orchestrator: WRK-001: it is not in the backlog any more; what became of it: {orchestrator.PROGRAM} log WRK-001\n"
 
 
 def test_show_on_an_unborn_branch(tmp_path: Path, cli: Cli) -> None:
