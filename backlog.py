@@ -1742,12 +1742,13 @@ def _with_keys(item: Item, changes: Mapping[str, object]) -> Item:
     return cast(Item, {key: value for key, value in merged.items() if value is not None})
 
 
-def _closest(word: str, words: Iterable[str]) -> str:
-    """A hint for a message: "", or "; did you mean …?"."""
+def did_you_mean(word: str, words: Iterable[str]) -> str:
+    """A hint such as ` (did you mean "build"?)` to put behind a message, or nothing."""
     import difflib
 
-    near = difflib.get_close_matches(word, list(words), n=1)
-    return f"; did you mean {near[0]}?" if near else ""
+    spelt = {other.casefold(): other for other in words}
+    close = difflib.get_close_matches(word.casefold(), spelt, n=1)
+    return f' (did you mean "{spelt[close[0]]}"?)' if close else ""
 
 
 # ---- What a key may hold -------------------------------------------------------------------------
@@ -1819,7 +1820,7 @@ def _value_problem(key: str, value: object) -> str:
 
 
 def _word_problem(key: str, value: str, words: Sequence[str]) -> str:
-    return f"{key} is {value!r}, expected one of {', '.join(words)}{_closest(value, words)}"
+    return f"{key} is {value!r}, expected one of {', '.join(words)}{did_you_mean(value, words)}"
 
 
 def _id_problem(value: object) -> str:
@@ -2149,7 +2150,7 @@ class Draft:
         try:
             return self.items[item_id]
         except KeyError:
-            hint = _closest(item_id, self.items)
+            hint = did_you_mean(item_id, self.items)
             raise BacklogError(f"item {item_id} not found in the backlog{hint}") from None
 
     def update(self, item_id: str, now: datetime, **changes: object) -> Item:
@@ -2614,7 +2615,7 @@ def parse_filter(text: str) -> Filter:
         )
     key = parts[1].lower()
     if key not in _FILTER_KEYS:
-        hint = _closest(key, _FILTER_KEYS)
+        hint = did_you_mean(key, _FILTER_KEYS)
         raise FilterError(
             f"Unknown filter field: {key}{hint}. Supported: {', '.join(_FILTER_KEYS)}"
         )
@@ -2636,7 +2637,7 @@ def _filter_value(key: str, token: str, text: str) -> str:
     if words is not None:
         if token.lower() not in words:
             valid = ", ".join(dict.fromkeys(words.values()))
-            hint = _closest(token.lower(), set(words.values()))
+            hint = did_you_mean(token, set(words.values()))
             raise FilterError(
                 f"Invalid value '{token}' for field '{key}'{hint}. Valid values: {valid}"
             )

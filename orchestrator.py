@@ -94,6 +94,7 @@ from backlog import (
     check_filters,
     context_description,
     counter_of,
+    did_you_mean,
     ingest,
     item_texts,
     matches,
@@ -2181,15 +2182,6 @@ def fit(text: str, width: int) -> str:
             text = text[:-1]
         text += "…"
     return text + " " * (width - cell_width(text))
-
-
-def did_you_mean(word: str, words: Iterable[str]) -> str:
-    """A hint such as ` (did you mean "build"?)` to put behind a message, or nothing."""
-    import difflib
-
-    spelt = {other.casefold(): other for other in words}
-    close = difflib.get_close_matches(word.casefold(), spelt, n=1)
-    return f' (did you mean "{spelt[close[0]]}"?)' if close else ""
 
 
 TINTS: Mapping[str, str] = {  # SGR parameters by what is coloured for a terminal

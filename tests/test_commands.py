@@ -251,8 +251,8 @@ def test_quiet_and_json_logs_of_a_run(project: Project) -> None:
     [
         (["statsu"], 'statsu: there is no such command (did you mean "status"?)'),
         (["run", "--taget", "WRK-001"], '--taget WRK-001 (did you mean "--target"?)'),
-        (["status", "--only", "statsu=new"], "Unknown filter field: statsu; did you mean status?. Supported"),
-        (["status", "--only", "status=blokced"], "did you mean blocked?"),
+        (["status", "--only", "statsu=new"], 'Unknown filter field: statsu (did you mean "status"?). Supported'),
+        (["status", "--only", "status=blokced"], '(did you mean "blocked"?)'),
         (["show", "WRK-0001"], 'there is no such item (did you mean "WRK-001"?)'),
         (["log", "WRK-0001"], 'history knows no such item (did you mean "WRK-001"?)'),
         (["add", "x", "--pipeline", "featur"], '(did you mean "feature"?)'),

@@ -293,7 +293,7 @@ def test_a_schema_version_that_is_no_number_is_refused(load: Load, version: str)
         (
             "status: blokced",
             "BACKLOG.yaml:5: WRK-001: status is 'blokced', expected one of new, scoping, ready,"
-            " in_progress, done, blocked; did you mean blocked?",
+            " in_progress, done, blocked (did you mean \"blocked\"?)",
         ),
         ("size: huge", "WRK-001: size is 'huge', expected one of small, medium, large"),
         ("complexity: 3", "complexity must be text, not the number 3"),
@@ -427,7 +427,7 @@ def test_update_refuses_what_the_file_could_not_hold() -> None:
 def test_an_unknown_id_is_answered_with_a_near_one() -> None:
     draft = draft_of(item("WRK-012"))
     said = unchanged_after(draft, lambda: draft.item("WRK-12"))
-    assert said == "item WRK-12 not found in the backlog; did you mean WRK-012?"
+    assert said == "item WRK-12 not found in the backlog (did you mean \"WRK-012\"?)"
 
 
 def test_add_makes_a_new_item() -> None:
