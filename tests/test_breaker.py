@@ -89,16 +89,17 @@ def test_a_failing_api_is_tried_again_after_the_retry_delay() -> None:
 # ---- In a run ------------------------------------------------------------------------------------
 
 FAKE_CLAUDE = r"""#!/bin/sh
-# Refuses as often as there are lines in `refusals`, each an event; then does the work.
+# Refuses as often as there are files in `refusals`, each an event; then does the work.
+# A file is taken by renaming it, so of two agents at once each gets its own.
 here=$(dirname "$0")
 cat > /dev/null
 printf '%s %s %s\n' "$ORCHESTRATOR_ITEM_ID" "$ORCHESTRATOR_PHASE" "$ORCHESTRATOR_ATTEMPT" >> "$here/claude.log"
-line=$(head -n 1 "$here/refusals")
-if [ -n "$line" ]; then
-    sed -i 1d "$here/refusals"
-    printf '%s\n' "$line"
-    exit 1
-fi
+for event in "$here"/refusals/*; do
+    if mv "$event" "$here/taken.$$" 2> /dev/null; then
+        cat "$here/taken.$$"
+        exit 1
+    fi
+done
 echo '{"type":"result","is_error":false,"result":"Done","total_cost_usd":0.5,"usage":{"input_tokens":10,"output_tokens":1}}'
 printf '{"item_id":"%s","phase":"%s","result":"phase_complete","summary":"ok"}' "$ORCHESTRATOR_ITEM_ID" "$ORCHESTRATOR_PHASE" > "$ORCHESTRATOR_RESULT_PATH"
 """
@@ -124,11 +125,11 @@ def claude(project: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[
     monkeypatch.setenv("IS_SANDBOX", "1")
 
     def refuse(*events: object) -> list[str]:
-        if events:
-            refusals.write_text("".join(json.dumps(event) + "\n" for event in events))
+        for number, event in enumerate(events):
+            (refusals / f"{number:02}").write_text(json.dumps(event) + "\n")
         return log.read_text().splitlines() if log.exists() else []
 
-    refusals.write_text("")
+    refusals.mkdir()
     return refuse
 
 
