@@ -141,6 +141,7 @@ EXIT_BLOCKED = 3  # nothing completed and something needs a human
 EXIT_BREAKER = 4
 
 CONFIG_NAME = "orchestrator.toml"
+BACKLOG_NAME = "BACKLOG.yaml"  # unless the config says otherwise
 INBOX_NAME = "BACKLOG_INBOX.yaml"
 WORK_DIR = ".orchestrator"  # results, prompts, agent logs; never committed
 CHANGES_DIR = "changes"
@@ -246,7 +247,7 @@ class AgentSettings(NamedTuple):
 class Config(NamedTuple):
     pipelines: Mapping[str, Pipeline]
     prefix: str = "WRK"
-    backlog_path: str = "BACKLOG.yaml"  # relative to base
+    backlog_path: str = BACKLOG_NAME  # relative to base
     protected_branches: tuple[str, ...] = ()
     guardrails: Guardrails = Guardrails()
     execution: Execution = Execution()
@@ -575,7 +576,7 @@ def parse_config(data: bytes, source: str, base: Path) -> Config:
     project = top.table("project")
     config = Config(
         prefix=_read_prefix(project),
-        backlog_path=project.text("backlog_path", "BACKLOG.yaml"),
+        backlog_path=project.text("backlog_path", BACKLOG_NAME),
         protected_branches=project.texts("protected_branches"),
         guardrails=_read_guardrails(top.table("guardrails")),
         execution=_read_execution(top.table("execution")),
@@ -3470,8 +3471,13 @@ def _slots_text(config: Config) -> str:
     return f"max_concurrent = {number}, and a phase that changes code runs alone"
 
 
-def render_plan(rows: Sequence[PlanRow], width: int = WHOLE_LINES) -> str:
-    """`run --dry-run` for people; see `plan_rows`. One line for phases that follow one another."""
+def render_plan(
+    rows: Sequence[PlanRow], problems: Sequence[Problem] = (), width: int = WHOLE_LINES
+) -> str:
+    """`run --dry-run` for people; see `plan_rows`. One line for phases that follow one another.
+
+    `problems` keep a run from starting at all.
+    """
     lines = ["Would run, if every phase succeeds:"]
     for _, group in itertools.groupby((row for row in rows if row.turn), lambda r: r.item_id):
         same = list(group)
@@ -3483,7 +3489,17 @@ def render_plan(rows: Sequence[PlanRow], width: int = WHOLE_LINES) -> str:
     lines += ["", "Would not run:"] if rest else []
     for row in rest:
         lines += _plan_line("  ", row, row.text, width)
+    if problems:
+        lines += ["", "But a run cannot start:", *problem_lines(problems, width)]
     return "\n".join([*lines, "", "Nothing was started and nothing was written."])
+
+
+def problem_lines(problems: Iterable[Problem], width: int = WHOLE_LINES) -> list[str]:
+    """What keeps a run from starting, each with its remedy below it."""
+    lines = []
+    for problem in problems:
+        lines += [*_wrapped(f"- {problem.what}", width), *_wrapped(f"  {problem.remedy}", width)]
+    return lines
 
 
 def _plan_line(lead: str, row: PlanRow, text: str, width: int) -> list[str]:
@@ -3495,7 +3511,7 @@ def _plan_line(lead: str, row: PlanRow, text: str, width: int) -> list[str]:
     return [item.rstrip(), *_wrapped(" " * (len(lead) + 2) + text, width)]
 
 
-def plan_json(rows: Sequence[PlanRow]) -> dict[str, object]:
+def plan_json(rows: Sequence[PlanRow], problems: Sequence[Problem] = ()) -> dict[str, object]:
     """`run --dry-run --json`; see JSON_FORMS."""
     return {
         "schema": 1,
@@ -3510,6 +3526,7 @@ def plan_json(rows: Sequence[PlanRow]) -> dict[str, object]:
             }
             for row in rows
         ],
+        "problems": [problem._asdict() for problem in problems],
     }
 
 
@@ -7816,10 +7833,28 @@ def open_workspace(root: Path, config_path: Path | None) -> Workspace:
     repo = Repo.open(root)
     config = load_config(repo.root, config_path)
     path = config.base / config.backlog_path
+    above = project_above(repo)
+    if above is not None and not os.path.lexists(path):
+        raise OrchestratorError(
+            f"{repo.root} holds no {path.name}; the project is {above}. Go there, or name it with"
+            " --root."
+        )
     store = Store(
         path, repo.state_dir / "backlog.lock", warn=lambda text: log().warning("%s", text)
     )
     return Workspace(repo, config, store)
+
+
+def project_above(repo: Repo) -> Path | None:
+    """The project that the folder lies in without being one itself, within its repository."""
+    if _is_project(repo.root):
+        return None
+    parents = (folder for folder in repo.root.parents if folder.is_relative_to(repo.top))
+    return next((folder for folder in parents if _is_project(folder)), None)
+
+
+def _is_project(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in (CONFIG_NAME, BACKLOG_NAME))
 
 
 def load_config(root: Path, path: Path | None) -> Config:
@@ -7906,6 +7941,13 @@ def _head_problems(space: Workspace, last: Journal | None) -> list[Problem]:
     return problems
 
 
+def start_problems(space: Workspace, *, allow_dirty: bool) -> list[Problem]:
+    """Everything for which a run would refuse to start now; changes nothing."""
+    last = Journal.read(space.journal_path)
+    found = [*_head_problems(space, last), *preflight(space, allow_dirty=allow_dirty)]
+    return list(dict.fromkeys(found))  # both look at HEAD
+
+
 def preflight(space: Workspace, *, allow_dirty: bool) -> list[Problem]:
     """Everything that would keep a run from working, each with its remedy; changes nothing."""
     repo, config = space.repo, space.config
@@ -7971,8 +8013,7 @@ def probe_agents(config: Config, root: Path) -> list[Probe]:
 
 def _refuse(problems: Sequence[Problem]) -> None:
     if problems:
-        lines = [f"- {problem.what}\n  {problem.remedy}" for problem in problems]
-        raise OrchestratorError("cannot start:\n" + "\n".join(lines))
+        raise OrchestratorError("\n".join(["cannot start:", *problem_lines(problems)]))
 
 
 def prepare_work_dir(root: Path) -> None:
@@ -8289,10 +8330,11 @@ def _dry_run(space: Workspace, options: RunOptions, args: argparse.Namespace) ->
         auto_advance=options.auto_advance,
         only_triage=options.only_triage,
     )
+    problems = start_problems(space, allow_dirty=args.allow_dirty)
     if args.json:
-        print(_dumps(plan_json(rows)))
+        print(_dumps(plan_json(rows, problems)))
     else:
-        say(args, render_plan(rows, output_width(sys.stdout)))
+        say(args, render_plan(rows, problems, output_width(sys.stdout)))
     return EXIT_OK
 
 
@@ -8595,11 +8637,9 @@ def cmd_check(args: argparse.Namespace) -> int:
     """
     space = open_workspace(args.root, args.config)
     backlog = space.store.look()
-    last = Journal.read(space.journal_path)
-    found = [*_head_problems(space, last), *preflight(space, allow_dirty=False)]
+    problems = start_problems(space, allow_dirty=False)
     probes = probe_agents(space.config, space.repo.root) if args.probe else []
-    found += [probe.problem for probe in probes if probe.problem]
-    problems = list(dict.fromkeys(found))  # both look at HEAD
+    problems += [probe.problem for probe in probes if probe.problem]
     remarks = [text for look in REMARKS for text in look(space)]
     kept = salvages(space.repo, backlog, space.config.prefix)
     pruned = [one for one in kept if one.finished] if args.prune else []
@@ -8700,11 +8740,19 @@ def cmd_stop(args: argparse.Namespace) -> int:
 
 
 def cmd_init(args: argparse.Namespace) -> int:
+    import shlex
+
     repo = Repo.open(args.root)
     if not NAME.fullmatch(args.prefix):
         raise UsageError(
             f"--prefix {args.prefix!r}: use at most 64 ASCII letters, digits, - and _,"
             " a letter or digit first"
+        )
+    above = project_above(repo)
+    if above is not None and args.root == Path():
+        raise OrchestratorError(
+            f"{above} is a project already, and this folder is inside it. For one more, of this"
+            f" folder alone: {PROGRAM} --root {shlex.quote(str(repo.root))} init"
         )
     config = load_config(repo.root, None)  # the one that is there already, or the defaults
     wanted = {
@@ -8771,7 +8819,7 @@ def make_demo(where: Path) -> None:
     files = {
         "README.md": DEMO_README,
         CONFIG_NAME: DEMO_CONFIG,
-        "BACKLOG.yaml": render_yaml(demo_backlog(utc_now())),
+        BACKLOG_NAME: render_yaml(demo_backlog(utc_now())),
     }
     for name, text in files.items():
         (where / name).write_text(text)
@@ -9426,7 +9474,8 @@ JSON_FORMS: Mapping[str, str] = {
         f' "follow_ups": [id], "merged": [id], {_SPENT_FORM}, "spent": [{{"item", "phase",'
         f' {_SPENT_FORM}}}], "filters", "targets", "state_commit", "warnings": [text],'
         ' "counts": {STATUS: number}, "next": [{"command", "why"}]};'
-        ' with --dry-run {"schema": 1, "items": [{"id", "title", "runs", "turn", "phase", "text"}]}'
+        ' with --dry-run {"schema": 1, "items": [{"id", "title", "runs", "turn", "phase", "text"}],'
+        ' "problems": [{"what", "remedy"}]}'
     ),
 }
 
@@ -9441,9 +9490,13 @@ class Parser(argparse.ArgumentParser):
         return super().add_argument(*words, **options)
 
     def error(self, message: str) -> NoReturn:
-        wrong = re.match(r"argument COMMAND: invalid choice: '([^']*)'", message)
+        wrong = re.match(r"argument (\S+): invalid choice: '(.*)' \(choose from (.*)\)$", message)
         if wrong:
-            message = f"{wrong[1]}: there is no such command{did_you_mean(wrong[1], COMMANDS)}"
+            name, word, choices = wrong[1], wrong[2], re.findall(r"[\w-]+", wrong[3])
+            option = f"{name} " if name.startswith("-") else ""
+            known = f"use {' or '.join(choices)}"
+            rule = "there is no such command" if name == "COMMAND" else known
+            message = f"{option}{word}: {rule}{did_you_mean(word, choices)}"
         unknown = re.match(r"unrecognized arguments: (--[\w-]+)", message)
         if unknown and unknown[1] in self.known_options:
             message += " (an option of other commands)"

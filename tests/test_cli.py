@@ -124,6 +124,9 @@ def test_help_of_every_command(cli: Cli, command: str) -> None:
         (["add", "x", "--size", "huge"], "orchestrator add: argument --size: 'huge' is none of small, medium, large. `orchestrator add --help` shows what there is."),
         (["add", "x", "--risk", ""], "orchestrator add: argument --risk: '' is none of low, medium, high. `orchestrator add --help` shows what there is."),
         (["add", "x", "--tag", " "], "orchestrator add: argument --tag: ' ' is no tag: it is blank or holds a comma. `orchestrator add --help` shows what there is."),
+        (["hook", "instal"], 'orchestrator hook: instal: use install or uninstall or status (did you mean "install"?). `orchestrator hook --help` shows what there is.'),
+        (["--color", "red", "status"], "orchestrator: --color red: use auto or always or never. `orchestrator --help` shows what there is."),
+        (["init", "--agent", "cluade"], 'orchestrator init: --agent cluade: use claude or codex or opencode or gemini or command or demo (did you mean "claude"?). `orchestrator init --help` shows what there is.'),
         (["add", "x", "--tag", "a,b"], "orchestrator add: argument --tag: 'a,b' is no tag: it is blank or holds a comma. `orchestrator add --help` shows what there is."),
     ],
 )
@@ -262,6 +265,21 @@ def test_init_in_a_subfolder(bare: Path, cli: Cli) -> None:
     assert git(bare, "status", "--porcelain") == ""
     assert cli("--root", bare / "sub" / "deep", "add", "x", "--commit").out == "Added WRK-001: x\n"
     assert git(bare, "status", "--porcelain") == ""
+
+
+def test_in_a_subfolder_the_project_above_is_named(bare: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    cli("--root", bare, "init")
+    (bare / "sub" / "deep").mkdir(parents=True)
+    monkeypatch.chdir(bare / "sub" / "deep")
+    for command in (["status"], ["add", "x"], ["run"]):
+        assert cli(*command, code=1).err == (
+            f"orchestrator: {bare}/sub/deep holds no BACKLOG.yaml; the project is {bare}. Go there, or name it with --root.\n"
+        )
+    refused = cli("init", code=1).err
+    assert refused.startswith(f"orchestrator: {bare} is a project already, and this folder is inside it. For one more, ")
+    assert git(bare, "status", "--porcelain") == ""
+    cli("--root", bare / "sub" / "deep", "init")
+    assert cli("status").out == "No items.\n"
 
 
 def test_init_on_an_unborn_branch(tmp_path: Path, cli: Cli) -> None:
@@ -654,6 +672,21 @@ def test_dry_run_says_what_would_start_and_why_the_rest_would_not(project: Any, 
     assert [(row["id"], row["phase"]) for row in got["items"]] == [
         ("WRK-001", "plan"), ("WRK-001", "build"), ("WRK-003", None), ("WRK-002", None), ("WRK-004", None),
     ]
+
+
+def test_dry_run_says_what_keeps_a_run_from_starting(project: Any, here: Cli) -> None:
+    project.backlog("WRK-001 ready")
+    project.commit_all()
+    (project.root / "README.md").write_text("edited\n")
+    text = here("run", "--dry-run").out
+    assert text.endswith(
+        "\nBut a run cannot start:\n- the work tree has uncommitted changes: README.md\n"
+        "  Commit them or set them aside, or run with --allow-dirty.\n\nNothing was started and nothing was written.\n"
+    )
+    assert text.startswith("Would run, if every phase succeeds:\n   1. WRK-001 ")
+    problem, = json.loads(here("run", "--dry-run", "--json").out)["problems"]
+    assert problem["what"] == "the work tree has uncommitted changes: README.md"
+    assert "cannot start" not in here("run", "--dry-run", "--allow-dirty").out
 
 
 def test_dry_run_of_triage_starts_only_triage(project: Any, here: Cli) -> None:

@@ -801,7 +801,7 @@ def test_d21_the_plan_of_a_filter_still_judges_dependencies_on_the_whole_backlog
 
 def test_the_plan_puts_below_an_item_what_has_no_room_beside_it() -> None:
     rows = orchestrator.plan_rows(plan_backlog(), make_config(), cap=100)
-    text = render_plan(rows, 60)
+    text = render_plan(rows, width=60)
     assert max(map(len, text.splitlines())) <= 60
     assert "   1. WRK-001    Title of WRK-001\n        prd → design → build → review\n" in text
 
@@ -816,6 +816,7 @@ def test_the_plan_for_machines() -> None:
              "text": "then later: the limit of phases for one run is used up"},
             {"id": "WRK-002", "title": "Title of WRK-002", "runs": False, "turn": None, "phase": None, "text": "blocked: no reason recorded"},
         ],
+        "problems": [],
     }
 
 
