@@ -2139,7 +2139,7 @@ LINE_BREAK = r"\r\n|[\r\x0b\x0c\x85\u2028\u2029]"
 UNSEEN = r"[\x00-\x08\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ufeff\ufffe\uffff]"
 
 
-# -- words and lines -------------------------------------------------------------------------------
+# ---- Words and lines -----------------------------------------------------------------------------
 
 
 def clean_text(text: str) -> str:
@@ -2224,7 +2224,7 @@ def phase_line(item_id: str, phase: str, text: str) -> str:
     return f"[{item_id}][{phase.upper()}] {text}"
 
 
-# -- names of files --------------------------------------------------------------------------------
+# ---- Names of files ------------------------------------------------------------------------------
 
 
 def safe_name(text: str) -> str:
@@ -2272,7 +2272,7 @@ def _covers(pattern: str, parts: Sequence[str]) -> bool:
     return enough and all(map(fnmatchcase, parts, globs))
 
 
-# -- results of agents -----------------------------------------------------------------------------
+# ---- What an agent reports -----------------------------------------------------------------------
 
 RESULT_CODES = ("phase_complete", "subphase_complete", "failed", "blocked")
 DESCRIPTION_LABELS = {
@@ -2498,7 +2498,7 @@ class _FieldReader:
         )
 
 
-# -- commit messages -------------------------------------------------------------------------------
+# ---- Commit messages -----------------------------------------------------------------------------
 
 
 class MessageEntry(NamedTuple):
@@ -2556,7 +2556,7 @@ def halt_message(reason: HaltReason | None) -> str:
     return f"{subject} ({reason})" if reason else subject
 
 
-# -- prompts ---------------------------------------------------------------------------------------
+# ---- What an agent is told -----------------------------------------------------------------------
 
 PHASE_INSTRUCTIONS: Mapping[str, str] = {
     "research": """\
@@ -3047,7 +3047,7 @@ def _result_skeleton(item: Item, task: Task) -> dict[str, object]:
     return skeleton
 
 
-# -- status ----------------------------------------------------------------------------------------
+# ---- Items, listed and drawn ---------------------------------------------------------------------
 
 STATUS_ORDER = ("in_progress", "blocked", "ready", "scoping", "new", "done")
 
@@ -3347,7 +3347,7 @@ def _indented_text(label: str, text: str) -> list[str]:
     return ["", f"{label}:", *(f"  {line}".rstrip() for line in text.split("\n"))] if text else []
 
 
-# -- what would run --------------------------------------------------------------------------------
+# ---- What would run ------------------------------------------------------------------------------
 
 
 class PlanRow(NamedTuple):
@@ -3530,7 +3530,7 @@ def plan_json(rows: Sequence[PlanRow], problems: Sequence[Problem] = ()) -> dict
     }
 
 
-# -- decisions in history --------------------------------------------------------------------------
+# ---- Decisions in history ------------------------------------------------------------------------
 
 
 class LogRow(NamedTuple):
@@ -3634,7 +3634,7 @@ def log_json(rows: Sequence[LogRow], findings: Sequence[Finding] | None) -> dict
     return {"schema": 1, "decisions": decisions, **verified}
 
 
-# -- the end of a run ------------------------------------------------------------------------------
+# ---- The end of a run ----------------------------------------------------------------------------
 
 HALT_TEXTS: Mapping[HaltReason, str] = {
     HaltReason.SHUTDOWN_REQUESTED: "stopped on request",
