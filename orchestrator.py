@@ -9468,6 +9468,7 @@ JSON_FORMS: Mapping[str, str] = {
         f' "salvage": {_SALVAGE_FORM}, "pruned": the same, "probes": [{{"agent", "model", "works",'
         f' "seconds", {_SPENT_FORM}}}]}}'
     ),
+    "hook": '{"schema": 1, "path", "state", "notes": [text], "chained" (the hook behind it)}',
     "run": (
         '{"schema": 1, "run_id", "halt_reason" (null: an error), "detail", "exit_code", "phases",'
         ' "cap", "seconds", "completed": [{"id", "title"}], "blocked": [{"id", "title", "reason"}],'
@@ -9518,41 +9519,39 @@ class VersionAction(argparse.Action):
         parser.exit()
 
 
+GLOBAL_HINT = (
+    "Before or after the command also: --root DIR, --config FILE, --log-level, --log-format,"
+    " --quiet, --color; see `orchestrator --help`."
+)
+
+
 def _global_options(parser: argparse.ArgumentParser, *, default: bool) -> None:
-    """The options accepted before and after the command; after it they have no default."""
+    """The options accepted before and after the command; after it they have no default.
 
-    def either(value: object) -> object:
-        return value if default else argparse.SUPPRESS
+    The help of a command leaves them to GLOBAL_HINT.
+    """
 
-    parser.add_argument(
-        "--root",
-        type=Path,
-        metavar="DIR",
-        default=either(Path()),
-        help="project folder (default: here)",
-    )
-    parser.add_argument(
-        "--config",
+    def add(name: str, value: object, words: str | None = None, **options: Any) -> None:
+        if not default:
+            value, words = argparse.SUPPRESS, argparse.SUPPRESS
+        parser.add_argument(name, default=value, help=words, **options)
+
+    add("--root", Path(), "project folder (default: here)", type=Path, metavar="DIR")
+    add(
+        *("--config", None, f"config file (default: {CONFIG_NAME} in the project folder)"),
         type=Path,
         metavar="FILE",
-        default=either(None),
-        help=f"config file (default: {CONFIG_NAME} in the project folder)",
     )
-    parser.add_argument(
-        "--log-level", choices=("error", "warning", "info", "debug"), default=either("info")
-    )
-    parser.add_argument("--log-format", choices=("text", "json"), default=either("text"))
-    parser.add_argument(
-        "--quiet",
+    add("--log-level", "info", choices=("error", "warning", "info", "debug"))
+    add("--log-format", "text", choices=("text", "json"))
+    add(
+        *("--quiet", False),
+        "log only warnings and errors, and no summary of a run that ended with exit code 0",
         action="store_true",
-        default=either(False),
-        help="log only warnings and errors, and no summary of a run that ended with exit code 0",
     )
-    parser.add_argument(
-        "--color",
+    add(
+        *("--color", "auto", "auto: on a terminal, unless NO_COLOR is set"),
         choices=("auto", "always", "never"),
-        default=either("auto"),
-        help="auto: on a terminal, unless NO_COLOR is set",
     )
 
 
@@ -9568,7 +9567,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     def command(name: str, summary: str) -> argparse.ArgumentParser:
         form = JSON_FORMS.get("run" if name in ("triage", "step") else name)
-        epilog = form and f"--json prints {form}".replace("%", "%%")
+        epilog = GLOBAL_HINT + (f" --json prints {form}.".replace("%", "%%") if form else "")
         sub = commands.add_parser(name, help=summary, description=summary, epilog=epilog)
         _global_options(sub, default=False)
         return sub
@@ -9642,7 +9641,12 @@ def _run_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="KEY=VALUE[,VALUE]",
         help="work on matching items only; may be repeated (and)",
     )
-    parser.add_argument("--cap", type=_whole(0), metavar="N", help="start at most N phases")
+    parser.add_argument(
+        "--cap",
+        type=_whole(0),
+        metavar="N",
+        help="start at most N phases (default: execution.default_phase_cap)",
+    )
     parser.add_argument(
         "--auto-advance", action="store_true", help="go on to the next target when one is blocked"
     )
@@ -9666,14 +9670,15 @@ def _start_arguments(parser: argparse.ArgumentParser) -> None:
 def _edit_arguments(command: Callable[[str, str], argparse.ArgumentParser]) -> None:
     add = command("add", "add an item")
     add.add_argument("title")
-    add.add_argument("--size", type=_word("small", "medium", "large"))
-    for name in ("complexity", "risk", "impact"):
-        add.add_argument(f"--{name}", type=_word("low", "medium", "high"))
+    for name, words in RATING_WORDS.items():
+        add.add_argument(f"--{name}", type=_word(*words), metavar="WORD", help=" | ".join(words))
     add.add_argument("--priority", type=_whole(-MAX_NUMBER), metavar="N", help="higher goes first")
-    add.add_argument("--pipeline")
-    add.add_argument("--tag", action="append", default=[], type=_tag)
-    add.add_argument("--depends-on", action="append", default=[], metavar="ID")
-    add.add_argument("--description")
+    add.add_argument("--pipeline", metavar="NAME", help="default: triage chooses")
+    add.add_argument("--tag", action="append", default=[], type=_tag, help="may be repeated")
+    add.add_argument(
+        "--depends-on", action="append", default=[], metavar="ID", help="may be repeated"
+    )
+    add.add_argument("--description", metavar="TEXT", help="what the agents should know")
     forward = command("advance", "move an item to its next phase, or to the one given")
     forward.add_argument("id")
     forward.add_argument("--to", metavar="PHASE")
