@@ -419,9 +419,9 @@ MAX_RETRY_DELAY_S = 300.0
 STREAM_IDLE_MINUTES = 15.0  # a long tool command is silent too, so not shorter
 
 # Ids and phase names become parts of file names and of git refs, so they hold nothing special.
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
-ITEM_ID = re.compile(r"(.+)-([0-9]{1,10})")
-MODEL = re.compile(r"[A-Za-z0-9._/][A-Za-z0-9._/-]*")
+NAME = r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}"
+ITEM_ID = r"(.+)-([0-9]{1,10})"
+MODEL = r"[A-Za-z0-9._/][A-Za-z0-9._/-]*"
 
 Word = TypeVar("Word", bound=str)
 Fallback = TypeVar("Fallback", bound=float | str | None)
@@ -617,7 +617,7 @@ def _parse_toml(data: bytes, source: str) -> dict[str, object]:
 def _read_prefix(project: ConfigTable) -> str:
     prefix = project.text("prefix", "WRK")
     written = project.values.get("prefix", prefix)  # blank reads as absent, but is a mistake here
-    if isinstance(written, str) and not NAME.fullmatch(written.strip()):
+    if isinstance(written, str) and not re.fullmatch(NAME, written.strip()):
         project.complain("prefix", f"must be ASCII letters, digits, - and _, not {written!r}")
     return prefix
 
@@ -670,7 +670,7 @@ def _read_agent(table: ConfigTable) -> AgentSettings:
 def _read_model(table: ConfigTable) -> str | None:
     """A model's name; it becomes an argument, so it must not look like an option."""
     model = table.text("model", None)
-    if model is not None and not MODEL.fullmatch(model):
+    if model is not None and not re.fullmatch(MODEL, model):
         table.complain("model", f"must be letters, digits, . _ / - (no leading -), not {model!r}")
         return None
     return model
@@ -763,7 +763,7 @@ def _read_phase_name(table: ConfigTable) -> str:
     name = table.text("name", "")
     if not name:
         table.complain("name", "is missing: every phase needs one")
-    elif not NAME.fullmatch(name):
+    elif not re.fullmatch(NAME, name):
         table.complain("name", f"must be at most 64 ASCII letters, digits, - and _, not {name!r}")
     elif name == TRIAGE:
         table.complain("name", f"must not be {TRIAGE}: the name is reserved for rating new items")
@@ -978,13 +978,13 @@ class IssuedIds:
     def __init__(self, prefix: str, ids: Iterable[str], next_item_id: int) -> None:
         self.prefixes = {prefix}
         self.highest = next_item_id
-        for item_id in ids:
-            if match := ITEM_ID.fullmatch(item_id):
+        for match in map(re.compile(ITEM_ID).fullmatch, ids):
+            if match:
                 self.prefixes.add(match[1])
                 self.highest = max(self.highest, int(match[2]))
 
     def __contains__(self, item_id: str) -> bool:
-        match = ITEM_ID.fullmatch(item_id)
+        match = re.fullmatch(ITEM_ID, item_id)
         return bool(match and match[1] in self.prefixes and int(match[2]) <= self.highest)
 
 
@@ -1830,7 +1830,7 @@ def _merge_duplicates(
 
 def _merge_direction(item_id: str, other: str) -> tuple[str, str]:
     """(source, target): the lower number stays; if numbers do not tell, the triaged item goes."""
-    mine, theirs = ITEM_ID.fullmatch(item_id), ITEM_ID.fullmatch(other)
+    mine, theirs = re.fullmatch(ITEM_ID, item_id), re.fullmatch(ITEM_ID, other)
     if mine and theirs and int(theirs[2]) > int(mine[2]):
         return other, item_id
     return item_id, other
@@ -3761,8 +3761,8 @@ def usage_text(usage: Usage) -> str:
 
 
 WORKLOG_RULE = "\n---\n"  # between entries; what people wrote is indented, so it cannot be theirs
-WORKLOG_HEAD = re.compile(r"## \S+ — (\S+) \(")
-WORKLOG_COST = re.compile(
+WORKLOG_HEAD = r"## \S+ — (\S+) \("
+WORKLOG_COST = (
     r"- \*\*Cost:\*\* (?:about \$(?P<usd>\d+\.\d+))?(?:, )?"
     r"(?:(?P<input>[\d,]+) tokens in and (?P<output>[\d,]+) out)?"
 )
@@ -3778,27 +3778,27 @@ def worklog_with_cost(text: str, usage: Usage) -> str:
 def worklog_costs(texts: Iterable[str]) -> dict[str, Usage]:
     """What every item has cost so far by id, from the worklog's months in any order."""
     costs: dict[str, Usage] = {}
+    as_head, as_cost = re.compile(WORKLOG_HEAD).match, re.compile(WORKLOG_COST).fullmatch
     for text in texts:
         item_id = ""
         for line in text.split("\n"):
-            if head := WORKLOG_HEAD.match(line):
+            if head := as_head(line):
                 item_id = head[1]
-            elif item_id and (found := WORKLOG_COST.fullmatch(line)):
+            elif item_id and (found := as_cost(line)):
                 costs[item_id] = costs.get(item_id, Usage()).plus(_usage_in(found))
     return costs
 
 
-WORKLOG_SUMMARY = re.compile(
-    r"^- \*\*Outcome:\*\* (?:Subphase )?Complete\n- \*\*Summary:\*\* (.*?)(?=\n- \*\*|\Z)",
-    re.MULTILINE | re.DOTALL,
+WORKLOG_SUMMARY = (
+    r"(?ms)^- \*\*Outcome:\*\* (?:Subphase )?Complete\n- \*\*Summary:\*\* (.*?)(?=\n- \*\*|\Z)"
 )
 
 
 def worklog_summary(texts: Sequence[str], item_id: str) -> str | None:
     """What the item's last completed phase reported, from the worklog's months in order."""
     for entry in reversed([entry for text in texts for entry in text.split(WORKLOG_RULE)]):
-        head = WORKLOG_HEAD.match(entry.lstrip("\n"))
-        if head and head[1] == item_id and (found := WORKLOG_SUMMARY.search(entry)):
+        head = re.match(WORKLOG_HEAD, entry.lstrip("\n"))
+        if head and head[1] == item_id and (found := re.search(WORKLOG_SUMMARY, entry)):
             return re.sub(r"(?m)^  ", "", found[1]).strip()
     return None
 
@@ -3985,7 +3985,7 @@ RUN_MARK = "ORCHESTRATOR_RUN_ID"
 
 # What `git rev-parse --local-env-vars` lists, and the variables git sets for hooks: an agent must
 # find the repository by its working directory, even if we run inside a hook.
-LOCAL_GIT_VARIABLE = re.compile(
+LOCAL_GIT_VARIABLE = (
     r"GIT_(ALTERNATE_OBJECT_DIRECTORIES|COMMON_DIR|CONFIG(_COUNT|_PARAMETERS|_KEY_\d+|_VALUE_\d+)?"
     r"|DIR|GRAFT_FILE|IMPLICIT_WORK_TREE|INDEX_FILE|INTERNAL_SUPER_PREFIX|NAMESPACE"
     r"|NO_REPLACE_OBJECTS|OBJECT_DIRECTORY|PREFIX|QUARANTINE_PATH|REFLOG_ACTION|REPLACE_REF_BASE"
@@ -3993,7 +3993,7 @@ LOCAL_GIT_VARIABLE = re.compile(
 )
 # Variables by which an agent CLI tells its children that they run inside it. Their settings and
 # credentials (CLAUDE_CODE_OAUTH_TOKEN, CLAUDE_CODE_USE_BEDROCK …) must stay.
-SESSION_VARIABLE = re.compile(
+SESSION_VARIABLE = (
     r"CLAUDECODE|CLAUDE_PID|CLAUDE_CODE_(ENTRYPOINT|SSE_PORT|EXECPATH|\w*(SESSION|CHILD|PARENT)\w*)"
     r"|CODEX_(SANDBOX\w*|THREAD_ID)|GEMINI_CLI|OPENCODE|OPENCODE_(PID|SESSION\w*)|ORCHESTRATOR_\w+"
 )
@@ -4262,12 +4262,12 @@ def _claude_end(report: AgentReport, event: Event) -> str:
     status = _number_at(event, "api_error_status")
     if status in (401, 403) or text.startswith(("Not logged in", "Invalid API key")):
         report.unusable = f"claude cannot log in: {text}"
-    elif _passes(status) or (status is None and CLAUDE_TRANSIENT.match(text)):
+    elif _passes(status) or (status is None and re.match(CLAUDE_TRANSIENT, text)):
         report.transient = f"the API failed: {text}"
     return report.error
 
 
-CLAUDE_TRANSIENT = re.compile(r"API Error: (?:Connection|Unable to connect|Request timed out)")
+CLAUDE_TRANSIENT = r"API Error: (?:Connection|Unable to connect|Request timed out)"
 
 
 def _passes(status: float | None) -> bool:
@@ -4279,20 +4279,17 @@ def _passes(status: float | None) -> bool:
 
 
 class Wording(NamedTuple):
-    """What the errors of a CLI that only says in words what went wrong look like."""
+    """What the errors of a CLI that only says in words what went wrong look like, in any case."""
 
-    limit: re.Pattern[str]
-    login: re.Pattern[str]
-    transient: re.Pattern[str]
+    limit: str
+    login: str
+    transient: str
 
 
 CODEX_WORDING = Wording(
-    limit=re.compile(r"hit your usage limit|quota exceeded", re.IGNORECASE),
-    login=re.compile(r"401 unauthorized|not logged in|refresh token", re.IGNORECASE),
-    transient=re.compile(
-        r"last status: (?:429|5\d\d)|stream disconnected|error sending request|high demand",
-        re.IGNORECASE,
-    ),
+    limit=r"hit your usage limit|quota exceeded",
+    login=r"401 unauthorized|not logged in|refresh token",
+    transient=r"last status: (?:429|5\d\d)|stream disconnected|error sending request|high demand",
 )
 
 
@@ -4319,11 +4316,11 @@ def read_codex(report: AgentReport, event: Event) -> str:
 def _note_error(report: AgentReport, cli: str, text: str, wording: Wording) -> str:
     """Sort an error event of a CLI that only says in words what went wrong."""
     report.error = text or "an error without a message"
-    if wording.limit.search(text):
+    if re.search(wording.limit, text, re.IGNORECASE):
         report.limited = f"usage limit reached: {text}"
-    elif wording.login.search(text):
+    elif re.search(wording.login, text, re.IGNORECASE):
         report.unusable = f"{cli} cannot log in: {text}"
-    elif wording.transient.search(text):
+    elif re.search(wording.transient, text, re.IGNORECASE):
         report.transient = f"the API failed: {text}"
     return report.error
 
@@ -4353,7 +4350,7 @@ def _opencode_error(report: AgentReport, event: Event) -> str:
     status = _number_at(event, "error", "data", "statusCode")
     report.error = text
     retryable = _dig(event, "error", "data", "isRetryable") is True
-    if OPENCODE_LIMIT.search(text):
+    if re.search(OPENCODE_LIMIT, text):
         report.limited = f"usage limit reached: {text}"
     elif status in (401, 403) or name == "ProviderAuthError":
         report.unusable = f"opencode cannot log in: {text}"
@@ -4362,13 +4359,11 @@ def _opencode_error(report: AgentReport, event: Event) -> str:
     return text
 
 
-OPENCODE_LIMIT = re.compile(r"usage limit|quota|insufficient credit", re.IGNORECASE)
+OPENCODE_LIMIT = r"(?i)usage limit|quota|insufficient credit"
 GEMINI_WORDING = Wording(
-    limit=re.compile(r"quota", re.IGNORECASE),
-    login=re.compile(r"\b40[13]\b|api key|auth method", re.IGNORECASE),
-    transient=re.compile(
-        r"\b(?:429|5\d\d)\b|rate limit|fetch failed|overloaded|UNAVAILABLE", re.IGNORECASE
-    ),
+    limit=r"quota",
+    login=r"\b40[13]\b|api key|auth method",
+    transient=r"\b(?:429|5\d\d)\b|rate limit|fetch failed|overloaded|UNAVAILABLE",
 )
 
 
@@ -4393,7 +4388,7 @@ def read_gemini(report: AgentReport, event: Event) -> str:
 
 
 MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
-RESET_CLOCK = re.compile(
+RESET_CLOCK = (
     r"try again at (?:([A-Z][a-z]{2})[a-z]* (\d{1,2})(?:st|nd|rd|th)?, (\d{4}) )?"
     r"(\d{1,2}):(\d{2}) ([AP])M"
 )
@@ -4404,7 +4399,7 @@ def reset_time(text: str, now: datetime) -> float | None:
 
     `now` is aware. A time of day means the nearest such moment: one just passed stays in the past.
     """
-    found = RESET_CLOCK.search(text)
+    found = re.search(RESET_CLOCK, text)
     if not found:
         return None
     month, day, year, hour, minute, half = found.groups()
@@ -4551,7 +4546,7 @@ def agent_environment(spec: AttemptSpec, outer: Mapping[str, str]) -> dict[str, 
     kept = {
         name: value
         for name, value in outer.items()
-        if not (LOCAL_GIT_VARIABLE.fullmatch(name) or SESSION_VARIABLE.fullmatch(name))
+        if not (re.fullmatch(LOCAL_GIT_VARIABLE, name) or re.fullmatch(SESSION_VARIABLE, name))
     }
     return {
         **PROFILES[settings.cli].env,
@@ -8743,7 +8738,7 @@ def cmd_init(args: argparse.Namespace) -> int:
     import shlex
 
     repo = Repo.open(args.root)
-    if not NAME.fullmatch(args.prefix):
+    if not re.fullmatch(NAME, args.prefix):
         raise UsageError(
             f"--prefix {args.prefix!r}: use at most 64 ASCII letters, digits, - and _,"
             " a letter or digit first"
@@ -8930,11 +8925,11 @@ exec "$chained" "$@"
 """
 
 # The digest is written when the hook is installed; it covers every line but this one.
-HOOK_ID = re.compile(rb"^# orchestrator-hook: (\S+).*\n", re.M)
+HOOK_ID = rb"(?m)^# orchestrator-hook: (\S+).*\n"
 
 # Hooks that go by their own file name, `. "$(dirname "$0")/h"` being husky's: renamed, they would
 # no longer do what they should.
-NAME_IS_MEANING = re.compile(
+NAME_IS_MEANING = (
     rb"basename[^\n]{0,12}(?:\$\{?0|argv|__file__|__FILE__)|\$\{0##|dirname[^\n]{0,8}\$0[^\n]*/h\""
 )
 
@@ -8960,7 +8955,7 @@ def render_hook(backlog: str) -> bytes:
 def _seal_hook(text: bytes) -> bytes:
     import hashlib
 
-    found = HOOK_ID.search(text)
+    found = re.search(HOOK_ID, text)
     assert found is not None
     rest = text[: found.start()] + text[found.end() :]
     digest = hashlib.sha256(rest).hexdigest()
@@ -8972,7 +8967,7 @@ def hook_state(data: bytes | None, wanted: bytes) -> HookState:
     """Whose hook this is, and of which age; `wanted` is what would be installed now."""
     if data is None:
         return "absent"
-    if HOOK_ID.search(data) is None:
+    if re.search(HOOK_ID, data) is None:
         return "foreign"
     if data == wanted:
         return "installed"
@@ -8986,7 +8981,7 @@ def inspect_hook(repo: Repo, wanted: bytes) -> HookFacts:
     chained = path.with_name(CHAINED_HOOK)
     legacy = path.with_name("pre-commit.legacy")  # where `pre-commit install` moves what it finds
     state = hook_state(_bytes_of(path), wanted)
-    if state == "foreign" and HOOK_ID.search(_bytes_of(legacy) or b""):
+    if state == "foreign" and re.search(HOOK_ID, _bytes_of(legacy) or b""):
         state = "behind pre-commit"
     return HookFacts(path, state, chained if os.path.lexists(chained) else None)
 
@@ -9051,7 +9046,7 @@ def _refuse_to_chain(found: HookFacts) -> None:
             f"{path} is another hook, but {found.chained.name} beside it is one that was replaced"
             " before. Make one of the two, then try again."
         )
-    if NAME_IS_MEANING.search(_bytes_of(path) or b""):
+    if re.search(NAME_IS_MEANING, _bytes_of(path) or b""):
         raise OrchestratorError(
             f"{path} depends on its own file name, so it cannot be renamed and called from ours."
             ' Put the line that README.md gives under "The git hook" into your hook instead.'
@@ -9165,7 +9160,7 @@ OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE
 SOFTWARE.
 """
 
-SINGLE_FILE = re.compile(
+SINGLE_FILE = (
     rb"#!/usr/bin/env python3\n(?:# .*\n){2}"
     rb"# source-sha256: ([0-9a-f]{64})\n# below-sha256: ([0-9a-f]{64})\n"
 )
@@ -9221,7 +9216,7 @@ def read_single_file(data: bytes) -> SingleFile | None:
     """What a file says about itself, or None if it is no single file of ours."""
     import hashlib
 
-    found = SINGLE_FILE.match(data)
+    found = re.match(SINGLE_FILE, data)
     if found is None:
         return None
     below = hashlib.sha256(data[found.end() :]).hexdigest()
