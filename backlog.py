@@ -2939,7 +2939,7 @@ class Store:
         """
         with self._locked():
             with suppress(OSError):
-                self._temporary.unlink()  # left by a save that was killed
+                self.temporary.unlink()  # left by a save that was killed
             return self.look(fallback)
 
     def look(self, fallback: bytes | None = None) -> Backlog:
@@ -3027,8 +3027,12 @@ class Store:
         return all(c in missing for c in changes_between(old, new) if c.item_id)
 
     def committed_bytes(self) -> bytes:
-        """The file's bytes now, complete; SaveError if it cannot be read."""
+        """The file's bytes now, complete; SaveError if it cannot be read.
+
+        What others wrote is taken up: nothing gets into a commit that this store does not know of.
+        """
         with self._locked():
+            self._catch_up()
             data = self._read()
         if data is None:
             raise SaveError(f"{self.path}: the file is gone", self.unsaved())
@@ -3044,9 +3048,12 @@ class Store:
         return self.lock_path.with_name(f"{self.path.name}.saved")
 
     def keep_copy(self) -> None:
-        """Make the copy hold what the file does, edits by hand included."""
+        """Make the copy hold what the file does, edits by hand included.
+
+        Not if the file has changed since it was read: then the copy may be ahead of memory.
+        """
         with self._locked():
-            if self.last_copy() != self._last.data:
+            if self._read() == self._last.data != self.last_copy():
                 self._keep_copy(self._last.data)
 
     def last_copy(self) -> bytes | None:
@@ -3161,6 +3168,7 @@ class Store:
             return
         self.waiting, self._found = None, data
         self._adopt(disk, ours)
+        self._keep_copy(data)
 
     def _adopt(self, disk: _FileState, ours: Sequence[KeyChange]) -> None:
         self._disk = disk
@@ -3201,7 +3209,7 @@ class Store:
     # -- disk --------------------------------------------------------------------------------------
 
     @property
-    def _temporary(self) -> Path:
+    def temporary(self) -> Path:
         """Where the new content is written: one name is enough, only the lock's holder writes."""
         return self.path.with_name(f".{self.path.name}.tmp")
 
@@ -3240,7 +3248,7 @@ class Store:
                 if self._read() != expected:
                     return False
                 self._keep_copy(data)
-                os.rename(self._temporary, self.path)
+                os.rename(self.temporary, self.path)
                 sync_directory(self.path.parent)
         except OSError as error:
             raise SaveError(
@@ -3249,7 +3257,7 @@ class Store:
             ) from error
         finally:
             with suppress(OSError):
-                self._temporary.unlink()
+                self.temporary.unlink()
         self._disk = _FileState(data, document, self.backlog)
         self.waiting, self._found = None, data
         return True
@@ -3271,9 +3279,9 @@ class Store:
 
     def _write_temporary(self, data: bytes) -> None:
         with suppress(FileNotFoundError):
-            self._temporary.unlink()
+            self.temporary.unlink()
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
-        with open(os.open(self._temporary, flags, 0o600), "wb") as file:
+        with open(os.open(self.temporary, flags, 0o600), "wb") as file:
             os.fchmod(file.fileno(), self._mode)
             file.write(data)
             file.flush()

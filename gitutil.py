@@ -1293,13 +1293,20 @@ class Repo:
         # A split index would leave a new shared part behind in the git directory.
         add = ("-c", "core.splitIndex=false", "add", "-A", "--sparse", "--ignore-errors", "--", ".")
         missed: list[str] = []
+        fatal: GitError | None = None
         for _ in range(ADD_TRIES):
-            if self._call(add, env=env, ok=(0, 1), limit_s=TREE_LIMIT_S).status == 0:
-                return
+            try:
+                if self._call(add, env=env, ok=(0, 1), limit_s=TREE_LIMIT_S).status == 0:
+                    return
+            except GitError as error:
+                if error.status != 128:
+                    raise
+                fatal = error  # a file that vanishes while git looks at it is fatal for git
+                continue
             missed = self._missed(env)
             if not missed:
                 return
-        raise GitError(
+        raise fatal or GitError(
             f"cannot be read, so nothing could be recorded: {', '.join(missed[:5])}."
             " Make it readable, remove it, or list it in .gitignore."
         )

@@ -6286,13 +6286,13 @@ class Ledger:
         item = self.store.backlog.items.get(task.item_id) or (previous and previous.item)
         if item is None:
             return None
-        self.edit([])
-        self.store.keep_copy()
         token = secrets.token_hex(8)
         if previous is None or task.phase.destructive:
             before = self.repo.snapshot(self.snapshot_ref(token))
         else:
             before = previous.before
+        self.edit([])  # so that we know of all that the commit holds which we take for older
+        self.store.keep_copy()
         self.store.older |= self._older_states(before)
         if previous is not None:
             self.journal.attempts.pop(previous.token, None)
@@ -6592,7 +6592,7 @@ class Ledger:
     def is_own(self, path: str) -> bool:
         """Whether a path is state of ours, never part of a phase's changes."""
         prefix = self.repo.prefix
-        unfinished = self.repo.relative(self.store.path.with_name(f".{self.store.path.name}.tmp"))
+        unfinished = self.repo.relative(self.store.temporary)
         folders = (f"{prefix}{WORKLOG_DIR}/", f"{prefix}{WORK_DIR}/")
         own = (self.backlog_path, self.inbox_git_path, unfinished)
         return path in own or path.startswith(folders)
@@ -6922,7 +6922,7 @@ class Ledger:
         is lost then.
         """
         for record in self.journal.attempts.values():
-            self._recover_state(record)
+            self.undo_set_back(record)
         self.store.restore(self.journal.unsaved)
         for record in list(self.journal.attempts.values()):
             self._recover_attempt(record)
@@ -6937,8 +6937,12 @@ class Ledger:
         self.tell_state_commit(done, "recovered what the last run decided")
         self.end()
 
-    def _recover_state(self, record: AttemptRecord) -> None:
-        """Undo an agent's `git checkout` of the backlog that we were killed before noticing."""
+    def undo_set_back(self, record: AttemptRecord) -> None:
+        """Undo an agent's `git checkout` of the backlog that its run has not noticed.
+
+        The run was killed before, or it is at work and we are a command that comes first: what was
+        saved last may be of yet another command, of which the run knows nothing.
+        """
         if not self.store.path.exists():  # then the copy has been loaded instead
             return
         copy, disk = self.store.last_copy(), self.store.committed_bytes()
@@ -7967,6 +7971,7 @@ def _dirty_problems(space: Workspace) -> list[Problem]:
     prefix = space.repo.prefix
     own = {
         os.path.relpath(space.store.path, space.repo.top),
+        space.repo.relative(space.store.temporary),  # while another command saves
         prefix + INBOX_NAME,
         prefix + CONFIG_NAME,
     }
@@ -8505,6 +8510,7 @@ def cmd_add(args: argparse.Namespace) -> int:
 def _change(space: Workspace, edit: Callable[[Draft], T]) -> T:
     """One edit of the backlog by a command; raises what it raised."""
     _settle_last_run(space)
+    _see_past_agents(space)
     (answer,) = space.store.transact([edit])
     if isinstance(answer, Exception):
         raise answer
@@ -8529,6 +8535,20 @@ def _settle_last_run(space: Workspace) -> None:
             last.write()
     except RunActive:
         return  # the active run sees to its own, and has seen to what was there before
+
+
+def _see_past_agents(space: Workspace) -> None:
+    """Edit what was saved last, not what an agent of the active run set the file back to."""
+    journal = Journal.read(space.journal_path)
+    if journal is None or not journal.attempts:
+        return
+    try:
+        with space.run_lock("a command"):
+            return  # the run was killed: its recovery sees to that
+    except RunActive:
+        ledger = Ledger(space.repo, space.store, space.config, journal, utc_now)
+    for record in journal.attempts.values():
+        ledger.undo_set_back(record)
 
 
 def _refuse_waiting(store: Store) -> None:

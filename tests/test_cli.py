@@ -635,6 +635,14 @@ def test_check_names_all_problems_each_with_its_remedy(project: Any, here: Cli) 
     assert [set(row) for row in got["problems"]] == [{"what", "remedy"}] * 5
 
 
+def test_a_save_in_progress_does_not_make_the_tree_dirty(project: Any, here: Cli) -> None:
+    """Another command's temporary file, which is there for a moment."""
+    project.backlog("WRK-001 new")
+    project.commit_all()
+    (project.root / ".BACKLOG.yaml.tmp").write_text("half a back")
+    assert here("check").out == "ready to run\n"
+
+
 READERS = (
     ["status"], ["status", "--json"], ["show", "WRK-001"], ["check"], ["check", "--json"], ["stop"],
     ["run", "--dry-run"], ["run", "--dry-run", "--json"], ["triage", "--dry-run"], ["run", "--dry-run", "--target", "WRK-001"],

@@ -469,6 +469,22 @@ def messy_template(template: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     return where
 
 
+@pytest.mark.parametrize("times", [1, 99])
+def test_a_file_that_vanishes_while_git_looks_is_looked_for_again(project: Path, fake_git: Callable[[str], Repo], times: int) -> None:
+    """For `git add` that is fatal, but a temporary file of anybody's is no reason to end a run."""
+    real, tries = shutil.which("git"), project.parent / "tries"
+    fails = f'echo x >> {tries}; if [ "$(wc -l < {tries})" -le {times} ]; then echo "fatal: unable to stat \'x\'" >&2; exit 128; fi'
+    fake_git(f'case " $* " in *" add "*) {fails} ;; esac; exec {real} "$@"')
+    repo = Repo.open(project)
+    if times == 1:
+        (project / "new.txt").write_text("new\n")
+        assert repo.entry(repo.snapshot().tree, "new.txt") is not None
+    else:
+        with pytest.raises(GitError, match="exited 128: fatal: unable to stat 'x'"):
+            repo.snapshot()
+    assert len(tries.read_text().split()) == min(times + 1, 3)
+
+
 @pytest.fixture
 def messy(messy_template: Path, tmp_path: Path) -> Path:
     """The project with much that is the operator's."""

@@ -97,6 +97,22 @@ def test_what_an_agent_does_to_our_state_is_undone(project: Any, outcome: str, h
 
 
 @pytest.mark.slow
+def test_a_command_edits_what_was_saved_last_not_what_an_agent_set_back(project: Any) -> None:
+    """Between two looks of the run: an item is added, the file set back, and another item added."""
+    adds = [command(project, "add", f"Added {n}") for n in (1, 2)]
+    set_up(project, f"WRK-001 {BUILDING}", script={
+        "WRK-001/build": [{"sh": f"({adds[0]}; git checkout -q -- .; {adds[1]}) > {project.outside}/said", "result": BLOCKED}],
+    })
+    log = project.finish(project.start("run", "--target", "WRK-001"), 3)
+    assert (project.outside / "said").read_text() == "Added WRK-002: Added 1\nAdded WRK-003: Added 2\n"
+    titles = {one: row["title"] for one, row in project.items().items()}
+    assert titles == {"WRK-001": "Item WRK-001", "WRK-002": "Added 1", "WRK-003": "Added 2"}
+    assert project.statuses()["WRK-001"] == "blocked build"
+    assert project.committed() == project.text()
+    assert "by hand" not in log
+
+
+@pytest.mark.slow
 def test_a_backlog_set_back_while_the_agent_goes_on_is_no_edit_by_hand(project: Any) -> None:
     """The run looks at the file every second; an agent's `git stash` may be popped, or not."""
     os.mkfifo(project.outside / "go")

@@ -614,6 +614,25 @@ def test_committed_bytes_are_those_of_the_file(bench: Bench) -> None:
         bench.store.committed_bytes()
 
 
+def test_what_is_committed_has_been_taken_up(bench: Bench) -> None:
+    """Else a commit of ours that holds another command's item would pass for an older state."""
+    bench.update("WRK-001", size="small")
+    bench.fresh().transact([add("of another command")])
+    bench.store.older = frozenset([bench.store.committed_bytes()])  # HEAD, while a phase runs
+    bench.update("WRK-001", size="large")
+    assert (bench.item("WRK-001")["size"], bench.item("WRK-004")["title"]) == ("large", "of another command")
+    assert bench.in_step()
+
+
+def test_the_copy_never_falls_behind(bench: Bench) -> None:
+    bench.fresh().transact([add("of another command")])
+    bench.store.keep_copy()
+    assert bench.store.last_copy() == bench.text.encode()
+    bench.by_hand("title: Second", "title: By hand")
+    bench.store.transact([])
+    assert bench.store.last_copy() == bench.text.encode()
+
+
 # ---- What cannot be written ----------------------------------------------------------------------
 
 
