@@ -3974,6 +3974,7 @@ BACKLOG_LIMIT = 16 << 20  # unread output beyond this is skipped but for its end
 TAIL_LINES = 20
 SEEN_LINES = 10 * TAIL_LINES  # of what has come since the last look: some may be blank
 TAIL_COLUMNS = 400
+FAMILY_TRIES = 5  # a look at our descendants that catches them in the act of changing parents
 SWEEP_LIMIT_S = 10.0  # a process that survives SIGKILL this long hangs in the kernel
 PS_SNAPSHOT_S = 2.0  # elsewhere than on Linux: how often the process table is read
 LEFTOVER_GRACE_S = 2.0  # TERM to KILL for what a killed run left behind
@@ -4640,6 +4641,52 @@ def process_table() -> dict[int, ProcessEntry]:
     return {pid: entry for pid in pids if (entry := process_entry(pid)) is not None}
 
 
+def family_table() -> dict[int, ProcessEntry]:
+    """We and all our descendants, by pid; every process where only the whole table tells.
+
+    As child subreaper we inherit whatever loses its parent, so nothing that an agent of ours
+    started is elsewhere. It takes a fraction of the whole table, which counts: it is looked at
+    several times a second for every agent.
+    """
+    us = os.getpid()
+    if not (FAMILY.subreaper and os.path.exists(f"/proc/{us}/task/{us}/children")):
+        return process_table()
+    for _ in range(FAMILY_TRIES):
+        table, todo = {}, [us]
+        while todo:
+            entry = process_entry(todo.pop())
+            if entry is not None:
+                table[entry.pid] = entry
+                todo += [pid for pid in _children_of(entry.pid) if pid not in table]
+        if table.keys() >= set(_children_of(us)):
+            return table
+        # Something has lost its parent and come to us after our children were read.
+    return process_table()
+
+
+def _children_of(pid: int) -> list[int]:
+    """The children of all threads of a process.
+
+    proc(5): one may be left out while another one is being reaped, or while the thread that had it
+    ends; who has to be sure looks twice.
+    """
+    children: list[int] = []
+    with suppress(FileNotFoundError, ProcessLookupError):  # the process has ended
+        for thread in os.listdir(f"/proc/{pid}/task"):
+            with (
+                suppress(FileNotFoundError, ProcessLookupError),
+                open(f"/proc/{pid}/task/{thread}/children", "rb", buffering=0) as file,
+            ):
+                children += map(int, file.read().split())
+    return children
+
+
+def has_descendants() -> bool:
+    """Whether any process may live that we or our agents started."""
+    us = os.getpid()
+    return any(entry.alive for pid, entry in family_table().items() if pid != us)
+
+
 def _ps(*options: str) -> list[str]:
     import subprocess
 
@@ -4770,7 +4817,7 @@ class Family:
         """
         if not (ON_LINUX and self.subreaper) or not _a_child_is_dead():
             return
-        for child in self.adopted(process_table()):
+        for child in self.adopted(family_table()):
             if not child.alive:
                 _reap_pid(child.pid)
 
@@ -4837,7 +4884,7 @@ def _leftovers(variable: str, leader: int, known: Mapping[int, int]) -> list[Pro
     `known` holds descendants seen earlier as {pid: start}, for systems without subreaper, and for
     a run that was killed.
     """
-    table = process_table()
+    table = family_table() if leader else process_table()
     since = table[leader].start if leader in table else 0  # nothing older can carry its mark
     marked = _marked(variable, {pid: one for pid, one in table.items() if one.start >= since})
     mine = variable if leader else ""
@@ -5156,7 +5203,7 @@ class Watched:
         """Name each process of ours that cleaned its environment: see `AttemptRecord`."""
         if not ON_LINUX:
             return
-        table, leader = process_table(), self._process.pid
+        table, leader = family_table(), self._process.pid
         adopted = {entry.pid for entry in FAMILY.adopted(table) if entry.alive}
         mark = os.fsencode(self._command.marker)
         for pid in adopted | _below({leader, *adopted}, table):
@@ -5198,7 +5245,7 @@ class Watched:
 
 
 def _group_lives(group: int) -> bool:
-    return any(entry.group == group and entry.alive for entry in process_table().values())
+    return any(entry.group == group and entry.alive for entry in family_table().values())
 
 
 @contextmanager
@@ -5299,7 +5346,8 @@ async def _run_child(
                 why = await child.watch(gone, stop, tick, settled, started)
                 if why != "exit":
                     await child.terminate(gone, hurry)
-                await asyncio.to_thread(child.sweep)
+                if has_descendants():
+                    await asyncio.to_thread(child.sweep)
         except BaseException:  # cancelled, too: whatever ends us, the agent goes first
             child.sweep()
             raise
