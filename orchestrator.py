@@ -5998,6 +5998,18 @@ def replace_file(path: Path, data: bytes, mode: int = 0o644) -> None:
     sync_directory(path.parent)
 
 
+def append_line(path: Path, line: bytes, *, flush: bool) -> None:
+    """Add a line to a file that there is; OSError, also when only a part of it went in."""
+    fd = os.open(path, os.O_WRONLY | os.O_APPEND)
+    try:
+        if os.write(fd, line) < len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        if flush:
+            os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
 class AttemptRecord(NamedTuple):
     """An attempt in flight, as the next start needs it if this run is killed."""
 
@@ -6029,11 +6041,14 @@ class PendingCommit(NamedTuple):
 class Journal:
     """`run.json` beside the locks: what the next start recovers from if this run is killed.
 
-    Replaced as a whole, atomically, before the act that it names. Kept in the git folder, where
-    no `git clean -fdx` of an agent reaches it.
+    Each line is the whole state as it was written before the act that it names, and the last
+    complete one counts: to add a line costs a third of replacing the file. A long file is replaced
+    by its newest line, atomically, and so is that of a run that has ended. Kept in the git folder,
+    where no `git clean -fdx` of an agent reaches it.
     """
 
     VERSION = 1
+    LONG = 1_000_000  # bytes
 
     def __init__(self, path: Path, run_id: str, branch: str | None) -> None:
         self.path = path
@@ -6047,6 +6062,7 @@ class Journal:
         self.parked = ""  # the parked state commit that the file on disk has taken up
         self.pauses: dict[str, AgentPause] = {}  # open breakers by agent
         self.spent: dict[str, Usage] = {}  # by item: what the worklog does not tell yet
+        self._length = self.LONG  # of the file, if it ends with a whole line of ours
 
     @classmethod
     def read(cls, path: Path) -> Journal | None:
@@ -6054,7 +6070,7 @@ class Journal:
         import json
 
         try:
-            data = json.loads(path.read_bytes())
+            data = json.loads(_last_state(path.read_bytes()))
             if data["version"] != cls.VERSION:
                 raise ValueError(f"version {data['version']!r}, expected {cls.VERSION}")
             journal = cls(path, data["run_id"], data["branch"])
@@ -6075,8 +6091,11 @@ class Journal:
             ) from None
         return journal
 
-    def write(self) -> None:
-        """Replace the file; OSError when it cannot be written."""
+    def write(self, *, flush: bool = True) -> None:
+        """Note the state as it is now; OSError when it cannot be written.
+
+        `flush` is for what must outlast a power cut: without it, the line before may come back.
+        """
         import json
 
         data = {
@@ -6092,12 +6111,27 @@ class Journal:
             "pauses": [_as_json(pause) for pause in self.pauses.values()],
             "spent": {item: _as_json(usage) for item, usage in self.spent.items()},
         }
-        replace_file(self.path, (json.dumps(data, indent=1) + "\n").encode(), mode=0o600)
+        line = (json.dumps(data) + "\n").encode()
+        # Until this has gone well, the file may end with a part of a line, or not be there.
+        length, self._length = self._length + len(line), self.LONG
+        if length > self.LONG or self.ended or not self.path.exists():
+            replace_file(self.path, line, mode=0o600)
+            length = len(line)
+        else:
+            append_line(self.path, line, flush=flush)
+        self._length = length
 
     @property
     def settled(self) -> bool:
         """Whether nothing of the run is left to do."""
         return self.ended and not (self.attempts or self.pending or self.unsaved)
+
+
+def _last_state(data: bytes) -> bytes:
+    """The last line of a journal that was written to its end, else all there is."""
+    lines = data.splitlines(keepends=True)
+    whole = [line for line in lines if line.startswith(b'{"version"') and line.endswith(b"\n")]
+    return whole[-1] if whole else data
 
 
 def _as_json(value: Any) -> Any:
@@ -6230,7 +6264,8 @@ class Ledger:
         """Keep in the journal what could not be saved, and only that."""
         before, self.journal.unsaved = self.journal.unsaved, self.store.unsaved()
         if self.journal.unsaved != before:
-            self.journal.write()
+            # What is saved may be made again: that changes nothing, unless it was edited since.
+            self.journal.write(flush=bool(self.journal.unsaved))
 
     def edit_one(
         self, edit: Callable[[Draft], T], *, prepare: Callable[[], None] | None = None
@@ -6367,7 +6402,7 @@ class Ledger:
         if record is not None:
             seen = (*record.processes, (pid, started))
             self.journal.attempts[token] = record._replace(processes=seen)
-            self.journal.write()
+            self.journal.write(flush=False)  # after a power cut there is none left to end
 
     def finish(self, started: Started, result: PhaseResult) -> Applied | str:
         """Record and commit what a phase reported; a text instead says why the attempt failed."""
@@ -6874,7 +6909,7 @@ class Ledger:
         if any(record.with_state for record in self.journal.pending):
             self.journal.inbox = ""  # a tracked one that is gone is committed as gone now
         self.journal.pending.clear()
-        self.journal.write()
+        self.journal.write(flush=False)  # a start finds the commit in history
 
     def _commit_pending(self) -> str | None:
         pending = self.journal.pending

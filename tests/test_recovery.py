@@ -16,12 +16,13 @@ IN_BUILD = "in_progress phase=build phase_pool=main"
 RECOVERED = "[orchestrator] Recover backlog state"
 HALT = "[orchestrator] Save backlog state on halt"
 
-# Kills the process as it is about to rename a file for the NTH time, or the one after that.
+# Kills the process as it is about to rename, or add to, a file for the NTH time, or the one after that.
 WATCH = """
 renamed = []
 def watch(event, args):
-    if event == "os.rename":
-        name = os.path.basename(os.fsdecode(args[1]))
+    adds = event == "open" and args[2] & os.O_APPEND
+    if event == "os.rename" or adds:
+        name = os.path.basename(os.fsdecode(args[0 if adds else 1]))
         renamed.append(name)
         nth = renamed.count(NAME) == NTH
         if nth and (not THEN and name == NAME or THEN and name == THEN):
