@@ -8,9 +8,9 @@ is what `git add` of our own file would leave. Hooks, signing, editors, filters 
 the operator's staging never come into it.
 
 Starting git costs more than what it is asked to do, so what it keeps in files of a published and
-settled format is read here: the index (gitformat-index), loose refs (gitrepository-layout), trees
-and commits; and trees and commits are written here. Whatever is stored in another way, and
-everything that filters, attributes or ignore rules have a say in, is git's to answer.
+settled format is read and written here: the index (gitformat-index), loose refs and their logs
+(gitrepository-layout), trees and commits. Whatever is stored in another way, and everything that
+filters, attributes or ignore rules have a say in, is git's to do.
 
 Reading order: data, the index file, objects, starting git, `Repo` (facts, index, snapshots,
 commits, state commits, restoring, refs, hooks, preconditions).
@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Literal, NamedTuple, Self
 
 if TYPE_CHECKING:
+    import hashlib
     import subprocess
 
 # ==== 1. Data and errors ==========================================================================
@@ -57,7 +58,7 @@ ABSENT_MODE = "000000"
 ABSENT_OID = "0" * 40
 GITLINK_MODE = "160000"
 SYMLINK_MODE = "120000"
-LEFTOVER_PREFIXES = ("orchestrator-index-", "orchestrator-message-", "orchestrator-ref-")
+LEFTOVER_PREFIXES = tuple(f"orchestrator-{what}-" for what in ("index", "message", "ref", "swap"))
 LARGE_FILE_BYTES = 512 * 1024  # to read and hash more takes longer than to start a git
 LOW_SPACE_BYTES = 16 * 1024 * 1024
 
@@ -241,10 +242,8 @@ class _IndexRow(NamedTuple):
 # ==== 2. The index file ===========================================================================
 
 
-def _git_index_rows(
-    data: bytes, id_size: int, wanted: Container[bytes] | None
-) -> list[_IndexRow] | None:
-    """The entries of an index file, as `ls-files -s -v` lists them (`wanted`: only these paths).
+def _git_index_rows(data: bytes, id_size: int) -> list[_IndexRow] | None:
+    """The entries of an index file, as `ls-files -s -v` lists them.
 
     `id_size` is the length of an object id in bytes. None for what only git can read: a split or
     sparse index, a version yet to come, damage.
@@ -269,8 +268,7 @@ def _git_index_rows(
                 kept = path[: len(path) - dropped]
             end = data.index(b"\0", start)
             path = kept + data[start:end]
-            if wanted is None or path in wanted:
-                rows.append(_git_index_row(data[at + 24 : at + 40 + id_size], flags, more, path))
+            rows.append(_git_index_row(data[at + 24 : at + 40 + id_size], flags, more, path))
             at = end + 1 if version == 4 else at + (end - at + 8) // 8 * 8
         while at < len(data) - id_size:
             kind, size = struct.unpack_from(">4sI", data, at)
@@ -298,6 +296,125 @@ def _git_index_row(facts: bytes, flags: int, more: int, path: bytes) -> _IndexRo
     mode, oid = f"{int.from_bytes(facts[:4]):06o}", facts[16:].hex()
     shown = letter.lower() if flags & 0x8000 else letter
     return _IndexRow(shown, mode, oid, str(stage), os.fsdecode(path))
+
+
+_GIT_KEPT_EXTENSIONS = (b"TREE", b"REUC")
+_GIT_DROPPED_EXTENSIONS = (b"EOIE", b"IEOT")  # tables of where things are; git does without
+
+
+class _Index(NamedTuple):
+    """An index file of version 2, cut into its entries without looking into each."""
+
+    id_size: int
+    entries: list[bytes]  # sorted by path
+    extensions: list[tuple[bytes, bytes]]  # kind, content
+
+    @classmethod
+    def parse(cls, data: bytes, id_size: int) -> Self | None:
+        """None for another version, for entries that need another file, and for damage."""
+        if data[:8] != b"DIRC\0\0\0\2":
+            return None
+        # An entry ends with the first eight bytes of it that end with NUL, once its path has begun.
+        form = rb"(?s).{%d}(?:[^\0].{7})*\0" % ((42 + id_size + 8) // 8 * 8 - 1)
+        count, at, end = int.from_bytes(data[8:12], "big"), 12, len(data) - id_size
+        entries = re.compile(form).findall(data, at, end)[:count]
+        body = b"".join(entries)
+        extensions, at = [], at + len(body)
+        while at < end:
+            size = int.from_bytes(data[at + 4 : at + 8], "big")
+            extensions.append((data[at : at + 4], data[at + 8 : at + 8 + size]))
+            at += 8 + size
+        whole = at == end and len(entries) == count and data.startswith(body, 12)
+        if not whole or any(not kind[:1].isupper() for kind, _ in extensions):
+            return None
+        return cls(id_size, entries, extensions)
+
+    def _path(self, entry: bytes) -> bytes:
+        return entry[42 + self.id_size :].rstrip(b"\0")
+
+    def _find(self, path: bytes) -> tuple[int, bool]:
+        """Where a path is, or would be; and whether it is there."""
+        import bisect
+
+        at = bisect.bisect_left(self.entries, path, key=self._path)
+        return at, at < len(self.entries) and self._path(self.entries[at]) == path
+
+    def rows(self, path: bytes) -> list[_IndexRow]:
+        """The entries of a path: none, one, or up to three of a conflict."""
+        at, _ = self._find(path)
+        found = itertools.takewhile(lambda e: self._path(e) == path, self.entries[at : at + 3])
+        flags = 40 + self.id_size
+        return [
+            _git_index_row(e[24:flags], int.from_bytes(e[flags : flags + 2], "big"), 0, path)
+            for e in found
+        ]
+
+    def edited(self, rows: Iterable[_IndexRow]) -> bytes | None:
+        """The file with these entries, as `update-index --index-info` makes it; None: git's to do.
+
+        That are flags, conflicts, a file in the place of a folder, and extensions that depend on
+        the entries in other ways.
+        """
+        new = self._replace(entries=list(self.entries))
+        rows = sorted(rows, key=lambda row: row.mode != ABSENT_MODE)  # removals make room
+        known = _GIT_KEPT_EXTENSIONS + _GIT_DROPPED_EXTENSIONS
+        plain = all(kind in known for kind, _ in self.extensions)
+        if not plain or not all(new._enter(row) for row in rows):
+            return None
+        folders = {os.fsencode(f"{f}/") for row in rows for f in _git_folders(row.path) if f}
+        kept = [
+            (kind, _git_forget_trees(data, self.id_size, folders) if kind == b"TREE" else data)
+            for kind, data in self.extensions
+            if kind in _GIT_KEPT_EXTENSIONS
+        ]
+        parts = [b"%s%s%s" % (kind, len(data).to_bytes(4, "big"), data) for kind, data in kept]
+        count = len(new.entries).to_bytes(4, "big")
+        data = b"".join((b"DIRC\0\0\0\2", count, *new.entries, *parts))
+        return data + _git_hash(data, self.id_size).digest()
+
+    def _enter(self, row: _IndexRow) -> bool:
+        """Put one entry in its place; whether that is all there is to it."""
+        path, flags = os.fsencode(row.path), 40 + self.id_size
+        at, known = self._find(path)
+        if row.flag != "H" or row.stage != "0" or (known and self.entries[at][flags] & 0xF0):
+            return False
+        if row.mode == ABSENT_MODE:
+            del self.entries[at : at + known]
+            return True
+        below, _ = self._find(path + b"/")
+        blocked = any(self._find(os.fsencode(f))[1] for f in _git_folders(row.path))
+        if blocked or any(self._path(e).startswith(path + b"/") for e in self.entries[below:][:1]):
+            return False
+        facts = bytes(24) + int(row.mode, 8).to_bytes(4, "big") + bytes(12)
+        entry = facts + bytes.fromhex(row.oid) + min(len(path), 0xFFF).to_bytes(2, "big") + path
+        self.entries[at : at + known] = [entry.ljust((len(entry) + 8) // 8 * 8, b"\0")]
+        return True
+
+
+def _git_forget_trees(data: bytes, id_size: int, folders: Set[bytes]) -> bytes:
+    """The extension TREE without the ids of the root and of these folders ("a/b/")."""
+    parts, at = [], 0
+    above: list[tuple[bytes, int]] = []  # folder, how many of those in it are still to come
+    while at < len(data):
+        named, line = data.index(b"\0", at), data.index(b"\n", at)
+        count, below = map(int, data[named + 1 : line].split())
+        end = line + 1 + (id_size if count >= 0 else 0)
+        folder = b""
+        if above:
+            parent, left = above.pop()
+            folder = b"%s%s/" % (parent, data[at:named])
+            above += [(parent, left - 1)] * (left > 1)
+        above += [(folder, below)] * (below > 0)
+        forget = not folder or folder in folders
+        parts.append(b"%s-1 %d\n" % (data[at : named + 1], below) if forget else data[at:end])
+        at = end
+    return b"".join(parts)
+
+
+def _git_hash(data: bytes, id_size: int) -> hashlib._Hash:
+    import hashlib
+
+    return (hashlib.sha256 if id_size == 32 else hashlib.sha1)(data)
 
 
 # ==== 3. Objects ==================================================================================
@@ -391,10 +508,8 @@ class _Objects:
 
     def write(self, kind: bytes, data: bytes) -> str:
         """Store an object as git does, flushed and then renamed; its id."""
-        import hashlib
-
         content = b"%s %d\0%s" % (kind, len(data), data)
-        oid = (hashlib.sha256 if self._id_size == 32 else hashlib.sha1)(content).hexdigest()
+        oid = _git_hash(content, self._id_size).hexdigest()
         place = self._place(oid)
         try:
             # PermissionError: it is of another user of a shared repository. Git replaces it, too.
@@ -788,7 +903,7 @@ class Repo:
         relative = os.path.relpath(self.root, self.top)
         self.prefix = "" if relative == "." else relative + "/"
         self._null = "0" * (64 if object_format == "sha256" else 40)
-        self._objects = _Objects(self.common_dir / "objects", len(self._null) // 2, self._cat_file)
+        self._objects = _Objects(self.common_dir / "objects", self._id_size, self._cat_file)
 
     def _read_version(self) -> tuple[int, int]:
         said = self.git("version").decode(errors="replace")
@@ -806,6 +921,10 @@ class Repo:
         except GitError as error:
             raise GitError(_git_open_advice(self.root, error)) from None
         return os.fsdecode(output).removesuffix("\n").split("\n")
+
+    @property
+    def _id_size(self) -> int:
+        return len(self._null) // 2
 
     @property
     def state_dir(self) -> Path:
@@ -1184,19 +1303,21 @@ class Repo:
         wanted: frozenset[str] | None = None,
         env: Mapping[str, str] | None = None,
     ) -> list[_IndexRow]:
-        names = None if wanted is None else frozenset(map(os.fsencode, wanted))
-        rows = _git_index_rows(data, len(self._null) // 2, names) if data else []
+        if wanted is not None and (index := _Index.parse(data, self._id_size)):
+            return [row for path in sorted(map(os.fsencode, wanted)) for row in index.rows(path)]
+        rows = _git_index_rows(data, self._id_size) if data else []
         if rows is None:
             listed = _git_rows(self.git("ls-files", "-s", "-v", "-z", env=env))
             rows = [_IndexRow.parse(row) for row in listed]
-            rows = [row for row in rows if wanted is None or row.path in wanted]
-        return rows
+        return [row for row in rows if wanted is None or row.path in wanted]
 
     def _write_index(self, rows: Sequence[_IndexRow]) -> None:
         """Make the real index hold exactly these rows for their paths; nothing else is touched.
 
         HeadBusy when somebody holds the index lock for too long.
         """
+        if self._rewrite_index(rows):
+            return
         self._patiently("update-index", "-z", "--index-info", stdin=self._index_info(rows))
         assumed = [row.path for row in rows if row.assume_unchanged]
         skipped = [row.path for row in rows if row.skip_worktree]
@@ -1208,6 +1329,58 @@ class Repo:
         ):
             if paths:
                 self._patiently(*command, stdin=_git_paths(paths))
+
+    def _rewrite_index(self, rows: Iterable[_IndexRow]) -> bool:
+        """Write the index file with these entries, if that is plainly done and nobody is at it."""
+        place = self.git_dir / "index"
+        data = self._index_data(place)
+        index = _Index.parse(data, self._id_size)
+        edited = index.edited(rows) if index else None
+        # With the times it had, see `_copy_index`.
+        return edited is not None and self._swap(place, data, edited, keep_times=True)
+
+    def _swap(
+        self,
+        place: Path,
+        old: bytes,
+        new: bytes,
+        *,
+        keep_times: bool = False,
+        ahead: Callable[[], None] = lambda: None,
+    ) -> bool:
+        """Replace a file of git's under git's lock if it still holds `old`; whether it did.
+
+        Flushed. `ahead` is done right before, under the lock. The lock is a second name of a file
+        by which `clean_leftovers` knows that it is ours if we are killed.
+        """
+        unfinished = self.git_dir / f"orchestrator-swap-{os.urandom(8).hex()}"
+        lock = Path(f"{place}.lock")
+        try:
+            facts = place.lstat()
+            if not stat.S_ISREG(facts.st_mode):
+                return False
+            with open(unfinished, "xb") as file:
+                os.fchmod(file.fileno(), stat.S_IMODE(facts.st_mode))
+                file.write(new)
+                file.flush()
+                if keep_times:
+                    os.utime(file.fileno(), ns=(facts.st_atime_ns, facts.st_mtime_ns))
+                os.fsync(file.fileno())
+            os.link(unfinished, lock)
+            try:
+                if same := place.read_bytes() == old:
+                    ahead()
+                    os.rename(lock, place)
+            except BaseException:
+                lock.unlink(missing_ok=True)
+                raise
+            if not same:
+                lock.unlink()
+        except OSError:  # it is locked, or no place for such files: git tells
+            return False
+        finally:
+            unfinished.unlink(missing_ok=True)
+        return same
 
     def _exists(self, path: str) -> bool:
         return os.path.lexists(self.top / path)
@@ -1354,9 +1527,7 @@ class Repo:
 
     @property
     def _empty_blob(self) -> str:
-        import hashlib
-
-        return (hashlib.sha256 if len(self._null) == 64 else hashlib.sha1)(b"blob 0\0").hexdigest()
+        return _git_hash(b"blob 0\0", self._id_size).hexdigest()
 
     def _keep(self, ref: str, taken: Snapshot) -> None:
         """Put a snapshot on a ref; a second parent holds what was staged, as in a stash."""
@@ -1473,7 +1644,7 @@ class Repo:
             commit = self._commit_tree_by_git(tree, parents, text)
             self._signatures = self._objects.signatures(commit)
             return commit
-        when = f"{time.time():.0f} {time.strftime('%z')}".encode()
+        when = _git_now()
         author, committer = self._signatures
         lines = [f"tree {tree}", *(f"parent {parent}" for parent in parents)]
         signed = b"author %s %s\ncommitter %s %s\n\n%s" % (author, when, committer, when, text)
@@ -1530,8 +1701,10 @@ class Repo:
     def _move_branch(self, head: Head, commit: str, message: str) -> bool:
         """Compare-and-swap of the branch (by name: the operator may switch meanwhile)."""
         subject = message.split("\n", 1)[0]
-        kind = "commit" if head.commit else "commit (initial)"
-        command = ("update-ref", "-m", f"{kind}: {subject}", str(head.branch), commit)
+        note = f"commit: {subject}" if head.commit else f"commit (initial): {subject}"
+        if self._move_by_files(head, commit, note):
+            return True
+        command = ("update-ref", "-m", note, str(head.branch), commit)
         try:
             self.git(*command, head.commit or self._null)
         except GitError as error:
@@ -1539,6 +1712,25 @@ class Repo:
                 raise
             return False  # moved meanwhile, or locked: looked at again by the next try
         return True
+
+    def _move_by_files(self, head: Head, commit: str, note: str) -> bool:
+        """Do so where the branch has a file of its own, and logs; False: git is to try."""
+        place = self.common_dir / str(head.branch)
+        logs = {place: self.common_dir / "logs" / str(head.branch)}
+        logs[self.git_dir / "HEAD"] = self.git_dir / "logs/HEAD"
+        if not self._signatures or not all(map(Path.is_file, logs.values())):
+            return False
+        old, new = _git_lines([str(head.commit)]), _git_lines([commit])
+        said = re.sub(rb"[ \t\r\n]+", b" ", os.fsencode(note)).strip()
+        facts = b"%s %s %s %s" % (old[:-1], new[:-1], self._signatures[1], _git_now())
+        here = {old, b"ref: %s\n" % os.fsencode(str(head.branch))}
+
+        def log() -> None:
+            for named, file in logs.items():
+                if named.read_bytes() in here:  # HEAD may be on another branch by now
+                    _git_append(file, b"%s\t%s\n" % (facts, said))
+
+        return self._swap(place, old, new, ahead=log)
 
     def _make_durable(self, ref: str) -> None:
         """Flush the folder of a ref, so that its renaming survives a power cut."""
@@ -1885,6 +2077,10 @@ class Repo:
         """Remove what a killed process left in the git directory (ours by name)."""
         for prefix in LEFTOVER_PREFIXES:
             for path in self.git_dir.glob(f"{prefix}*"):
+                with suppress(OSError):
+                    for lock in self._locks() if path.stat().st_nlink > 1 else ():
+                        if lock.exists() and lock.samefile(path):  # see `_swap`
+                            lock.unlink()
                 path.unlink(missing_ok=True)
 
     # -- refs --------------------------------------------------------------------------------------
@@ -2236,6 +2432,16 @@ def _git_printable(text: str) -> str:
 
 def _git_by_hand(path: Path, message: str) -> str:
     return f"`{_git_command('add', path)} && {_git_command('commit', path, message)}`"
+
+
+def _git_now() -> bytes:
+    """The time as git notes it: seconds and zone."""
+    return f"{time.time():.0f} {time.strftime('%z')}".encode()
+
+
+def _git_append(path: Path, data: bytes) -> None:
+    with open(path, "ab") as file:
+        file.write(data)
 
 
 def _git_stamp(path: Path) -> object:
