@@ -316,15 +316,14 @@ class _Index(NamedTuple):
             return None
         # An entry ends with the first eight bytes of it that end with NUL, once its path has begun.
         form = rb"(?s).{%d}(?:[^\0].{7})*\0" % ((42 + id_size + 8) // 8 * 8 - 1)
-        count, at, end = int.from_bytes(data[8:12], "big"), 12, len(data) - id_size
-        entries = re.compile(form).findall(data, at, end)[:count]
-        body = b"".join(entries)
-        extensions, at = [], at + len(body)
+        count, end = int.from_bytes(data[8:12], "big"), len(data) - id_size
+        entries = re.compile(form).findall(data, 12, end)[:count]
+        extensions, at = [], 12 + sum(map(len, entries))
         while at < end:
             size = int.from_bytes(data[at + 4 : at + 8], "big")
             extensions.append((data[at : at + 4], data[at + 8 : at + 8 + size]))
             at += 8 + size
-        whole = at == end and len(entries) == count and data.startswith(body, 12)
+        whole = at == end and len(entries) == count
         if not whole or any(not kind[:1].isupper() for kind, _ in extensions):
             return None
         return cls(id_size, entries, extensions)
@@ -349,27 +348,28 @@ class _Index(NamedTuple):
             for e in found
         ]
 
-    def edited(self, rows: Iterable[_IndexRow]) -> bytes | None:
-        """The file with these entries, as `update-index --index-info` makes it; None: git's to do.
+    def edited(self, rows: Iterable[_IndexRow]) -> Self | None:
+        """With these entries, as `update-index --index-info` makes it; None: that is git's to do.
 
-        That are flags, conflicts, a file in the place of a folder, and extensions that depend on
+        It is for flags, conflicts, a file in the place of a folder, and extensions that depend on
         the entries in other ways.
         """
-        new = self._replace(entries=list(self.entries))
         rows = sorted(rows, key=lambda row: row.mode != ABSENT_MODE)  # removals make room
         known = _GIT_KEPT_EXTENSIONS + _GIT_DROPPED_EXTENSIONS
-        plain = all(kind in known for kind, _ in self.extensions)
-        if not plain or not all(new._enter(row) for row in rows):
-            return None
         folders = {os.fsencode(f"{f}/") for row in rows for f in _git_folders(row.path) if f}
         kept = [
             (kind, _git_forget_trees(data, self.id_size, folders) if kind == b"TREE" else data)
             for kind, data in self.extensions
             if kind in _GIT_KEPT_EXTENSIONS
         ]
-        parts = [b"%s%s%s" % (kind, len(data).to_bytes(4, "big"), data) for kind, data in kept]
-        count = len(new.entries).to_bytes(4, "big")
-        data = b"".join((b"DIRC\0\0\0\2", count, *new.entries, *parts))
+        new = self._replace(entries=list(self.entries), extensions=kept)
+        plain = all(kind in known for kind, _ in self.extensions)
+        return new if plain and all(new._enter(row) for row in rows) else None
+
+    def file(self) -> bytes:
+        parts = (kind + len(data).to_bytes(4, "big") + data for kind, data in self.extensions)
+        count = len(self.entries).to_bytes(4, "big")
+        data = b"".join((b"DIRC\0\0\0\2", count, *self.entries, *parts))
         return data + _git_hash(data, self.id_size).digest()
 
     def _enter(self, row: _IndexRow) -> bool:
@@ -859,7 +859,7 @@ class Repo:
         self.taken_up: str | None = None  # the parked commit that the file on disk descends from
         self._file_mode: bool | None = None
         self._index_seen = b"", list[_IndexRow]()  # the index file as last read, and its rows
-        self._few_seen = b"", frozenset[str](), list[_IndexRow]()  # the same, of some paths
+        self._index_cut: tuple[bytes, _Index | None] = b"", None  # the same, cut into entries
         self._staged_seen: tuple[object, frozenset[str]] = None, frozenset()  # see `_staged`
         self._plain: dict[str, tuple[list[object], bool]] = {}  # see `_is_plain`
         self._signatures: list[bytes] = []  # author and committer, once git has told them
@@ -1284,10 +1284,10 @@ class Repo:
         data = self._index_data(self.git_dir / "index")
         wanted = None if paths is None else frozenset(paths)
         if data != self._index_seen[0]:
-            if wanted is not None:
-                if (data, wanted) != self._few_seen[:2]:
-                    self._few_seen = data, wanted, self._parse_index(data, wanted)
-                return self._few_seen[2]
+            if wanted is not None and (index := self._cut(data)):
+                return [
+                    row for path in sorted(map(os.fsencode, wanted)) for row in index.rows(path)
+                ]
             self._index_seen = data, self._parse_index(data)
         return [row for row in self._index_seen[1] if wanted is None or row.path in wanted]
 
@@ -1297,19 +1297,17 @@ class Repo:
         except FileNotFoundError:
             return b""
 
-    def _parse_index(
-        self,
-        data: bytes,
-        wanted: frozenset[str] | None = None,
-        env: Mapping[str, str] | None = None,
-    ) -> list[_IndexRow]:
-        if wanted is not None and (index := _Index.parse(data, self._id_size)):
-            return [row for path in sorted(map(os.fsencode, wanted)) for row in index.rows(path)]
+    def _parse_index(self, data: bytes, env: Mapping[str, str] | None = None) -> list[_IndexRow]:
         rows = _git_index_rows(data, self._id_size) if data else []
         if rows is None:
             listed = _git_rows(self.git("ls-files", "-s", "-v", "-z", env=env))
             rows = [_IndexRow.parse(row) for row in listed]
-        return [row for row in rows if wanted is None or row.path in wanted]
+        return rows
+
+    def _cut(self, data: bytes) -> _Index | None:
+        if data != self._index_cut[0]:
+            self._index_cut = data, _Index.parse(data, self._id_size)
+        return self._index_cut[1]
 
     def _write_index(self, rows: Sequence[_IndexRow]) -> None:
         """Make the real index hold exactly these rows for their paths; nothing else is touched.
@@ -1334,10 +1332,13 @@ class Repo:
         """Write the index file with these entries, if that is plainly done and nobody is at it."""
         place = self.git_dir / "index"
         data = self._index_data(place)
-        index = _Index.parse(data, self._id_size)
+        index = self._cut(data)
         edited = index.edited(rows) if index else None
+        if edited is None:
+            return False
+        self._index_cut = edited.file(), edited
         # With the times it had, see `_copy_index`.
-        return edited is not None and self._swap(place, data, edited, keep_times=True)
+        return self._swap(place, data, self._index_cut[0], keep_times=True)
 
     def _swap(
         self,
@@ -1439,7 +1440,7 @@ class Repo:
         with self._private_index(copied=True) as env:
             self._show_hidden(rows, env)
             self._add_everything(env)
-            found = self._parse_index(self._index_data(Path(env["GIT_INDEX_FILE"])), None, env)
+            found = self._parse_index(self._index_data(Path(env["GIT_INDEX_FILE"])), env)
         new = {row.path: Entry(row.path, row.mode, row.oid) for row in found}
         old = {row.path: Entry(row.path, row.mode, row.oid) for row in rows}
         paths = {path for path, _ in new.items() ^ old.items()} | self._staged(head)

@@ -30,7 +30,8 @@ def row(path: str, oid: str = "", *, flag: str = "H", stage: str = "0") -> _Inde
 
 def new_index(where: Path, rows: list[_IndexRow], id_size: int = 20) -> bytes | None:
     index = _Index.parse((where / ".git/index").read_bytes(), id_size)
-    return index and index.edited(rows)
+    edited = index.edited(rows) if index else None
+    return edited.file() if edited else None
 
 
 def index_by_git(where: Path, rows: list[_IndexRow]) -> bytes:
