@@ -435,6 +435,7 @@ class _Objects:
         self._folder = folder
         self._id_size = id_size
         self._cat_file = cat_file
+        self._new: dict[str, bytes] = {}  # what `settle` is to store: kind, size and content
         self._trees: dict[str, _Tree] = {}
         self._tree_ids: dict[str, str] = {}
 
@@ -445,6 +446,11 @@ class _Objects:
             line = data.partition(b"\n")[0]
             self._tree_ids[oid] = line[5:].decode() if kind == b"commit" else oid
         return self._tree_ids[oid]
+
+    def parents(self, commit: str) -> list[str]:
+        """The ids of a commit's parents."""
+        lines = self._read([commit])[commit][1].partition(b"\n\n")[0].split(b"\n")
+        return [line[7:].decode() for line in lines if line.startswith(b"parent ")]
 
     def signatures(self, commit: str) -> list[bytes]:
         """Author and committer of a commit, "NAME <ADDRESS>", without the times."""
@@ -507,7 +513,7 @@ class _Objects:
         return root if root and new[""] == old.get("") else self._write_tree(new[""])
 
     def write(self, kind: bytes, data: bytes) -> str:
-        """Store an object as git does, flushed and then renamed; its id."""
+        """The id of an object, which is stored before anybody else can come to look for it."""
         content = b"%s %d\0%s" % (kind, len(data), data)
         oid = _git_hash(content, self._id_size).hexdigest()
         place = self._place(oid)
@@ -516,12 +522,31 @@ class _Objects:
             with suppress(FileNotFoundError, PermissionError):
                 os.utime(place)  # there already; and so that no garbage collection finds it old
                 return oid
-            self._write_loose(place, content)
         except OSError as error:
             raise GitError(f"{place} cannot be written: {error.strerror}") from None
+        self._new[oid] = content
         return oid
 
-    def _write_loose(self, place: Path, content: bytes) -> None:
+    def settle(self) -> None:
+        """Store what was written since the last time as git does: flushed and then renamed.
+
+        All of it is flushed together: the first flush then does most of the work of the others.
+        """
+        new, self._new = self._new, {}
+        place = self._folder
+        try:
+            files = []
+            for oid, content in new.items():
+                place = self._place(oid)
+                files.append((self._write_loose(place, content), place))
+            for unfinished, _ in files:
+                _git_flush(unfinished)
+            for unfinished, place in files:
+                os.rename(unfinished, place)
+        except OSError as error:
+            raise GitError(f"{place} cannot be written: {error.strerror}") from None
+
+    def _write_loose(self, place: Path, content: bytes) -> Path:
         import zlib
 
         allowed = stat.S_IMODE(self._folder.stat().st_mode)  # shows whether others may read
@@ -531,10 +556,8 @@ class _Objects:
         unfinished = place.with_name(f"tmp_obj_{os.urandom(6).hex()}")  # git gc knows that name
         with open(unfinished, "xb") as file:
             file.write(zlib.compress(content, 1))
-            file.flush()
             os.fchmod(file.fileno(), allowed & 0o444)
-            os.fsync(file.fileno())
-        os.rename(unfinished, place)
+        return unfinished
 
     def _write_tree(self, tree: _Tree) -> str:
         oid = self.write(b"tree", _git_tree_bytes(tree))
@@ -565,7 +588,7 @@ class _Objects:
 
     def _require(self, oids: Iterable[str]) -> None:
         """GitError if one of these objects is missing: what names it would be damaged."""
-        packed = [oid for oid in oids if not self._place(oid).exists()]
+        packed = [oid for oid in oids if oid not in self._new and not self._place(oid).exists()]
         said = self._cat_file("--batch-check", _git_lines(packed)) if packed else b""
         for line in said.decode().splitlines():
             if line.endswith(" missing"):
@@ -585,7 +608,7 @@ class _Objects:
         import zlib
 
         try:
-            raw = zlib.decompress(self._place(oid).read_bytes())
+            raw = self._new.get(oid) or zlib.decompress(self._place(oid).read_bytes())
         except (OSError, zlib.error):
             return None
         header, _, data = raw.partition(b"\0")
@@ -602,6 +625,15 @@ class _Objects:
             found[oid] = kind, output[end + 1 : at]
             at += 1
         return found
+
+
+def _git_flush(path: Path) -> None:
+    """Flush a file, or the names in a folder; OSError."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _git_lines(words: Iterable[str]) -> bytes:
@@ -960,6 +992,7 @@ class Repo:
         ok: Container[int] = (0,),
         limit_s: float | None = None,
     ) -> _Ended:
+        self._objects.settle()
         limit_s = min(limit_s or self._limit_s, self._deadline - self._clock())
         argv, where = self._command(args), self._folder()
         environment = {**_git_environment(), **_GIT_ENV, **(env or {})}
@@ -1086,6 +1119,9 @@ class Repo:
 
     def is_ancestor(self, commit: str) -> bool:
         """Whether `commit` is in the history of HEAD. GitError when it is unknown."""
+        head = self.head().commit
+        if head and commit in (head, *self._objects.parents(head)):
+            return True
         return self._succeeds("merge-base", "--is-ancestor", commit, "HEAD")
 
     def commits_between(self, old: str, new: str) -> list[str]:
@@ -1144,6 +1180,7 @@ class Repo:
 
         GitError, in its place, for one that is not there.
         """
+        self._objects.settle()
         wanted = list(oids)
         args = ("cat-file", "--batch")
         stdin = "".join(f"{oid}\n" for oid in wanted).encode()
@@ -1354,6 +1391,7 @@ class Repo:
         Flushed. `ahead` is done right before, under the lock. The lock is a second name of a file
         by which `clean_leftovers` knows that it is ours if we are killed.
         """
+        self._objects.settle()
         unfinished = self.git_dir / f"orchestrator-swap-{os.urandom(8).hex()}"
         lock = Path(f"{place}.lock")
         try:
@@ -1464,8 +1502,10 @@ class Repo:
                 self.git("update-index", option, "-z", "--stdin", stdin=_git_paths(paths), env=env)
 
     def _add_everything(self, env: Mapping[str, str]) -> None:
-        # A split index would leave a new shared part behind in the git directory.
-        add = ("-c", "core.splitIndex=false", "add", "-A", "--sparse", "--ignore-errors", "--", ".")
+        # A split index would leave a new shared part behind in the git directory; and no power cut
+        # leaves anybody who would read this one.
+        settings = ("-c", "core.splitIndex=false", "-c", "core.fsync=objects")
+        add = (*settings, "add", "-A", "--sparse", "--ignore-errors", "--", ".")
         missed: list[str] = []
         fatal: GitError | None = None
         for _ in range(ADD_TRIES):
@@ -1531,7 +1571,13 @@ class Repo:
         return _git_hash(b"blob 0\0", self._id_size).hexdigest()
 
     def _keep(self, ref: str, taken: Snapshot) -> None:
-        """Put a snapshot on a ref; a second parent holds what was staged, as in a stash."""
+        """Put a snapshot on a ref; a second parent holds what was staged, as in a stash.
+
+        Where HEAD holds all of it, that will do.
+        """
+        if taken.head.commit and not taken.staging and taken.tree == self._tree(taken.head.commit):
+            self._create_ref(ref, taken.head.commit)
+            return
         parents = [taken.head.commit] if taken.head.commit else []
         staged = [_IndexRow.parse(row) for row in taken.staging]
         if staged and all(row.stage == "0" for row in staged):
@@ -1736,11 +1782,7 @@ class Repo:
     def _make_durable(self, ref: str) -> None:
         """Flush the folder of a ref, so that its renaming survives a power cut."""
         with suppress(OSError):  # a packed ref or another ref backend has no such folder
-            descriptor = os.open((self.common_dir / ref).parent, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+            _git_flush((self.common_dir / ref).parent)
 
     # -- state commits -----------------------------------------------------------------------------
 
@@ -2095,6 +2137,7 @@ class Repo:
 
     def _create_ref(self, ref: str, commit: str) -> None:
         """Make a ref whose name is new; a file like those beside it, if there are any."""
+        self._objects.settle()
         unfinished = self.git_dir / f"orchestrator-ref-{os.urandom(8).hex()}"
         try:
             with open(unfinished, "xb") as file:
@@ -2236,6 +2279,7 @@ class Repo:
             found += self.head_problems()
             found += self._index_problems(backlog)
             self._objects.write(b"blob", b"orchestrator\n")
+            self._objects.settle()
         except GitError as error:
             remedy = f"See `git -C '{self.top}' status` and `git -C '{self.top}' fsck`."
             found.append(Problem(f"git cannot work here: {error}", remedy))

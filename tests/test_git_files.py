@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import gitutil
-from gitutil import ABSENT_MODE, ABSENT_OID, Repo, _Index, _IndexRow
+from gitutil import ABSENT_MODE, ABSENT_OID, Entry, GitError, Head, Repo, _Index, _IndexRow
 from tests.conftest import sh
 from tests.test_objects import LEFT_TO_GIT, Prepare, fill, git, script, table
 
@@ -138,12 +138,19 @@ def logs(where: Path) -> list[list[str]]:
     return [[re.sub(r"> \d+ ", "> ", line) for line in file.read_text().splitlines()] for file in files]
 
 
-@pytest.mark.parametrize("message", ["Subject", "  Much \t space \nand a body\n", "Ümläut"])
-def test_a_branch_is_moved_as_by_git(project: Path, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def about_to_move(project: Path) -> tuple[Repo, Head, str]:
+    """HEAD after a first commit, which tells who we are, and a commit to move to."""
     repo = Repo.open(project)
-    assert repo.commit([repo.blob(project / "state", b"1\n")], "The first one tells who we are")
+    assert repo.commit([repo.blob(project / "state", b"1\n")], "first")
     head = repo.head()
     new = repo._commit_tree(repo._objects.tree_id(str(head.commit)), [str(head.commit)], "new")
+    repo._objects.settle()
+    return repo, head, new
+
+
+@pytest.mark.parametrize("message", ["Subject", "  Much \t space \nand a body\n", "Ümläut"])
+def test_a_branch_is_moved_as_by_git(project: Path, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    repo, head, new = about_to_move(project)
     (project / ".git/refs/heads/main").chmod(0o664)  # as in a shared repository
     with monkeypatch.context() as alone:
         alone.setattr(Repo, "git", None)
@@ -172,10 +179,7 @@ LEFT: dict[str, Prepare] = {
 
 @pytest.mark.parametrize("prepare", table(LEFT))
 def test_a_branch_of_another_kind_is_left_to_git(project: Path, prepare: Prepare) -> None:
-    repo = Repo.open(project)
-    assert repo.commit([repo.blob(project / "state", b"1\n")], "The first one tells who we are")
-    head = repo.head()
-    new = repo._commit_tree(repo._objects.tree_id(str(head.commit)), [str(head.commit)], "new")
+    repo, head, new = about_to_move(project)
     prepare(project)
     before = {file: file.read_bytes() for file in (project / ".git").rglob("*") if file.is_file()}
     assert not repo._move_by_files(head, new, "commit: new")
@@ -183,14 +187,59 @@ def test_a_branch_of_another_kind_is_left_to_git(project: Path, prepare: Prepare
 
 
 def test_head_on_another_branch_is_not_told_of_the_move(project: Path) -> None:
-    repo = Repo.open(project)
-    assert repo.commit([repo.blob(project / "state", b"1\n")], "The first one tells who we are")
-    head = repo.head()
-    new = repo._commit_tree(repo._objects.tree_id(str(head.commit)), [str(head.commit)], "new")
+    repo, head, new = about_to_move(project)
     git(project, "switch", "-qc", "other")
     old = logs(project)
     assert repo._move_by_files(head, new, "commit: new")
     assert [len(lines) for lines in logs(project)] == [len(old[0]) + 1, len(old[1])]
+
+
+# ==== Objects =====================================================================================
+
+
+def test_all_of_a_commit_is_flushed_before_anything_names_it(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A power cut must not leave a branch, an index or a ref of ours at an empty file."""
+    repo, *_ = about_to_move(project)
+    flushed, named = set[int](), list[str]()
+    fsync, rename = os.fsync, os.rename
+
+    def flush(descriptor: int) -> None:
+        flushed.add(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    def swap(old: Path, new: Path) -> None:
+        assert old.stat().st_ino in flushed, new
+        rename(old, new)
+        if "objects" not in new.parts:
+            named.append(new.name)
+            git(project, "rev-list", "--objects", "--all", "--indexed-objects")  # fails if one is missing
+
+    monkeypatch.setattr(os, "fsync", flush)
+    monkeypatch.setattr(os, "rename", swap)
+    for n in range(2):
+        (project / "state").write_text(f"{n}\n")
+        repo.snapshot(f"refs/orchestrator/snapshots/run/{n}")
+        files = ("state", "d/new", "d/deep/er/new")
+        assert repo.commit([repo.blob(project / name, b"%d\n" % n) for name in files], "text")
+    refs = [name for name in named if not name.startswith("orchestrator-")]
+    assert refs == ["index", "main", "1", "index", "main"]  # the first ref of a folder is git's to make
+
+
+def test_what_could_not_be_stored_is_stored_the_next_time(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    repo, head, _ = about_to_move(project)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    entry = Entry("new/one", "100644", "")
+    with monkeypatch.context() as disk:
+        disk.setattr(os, "fsync", full)
+        with pytest.raises(GitError, match=r"objects/.* cannot be written: No space left"):
+            repo.commit([entry._replace(oid=repo.blob(project / "x", b"1\n").oid)], "text")
+    assert repo.head() == head
+    assert repo.commit([entry._replace(oid=repo.blob(project / "x", b"1\n").oid)], "text")
+    assert git(project, "show", "HEAD:new/one") == "1"
+    assert git(project, "fsck", "--strict", "--no-dangling", "--no-progress") == ""
 
 
 # ==== Killed meanwhile ============================================================================
