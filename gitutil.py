@@ -311,12 +311,13 @@ class _Index(NamedTuple):
 
     @classmethod
     def parse(cls, data: bytes, id_size: int) -> Self | None:
-        """None for another version, for entries that need another file, and for damage."""
-        if data[:8] != b"DIRC\0\0\0\2":
+        """None for another version, entries that need another file, damage, and no checksum."""
+        end = len(data) - id_size
+        if data[:8] != b"DIRC\0\0\0\2" or _git_hash(data[:end], id_size).digest() != data[end:]:
             return None
         # An entry ends with the first eight bytes of it that end with NUL, once its path has begun.
         form = rb"(?s).{%d}(?:[^\0].{7})*\0" % ((42 + id_size + 8) // 8 * 8 - 1)
-        count, end = int.from_bytes(data[8:12], "big"), len(data) - id_size
+        count = int.from_bytes(data[8:12], "big")
         entries = re.compile(form).findall(data, 12, end)[:count]
         extensions, at = [], 12 + sum(map(len, entries))
         while at < end:
@@ -595,7 +596,7 @@ class _Objects:
                 raise GitError(f"object {line}. See `git fsck`.")
 
     def _place(self, oid: str) -> Path:
-        return self._folder / oid[:2] / oid[2:]
+        return Path(f"{self._folder}/{oid[:2]}/{oid[2:]}")  # this is asked some 40 times a phase
 
     def _read(self, oids: Iterable[str]) -> dict[str, tuple[bytes, bytes]]:
         """Kind and content of objects; of those that are packed or borrowed, git tells them."""

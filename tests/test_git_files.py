@@ -83,6 +83,12 @@ def test_an_index_is_written_byte_for_byte_as_by_git(project: Path, state: Prepa
         assert ours == theirs, name
 
 
+def spoil(where: Path, at: int, new: bytes) -> None:
+    data = bytearray((where / ".git/index").read_bytes())
+    data[at % len(data) : at % len(data) + len(new)] = new
+    (where / ".git/index").write_bytes(data)
+
+
 REFUSED: dict[str, tuple[Prepare, list[_IndexRow]]] = {
     "flag to set": (script(":"), [row("a", "1" * 40, flag="h")]),
     "flag to keep": (script("git update-index --assume-unchanged a"), [row("a", "1" * 40)]),
@@ -93,6 +99,8 @@ REFUSED: dict[str, tuple[Prepare, list[_IndexRow]]] = {
     "untracked cache": (script("git update-index --force-untracked-cache && git status -s"), [row("a", "1" * 40)]),
     "version 3": (script("git update-index --skip-worktree a"), [row("d/x", "1" * 40)]),
     "version 4": (script("git update-index --index-version 4"), [row("d/x", "1" * 40)]),
+    "damaged": (lambda where: spoil(where, 20, b"damage"), [row("d/x", "1" * 40)]),
+    "no checksum": (lambda where: spoil(where, -20, bytes(20)), [row("d/x", "1" * 40)]),
     **{name: (prepare, [row("a", "1" * 40)]) for name, prepare in LEFT_TO_GIT.items()},
 }  # fmt: skip
 
