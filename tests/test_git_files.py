@@ -59,14 +59,14 @@ EDITS = {
 }  # fmt: skip
 STATES: dict[str, Prepare] = {
     "plain": script(":"),
-    "without trees": script("git read-tree --empty && git add -A"),
-    "a tree or two": script("echo >>d/y/z && git add -A"),
-    "no entries": script("git rm -qrf --cached ."),
+    "without_trees": script("git read-tree --empty && git add -A"),
+    "a_tree_or_two": script("echo >>d/y/z && git add -A"),
+    "no_entries": script("git rm -qrf --cached ."),
     "resolved": script("git switch -qc b && echo 1 >a && git commit -qam 1 && git switch -q - && echo 2 >a && git commit -qam 2 && ! git merge -q b && git add a"),
 }
 
 
-@pytest.mark.parametrize("state", table(STATES))
+@pytest.mark.parametrize("state", table(STATES, slow="without_trees no_entries resolved"))
 def test_an_index_is_written_byte_for_byte_as_by_git(project: Path, state: Prepare) -> None:
     state(project)
     oid = git(project, "rev-parse", "HEAD:run.sh")
@@ -90,23 +90,29 @@ def spoil(where: Path, at: int, new: bytes) -> None:
 
 
 REFUSED: dict[str, tuple[Prepare, list[_IndexRow]]] = {
-    "flag to set": (script(":"), [row("a", "1" * 40, flag="h")]),
-    "flag to keep": (script("git update-index --assume-unchanged a"), [row("a", "1" * 40)]),
-    "stages to set": (script(":"), [row("a", "1" * 40, stage="2")]),
+    "flag_to_set": (script(":"), [row("a", "1" * 40, flag="h")]),
+    "flag_to_keep": (script("git update-index --assume-unchanged a"), [row("a", "1" * 40)]),
+    "stages_to_set": (script(":"), [row("a", "1" * 40, stage="2")]),
     "conflict": (script("git switch -qc b && echo 1 >a && git commit -qam 1 && git switch -q - && echo 2 >a && git commit -qam 2 && ! git merge -q b"), [row("a", "1" * 40)]),
-    "file in the place of a folder": (script(":"), [row("d", "1" * 40)]),
-    "folder in the place of a file": (script(":"), [row("link/x/y", "1" * 40)]),
-    "untracked cache": (script("git update-index --force-untracked-cache && git status -s"), [row("a", "1" * 40)]),
-    "version 3": (script("git update-index --skip-worktree a"), [row("d/x", "1" * 40)]),
-    "version 4": (script("git update-index --index-version 4"), [row("d/x", "1" * 40)]),
+    "file_in_the_place_of_a_folder": (script(":"), [row("d", "1" * 40)]),
+    "folder_in_the_place_of_a_file": (script(":"), [row("link/x/y", "1" * 40)]),
+    "untracked_cache": (script("git update-index --force-untracked-cache && git status -s"), [row("a", "1" * 40)]),
+    "version_3": (script("git update-index --skip-worktree a"), [row("d/x", "1" * 40)]),
+    "version_4": (script("git update-index --index-version 4"), [row("d/x", "1" * 40)]),
     "damaged": (lambda where: spoil(where, 20, b"damage"), [row("d/x", "1" * 40)]),
-    "no checksum": (lambda where: spoil(where, -20, bytes(20)), [row("d/x", "1" * 40)]),
+    "no_checksum": (lambda where: spoil(where, -20, bytes(20)), [row("d/x", "1" * 40)]),
     **{name: (prepare, [row("a", "1" * 40)]) for name, prepare in LEFT_TO_GIT.items()},
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("state", "rows"), REFUSED.values(), ids=list(REFUSED))
-def test_an_index_of_another_kind_is_not_written(project: Path, state: Prepare, rows: list[_IndexRow]) -> None:
+OFTEN = ("flag_to_keep", "conflict", "damaged", "no_checksum", "file_in_the_place_of_a_folder")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in OFTEN else pytest.param(name, marks=pytest.mark.slow) for name in REFUSED]
+)
+def test_an_index_of_another_kind_is_not_written(project: Path, name: str) -> None:
+    state, rows = REFUSED[name]
     state(project)
     assert new_index(project, rows) is None
 
@@ -156,7 +162,7 @@ def about_to_move(project: Path) -> tuple[Repo, Head, str]:
     return repo, head, new
 
 
-@pytest.mark.parametrize("message", ["Subject", "  Much \t space \nand a body\n", "Ümläut"])
+@pytest.mark.parametrize("message", [pytest.param("Subject", marks=pytest.mark.slow), "  Much \t space \nand a body\n", "Ümläut"])
 def test_a_branch_is_moved_as_by_git(project: Path, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     repo, head, new = about_to_move(project)
     (project / ".git/refs/heads/main").chmod(0o664)  # as in a shared repository
@@ -176,16 +182,16 @@ def test_a_branch_is_moved_as_by_git(project: Path, message: str, monkeypatch: p
 
 LEFT: dict[str, Prepare] = {
     "packed": script("git pack-refs --all"),
-    "no log": script("rm -r .git/logs"),
-    "no log of HEAD": script("rm .git/logs/HEAD"),
+    "no_log": script("rm -r .git/logs"),
+    "no_log_of_HEAD": script("rm .git/logs/HEAD"),
     "moved": script("git commit -qm theirs --allow-empty"),
     "locked": script(": >.git/refs/heads/main.lock"),
     "symbolic": script("git branch other && git symbolic-ref refs/heads/main refs/heads/other"),
-    "other line end": script("git rev-parse HEAD | tr '\\n' ' ' >x && mv x .git/refs/heads/main"),
+    "other_line_end": script("git rev-parse HEAD | tr '\\n' ' ' >x && mv x .git/refs/heads/main"),
 }
 
 
-@pytest.mark.parametrize("prepare", table(LEFT))
+@pytest.mark.parametrize("prepare", table(LEFT, slow="packed no_log no_log_of_HEAD symbolic other_line_end"))
 def test_a_branch_of_another_kind_is_left_to_git(project: Path, prepare: Prepare) -> None:
     repo, head, new = about_to_move(project)
     prepare(project)
