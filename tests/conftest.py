@@ -122,8 +122,10 @@ steps = next((script[key] for key in (f"{item}/{phase}", f"*/{phase}", f"{item}/
 with open(here + "/agent.log") as log:
     visit = sum(line.startswith(f"{item} {phase} ") for line in log)
 step = steps[min(visit, len(steps)) - 1]
-if "on_term" in step:  # "ignore" it, or "finish": wait for it, then go on to the result
-    signal.signal(signal.SIGTERM, signal.SIG_IGN if step["on_term"] == "ignore" else lambda *_: None)
+if step.get("on_term") == "ignore":
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+if step.get("on_term") == "finish":  # wait for it, then go on to the result; it may come first
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 for path, text in step.get("write", {}).items():
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     with open(path, "w") as file:
@@ -140,7 +142,7 @@ if "await" in step:
     with open(here + "/" + step["await"]) as fifo:
         fifo.read()
 if step.get("hang"):
-    signal.pause()
+    signal.sigwait({signal.SIGTERM}) if step.get("on_term") == "finish" else signal.pause()
 result = {"item_id": item, "phase": phase, "result": "phase_complete", "summary": f"{phase} done"}
 if phase == "triage":
     result["updated_assessments"] = {"size": "small", "complexity": "low", "risk": "low", "impact": "medium"}
