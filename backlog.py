@@ -33,16 +33,38 @@ import os
 import re
 import stat
 import time
-from collections import defaultdict
+from collections import defaultdict, namedtuple
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
 from itertools import pairwise, takewhile
-from typing import TYPE_CHECKING, NamedTuple, NoReturn, Protocol, TypedDict, cast
 
+# `typing` is for type checkers alone: to import it, and to let it compile every annotation of a
+# record, would double the time of importing this module. Hence the two stand-ins.
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from datetime import datetime
     from pathlib import Path
+    from typing import NamedTuple as _Record
+    from typing import NoReturn, Protocol, TypedDict
+    from typing import cast as _cast
+else:
+
+    def _cast(_type, value):
+        return value
+
+    class _RecordType(type):
+        def __new__(cls, name, bases, body):
+            if not bases:
+                return super().__new__(cls, name, bases, body)
+            fields = body["__annotations__"]
+            defaults = [body.pop(field) for field in fields if field in body]
+            base = namedtuple(name, fields, defaults=defaults)
+            return type(name, (base,), {"__slots__": (), **body})
+
+    class _Record(metaclass=_RecordType):
+        """Base of what is a `typing.NamedTuple` to type checkers, and works like one."""
+
 
 # ==== 1. The YAML subset: what it is, and its one error ===========================================
 #
@@ -134,7 +156,7 @@ _YAML_ASCII = bytes(range(0x80))
 _YAML_UNPRINTABLE = "[\0-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\ufeff\ufffe\uffff]"
 
 
-class _YamlFile(NamedTuple):
+class _YamlFile(_Record):
     """A decoded file; `lines` joined by a line break are its text."""
 
     lines: list[str]  # the last one is "" if the file ends with a line break
@@ -341,7 +363,7 @@ def _yaml_ends_in_backslash(text: str) -> bool:
 # ==== 4. The reader ===============================================================================
 
 
-class _YamlSpan(NamedTuple):
+class _YamlSpan(_Record):
     """Where an entry of a block mapping stands; lines and columns count from 0."""
 
     start: int  # the line of the key
@@ -1576,7 +1598,7 @@ class Document:
                 self._chunks[index] = "\n".join(lines)
                 if index == len(self._chunks) - 1:
                     self._tail = below
-                return cast("dict[str, object]", found[0])
+                return _cast("dict[str, object]", found[0])
         raise self._unsound(reason)
 
     def _unsound(self, reason: str) -> ValueError:
@@ -1647,48 +1669,53 @@ class BacklogError(Exception):
     """The backlog, or a request on it, cannot be used; the message is for the operator."""
 
 
-class Item(TypedDict, total=False):
-    """One backlog entry. Treated as immutable: an update makes a new dict.
+if TYPE_CHECKING:
 
-    Only `id`, `title`, `status`, `created` and `updated` are always there. Times are RFC 3339 text
-    in UTC. Keys this program does not know are kept beside these.
-    """
+    class Item(TypedDict, total=False):
+        """One backlog entry. Treated as immutable: an update makes a new dict.
 
-    id: str
-    title: str
-    status: str  # one of STATUS_WORDS
-    phase: str
-    size: str  # one of SIZE_WORDS
-    complexity: str  # one of LEVEL_WORDS, as risk and impact
-    risk: str
-    impact: str
-    requires_human_review: bool
-    origin: str  # "inbox", or "ID/phase" of the work that suggested it
-    blocked_from_status: str
-    blocked_reason: str
-    blocked_type: str  # one of BLOCK_WORDS
-    unblock_context: str
-    tags: list[str]
-    dependencies: list[str]
-    created: str
-    updated: str
-    pipeline_type: str
-    description: dict[str, str]  # the keys of DESCRIPTION_KEYS
-    phase_pool: str  # one of POOL_WORDS
-    last_phase_commit: str
-    guardrail_override: bool
-    priority: int  # higher first
-    attempts: int  # failed ones of the current phase
+        Only `id`, `title`, `status`, `created` and `updated` are always there. Times are RFC 3339
+        text in UTC. Keys this program does not know are kept beside these.
+        """
+
+        id: str
+        title: str
+        status: str  # one of STATUS_WORDS
+        phase: str
+        size: str  # one of SIZE_WORDS
+        complexity: str  # one of LEVEL_WORDS, as risk and impact
+        risk: str
+        impact: str
+        requires_human_review: bool
+        origin: str  # "inbox", or "ID/phase" of the work that suggested it
+        blocked_from_status: str
+        blocked_reason: str
+        blocked_type: str  # one of BLOCK_WORDS
+        unblock_context: str
+        tags: list[str]
+        dependencies: list[str]
+        created: str
+        updated: str
+        pipeline_type: str
+        description: dict[str, str]  # the keys of DESCRIPTION_KEYS
+        phase_pool: str  # one of POOL_WORDS
+        last_phase_commit: str
+        guardrail_override: bool
+        priority: int  # higher first
+        attempts: int  # failed ones of the current phase
+
+else:
+    Item = dict
 
 
-class Backlog(NamedTuple):
+class Backlog(_Record):
     """A snapshot: it never changes, and shares the dicts of unchanged items with others."""
 
     items: Mapping[str, Item]  # by id, in the order of the file
     next_item_id: int  # the last number handed out
 
 
-class KeyChange(NamedTuple):
+class KeyChange(_Record):
     """One difference between two backlogs, in values that JSON can hold; None = absent."""
 
     item_id: str  # "" for the counter `next_item_id`
@@ -1728,7 +1755,8 @@ def changes_between(old: Backlog, new: Backlog) -> list[KeyChange]:
 
 
 def _item_changes(item_id: str, before: Item, after: Item) -> list[KeyChange]:
-    old, new = cast(Mapping[str, object], before), cast(Mapping[str, object], after)
+    old: Mapping[str, object] = before
+    new: Mapping[str, object] = after
     return [
         KeyChange(item_id, key, old.get(key), new.get(key))
         for key in {**old, **new}
@@ -1739,7 +1767,7 @@ def _item_changes(item_id: str, before: Item, after: Item) -> list[KeyChange]:
 def _with_keys(item: Item, changes: Mapping[str, object]) -> Item:
     """The item with some keys set, or deleted where the value is None."""
     merged: dict[str, object] = {**item, **changes}
-    return cast(Item, {key: value for key, value in merged.items() if value is not None})
+    return _cast(Item, {key: value for key, value in merged.items() if value is not None})
 
 
 def did_you_mean(word: str, words: Iterable[str]) -> str:
@@ -1754,7 +1782,7 @@ def did_you_mean(word: str, words: Iterable[str]) -> str:
 # ---- What a key may hold -------------------------------------------------------------------------
 
 
-class _Kind(NamedTuple):
+class _Kind(_Record):
     """What an item's key may hold."""
 
     type: type
@@ -1868,7 +1896,7 @@ def _quoting(value: object) -> str:
 # ==== 9. Reading a backlog file ===================================================================
 
 
-class _FileState(NamedTuple):
+class _FileState(_Record):
     """A backlog file as it was read: its bytes and what they mean.
 
     The document of an older schema is already migrated, so it differs from the bytes.
@@ -1944,7 +1972,7 @@ def _backlog_of(document: Document, data: bytes, source: str) -> Backlog:
     items: dict[str, Item] = {}
     places: dict[str, int] = {}
     problems: list[str] = []
-    for position, raw in enumerate(cast(list[object], document.items)):
+    for position, raw in enumerate(_cast(list[object], document.items)):
         found = _item_problems(raw)
         item_id = str(raw.get("id", "")) if isinstance(raw, dict) else ""
         if item_id in places:
@@ -1963,7 +1991,7 @@ def _backlog_of(document: Document, data: bytes, source: str) -> Backlog:
         problems.append(f"{source}: next_item_id must be a whole number from 0, not {shown}")
     if problems:
         raise BacklogError("\n".join(problems))
-    return Backlog(items, cast(int, counter or 0))
+    return Backlog(items, _cast(int, counter or 0))
 
 
 def _item_problems(raw: object) -> list[tuple[str, str]]:
@@ -1990,7 +2018,7 @@ def _clean_item(raw: object) -> Item:
     if isinstance(description, dict) and None in description.values():
         texts = {key: "" if text is None else text for key, text in description.items()}
         item = {**item, "description": texts}
-    return cast(Item, item)
+    return _cast(Item, item)
 
 
 def _line_of(data: bytes, position: int, key: str) -> int | None:
@@ -2062,7 +2090,7 @@ def _migrate(
     """The document brought to the current schema, and what the operator should know about it."""
     migrated = document.copy()
     notes = [f"schema {version} is read as schema {SCHEMA_VERSION}; the next save writes it so"]
-    for position, raw in enumerate(cast(list[object], document.items)):
+    for position, raw in enumerate(_cast(list[object], document.items)):
         if not isinstance(raw, dict):
             continue
         item = dict(raw)
@@ -2159,7 +2187,7 @@ class Draft:
         BacklogError, and nothing changed, if a key cannot hold its value.
         """
         item = self.item(item_id)
-        old = cast(Mapping[str, object], item)
+        old: Mapping[str, object] = item
         changes = {key: value for key, value in changes.items() if old.get(key) != value}
         if changes:
             _refuse_bad_values(item_id, changes)
@@ -2436,17 +2464,19 @@ def _waits_for(items: Mapping[str, Item], item_id: str, goal: str) -> bool:
 # ---- New items -----------------------------------------------------------------------------------
 
 
-class Suggestion(Protocol):
-    """A follow-up as an agent reports it."""
+if TYPE_CHECKING:
 
-    @property
-    def title(self) -> str: ...
-    @property
-    def context(self) -> str | None: ...
-    @property
-    def size(self) -> str | None: ...
-    @property
-    def risk(self) -> str | None: ...
+    class Suggestion(Protocol):
+        """A follow-up as an agent reports it."""
+
+        @property
+        def title(self) -> str: ...
+        @property
+        def context(self) -> str | None: ...
+        @property
+        def size(self) -> str | None: ...
+        @property
+        def risk(self) -> str | None: ...
 
 
 def add_follow_ups(
@@ -2499,7 +2529,7 @@ class InboxError(BacklogError):
     """The inbox cannot be used; the message names file and entry."""
 
 
-class InboxEntry(NamedTuple):
+class InboxEntry(_Record):
     """One new item of the inbox, checked."""
 
     title: str
@@ -2575,7 +2605,7 @@ class FilterError(BacklogError):
     """A filter makes no sense."""
 
 
-class Filter(NamedTuple):
+class Filter(_Record):
     """One `--only`: the item's value is one of these, or, negated, none of them."""
 
     key: str
@@ -2678,7 +2708,7 @@ def _filtered_values(item: Item, filter_: Filter) -> Sequence[str]:
     if filter_.key == "origin":
         origin = item.get("origin", "")
         return (origin, origin.partition("/")[0])
-    value = cast(Mapping[str, object], item).get(filter_.key)
+    value = _cast(Mapping[str, object], item).get(filter_.key)
     return () if value is None else (str(value),)
 
 
@@ -2780,9 +2810,9 @@ def _merge_changes(
     lost: dict[str, list[str]] = {}
     for change in changes:
         if not change.item_id:
-            draft.next_item_id = max(draft.next_item_id, cast(int, change.new))
+            draft.next_item_id = max(draft.next_item_id, _cast(int, change.new))
         elif not change.key and change.new is not None:
-            _merge_addition(draft, cast(Item, change.new), warn)
+            _merge_addition(draft, _cast(Item, change.new), warn)
         elif not change.key:
             _merge_removal(draft, change, warn)
         elif change.item_id in draft.items:
@@ -2797,7 +2827,7 @@ def _merge_changes(
 
 def _merge_key(draft: Draft, change: KeyChange, warn: Callable[[str], None]) -> None:
     item = draft.items[change.item_id]
-    theirs, ours = cast(Mapping[str, object], item).get(change.key), change.new
+    theirs, ours = _cast(Mapping[str, object], item).get(change.key), change.new
     if theirs == ours:
         return
     if change.key == "updated":
@@ -2820,7 +2850,7 @@ def _merge_addition(draft: Draft, item: Item, warn: Callable[[str], None]) -> No
         draft.items[item["id"]] = item
     elif theirs["created"] != item["created"]:
         new_id = draft.allocate(item["id"].rpartition("-")[0] or item["id"])
-        draft.items[new_id] = cast(Item, {**item, "id": new_id})
+        draft.items[new_id] = _cast(Item, {**item, "id": new_id})
         warn(
             f"{item['id']} was added by hand as {theirs['title']!r} and by the orchestrator as"
             f" {item['title']!r}; the latter is {new_id} now"
@@ -2830,7 +2860,7 @@ def _merge_addition(draft: Draft, item: Item, warn: Callable[[str], None]) -> No
 def _merge_removal(draft: Draft, change: KeyChange, warn: Callable[[str], None]) -> None:
     theirs = draft.items.pop(change.item_id, None)
     if theirs is not None:
-        for edit in _item_changes(change.item_id, cast(Item, change.old), theirs):
+        for edit in _item_changes(change.item_id, _cast(Item, change.old), theirs):
             warn(
                 f"{change.item_id}: {edit.key} was changed by hand from {edit.old!r} to"
                 f" {edit.new!r}, but the item is finished and has left the backlog"
@@ -2842,7 +2872,7 @@ def _is_saved(disk: Backlog, changes: Iterable[KeyChange]) -> bool:
 
     A save is one act, so what else differs from them has been edited since.
     """
-    items = cast(Mapping[str, Mapping[str, object]], disk.items)
+    items = _cast(Mapping[str, Mapping[str, object]], disk.items)
     return any(
         items[change.item_id].get(change.key or "created") == _time_set(change)
         for change in changes
@@ -2855,7 +2885,7 @@ def _time_set(change: KeyChange) -> object:
     if change.key == "updated":
         return change.new
     added = change.new if change.item_id and not change.key else None
-    return cast(Item, added)["created"] if added else None
+    return _cast(Item, added)["created"] if added else None
 
 
 def _edit_document(document: Document, changes: Sequence[KeyChange]) -> Document:
@@ -2883,7 +2913,7 @@ def _edit_document(document: Document, changes: Sequence[KeyChange]) -> Document
             if not change.item_id:
                 edited.set_top(change.key, change.new)
             elif not change.key and change.new is not None:
-                edited.append(cast(Mapping[str, object], change.new))
+                edited.append(_cast(Mapping[str, object], change.new))
     except ValueError as error:
         raise BacklogError(f"the change cannot be written as YAML: {error}") from error
     return edited

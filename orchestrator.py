@@ -9471,6 +9471,8 @@ def _bindings(module: str, node: ast.AST) -> Iterator[tuple[str, str, int]]:
     match node:
         case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.ClassDef():
             yield node.name, f"{module}.{node.name}", node.lineno
+        case ast.Assign(targets=[ast.Name("TYPE_CHECKING")], value=ast.Constant(False)):
+            yield "TYPE_CHECKING", "typing.TYPE_CHECKING", node.lineno  # without importing it
         case ast.Name(ctx=ast.Store()):
             yield node.id, f"{module}.{node.id}", node.lineno
         case ast.Import():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -70,6 +71,13 @@ def test_imports_are_the_standard_library_and_our_modules_to_the_left(name: str)
             assert node.level == 0
             found.add((node.module or "").partition(".")[0])
     assert found - allowed == set()
+
+
+def test_importing_the_backlog_does_not_import_what_only_type_checkers_need() -> None:
+    code = "import sys; sys.path.insert(0, sys.argv[1]); import backlog; print(*sys.modules)"
+    argv = [sys.executable, "-E", "-S", "-c", code, str(HERE)]
+    loaded = set(subprocess.run(argv, capture_output=True, check=True, text=True, timeout=60).stdout.split())
+    assert loaded & {"typing", "datetime", "pathlib", "json", "subprocess"} == set()
 
 
 @pytest.mark.parametrize("name", MODULES)
