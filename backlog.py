@@ -150,8 +150,7 @@ def _yaml_opened(data: bytes, source: str) -> Iterator[tuple[_YamlReader, _YamlF
 # ==== 2. From bytes to lines ======================================================================
 
 _YAML_BOM = b"\xef\xbb\xbf"
-_YAML_ALLOWED_BYTES = bytes([9, 10, *range(0x20, 0x7F), *range(0x80, 0x100)])
-_YAML_ASCII = bytes(range(0x80))
+_YAML_USUAL_BYTES = bytes([9, 10, *range(0x20, 0x7F)])
 # Not printable in YAML, or a line break for some readers only.
 _YAML_UNPRINTABLE = "[\0-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\ufeff\ufffe\uffff]"
 
@@ -201,17 +200,12 @@ def _yaml_check_line_ends(data: bytes, source: str) -> None:
 
 
 def _yaml_check_characters(data: bytes, text: str, source: str) -> None:
-    # On bytes, and then on the few that are not ASCII: six times as fast as searching the text.
-    wrong = data.translate(None, _YAML_ALLOWED_BYTES)
-    if wrong:
-        bad = chr(wrong[0])
-    elif data.isascii():
+    # To leave out the usual bytes first is six times as fast as searching the text.
+    rest = data.translate(None, _YAML_USUAL_BYTES)
+    found = _regex(_YAML_UNPRINTABLE).search(rest.decode()) if rest else None
+    if not found:
         return
-    else:
-        found = _regex(_YAML_UNPRINTABLE).search(data.translate(None, _YAML_ASCII).decode())
-        if not found:
-            return
-        bad = found[0]
+    bad = found[0]
     name = "a byte order mark inside the text" if bad == "\ufeff" else "this character"
     remedy = f'remove it, or write it as "\\u{ord(bad):04X}" in double quotes'
     problem = f"{name} (U+{ord(bad):04X}) is not supported; {remedy}"
@@ -284,30 +278,35 @@ _YAML_DIGITS = frozenset("0123456789")
 
 
 class _YamlValues(dict[str, object]):
-    """Memo of what stands behind `key: ` or `- `, up to the end of the line, to its value.
-
-    Only the plainest forms get a value, whatever they could be mistaken for is _YAML_SLOW.
-    """
+    """Memo of short texts, as `_yaml_value` takes them, to their values."""
 
     def __missing__(self, raw: str) -> object:
-        value = self._classify(raw)
+        value = _yaml_value(raw)
         if len(raw) <= _YAML_MEMO:
             self[raw] = value
         return value
 
-    def _classify(self, raw: str) -> object:
-        first = raw[:1]
-        if first in _YAML_CAREFUL_START:
+
+def _yaml_value(raw: str) -> object:
+    """The value of what stands behind `key: ` or `- `, up to the end of the line.
+
+    Only the plainest forms get one, whatever they could be mistaken for is _YAML_SLOW.
+    """
+    first = raw[:1]
+    if first in _YAML_CAREFUL_START:
+        return _YAML_SLOW
+    if first in _YAML_QUOTED:
+        closed = raw.find(first, 1) == len(raw) - 1
+        return raw[1:-1] if closed and (first == "'" or "\\" not in raw) else _YAML_SLOW
+    # One character is found many times as fast as two.
+    if ":" in raw:
+        if ": " in raw or raw[-1] == ":":
             return _YAML_SLOW
-        if first in ("'", '"'):
-            inner = raw[1:-1]
-            closed = raw[-1] == first and len(raw) > 1 and first not in inner
-            return inner if closed and (first == "'" or "\\" not in inner) else _YAML_SLOW
-        if ": " in raw or " #" in raw or "\t" in raw or raw[-1] in " :":
-            return _YAML_SLOW
-        if first in _YAML_DIGITS and ":" not in raw and _regex(_YAML_NUMBER_LIKE).fullmatch(raw):
-            return _yaml_number(raw, _YAML_SLOW)
-        return raw
+    elif first in _YAML_DIGITS and _regex(_YAML_NUMBER_LIKE).fullmatch(raw):
+        return _yaml_number(raw, _YAML_SLOW)
+    if ("#" in raw and " #" in raw) or "\t" in raw or raw[-1] == " ":
+        return _YAML_SLOW
+    return raw
 
 
 def _yaml_number(text: str, otherwise: object) -> object:
@@ -511,41 +510,38 @@ class _YamlReader:
         found: dict[str, object] = {}
         memo = (self.keys if self.indent == column else self.heads)[column]
         while not found or self._goes_on(column):
-            if not self._simple_entries(found, memo, column, depth):
-                self._entry(found, first, column, depth)
+            start = self.at
+            at = self._simple_entries(found, memo, column)
+            if at > start:
+                self.seek(at)
+                if self.indent > column:  # the last value goes on: read it again, with care
+                    found.popitem()
+                    self.seek(at - 1)
+                elif not self._goes_on(column):
+                    break
+            self._entry(found, first, column, depth)
             memo = self.keys[column]
         return found
 
-    def _simple_entries(
-        self, found: dict[str, object], memo: dict[str, str], column: int, depth: int
-    ) -> bool:
+    def _simple_entries(self, found: dict[str, object], memo: dict[str, str], column: int) -> int:
         """Read entries as long as they are `key: value` on one line in the plainest form.
 
         This is the loop in which nearly all lines of a backlog are read: no regular expression,
-        no look ahead. `memo` is for the first line. A value that goes on below shows when the
-        deeper line is looked up itself; then that entry is read again, with care.
+        no look ahead. `memo` is for the first line. Returns the line behind the last entry; a
+        value that goes on below shows when that line is looked up.
         """
-        lines, keys, values = self.lines, self.keys[column], self.values
-        at = start = self.at
+        lines, keys, values, at = self.lines, self.keys[column], self.values, self.at
         while True:
             left, _, raw = lines[at].partition(": ")
             key = memo.get(left)
             if key is None or key in found:
-                break
-            value = values[raw]
+                return at
+            value = values[raw] if len(raw) <= _YAML_MEMO else _yaml_value(raw)
             if value is _YAML_SLOW:
-                break
+                return at
             found[key] = value
             at += 1
             memo = keys
-        if at == start:
-            return False
-        self.seek(at)
-        if self.indent > column:
-            found.popitem()
-            self.seek(at - 1)
-            self._entry(found, start, column, depth)
-        return True
 
     def _entry(self, found: dict[str, object], first: int, column: int, depth: int) -> None:
         """Read one entry, of any form, of the mapping that starts on line `first`."""
@@ -556,19 +552,15 @@ class _YamlReader:
 
     def _goes_on(self, column: int) -> bool:
         """Whether line `at` is the next entry of the mapping at `column`."""
-        if self.indent < column:
-            return False
-        self._check_not_deeper(column)
-        if self._is_dash(column):
-            remedy = "indent it, or write it directly below its key"
-            self.fail(self.at, column, "a sequence entry among mapping keys", remedy)
-        return True
-
-    def _check_not_deeper(self, column: int) -> None:
         if self.indent > column:
-            where = f"column {self.indent + 1}, theirs is {column + 1}"
-            problem = f"this line is indented deeper than its neighbours ({where})"
-            self.fail(self.at, self.indent, problem, "align it with them or with the block above")
+            self._refuse_deeper(column)
+        return self.indent == column
+
+    def _refuse_deeper(self, column: int) -> NoReturn:
+        """Raise for line `at`, which is deeper than the entries at `column` before it."""
+        where = f"column {self.indent + 1}, theirs is {column + 1}"
+        problem = f"this line is indented deeper than its neighbours ({where})"
+        self.fail(self.at, self.indent, problem, "align it with them or with the block above")
 
     def _duplicate(self, key: str, first: int, column: int) -> NoReturn:
         """Raise for the second `key`, on line `at`, of the mapping that starts on line `first`."""
@@ -607,7 +599,8 @@ class _YamlReader:
         self._check_depth(column, depth)
         while True:
             yield self._element(column, depth), self.end
-            self._check_not_deeper(column)
+            if self.indent > column:
+                self._refuse_deeper(column)
             if self.indent < column or not self._is_dash(column):
                 return
 
@@ -665,6 +658,9 @@ class _YamlReader:
     def _plain_key(self, column: int, colon: int) -> str:
         at, line = self.at, self.lines[self.at]
         key = line[column:colon].rstrip(" ")
+        if self.indent == column and self._is_dash(column):
+            remedy = "indent it, or write it directly below its key"
+            self.fail(at, column, "a sequence entry among mapping keys", remedy)
         self._check_start(column)
         if ":\t" in line[column:]:
             place = line.index(":\t", column) + 1
