@@ -218,7 +218,10 @@ class Human:
         self.number = 0
 
     def edit(self, text: str) -> str:
-        edits = (self.comment, self.tail, self.blank, self.swap, self.requote, self.own, self.shift, self.retitle, self.tag, self.decide)
+        edits = (
+            self.comment, self.tail, self.blank, self.swap, self.requote, self.own, self.shift, self.retitle, self.tag, self.decide,
+            self.reorder, self.describe, self.describe,
+        )  # fmt: skip
         return self.rng.choice(edits)(text)
 
     def sign(self) -> str:
@@ -278,6 +281,33 @@ class Human:
             if lines[one].item == lines[other].item and lines[other - 1][1:] == lines[one][1:] and self.rng.random() < 0.2:
                 return "\n".join([*texts[:one], *texts[other:end], *texts[one:other], *texts[end:]])
         return text
+
+    def reorder(self, text: str) -> str:
+        """Put the items into another order, each with what stands below it."""
+        lines, texts = labelled(text), text.split("\n")
+        starts = [n for n, line in enumerate(lines) if line.key and line.item and line.item != lines[n - 1].item]
+        starts = [n for n in starts if texts[n].lstrip(" ").startswith("-")]
+        ends = [*starts[1:], max(n for n, line in enumerate(texts) if line.startswith("# numbers"))]
+        chunks = [texts[start:end] for start, end in zip(starts, ends, strict=True)]
+        self.rng.shuffle(chunks)
+        return "\n".join([*texts[: starts[0]], *(line for chunk in chunks for line in chunk), *texts[ends[-1] :]])
+
+    def describe(self, text: str) -> str:
+        """Write on, or add a line or a key, inside of a description that has lines of its own."""
+        lines, texts = labelled(text), text.split("\n")
+        inner = [n for n, line in enumerate(lines) if line.key == "description" == lines[n - 1].key and line.text.strip(" ")]
+        if not inner:
+            return text
+        self.number += 1
+        at = self.rng.choice(inner)
+        key = re.fullmatch(r"( *)\w+:(?: .*)?", texts[at])
+        if texts[at].endswith("|") or texts[at].endswith("|-"):
+            return self.insert(text, at + 1, f"{key[1] if key else ''}  h{self.number}: # text")
+        if key:
+            return self.insert(text, at, f"{key[1]}h{self.number}: 'mine'  # h{self.number}")
+        if not texts[at].strip(" ").startswith("#"):
+            texts[at] += f" h{self.number}"
+        return "\n".join(texts)
 
     def requote(self, text: str) -> str:
         quote = self.rng.choice("'\"")

@@ -141,7 +141,7 @@ def main() -> int:
     readers = own_reader() | pyyaml_readers() | ruamel_readers() | npm_readers(args.node_modules)
     rng = random.Random(args.seed)
     texts = ["".join(rng.choices(SIGNS, k=rng.randint(0, 8))) for _ in range(args.count)] + TRAPS
-    blocks = [texts[start : start + 500] for start in range(0, len(texts), 500)]
+    blocks = [texts[start : start + 25] for start in range(0, len(texts), 25)]
     pairs = [pair for block in blocks for pair in documents(block)]
     failed = False
     for name, read in readers.items():
