@@ -81,7 +81,7 @@ else:
 #   block      `|` literal or `>` folded, with `-`, `+` and an indentation digit
 #   flow       `[]`, `{}` or `[a, 'b', "c"]` on one line
 #
-# Where parsers of YAML 1.1 and 1.2 disagree about a number or a line break, it is refused too.
+# Numbers look as in JSON; other forms, and line breaks, that parsers read differently are refused.
 
 # The usual order of an item's keys; new keys of an item are put where this wants them.
 ITEM_KEYS = (
@@ -387,7 +387,7 @@ class _YamlReader:
 
     def __init__(self, lines: list[str], source: str) -> None:
         """`lines`: as in _YamlFile; all but the last end with a line break."""
-        self.complete = not lines[-1]
+        self.complete = not lines[-1]  # the file ends with a line break
         self.lines = lines if self.complete else [*lines, ""]  # always a blank line at the end
         self.source = source
         self.at = 0
