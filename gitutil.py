@@ -888,6 +888,7 @@ class Repo:
         self._deadline = float("inf")  # of the commit in progress, by `clock`
         self._impatient_until = float("-inf")  # by `clock`; see `_lock_tries`
         self._null = ABSENT_OID  # as long as this repository's object ids
+        self.apart: tuple[str, ...] = ()  # paths that snapshots take from the index: not to be read
         self._seen: str | None = None  # the last commit that HEAD was at
         self.taken_up: str | None = None  # the parked commit that the file on disk descends from
         self._file_mode: bool | None = None
@@ -1458,7 +1459,7 @@ class Repo:
     # -- snapshots ---------------------------------------------------------------------------------
 
     def snapshot(self, ref: str | None = None) -> Snapshot:
-        """Store the whole work tree (ignored files excepted) as a tree; touches nothing.
+        """Store the whole work tree (but for ignored files and `apart`) as a tree; touches nothing.
 
         With `ref`, a commit of it is kept there, so that no garbage collection takes it. GitError
         when a file cannot be read: a snapshot without it would look like its deletion.
@@ -1506,12 +1507,14 @@ class Repo:
         # A split index would leave a new shared part behind in the git directory; and no power cut
         # leaves anybody who would read this one.
         settings = ("-c", "core.splitIndex=false", "-c", "core.fsync=objects")
-        add = (*settings, "add", "-A", "--sparse", "--ignore-errors", "--", ".")
+        apart = (f":(exclude,top,literal){path}" for path in self.apart)
+        add = (*settings, "add", "-A", "--sparse", "--ignore-errors", "--", ".", *apart)
+        with_magic = {**env, "GIT_LITERAL_PATHSPECS": "0"}
         missed: list[str] = []
         fatal: GitError | None = None
         for _ in range(ADD_TRIES):
             try:
-                if self._call(add, env=env, ok=(0, 1), limit_s=TREE_LIMIT_S).status == 0:
+                if self._call(add, env=with_magic, ok=(0, 1), limit_s=TREE_LIMIT_S).status == 0:
                     return
             except GitError as error:
                 if error.status != 128:
@@ -1530,7 +1533,9 @@ class Repo:
         """What `git add` could not take; a nested repository without a commit may stay out."""
         options = ("-z", "--others", "--modified", "--exclude-standard")
         listed = _git_rows(self.git("ls-files", *options, env=env, limit_s=TREE_LIMIT_S))
-        return [path for path in listed if not path.endswith("/")]  # "x/" is a repository
+        return [  # "x/" is a repository
+            path for path in listed if not path.endswith("/") and path not in self.apart
+        ]
 
     def _staging(self, head: Head, rows: Sequence[_IndexRow]) -> list[_IndexRow]:
         """The entries that say more than HEAD does, see `Snapshot.staging`."""
@@ -1730,7 +1735,11 @@ class Repo:
     def _note_times(self, entries: Sequence[Entry]) -> None:
         """Let the index know the times of large files: git reads again what it has no times of."""
         places = [(entry.path, self.top / entry.path) for entry in entries]
-        large = [path for path, file in places if _git_size(file) > LARGE_FILE_BYTES]
+        large = [
+            path
+            for path, file in places
+            if path not in self.apart and _git_size(file) > LARGE_FILE_BYTES
+        ]
         if large:
             with suppress(GitError):  # it only saves time
                 self.git("add", "--refresh", "--", *large)

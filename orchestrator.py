@@ -7924,6 +7924,9 @@ def open_workspace(root: Path, config_path: Path | None) -> Workspace:
     store = Store(
         path, repo.state_dir / "backlog.lock", warn=lambda text: log().warning("%s", text)
     )
+    if path.is_relative_to(repo.top):
+        # Large, ours, and another command may save it at any moment: no part of a phase's work.
+        repo.apart = repo.relative(path), repo.relative(store.temporary)
     return Workspace(repo, config, store)
 
 

@@ -511,6 +511,21 @@ def test_a_snapshot_touches_nothing_and_sees_everything(messy: Path) -> None:
     assert git(project, "rev-parse", "refs/orchestrator/snapshots/run/1^{tree}").strip() == taken.tree
 
 
+@pytest.mark.parametrize("gone", [False, True])
+def test_what_is_apart_stays_as_the_index_has_it(messy: Path, gone: bool) -> None:
+    """Our own state is not read; and files beside it whose names look like patterns are."""
+    repo = Repo.open(messy)
+    repo.apart = NAME, f".{NAME}.tmp", "docs/[x].md"
+    before = repo.entry("HEAD", NAME)
+    (messy / NAME).unlink() if gone else (messy / NAME).write_text("v: 2\n")
+    (messy / f".{NAME}.tmp").write_text("half")
+    (messy / "docs/x.md").write_text("new\n")
+    taken = repo.snapshot()
+    assert repo.entry(taken.tree, NAME) == before
+    assert repo.entry(taken.tree, f".{NAME}.tmp") is None
+    assert repo.read_blob(str(repo.entry(taken.tree, "docs/x.md").oid)) == b"new\n"  # type: ignore[union-attr]
+
+
 def test_a_snapshot_of_an_unborn_branch(project: Path, repo: Repo) -> None:
     git(project, "update-ref", "-d", "HEAD")
     taken = repo.snapshot("refs/orchestrator/snapshots/x")

@@ -75,6 +75,12 @@ open(report, "w").write(json.dumps(seen))
 sys.exit(code)
 """
 
+STARTER = """
+import os, subprocess, sys
+process = subprocess.Popen(sys.argv[1:], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+print(os.wait4(process.pid, 0)[2].ru_maxrss)
+"""
+
 
 class Figure(NamedTuple):
     """One line of the table."""
@@ -166,13 +172,16 @@ def run_tool(tool: Path, where: Path, *args: str, lag: bool = False) -> tuple[fl
     return took, json.loads((where.parent / "report").read_text())
 
 
-def peak_mb(argv: Sequence[str], where: Path) -> float:
-    """The largest resident size of a command, as an operator starts it; more than ours is told."""
+def peak_mb(argv: Sequence[str | Path], where: Path) -> float:
+    """The largest resident size of a command, as an operator starts it.
+
+    Started by a small process: the kernel counts what the one that forks has, too.
+    """
     env = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
-    quiet = subprocess.DEVNULL
-    process = subprocess.Popen(argv, cwd=where, env=env, stdout=quiet, stderr=quiet)
-    _, _, usage = os.wait4(process.pid, 0)
-    return usage.ru_maxrss / (1024 * (1024 if sys.platform == "darwin" else 1))
+    done = subprocess.run(
+        [sys.executable, "-c", STARTER, *argv], cwd=where, env=env, capture_output=True, text=True
+    )
+    return int(done.stdout) / (1024 * (1024 if sys.platform == "darwin" else 1))
 
 
 def timed(work: Callable[[], object]) -> float:

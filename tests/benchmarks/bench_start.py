@@ -89,6 +89,7 @@ def beside_pyyaml(python: str, where: Path) -> list[Start]:
 def memory(python: str, where: Path) -> None:
     """The largest resident size of a start, of a run, and of their floor."""
     for what, argv in {
+        "pass": ["-c", "pass"],
         "compiling orchestrator.py alone": ["-c", COMPILE, str(TOOL)],
         "--version": [str(TOOL), "--version"],
         "run --cap 4, 100 items": [str(TOOL), "run", "--cap", "4"],
