@@ -1070,11 +1070,12 @@ class _YamlWriter:
         keys = self._keys.get(column) or self._keys.setdefault(column, _YamlKeys(column))
         texts, add = self._texts, self.lines.append
         for key, item in value.items():
-            text = texts[item] if type(item) is str else ""
-            if text:
+            if type(item) is not str:
+                self.entry(keys[key], item, column, depth)
+            elif text := texts[item]:
                 add(f"{keys[key]} {text}")
             else:
-                self.entry(keys[key], item, column, depth)
+                self._literal(keys[key], item, column)
 
     def sequence(self, value: Sequence[object], column: int, depth: int) -> None:
         """Write the elements of a list that is not empty, dashes at `column`."""
@@ -1107,10 +1108,12 @@ class _YamlWriter:
             self.lines.append(f"{head} {_yaml_scalar(value)}{tail}")
 
     def _text(self, head: str, value: str, column: int, tail: str) -> None:
-        text = self._texts[value]
-        if text:
+        if text := self._texts[value]:
             self.lines.append(f"{head} {text}{tail}")
-            return
+        else:
+            self._literal(head, value, column, tail)
+
+    def _literal(self, head: str, value: str, column: int, tail: str = "") -> None:
         body, sign = (value[:-1], "|") if value.endswith("\n") else (value, "|-")
         pad = " " * (column + 2)
         self.lines.append(f"{head} {sign}{tail}")
@@ -1149,12 +1152,13 @@ def _yaml_float(value: float) -> str:
 
 def _yaml_written(text: str) -> str:
     """How `text` is written on one line: plain if possible, "" if it shall be a literal block."""
-    printable = text.isprintable() or not _regex(_YAML_UNPRINTABLE).search(text)
-    if printable and _yaml_is_plain(text):
-        return text
-    if "\n" in text and _yaml_is_literal(text):
-        return ""
-    return _yaml_quoted(text)
+    if "\n" in text:
+        return "" if _yaml_is_literal(text) else _yaml_quoted(text)
+    return text if _yaml_is_printable(text) and _yaml_is_plain(text) else _yaml_quoted(text)
+
+
+def _yaml_is_printable(text: str) -> bool:
+    return text.isprintable() or not _regex(_YAML_UNPRINTABLE).search(text)
 
 
 def _yaml_is_plain(text: str) -> bool:
@@ -1170,7 +1174,7 @@ def _yaml_is_literal(text: str) -> bool:
     """Whether a literal block holds `text`, and no reader disagrees about its line breaks."""
     if text[0] in " \n" or text.endswith("\n\n") or " \n" in text or text[-1] == " ":
         return False
-    return not _regex(_YAML_UNPRINTABLE).search(text.replace("\n", ""))
+    return _yaml_is_printable(text.replace("\n", ""))
 
 
 def _yaml_quoted(text: str, double: bool = False) -> str:
@@ -2758,7 +2762,8 @@ def append_worklog(directory: Path, now: datetime, text: str) -> Path:
         file.write(b"\n" * (bool(before) and not before.endswith(b"\n")) + entry)
         file.flush()
         os.fsync(file.fileno())
-    sync_directory(directory)
+    if path not in written:
+        sync_directory(directory)
     return path
 
 
