@@ -167,7 +167,7 @@ def interrupting(project: Any) -> Any:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("act", "reason"), [("commit-tree", "CapReached"), ("update-ref", "CapReached"), ("/BACKLOG.yaml", "ShutdownRequested")],
+    ("act", "reason"), [("commit-tree", "CapReached"), ("/refs/heads/main", "CapReached"), ("/BACKLOG.yaml", "ShutdownRequested")],
     ids=["commit", "branch", "save"],
 )
 def test_e1_e2_ctrl_c_while_a_save_or_the_halt_commit_is_being_made(project: Any, act: str, reason: str, interrupting: Any) -> None:
