@@ -7023,8 +7023,8 @@ class Ledger:
     def undo_set_back(self, record: AttemptRecord) -> None:
         """Undo an agent's `git checkout` of the backlog that its run has not noticed.
 
-        The run was killed before, or it is at work and we are a command that comes first: what was
-        saved last may be of yet another command, of which the run knows nothing.
+        The run was killed before, or we are a command that comes first: what was saved last may be
+        of yet another command, of which the run knows nothing.
         """
         if not self.store.path.exists():  # then the copy has been loaded instead
             return
@@ -8624,17 +8624,15 @@ def _settle_last_run(space: Workspace) -> None:
 
 
 def _see_past_agents(space: Workspace) -> None:
-    """Edit what was saved last, not what an agent of the active run set the file back to."""
+    """Edit what was saved last, not what an agent at work set the file back to.
+
+    It may outlive its run, too, until the next one ends it.
+    """
     journal = Journal.read(space.journal_path)
-    if journal is None or not journal.attempts:
-        return
-    try:
-        with space.run_lock("a command"):
-            return  # the run was killed: its recovery sees to that
-    except RunActive:
+    if journal is not None:
         ledger = Ledger(space.repo, space.store, space.config, journal, utc_now)
-    for record in journal.attempts.values():
-        ledger.undo_set_back(record)
+        for record in journal.attempts.values():
+            ledger.undo_set_back(record)
 
 
 def _refuse_waiting(store: Store) -> None:

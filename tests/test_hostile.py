@@ -113,6 +113,23 @@ def test_a_command_edits_what_was_saved_last_not_what_an_agent_set_back(project:
 
 
 @pytest.mark.slow
+def test_the_same_after_a_kill_for_the_agent_may_live_on(project: Any) -> None:
+    set_up(project, f"WRK-001 {BUILDING}", script={"WRK-001/build": [{"announce": True, "hang": True}]})
+    process = project.start("run")
+    project.announced()
+    process.kill()
+    process.wait()
+    assert project.run("add", "Added 1").stdout == "Added WRK-002: Added 1\n"
+    project.git("checkout", "-q", "--", ".")
+    again = project.run("add", "Added 2")
+    assert again.stdout == "Added WRK-003: Added 2\n"
+    assert "BACKLOG.yaml was put back to an older state; it is merged in again" in again.stderr
+    project.run("run", "--cap", "0")
+    assert [row["title"] for row in project.items().values()] == ["Item WRK-001", "Added 1", "Added 2"]
+    assert project.committed() == project.text()
+
+
+@pytest.mark.slow
 def test_a_backlog_set_back_while_the_agent_goes_on_is_no_edit_by_hand(project: Any) -> None:
     """The run looks at the file every second; an agent's `git stash` may be popped, or not."""
     os.mkfifo(project.outside / "go")
