@@ -532,9 +532,9 @@ class _Objects:
         """Store what was written since the last time as git does: flushed and then renamed.
 
         All of it is flushed together: the first flush then does most of the work of the others.
+        What fails is tried again by the next call: nothing may name what is not stored.
         """
-        new, self._new = self._new, {}
-        place = self._folder
+        new, place = dict(self._new), self._folder
         try:
             files = []
             for oid, content in new.items():
@@ -544,6 +544,8 @@ class _Objects:
                 _git_flush(unfinished)
             for unfinished, place in files:
                 os.rename(unfinished, place)
+            for oid in new:
+                self._new.pop(oid, None)
         except OSError as error:
             raise GitError(f"{place} cannot be written: {error.strerror}") from None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from collections.abc import Callable, Mapping, Sequence
@@ -306,3 +307,21 @@ def test_an_object_of_another_user_is_stored_again(project: Path, monkeypatch: p
     expected = git(project, "rev-parse", "HEAD:a")
     assert Repo.open(project).blob(project / "a", b"a\n").oid == expected
     assert git(project, "fsck", "--no-dangling", "--no-progress") == ""
+
+
+def test_what_could_not_be_stored_is_not_forgotten(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Git may be called where its failure does not matter: a ref may yet name the objects."""
+
+    def fail(_path: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    objects = Repo.open(project)._objects
+    oid = objects.write(b"blob", b"not stored yet\n")
+    with monkeypatch.context() as full:
+        full.setattr(gitutil, "_git_flush", fail)
+        with pytest.raises(GitError, match="No space left"):
+            objects.settle()
+    objects.settle()
+    assert git(project, "cat-file", "-p", oid) == "not stored yet"
