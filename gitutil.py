@@ -535,8 +535,8 @@ class _Objects:
         What fails is tried again by the next call: nothing may name what is not stored.
         """
         new, place = dict(self._new), self._folder
+        files: list[tuple[Path, Path]] = []
         try:
-            files = []
             for oid, content in new.items():
                 place = self._place(oid)
                 files.append((self._write_loose(place, content), place))
@@ -544,10 +544,13 @@ class _Objects:
                 _git_flush(unfinished)
             for unfinished, place in files:
                 os.rename(unfinished, place)
-            for oid in new:
-                self._new.pop(oid, None)
         except OSError as error:
+            for unfinished, _ in files:
+                with suppress(OSError):
+                    unfinished.unlink()
             raise GitError(f"{place} cannot be written: {error.strerror}") from None
+        for oid in new:
+            del self._new[oid]
 
     def _write_loose(self, place: Path, content: bytes) -> Path:
         import zlib
@@ -2133,10 +2136,16 @@ class Repo:
         for prefix in LEFTOVER_PREFIXES:
             for path in self.git_dir.glob(f"{prefix}*"):
                 with suppress(OSError):
-                    for lock in self._locks() if path.stat().st_nlink > 1 else ():
-                        if lock.exists() and lock.samefile(path):  # see `_swap`
+                    for lock in self._locks_of_ours() if path.stat().st_nlink > 1 else ():
+                        if lock.samefile(path):  # see `_swap`
                             lock.unlink()
                 path.unlink(missing_ok=True)
+
+    def _locks_of_ours(self) -> list[Path]:
+        """The locks that may be one of `_swap`; HEAD may be on another branch by now."""
+        index = self.git_dir / "index.lock"
+        branches = (self.common_dir / "refs/heads").rglob("*.lock")
+        return [lock for lock in (index, *branches) if lock.is_file()]
 
     # -- refs --------------------------------------------------------------------------------------
 

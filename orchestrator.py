@@ -4884,7 +4884,7 @@ def _leftovers(variable: str, leader: int, known: Mapping[int, int]) -> list[Pro
     `known` holds descendants seen earlier as {pid: start}, for systems without subreaper, and for
     a run that was killed.
     """
-    table = family_table() if leader else process_table()
+    table = process_table()
     since = table[leader].start if leader in table else 0  # nothing older can carry its mark
     marked = _marked(variable, {pid: one for pid, one in table.items() if one.start >= since})
     mine = variable if leader else ""
@@ -5241,7 +5241,13 @@ class Watched:
     def sweep(self) -> None:
         """Kill and reap the process and all it started. Blocks, usually for milliseconds."""
         leader, marker = self._process.pid, self._command.marker
-        _kill_all(lambda: _leftovers(marker, leader, self._known))
+
+        def look() -> list[ProcessEntry]:
+            return _leftovers(marker, leader, self._known)
+
+        # One look is enough to be sure of what is not below us, as a job of atd's with our mark.
+        if has_descendants() or look():
+            _kill_all(look)
 
 
 def _group_lives(group: int) -> bool:
@@ -5346,8 +5352,7 @@ async def _run_child(
                 why = await child.watch(gone, stop, tick, settled, started)
                 if why != "exit":
                     await child.terminate(gone, hurry)
-                if has_descendants():
-                    await asyncio.to_thread(child.sweep)
+                await asyncio.to_thread(child.sweep)
         except BaseException:  # cancelled, too: whatever ends us, the agent goes first
             child.sweep()
             raise
@@ -7028,8 +7033,10 @@ class Ledger:
         """
         if not self.store.path.exists():  # then the copy has been loaded instead
             return
+        older = self._older_states(record.before)
+        self.store.older |= older  # it is not to be taken up, and the copy kept
         copy, disk = self.store.last_copy(), self.store.committed_bytes()
-        if copy is not None and copy != disk and disk in self._older_states(record.before):
+        if copy is not None and copy != disk and disk in older:
             name = self.store.path.name
             try:
                 self.store.merge_bytes(disk, copy)

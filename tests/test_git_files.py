@@ -263,9 +263,10 @@ class Killed(BaseException):
     """Stands for the end of the process."""
 
 
-@pytest.mark.parametrize("name", ["index", "refs/heads/main"])
+@pytest.mark.parametrize("name", ["index", "refs/heads/main", "refs/heads/of/another"])
 def test_a_lock_of_ours_does_not_outlive_the_next_start(project: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     repo, place = Repo.open(project), project / ".git" / name
+    sh(project, "git", "branch", "of/another")
     old = place.read_bytes()
 
     def die(*_: Any, **__: Any) -> None:

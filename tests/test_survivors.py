@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import time
 from contextlib import suppress
@@ -97,3 +98,28 @@ def test_nothing_survives(project: Any, tmp_path: Path, ending: str) -> None:
     if ending in ("timeout", "idle"):
         assert "timed out" in log
     assert project.committed() == project.text()
+
+
+def test_a_foreign_job_with_our_mark_ends_with_the_attempt(project: Any) -> None:
+    """Started by somebody else's daemon with the agent's environment, as `at now` does it."""
+    os.mkfifo(project.outside / "go")
+    project.configure("plan build!")
+    project.backlog("WRK-001 in_progress phase=plan phase_pool=main")
+    project.commit_all()
+    waits = {"announce": True, "await": "go"}
+    project.script({
+        "*/plan": [{"sh": f"env -0 > {project.outside}/env", "document": "p.md", **waits}],
+        "*/build": [{**waits, "write": {"a.txt": "1\n"}}],
+    })
+    process = project.start("run", "--cap", "2")
+    project.announced()
+    variables = (project.outside / "env").read_text().split("\0")
+    env = dict(one.split("=", 1) for one in variables if one)
+    with subprocess.Popen(["sleep", "1000"], env=env, start_new_session=True) as job:
+        (project.outside / "go").write_text("")
+        project.announced()
+        ended = job.poll()
+        job.kill()
+    (project.outside / "go").write_text("")
+    project.finish(process)
+    assert ended == -signal.SIGKILL
