@@ -32,6 +32,7 @@ import gc
 import os
 import re
 import stat
+import sys
 import time
 from collections import defaultdict, namedtuple
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
@@ -2776,6 +2777,25 @@ def sync_directory(directory: Path) -> None:
         os.close(fd)
 
 
+def swap_files(new: Path, path: Path) -> None:
+    """Put a file in another one's place, and that one in its place, in one act; OSError.
+
+    Linux has renameat2(2) for it, macOS renamex_np(2). Where there is neither, or nothing at
+    `path`, or the file system cannot do it, this is a plain rename.
+    """
+    import ctypes  # it takes as long to load as the rest of this module
+
+    libc, at, one, other = ctypes.CDLL(None), -100, os.fsencode(new), os.fsencode(path)
+    with suppress(AttributeError):  # an older C library
+        if sys.platform == "darwin":
+            failed = libc.renamex_np(one, other, 2)
+        else:
+            failed = libc.renameat2(at, one, at, other, 2)
+        if not failed:
+            return
+    os.rename(new, path)
+
+
 # ==== 13. Store ===================================================================================
 
 _SAVE_TRIES = 20  # how often somebody may change the file just as it is to be replaced
@@ -2925,8 +2945,8 @@ class Store:
 
     Every change re-reads the file under a lock, merges what others did, and replaces the file
     atomically, so it is safe at any time beside other commands and editors (which take no lock:
-    the file is compared once more right before it is replaced). Text that somebody else wrote is
-    never overwritten without having been read and merged.
+    what was replaced is looked at once more, and put back if it is not what was read). Text that
+    somebody else wrote is never overwritten without having been read and merged.
 
     For one thread at a time. `warn` gets complete messages for the operator.
     """
@@ -3276,10 +3296,9 @@ class Store:
         try:
             if data != expected:
                 self._write_temporary(data)
-                if self._read() != expected:
-                    return False
                 self._keep_copy(data)
-                os.rename(self.temporary, self.path)
+                if self._read() != expected or not self._swap_in(expected):
+                    return False
                 sync_directory(self.path.parent)
         except OSError as error:
             raise SaveError(
@@ -3292,6 +3311,19 @@ class Store:
         self._disk = _FileState(data, document, self.backlog)
         self.waiting, self._found = None, data
         return True
+
+    def _swap_in(self, expected: bytes | None) -> bool:
+        """Put the temporary file in the file's place; False, and all is as before, if somebody
+        had written the file by then."""
+        sys.audit("os.rename", self.temporary, self.path, -1, -1)  # hooks do not see the C library
+        swap_files(self.temporary, self.path)
+        try:
+            if self._read(self.temporary) in (None, expected):  # None: a plain rename
+                return True
+        except SaveError:  # a link by now, say; the next look tells
+            pass
+        swap_files(self.temporary, self.path)
+        return False
 
     def _keep_copy(self, data: bytes) -> None:
         """Not flushed: it outlives every process, and after a power cut nobody asks for it."""
@@ -3318,25 +3350,26 @@ class Store:
             file.flush()
             os.fsync(file.fileno())
 
-    def _read(self) -> bytes | None:
+    def _read(self, path: Path | None = None) -> bytes | None:
         """The file's bytes, None if there is no file; SaveError if it is none that we replace."""
         flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK  # a named pipe must not hold us up
+        path = path or self.path
         try:
-            mode = self.path.lstat().st_mode
+            mode = path.lstat().st_mode
             if stat.S_ISLNK(mode):
                 raise SaveError(
-                    f"{self.path}: it is a symbolic link, which a save would replace; put the file"
+                    f"{path}: it is a symbolic link, which a save would replace; put the file"
                     " itself there, or name the real file in the config"
                 )
             if not stat.S_ISREG(mode):
-                raise SaveError(f"{self.path}: it is not a regular file; move it away")
-            with open(os.open(self.path, flags), "rb") as file:
+                raise SaveError(f"{path}: it is not a regular file; move it away")
+            with open(os.open(path, flags), "rb") as file:
                 self._mode = stat.S_IMODE(mode)
                 return file.read()
         except FileNotFoundError:
             return None
         except OSError as error:
-            raise SaveError(f"{self.path}: cannot be read ({error.strerror})") from error
+            raise SaveError(f"{path}: cannot be read ({error.strerror})") from error
 
     @contextmanager
     def _locked(self) -> Iterator[None]:

@@ -40,7 +40,7 @@ with open(log, "a", buffering=1) as told:
         told.write(f"{code} {out.getvalue()}" if code == 0 else f"{code} {err.getvalue()}")
 """
 
-# Edits by hand: a comment of its own and a new tag each time; tries again if somebody was quicker.
+# Edits by hand: a comment of its own each time; tries again if somebody was quicker.
 EDITOR = """
 import os, sys
 path, log, way, number = sys.argv[1:]
@@ -60,6 +60,7 @@ with open(log, "a", buffering=1) as told:
                     if file.read() != text:
                         continue
                 os.rename(path + "~", path)
+                break  # once is enough: it is merged, whoever saves at this moment
             elif text.endswith("\\n") and "\\nitems:\\n" in text:
                 with open(path, "w") as file:
                     file.write(text.replace("\\nitems:\\n", f"\\n{line}items:\\n", 1))
@@ -131,10 +132,11 @@ import os, sys
 path, lock, announce, go = sys.argv[1:5]
 
 def watch(event, args):
-    if event == "os.rename" and str(args[1]) == path:
+    if event == "os.rename" and str(args[1]) == path and os.path.exists(go):
         with open(announce, "w") as fifo:
             fifo.write("about to rename")
         with open(go) as fifo:
+            os.unlink(go)  # once is enough
             fifo.read()
 
 import orchestrator
@@ -143,9 +145,9 @@ raise SystemExit(orchestrator.main(["--root", os.path.dirname(path), "add", "pau
 """
 
 
-@pytest.mark.parametrize("act", ["a command", "an editor", "a rename", "a deletion"])
+@pytest.mark.parametrize("act", ["a command", "an editor", "a rename", "a link", "a deletion"])
 def test_a_writer_paused_between_reading_and_renaming(project: Any, tmp_path: Path, act: str) -> None:
-    """Others' commands wait for it; an editor that writes in this instant may win or lose, no more."""
+    """Others' commands wait for it; what an editor writes in this instant is merged."""
     project.backlog("WRK-001 new")
     path = project.root / "BACKLOG.yaml"
     for name in ("announce", "go"):
@@ -155,20 +157,31 @@ def test_a_writer_paused_between_reading_and_renaming(project: Any, tmp_path: Pa
     other = python(COMMANDS, project.root, tmp_path / "log", "add", 1, "-") if act == "a command" else None
     if act == "an editor":
         path.write_text(project.text().replace("Item WRK-001", "Edited"))
-    elif act == "a rename":
-        (tmp_path / "new").write_text(project.text().replace("Item WRK-001", "Edited"))
-        os.rename(tmp_path / "new", path)
+    elif act in ("a rename", "a link"):
+        new = tmp_path / "new"
+        new.write_text(project.text().replace("Item WRK-001", "Edited"))
+        if act == "a link":
+            (tmp_path / "link").symlink_to(new)
+            new = tmp_path / "link"
+        os.rename(new, path)
     elif act == "a deletion":
         path.unlink()
     (tmp_path / "go").write_text("")
     out, err = paused.communicate(timeout=60)
+    if act == "a link":
+        assert (paused.returncode, out) == (1, ""), err
+        assert "symbolic link" in err
+        assert path.is_symlink()
+        assert [row["title"] for row in project.items().values()] == ["Edited"]
+        return
     assert (paused.returncode, out) == (0, "Added WRK-002: paused\n"), err
     if other is not None:
         out, err = other.communicate(timeout=60)
         assert other.returncode == 0, out + err
         assert [row["title"] for row in project.items().values()] == ["Item WRK-001", "paused", f"{tmp_path}/log 0"]
     else:
-        assert [row["title"] for row in project.items().values()][1:] == ["paused"]
+        first = "Item WRK-001" if act == "a deletion" else "Edited"
+        assert [row["title"] for row in project.items().values()] == [first, "paused"]
 
 
 def test_a_save_that_was_written_over_is_not_lost(project: Any) -> None:

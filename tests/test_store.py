@@ -118,6 +118,15 @@ BROKEN = "items: [unclosed\n"
 # ---- Saving --------------------------------------------------------------------------------------
 
 
+def test_a_save_where_files_cannot_be_swapped(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A C library without the call: the file is renamed then."""
+    other = {"linux": "darwin", "darwin": "linux"}[sys.platform]
+    monkeypatch.setattr(sys, "platform", other)
+    bench.store.transact([add()])
+    assert sorted(path.name for path in bench.path.parent.iterdir()) == ["BACKLOG.yaml", "state"]
+    assert bench.fresh().backlog.items["WRK-004"]["title"] == "New"
+
+
 def test_d44_a_save_changes_only_the_lines_of_the_changed_keys(bench: Bench) -> None:
     bench.update("WRK-001", status="scoping", phase="research")
     assert bench.text == TEXT.replace(
