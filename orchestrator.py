@@ -9599,7 +9599,8 @@ class Parser(argparse.ArgumentParser):
         return super().add_argument(*words, **options)
 
     def error(self, message: str) -> NoReturn:
-        wrong = re.match(r"argument (\S+): invalid choice: '(.*)' \(choose from (.*)\)$", message)
+        choice = r"invalid choice: '(.*?)'(?:, maybe you meant '.*'\?)? \(choose from (.*)\)$"
+        wrong = re.match(r"argument (\S+): " + choice, message)
         if wrong:
             name, word, choices = wrong[1], wrong[2], re.findall(r"[\w-]+", wrong[3])
             option = f"{name} " if name.startswith("-") else ""

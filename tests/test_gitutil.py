@@ -234,6 +234,7 @@ def test_exception_in_a_signal_handler_ends_git_in_order(
 
 def test_without_pidfd(fake_git: Callable[[str], Repo], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(os, "pidfd_open", raising=False)
+    monkeypatch.setattr(subprocess, "_CAN_USE_PIDFD_OPEN", False, raising=False)  # Python 3.15
     repo = fake_git('[ "$1" = quick ] || case "$*" in *slow*) sleep 60;; esac; cat')
     assert repo.git("x", stdin=b"bytes\xff\0") == b"bytes\xff\0"
     with pytest.raises(GitError, match="did not end"):

@@ -870,6 +870,7 @@ def save_and_die(store: Store, countdown: int) -> int:
         os._exit(1)
 
 
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # the other thread: pytest's watchdog
 def test_killed_at_any_point_the_file_is_the_old_or_the_new_one(tmp_path: Path) -> None:
     contents: list[str] = []
     for countdown in range(1, 100):
