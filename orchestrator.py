@@ -9865,6 +9865,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         _complain(args, os_trouble(error))
         return EXIT_ERROR
+    finally:
+        with suppress(OSError):  # what was lost has been told
+            flush_output()
 
 
 def _complain(args: argparse.Namespace | None, text: str) -> None:
@@ -9888,11 +9891,15 @@ def _make_output_safe() -> None:
 
 
 def flush_output() -> None:
-    """Write out what was printed, as long as somebody listens: `| head -1` is no failure."""
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+    """Write out what was printed, as long as somebody listens: `| head -1` is no failure, nor is a
+    terminal that has gone away. OSError if output is lost for another reason."""
+    for stream in (sys.stderr, sys.stdout):
+        try:
+            stream.flush()
+        except OSError as error:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # for the flush at exit
+            if stream is sys.stdout and error.errno not in (errno.EPIPE, errno.EIO):
+                raise
 
 
 def os_trouble(error: OSError) -> str:
