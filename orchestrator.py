@@ -8203,6 +8203,7 @@ class Session:
                 if self.saved:
                     await asyncio.to_thread(self._halt_commit)
                 await asyncio.to_thread(self._end_journal)
+                signal.set_wakeup_fd(-1)  # the loop closes its pipe before it lets go of signals
 
     def warnings(self) -> list[str]:
         """Git trouble at the halt: what is not in history yet, and what becomes of it."""

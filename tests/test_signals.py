@@ -194,6 +194,21 @@ def test_a_signal_while_a_run_is_being_prepared_ends_it_in_order(project: Any, i
 
 
 @pytest.mark.slow
+def test_ctrl_c_while_the_event_loop_closes_is_no_noise(project: Any) -> None:
+    prepare(project, "WRK-001 ready")
+    project.inject(
+        "import asyncio.selector_events as events\n"
+        "close = events.BaseSelectorEventLoop._close_self_pipe\n"
+        "events.BaseSelectorEventLoop._close_self_pipe = lambda loop: (close(loop), os.kill(os.getpid(), signal.SIGINT))\n"
+        "def watch(event, args): pass\n"
+    )
+    log = project.finish(project.start("run", "--cap", "0"), 0)
+    assert "Traceback" not in log
+    assert "Halt: the limit for this run is used up (CapReached)" in log
+    ended_well(project, {"WRK-001": "in_progress plan"})
+
+
+@pytest.mark.slow
 def test_nohup_is_respected(project: Any) -> None:
     prepare(project, "WRK-001 ready", script={"*/plan": [{"announce": True, "await": "go", "document": "p.md"}]})
     os.mkfifo(project.outside / "go")
