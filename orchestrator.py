@@ -9731,7 +9731,7 @@ def build_parser() -> argparse.ArgumentParser:
     hook.add_argument("action", choices=("install", "uninstall", "status"))
     hook.add_argument("--json", action="store_true", help="print the status as JSON")
     vendor = command("vendor", "write this program as one file, to be copied anywhere")
-    vendor.add_argument("path", help="the file, or the folder for it (one to be made: with a / at the end)")
+    vendor.add_argument("path", help="the file, or the folder for it (a new one ends with a /)")
     vendor.add_argument("--force", action="store_true", help="write over whatever is there")
     return parser
 
