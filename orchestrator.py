@@ -210,6 +210,10 @@ class Pipeline(NamedTuple):
     pre_phases: tuple[Phase, ...]
     phases: tuple[Phase, ...]
 
+    @property
+    def all_phases(self) -> tuple[Phase, ...]:
+        return self.pre_phases + self.phases
+
 
 class Guardrails(NamedTuple):
     """The largest ratings that may run without a human."""
@@ -724,7 +728,7 @@ def _read_pipeline(name: str, table: ConfigTable) -> Pipeline:
 def _pipeline_problems(pipeline: Pipeline, where: str) -> list[str]:
     problems = [] if pipeline.phases else [f"{where} needs at least one main phase in `phases`"]
     seen: set[str] = set()
-    for phase in (*pipeline.pre_phases, *pipeline.phases):
+    for phase in pipeline.all_phases:
         if phase.name in seen:
             problems.append(f"{where} has a duplicate phase name: {phase.name}")
         seen.add(phase.name)
@@ -799,7 +803,7 @@ def _contradictions(config: Config) -> list[str]:
     phases = [
         (f"pipelines.{pipeline.name}: the phase {phase.name}", phase)
         for pipeline in config.pipelines.values()
-        for phase in (*pipeline.pre_phases, *pipeline.phases)
+        for phase in pipeline.all_phases
     ]
     problems = [
         f'{where} has staleness = "block", which needs execution.max_wip = 1'
@@ -821,15 +825,21 @@ def pipeline_of(config: Config, item: Item) -> Pipeline | None:
     return config.pipelines.get(item.get("pipeline_type") or DEFAULT_PIPELINE)
 
 
-def find_phase(pipeline: Pipeline, name: str) -> tuple[Phase, Literal["pre", "main"]] | None:
-    """A phase by name, with the pool it is listed in."""
-    for phase in pipeline.pre_phases:
-        if phase.name == name:
-            return phase, "pre"
-    for phase in pipeline.phases:
-        if phase.name == name:
-            return phase, "main"
-    return None
+class PhasePlace(NamedTuple):
+    """Where a phase stands in its pipeline."""
+
+    phase: Phase
+    pool: Literal["pre", "main"]
+    rank: int  # counted over pre-phases and main phases together
+
+
+def phase_places(pipeline: Pipeline) -> dict[str, PhasePlace]:
+    """Every phase of a pipeline, by name."""
+    first_main = len(pipeline.pre_phases)
+    return {
+        phase.name: PhasePlace(phase, "pre" if rank < first_main else "main", rank)
+        for rank, phase in enumerate(pipeline.all_phases)
+    }
 
 
 def triage_phase(config: Config) -> Phase:
@@ -876,7 +886,7 @@ def preflight_config(config: Config, exists: Callable[[Path], bool]) -> list[Pro
     """Every workflow file that is named but not there, by path."""
     users: dict[str, str] = {}
     for pipeline in config.pipelines.values():
-        for phase in (*pipeline.pre_phases, *pipeline.phases):
+        for phase in pipeline.all_phases:
             for workflow in phase.workflows:
                 users.setdefault(workflow, f"pipelines.{pipeline.name}, phase {phase.name}")
     remedy = "Create it, correct the path, or remove `workflows`: every phase can do without."
@@ -914,14 +924,13 @@ def _phase_problems(config: Config, item: Item) -> list[Problem]:
     if pipeline is None or not name:
         return []
     where = f"{config.backlog_path}: {item['id']} ({item['status']})"
-    found = find_phase(pipeline, name)
-    if found is not None:
-        return _pool_problems(where, item, found[1])
-    names = [phase.name for phase in (*pipeline.pre_phases, *pipeline.phases)]
+    places = phase_places(pipeline)
+    if name in places:
+        return _pool_problems(where, item, places[name].pool)
     return [
         Problem(
-            f"{where} is in the unknown phase {name!r}{did_you_mean(name, names)}",
-            f"Set phase to one of {', '.join(names)}, or add it to pipelines.{pipeline.name}.",
+            f"{where} is in the unknown phase {name!r}{did_you_mean(name, places)}",
+            f"Set phase to one of {', '.join(places)}, or add it to pipelines.{pipeline.name}.",
         )
     ]
 
@@ -1207,7 +1216,7 @@ def _candidates(
     More are never needed, because each takes a slot or ends the choice.
     """
     triage = triage_phase(config)
-    places = {name: _phase_places(pipeline) for name, pipeline in config.pipelines.items()}
+    places = {name: phase_places(pipeline) for name, pipeline in config.pipelines.items()}
     if resting:
         places = {name: _awake(of, config, resting) for name, of in places.items()}
     tasks = _next_phases(groups["in_progress"], places, count)
@@ -1227,21 +1236,6 @@ def _awake(
         for name, place in places.items()
         if place.phase.run or agent_settings(config, place.phase).cli not in resting
     }
-
-
-class PhasePlace(NamedTuple):
-    """Where a phase stands in its pipeline."""
-
-    phase: Phase
-    pool: Literal["pre", "main"]
-    rank: int  # counted over pre-phases and main phases together
-
-
-def _phase_places(pipeline: Pipeline) -> dict[str, PhasePlace]:
-    places = {p.name: PhasePlace(p, "pre", i) for i, p in enumerate(pipeline.pre_phases)}
-    for i, phase in enumerate(pipeline.phases, start=len(places)):
-        places[phase.name] = PhasePlace(phase, "main", i)
-    return places
 
 
 def _next_phases(
@@ -1667,12 +1661,12 @@ def _advance(draft: Draft, task: Task, started: Item, config: Config, now: datet
     """Move on from a completed phase: to the next one, to ready, or out of the backlog."""
     item = draft.items[task.item_id]
     pipeline = pipeline_of(config, item)
-    place = find_phase(pipeline, task.name) if pipeline else None
+    place = phase_places(pipeline).get(task.name) if pipeline else None
     if pipeline is None or place is None:
         name = item.get("pipeline_type") or DEFAULT_PIPELINE
         reason = f"pipeline {name!r} has no phase {task.name!r} to go on from"
         return block_task(draft, task, reason, now)
-    pool = place[1]
+    pool = place.pool
     names = [phase.name for phase in (pipeline.pre_phases if pool == "pre" else pipeline.phases)]
     following = names[names.index(task.name) + 1 :]
     if following:
@@ -2801,8 +2795,8 @@ def _position_section(item: Item, task: Task, config: Config, attempt: int, atte
     pipeline = pipeline_of(config, item)
     lines = ["## Position\n"]
     if pipeline and task.pool != TRIAGE:
-        phases = [*pipeline.pre_phases, *pipeline.phases]
-        lines.append(f"- **Pipeline:** {pipeline.name}: {' → '.join(p.name for p in phases)}")
+        phases = " → ".join(phase.name for phase in pipeline.all_phases)
+        lines.append(f"- **Pipeline:** {pipeline.name}: {phases}")
     lines.append(f"- **Phase:** {phase_position(pipeline, task)}")
     lines.append(f"- **Attempt:** {attempt} of {attempts}")
     limit = human_duration(phase_timeout_s(config, task.phase))
@@ -2892,11 +2886,10 @@ def _title_words(item: Item) -> set[str]:
 
 
 def _pipelines_section(config: Config) -> str:
-    rows = []
-    for name in sorted(config.pipelines) or [DEFAULT_PIPELINE]:
-        pipeline = config.pipelines.get(name)
-        phases = [*pipeline.pre_phases, *pipeline.phases] if pipeline else []
-        rows.append(f"- `{name}`" + (f": {' → '.join(p.name for p in phases)}" if phases else ""))
+    rows = [
+        f"- `{name}`: {' → '.join(phase.name for phase in pipeline.all_phases)}"
+        for name, pipeline in sorted(config.pipelines.items())
+    ]
     return "\n".join(["## Available Pipeline Types\n", *rows])
 
 
@@ -8085,7 +8078,7 @@ def configured_agents(config: Config) -> list[AgentSettings]:
     """Every agent that the config names, with each model it is to use."""
     phases = [triage_phase(config)]
     for pipeline in config.pipelines.values():
-        phases += (*pipeline.pre_phases, *pipeline.phases)
+        phases += pipeline.all_phases
     wanted = (agent_settings(config, phase) for phase in phases if not phase.run)
     return list({(one.cli, one.model): one for one in wanted}.values())
 

@@ -19,9 +19,9 @@ from orchestrator import (
     agent_settings,
     config_template,
     default_config,
-    find_phase,
     idle_timeout_s,
     parse_config,
+    phase_places,
     phase_timeout_s,
     pipeline_of,
     preflight_config,
@@ -367,9 +367,10 @@ def test_an_item_without_a_pipeline_is_on_feature() -> None:
 
 
 def test_a_phase_is_found_with_its_pool() -> None:
-    assert find_phase(FEATURE, "research") == (FEATURE.pre_phases[0], "pre")
-    assert find_phase(FEATURE, "build") == (FEATURE.phases[2], "main")
-    assert find_phase(FEATURE, "spec") is None
+    places = phase_places(FEATURE)
+    assert places["research"] == (FEATURE.pre_phases[0], "pre", 0)
+    assert places["build"] == (FEATURE.phases[2], "main", 3)
+    assert "spec" not in places
 
 
 def test_triage_makes_documents() -> None:

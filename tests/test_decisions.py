@@ -29,11 +29,11 @@ from orchestrator import (
     block_task,
     default_config,
     exit_code,
-    find_phase,
     guardrail_objection,
     halt_reason,
     next_target,
     parse_config,
+    phase_places,
     promote,
     repair_items,
     select_actions,
@@ -76,9 +76,8 @@ def at(item_id: str, phase: str, **fields: Any) -> Item:
 def task(item_id: str, phase: str, config: Config = DEFAULTS) -> Task:
     if phase == "triage":
         return Task(item_id, triage_phase(config), "triage")
-    found = find_phase(config.pipelines["feature"], phase)
-    assert found is not None
-    return Task(item_id, *found)
+    place = phase_places(config.pipelines["feature"])[phase]
+    return Task(item_id, place.phase, place.pool)
 
 
 def short(actions: Iterable[Action]) -> list[str]:
