@@ -418,6 +418,7 @@ STALENESS: tuple[Literal["ignore", "warn", "block"], ...] = ("ignore", "warn", "
 LIMIT_POLICIES: tuple[Literal["halt", "wait"], ...] = ("halt", "wait")
 
 DOCUMENT_OUTPUTS = ("changes/{id}_*/", "_ideas/{id}_*")
+TRIAGE_PHASE = Phase(TRIAGE, outputs=DOCUMENT_OUTPUTS)  # has no agent and no limits of its own
 MAX_NUMBER = 2**32 - 1  # what any count or duration may be at most
 MAX_RETRY_DELAY_S = 300.0
 STREAM_IDLE_MINUTES = 15.0  # a long tool command is silent too, so not shorter
@@ -842,11 +843,6 @@ def phase_places(pipeline: Pipeline) -> dict[str, PhasePlace]:
     }
 
 
-def triage_phase(config: Config) -> Phase:
-    """The phase that rates new items: with the agent and the limits of the config, not its own."""
-    return Phase(TRIAGE, outputs=DOCUMENT_OUTPUTS)
-
-
 def agent_settings(config: Config, phase: Phase) -> AgentSettings:
     """The agent that runs a phase.
 
@@ -857,6 +853,11 @@ def agent_settings(config: Config, phase: Phase) -> AgentSettings:
     if phase.agent is not None and phase.agent != settings.cli:
         settings = settings._replace(cli=phase.agent, model=None, args=())
     return settings._replace(model=phase.model or settings.model)
+
+
+def agent_of(config: Config, phase: Phase) -> str:
+    """The CLI that a phase needs; "" for one that is a command."""
+    return "" if phase.run else agent_settings(config, phase).cli
 
 
 def phase_timeout_s(config: Config, phase: Phase) -> float:
@@ -1215,16 +1216,15 @@ def _candidates(
 
     More are never needed, because each takes a slot or ends the choice.
     """
-    triage = triage_phase(config)
     places = {name: phase_places(pipeline) for name, pipeline in config.pipelines.items()}
     if resting:
         places = {name: _awake(of, config, resting) for name, of in places.items()}
     tasks = _next_phases(groups["in_progress"], places, count)
     tasks += _next_phases(groups["scoping"], places, count - len(tasks))
-    if agent_settings(config, triage).cli in resting:
+    if agent_of(config, TRIAGE_PHASE) in resting:
         return tasks
     new = heapq.nsmallest(count - len(tasks), groups["new"], _triage_key)
-    return tasks + [Task(item["id"], triage, "triage") for item in new]
+    return tasks + [Task(item["id"], TRIAGE_PHASE, "triage") for item in new]
 
 
 def _awake(
@@ -1234,7 +1234,7 @@ def _awake(
     return {
         name: place
         for name, place in places.items()
-        if place.phase.run or agent_settings(config, place.phase).cli not in resting
+        if agent_of(config, place.phase) not in resting
     }
 
 
@@ -1333,11 +1333,6 @@ def limit_ends(reset: float | None, strikes: int, now: float) -> float:
     if reset is not None:
         return min(max(reset, now + SHORTEST_LIMIT_S), now + LONGEST_LIMIT_S)
     return now + min(UNKNOWN_LIMIT_S * 2.0 ** min(strikes - 1, 10), LONGEST_UNKNOWN_S)
-
-
-def agent_of(config: Config, task: Task) -> str:
-    """The CLI that a task needs; "" for a phase that is a command."""
-    return "" if task.phase.run else agent_settings(config, task.phase).cli
 
 
 # ---- When to stop --------------------------------------------------------------------------------
@@ -7496,7 +7491,7 @@ class Scheduler:
         And an agent whose breaker is open does not start, but for one probe at the end of it.
         """
         uncommitted = task.phase.destructive and bool(self.ledger.journal.pending)
-        return uncommitted or agent_of(self.config, task) in self._resting()
+        return uncommitted or agent_of(self.config, task.phase) in self._resting()
 
     # -- agents that rest --------------------------------------------------------------------------
 
@@ -7509,7 +7504,7 @@ class Scheduler:
         Their breaker is open, or its probe is under way; or they must start alone and one of them
         has not begun to work yet.
         """
-        busy = {agent_of(self.config, running.task) for running in self.running.values()} - {""}
+        busy = {agent_of(self.config, one.task.phase) for one in self.running.values()} - {""}
         waking = {agent for agent in busy - self.awake if PROFILES[agent].starts_alone}
         pauses = self.ledger.journal.pauses
         if not pauses:
@@ -7519,7 +7514,7 @@ class Scheduler:
 
     async def _rest(self, task: Task, outcome: AgentOutcome) -> None:
         """Open the breaker of a task's agent; or halt, if so configured or if waiting is no use."""
-        agent = agent_of(self.config, task)
+        agent = agent_of(self.config, task.phase)
         before = self.ledger.journal.pauses.get(agent)
         pause = pause_after(outcome, agent, before, self.config, self._now())
         wait = self.config.execution.on_usage_limit == "wait"
@@ -7540,7 +7535,7 @@ class Scheduler:
 
     async def _answered(self, task: Task, outcome: AgentOutcome) -> None:
         """Close the breaker of a task's agent, if this was the probe: it got through to its API."""
-        agent = agent_of(self.config, task)
+        agent = agent_of(self.config, task.phase)
         pause = self.ledger.journal.pauses.get(agent)
         if pause is not None and self._now() - outcome.seconds >= pause.until:
             await self.coordinator.do(lambda: self.ledger.note_pause(agent, None))
@@ -7657,7 +7652,7 @@ class Scheduler:
 
     def _put_off(self, task: Task) -> bool:
         """Whether a retry has to wait: for the next run, or until its agent may start again."""
-        pause = self.ledger.journal.pauses.get(agent_of(self.config, task))
+        pause = self.ledger.journal.pauses.get(agent_of(self.config, task.phase))
         if pause is None:
             return self._look_for_stop()
         self.totals.phases -= 1  # it goes on where it is now
@@ -7742,7 +7737,7 @@ class Scheduler:
     def _note_progress(self, task: Task, seen: Progress) -> None:
         """Show what an agent does; the log gets a line of it every few minutes."""
         self.live.note(task.item_id, seen)
-        self.awake.add(agent_of(self.config, task))
+        self.awake.add(agent_of(self.config, task.phase))
         running, now = self.running[task.item_id], time.monotonic()
         if now - running.told >= PROGRESS_LOG_S:
             self.running[task.item_id] = running._replace(told=now)
@@ -8076,7 +8071,7 @@ def _dirty_problems(space: Workspace) -> list[Problem]:
 
 def configured_agents(config: Config) -> list[AgentSettings]:
     """Every agent that the config names, with each model it is to use."""
-    phases = [triage_phase(config)]
+    phases = [TRIAGE_PHASE]
     for pipeline in config.pipelines.values():
         phases += pipeline.all_phases
     wanted = (agent_settings(config, phase) for phase in phases if not phase.run)

@@ -27,7 +27,6 @@ from orchestrator import (
     preflight_config,
     preflight_items,
     retry_delay_s,
-    triage_phase,
 )
 
 BASE = Path("/project")
@@ -371,10 +370,6 @@ def test_a_phase_is_found_with_its_pool() -> None:
     assert places["research"] == (FEATURE.pre_phases[0], "pre", 0)
     assert places["build"] == (FEATURE.phases[2], "main", 3)
     assert "spec" not in places
-
-
-def test_triage_makes_documents() -> None:
-    assert triage_phase(read("")) == Phase("triage", outputs=DOCUMENT_OUTPUTS)
 
 
 def test_a_phase_takes_agent_and_model_from_the_agent_table() -> None:

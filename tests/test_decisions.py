@@ -11,6 +11,7 @@ import pytest
 
 from backlog import Backlog, Draft, Item, archive_entry, worklog_entry
 from orchestrator import (
+    TRIAGE_PHASE,
     Action,
     Applied,
     Config,
@@ -38,7 +39,6 @@ from orchestrator import (
     repair_items,
     select_actions,
     staleness,
-    triage_phase,
     unmet_dependencies,
 )
 
@@ -75,7 +75,7 @@ def at(item_id: str, phase: str, **fields: Any) -> Item:
 
 def task(item_id: str, phase: str, config: Config = DEFAULTS) -> Task:
     if phase == "triage":
-        return Task(item_id, triage_phase(config), "triage")
+        return Task(item_id, TRIAGE_PHASE, "triage")
     place = phase_places(config.pipelines["feature"])[phase]
     return Task(item_id, place.phase, place.pool)
 

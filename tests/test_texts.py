@@ -73,7 +73,7 @@ def task_of(name: str, item_id: str = "WRK-042") -> Task:
 
 
 def triage_of(item_id: str = "WRK-042") -> Task:
-    return Task(item_id, orchestrator.triage_phase(make_config()), "triage")
+    return Task(item_id, orchestrator.TRIAGE_PHASE, "triage")
 
 
 def prompt_for(
