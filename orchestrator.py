@@ -1003,20 +1003,13 @@ def dependency_cycles(items: Mapping[str, Item]) -> list[list[str]]:
 
     Depth-first search with a stack of its own: a chain may be longer than Python's own stack.
     """
-    edges = {
-        item_id: [need for need in item.get("dependencies", ()) if _is_open(items, need)]
-        for item_id, item in items.items()
-    }
+    edges = {item_id: unmet_dependencies(items, item) for item_id, item in items.items()}
     cycles: list[list[str]] = []
     finished: set[str] = set()
     for start in edges:
         if start not in finished:
             _walk_dependencies(start, edges, finished, cycles)
     return cycles
-
-
-def _is_open(items: Mapping[str, Item], item_id: str) -> bool:
-    return item_id in items and items[item_id]["status"] != "done"
 
 
 def _walk_dependencies(
@@ -1124,7 +1117,6 @@ def _toml_text(text: str) -> str:
 # ==== 4. Decisions (pure) =========================================================================
 
 PLAN_TIME = datetime.fromtimestamp(0, UTC)  # for what is only played through, and never written
-IMPACT_ORDER = {"high": 0, "medium": 1, "low": 2}  # anything else sorts behind
 
 # What the operator may have edited while a phase ran, although it is for us to set. `attempts` and
 # `updated` are left out: our own saves change them meanwhile.
@@ -1181,6 +1173,7 @@ def to_triage(
 
 
 def _considered(items: Mapping[str, Item], only: Container[str] | None) -> Iterable[Item]:
+    """The items with an id in `only`; None: all of them."""
     if only is None:
         return items.values()
     return (item for item_id, item in items.items() if item_id in only)
@@ -1201,8 +1194,13 @@ def _eligible(
 
 
 def _promotion_key(item: Item) -> tuple[int, int, str]:
-    impact = IMPACT_ORDER.get(item.get("impact") or "", len(IMPACT_ORDER))
-    return -(item.get("priority") or 0), impact, item["created"]
+    return -(item.get("priority") or 0), -_impact(item), item["created"]
+
+
+def _impact(item: Item) -> int:
+    """The higher the more important; an item without a rating comes last."""
+    word = item.get("impact")
+    return LEVEL_WORDS.index(word) if word in LEVEL_WORDS else -1
 
 
 def _triage_key(item: Item) -> tuple[int, str]:
@@ -1456,22 +1454,14 @@ def guardrail_objection(item: Item, limits: Guardrails, before: Item | None = No
 
 def _excesses(item: Item, since: Item, limits: Guardrails) -> list[str]:
     """The ratings above their limit and above `since`, as `size large (limit medium)`."""
-    ratings: tuple[tuple[str, Sequence[str], str | None, str | None, str], ...] = (
-        ("size", SIZE_WORDS, item.get("size"), since.get("size"), limits.max_size),
-        (
-            "complexity",
-            LEVEL_WORDS,
-            item.get("complexity"),
-            since.get("complexity"),
-            limits.max_complexity,
-        ),
-        ("risk", LEVEL_WORDS, item.get("risk"), since.get("risk"), limits.max_risk),
-    )
-    return [
-        f"{measure} {value} (limit {limit})"
-        for measure, scale, value, old, limit in ratings
-        if value and scale.index(value) > max(scale.index(limit), scale.index(old) if old else -1)
-    ]
+    now, before = cast(Mapping[str, str], item), cast(Mapping[str, str], since)
+    excesses = []
+    for measure, limit in zip(("size", "complexity", "risk"), limits, strict=True):
+        scale = RATING_WORDS[measure].index
+        value, old = now.get(measure), before.get(measure)
+        if value and scale(value) > max(scale(limit), scale(old) if old else -1):
+            excesses.append(f"{measure} {value} (limit {limit})")
+    return excesses
 
 
 # ---- What a result does to the backlog -----------------------------------------------------------
@@ -3065,13 +3055,9 @@ def status_order(items: Iterable[Item]) -> list[Item]:
     def key(item: Item) -> tuple[int, int, int]:
         status = item["status"]
         group = STATUS_ORDER.index(status) if status in STATUS_ORDER else len(STATUS_ORDER)
-        return group, -(item.get("priority") or 0), -_level(item.get("impact"))
+        return group, -(item.get("priority") or 0), -_impact(item)
 
     return sorted(items, key=key)
-
-
-def _level(word: str | None) -> int:
-    return LEVEL_WORDS.index(word) if word in LEVEL_WORDS else -1
 
 
 def render_status(
@@ -3081,7 +3067,7 @@ def render_status(
 
     `only` limits the rows (ids); dependencies are judged on the whole backlog.
     """
-    items = status_order(item for id, item in backlog.items.items() if only is None or id in only)
+    items = status_order(_considered(backlog.items, only))
     if not items:
         return "No items." if only is None else "No item matches."
     columns = _columns_for(items)
@@ -3204,7 +3190,7 @@ def status_json(
     grows when a key changes its meaning or goes.
     """
     costs = costs or {}
-    items = status_order(item for id, item in backlog.items.items() if only is None or id in only)
+    items = status_order(_considered(backlog.items, only))
     rows = [
         item_json(item, waits_for(item, backlog), costs.get(item["id"], NOTHING_SPENT))
         for item in items
@@ -3224,14 +3210,15 @@ def dependency_graph(backlog: Backlog, only: Container[str] | None = None) -> Gr
     """The graph of the items in `only` (ids; None: all) and of what these wait for."""
     items = backlog.items
     needs = {id: unmet_dependencies(items, item) for id, item in items.items()}
-    to_do = deque(id for id in items if (only is None or id in only) and _is_open(items, id))
+    asked = _considered(items, only)
+    to_do = deque(item["id"] for item in asked if item["status"] != "done")
     reached: set[str] = set()
     while to_do:
         item_id = to_do.popleft()
         if item_id not in reached:
             reached.add(item_id)
             to_do += needs[item_id]
-    shown = [item for item_id, item in items.items() if item_id in reached]
+    shown = [*_considered(items, reached)]
     edges = [(need, item["id"]) for item in shown for need in needs[item["id"]]]
     cycles = [tuple(cycle) for cycle in dependency_cycles(items) if cycle[0] in reached]
     return Graph(tuple(shown), tuple(edges), tuple(cycles))
