@@ -821,9 +821,14 @@ def _contradictions(config: Config) -> list[str]:
 # ---- What the config says about an item or a phase -----------------------------------------------
 
 
+def pipeline_name(item: Item) -> str:
+    """An item that names no pipeline is on `feature`."""
+    return item.get("pipeline_type") or DEFAULT_PIPELINE
+
+
 def pipeline_of(config: Config, item: Item) -> Pipeline | None:
-    """The item's pipeline; an item that names none is on `feature`. None: no such pipeline."""
-    return config.pipelines.get(item.get("pipeline_type") or DEFAULT_PIPELINE)
+    """The item's pipeline; None: the config has none of that name."""
+    return config.pipelines.get(pipeline_name(item))
 
 
 class PhasePlace(NamedTuple):
@@ -1251,8 +1256,7 @@ def _next_phases(
 
 def _place_of(item: Item, places: Mapping[str, Mapping[str, PhasePlace]]) -> PhasePlace | None:
     """The phase an active item is in; None if the config or the item's status says otherwise."""
-    pipeline = places.get(item.get("pipeline_type") or DEFAULT_PIPELINE, {})
-    place = pipeline.get(item.get("phase") or "")
+    place = places.get(pipeline_name(item), {}).get(item.get("phase") or "")
     due = "pre" if item["status"] == "scoping" else "main"
     return place if place is not None and place.pool == due else None
 
@@ -1648,8 +1652,7 @@ def _advance(draft: Draft, task: Task, started: Item, config: Config, now: datet
     pipeline = pipeline_of(config, item)
     place = phase_places(pipeline).get(task.name) if pipeline else None
     if pipeline is None or place is None:
-        name = item.get("pipeline_type") or DEFAULT_PIPELINE
-        reason = f"pipeline {name!r} has no phase {task.name!r} to go on from"
+        reason = f"pipeline {pipeline_name(item)!r} has no phase {task.name!r} to go on from"
         return block_task(draft, task, reason, now)
     pool = place.pool
     names = [phase.name for phase in (pipeline.pre_phases if pool == "pre" else pipeline.phases)]
@@ -1749,7 +1752,7 @@ def _route(draft: Draft, task: Task, result: PhaseResult, config: Config, now: d
     if result.result == "subphase_complete":
         return block_task(draft, task, "triage cannot be completed in parts", now)
     item = _describe(draft, task.item_id, result, now)
-    wanted = result.pipeline_type or item.get("pipeline_type") or DEFAULT_PIPELINE
+    wanted = result.pipeline_type or pipeline_name(item)
     if wanted not in config.pipelines:
         return block_task(draft, task, unknown_pipeline(wanted, config), now)
     if result.pipeline_type:
@@ -1861,7 +1864,7 @@ def promote(draft: Draft, item_id: str, config: Config, now: datetime) -> Applie
         return Applied("dropped", item or Item(id=item_id), "it is not ready any more")
     pipeline = pipeline_of(config, item)
     if pipeline is None:
-        reason = unknown_pipeline(item.get("pipeline_type") or DEFAULT_PIPELINE, config)
+        reason = unknown_pipeline(pipeline_name(item), config)
     else:
         reason = guardrail_objection(item, config.guardrails)
     if pipeline is None or reason:
@@ -1904,7 +1907,7 @@ def _repair_active(draft: Draft, item_id: str, config: Config, now: datetime) ->
     item = draft.items[item_id]
     pipeline = pipeline_of(config, item)
     if pipeline is None:
-        reason = unknown_pipeline(item.get("pipeline_type") or DEFAULT_PIPELINE, config)
+        reason = unknown_pipeline(pipeline_name(item), config)
         block(draft, item_id, reason, now, "decision")
         return [f"{item_id}: blocked: {reason}"]
     if item["status"] == "ready" or item.get("phase"):
@@ -3159,7 +3162,7 @@ def item_json(
         "status": item["status"],
         "phase": item.get("phase"),
         "phase_pool": item.get("phase_pool"),
-        "pipeline": item.get("pipeline_type") or DEFAULT_PIPELINE,
+        "pipeline": pipeline_name(item),
         **{key: item.get(key) for key in RATING_WORDS},
         "priority": item.get("priority"),
         "attempts": item.get("attempts") or 0,
@@ -3303,7 +3306,7 @@ def _item_facts(item: Item) -> list[tuple[str, object]]:
         ("Blocked from", item.get("blocked_from_status")),
         ("Phase", f"{phase} ({item.get('phase_pool') or 'main'})" if phase else None),
         ("Attempts", f"{item['attempts']} failed" if item.get("attempts") else None),
-        ("Pipeline", item.get("pipeline_type") or DEFAULT_PIPELINE),
+        ("Pipeline", pipeline_name(item)),
         *((key.capitalize(), row.get(key)) for key in RATING_WORDS),
         ("Priority", item.get("priority")),
         ("Review", "a human must approve it" if item.get("requires_human_review") else None),
@@ -3435,7 +3438,7 @@ def _idle_text(item: Item, backlog: Backlog, config: Config) -> str:
     if needs:
         return f"waits for {', '.join(needs)}"
     if item["status"] != "new" and pipeline_of(config, item) is None:
-        return f'its pipeline "{item.get("pipeline_type")}" is not in {CONFIG_NAME}'
+        return f'its pipeline "{pipeline_name(item)}" is not in {CONFIG_NAME}'
     if item["status"] == "ready":
         return f"ready; max_wip = {config.execution.max_wip} lets no further item start yet"
     return f"later; {_slots_text(config)}"
@@ -8646,9 +8649,7 @@ def cmd_advance(args: argparse.Namespace) -> int:
     item = _item(space.store.look(), args.id)
     pipeline = pipeline_of(space.config, item)
     if pipeline is None:
-        raise OrchestratorError(
-            f"{args.id}: pipeline {item.get('pipeline_type')} is not in the config"
-        )
+        raise OrchestratorError(f"{args.id}: pipeline {pipeline_name(item)} is not in the config")
     names = [phase.name for phase in pipeline.phases]
     changed = _change(space, lambda draft: advance(draft, args.id, names, args.to, utc_now()))
     before = f" from {item['phase']}" if item.get("phase") else ""
