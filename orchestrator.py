@@ -406,7 +406,6 @@ class RunView(NamedTuple):
     filters_given: bool
     matched: frozenset[str]  # ids the filters ever matched
     completed: tuple[str, ...]  # in this run
-    blocked: tuple[str, ...]  # in this run
     cap_reached: bool  # phases, minutes or cost used up
 
 
@@ -910,7 +909,7 @@ def preflight_items(config: Config, backlog: Backlog) -> list[Problem]:
     `repair_items` sees to them.
     """
     problems: list[Problem] = []
-    issued = IssuedIds(config.prefix, backlog.items, backlog.next_item_id)
+    issued = IssuedIds(config.prefix, backlog)
     for item in backlog.items.values():
         if item["status"] in ("scoping", "in_progress"):
             problems += _phase_problems(config, item)
@@ -974,7 +973,7 @@ def refuse_unknown_needs(entries: Iterable[InboxEntry], config: Config, backlog:
 
     Once it were an item, it would keep every further run from starting.
     """
-    issued = IssuedIds(config.prefix, backlog.items, backlog.next_item_id)
+    issued = IssuedIds(config.prefix, backlog)
     for number, entry in enumerate(entries, start=1):
         for need in cast(Sequence[str], entry.fields.get("dependencies", ())):
             if need not in backlog.items and need not in issued:
@@ -990,10 +989,10 @@ class IssuedIds:
     item that is still there.
     """
 
-    def __init__(self, prefix: str, ids: Iterable[str], next_item_id: int) -> None:
+    def __init__(self, prefix: str, backlog: Backlog | Draft) -> None:
         self.prefixes = {prefix}
-        self.highest = next_item_id
-        for match in map(re.compile(ITEM_ID).fullmatch, ids):
+        self.highest = backlog.next_item_id
+        for match in map(re.compile(ITEM_ID).fullmatch, backlog.items):
             if match:
                 self.prefixes.add(match[1])
                 self.highest = max(self.highest, int(match[2]))
@@ -1882,10 +1881,10 @@ def repair_items(draft: Draft, config: Config, now: datetime) -> list[str]:
 
     Such items come from older schemas, hand edits, and configs that have changed. Dependencies on
     items that left the backlog are removed; ids that were never handed out are left for
-    `check_config_items` to complain about, because removing them would lose the order meant.
+    `preflight_items` to complain about, because removing them would lose the order meant.
     """
     messages: list[str] = []
-    issued = IssuedIds(config.prefix, draft.items, draft.next_item_id)
+    issued = IssuedIds(config.prefix, draft)
     for item_id, item in list(draft.items.items()):
         messages += _prune_dependencies(draft, item, issued, now)
         if item["status"] in ("scoping", "in_progress", "ready"):
@@ -2090,7 +2089,7 @@ def departures(worklog: str) -> dict[str, Departure]:
     found: dict[str, Departure] = {}
     item_id = word = ""
     for line in worklog.splitlines():
-        if heading := re.match(r"## \S+ — (\S+) \(", line):
+        if heading := re.match(WORKLOG_HEAD, line):
             item_id, word = heading[1], ""
         elif ended := re.match(r"- \*\*(?:Status|Outcome):\*\* (Done|Closed|Merged)$", line):
             word = ended[1].lower()
@@ -2102,7 +2101,6 @@ def departures(worklog: str) -> dict[str, Departure]:
 
 # ==== 5. Texts (pure) =============================================================================
 
-MAX_RESULT_BYTES = 5_000_000
 MAX_TEXT = 20_000  # characters of one field of a result
 MAX_TITLE = 200
 MAX_FOLLOW_UPS = 200  # of one result: an agent that reports more has lost its way
@@ -2196,9 +2194,9 @@ def human_duration(seconds: float) -> str:
     return f"{whole} s"
 
 
-def plural(count: int, one: str, many: str = "") -> str:
+def plural(count: int, one: str) -> str:
     """`1 item`, `3 items`."""
-    return f"{count} {one if count == 1 else many or one + 's'}"
+    return f"{count} {one}{'' if count == 1 else 's'}"
 
 
 def phase_line(item_id: str, phase: str, text: str) -> str:
@@ -2257,13 +2255,7 @@ def _covers(pattern: str, parts: Sequence[str]) -> bool:
 # ---- What an agent reports -----------------------------------------------------------------------
 
 RESULT_CODES = ("phase_complete", "subphase_complete", "failed", "blocked")
-DESCRIPTION_LABELS = {
-    "context": "Context",
-    "problem": "Problem",
-    "solution": "Solution",
-    "impact": "Impact",
-    "sizing_rationale": "Sizing Rationale",
-}
+DESCRIPTION_LABELS = {key: key.replace("_", " ").title() for key in DESCRIPTION_KEYS}
 PLACEHOLDER = r"<[^<>\n]{1,80}>"  # as in the skeleton of the prompt
 NO_SUMMARY = "(the agent gave no summary)"
 
@@ -2315,8 +2307,6 @@ def failure_text(outcome: AgentOutcome) -> str:
 def _result_object(data: bytes) -> Mapping[str, object]:
     import json
 
-    if len(data) > MAX_RESULT_BYTES:
-        raise ResultError(f"the result file is larger than {MAX_RESULT_BYTES // 10**6} MB")
     text = data.decode("utf-8-sig", "replace").strip()
     if not text:
         raise ResultError("the result file is empty")
@@ -2957,7 +2947,8 @@ def _output_section(item: Item, task: Task, result_path: str) -> str:
 
     triage = task.pool == TRIAGE
     skeleton = json.dumps(_result_skeleton(item, task), indent=2, ensure_ascii=False)
-    codes = [row for code, row in CODE_MEANINGS.items() if not triage or code != RESULT_CODES[1]]
+    rows = CODE_MEANINGS.items()
+    codes = [row for code, row in rows if not (triage and code == "subphase_complete")]
     notes = [*RESULT_NOTES, *(TRIAGE_NOTES if triage else ())]
     return "\n".join(
         [
@@ -5448,7 +5439,6 @@ def read_result(spec: AttemptSpec) -> PhaseResult | None:
     Raises ResultError if it is no regular file, too large, or says something unusable. An agent
     may have put anything there, so it is opened without following links and without waiting.
     """
-    import errno
     import stat
 
     path = _result_of(spec)
@@ -5477,8 +5467,6 @@ def read_result(spec: AttemptSpec) -> PhaseResult | None:
 
 def _not_started(spec: AttemptSpec, error: OSError) -> AgentOutcome:
     """Tell a CLI that cannot be started at all from trouble that may pass."""
-    import errno
-
     argv = spec.task.phase.run or agent_argv(spec.settings, spec)
     missing = error.errno in (errno.ENOENT, errno.EACCES, errno.ENOEXEC, errno.ENOTDIR)
     binary = missing and error.filename == argv[0]
@@ -7129,7 +7117,7 @@ def salvages(repo: Repo, backlog: Backlog, prefix: str) -> list[Salvage]:
     not one of another branch, whose items may have the same ids.
     """
     going_on = {safe_name(id) for id, item in backlog.items.items() if item["status"] != "done"}
-    issued = IssuedIds(prefix, backlog.items, backlog.next_item_id)
+    issued = IssuedIds(prefix, backlog)
     found = []
     for ref, commit in repo.refs(SALVAGE_REFS).items():
         item, phase, *_ = (*ref.removeprefix(SALVAGE_REFS).split("/"), "")
@@ -7445,7 +7433,6 @@ class Scheduler:
             filters_given=bool(self.options.filters),
             matched=frozenset(self.matched),
             completed=tuple(totals.completed),
-            blocked=tuple(totals.blocked),
             cap_reached=self._cap_reached(),
         )
 
@@ -8763,7 +8750,7 @@ def _git_remarks(space: Workspace) -> Iterable[str]:
 def _orphaned_folders(space: Workspace) -> Iterator[str]:
     """Folders of documents that belong to no item, neither an open one nor one that is done."""
     backlog = space.store.backlog
-    issued = IssuedIds(space.config.prefix, backlog.items, backlog.next_item_id)
+    issued = IssuedIds(space.config.prefix, backlog)
     for folder in sorted((space.repo.root / CHANGES_DIR).glob("*/")):
         item_id = folder.name.partition("_")[0]
         if item_id not in backlog.items and item_id not in issued:

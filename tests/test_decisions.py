@@ -328,7 +328,6 @@ def view(*items: Item, **fields: Any) -> RunView:
         filters_given=False,
         matched=frozenset(),
         completed=(),
-        blocked=(),
         cap_reached=False,
     )
     return usual._replace(**fields)
