@@ -2326,15 +2326,6 @@ def unblock(
     return draft.update(item_id, now, **changes)
 
 
-def assess(draft: Draft, item_id: str, ratings: Mapping[str, str], now: datetime) -> Item:
-    """Set the given ratings (keys of RATING_WORDS), keep the others; BacklogError on a bad one."""
-    unknown = [key for key in ratings if key not in RATING_WORDS]
-    if unknown:
-        known = ", ".join(RATING_WORDS)
-        raise BacklogError(f"{item_id}: {unknown[0]} is no rating; there are {known}")
-    return draft.update(item_id, now, **ratings)
-
-
 def advance(
     draft: Draft, item_id: str, phases: Sequence[str], to: str | None, now: datetime
 ) -> Item:
@@ -2365,17 +2356,26 @@ def _phase_after(item: Item, phases: Sequence[str]) -> str:
     return following[0]
 
 
+def add_to_context(draft: Draft, item_id: str, note: str, now: datetime) -> Item:
+    """Put a note below the context in an item's description."""
+    description = dict.fromkeys(DESCRIPTION_KEYS, "") | draft.items[item_id].get("description", {})
+    description["context"] = "\n".join(filter(None, (description["context"], note)))
+    return draft.update(item_id, now, description=description)
+
+
 def archive(draft: Draft, item_id: str, now: datetime) -> Item:
-    """Take a finished item out of the backlog and out of all dependencies; returns it."""
+    """Take an item out of the backlog and out of all dependencies; returns it."""
     item = draft.remove(item_id)
-    for other in _dependants(draft, item_id):
+    for other in dependants_of(draft, item_id):
         rest = [need for need in other["dependencies"] if need != item_id]
         draft.update(other["id"], now, dependencies=rest or None)
     return item
 
 
-def _dependants(draft: Draft, item_id: str) -> list[Item]:
-    return [item for item in draft.items.values() if item_id in item.get("dependencies", ())]
+def dependants_of(draft: Draft, item_id: str) -> list[Item]:
+    """The other items that depend on this one."""
+    others = (item for key, item in draft.items.items() if key != item_id)
+    return [item for item in others if item_id in item.get("dependencies", ())]
 
 
 # ---- Duplicates ----------------------------------------------------------------------------------
@@ -2392,20 +2392,13 @@ def merge_items(
     or among `running`, the target is done, or they are the same.
     """
     _refuse_merge(draft, source, target, running)
-    gone = draft.items[source]
-    dependants = _dependants(draft, source)
-    draft.remove(source)
-    for other in dependants:
-        rest = [need for need in other["dependencies"] if need != source]
-        draft.update(other["id"], now, dependencies=rest or None)
+    dependants = dependants_of(draft, source)
+    gone = archive(draft, source, now)
     for need in gone.get("dependencies", ()):
         _add_dependency(draft, target, need, now)
     for other in dependants:
         _add_dependency(draft, other["id"], target, now)
-    description = dict.fromkeys(DESCRIPTION_KEYS, "") | draft.items[target].get("description", {})
-    parts = (description["context"], _merge_note(gone))
-    description["context"] = "\n".join(part for part in parts if part)
-    return draft.update(target, now, description=description)
+    return add_to_context(draft, target, _merge_note(gone), now)
 
 
 def _refuse_merge(draft: Draft, source: str, target: str, running: Container[str]) -> None:

@@ -85,15 +85,16 @@ from backlog import (
     Store,
     YamlError,
     add_follow_ups,
+    add_to_context,
     advance,
     append_worklog,
     archive,
     archive_entry,
-    assess,
     block,
     check_filters,
     context_description,
     counter_of,
+    dependants_of,
     did_you_mean,
     ingest,
     item_texts,
@@ -1612,7 +1613,7 @@ def _overruled(item: Item, task: Task, contested: Mapping[str, object]) -> tuple
 
 def _take_ratings(draft: Draft, item_id: str, result: PhaseResult, now: datetime) -> None:
     if result.ratings:
-        assess(draft, item_id, result.ratings, now)
+        draft.update(item_id, now, **result.ratings)
     if result.requires_human_review:  # an agent may ask for a review, but not waive one
         draft.update(item_id, now, requires_human_review=True)
 
@@ -1836,16 +1837,12 @@ def take_out(
     Whatever depended on it depends on it no longer, and says why in its context.
     """
     item = draft.item(item_id)
-    waiting = (one for one in draft.items.values() if item_id in one.get("dependencies", ()))
-    dependants = [one["id"] for one in waiting]
+    dependants = [one["id"] for one in dependants_of(draft, item_id)]
     archive(draft, item_id, now)
     fate = "was done outside of this backlog" if status == "Done" else "was closed"
     note = f"[{item_id}, which this depended on, {fate}] {one_line(item['title'])}"
     for dependant in dependants:
-        known = draft.item(dependant).get("description", {})
-        context = "\n".join(filter(None, (known.get("context"), f"{note}: {why}" if why else note)))
-        description = {**dict.fromkeys(DESCRIPTION_KEYS, ""), **known, "context": context}
-        draft.update(dependant, now, description=description)
+        add_to_context(draft, dependant, f"{note}: {why}" if why else note, now)
     return Farewell(item, tuple(dependants), archive_entry(now, item, status, why))
 
 

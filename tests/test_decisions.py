@@ -381,7 +381,7 @@ def test_a_target_in_flight_is_waited_for_whatever_the_file_says() -> None:
 
 
 def test_d54_a_target_that_was_blocked_before_the_run_halts_as_blocked() -> None:
-    assert halt_reason(view(BLOCKED, targets=("A-2",), blocked=())) is HaltReason.TARGET_BLOCKED
+    assert halt_reason(view(BLOCKED, targets=("A-2",))) is HaltReason.TARGET_BLOCKED
     assert exit_code(HaltReason.TARGET_BLOCKED, None, [], []) == 3
 
 

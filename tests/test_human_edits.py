@@ -21,7 +21,6 @@ from backlog import (
     Item,
     Store,
     archive,
-    assess,
     block,
     merge_items,
     parse_yaml,
@@ -370,7 +369,7 @@ def decision(rng: random.Random, ids: list[str], now: datetime) -> Edit:
         lambda d: transition(d, one, "scoping", now),
         lambda d: block(d, one, "it went wrong:\n- badly", now, "decision"),
         lambda d: unblock(d, one, now, "try again # soon"),
-        lambda d: assess(d, one, {"size": "medium", "risk": "low"}, now),
+        lambda d: d.update(one, now, size="medium", risk="low"),
     ]
     update: Edit = lambda d: d.update(one, now, **changes)  # noqa: E731
     return rng.choice(rare if rng.random() < 0.12 and len(ids) > 2 else [update, update, *usual])

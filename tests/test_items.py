@@ -26,7 +26,6 @@ from backlog import (
     append_worklog,
     archive,
     archive_entry,
-    assess,
     block,
     highest_number,
     ingest,
@@ -591,25 +590,6 @@ def test_unblocking_what_is_not_blocked_is_refused() -> None:
     assert said == "WRK-001: it is not blocked, but ready"
 
 
-def test_assess_changes_only_what_is_given() -> None:
-    draft = draft_of(item(size="small", risk="low"))
-    changed = assess(draft, "WRK-001", {"risk": "high", "impact": "medium"}, NOW)
-    assert changed == {**item(size="small", risk="high", impact="medium"), "updated": NOW_TEXT}
-
-
-@pytest.mark.parametrize(
-    ("ratings", "message"),
-    [
-        ({"size": "small", "risk": "none"}, "risk is 'none', expected one of low, medium, high"),
-        ({"status": "done"}, "status is no rating; there are size, complexity, risk, impact"),
-    ],
-)
-def test_a_bad_rating_changes_nothing(ratings: dict[str, str], message: str) -> None:
-    draft = draft_of(item(risk="low"))
-    said = unchanged_after(draft, lambda: assess(draft, "WRK-001", ratings, NOW))
-    assert said == f"WRK-001: {message}"
-
-
 PHASES = ("prd", "design", "build", "review")
 
 
@@ -719,6 +699,13 @@ def test_merge_without_descriptions_makes_one() -> None:
     merged = merge_items(draft, "WRK-002", "WRK-001", NOW)
     assert merged["description"]["context"] == "[Merged from WRK-002] Title: Title of WRK-002"
     assert "dependencies" not in merged
+
+
+def test_an_item_that_depends_on_itself_can_be_merged() -> None:
+    draft = draft_of(item(), item("WRK-002", dependencies=["WRK-002"]))
+    merge_items(draft, "WRK-002", "WRK-001", NOW)
+    assert list(draft.items) == ["WRK-001"]
+    assert not draft.warnings
 
 
 def test_d36_dependants_inherit_the_target() -> None:
