@@ -3989,24 +3989,18 @@ class Progress(NamedTuple):
 # ---- Paths ---------------------------------------------------------------------------------------
 
 
-def _path_part(text: str) -> str:
-    """Make an id or a phase name safe as part of a file name."""
-    safe = re.sub(r"[^A-Za-z0-9._-]+", "-", text)[:80].lstrip(".")
-    return safe or "-"
-
-
 def _attempt_file(root: Path, folder: str, item_id: str, phase: str, name: str) -> Path:
-    return root / WORK_DIR / folder / f"{_path_part(item_id)}_{_path_part(phase)}_{name}"
+    return root / WORK_DIR / folder / f"{safe_name(item_id)}_{safe_name(phase)}_{name}"
 
 
 def result_path(root: Path, item_id: str, phase: str, token: str) -> Path:
     """Where the agent of this attempt writes its result; the token makes the name unique."""
-    return _attempt_file(root, "results", item_id, phase, f"{_path_part(token)}.json")
+    return _attempt_file(root, "results", item_id, phase, f"{token}.json")
 
 
 def prompt_path(root: Path, item_id: str, phase: str, token: str) -> Path:
     """Where the prompt of this attempt is kept; the agent gets it on stdin, too."""
-    return _attempt_file(root, "prompts", item_id, phase, f"{_path_part(token)}.md")
+    return _attempt_file(root, "prompts", item_id, phase, f"{token}.md")
 
 
 def log_paths(root: Path, item_id: str, phase: str, attempt: int | str) -> tuple[Path, Path]:
@@ -4014,8 +4008,8 @@ def log_paths(root: Path, item_id: str, phase: str, attempt: int | str) -> tuple
 
     An attempt of the same number in an earlier run keeps its files; ours are numbered on.
     """
-    folder = root / WORK_DIR / "logs" / _path_part(item_id)
-    stem, number = f"{_path_part(phase)}-{attempt}", 1
+    folder = root / WORK_DIR / "logs" / safe_name(item_id)
+    stem, number = f"{safe_name(phase)}-{attempt}", 1
     while True:
         name = stem if number == 1 else f"{stem}.{number}"
         out, err = folder / f"{name}.out", folder / f"{name}.err"
@@ -4024,8 +4018,8 @@ def log_paths(root: Path, item_id: str, phase: str, attempt: int | str) -> tuple
         number += 1
 
 
-def _make_folder(root: Path, folder: Path) -> None:
-    """Make a folder below the work folder, which keeps itself out of git."""
+def make_work_folder(root: Path, folder: Path) -> None:
+    """Make the work folder, which keeps itself out of git, or one below it."""
     folder.mkdir(parents=True, exist_ok=True)
     ignore = root / WORK_DIR / ".gitignore"
     if not ignore.exists():
@@ -4534,22 +4528,14 @@ def agent_problem(
     settings: AgentSettings, root: Path, outer: Mapping[str, str] = os.environ
 ) -> Problem | None:
     """Why this agent cannot be started here, as far as that can be told without starting it."""
-    profile = PROFILES.get(settings.cli)
-    if profile is None:
-        known = ", ".join(PROFILES)
-        return Problem(f"agent.cli is {settings.cli!r}, which is no agent", f"Use one of: {known}.")
-    if settings.cli == "command" and not settings.command:
-        remedy = 'Set it in [agent], e.g. command = ["my-agent", "{prompt_file}"].'
-        return Problem('agent.cli is "command" but agent.command is empty', remedy)
     env = {**outer, **settings.env}
-    if settings.cli != "demo":
-        binary = settings.command[0] if settings.cli == "command" else settings.cli
-        if not _can_execute(binary, root, env):
-            how = profile.install or "check agent.command"
-            return Problem(
-                f"the agent {binary!r} is not on PATH or not executable",
-                f"Install it ({how}), or choose another agent with agent.cli.",
-            )
+    binary = settings.command[0] if settings.cli == "command" else settings.cli
+    if settings.cli != "demo" and not _can_execute(binary, root, env):
+        how = PROFILES[settings.cli].install or "check agent.command"
+        return Problem(
+            f"the agent {binary!r} is not on PATH or not executable",
+            f"Install it ({how}), or choose another agent with agent.cli.",
+        )
     if settings.cli == "claude" and os.geteuid() == 0 and env.get("IS_SANDBOX") != "1":
         return Problem(
             "claude refuses to work unattended as root",
@@ -4866,14 +4852,10 @@ def _leftovers(variable: str, leader: int, known: Mapping[int, int]) -> list[Pro
 
 def _signal_entry(entry: ProcessEntry, number: int) -> None:
     """Signal exactly this process, not a later one with its pid, nor one that is not ours."""
-    if process_entry(entry.pid) == entry or _same_process(entry):
+    now = process_entry(entry.pid)
+    if now is not None and now.start == entry.start:
         with suppress(ProcessLookupError, PermissionError):
             os.kill(entry.pid, number)
-
-
-def _same_process(entry: ProcessEntry) -> bool:
-    now = process_entry(entry.pid)
-    return now is not None and now.start == entry.start
 
 
 def _kill_all(look: Callable[[], list[ProcessEntry]]) -> dict[tuple[int, int], str]:
@@ -5387,7 +5369,7 @@ def _prepare(spec: AttemptSpec) -> ChildCommand:
     prompt, result = _prompt_of(spec), _result_of(spec)
     out, err = log_paths(spec.root, spec.task.item_id, spec.task.name, spec.attempt)
     for path in (prompt, result, out):
-        _make_folder(spec.root, path.parent)
+        make_work_folder(spec.root, path.parent)
     prompt.write_text(spec.prompt, encoding="utf-8", errors="replace")
     command = spec.task.phase.run
     return ChildCommand(
@@ -5627,7 +5609,7 @@ def _verify_command(
 ) -> ChildCommand:
     attempt = f"{spec.attempt}-verify{number}"
     out, err = log_paths(spec.root, spec.task.item_id, spec.task.name, attempt)
-    _make_folder(spec.root, out.parent)
+    make_work_folder(spec.root, out.parent)
     return ChildCommand(
         argv=argv,
         env=agent_environment(spec, os.environ),
@@ -5693,7 +5675,7 @@ def probe_agent(settings: AgentSettings, root: Path) -> Probe:
     task, token = Task("PROBE-1", Phase("probe"), "main"), secrets.token_hex(8)
     prompt = PROBE_PROMPT.format(path=result_path(root, task.item_id, task.name, token))
     folder = root / WORK_DIR / "probe"
-    _make_folder(root, folder)
+    make_work_folder(root, folder)
     spec = AttemptSpec(
         run_id=f"probe-{token}",
         task=task,
@@ -5800,7 +5782,7 @@ def _demo_triage(job: DemoJob) -> dict[str, object]:
 def _demo_document(job: DemoJob) -> dict[str, object]:
     """Write the phase's document into the item's folder."""
     job.change_dir.mkdir(parents=True, exist_ok=True)
-    document = job.change_dir / f"{_path_part(job.phase).upper()}.md"
+    document = job.change_dir / f"{safe_name(job.phase).upper()}.md"
     document.write_text(f"# {job.title}: {job.phase}\n\nWritten by the demo agent.\n")
     if "unclear" in job.title.lower():
         question = "Is this for users or for developers?"
@@ -7959,7 +7941,7 @@ def begin_run(space: Workspace, run_id: str, *, allow_dirty: bool) -> Ledger:
             journal.pauses = last.pauses
     ledger.take_up_parked(last)
     _refuse(preflight(space, allow_dirty=allow_dirty))
-    prepare_work_dir(space.repo.root)
+    make_work_folder(space.repo.root, space.repo.root / WORK_DIR)
     journal.write()
     for line in ledger.edit([lambda draft: repair_items(draft, space.config, utc_now())])[0]:
         log().warning("%s", line)
@@ -8069,15 +8051,6 @@ def probe_agents(config: Config, root: Path) -> list[Probe]:
 def _refuse(problems: Sequence[Problem]) -> None:
     if problems:
         raise OrchestratorError("\n".join(["cannot start:", *problem_lines(problems)]))
-
-
-def prepare_work_dir(root: Path) -> None:
-    """Make the folder of prompts, logs and results, which git ignores."""
-    folder = root / WORK_DIR
-    folder.mkdir(exist_ok=True)
-    ignore = folder / ".gitignore"
-    if not ignore.exists():
-        ignore.write_text("*\n")
 
 
 def ending_signals() -> list[signal.Signals]:
@@ -8838,7 +8811,7 @@ def cmd_init(args: argparse.Namespace) -> int:
             )
         replace_file(path, wanted[path])
         print(f"made {os.path.relpath(path, repo.root)}")
-    prepare_work_dir(repo.root)
+    make_work_folder(repo.root, repo.root / WORK_DIR)
     if not made:
         print("nothing to do: the files are there already")
     elif not args.no_commit:
@@ -9025,14 +8998,11 @@ def render_hook(backlog: str) -> bytes:
 
 
 def _seal_hook(text: bytes) -> bytes:
-    import hashlib
-
     found = re.search(HOOK_ID, text)
     assert found is not None
-    rest = text[: found.start()] + text[found.end() :]
-    digest = hashlib.sha256(rest).hexdigest()
-    line = f"# orchestrator-hook: {found[1].decode()} {digest}\n".encode()
-    return text[: found.start()] + line + text[found.end() :]
+    above, below = text[: found.start()], text[found.end() :]
+    line = f"# orchestrator-hook: {found[1].decode()} {digest(above + below)}\n"
+    return above + line.encode() + below
 
 
 def hook_state(data: bytes | None, wanted: bytes) -> HookState:
@@ -9286,13 +9256,10 @@ def read_sources(program: Path) -> dict[str, str]:
 
 def read_single_file(data: bytes) -> SingleFile | None:
     """What a file says about itself, or None if it is no single file of ours."""
-    import hashlib
-
     found = re.match(SINGLE_FILE, data)
     if found is None:
         return None
-    below = hashlib.sha256(data[found.end() :]).hexdigest()
-    return SingleFile(found[1].decode(), below != found[2].decode())
+    return SingleFile(found[1].decode(), digest(data[found.end() :]) != found[2].decode())
 
 
 def version_text(program: Path) -> str:
@@ -9308,13 +9275,8 @@ def version_text(program: Path) -> str:
 
 
 def source_digest(sources: Mapping[str, str]) -> str:
-    import hashlib
-
-    digest = hashlib.sha256()
-    for name, text in sources.items():
-        data = text.encode()
-        digest.update(f"{name}.py {len(data)}\n".encode() + data)
-    return digest.hexdigest()
+    texts = ((name, text.encode()) for name, text in sources.items())
+    return digest(b"".join(f"{name}.py {len(data)}\n".encode() + data for name, data in texts))
 
 
 def build_single_file(sources: Mapping[str, str]) -> str:
@@ -9324,7 +9286,6 @@ def build_single_file(sources: Mapping[str, str]) -> str:
     OrchestratorError with file and line for what would mean something else in one file.
     """
     import ast
-    import hashlib
 
     trees = {name: ast.parse(text, f"{name}.py") for name, text in sources.items()}
     _refuse_what_cannot_be_joined(trees)
@@ -9343,7 +9304,7 @@ def build_single_file(sources: Mapping[str, str]) -> str:
         f"# orchestrator {__version__} in a single file, made by `orchestrator.py vendor` of\n"
         f"# {', '.join(f'{name}.py' for name in sources)}: change those and make it again.\n"
         f"# source-sha256: {source_digest(sources)}\n"
-        f"# below-sha256: {hashlib.sha256(below.encode()).hexdigest()}\n{below}"
+        f"# below-sha256: {digest(below.encode())}\n{below}"
     )
 
 

@@ -287,7 +287,7 @@ def test_signals_are_not_blocked_in_the_agent(make_spec: SpecMaker) -> None:
 
 def test_names_are_made_safe_for_paths(tmp_path: Path) -> None:
     base = tmp_path / ".orchestrator"
-    assert result_path(tmp_path, "../../etc", "a/b c", "t") == base / "results/-..-etc_a-b-c_t.json"
+    assert result_path(tmp_path, "../../etc", "a/b c", "t") == base / "results/----etc_a-b-c_t.json"
     assert prompt_path(tmp_path, "", "..", "t") == base / "prompts/-_-_t.md"
     assert log_paths(tmp_path, "x\0y", "é", 1)[0] == base / "logs/x-y/--1.out"
 
@@ -1074,9 +1074,7 @@ def test_agent_problems(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         return problem and problem.what
 
     assert what(cli="demo") is None
-    assert what(cli="nosuch") == "agent.cli is 'nosuch', which is no agent"
     assert what(cli="codex") == "the agent 'codex' is not on PATH or not executable"
-    assert what(cli="command") == 'agent.cli is "command" but agent.command is empty'
     assert what(cli="command", command=("mine",)) is None
     assert what(cli="command", command=("./mine", "x")) is None
     assert what(cli="command", command=("./data.txt",)) == "the agent './data.txt' is not on PATH or not executable"
