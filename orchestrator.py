@@ -4382,7 +4382,7 @@ def reset_time(text: str, now: datetime) -> float | None:
 class Profile(NamedTuple):
     """How to start one kind of agent, and how to read what it prints."""
 
-    argv: Callable[[AgentSettings, AttemptSpec], list[str]]
+    argv: Callable[[AttemptSpec], list[str]]
     env: Mapping[str, str] = {}  # defaults: the operator's own environment and agent.env win
     read: Callable[[AgentReport, Event], str] | None = None  # None: plain lines of text
     transient_codes: tuple[int, ...] = ()  # exit codes that say: the API failed for now
@@ -4392,37 +4392,38 @@ class Profile(NamedTuple):
     starts_alone: bool = False  # a first start beside another one breaks both
 
 
-def _claude_argv(settings: AgentSettings, spec: AttemptSpec) -> list[str]:
+def _claude_argv(spec: AttemptSpec) -> list[str]:
     argv = ["claude", "-p", "--output-format", "stream-json", "--verbose"]
-    argv += ["--dangerously-skip-permissions", *_model_option("--model", settings)]
+    argv += ["--dangerously-skip-permissions", *_model_option("--model", spec)]
     if spec.budget_usd is not None:
         argv += ["--max-budget-usd", f"{spec.budget_usd + 0.00005:.4f}"]  # rounded up
-    return [*argv, *settings.args]
+    return [*argv, *spec.settings.args]
 
 
-def _codex_argv(settings: AgentSettings, spec: AttemptSpec) -> list[str]:
+def _codex_argv(spec: AttemptSpec) -> list[str]:
     argv = ["codex", "exec", "--json", "--skip-git-repo-check"]
-    argv += ["--dangerously-bypass-approvals-and-sandbox", *_model_option("-m", settings)]
-    return [*argv, *settings.args, "-"]
+    argv += ["--dangerously-bypass-approvals-and-sandbox", *_model_option("-m", spec)]
+    return [*argv, *spec.settings.args, "-"]
 
 
-def _opencode_argv(settings: AgentSettings, spec: AttemptSpec) -> list[str]:
+def _opencode_argv(spec: AttemptSpec) -> list[str]:
     title = f"{spec.task.item_id} {spec.task.name}"  # given, it spares a request for one
     argv = ["opencode", "run", "--format", "json", "--auto", "--title", title]
-    return [*argv, *_model_option("-m", settings), *settings.args]
+    return [*argv, *_model_option("-m", spec), *spec.settings.args]
 
 
-def _gemini_argv(settings: AgentSettings, spec: AttemptSpec) -> list[str]:
+def _gemini_argv(spec: AttemptSpec) -> list[str]:
     argv = ["gemini", "--yolo", "--output-format", "stream-json"]
-    return [*argv, *_model_option("-m", settings), *settings.args]
+    return [*argv, *_model_option("-m", spec), *spec.settings.args]
 
 
-def _model_option(option: str, settings: AgentSettings) -> list[str]:
-    return [option, settings.model] if settings.model else []
+def _model_option(option: str, spec: AttemptSpec) -> list[str]:
+    return [option, spec.settings.model] if spec.settings.model else []
 
 
-def _command_argv(settings: AgentSettings, spec: AttemptSpec) -> list[str]:
+def _command_argv(spec: AttemptSpec) -> list[str]:
     """The operator's command; its placeholders are replaced in one pass, so values are inert."""
+    settings = spec.settings
     values = {
         "{prompt_file}": str(_prompt_of(spec)),
         "{result_path}": str(_result_of(spec)),
@@ -4435,16 +4436,16 @@ def _command_argv(settings: AgentSettings, spec: AttemptSpec) -> list[str]:
     return [*fill, *settings.args]
 
 
-def _demo_argv(settings: AgentSettings, spec: AttemptSpec) -> list[str]:
+def _demo_argv(spec: AttemptSpec) -> list[str]:
     """This very program, imported so that its compiled form is used; -E and -S start quicker."""
     here = Path(__file__).resolve()
     if Repo.__module__ == __name__:  # the single file: of any name, and no cache is left beside it
-        return [sys.executable, "-E", "-S", str(here), DEMO_AGENT, *settings.args]
+        return [sys.executable, "-E", "-S", str(here), DEMO_AGENT, *spec.settings.args]
     code = (
         f"import importlib, sys; sys.path.insert(0, {str(here.parent)!r});"
         f" sys.exit(importlib.import_module({here.stem!r}).main([{DEMO_AGENT!r}]))"
     )
-    return [sys.executable, "-E", "-S", "-c", code, *settings.args]
+    return [sys.executable, "-E", "-S", "-c", code, *spec.settings.args]
 
 
 PROFILES: Mapping[str, Profile] = {
@@ -4488,9 +4489,12 @@ PROFILES: Mapping[str, Profile] = {
 }
 
 
-def agent_argv(settings: AgentSettings, spec: AttemptSpec) -> list[str]:
-    """The command line of one attempt; the prompt is never part of it."""
-    return PROFILES[settings.cli].argv(settings, spec)
+NO_AGENT = Profile(lambda spec: list(spec.task.phase.run))  # of a phase that is a command
+
+
+def profile_of(spec: AttemptSpec) -> Profile:
+    """How an attempt is started and its output read; the prompt is never part of the argv."""
+    return NO_AGENT if spec.task.phase.run else PROFILES[spec.settings.cli]
 
 
 def _prompt_of(spec: AttemptSpec) -> Path:
@@ -5355,7 +5359,7 @@ async def run_attempt(
             started=started,
             tick=_tell(progress),
             settled=_settling(spec, timing),
-            read=None if spec.task.phase.run else PROFILES[spec.settings.cli].read,
+            read=profile_of(spec).read,
             timing=timing,
         )
     except OSError as error:
@@ -5371,12 +5375,11 @@ def _prepare(spec: AttemptSpec) -> ChildCommand:
     for path in (prompt, result, out):
         make_work_folder(spec.root, path.parent)
     prompt.write_text(spec.prompt, encoding="utf-8", errors="replace")
-    command = spec.task.phase.run
     return ChildCommand(
-        argv=command or agent_argv(spec.settings, spec),
+        argv=profile_of(spec).argv(spec),
         env=agent_environment(spec, os.environ),
         cwd=spec.root,
-        stdin=Path(os.devnull) if command else prompt,
+        stdin=Path(os.devnull) if spec.task.phase.run else prompt,
         out=out,
         err=err,
         timeout_s=spec.timeout_s,
@@ -5446,7 +5449,7 @@ def read_result(spec: AttemptSpec) -> PhaseResult | None:
 
 def _not_started(spec: AttemptSpec, error: OSError) -> AgentOutcome:
     """Tell a CLI that cannot be started at all from trouble that may pass."""
-    argv = spec.task.phase.run or agent_argv(spec.settings, spec)
+    argv = profile_of(spec).argv(spec)
     missing = error.errno in (errno.ENOENT, errno.EACCES, errno.ENOEXEC, errno.ENOTDIR)
     binary = missing and error.filename == argv[0]
     detail = f"{argv[0]!r} cannot be started: {error.strerror or error}"
@@ -5498,19 +5501,17 @@ def _run_result(spec: AttemptSpec) -> PhaseResult:
 
 
 def _transient_of(spec: AttemptSpec, end: ChildEnd) -> str:
-    codes = () if spec.task.phase.run else PROFILES[spec.settings.cli].transient_codes
     if end.report.transient:
         return f"{spec.settings.cli}: {end.report.transient}"
-    if end.code not in codes:
+    if end.code not in profile_of(spec).transient_codes:
         return ""
     return f"{spec.settings.cli}: the API failed ({_code_text(end.code)}): {end.report.error}"
 
 
 def _unusable_of(spec: AttemptSpec, end: ChildEnd) -> str:
-    codes = () if spec.task.phase.run else PROFILES[spec.settings.cli].unusable_codes
     if end.report.unusable:
         return end.report.unusable
-    if end.code not in codes:
+    if end.code not in profile_of(spec).unusable_codes:
         return ""
     reason = end.report.error or end.tail or "it is not logged in or does not trust this folder"
     return f"{spec.settings.cli} cannot work here ({_code_text(end.code)}): {reason}"

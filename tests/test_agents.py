@@ -27,7 +27,6 @@ from orchestrator import (
     Progress,
     Task,
     Usage,
-    agent_argv,
     agent_environment,
     agent_problem,
     become_subreaper,
@@ -36,6 +35,7 @@ from orchestrator import (
     end_run,
     log_paths,
     process_entry,
+    profile_of,
     prompt_path,
     reset_time,
     result_path,
@@ -413,7 +413,7 @@ def test_placeholders_are_filled_in_one_pass(make_spec: SpecMaker) -> None:
     settings = AgentSettings(cli="command", model="{phase}", command=words, args=("z",))
     spec = make_spec(settings=settings)
 
-    assert agent_argv(settings, spec) == [
+    assert profile_of(spec).argv(spec) == [
         "a",
         "build:WRK-001",
         str(prompt_path(spec.root, "WRK-001", "build", spec.token)),
@@ -1055,8 +1055,12 @@ def test_command_lines(make_spec: SpecMaker, cli: str, words: str) -> None:
     settings = AgentSettings(cli=cli, model="M", args=("X",))
     bare = AgentSettings(cli=cli)
 
-    assert agent_argv(settings, make_spec()) == shlex.split(words)
-    assert agent_argv(bare, make_spec()) == shlex.split(words.replace("--model M", "").replace("-m M", "").replace("X", ""))
+    def argv(settings: AgentSettings) -> list[str]:
+        spec = make_spec(settings=settings)
+        return profile_of(spec).argv(spec)
+
+    assert argv(settings) == shlex.split(words)
+    assert argv(bare) == shlex.split(words.replace("--model M", "").replace("-m M", "").replace("X", ""))
 
 
 # ---- Can the agent work here? --------------------------------------------------------------------

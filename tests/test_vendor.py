@@ -11,7 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -182,7 +182,7 @@ def test_the_single_file_works_alone_in_an_empty_folder(tmp_path: Path) -> None:
 def test_the_agents_of_its_demo_are_the_single_file_itself(single: ModuleType) -> None:
     """Started as a script, not imported: it may have any name, and leaves no cache beside it."""
     settings = single.default_config(Path("/")).agent._replace(args=("--more",))
-    argv = single.PROFILES["demo"].argv(settings, None)
+    argv = single.PROFILES["demo"].argv(SimpleNamespace(settings=settings))
     assert argv == [sys.executable, "-E", "-S", single.__file__, single.DEMO_AGENT, "--more"]
 
 
