@@ -60,6 +60,7 @@ from typing import (
     Literal,
     NamedTuple,
     NoReturn,
+    ParamSpec,
     TextIO,
     TypeVar,
     cast,
@@ -7149,6 +7150,9 @@ def _with_salvage_note(result: PhaseResult, ref: str | None) -> PhaseResult:
 # ==== 8. Coordinator ==============================================================================
 
 
+P = ParamSpec("P")
+
+
 class Request(NamedTuple):
     """One entry of the coordinator's queue."""
 
@@ -7180,13 +7184,13 @@ class Coordinator:
         """The state as last saved; immutable, so nobody has to wait for it."""
         return self.ledger.store.backlog
 
-    async def do(self, work: Callable[[], T]) -> T:
+    async def do(self, work: Callable[P, T], *args: P.args, **options: P.kwargs) -> T:
         """Let the ledger do something; returns or raises what it did."""
-        return cast(T, await self._enqueue(work))
+        return cast(T, await self._enqueue(lambda: work(*args, **options)))
 
-    def post(self, work: Callable[[], Any]) -> None:
+    def post(self, work: Callable[P, object], *args: P.args, **options: P.kwargs) -> None:
         """Let the ledger do something that nobody waits for; an error of it is logged."""
-        answer = self._enqueue(work)
+        answer = self._enqueue(lambda: work(*args, **options))
         answer.add_done_callback(_log_error)
 
     async def close(self) -> bool:
@@ -7340,7 +7344,7 @@ class Scheduler:
             if not await self._start(offered):
                 await self._wait()
             if self.ledger.journal.pending:
-                await self.coordinator.do(lambda: self.ledger.flush(patient=True))
+                await self.coordinator.do(self.ledger.flush, patient=True)
 
     async def drain(self) -> None:
         """Wait for everything in flight; start nothing. Raises the first error that occurred."""
@@ -7478,7 +7482,7 @@ class Scheduler:
         if wait if outcome.kind == "limited" else pause.strikes < PROBES:
             self.totals.phases -= 1  # it is started again, and did nothing
             self.told.pop(agent, None)
-            await self.coordinator.do(lambda: self.ledger.note_pause(agent, pause))
+            await self.coordinator.do(self.ledger.note_pause, agent, pause)
             text = f"{outcome.detail}; {agent} is not started before {self._clock_text(pause)}"
             self._tell(task, f"{text}, and no attempt is charged")
         else:
@@ -7495,7 +7499,7 @@ class Scheduler:
         agent = agent_of(self.config, task.phase)
         pause = self.ledger.journal.pauses.get(agent)
         if pause is not None and self._now() - outcome.seconds >= pause.until:
-            await self.coordinator.do(lambda: self.ledger.note_pause(agent, None))
+            await self.coordinator.do(self.ledger.note_pause, agent, None)
             log().info("%s works again", agent)
 
     def _count_down(self) -> None:
@@ -7510,7 +7514,7 @@ class Scheduler:
                 )
 
     async def _promote(self, item_ids: Sequence[str]) -> None:
-        for applied in await self.coordinator.do(lambda: self.ledger.promote(item_ids)):
+        for applied in await self.coordinator.do(self.ledger.promote, item_ids):
             if applied.state == "blocked":
                 self._count(applied)
 
@@ -7556,7 +7560,7 @@ class Scheduler:
 
     async def _attempts(self, task: Task) -> Applied | None:
         """Run a phase until it succeeds or its attempts are used up; None: interrupted."""
-        stale = await self.coordinator.do(lambda: self.ledger.check_staleness(task))
+        stale = await self.coordinator.do(self.ledger.check_staleness, task)
         if stale is not None:
             return stale
         attempts = self.config.execution.max_retries + 1
@@ -7565,7 +7569,7 @@ class Scheduler:
         failure, salvaged = self.failures.pop(task.item_id, ""), None
         started: Started | None = None
         for attempt in itertools.count(min(first, attempts)):
-            started = await self._begin(task, attempt, started)
+            started = await self.coordinator.do(self.ledger.begin, task, attempt, started)
             if started is None:
                 self._tell(task, "not started: the item was deleted by hand")
                 return None
@@ -7584,7 +7588,7 @@ class Scheduler:
             try:
                 if attempt >= attempts:
                     return await self._give_up(started, attempts, failure, outcome.result)
-                salvaged = await self._fail(started)
+                salvaged = await self.coordinator.do(self.ledger.fail, started)
             finally:  # said once it is charged: nobody is told what a crash would take back
                 text = f"attempt {attempt} of {attempts} failed: {one_line(failure, 300)}"
                 self._tell(task, text)
@@ -7592,13 +7596,13 @@ class Scheduler:
                 task
             ):
                 self.failures[task.item_id] = failure
-                await self._cancel(started)
+                await self.coordinator.do(self.ledger.cancel, started)
                 return None
         raise AssertionError("the last attempt returns")
 
     async def _note_usage(self, task: Task, usage: Usage) -> None:
         self.totals.add_usage(task, usage)
-        await self.coordinator.do(lambda: self.ledger.note_usage(task.item_id, usage))
+        await self.coordinator.do(self.ledger.note_usage, task.item_id, usage)
 
     def _within_budget(self, outcome: AgentOutcome) -> AgentOutcome:
         """An attempt that ended for want of money has not failed: the run ends instead."""
@@ -7618,15 +7622,6 @@ class Scheduler:
     def _tell(self, task: Task, text: str) -> None:
         log().warning("%s", phase_line(task.item_id, task.name, text))
 
-    async def _cancel(self, started: Started) -> None:
-        await self.coordinator.do(lambda: self.ledger.cancel(started))
-
-    async def _begin(self, task: Task, attempt: int, previous: Started | None) -> Started | None:
-        return await self.coordinator.do(lambda: self.ledger.begin(task, attempt, previous))
-
-    async def _fail(self, started: Started) -> str | None:
-        return await self.coordinator.do(lambda: self.ledger.fail(started))
-
     async def _judge(self, started: Started, outcome: AgentOutcome) -> Applied | str:
         """Record what the attempt achieved, or tell why it failed."""
         result = outcome.result
@@ -7634,7 +7629,7 @@ class Scheduler:
             log().warning("%s", phase_line(started.task.item_id, started.task.name, warning))
         if result is None or result.result == "failed":
             return failure_text(outcome)
-        verdict = await self.coordinator.do(lambda: self.ledger.finish(started, result))
+        verdict = await self.coordinator.do(self.ledger.finish, started, result)
         if isinstance(verdict, Applied) and result.result != "blocked":
             self.totals.exhausted_in_a_row = 0
         return verdict
@@ -7644,11 +7639,11 @@ class Scheduler:
     ) -> Applied:
         reason = f"{started.task.name} failed after {plural(attempts, 'attempt')}: {failure}"
         self.totals.exhausted_in_a_row += 1
-        return await self.coordinator.do(lambda: self.ledger.give_up(started, reason, result))
+        return await self.coordinator.do(self.ledger.give_up, started, reason, result)
 
     async def _interrupt(self, started: Started, outcome: AgentOutcome) -> None:
         """The attempt does not count: the run is stopping, or the agent cannot work now."""
-        await self._cancel(started)
+        await self.coordinator.do(self.ledger.cancel, started)
         task = started.task
         if outcome.kind == "cancelled":
             text = f"interrupted ({outcome.detail}); the next run starts it again"
@@ -7671,12 +7666,14 @@ class Scheduler:
     async def _run_agent(
         self, started: Started, attempts: int, failure: str, salvaged: str | None
     ) -> AgentOutcome:
-        spec = await self.coordinator.do(lambda: self._spec(started, attempts, failure, salvaged))
+        spec = await self.coordinator.do(self._spec, started, attempts, failure, salvaged)
         outcome = await run_attempt(
             spec,
             stop=self.stop.agents,
             hurry=self.stop.hurry,
-            started=lambda pid, since: self._note_process(started.token, pid, since),
+            started=lambda pid, since: self.coordinator.post(
+                self.ledger.note_process, started.token, pid, since
+            ),
             progress=lambda seen: self._note_progress(started.task, seen),
         )
         self.live.forget(started.task.item_id)  # what it cost is in the totals from now on
@@ -7703,9 +7700,6 @@ class Scheduler:
             parts = (human_duration(now - running.since), spent, one_line(seen.last, 160))
             text = ", ".join(part for part in parts if part)
             log().info("%s", phase_line(task.item_id, task.name, f"at work: {text}"))
-
-    def _note_process(self, token: str, pid: int, since: int) -> None:
-        self.coordinator.post(lambda: self.ledger.note_process(token, pid, since))
 
     def _spec(
         self, started: Started, attempts: int, failure: str, salvaged: str | None
