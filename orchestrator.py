@@ -6369,7 +6369,7 @@ class Ledger:
             self.repo.restage(started.before, aftermath.after)
         else:
             entries = self._document_entries(started, aftermath)
-        summary = result.commit_summary or result.summary
+        summary = _commit_text(result)
         immediate = destructive or started.task.pool == TRIAGE or result.result != "phase_complete"
         return self._conclude(started, result, entries, "complete", summary, immediate=immediate)
 
@@ -6510,7 +6510,8 @@ class Ledger:
         now, task = self.clock(), started.task
         self.edit_one(lambda draft: apply_failed_attempt(draft, task, started.item, now))
         if task.phase.destructive:  # documents are still to be looked after: see `begin`, `cancel`
-            self._drop_attempt(started)
+            self.journal.attempts.pop(started.token, None)
+            self.journal.write()
         return ref
 
     def give_up(self, started: Started, reason: str, result: PhaseResult | None) -> Applied:
@@ -6556,10 +6557,6 @@ class Ledger:
         del self.journal.attempts[record.token]
         self.journal.write()
         return ref
-
-    def _drop_attempt(self, started: Started) -> None:
-        self.journal.attempts.pop(started.token, None)
-        self.journal.write()
 
     def check_staleness(self, task: Task) -> Applied | None:
         """Block a destructive phase whose ground was rewritten, as its `staleness` says."""
@@ -6689,7 +6686,9 @@ class Ledger:
                 + " you have uncommitted changes that they would see"
             )
             return entries
-        message = self._message([self._preview(started, result)])
+        item_id, phase, text = started.task.item_id, started.task.name, _commit_text(result)
+        entry = MessageEntry(item_id, phase, "complete", text, started.token)
+        message = commit_message([entry], self.journal.run_id)
         limit = self.config.execution.hook_timeout_seconds
         verdict = self.repo.run_hooks(entries, message, limit_s=limit)
         if not verdict.ok:
@@ -6773,16 +6772,18 @@ class Ledger:
 
     def _next_salvage_ref(self, item_id: str, phase: str) -> str:
         stem = salvage_stem(item_id, phase)
-        taken = [
-            int(ref[len(stem) :]) for ref in self.repo.refs(stem) if ref[len(stem) :].isdigit()
-        ]
-        return f"{stem}{max(taken, default=0) + 1}"
+        return f"{stem}{self._salvages_under(stem) + 1}"
 
     def last_salvage(self, item_id: str, phase: str) -> str | None:
         """The newest salvage ref of a phase of an item."""
         stem = salvage_stem(item_id, phase)
-        refs = [ref for ref in self.repo.refs(stem) if ref[len(stem) :].isdigit()]
-        return max(refs, key=lambda ref: int(ref[len(stem) :]), default=None)
+        number = self._salvages_under(stem)
+        return f"{stem}{number}" if number else None
+
+    def _salvages_under(self, stem: str) -> int:
+        """The highest number of a salvage ref that begins like this; 0 if there is none."""
+        ends = (ref.removeprefix(stem) for ref in self.repo.refs(stem))
+        return max((int(end) for end in ends if end.isdigit()), default=0)
 
     def _put_state_back(self, item_id: str, phase: str, before: Snapshot) -> None:
         """Undo what an agent's git command did to BACKLOG.yaml (stash, checkout, reset, clean)."""
@@ -6899,12 +6900,6 @@ class Ledger:
     def _message(self, pending: Sequence[PendingCommit]) -> str:
         rows = [MessageEntry(p.item, p.phase, p.outcome, p.summary, p.token) for p in pending]
         return commit_message(rows, self.journal.run_id)
-
-    def _preview(self, started: Started, result: PhaseResult) -> PendingCommit:
-        task, summary = started.task, result.commit_summary or result.summary
-        return PendingCommit(
-            started.token, None, task.item_id, task.name, "complete", summary, (), with_state=True
-        )
 
     def commit_state(self, message: str) -> StateCommit:
         """Commit BACKLOG.yaml, alone, as it is on disk now."""
@@ -7138,6 +7133,11 @@ def digest(data: bytes) -> str:
 
 def _branch_name(head: Head) -> str:
     return head.branch.removeprefix("refs/heads/") if head.branch else "no branch (detached HEAD)"
+
+
+def _commit_text(result: PhaseResult) -> str:
+    """What a commit says of a phase that succeeded."""
+    return result.commit_summary or result.summary
 
 
 def _with_salvage_note(result: PhaseResult, ref: str | None) -> PhaseResult:
