@@ -6107,11 +6107,10 @@ def _pending_commit(row: dict[str, Any]) -> PendingCommit:
 class Started(NamedTuple):
     """An attempt that has begun."""
 
-    token: str
+    record: AttemptRecord
     task: Task
     attempt: int
     item: Item  # as it was when the task began
-    before: Snapshot
     change_dir: Path
 
 
@@ -6325,25 +6324,21 @@ class Ledger:
         if previous is None or task.phase.destructive:
             before = self.repo.snapshot(self.snapshot_ref(token))
         else:
-            before = previous.before
+            before = previous.record.before
         self.edit([])  # so that we know of all that the commit holds which we take for older
         self.store.keep_copy()
         self.store.older |= self._older_states(before)
         if previous is not None:
-            self.journal.attempts.pop(previous.token, None)
-        self.journal.attempts[token] = AttemptRecord(
-            task.item_id,
-            task.name,
-            token,
-            task.phase.destructive,
-            task.phase.outputs,
-            before,
+            self.journal.attempts.pop(previous.record.token, None)
+        record = AttemptRecord(
+            task.item_id, task.name, token, task.phase.destructive, task.phase.outputs, before
         )
+        self.journal.attempts[token] = record
         self.journal.write()
         change_dir = item_folder(self.repo.root, item)
         if task.pool != TRIAGE:
             change_dir.mkdir(parents=True, exist_ok=True)
-        return Started(token, task, attempt, item, before, change_dir)
+        return Started(record, task, attempt, item, change_dir)
 
     def snapshot_ref(self, token: str) -> str:
         return f"refs/orchestrator/snapshots/{self.journal.run_id}/{token}"
@@ -6358,15 +6353,15 @@ class Ledger:
 
     def finish(self, started: Started, result: PhaseResult) -> Applied | str:
         """Record and commit what a phase reported; a text instead says why the attempt failed."""
-        aftermath = self._aftermath(started)
-        destructive = started.task.phase.destructive
+        aftermath = self._aftermath(started.record)
+        destructive = started.record.destructive
         if result.result == "blocked":
             return self._finish_blocked(started, result, aftermath)
         if destructive:
             entries = self._code_entries(started, result, aftermath)
             if isinstance(entries, str):
                 return entries
-            self.repo.restage(started.before, aftermath.after)
+            self.repo.restage(started.record.before, aftermath.after)
         else:
             entries = self._document_entries(started, aftermath)
         summary = _commit_text(result)
@@ -6377,11 +6372,9 @@ class Ledger:
         self, started: Started, result: PhaseResult, aftermath: Aftermath
     ) -> Applied:
         entries = self._document_entries(started, aftermath)
-        if started.task.phase.destructive:
-            ref = self._salvage(started, aftermath)
-            result = _with_salvage_note(result, ref)
-            entries = []
-        reason = result.context or result.summary
+        ref = self._salvage(started.record, aftermath)
+        reason = _with_salvage_note(result.context or result.summary, ref)
+        result = result._replace(context=reason)
         return self._conclude(started, result, entries, "blocked", reason, immediate=False)
 
     def _conclude(
@@ -6404,7 +6397,7 @@ class Ledger:
                 result,
                 self.config,
                 now,
-                started.before.head.commit,
+                started.record.before.head.commit,
                 running={one.item for one in self.journal.attempts.values()} - {task.item_id},
             )
 
@@ -6422,21 +6415,19 @@ class Ledger:
         summary: str,
     ) -> Applied:
         """Journal, save and worklog of an outcome, in this order; the commit comes with `flush`."""
-        task = started.task
-        record = PendingCommit(
-            started.token,
-            started.before.head.commit,
-            task.item_id,
-            task.name,
+        attempt = started.record
+        commit = PendingCommit(
+            attempt.token,
+            attempt.before.head.commit,
+            attempt.item,
+            attempt.phase,
             outcome,
             summary,
             tuple(entries),
             with_state=outcome == "complete",
         )
-
+        spent = self.journal.spent.get(attempt.item, NOTHING_SPENT)
         outcomes: list[Applied] = []
-
-        spent = self.journal.spent.get(task.item_id, NOTHING_SPENT)
 
         def edit(draft: Draft) -> Applied:
             applied = apply(draft)
@@ -6445,10 +6436,10 @@ class Ledger:
             return outcomes[0]
 
         def prepare() -> None:
-            self.journal.attempts.pop(started.token, None)
-            self.journal.spent.pop(task.item_id, None)
-            rest = [p for p in self.journal.pending if p.token != started.token]
-            self.journal.pending = [*rest, record._replace(worklog=outcomes[0].worklog)]
+            self.journal.attempts.pop(attempt.token, None)
+            self.journal.spent.pop(attempt.item, None)
+            rest = [p for p in self.journal.pending if p.token != attempt.token]
+            self.journal.pending = [*rest, commit._replace(worklog=outcomes[0].worklog)]
 
         applied = self.edit_one(edit, prepare=prepare)
         self.write_worklog(applied.worklog)
@@ -6506,22 +6497,19 @@ class Ledger:
 
     def fail(self, started: Started) -> str | None:
         """Charge a failed attempt; returns the ref that keeps what a destructive one left."""
-        ref = self._salvage(started, self._aftermath(started))
+        ref = self._salvage(started.record, self._aftermath(started.record))
         now, task = self.clock(), started.task
         self.edit_one(lambda draft: apply_failed_attempt(draft, task, started.item, now))
         if task.phase.destructive:  # documents are still to be looked after: see `begin`, `cancel`
-            self.journal.attempts.pop(started.token, None)
+            self.journal.attempts.pop(started.record.token, None)
             self.journal.write()
         return ref
 
     def give_up(self, started: Started, reason: str, result: PhaseResult | None) -> Applied:
         """Record that the last attempt failed: the item is blocked."""
-        aftermath = self._aftermath(started)
+        aftermath = self._aftermath(started.record)
         entries = self._document_entries(started, aftermath)
-        if started.task.phase.destructive:
-            ref = self._salvage(started, aftermath)
-            reason = f"{reason} (its changes are kept on {ref})" if ref else reason
-            entries = []
+        reason = _with_salvage_note(reason, self._salvage(started.record, aftermath))
         now, task = self.clock(), started.task
 
         def apply(draft: Draft) -> Applied:
@@ -6531,16 +6519,15 @@ class Ledger:
 
     def cancel(self, started: Started) -> None:
         """An attempt was interrupted: nothing is charged, nothing it left is lost."""
-        if started.token in self.journal.attempts:
-            self._set_aside(self.journal.attempts[started.token])
+        if started.record.token in self.journal.attempts:
+            self._set_aside(started.record)
 
     def _set_aside(self, record: AttemptRecord) -> str | None:
         """Keep what an interrupted attempt left: code on a ref, which is returned, documents as a
         commit to come."""
-        aftermath, ref = self.aftermath(record.item, record.phase, record.before), None
-        if record.destructive:
-            ref = self.salvage(record.item, record.phase, record.before, aftermath)
-        elif entries := self._outputs(aftermath, record.outputs, record.item):
+        aftermath = self._aftermath(record)
+        ref = self._salvage(record, aftermath)
+        if entries := self._outputs(aftermath, record):
             parent, text = aftermath.after.head.commit, "its documents so far"
             self.journal.pending.append(
                 PendingCommit(
@@ -6580,25 +6567,22 @@ class Ledger:
 
     # -- what a phase left in the work tree --------------------------------------------------------
 
-    def _aftermath(self, started: Started) -> Aftermath:
-        return self.aftermath(started.task.item_id, started.task.name, started.before)
-
-    def aftermath(self, item_id: str, phase: str, before: Snapshot) -> Aftermath:
+    def _aftermath(self, record: AttemptRecord) -> Aftermath:
         """Compare the work tree with the snapshot taken before an attempt.
 
         Raises OrchestratorError when the branch was switched: nothing is touched then.
         """
-        self._put_state_back(item_id, phase, before)
-        self._put_branch_back(item_id, phase, before)
+        self._put_state_back(record)
+        self._put_branch_back(record)
         self._remove_inbox_put_back()
-        after = self.repo.snapshot()
+        before, after = record.before, self.repo.snapshot()
         if after.head.branch != before.head.branch:
             raise OrchestratorError(
-                f"[{item_id}][{phase}] switched from {_branch_name(before.head)} to"
+                f"[{record.item}][{record.phase}] switched from {_branch_name(before.head)} to"
                 f" {_branch_name(after.head)}. The run stops here; look at what it did and switch"
                 " back before you start again."
             )
-        self._name_own_commits(item_id, phase, before.head.commit, after.head.commit)
+        self._name_own_commits(record, after.head.commit)
         changes = [
             change
             for change in self.repo.changes(before.tree, after.tree)
@@ -6612,14 +6596,16 @@ class Ledger:
         paths = (c.after.path for c in self.repo.changes(before.head.commit, before.tree))
         return frozenset(path for path in paths if not self.is_own(path))
 
-    def _name_own_commits(self, item_id: str, phase: str, old: str | None, new: str | None) -> None:
+    def _name_own_commits(self, record: AttemptRecord, new: str | None) -> None:
+        old = record.before.head.commit
         if new != old and old is not None and new is not None:
             commits = self.repo.commits_between(old, new)
             ids = [commit[:10] for commit in commits if commit not in self.own_commits]
             if commits and not ids:
                 return
             known = ", ".join(ids) or "none: the branch was moved"
-            log().info("%s", phase_line(item_id, phase, f"commits made meanwhile: {known}"))
+            text = f"commits made meanwhile: {known}"
+            log().info("%s", phase_line(record.item, record.phase, text))
 
     def is_own(self, path: str) -> bool:
         """Whether a path is state of ours, never part of a phase's changes."""
@@ -6656,7 +6642,7 @@ class Ledger:
                 f"changed {one_line(', '.join(clash), 200)}, which the operator had uncommitted"
                 " changes in; commit or set them aside, then run again"
             )
-        moved = aftermath.after.head.commit != started.before.head.commit
+        moved = aftermath.after.head.commit != started.record.before.head.commit
         empty = not (aftermath.changes or moved or started.task.phase.allow_empty)
         if empty and result.result == "phase_complete":
             return "reported completion, but nothing in the repository changed"
@@ -6687,12 +6673,12 @@ class Ledger:
             )
             return entries
         item_id, phase, text = started.task.item_id, started.task.name, _commit_text(result)
-        entry = MessageEntry(item_id, phase, "complete", text, started.token)
+        entry = MessageEntry(item_id, phase, "complete", text, started.record.token)
         message = commit_message([entry], self.journal.run_id)
         limit = self.config.execution.hook_timeout_seconds
         verdict = self.repo.run_hooks(entries, message, limit_s=limit)
         if not verdict.ok:
-            mended = [change.after for change in self._aftermath(started).changes]
+            mended = [change.after for change in self._aftermath(started.record).changes]
             if mended != entries:
                 entries = mended
                 verdict = self.repo.run_hooks(entries, message, limit_s=limit)
@@ -6706,7 +6692,7 @@ class Ledger:
     def _document_entries(self, started: Started, aftermath: Aftermath) -> list[Entry]:
         """What a document phase may commit; anything else it touched is named and left alone."""
         phase, item_id = started.task.phase, started.task.item_id
-        mine = self._outputs(aftermath, phase.outputs, item_id)
+        mine = self._outputs(aftermath, started.record)
         known = {entry.path for entry in mine}
         others = [
             change.after.path
@@ -6719,14 +6705,15 @@ class Ledger:
             log().warning("%s", phase_line(item_id, phase.name, text + listed))
         return mine
 
-    def _outputs(self, aftermath: Aftermath, patterns: Sequence[str], item_id: str) -> list[Entry]:
+    def _outputs(self, aftermath: Aftermath, record: AttemptRecord) -> list[Entry]:
+        """The documents that an attempt made; a destructive phase has no outputs."""
         prefix = self.repo.prefix
         entries = (change.after for change in aftermath.changes)
         return [
             entry
             for entry in entries
             if entry.path.startswith(prefix)
-            and matches_output(entry.path[len(prefix) :], patterns, item_id)
+            and matches_output(entry.path[len(prefix) :], record.outputs, record.item)
         ]
 
     def _of_a_neighbour(self, path: str) -> bool:
@@ -6734,20 +6721,16 @@ class Ledger:
         relative = path[len(self.repo.prefix) :]
         return relative.startswith((f"{CHANGES_DIR}/", f"{IDEAS_DIR}/"))
 
-    def _salvage(self, started: Started, aftermath: Aftermath) -> str | None:
-        """Keep what a destructive attempt left on a ref, then put the work tree back."""
-        if not started.task.phase.destructive:
-            return None
-        return self.salvage(started.task.item_id, started.task.name, started.before, aftermath)
+    def _salvage(self, record: AttemptRecord, aftermath: Aftermath) -> str | None:
+        """Keep what a destructive attempt left on a ref, then put the work tree back.
 
-    def salvage(
-        self, item_id: str, phase: str, before: Snapshot, aftermath: Aftermath
-    ) -> str | None:
-        """Keep the changes of an attempt on a ref of their own; None when there are none.
-
-        The branch is never moved back: where the agent committed by itself, only the rest is put
-        back, to what it committed; what was the operator's goes back to how they had it.
+        None when it left nothing; documents stay where they are. The branch is never moved back:
+        where the agent committed by itself, only the rest is put back, to what it committed; what
+        was the operator's goes back to how they had it.
         """
+        if not record.destructive:
+            return None
+        before = record.before
         self.repo.restage(before, aftermath.after)
         theirs = [c for c in aftermath.changes if c.after.path in aftermath.operator_dirty]
         mine, base = [c for c in aftermath.changes if c not in theirs], before
@@ -6762,16 +6745,18 @@ class Ledger:
             ]
         if not (mine or theirs):
             return None
-        ref = self._next_salvage_ref(item_id, phase)
-        self.repo.salvage(ref, aftermath.after, f"[{item_id}][{phase}] Salvaged changes")
+        ref = self._next_salvage_ref(record)
+        message = f"[{record.item}][{record.phase}] Salvaged changes"
+        self.repo.salvage(ref, aftermath.after, message)
         self.repo.restore(base, mine)
         self.repo.restore(before, theirs)
         paths = one_line(", ".join(change.after.path for change in (*mine, *theirs)), 200)
-        log().info("%s", phase_line(item_id, phase, f"what it left is kept on {ref}: {paths}"))
+        text = f"what it left is kept on {ref}: {paths}"
+        log().info("%s", phase_line(record.item, record.phase, text))
         return ref
 
-    def _next_salvage_ref(self, item_id: str, phase: str) -> str:
-        stem = salvage_stem(item_id, phase)
+    def _next_salvage_ref(self, record: AttemptRecord) -> str:
+        stem = salvage_stem(record.item, record.phase)
         return f"{stem}{self._salvages_under(stem) + 1}"
 
     def last_salvage(self, item_id: str, phase: str) -> str | None:
@@ -6785,23 +6770,24 @@ class Ledger:
         ends = (ref.removeprefix(stem) for ref in self.repo.refs(stem))
         return max((int(end) for end in ends if end.isdigit()), default=0)
 
-    def _put_state_back(self, item_id: str, phase: str, before: Snapshot) -> None:
+    def _put_state_back(self, record: AttemptRecord) -> None:
         """Undo what an agent's git command did to BACKLOG.yaml (stash, checkout, reset, clean)."""
         with suppress(SaveError, GitError):  # whatever comes next tells
             if not self.store.disturbed():
                 return
-            self.store.older |= self._older_states(before)
+            self.store.older |= self._older_states(record.before)
             if self.store.put_back():
                 name = self.store.path.name
                 text = f"put back or removed {name}; it is written again from memory"
-                log().warning("%s", phase_line(item_id, phase, text))
+                log().warning("%s", phase_line(record.item, record.phase, text))
 
-    def _put_branch_back(self, item_id: str, phase: str, before: Snapshot) -> None:
+    def _put_branch_back(self, record: AttemptRecord) -> None:
         """Bring back the commits that an agent took off the branch (`git reset HEAD~1`).
 
         If it made others in their place (`--amend`, a rebase), the branch stays, and a ref keeps
         what was there.
         """
+        before = record.before
         head, tip = self.repo.head(), self._tip_since(before)
         if None in (head.commit, tip) or head.branch != before.head.branch:
             return
@@ -6809,14 +6795,16 @@ class Ledger:
         if not gone:
             return
         if self.repo.commits_between(str(tip), str(head.commit)):
-            ref = self._next_salvage_ref(item_id, phase)
-            self.repo.keep_commit(ref, str(tip), f"[{item_id}][{phase}] What was rewritten")
+            ref = self._next_salvage_ref(record)
+            message = f"[{record.item}][{record.phase}] What was rewritten"
+            self.repo.keep_commit(ref, str(tip), message)
             fate = f"they are kept on {ref}"
         else:
             self._go_forward(head, str(tip), before)
             fate = "they are there again"
         names = ", ".join(commit[:10] for commit in gone)
-        log().warning("%s", phase_line(item_id, phase, f"took commits off: {names}; {fate}"))
+        text = f"took commits off: {names}; {fate}"
+        log().warning("%s", phase_line(record.item, record.phase, text))
 
     def _tip_since(self, before: Snapshot) -> str | None:
         """The newest commit that the branch is known to have had since the snapshot."""
@@ -7140,11 +7128,8 @@ def _commit_text(result: PhaseResult) -> str:
     return result.commit_summary or result.summary
 
 
-def _with_salvage_note(result: PhaseResult, ref: str | None) -> PhaseResult:
-    if ref is None:
-        return result
-    reason = result.context or result.summary
-    return result._replace(context=f"{reason} (its changes are kept on {ref})")
+def _with_salvage_note(reason: str, ref: str | None) -> str:
+    return f"{reason} (its changes are kept on {ref})" if ref else reason
 
 
 # ==== 8. Coordinator ==============================================================================
@@ -7672,7 +7657,7 @@ class Scheduler:
             stop=self.stop.agents,
             hurry=self.stop.hurry,
             started=lambda pid, since: self.coordinator.post(
-                self.ledger.note_process, started.token, pid, since
+                self.ledger.note_process, started.record.token, pid, since
             ),
             progress=lambda seen: self._note_progress(started.task, seen),
         )
@@ -7713,7 +7698,7 @@ class Scheduler:
             self.config,
             attempt=started.attempt,
             attempts=attempts,
-            result_path=result_path(root, task.item_id, task.name, started.token),
+            result_path=result_path(root, task.item_id, task.name, started.record.token),
             change_dir=started.change_dir,
             previous_summary=worklog_summary(self.ledger.worklog(), task.item_id),
             failure=failure or None,
@@ -7725,7 +7710,7 @@ class Scheduler:
             run_id=self.ledger.journal.run_id,
             task=task,
             attempt=started.attempt,
-            token=started.token,
+            token=started.record.token,
             root=root,
             prompt=prompt,
             change_dir=started.change_dir,
