@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from datetime import datetime
     from pathlib import Path
     from typing import NamedTuple as _Record
-    from typing import NoReturn, Protocol, TypedDict
+    from typing import NoReturn, TypedDict
     from typing import cast as _cast
 else:
 
@@ -2045,7 +2045,7 @@ def _line_of(data: bytes, position: int, key: str) -> int | None:
     return start + 1
 
 
-# ---- Items of old versions -----------------------------------------------------------------------
+# ---- Versions in history -------------------------------------------------------------------------
 
 
 def item_texts(data: bytes) -> list[bytes]:
@@ -2458,23 +2458,17 @@ def _waits_for(items: Mapping[str, Item], item_id: str, goal: str) -> bool:
 # ---- New items -----------------------------------------------------------------------------------
 
 
-if TYPE_CHECKING:
+class FollowUp(_Record):
+    """New work as an agent reports it."""
 
-    class Suggestion(Protocol):
-        """A follow-up as an agent reports it."""
-
-        @property
-        def title(self) -> str: ...
-        @property
-        def context(self) -> str | None: ...
-        @property
-        def size(self) -> str | None: ...
-        @property
-        def risk(self) -> str | None: ...
+    title: str
+    context: str | None = None
+    size: str | None = None
+    risk: str | None = None
 
 
 def add_follow_ups(
-    draft: Draft, prefix: str, origin: str, follow_ups: Sequence[Suggestion], now: datetime
+    draft: Draft, prefix: str, origin: str, follow_ups: Sequence[FollowUp], now: datetime
 ) -> list[Item]:
     """Add what an agent suggests as new items; returns those added.
 
@@ -2519,10 +2513,6 @@ def context_description(text: str | None) -> dict[str, str] | None:
     return {key: text.strip() if key == "context" else "" for key in DESCRIPTION_KEYS}
 
 
-class InboxError(BacklogError):
-    """The inbox cannot be used; the message names file and entry."""
-
-
 class InboxEntry(_Record):
     """One new item of the inbox, checked."""
 
@@ -2531,26 +2521,20 @@ class InboxEntry(_Record):
     fields: Mapping[str, object]  # the other keys of the item
 
 
-_INBOX_FIELDS = (
-    *RATING_WORDS,
-    "tags",
-    "dependencies",
-    "pipeline_type",
-    "priority",
-)
+_INBOX_FIELDS = (*RATING_WORDS, "tags", "dependencies", "pipeline_type", "priority")
 
 
 def parse_inbox(data: bytes, source: str) -> list[InboxEntry]:
     """Read an inbox: a list of new items of which only `title` is required.
 
     Empty for a file of blanks and comments. Keys that new items cannot have are ignored.
-    Raises YamlError, or InboxError on the first entry that cannot be used.
+    Raises YamlError, or BacklogError on the first entry that cannot be used.
     """
     root = parse_yaml(data, source)
     if root is None:
         return []
     if not isinstance(root, list):
-        raise InboxError(
+        raise BacklogError(
             f"{source}: expected a list of items, each beginning with '- title: …',"
             f" found {_shown(root)}; there is no 'items:' line in this file"
         )
@@ -2559,16 +2543,16 @@ def parse_inbox(data: bytes, source: str) -> list[InboxEntry]:
 
 def _inbox_entry(raw: object, where: str) -> InboxEntry:
     if not isinstance(raw, dict):
-        raise InboxError(f"{where}: expected 'title: …', found {_shown(raw)}")
+        raise BacklogError(f"{where}: expected 'title: …', found {_shown(raw)}")
     given = {key: value for key, value in raw.items() if value is not None}
     if "title" not in given:
-        raise InboxError(f"{where}: the key 'title' is missing")
+        raise BacklogError(f"{where}: the key 'title' is missing")
     for key in ("title", *_INBOX_FIELDS):
         if key in given and (problem := _value_problem(key, given[key])):
-            raise InboxError(f"{where}: {problem}")
+            raise BacklogError(f"{where}: {problem}")
     description = given.get("description")
     if description is not None and type(description) is not str:
-        raise InboxError(f"{where}: description must be text, not {_shown(description)}")
+        raise BacklogError(f"{where}: description must be text, not {_shown(description)}")
     fields = {key: given[key] for key in _INBOX_FIELDS if key in given}
     return InboxEntry(given["title"], description, fields)
 
@@ -2799,16 +2783,8 @@ _WRECK_S = 1.0  # how long a cut-off file has to stay as it is before it is writ
 class SaveError(BacklogError):
     """The backlog could not be brought to disk, or not be read from there.
 
-    What was decided is in memory, and `diff` is what the disk does not have; `results` are those
-    of the edits.
+    What was decided is in memory: see `Store.unsaved`.
     """
-
-    def __init__(
-        self, message: str, diff: Sequence[KeyChange] = (), results: Sequence[object] = ()
-    ) -> None:
-        super().__init__(message)
-        self.diff = list(diff)
-        self.results = list(results)
 
 
 def _merge_changes(
@@ -3034,7 +3010,7 @@ class Store:
                 except SaveError as error:
                     failure = error
         if failure is not None:
-            raise SaveError(str(failure), self.unsaved(), results) from failure
+            raise failure
         return results
 
     def unsaved(self) -> list[KeyChange]:
@@ -3079,7 +3055,7 @@ class Store:
             self._catch_up()
             data = self._read()
         if data is None:
-            raise SaveError(f"{self.path}: the file is gone", self.unsaved())
+            raise SaveError(f"{self.path}: the file is gone")
         return data
 
     @property

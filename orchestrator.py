@@ -79,6 +79,7 @@ from backlog import (
     Draft,
     Filter,
     FilterError,
+    FollowUp,
     InboxEntry,
     Item,
     KeyChange,
@@ -284,13 +285,6 @@ class Task(NamedTuple):
 
 
 Action = Promote | Task
-
-
-class FollowUp(NamedTuple):
-    title: str
-    context: str | None = None
-    size: str | None = None
-    risk: str | None = None
 
 
 class PhaseResult(NamedTuple):

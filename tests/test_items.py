@@ -16,8 +16,8 @@ from backlog import (
     Backlog,
     BacklogError,
     Draft,
+    FollowUp,
     InboxEntry,
-    InboxError,
     Item,
     Store,
     YamlError,
@@ -52,13 +52,6 @@ def item(item_id: str = "WRK-001", status: str = "new", **fields: object) -> Ite
 
 def draft_of(*items: Item, counter: int = 0) -> Draft:
     return Draft(Backlog({i["id"]: i for i in items}, counter))
-
-
-class FollowUp(NamedTuple):
-    title: str
-    context: str | None = None
-    size: str | None = None
-    risk: str | None = None
 
 
 class Loaded(NamedTuple):
@@ -925,7 +918,7 @@ def test_an_inbox_without_entries(data: bytes) -> None:
     ],
 )
 def test_a_bad_inbox_names_the_entry(data: bytes, message: str) -> None:
-    with pytest.raises(InboxError) as caught:
+    with pytest.raises(BacklogError) as caught:
         parse_inbox(data, "I.yaml")
     assert str(caught.value) == message.encode("latin-1").decode()
 
