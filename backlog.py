@@ -2679,6 +2679,11 @@ def matches(item: Item, filters: Iterable[Filter]) -> bool:
     )
 
 
+def matching(backlog: Backlog, filters: Sequence[Filter]) -> set[str]:
+    """The ids of all items that pass."""
+    return {item_id for item_id, item in backlog.items.items() if matches(item, filters)}
+
+
 def _filtered_values(item: Item, filter_: Filter) -> Sequence[str]:
     """What a filter compares: an origin `ID/phase` is found by the id alone, too."""
     if filter_.key == "tag":

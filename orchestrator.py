@@ -100,7 +100,7 @@ from backlog import (
     did_you_mean,
     ingest,
     item_texts,
-    matches,
+    matching,
     merge_items,
     parse_filter,
     parse_inbox,
@@ -260,9 +260,7 @@ class Config(NamedTuple):
     execution: Execution = Execution()
     agent: AgentSettings = AgentSettings()
     notify_command: tuple[str, ...] = ()
-    base: Path = (
-        Path()
-    )  # folder of the config file; backlog, inbox and workflows resolve against it
+    base: Path = Path()  # of the config file; backlog, inbox and workflows are relative to it
     source: str = "built-in defaults"
 
 
@@ -394,9 +392,7 @@ class RunView(NamedTuple):
     running: Mapping[str, Task]
     actions: tuple[Action, ...]  # what select_actions offers now (cap not applied)
     stop_requested: bool
-    breaker_open: (
-        bool  # an agent CLI cannot work, or too many items in a row exhausted their retries
-    )
+    breaker_open: bool  # an agent cannot work, or too many items in a row failed for good
     targets: tuple[str, ...]  # in the order given; () = no target mode
     auto_advance: bool
     filters_given: bool
@@ -460,7 +456,7 @@ class ConfigTable:
             return default
         return value.strip() or default
 
-    def word(self, key: str, words: Iterable[Word], default: Word) -> Word:
+    def word(self, key: str, words: Iterable[Word], default: Fallback) -> Word | Fallback:
         """One of a few words."""
         value = self.take(key)
         if value is None:
@@ -743,7 +739,7 @@ def _read_phase(table: ConfigTable) -> Phase:
         destructive=destructive,
         workflows=table.texts("workflows"),
         staleness=table.word("staleness", STALENESS, "ignore"),
-        agent=_read_phase_agent(table),
+        agent=table.word("agent", AGENT_CLIS, None),
         model=_read_model(table),
         timeout_minutes=table.number("timeout_minutes", None),
         run=table.argv("run"),
@@ -752,7 +748,7 @@ def _read_phase(table: ConfigTable) -> Phase:
         allow_empty=table.flag("allow_empty"),
     )
     table.close()
-    if phase.run and (phase.workflows or phase.agent or phase.model):
+    if phase.run and (phase.workflows or "agent" in table.values or phase.model):
         table.complain(
             "run", "replaces the agent: remove workflows, agent and model, or remove run"
         )
@@ -774,13 +770,6 @@ def _read_destructive(table: ConfigTable) -> bool:
     if "is_destructive" in table.values and "destructive" in table.values:
         table.complain("destructive", "is another name for is_destructive: keep one of the two")
     return table.flag("is_destructive") | table.flag("destructive")  # takes both keys
-
-
-def _read_phase_agent(table: ConfigTable) -> str | None:
-    if "agent" in table.values:
-        return table.word("agent", AGENT_CLIS, AGENT_CLIS[0])
-    table.take("agent")
-    return None
 
 
 def _read_outputs(table: ConfigTable, destructive: bool) -> tuple[str, ...]:
@@ -3170,10 +3159,9 @@ def status_json(
     only: Container[str] | None = None,
     costs: Mapping[str, Usage] | None = None,
 ) -> dict[str, object]:
-    """`status --json`: {"schema": 1, "counts": {status: number}, "items": [item_json, …]}.
+    """`status --json` but for what is kept on refs; see JSON_FORMS.
 
-    Items come in the order of the table. `costs` is what items have cost so far, by id. `schema`
-    grows when a key changes its meaning or goes.
+    Items come in the order of the table. `costs` is what items have cost so far, by id.
     """
     costs = costs or {}
     items = status_order(_considered(backlog.items, only))
@@ -3338,7 +3326,7 @@ def plan_rows(
     are listed as such, done ones not at all; `triage` has no word for those that are not new.
     """
     draft, rows, triaged = Draft(backlog), list[PlanRow](), set[str]()
-    only = {id for id, item in backlog.items.items() if matches(item, filters)}
+    only = matching(backlog, filters)
     while len(rows) < cap:
         now = draft.backlog()
         left = only - triaged
@@ -3882,15 +3870,7 @@ def _next_lines(facts: SummaryFacts, width: int) -> list[str]:
 
 
 def summary_json(facts: SummaryFacts) -> dict[str, object]:
-    """`run --json`, and what `notify.command` gets on its stdin.
-
-    {"schema": 1, "run_id", "halt_reason" (null: an error), "detail", "exit_code", "phases", "cap",
-    "seconds", "completed": [{id, title}], "blocked": [{id, title, reason}], "follow_ups": [id],
-    "merged": [id], "cost_usd" (null: not reported), "input_tokens", "output_tokens",
-    "spent": [{item, phase, cost_usd, input_tokens, output_tokens}], "filters", "targets",
-    "state_commit", "warnings": [text], "counts": {status: number}, "next": [{command, why}]}.
-    `schema` grows when a key changes its meaning or goes.
-    """
+    """`run --json`, and what `notify.command` gets on its stdin; see JSON_FORMS."""
 
     def titled(item_id: str) -> dict[str, str]:
         return {"id": item_id, "title": _title_of(item_id, facts)}
@@ -7346,13 +7326,8 @@ class Scheduler:
         if added:
             log().info("took %d from the inbox: %s", len(added), ", ".join(added))
         self._look_for_stop()
-        backlog = self.coordinator.backlog
         if self.options.filters:
-            self.matched |= {
-                item_id
-                for item_id, item in backlog.items.items()
-                if matches(item, self.options.filters)
-            }
+            self.matched |= matching(self.coordinator.backlog, self.options.filters)
 
     def _look_for_stop(self) -> bool:
         """Whether the run is to end, be it by a signal or by `orchestrator stop`."""
@@ -7791,7 +7766,7 @@ class RunLock:
         self._handle = -1
 
     def __enter__(self) -> RunLock:
-        """Take the lock, or raise OrchestratorError naming who has it."""
+        """Take the lock, or raise RunActive naming who has it."""
         import fcntl
 
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -7827,7 +7802,7 @@ class Workspace(NamedTuple):
     config: Config
     store: Store
 
-    def run_lock(self, owner: str) -> RunLock:
+    def run_lock(self, owner: str = "a command") -> RunLock:
         return RunLock(self.repo.state_dir / "run.lock", owner)
 
     @property
@@ -8345,7 +8320,7 @@ def cmd_status(args: argparse.Namespace) -> int:
     space = open_workspace(args.root, args.config)
     backlog = space.store.look()
     filters = filters_of(args)
-    only = {id for id, item in backlog.items.items() if matches(item, filters)} if filters else None
+    only = matching(backlog, filters) if filters else None
     if args.graph:
         graph = dependency_graph(backlog, only)
         print(_dumps(graph_json(graph)) if args.json else render_graph(graph))
@@ -8530,7 +8505,7 @@ def _settle_last_run(space: Workspace) -> None:
     if last is None or not last.unsaved:
         return
     try:
-        with space.run_lock("a command"):
+        with space.run_lock():
             space.store.restore(last.unsaved)
             space.store.transact([])
             _refuse_waiting(space.store)
@@ -8562,12 +8537,12 @@ def _commit_command(space: Workspace, args: argparse.Namespace, what: str) -> in
     if not (args.commit or space.config.execution.commit_commands):
         return EXIT_OK
     try:
-        with space.run_lock("a command"):
+        with space.run_lock():
             data = space.store.committed_bytes()
             done = space.repo.commit_state(
                 space.store.path, data, f"[orchestrator] {one_line(what, 72)}"
             )
-    except OrchestratorError:
+    except RunActive:
         print("A run is active: its next commit carries the change.")
         return EXIT_OK
     if done.warning:
@@ -8631,9 +8606,9 @@ def _take_out(
 def _refuse_while_running(space: Workspace, item_id: str) -> None:
     """An item whose phase runs just now is not to be taken from under it."""
     try:
-        with space.run_lock("a command"):
+        with space.run_lock():
             return
-    except OrchestratorError:
+    except RunActive:
         journal = Journal.read(space.journal_path)
     for attempt in journal.attempts.values() if journal else ():
         if attempt.item == item_id:
@@ -8739,12 +8714,12 @@ REMARKS: Sequence[Callable[[Workspace], Iterable[str]]] = (
 def cmd_stop(args: argparse.Namespace) -> int:
     """Ask the active run, by a file naming it, to end when its phases in flight are through."""
     space = open_workspace(args.root, args.config)
-    lock = space.run_lock("a command")
+    lock = space.run_lock()
     try:
         with lock:
             print("No run is active.")
             return EXIT_OK
-    except OrchestratorError:
+    except RunActive:
         found = re.match(r"run ([^,]+),", lock.holder())
     if found is None:
         raise OrchestratorError("the active run has only just begun; try again in a moment")
@@ -8961,6 +8936,7 @@ class HookFacts(NamedTuple):
     path: Path
     state: HookState
     chained: Path | None  # the hook that ours calls, or would restore
+    wanted: bytes  # what would be installed now
 
 
 def render_hook(backlog: str) -> bytes:
@@ -8991,15 +8967,16 @@ def hook_state(data: bytes | None, wanted: bytes) -> HookState:
     return "outdated" if data in (_seal_hook(data), HOOK_TEXT.encode()) else "changed"
 
 
-def inspect_hook(repo: Repo, wanted: bytes) -> HookFacts:
-    path = repo.hook_path("pre-commit")
+def inspect_hook(space: Workspace) -> HookFacts:
+    wanted = render_hook(space.repo.relative(space.store.path))
+    path = space.repo.hook_path("pre-commit")
     path = Path(os.path.realpath(path.parent)) / path.name
     chained = path.with_name(CHAINED_HOOK)
     legacy = path.with_name("pre-commit.legacy")  # where `pre-commit install` moves what it finds
     state = hook_state(_bytes_of(path), wanted)
     if state == "foreign" and re.search(HOOK_ID, _bytes_of(legacy) or b""):
         state = "behind pre-commit"
-    return HookFacts(path, state, chained if os.path.lexists(chained) else None)
+    return HookFacts(path, state, chained if os.path.lexists(chained) else None, wanted)
 
 
 def _bytes_of(path: Path) -> bytes | None:
@@ -9023,8 +9000,7 @@ def cmd_hook(args: argparse.Namespace) -> int:
 
 def install_hook(space: Workspace) -> None:
     """Install or update the hook; a hook that is there already is kept and called by ours."""
-    wanted = render_hook(space.repo.relative(space.store.path))
-    found = inspect_hook(space.repo, wanted)
+    found = inspect_hook(space)
     path, kept = found.path, found.path.with_name(CHAINED_HOOK)
     if path.parent.exists() and not path.parent.is_dir():
         raise OrchestratorError(f"{path.parent} is no folder: core.hooksPath switches hooks off")
@@ -9038,7 +9014,7 @@ def install_hook(space: Workspace) -> None:
         os.rename(path, kept)  # a link as the link that it is
     try:
         if found.state != "installed" or not os.access(path, os.X_OK):
-            replace_file(path, wanted, 0o755)
+            replace_file(path, found.wanted, 0o755)
     except OSError:
         if found.state == "foreign":
             os.rename(kept, path)
@@ -9071,7 +9047,7 @@ def _refuse_to_chain(found: HookFacts) -> None:
 
 def uninstall_hook(space: Workspace) -> None:
     """Remove our hook and put back, byte for byte, what was there before."""
-    found = inspect_hook(space.repo, render_hook(space.repo.relative(space.store.path)))
+    found = inspect_hook(space)
     if found.state == "changed":
         raise _hook_was_changed(found.path)
     if found.state == "behind pre-commit":
@@ -9097,7 +9073,7 @@ def _hook_was_changed(path: Path) -> OrchestratorError:
 
 
 def _hook_status(space: Workspace, *, as_json: bool) -> None:
-    found = inspect_hook(space.repo, render_hook(space.repo.relative(space.store.path)))
+    found = inspect_hook(space)
     notes = _hook_notes(space.repo, found.path)
     if as_json:
         rows = {"path": str(found.path), "state": found.state, "notes": notes}
