@@ -7821,8 +7821,12 @@ def open_workspace(root: Path, config_path: Path | None) -> Workspace:
             f"{repo.root} holds no {path.name}; the project is {above}. Go there, or name it with"
             " --root."
         )
+    feature = config.pipelines.get(DEFAULT_PIPELINE)
     store = Store(
-        path, repo.state_dir / "backlog.lock", warn=lambda text: log().warning("%s", text)
+        path,
+        repo.state_dir / "backlog.lock",
+        warn=lambda text: log().warning("%s", text),
+        feature_phases=phase_places(feature) if feature else None,
     )
     if path.is_relative_to(repo.top):
         # Large, ours, and another command may save it at any moment: no part of a phase's work.
