@@ -385,6 +385,16 @@ class Salvage(NamedTuple):
     finished: bool  # the item is done, so nobody will come back to it
 
 
+class RunOptions(NamedTuple):
+    """What `run` was asked to do."""
+
+    cap: int
+    targets: tuple[str, ...] = ()
+    filters: tuple[Filter, ...] = ()
+    auto_advance: bool = False
+    only_triage: bool = False
+
+
 class RunView(NamedTuple):
     """All that the halt decision depends on."""
 
@@ -1146,6 +1156,30 @@ def select_actions(
         Promote(item["id"]) for item in heapq.nsmallest(wanted, groups["ready"], _promotion_key)
     ]
     return [*actions, *_fill_slots(_candidates(groups, config, free, resting), bool(running))]
+
+
+def actions_for(
+    options: RunOptions,
+    backlog: Backlog,
+    running: Mapping[str, Task],
+    config: Config,
+    only: Container[str] | None,
+    *,
+    completed: Container[str] = (),
+    resting: Collection[str] = (),
+) -> list[Action]:
+    """`select_actions` for what a run was asked to do.
+
+    `only` are the ids that its filters leave, `completed` those that it has finished.
+    """
+    target = None
+    if options.only_triage:
+        only = to_triage(backlog.items, options.targets, only)
+    elif options.targets:
+        target = next_target(options.targets, backlog.items, completed, options.auto_advance)
+        if target is None:
+            return []
+    return select_actions(backlog, running, config, only=only, target=target, resting=resting)
 
 
 def to_triage(
@@ -3309,66 +3343,37 @@ class PlanRow(NamedTuple):
     text: str
 
 
-def plan_rows(
-    backlog: Backlog,
-    config: Config,
-    targets: Sequence[str] = (),
-    filters: Sequence[Filter] = (),
-    *,
-    cap: int,
-    auto_advance: bool = False,
-    only_triage: bool = False,
-) -> list[PlanRow]:
+def plan_rows(backlog: Backlog, config: Config, options: RunOptions) -> list[PlanRow]:
     """The plan of `run --dry-run`: the phases in order, then why the other items do not move.
 
     Played through with the run's own decisions, as if every phase succeeded and took equally long.
-    What comes after a triage is for the triage to say. Items that `targets` or `filters` leave out
+    What comes after a triage is for the triage to say. Items that targets or filters leave out
     are listed as such, done ones not at all; `triage` has no word for those that are not new.
     """
     draft, rows, triaged = Draft(backlog), list[PlanRow](), set[str]()
-    only = matching(backlog, filters)
-    while len(rows) < cap:
-        now = draft.backlog()
-        left = only - triaged
-        actions = _planned_actions(now, config, targets, left, auto_advance, only_triage)
+    only = matching(backlog, options.filters)
+    while len(rows) < options.cap:
+        actions = actions_for(options, draft.backlog(), {}, config, only - triaged)
         if not actions:
             break
         turn = rows[-1].turn + 1 if rows else 1
         for action in actions:
             if isinstance(action, Promote):
                 promote(draft, action.item_id, config, PLAN_TIME)
-            elif len(rows) < cap:
+            elif len(rows) < options.cap:
                 rows.append(_planned_row(action, draft.item(action.item_id), turn, config))
                 triaged |= {action.item_id} if action.pool == TRIAGE else set()
                 _play(draft, action, config)
-    wanted = targets if targets else only
+    wanted = options.targets or only
     ended = draft.backlog()
     rest = [i for i in ended.items.values() if i["id"] not in triaged and i["status"] != "done"]
-    if only_triage:
+    if options.only_triage:
         rest = [item for item in rest if item["status"] == "new"]
     started = {row.item_id for row in rows}
-    used_up = len(rows) >= cap
+    used_up = len(rows) >= options.cap
     return rows + [
         _idle_row(item, ended, config, wanted, started, used_up) for item in status_order(rest)
     ]
-
-
-def _planned_actions(
-    backlog: Backlog,
-    config: Config,
-    targets: Sequence[str],
-    only: Collection[str],
-    auto_advance: bool,
-    only_triage: bool,
-) -> Sequence[Action]:
-    if only_triage:
-        only = to_triage(backlog.items, targets, only)
-    elif targets:
-        target = next_target(targets, backlog.items, (), auto_advance)
-        if target is None:
-            return ()
-        return select_actions(backlog, {}, config, only=only, target=target)
-    return select_actions(backlog, {}, config, only=only)
 
 
 def _planned_row(task: Task, item: Item, turn: int, config: Config) -> PlanRow:
@@ -7201,16 +7206,6 @@ def _settle(answer: asyncio.Future[Any], value: Any) -> None:
 # ==== 9. Scheduler ================================================================================
 
 
-class RunOptions(NamedTuple):
-    """What `run` was asked to do."""
-
-    cap: int
-    targets: tuple[str, ...] = ()
-    filters: tuple[Filter, ...] = ()
-    auto_advance: bool = False
-    only_triage: bool = False
-
-
 class Totals:
     """What a run did so far."""
 
@@ -7337,25 +7332,18 @@ class Scheduler:
 
     def _offered(self, resting: Collection[str] = ()) -> list[Action]:
         """What could be started now, the cap not yet applied."""
-        backlog, running = self.coordinator.backlog, self._running_tasks()
-        only: Container[str] | None = self.matched if self.options.filters else None
-        target = None
-        if self.options.only_triage:
-            only = to_triage(backlog.items, self.options.targets, only)
-        elif self.options.targets:
-            target = self._current_target()
-            if target is None:
-                return []
-        return select_actions(
-            backlog, running, self.config, only=only, target=target, resting=resting
+        return actions_for(
+            self.options,
+            self.coordinator.backlog,
+            self._running_tasks(),
+            self.config,
+            self.matched if self.options.filters else None,
+            completed=self.totals.completed,
+            resting=resting,
         )
 
     def _running_tasks(self) -> dict[str, Task]:
         return {item_id: running.task for item_id, running in self.running.items()}
-
-    def _current_target(self) -> str | None:
-        items, done = self.coordinator.backlog.items, self.totals.completed
-        return next_target(self.options.targets, items, done, self.options.auto_advance)
 
     def _view(self, offered: Sequence[Action]) -> RunView:
         totals, execution = self.totals, self.config.execution
@@ -8303,15 +8291,7 @@ def _dry_run(space: Workspace, options: RunOptions, args: argparse.Namespace) ->
     backlog = space.store.look()
     for target in options.targets:
         _item(backlog, target)
-    rows = plan_rows(
-        backlog,
-        space.config,
-        options.targets,
-        options.filters,
-        cap=options.cap,
-        auto_advance=options.auto_advance,
-        only_triage=options.only_triage,
-    )
+    rows = plan_rows(backlog, space.config, options)
     problems = start_problems(space, allow_dirty=args.allow_dirty)
     if args.json:
         print(_dumps(plan_json(rows, problems)))

@@ -19,6 +19,7 @@ from orchestrator import (
     MessageEntry,
     Phase,
     Pipeline,
+    RunOptions,
     SummaryFacts,
     Task,
     Usage,
@@ -734,7 +735,7 @@ def plan_lines(text: str) -> list[str]:
 
 
 def plan(backlog: Backlog, *, cap: int = 100, config: Config | None = None, **options: Any) -> list[str]:
-    rows = orchestrator.plan_rows(backlog, config or make_config(), cap=cap, **options)
+    rows = orchestrator.plan_rows(backlog, config or make_config(), RunOptions(cap, **options))
     return [" ".join(line.split()) for line in render_plan(rows).splitlines()]
 
 
@@ -800,14 +801,14 @@ def test_d21_the_plan_of_a_filter_still_judges_dependencies_on_the_whole_backlog
 
 
 def test_the_plan_puts_below_an_item_what_has_no_room_beside_it() -> None:
-    rows = orchestrator.plan_rows(plan_backlog(), make_config(), cap=100)
+    rows = orchestrator.plan_rows(plan_backlog(), make_config(), RunOptions(100))
     text = render_plan(rows, width=60)
     assert max(map(len, text.splitlines())) <= 60
     assert "   1. WRK-001    Title of WRK-001\n        prd → design → build → review\n" in text
 
 
 def test_the_plan_for_machines() -> None:
-    rows = orchestrator.plan_rows(make_backlog(make_item("WRK-001", "ready"), make_item("WRK-002", "blocked")), make_config(), cap=1)
+    rows = orchestrator.plan_rows(make_backlog(make_item("WRK-001", "ready"), make_item("WRK-002", "blocked")), make_config(), RunOptions(1))
     assert orchestrator.plan_json(rows) == {
         "schema": 1,
         "items": [
@@ -982,7 +983,7 @@ def test_nothing_in_a_summary_can_paint_on_the_terminal() -> None:
     nasty = "\x1b[2J\x1b]0;x\x07\nHalt: all is well"
     backlog = make_backlog(make_item("WRK-002", "blocked", title=nasty, blocked_reason=nasty))
     facts = some_facts(backlog=backlog, blocked={"WRK-002": nasty}, titles={"WRK-001": nasty}, detail=nasty, warnings=(nasty,), filters=(nasty,))
-    text = "\n".join((render_summary(facts), render_status(backlog), render_plan(orchestrator.plan_rows(backlog, make_config(), cap=9)), render_item(backlog.items["WRK-002"])))
+    text = "\n".join((render_summary(facts), render_status(backlog), render_plan(orchestrator.plan_rows(backlog, make_config(), RunOptions(9))), render_item(backlog.items["WRK-002"])))
     assert "\x1b" not in text
     assert "\x07" not in text
     assert [line for line in text.splitlines() if line.startswith("Halt: all is well")] == []
