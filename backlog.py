@@ -2725,6 +2725,11 @@ def _indented(text: str) -> str:
     return "\n".join([first, *(f"  {line}".rstrip() for line in others)])
 
 
+def recent_worklogs(directory: Path) -> list[Path]:
+    """The files of the last two months that have one, the older one first."""
+    return sorted(directory.glob("[0-9][0-9][0-9][0-9]-[0-9][0-9].md"))[-2:]
+
+
 def append_worklog(directory: Path, now: datetime, text: str) -> Path:
     """Append an entry to the month's file and bring it to the disk; returns the file.
 
@@ -2734,8 +2739,7 @@ def append_worklog(directory: Path, now: datetime, text: str) -> Path:
     from datetime import UTC
 
     path = directory / f"{now.astimezone(UTC):%Y-%m}.md"
-    months = sorted(directory.glob("[0-9][0-9][0-9][0-9]-[0-9][0-9].md"))[-2:]
-    written = {month: month.read_bytes() for month in months}
+    written = {month: month.read_bytes() for month in recent_worklogs(directory)}
     entry = text.encode("utf-8", "replace")
     if not entry or any(entry in content for content in written.values()):
         return path

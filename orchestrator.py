@@ -105,6 +105,7 @@ from backlog import (
     parse_filter,
     parse_inbox,
     read_item_text,
+    recent_worklogs,
     render_yaml,
     sync_directory,
     transition,
@@ -311,6 +312,11 @@ class Usage(NamedTuple):
     cost_usd: float | None = None
     input_tokens: int | None = None
     output_tokens: int | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Both ways together, as far as reported."""
+        return (self.input_tokens or 0) + (self.output_tokens or 0)
 
     def plus(self, more: Usage) -> Usage:
         """The sum; what only one of the two reports counts as it is."""
@@ -3708,7 +3714,7 @@ def usage_text(usage: Usage) -> str:
     parts = []
     if usage.cost_usd is not None:
         parts.append(f"about ${usage.cost_usd:.{2 if usage.cost_usd >= 1 else 4}f}")
-    if usage.input_tokens or usage.output_tokens:
+    if usage.tokens:
         tokens = f"{usage.input_tokens or 0:,} tokens in and {usage.output_tokens or 0:,} out"
         parts.append(tokens)
     return ", ".join(parts)
@@ -3962,8 +3968,7 @@ class Progress(NamedTuple):
     """What an agent is doing, for the live line."""
 
     last: str = ""  # latest message or tool call, one line
-    tokens: int | None = None  # input and output together
-    cost_usd: float | None = None
+    usage: Usage = Usage()  # of the attempt so far
 
 
 # ---- Paths ---------------------------------------------------------------------------------------
@@ -4090,9 +4095,7 @@ class AgentReport:
 
     def progress(self) -> Progress:
         """The live line's view."""
-        usage = self.usage()
-        tokens = (usage.input_tokens or 0) + (usage.output_tokens or 0)
-        return Progress(self.last, tokens or None, usage.cost_usd)
+        return Progress(self.last, self.usage())
 
 
 def _dig(value: object, *keys: str) -> Any:
@@ -6834,7 +6837,7 @@ class Ledger:
     def _commit_pending(self) -> str | None:
         pending = self.journal.pending
         entries = {entry.path: entry for record in pending for entry in record.entries}
-        files = {path: path.read_bytes() for path in self._worklog_files()}
+        files = {path: path.read_bytes() for path in recent_worklogs(self.worklog_dir)}
         if any(record.with_state for record in pending):
             files[self.store.path] = self.store.committed_bytes()
             entries |= self._inbox_removal()
@@ -6847,10 +6850,7 @@ class Ledger:
 
     def worklog(self) -> list[str]:
         """The texts of the last two months, the older one first."""
-        return [path.read_text(errors="replace") for path in self._worklog_files()]
-
-    def _worklog_files(self) -> list[Path]:
-        return sorted(self.worklog_dir.glob("[0-9][0-9][0-9][0-9]-[0-9][0-9].md"))[-2:]
+        return [path.read_text(errors="replace") for path in recent_worklogs(self.worklog_dir)]
 
     def _inbox_removal(self) -> dict[str, Entry]:
         """The deletion of a tracked inbox that was taken in; not one that the operator made.
@@ -7637,8 +7637,8 @@ class Scheduler:
         running, now = self.running[task.item_id], time.monotonic()
         if now - running.told >= PROGRESS_LOG_S:
             self.running[task.item_id] = running._replace(told=now)
-            spent = f"{seen.tokens:,} tokens" if seen.tokens else ""
-            spent += f" ${seen.cost_usd:.2f}" if seen.cost_usd is not None else ""
+            spent = f"{seen.usage.tokens:,} tokens" if seen.usage.tokens else ""
+            spent += f" ${seen.usage.cost_usd:.2f}" if seen.usage.cost_usd is not None else ""
             parts = (human_duration(now - running.since), spent, one_line(seen.last, 160))
             text = ", ".join(part for part in parts if part)
             log().info("%s", phase_line(task.item_id, task.name, f"at work: {text}"))
@@ -7713,10 +7713,9 @@ class Scheduler:
             if pause.until > self._now()
         ]
         totals = self.totals
-        seen = sum_usage(Usage(one.cost_usd, one.tokens) for one in self.live.seen.values())
-        spent = sum_usage([*totals.spent.values(), Usage(seen.cost_usd)])
-        tokens = (spent.input_tokens or 0) + (spent.output_tokens or 0) + (seen.input_tokens or 0)
-        so_far = f" · {tokens:,} tokens" if tokens else ""
+        under_way = (one.usage for one in self.live.seen.values())
+        spent = sum_usage([*totals.spent.values(), *under_way])
+        so_far = f" · {spent.tokens:,} tokens" if spent.tokens else ""
         so_far += f" · ${spent.cost_usd:.2f}" if spent.cost_usd is not None else ""
         return (
             f"phases {totals.phases}/{self.options.cap} · {', '.join(doing) or 'waiting'} ·"
