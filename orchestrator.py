@@ -2859,7 +2859,7 @@ What it had changed is not in the working tree any more, but kept. Look before y
 def _documents_section(documents: Sequence[str]) -> str:
     if not documents:
         return ""
-    rows = [f"- {one_line(str(path))}" for path in documents]
+    rows = [f"- {one_line(path)}" for path in documents]
     return "\n".join(["## Documents\n", "Read these first; earlier phases wrote them:\n", *rows])
 
 
@@ -7053,30 +7053,6 @@ def salvage_stem(item_id: str, phase: str) -> str:
     return f"{SALVAGE_REFS}{safe_name(item_id)}/{safe_name(phase)}/"
 
 
-def salvages(repo: Repo, backlog: Backlog, prefix: str) -> list[Salvage]:
-    """All that is kept of attempts, also by other work trees of the repository.
-
-    An item counts as finished if it is done, or was handed out here and has left the backlog; but
-    not one of another branch, whose items may have the same ids.
-    """
-    going_on = {safe_name(id) for id, item in backlog.items.items() if item["status"] != "done"}
-    issued = IssuedIds(prefix, backlog)
-    found = []
-    for ref, commit in repo.refs(SALVAGE_REFS).items():
-        item, phase, *_ = (*ref.removeprefix(SALVAGE_REFS).split("/"), "")
-        finished = item in issued and item not in going_on and _is_of_this_branch(repo, commit)
-        found.append(Salvage(ref, item, phase, commit, finished))
-    return found
-
-
-def _is_of_this_branch(repo: Repo, commit: str) -> bool:
-    """Whether the attempt whose remains `commit` holds began on a commit of this branch."""
-    try:
-        return repo.is_ancestor(f"{commit}^")
-    except GitError:  # it began on an unborn branch
-        return False
-
-
 def item_folder(root: Path, item: Item) -> Path:
     """An item's folder of documents: the one there is, else the one to make."""
     changes = root / CHANGES_DIR
@@ -7255,7 +7231,6 @@ PROGRESS_LOG_S = 120.0  # how often the log tells what an agent does
 class Running(NamedTuple):
     task: Task
     since: float  # monotonic seconds
-    title: str
     told: float  # when the log last had a line about it
 
 
@@ -7467,10 +7442,10 @@ class Scheduler:
         if item is None:  # deleted by hand since the choice
             return
         self.totals.phases += 1
-        title = item["title"]
         now = time.monotonic()
-        self.running[task.item_id] = Running(task, now, title, now)
-        log().info("%s", phase_line(task.item_id, task.name, f"starts: {one_line(title, 80)}"))
+        self.running[task.item_id] = Running(task, now, now)
+        text = f"starts: {one_line(item['title'], 80)}"
+        log().info("%s", phase_line(task.item_id, task.name, text))
         self.workers.add(asyncio.create_task(self._work(task)))
 
     async def _wait(self) -> None:
@@ -7568,7 +7543,7 @@ class Scheduler:
         """Record what the attempt achieved, or tell why it failed."""
         result = outcome.result
         for warning in result.warnings if result else ():
-            log().warning("%s", phase_line(started.task.item_id, started.task.name, warning))
+            self._tell(started.task, warning)
         if result is None or result.result == "failed":
             return failure_text(outcome)
         verdict = await self.coordinator.do(self.ledger.finish, started, result)
@@ -7647,7 +7622,6 @@ class Scheduler:
         self, started: Started, attempts: int, failure: str, salvaged: str | None
     ) -> AttemptSpec:
         task, root = started.task, self.ledger.repo.root
-        backlog = self.coordinator.backlog
         settings = agent_settings(self.config, task.phase)
         prompt = build_prompt(
             started.item,
@@ -7658,10 +7632,10 @@ class Scheduler:
             result_path=result_path(root, task.item_id, task.name, started.record.token),
             change_dir=started.change_dir,
             previous_summary=worklog_summary(self.ledger.worklog(), task.item_id),
-            failure=failure or None,
+            failure=failure,
             salvage_ref=salvaged or self.ledger.last_salvage(task.item_id, task.name),
             documents=_documents(started.change_dir, root),
-            backlog=backlog,
+            backlog=self.coordinator.backlog,
         )
         return AttemptSpec(
             run_id=self.ledger.journal.run_id,
@@ -7796,6 +7770,9 @@ class Workspace(NamedTuple):
     def journal_path(self) -> Path:
         return self.repo.state_dir / "run.json"
 
+    def ledger(self, journal: Journal) -> Ledger:
+        return Ledger(self.repo, self.store, self.config, journal, utc_now)
+
 
 def open_workspace(root: Path, config_path: Path | None) -> Workspace:
     """Find repository and config; the backlog is not read yet."""
@@ -7872,9 +7849,9 @@ def begin_run(space: Workspace, run_id: str, *, allow_dirty: bool) -> Ledger:
     space.store.load(space.store.last_copy() if deleted_by_agent else None)
     space.repo.clean_leftovers()
     if last is not None and not last.settled:
-        Ledger(space.repo, space.store, space.config, last, utc_now).recover()
+        space.ledger(last).recover()
     journal = Journal(space.journal_path, run_id, space.repo.head().branch)
-    ledger = Ledger(space.repo, space.store, space.config, journal, utc_now)
+    ledger = space.ledger(journal)
     if last is not None:
         journal.inbox, journal.spent = last.inbox, last.spent
         if space.config.execution.on_usage_limit == "wait":  # else somebody starts it to try again
@@ -8308,7 +8285,7 @@ def cmd_status(args: argparse.Namespace) -> int:
         graph = dependency_graph(backlog, only)
         print(_dumps(graph_json(graph)) if args.json else render_graph(graph))
         return EXIT_OK
-    kept = salvages(space.repo, backlog, space.config.prefix)
+    kept = salvages(space)
     if args.json:
         told = status_json(backlog, only, item_costs(space))
         print(_dumps({**told, "salvage": salvage_json(kept)}))
@@ -8329,11 +8306,36 @@ def item_costs(space: Workspace) -> dict[str, Usage]:
     return costs
 
 
+def salvages(space: Workspace) -> list[Salvage]:
+    """All that is kept of attempts, also by other work trees of the repository.
+
+    An item counts as finished if it is done, or was handed out here and has left the backlog; but
+    not one of another branch, whose items may have the same ids.
+    """
+    repo, backlog = space.repo, space.store.backlog
+    going_on = {safe_name(id) for id, item in backlog.items.items() if item["status"] != "done"}
+    issued = IssuedIds(space.config.prefix, backlog)
+    found = []
+    for ref, commit in repo.refs(SALVAGE_REFS).items():
+        item, phase, *_ = (*ref.removeprefix(SALVAGE_REFS).split("/"), "")
+        finished = item in issued and item not in going_on and _is_of_this_branch(repo, commit)
+        found.append(Salvage(ref, item, phase, commit, finished))
+    return found
+
+
+def _is_of_this_branch(repo: Repo, commit: str) -> bool:
+    """Whether the attempt whose remains `commit` holds began on a commit of this branch."""
+    try:
+        return repo.is_ancestor(f"{commit}^")
+    except GitError:  # it began on an unborn branch
+        return False
+
+
 def cmd_show(args: argparse.Namespace) -> int:
     space = open_workspace(args.root, args.config)
     backlog = space.store.look()
     item = _item(backlog, args.id)
-    everything = salvages(space.repo, backlog, space.config.prefix)
+    everything = salvages(space)
     kept = [one for one in everything if one.item == safe_name(args.id)]
     documents = _documents(item_folder(space.repo.root, item), space.repo.root)
     commits = commits_of(space.repo, args.id)
@@ -8505,7 +8507,7 @@ def _see_past_agents(space: Workspace) -> None:
     """
     journal = Journal.read(space.journal_path)
     if journal is not None:
-        ledger = Ledger(space.repo, space.store, space.config, journal, utc_now)
+        ledger = space.ledger(journal)
         for record in journal.attempts.values():
             ledger.undo_set_back(record)
 
@@ -8608,12 +8610,12 @@ def cmd_check(args: argparse.Namespace) -> int:
     With `--probe` each agent's real command line is run once, which may cost a little.
     """
     space = open_workspace(args.root, args.config)
-    backlog = space.store.look()
+    space.store.look()
     problems = start_problems(space, allow_dirty=False)
     probes = probe_agents(space.config, space.repo.root) if args.probe else []
     problems += [probe.problem for probe in probes if probe.problem]
     remarks = [text for look in REMARKS for text in look(space)]
-    kept = salvages(space.repo, backlog, space.config.prefix)
+    kept = salvages(space)
     pruned = [one for one in kept if one.finished] if args.prune else []
     space.repo.drop_refs(one.ref for one in pruned)
     kept = [one for one in kept if one not in pruned]

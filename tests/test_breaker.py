@@ -358,7 +358,7 @@ def test_the_live_line_tells_what_runs_what_rests_and_what_it_cost(
     session = run_by(Clock(), project, monkeypatch)  # of nothing, to have one
     scheduler, task = session.scheduler, Task("WRK-001", Phase("plan"), "main")
     now = time.monotonic()
-    scheduler.running["WRK-001"] = orchestrator.Running(task, now - 65, "T", now)
+    scheduler.running["WRK-001"] = orchestrator.Running(task, now - 65, now)
     scheduler.totals.add_usage(task, orchestrator.Usage(0.25, 1000, 200))
     scheduler.live.note("WRK-001", Progress("Bash: make test", orchestrator.Usage(0.5, 30, 4)))
     scheduler.ledger.clock = lambda: datetime.fromtimestamp(NOW, UTC)
