@@ -5353,20 +5353,30 @@ async def run_attempt(
 
 def _prepare(spec: AttemptSpec) -> ChildCommand:
     """Write the prompt and lay out the files of an attempt."""
-    prompt, result = _prompt_of(spec), _result_of(spec)
-    out, err = log_paths(spec.root, spec.task.item_id, spec.task.name, spec.attempt)
-    for path in (prompt, result, out):
+    prompt = _prompt_of(spec)
+    for path in (prompt, _result_of(spec)):
         make_work_folder(spec.root, path.parent)
     prompt.write_text(spec.prompt, encoding="utf-8", errors="replace")
+    command = _command(spec, profile_of(spec).argv(spec), spec.attempt, spec.timeout_s)
+    stdin = command.stdin if spec.task.phase.run else prompt
+    return command._replace(stdin=stdin, idle_s=spec.idle_timeout_s)
+
+
+def _command(
+    spec: AttemptSpec, argv: Sequence[str], name: int | str, timeout_s: float
+) -> ChildCommand:
+    """A command in an attempt's surroundings, with nothing on stdin; its logs get this name."""
+    out, err = log_paths(spec.root, spec.task.item_id, spec.task.name, name)
+    make_work_folder(spec.root, out.parent)
     return ChildCommand(
-        argv=profile_of(spec).argv(spec),
+        argv=argv,
         env=agent_environment(spec, os.environ),
         cwd=spec.root,
-        stdin=Path(os.devnull) if spec.task.phase.run else prompt,
+        stdin=Path(os.devnull),
         out=out,
         err=err,
-        timeout_s=spec.timeout_s,
-        idle_s=spec.idle_timeout_s,
+        timeout_s=timeout_s,
+        idle_s=0,
         grace_s=spec.grace_s,
     )
 
@@ -5576,7 +5586,7 @@ async def run_verify(
         name = one_line(" ".join(argv), 200)
         if stop.is_set():
             return f"verify command `{name}` was not run: the run is stopping"
-        command = _verify_command(spec, argv, number, deadline - clock())
+        command = _command(spec, argv, f"{spec.attempt}-verify{number}", deadline - clock())
         try:
             end = await _run_child(command, stop=stop, hurry=hurry, timing=timing)
         except OSError as error:
@@ -5586,25 +5596,6 @@ async def run_verify(
             failed = f"failed with {_code_text(end.code)}"
             return _with_tail(f"verify command `{name}` {how or failed}", end)
     return None
-
-
-def _verify_command(
-    spec: AttemptSpec, argv: Sequence[str], number: int, timeout_s: float
-) -> ChildCommand:
-    attempt = f"{spec.attempt}-verify{number}"
-    out, err = log_paths(spec.root, spec.task.item_id, spec.task.name, attempt)
-    make_work_folder(spec.root, out.parent)
-    return ChildCommand(
-        argv=argv,
-        env=agent_environment(spec, os.environ),
-        cwd=spec.root,
-        stdin=Path(os.devnull),
-        out=out,
-        err=err,
-        timeout_s=timeout_s,
-        idle_s=0,
-        grace_s=spec.grace_s,
-    )
 
 
 # ---- Trying agents out ---------------------------------------------------------------------------
