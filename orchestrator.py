@@ -5800,6 +5800,9 @@ T = TypeVar("T")
 Clock = Callable[[], datetime]
 
 
+# ---- Log and terminal ----------------------------------------------------------------------------
+
+
 def log() -> logging.Logger:
     """The logger of the tool; it writes to stderr and is set up by `set_up_logging`."""
     import logging
@@ -5908,6 +5911,9 @@ class LiveLine:
     def close(self) -> None:
         self.wipe()
         self.text = None
+
+
+# ---- The journal ---------------------------------------------------------------------------------
 
 
 def replace_file(path: Path, data: bytes, mode: int = 0o644) -> None:
@@ -6075,6 +6081,9 @@ def _attempt_record(row: dict[str, Any]) -> AttemptRecord:
 
 def _pending_commit(row: dict[str, Any]) -> PendingCommit:
     return PendingCommit(**{**row, "entries": tuple(Entry(**entry) for entry in row["entries"])})
+
+
+# ---- The ledger ----------------------------------------------------------------------------------
 
 
 class Started(NamedTuple):
@@ -7395,8 +7404,7 @@ class Scheduler:
             self._tell(task, f"{text}, and no attempt is charged")
         else:
             again = f" ({pause.strikes} times in a row)" if pause.strikes > 1 else ""
-            self.breaker = outcome.detail + again
-            log().error("%s", phase_line(task.item_id, task.name, self.breaker))
+            self._trip(task, outcome.detail + again)
 
     @staticmethod
     def _clock_text(pause: AgentPause) -> str:
@@ -7559,8 +7567,11 @@ class Scheduler:
         elif outcome.kind in ("limited", "transient"):
             await self._rest(task, outcome)
         else:
-            self.breaker = outcome.detail
-            log().error("%s", phase_line(task.item_id, task.name, outcome.detail))
+            self._trip(task, outcome.detail)
+
+    def _trip(self, task: Task, why: str) -> None:
+        self.breaker = why
+        log().error("%s", phase_line(task.item_id, task.name, why))
 
     async def _stopped_within(self, seconds: float) -> bool:
         import asyncio
