@@ -427,12 +427,21 @@ class _Objects:
     """The trees and commits of an object store: read and written loose, otherwise by asking git.
 
     `folder` is "objects" of the repository; `cat_file` answers for `git cat-file` with an option
-    and a standard input. Ids are SHA-1, or SHA-256 where they have 32 bytes.
+    and a standard input. Ids are SHA-1, or SHA-256 where they have 32 bytes. With `replaced`, one
+    object may stand for another (see `git replace`), and git is asked for all of them.
     """
 
     KEPT_TREES = 2000  # then the memory is cleared
 
-    def __init__(self, folder: Path, id_size: int, cat_file: Callable[[str, bytes], bytes]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        id_size: int,
+        cat_file: Callable[[str, bytes], bytes],
+        *,
+        replaced: bool = False,
+    ) -> None:
+        self._replaced = replaced
         self._folder = folder
         self._id_size = id_size
         self._cat_file = cat_file
@@ -613,6 +622,8 @@ class _Objects:
     def _read_loose(self, oid: str) -> tuple[bytes, bytes] | None:
         import zlib
 
+        if self._replaced and oid not in self._new:
+            return None
         try:
             raw = self._new.get(oid) or zlib.decompress(self._place(oid).read_bytes())
         except (OSError, zlib.error):
@@ -942,7 +953,10 @@ class Repo:
         relative = os.path.relpath(self.root, self.top)
         self.prefix = "" if relative == "." else relative + "/"
         self._null = "0" * (64 if object_format == "sha256" else 40)
-        self._objects = _Objects(self.common_dir / "objects", self._id_size, self._cat_file)
+        replaced = not self._has_no_refs("refs/replace")
+        self._objects = _Objects(
+            self.common_dir / "objects", self._id_size, self._cat_file, replaced=replaced
+        )
 
     def _read_version(self) -> tuple[int, int]:
         said = self.git("version").decode(errors="replace")
@@ -2021,7 +2035,7 @@ class Repo:
             ignored = self._matching_ignore_rules(new)
             self._remove([path for path in new if path not in ignored])
             self._check_out(old, env)
-        self._restage(before, [c.before.path for c in changes])
+        self._restage(before, [c.before.path for c in changes], {entry.path for entry in old})
         self._verify_restored([c for c in files if c.before.path not in ignored])
 
     def _refuse_if_edited(self, changes: Sequence[Change]) -> None:
@@ -2113,8 +2127,14 @@ class Repo:
         rows = {_IndexRow.parse(row).path for row in (*before.staging, *after.staging)}
         self._restage(before, sorted(rows - changed))
 
-    def _restage(self, before: Snapshot, paths: Sequence[str]) -> None:
-        """Put index entries back; a path that had no staging of its own follows HEAD again."""
+    def _restage(
+        self, before: Snapshot, paths: Sequence[str], rewritten: Set[str] = frozenset()
+    ) -> None:
+        """Put index entries back; a path that had no staging of its own follows HEAD again.
+
+        Those of rewritten files are entered anew in any case: git takes a file for changed, without
+        a look into it, if its size is another one now, as with other line ends.
+        """
         head = self._entries(self.head().commit, paths)
         recorded: dict[str, list[_IndexRow]] = {}
         for row in map(_IndexRow.parse, before.staging):
@@ -2126,7 +2146,8 @@ class Repo:
         for path in paths:
             wanted = recorded.get(path) or [_IndexRow("H", *head[path][1:], "0", path)]
             absent = all(row.mode == ABSENT_MODE for row in wanted)
-            if wanted != present.get(path, []) and not (absent and path not in present):
+            same = wanted == present.get(path, []) and path not in rewritten
+            if not same and not (absent and path not in present):
                 rows += wanted
         if rows:
             self._write_index(rows)
@@ -2160,12 +2181,15 @@ class Repo:
         """Make a ref whose name is new; a file like those beside it, if there are any."""
         self._objects.settle()
         unfinished = self.git_dir / f"orchestrator-ref-{os.urandom(8).hex()}"
+        place = self.common_dir / ref
         try:
+            allowed = place.parent.stat().st_mode & 0o666  # git fails at a ref it may not read
             with open(unfinished, "xb") as file:
+                os.fchmod(file.fileno(), allowed)
                 file.write(_git_lines([commit]))
                 file.flush()
                 os.fsync(file.fileno())
-            os.rename(unfinished, self.common_dir / ref)
+            os.rename(unfinished, place)
         except OSError:  # no such folder: it is the first, or refs are kept in another way
             unfinished.unlink(missing_ok=True)
             self.git("update-ref", ref, commit)
@@ -2502,7 +2526,7 @@ def _git_by_hand(path: Path, message: str) -> str:
 
 def _git_now() -> bytes:
     """The time as git notes it: seconds and zone."""
-    return f"{time.time():.0f} {time.strftime('%z')}".encode()
+    return f"{int(time.time())} {time.strftime('%z')}".encode()
 
 
 def _git_append(path: Path, data: bytes) -> None:
