@@ -84,6 +84,8 @@ _GIT_ENV = {
     "LC_ALL": "C.UTF-8",  # we read some messages
     "LANGUAGE": "",
 }
+# Nothing that a run decides waits for a network; whoever reads history of a partial clone does.
+_GIT_FETCHING = {"GIT_NO_LAZY_FETCH": "0"}
 _GIT_CONFIG = (
     *("-c", "core.hooksPath=/dev/null", "-c", "core.fsmonitor=false", "-c", "gc.auto=0"),
     *("-c", "maintenance.auto=false", "-c", "commit.gpgSign=false", "-c", "core.safecrlf=false"),
@@ -1205,7 +1207,7 @@ class Repo:
         wanted = list(oids)
         args = ("cat-file", "--batch")
         stdin = "".join(f"{oid}\n" for oid in wanted).encode()
-        environment = {**_git_environment(), **_GIT_ENV}
+        environment = {**_git_environment(), **_GIT_ENV, **_GIT_FETCHING}
         with _git_reading(
             self._command(args),
             cwd=self._folder(),
@@ -1230,6 +1232,19 @@ class Repo:
         facts = [row.partition("\t")[0].split(" ") for row in rows]
         return list(self.read_blobs(oid for _, kind, oid in facts if kind == "blob"))
 
+    def bring_out(self, *starts: str) -> None:
+        """Write the files that a sparse checkout leaves out whose path has one of these starts.
+
+        For what is to be read or appended to: a new file would take the place of what git has.
+        """
+        rows = [row for row in self._index_rows() if row.skip_worktree]
+        missing = [r for r in rows if r.path.startswith(starts) and not self._exists(r.path)]
+        contents = self.read_blobs(row.oid for row in missing)
+        for row, content in zip(missing, contents, strict=True):
+            place = self.top / row.path
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.write_bytes(content)
+
     def file_versions(self, path: str) -> list[FileVersion]:
         """The commits of HEAD's history that changed a file, oldest first, through renames.
 
@@ -1240,7 +1255,8 @@ class Repo:
             return []
         options = ("--follow", "-c", "--date-order", "--no-show-signature", "--no-color")
         form = ("--raw", "-z", "--no-abbrev", "--no-ext-diff", "--format=%H %cI%n%B")
-        output = self.git("log", *options, *form, "HEAD", "--", path, limit_s=TREE_LIMIT_S)
+        command = ("log", *options, *form, "HEAD", "--", path)
+        output = self.git(*command, env=_GIT_FETCHING, limit_s=TREE_LIMIT_S)
         return list(reversed(list(_git_versions(output))))
 
     def changes(self, before: str | None, after: str) -> list[Change]:

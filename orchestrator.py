@@ -6304,6 +6304,8 @@ class Ledger:
             return None
         token = secrets.token_hex(8)
         if previous is None or task.phase.destructive:
+            folders = (f"{self.repo.prefix}{folder}/" for folder in (CHANGES_DIR, IDEAS_DIR))
+            self.repo.bring_out(*(f"{folder}{task.item_id}_" for folder in folders))
             before = self.repo.snapshot(self.snapshot_ref(token))
         else:
             before = previous.record.before
@@ -7850,6 +7852,7 @@ def begin_run(space: Workspace, run_id: str, *, allow_dirty: bool) -> Ledger:
     deleted_by_agent = last is not None and last.attempts
     space.store.load(space.store.last_copy() if deleted_by_agent else None)
     space.repo.clean_leftovers()
+    space.repo.bring_out(f"{space.repo.prefix}{WORKLOG_DIR}/")
     if last is not None and not last.settled:
         space.ledger(last).recover()
     journal = Journal(space.journal_path, run_id, space.repo.head().branch)
@@ -8581,6 +8584,7 @@ def _take_out(
     space, now = open_workspace(args.root, args.config), utc_now()
     _item(space.store.look(), args.id)
     _refuse_while_running(space, args.id)
+    space.repo.bring_out(f"{space.repo.prefix}{WORKLOG_DIR}/")
     gone = _change(space, lambda draft: take_out(draft, args.id, status, why, now))
     append_worklog(space.repo.root / WORKLOG_DIR, now, gone.worklog)
     title = one_line(gone.item["title"])

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,7 +15,7 @@ from tests.conftest import sh
 
 
 @pytest.fixture
-def project(make_repo: Callable[..., Path]) -> Path:
+def repository(make_repo: Callable[..., Path]) -> Path:
     return make_repo()
 
 
@@ -28,44 +30,69 @@ def phase(repo: Repo, name: str, data: bytes) -> tuple[Snapshot, Snapshot]:
     return before, repo.snapshot()
 
 
-def test_a_commit_that_stands_for_another_is_built_upon(project: Path) -> None:
+def test_a_commit_that_stands_for_another_is_built_upon(repository: Path) -> None:
     """`git replace`: what only the replacement of HEAD holds is neither new nor deleted."""
-    (project / "more").write_text("1\n")
-    git(project, "add", "more")
-    tree = git(project, "write-tree")
-    git(project, "replace", "HEAD", git(project, "commit-tree", tree, "-m", "In its place"))
-    repo = Repo.open(project)
+    (repository / "more").write_text("1\n")
+    git(repository, "add", "more")
+    tree = git(repository, "write-tree")
+    git(repository, "replace", "HEAD", git(repository, "commit-tree", tree, "-m", "In its place"))
+    repo = Repo.open(repository)
     before, after = phase(repo, "file", b"1\n")
     assert (before.tree, before.staging) == (tree, [])
     commit = repo.commit([change.after for change in repo.changes(before.tree, after.tree)], "Add")
-    assert git(project, "diff", "--name-status", "HEAD~", str(commit)) == "A\tfile"
-    assert git(project, "status", "--porcelain") == ""
+    assert git(repository, "diff", "--name-status", "HEAD~", str(commit)) == "A\tfile"
+    assert git(repository, "status", "--porcelain") == ""
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o077])
-def test_every_ref_of_a_shared_repository_can_be_read_by_the_others(project: Path, umask: int) -> None:
+def test_every_ref_of_a_shared_repository_can_be_read_by_the_others(repository: Path, umask: int) -> None:
     """Else their fetch, clone and gc fail at it."""
-    sh(project, "git", "init", "-q", "--shared=group")
-    repo, old = Repo.open(project), os.umask(umask)
+    sh(repository, "git", "init", "-q", "--shared=group")
+    repo, old = Repo.open(repository), os.umask(umask)
     try:
         for name in "abc":  # the first one is made by git
             repo.snapshot(f"refs/orchestrator/snapshots/{name}")
     finally:
         os.umask(old)
-    files = (project / ".git/refs/orchestrator/snapshots").iterdir()
+    files = (repository / ".git/refs/orchestrator/snapshots").iterdir()
     modes = {file.name: file.stat().st_mode & 0o660 for file in files}
     assert modes == dict.fromkeys("abc", 0o660)
 
 
-def test_a_file_with_other_line_ends_is_clean_when_it_is_put_back(project: Path) -> None:
+def test_a_file_with_other_line_ends_is_clean_when_it_is_put_back(repository: Path) -> None:
     """Agents write LF, the checkout has CRLF: the sizes differ, which is all that git looks at."""
-    (project / ".gitattributes").write_text("*.bat eol=crlf\n")
-    (project / "run.bat").write_bytes(b"1\n2\n")
-    git(project, "add", ".")
-    git(project, "commit", "-qm", "With LF on disk")
-    git(project, "status")  # notes its size
-    repo = Repo.open(project)
+    (repository / ".gitattributes").write_text("*.bat eol=crlf\n")
+    (repository / "run.bat").write_bytes(b"1\n2\n")
+    git(repository, "add", ".")
+    git(repository, "commit", "-qm", "With LF on disk")
+    git(repository, "status")  # notes its size
+    repo = Repo.open(repository)
     before, after = phase(repo, "run.bat", b"wrong\n")
     repo.restore(before, repo.changes(before.tree, after.tree))
-    assert (project / "run.bat").read_bytes() == b"1\r\n2\r\n"
+    assert (repository / "run.bat").read_bytes() == b"1\r\n2\r\n"
     assert repo.dirty_paths() == []
+
+
+@pytest.mark.slow
+def test_what_a_sparse_and_partial_clone_leaves_out_is_not_lost(project: Any) -> None:
+    """The worklog goes on from what git has, the agent finds the documents, and history is read."""
+    project.configure("plan build!")
+    project.backlog("WRK-001 ready", "WRK-002 ready")
+    project.script({"*/plan": [{"document": "plan.md"}], "*/build": [{"sh": "cat changes/WRK-001_*/plan.md >built"}]})
+    project.commit_all()
+    project.run("run", "--cap", "1")
+    project.git("config", "uploadpack.allowFilter", "true")
+    clone = project.root.with_name("clone")
+    sh(project.root, "git", "clone", "-q", "--sparse", "--filter=blob:none", f"file://{project.root}", str(clone))
+    project.root = clone
+    assert not (clone / "_worklog").exists()
+    project.run("run", "--cap", "1")
+    assert (clone / "built").read_text() == "WRK-001 plan 1\n"
+    changed = project.git("diff", "--numstat", "origin/main", "HEAD", "--", "_worklog", "changes")
+    assert re.fullmatch(r"\d+\t0\t_worklog/.*\n", changed)
+    assert "plan done" in project.run("log", "WRK-001").stdout
+    project.git("status")  # else git takes the file for edited, and lets it be
+    project.git("sparse-checkout", "reapply")
+    assert not (clone / "_worklog").exists()
+    project.run("close", "WRK-002", "--reason", "not wanted")
+    assert project.git("diff", "--numstat", "--", "_worklog").split()[1] == "0"
