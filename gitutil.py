@@ -533,7 +533,8 @@ class _Objects:
             # PermissionError: it is of another user of a shared repository. Git replaces it, too.
             with suppress(FileNotFoundError, PermissionError):
                 os.utime(place)  # there already; and so that no garbage collection finds it old
-                return oid
+                if self._is_stored(oid):
+                    return oid
         except OSError as error:
             raise GitError(f"{place} cannot be written: {error.strerror}") from None
         self._new[oid] = content
@@ -605,11 +606,28 @@ class _Objects:
 
     def _require(self, oids: Iterable[str]) -> None:
         """GitError if one of these objects is missing: what names it would be damaged."""
-        packed = [oid for oid in oids if oid not in self._new and not self._place(oid).exists()]
+        packed = [oid for oid in oids if oid not in self._new and not self._is_stored(oid)]
         said = self._cat_file("--batch-check", _git_lines(packed)) if packed else b""
         for line in said.decode().splitlines():
             if line.endswith(" missing"):
-                raise GitError(f"object {line}. See `git fsck`.")
+                raise self.missing(line.removesuffix(" missing"))
+
+    def _is_stored(self, oid: str) -> bool:
+        """Whether an object has a file of its own; a power cut leaves empty ones."""
+        try:
+            return self._place(oid).stat().st_size > 0
+        except OSError:
+            return False
+
+    def missing(self, oid: str) -> GitError:
+        """What there is to say of an object that cannot be read."""
+        place = self._place(oid)
+        if place.exists():
+            return GitError(
+                f"{place} is damaged, as by a power cut. Git stores it anew from your files once it"
+                f" is gone: `rm -f {_git_word(str(place))}`, then start again."
+            )
+        return GitError(f"object {oid} missing. See `git fsck`.")
 
     def _place(self, oid: str) -> Path:
         return Path(f"{self._folder}/{oid[:2]}/{oid[2:]}")  # this is asked some 40 times a phase
@@ -1219,7 +1237,7 @@ class Repo:
                 facts = output.readline().split()
                 if facts[1:2] != [b"blob"]:
                     why = "" if facts else end().err.decode(errors="replace")
-                    raise GitError(why or f"object {oid} is missing", args)
+                    raise GitError(why, args) if why else self._objects.missing(oid)
                 yield output.read(int(facts[2]) + 1)[:-1]
             end()
 
@@ -2009,8 +2027,13 @@ class Repo:
     def salvage(self, ref: str, snapshot: Snapshot, message: str) -> str:
         """Keep a snapshot as a commit on a new ref, and read it back; the commit's id.
 
-        GitError when the ref exists already.
+        GitError when the ref exists already, or when what differs from HEAD is not all there: git
+        may have taken for stored what a power cut has damaged.
         """
+        changes = self.changes(snapshot.head.commit, snapshot.tree)
+        kept = [c.after.oid for c in changes if c.after.mode not in (ABSENT_MODE, GITLINK_MODE)]
+        for _ in self.read_blobs(kept):
+            pass
         parents = [snapshot.head.commit] if snapshot.head.commit else []
         commit = self._commit_tree(snapshot.tree, parents, message)
         self._set_ref(ref, commit, self._null, message)
