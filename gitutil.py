@@ -89,7 +89,8 @@ _GIT_FETCHING = {"GIT_NO_LAZY_FETCH": "0"}
 _GIT_CONFIG = (
     *("-c", "core.hooksPath=/dev/null", "-c", "core.fsmonitor=false", "-c", "gc.auto=0"),
     *("-c", "maintenance.auto=false", "-c", "commit.gpgSign=false", "-c", "core.safecrlf=false"),
-    *("-c", "i18n.commitEncoding=UTF-8", "-c", "core.quotePath=false"),
+    *("-c", "i18n.commitEncoding=UTF-8", "-c", "i18n.logOutputEncoding=UTF-8"),
+    *("-c", "core.quotePath=false", "-c", "log.showRoot=true"),
     *("-c", "advice.addEmbeddedRepo=false"),
 )
 # Identity for a commit where the operator has configured none; the configuration stays as it is.

@@ -132,3 +132,11 @@ def test_an_object_that_a_power_cut_has_emptied_is_stored_again(repository: Path
         repo.commit([journaled], "New")
     assert repo.commit([repo.blob(repository / "new", b"new\n")], "New")
     assert git(repository, "fsck", "--strict") == ""
+
+
+@pytest.mark.parametrize("setting", ["log.showRoot=false", "i18n.logOutputEncoding=latin1"])
+def test_history_is_read_whole_whatever_the_operator_likes_to_see(repository: Path, setting: str) -> None:
+    git(repository, "config", *setting.split("="))
+    git(repository, "commit", "-q", "--amend", "-m", "Größe")
+    versions = Repo.open(repository).file_versions("README.md")
+    assert [version.message for version in versions] == ["Größe\n"]
