@@ -1006,6 +1006,14 @@ class Repo:
         return self.git_dir / "orchestrator"
 
     @property
+    def state_dirs(self) -> list[Path]:
+        """Those of all work trees of the repository: they share its refs."""
+        return [
+            folder / "orchestrator"
+            for folder in (self.common_dir, *self.common_dir.glob("worktrees/*"))
+        ]
+
+    @property
     def parked_ref(self) -> str:
         """The ref for state that may not be committed now; refs are shared by all work trees."""
         if self.git_dir == self.common_dir:

@@ -8670,12 +8670,12 @@ def _orphaned_folders(space: Workspace) -> Iterator[str]:
 
 def _leftover_refs(space: Workspace) -> Iterator[str]:
     """Refs of runs that are over; what an unfinished or active run needs is none."""
-    last = Journal.read(space.journal_path)
-    kept = "" if last is None or last.settled else last.run_id
+    journals = [Journal.read(folder / space.journal_path.name) for folder in space.repo.state_dirs]
+    kept = {journal.run_id for journal in journals if journal and not journal.settled}
     runs: dict[str, int] = {}
     for ref in space.repo.refs("refs/orchestrator/snapshots/"):
         run_id = ref.split("/")[3]
-        runs[run_id] = runs.get(run_id, 0) + (run_id != kept)
+        runs[run_id] = runs.get(run_id, 0) + (run_id not in kept)
     for run_id, count in runs.items():
         if count:
             refs = f"refs/orchestrator/snapshots/{run_id}"

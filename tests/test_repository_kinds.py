@@ -140,3 +140,20 @@ def test_history_is_read_whole_whatever_the_operator_likes_to_see(repository: Pa
     git(repository, "commit", "-q", "--amend", "-m", "Größe")
     versions = Repo.open(repository).file_versions("README.md")
     assert [version.message for version in versions] == ["Größe\n"]
+
+
+@pytest.mark.slow
+def test_check_does_not_offer_to_drop_the_snapshots_of_a_run_in_another_work_tree(project: Any) -> None:
+    project.configure("build!")
+    project.backlog("WRK-001 ready")
+    project.script({"*": [{"announce": True, "hang": True}]})
+    project.commit_all()
+    project.git("worktree", "add", "-q", "-b", "other", "../other")
+    process = project.start("run")
+    assert project.announced()
+    assert "refs/orchestrator/snapshots/" in project.git("for-each-ref")
+    here, project.root = project.root, project.root.with_name("other")
+    assert "snapshot" not in project.run("check").stdout
+    project.root = here
+    process.terminate()
+    project.finish(process, 143)
