@@ -1168,11 +1168,19 @@ class Repo:
         return "revert" if todo.startswith("revert") else "cherry-pick"
 
     def is_ancestor(self, commit: str) -> bool:
-        """Whether `commit` is in the history of HEAD. GitError when it is unknown."""
+        """Whether `commit` is in the history of HEAD. GitError when that is not known."""
         head = self.head().commit
         if head and commit in (head, *self._objects.parents(head)):
             return True
-        return self._succeeds("merge-base", "--is-ancestor", commit, "HEAD")
+        shallow = (self.common_dir / "shallow").exists()
+        answers = (0, 1, 128) if shallow else (0, 1)
+        said = self._call(("merge-base", "--is-ancestor", commit, "HEAD"), ok=answers)
+        if shallow and said.status:
+            raise GitError(
+                "this clone is shallow, its history does not reach back so far. Get the rest of it:"
+                " `git fetch --unshallow`"
+            )
+        return said.status == 0
 
     def commits_between(self, old: str, new: str) -> list[str]:
         """The commits that `new` has and `old` has not, oldest first."""

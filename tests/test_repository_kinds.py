@@ -142,6 +142,24 @@ def test_history_is_read_whole_whatever_the_operator_likes_to_see(repository: Pa
     assert [version.message for version in versions] == ["Größe\n"]
 
 
+def test_a_shallow_clone_does_not_know_what_is_no_longer_in_history(repository: Path) -> None:
+    """An item whose last phase was before the cut is not told that history was rewritten."""
+    old = git(repository, "rev-parse", "HEAD")
+    git(repository, "commit", "-q", "--allow-empty", "-m", "Second")
+    git(repository, "commit", "-q", "--allow-empty", "-m", "Third")
+    shallow = repository.with_name("shallow")
+    git(repository, "clone", "-q", "--depth=1", f"file://{repository}", str(shallow))
+    repo = Repo.open(shallow)
+    assert repo.is_ancestor(git(shallow, "rev-parse", "HEAD"))
+    with pytest.raises(GitError, match="git fetch --unshallow"):
+        repo.is_ancestor(old)
+    git(shallow, "fetch", "-q", "--depth=1", "origin", old)
+    with pytest.raises(GitError, match="git fetch --unshallow"):
+        repo.is_ancestor(old)
+    git(shallow, "fetch", "-q", "--unshallow")
+    assert repo.is_ancestor(old)
+
+
 @pytest.mark.slow
 def test_check_does_not_offer_to_drop_the_snapshots_of_a_run_in_another_work_tree(project: Any) -> None:
     project.configure("build!")
