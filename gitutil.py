@@ -1629,8 +1629,9 @@ class Repo:
         return self._staged_seen[1]
 
     def _differing(self, head: Head, *options: str) -> frozenset[str]:
-        against = ("diff-index", "--cached", "--raw", "-z", "--no-renames", "--no-abbrev", *options)
-        return frozenset(_git_rows(self.git(*against, head.commit or self._empty_tree))[1::2])
+        form = ("--raw", "-z", "--no-renames", "--no-abbrev", "--ignore-submodules=none")
+        against = ("diff-index", "--cached", *form, *options, head.commit or self._empty_tree)
+        return frozenset(_git_rows(self.git(*against))[1::2])
 
     def _is_hidden(self, row: _IndexRow) -> bool:
         """Whether an entry carries a flag that the operator set (not one of a sparse checkout)."""

@@ -160,6 +160,21 @@ def test_a_shallow_clone_does_not_know_what_is_no_longer_in_history(repository: 
     assert repo.is_ancestor(old)
 
 
+def test_what_is_staged_of_an_ignored_submodule_is_seen(repository: Path) -> None:
+    (repository / "sub").mkdir()
+    (repository / ".gitmodules").write_text('[submodule "s"]\npath = sub\nurl = .\nignore = all\n')
+    ours, theirs = ("160000," + digit * 40 + ",sub" for digit in "12")
+    git(repository, "add", ".")
+    git(repository, "update-index", "--add", "--cacheinfo", ours)
+    git(repository, "commit", "-q", "-m", "With a submodule")
+    git(repository, "update-index", "--cacheinfo", theirs)
+    repo = Repo.open(repository)
+    before = repo.snapshot()
+    git(repository, "reset", "-q")
+    repo.restore(before, repo.changes(before.tree, repo.snapshot().tree))
+    assert git(repository, "ls-files", "-s", "sub") == f"160000 {'2' * 40} 0\tsub"
+
+
 @pytest.mark.slow
 def test_check_does_not_offer_to_drop_the_snapshots_of_a_run_in_another_work_tree(project: Any) -> None:
     project.configure("build!")
