@@ -628,7 +628,7 @@ class _Objects:
                 f"{place} is damaged, as by a power cut. Git stores it anew from your files once it"
                 f" is gone: `rm -f {_git_word(str(place))}`, then start again."
             )
-        return GitError(f"object {oid} missing. See `git fsck`.")
+        return GitError(f"object {oid} is missing. See `git fsck`.")
 
     def _place(self, oid: str) -> Path:
         return Path(f"{self._folder}/{oid[:2]}/{oid[2:]}")  # this is asked some 40 times a phase

@@ -219,7 +219,7 @@ def test_an_object_that_is_missing_is_not_committed(project: Path) -> None:
     """As when an agent's `git gc --prune=now` took the recorded bytes of a document."""
     repo, head = Repo.open(project), git(project, "rev-parse", "HEAD")
     gone = "12" * 20
-    with pytest.raises(GitError, match=f"object {gone} missing"):
+    with pytest.raises(GitError, match=f"object {gone} is missing"):
         repo.commit([Entry("a", "100644", gone)], "text")
     assert git(project, "rev-parse", "HEAD") == head
     assert git(project, "status", "-s") == ""
