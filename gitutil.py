@@ -569,11 +569,14 @@ class _Objects:
         import zlib
 
         allowed = stat.S_IMODE(self._folder.stat().st_mode)  # shows whether others may read
-        if not place.parent.is_dir():
+        unfinished = place.with_name(f"tmp_obj_{os.urandom(6).hex()}")  # git gc knows that name
+        try:
+            unfinished.touch(0o600, exist_ok=False)
+        except FileNotFoundError:  # no look ahead: git gc removes a folder once it is empty
             place.parent.mkdir(exist_ok=True)
             place.parent.chmod(allowed)
-        unfinished = place.with_name(f"tmp_obj_{os.urandom(6).hex()}")  # git gc knows that name
-        with open(unfinished, "xb") as file:
+            unfinished.touch(0o600, exist_ok=False)
+        with open(unfinished, "wb") as file:
             file.write(zlib.compress(content, 1))
             os.fchmod(file.fileno(), allowed & 0o444)
         return unfinished

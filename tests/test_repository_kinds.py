@@ -175,6 +175,18 @@ def test_what_is_staged_of_an_ignored_submodule_is_seen(repository: Path) -> Non
     assert git(repository, "ls-files", "-s", "sub") == f"160000 {'2' * 40} 0\tsub"
 
 
+def test_a_garbage_collection_may_remove_an_empty_folder_at_any_moment(
+    repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`git gc` beside a run: that the folder of an object was there a moment ago says nothing."""
+    repo = Repo.open(repository)
+    with monkeypatch.context() as moment_ago:
+        moment_ago.setattr(Path, "is_dir", lambda _: True)
+        oid = repo._objects.write(b"blob", b"new\n")
+        repo._objects.settle()
+    assert git(repository, "cat-file", "-p", oid) == "new"
+
+
 @pytest.mark.slow
 def test_check_does_not_offer_to_drop_the_snapshots_of_a_run_in_another_work_tree(project: Any) -> None:
     project.configure("build!")
