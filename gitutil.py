@@ -977,7 +977,7 @@ class Repo:
         relative = os.path.relpath(self.root, self.top)
         self.prefix = "" if relative == "." else relative + "/"
         self._null = "0" * (64 if object_format == "sha256" else 40)
-        replaced = not self._has_no_refs("refs/replace")
+        replaced = bool(self.refs("refs/replace/"))
         self._objects = _Objects(
             self.common_dir / "objects", self._id_size, self._cat_file, replaced=replaced
         )
@@ -1241,8 +1241,10 @@ class Repo:
 
         GitError, in its place, for one that is not there.
         """
-        self._objects.settle()
         wanted = list(oids)
+        if not wanted:
+            return
+        self._objects.settle()
         args = ("cat-file", "--batch")
         stdin = "".join(f"{oid}\n" for oid in wanted).encode()
         environment = {**_git_environment(), **_GIT_ENV, **_GIT_FETCHING}
