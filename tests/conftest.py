@@ -27,8 +27,9 @@ IDENTITY = {
 
 
 @pytest.fixture(autouse=True)
-def hermetic(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A private HOME and a clean environment; returns the HOME."""
+def hermetic(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A private HOME and a clean environment; gives the HOME."""
+    hangup = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # below nohup the command would ignore it
     home = tmp_path_factory.getbasetemp() / "home"  # one for all: nothing is written to it
     home.mkdir(exist_ok=True)
     for name in list(os.environ):
@@ -39,7 +40,8 @@ def hermetic(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monke
     monkeypatch.setenv("GIT_CONFIG_NOSYSTEM", "1")
     monkeypatch.setenv("LC_ALL", "C.UTF-8")
     monkeypatch.setenv("TZ", "UTC")
-    return home
+    yield home
+    signal.signal(signal.SIGHUP, hangup)
 
 
 @pytest.fixture
