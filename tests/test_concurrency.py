@@ -145,7 +145,9 @@ raise SystemExit(orchestrator.main(["--root", os.path.dirname(path), "add", "pau
 """
 
 
-@pytest.mark.parametrize("act", ["a command", "an editor", "a rename", "a link", "a deletion"])
+@pytest.mark.parametrize(
+    "act", ["a rename", *(pytest.param(act, marks=pytest.mark.slow) for act in ("a command", "an editor", "a link", "a deletion"))]
+)
 def test_a_writer_paused_between_reading_and_renaming(project: Any, tmp_path: Path, act: str) -> None:
     """Others' commands wait for it; what an editor writes in this instant is merged."""
     project.backlog("WRK-001 new")

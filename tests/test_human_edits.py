@@ -528,9 +528,9 @@ def work(folder: Path, seeds: range) -> None:
 
 
 def test_only_the_lines_of_decided_keys_change_whatever_a_human_did(tmp_path: Path) -> None:
-    work(tmp_path, range(16))
+    work(tmp_path, range(8))
 
 
 @pytest.mark.slow
 def test_only_the_lines_of_decided_keys_change_two_hundred_files(tmp_path: Path) -> None:
-    work(tmp_path, range(16, 216))
+    work(tmp_path, range(8, 216))
