@@ -1688,7 +1688,7 @@ if TYPE_CHECKING:
         risk: str
         impact: str
         requires_human_review: bool
-        origin: str  # "inbox", or "ID/phase" of the work that suggested it
+        origin: str  # "ID/phase" of the work that suggested it
         blocked_from_status: str
         blocked_reason: str
         blocked_type: str  # one of BLOCK_WORDS
@@ -2513,67 +2513,6 @@ def context_description(text: str | None) -> dict[str, str] | None:
     return {key: text.strip() if key == "context" else "" for key in DESCRIPTION_KEYS}
 
 
-class InboxEntry(_Record):
-    """One new item of the inbox, checked."""
-
-    title: str
-    description: str | None
-    fields: Mapping[str, object]  # the other keys of the item
-
-
-_INBOX_FIELDS = (*RATING_WORDS, "tags", "dependencies", "pipeline_type", "priority")
-
-
-def parse_inbox(data: bytes, source: str) -> list[InboxEntry]:
-    """Read an inbox: a list of new items of which only `title` is required.
-
-    Empty for a file of blanks and comments. Keys that new items cannot have are ignored.
-    Raises YamlError, or BacklogError on the first entry that cannot be used.
-    """
-    root = parse_yaml(data, source)
-    if root is None:
-        return []
-    if not isinstance(root, list):
-        raise BacklogError(
-            f"{source}: expected a list of items, each beginning with '- title: …',"
-            f" found {_shown(root)}; there is no 'items:' line in this file"
-        )
-    return [_inbox_entry(raw, f"{source}: entry {n}") for n, raw in enumerate(root, start=1)]
-
-
-def _inbox_entry(raw: object, where: str) -> InboxEntry:
-    if not isinstance(raw, dict):
-        raise BacklogError(f"{where}: expected 'title: …', found {_shown(raw)}")
-    given = {key: value for key, value in raw.items() if value is not None}
-    if "title" not in given:
-        raise BacklogError(f"{where}: the key 'title' is missing")
-    for key in ("title", *_INBOX_FIELDS):
-        if key in given and (problem := _value_problem(key, given[key])):
-            raise BacklogError(f"{where}: {problem}")
-    description = given.get("description")
-    if description is not None and type(description) is not str:
-        raise BacklogError(f"{where}: description must be text, not {_shown(description)}")
-    fields = {key: given[key] for key in _INBOX_FIELDS if key in given}
-    return InboxEntry(given["title"], description, fields)
-
-
-def ingest(
-    draft: Draft, prefix: str, entries: Iterable[InboxEntry], now: datetime
-) -> list[Item]:
-    """Add the entries of the inbox as new items; one with a blank title is left out with a
-    warning on the draft. Returns the items added."""
-    added: list[Item] = []
-    for entry in entries:
-        if not _one_line_title(entry.title):
-            draft.warnings.append("an inbox entry with a blank title is left out")
-            continue
-        description = context_description(entry.description)
-        added.append(
-            draft.add(
-                prefix, entry.title, now, origin="inbox", description=description, **entry.fields
-            )
-        )
-    return added
 
 
 # ==== 11. Filters =================================================================================

@@ -80,7 +80,6 @@ from backlog import (
     Filter,
     FilterError,
     FollowUp,
-    InboxEntry,
     Item,
     KeyChange,
     SaveError,
@@ -98,12 +97,10 @@ from backlog import (
     counter_of,
     dependants_of,
     did_you_mean,
-    ingest,
     item_texts,
     matching,
     merge_items,
     parse_filter,
-    parse_inbox,
     read_item_text,
     recent_worklogs,
     render_yaml,
@@ -113,7 +110,6 @@ from backlog import (
     worklog_entry,
 )
 from gitutil import (
-    ABSENT_MODE,
     ABSENT_OID,
     HOOK_LIMIT_S,
     Change,
@@ -146,7 +142,6 @@ EXIT_BREAKER = 4
 
 CONFIG_NAME = "orchestrator.toml"
 BACKLOG_NAME = "BACKLOG.yaml"  # unless the config says otherwise
-INBOX_NAME = "BACKLOG_INBOX.yaml"
 WORK_DIR = ".orchestrator"  # results, prompts, agent logs; never committed
 CHANGES_DIR = "changes"
 IDEAS_DIR = "_ideas"
@@ -261,7 +256,7 @@ class Config(NamedTuple):
     execution: Execution = Execution()
     agent: AgentSettings = AgentSettings()
     notify_command: tuple[str, ...] = ()
-    base: Path = Path()  # of the config file; backlog, inbox and workflows are relative to it
+    base: Path = Path()  # of the config file; backlog and workflows are relative to it
     source: str = "built-in defaults"
 
 
@@ -580,8 +575,8 @@ def _usable_text(value: object) -> bool:
 def parse_config(data: bytes, source: str, base: Path) -> Config:
     """Read the bytes of orchestrator.toml (TOML 1.0).
 
-    `source` names the file in messages; `base` is the folder against which the backlog, the inbox
-    and workflow files are resolved. Raises ConfigError, which lists everything that is wrong.
+    `source` names the file in messages; `base` is the folder against which the backlog and workflow
+    files are resolved. Raises ConfigError, which lists everything that is wrong.
     """
     problems: list[str] = []
     top = ConfigTable(_parse_toml(data, source), "", problems)
@@ -967,20 +962,6 @@ def _dangling_dependencies(
         for missing in item.get("dependencies", ())
         if missing not in backlog.items and missing not in issued
     ]
-
-
-def refuse_unknown_needs(entries: Iterable[InboxEntry], config: Config, backlog: Backlog) -> None:
-    """BacklogError for an inbox entry that depends on an id nobody ever had.
-
-    Once it were an item, it would keep every further run from starting.
-    """
-    issued = IssuedIds(config.prefix, backlog)
-    for number, entry in enumerate(entries, start=1):
-        for need in cast(Sequence[str], entry.fields.get("dependencies", ())):
-            if need not in backlog.items and need not in issued:
-                hint = did_you_mean(need, backlog.items)
-                where = f"{INBOX_NAME}: entry {number} ({one_line(entry.title, 60)})"
-                raise BacklogError(f"{where} depends on {need}, which does not exist{hint}")
 
 
 class IssuedIds:
@@ -2926,8 +2907,8 @@ def _built_in_task(item: Item, task: Task, change_dir: str) -> str:
 def _rules_section(item: Item, task: Task, config: Config, change_dir: str) -> str:
     rules = [
         *_write_rules(item, task, change_dir),
-        f"- Never edit `{config.backlog_path}`, `{INBOX_NAME}`, `{CONFIG_NAME}`, `{WORKLOG_DIR}/`"
-        f" or `{WORK_DIR}/` (except for the result file). New work goes into `follow_ups`.",
+        f"- Never edit `{config.backlog_path}`, `{CONFIG_NAME}`, `{WORKLOG_DIR}/` or"
+        f" `{WORK_DIR}/` (except for the result file). New work goes into `follow_ups`.",
         "- Never commit, stash, switch branches or reset: no `git add`, `commit`, `stash`,"
         " `switch`, `checkout`, `restore`, `reset`, `rebase`, `merge`, `clean` or `push`. Reading"
         " (`log`, `show`, `diff`, `blame`) is fine. Your changes are committed for you when you are"
@@ -5989,7 +5970,6 @@ class Journal:
         self.attempts: dict[str, AttemptRecord] = {}  # by token
         self.pending: list[PendingCommit] = []
         self.unsaved: list[KeyChange] = []
-        self.inbox = ""  # digest of the inbox that was taken in last, until its removal is in git
         self.parked = ""  # the parked state commit that the file on disk has taken up
         self.pauses: dict[str, AgentPause] = {}  # open breakers by agent
         self.spent: dict[str, Usage] = {}  # by item: what the worklog does not tell yet
@@ -6009,7 +5989,7 @@ class Journal:
             journal.attempts = {row["token"]: _attempt_record(row) for row in data["attempts"]}
             journal.pending = [_pending_commit(row) for row in data["pending"]]
             journal.unsaved = [KeyChange(**row) for row in data["unsaved"]]
-            journal.inbox, journal.parked = data["inbox"], data["parked"]
+            journal.parked = data["parked"]
             pauses, spent = data.get("pauses", ()), data.get("spent", {})  # not in older ones
             journal.pauses = {row["agent"]: AgentPause(**row) for row in pauses}
             journal.spent = {item: Usage(**row) for item, row in spent.items()}
@@ -6037,7 +6017,6 @@ class Journal:
             "attempts": [_as_json(record) for record in self.attempts.values()],
             "pending": [_as_json(commit) for commit in self.pending],
             "unsaved": [_as_json(change) for change in self.unsaved],
-            "inbox": self.inbox,
             "parked": self.parked,
             "pauses": [_as_json(pause) for pause in self.pauses.values()],
             "spent": {item: _as_json(usage) for item, usage in self.spent.items()},
@@ -6120,8 +6099,6 @@ class Ledger:
         self.config = config
         self.journal = journal
         self.clock = clock
-        self.inbox_path = config.base / INBOX_NAME
-        self.inbox_trouble = ""  # the last complaint, so that it is made once
         self.commit_again = 0.0  # monotonic seconds; see `flush`
         self.commit_trouble = ""  # the last complaint of `flush`, so that it is made once
         self.own_commits: set[str] = set()  # made by this run; other new ones are an agent's
@@ -6208,85 +6185,6 @@ class Ledger:
         if isinstance(answer, Exception):
             raise answer
         return cast(T, answer)
-
-    def take_in(self) -> list[str]:
-        """Take up edits made on disk meanwhile and new items from the inbox; ids of those."""
-        if self.inbox_taken.exists():
-            return self.recover_inbox()
-        self._remove_inbox_put_back()
-        entries = self._inbox_entries()
-        if not entries:
-            self.edit([])
-            return []
-        self._claim_inbox()
-        return self.ingest_taken()
-
-    def _remove_inbox_put_back(self) -> None:
-        """Remove an inbox that was taken in, but that an agent's git put back since."""
-        if not self.journal.inbox:
-            return
-        with suppress(OSError):
-            data, head = self.inbox_path.read_bytes(), self.repo.head().commit
-            entry = self.repo.entry(head, self.inbox_git_path) if head else None
-            if digest(data) == self.journal.inbox and entry == self.repo.blob(self.inbox_path):
-                self.inbox_path.unlink()
-                log().warning("%s was put back by git; its items are there already", INBOX_NAME)
-
-    def _claim_inbox(self) -> None:
-        """Move the inbox where no agent's `git clean` reaches it."""
-        try:
-            os.replace(self.inbox_path, self.inbox_taken)
-        except OSError as error:
-            if error.errno != errno.EXDEV:
-                raise
-            replace_file(self.inbox_taken, self.inbox_path.read_bytes())
-            self.inbox_path.unlink()
-
-    def _inbox_entries(self) -> list[InboxEntry]:
-        try:
-            entries = read_inbox(self.inbox_path)
-            refuse_unknown_needs(entries, self.config, self.store.backlog)
-        except FileNotFoundError:
-            return []
-        except (BacklogError, YamlError, OSError) as error:
-            if str(error) != self.inbox_trouble:
-                log().warning("%s. Nothing is taken from the inbox until it is mended.", error)
-            self.inbox_trouble = str(error)
-            return []
-        self.inbox_trouble = ""
-        return entries
-
-    @property
-    def inbox_taken(self) -> Path:
-        """Where the inbox waits between being claimed and being saved as items."""
-        return self.repo.state_dir / "inbox.taken"
-
-    def ingest_taken(self) -> list[str]:
-        """Make items of the claimed inbox; twice over a crash gives them once (see `recover`)."""
-        data = self.inbox_taken.read_bytes()
-        try:
-            entries = parse_inbox(data, INBOX_NAME)
-            refuse_unknown_needs(entries, self.config, self.store.backlog)
-        except (BacklogError, YamlError):
-            os.replace(self.inbox_taken, self.inbox_path)  # it was edited as it was claimed
-            return []
-        now = self.clock()
-
-        def prepare() -> None:
-            self.journal.inbox = digest(data)
-
-        added = self.edit_one(
-            lambda draft: ingest(draft, self.config.prefix, entries, now), prepare=prepare
-        )
-        self.inbox_taken.unlink()
-        return [item["id"] for item in added]
-
-    def recover_inbox(self) -> list[str]:
-        """Finish an inbox that was claimed when the run was killed; ids of its items, if any."""
-        if digest(self.inbox_taken.read_bytes()) != self.journal.inbox:
-            return self.ingest_taken()
-        self.inbox_taken.unlink()  # its items are saved: the journal named them before
-        return []
 
     # -- one attempt -------------------------------------------------------------------------------
 
@@ -6558,7 +6456,6 @@ class Ledger:
         """
         self._put_state_back(record)
         self._put_branch_back(record)
-        self._remove_inbox_put_back()
         before, after = record.before, self.repo.snapshot()
         if after.head.branch != before.head.branch:
             raise OrchestratorError(
@@ -6596,17 +6493,13 @@ class Ledger:
         prefix = self.repo.prefix
         unfinished = self.repo.relative(self.store.temporary)
         folders = (f"{prefix}{WORKLOG_DIR}/", f"{prefix}{WORK_DIR}/")
-        own = (self.backlog_path, self.inbox_git_path, unfinished)
+        own = (self.backlog_path, unfinished)
         return path in own or path.startswith(folders)
 
     @property
     def backlog_path(self) -> str:
         """The backlog relative to the top of the work tree, as git names it."""
         return os.path.relpath(self.store.path, self.repo.top)
-
-    @property
-    def inbox_git_path(self) -> str:
-        return self.repo.relative(self.inbox_path)
 
     @property
     def worklog_dir(self) -> Path:
@@ -6831,8 +6724,6 @@ class Ledger:
             log().info(
                 "committed %s %s", commit[:10], self._message(self.journal.pending).split("\n")[0]
             )
-        if any(record.with_state for record in self.journal.pending):
-            self.journal.inbox = ""  # a tracked one that is gone is committed as gone now
         self.journal.pending.clear()
         self.journal.write(flush=False)  # a start finds the commit in history
 
@@ -6842,7 +6733,6 @@ class Ledger:
         files = {path: path.read_bytes() for path in recent_worklogs(self.worklog_dir)}
         if any(record.with_state for record in pending):
             files[self.store.path] = self.store.committed_bytes()
-            entries |= self._inbox_removal()
         for path, data in files.items():
             entry = self.repo.blob(path, data)
             entries[entry.path] = entry
@@ -6853,18 +6743,6 @@ class Ledger:
     def worklog(self) -> list[str]:
         """The texts of the last two months, the older one first."""
         return [path.read_text(errors="replace") for path in recent_worklogs(self.worklog_dir)]
-
-    def _inbox_removal(self) -> dict[str, Entry]:
-        """The deletion of a tracked inbox that was taken in; not one that the operator made.
-
-        Whatever lies there by now: a clone must not take in the same items again.
-        """
-        head = self.repo.head().commit
-        if not self.journal.inbox or head is None:
-            return {}
-        if self.repo.entry(head, self.inbox_git_path) is None:
-            return {}
-        return {self.inbox_git_path: Entry(self.inbox_git_path, ABSENT_MODE, ABSENT_OID)}
 
     def _message(self, pending: Sequence[PendingCommit]) -> str:
         rows = [MessageEntry(p.item, p.phase, p.outcome, p.summary, p.token) for p in pending]
@@ -6929,8 +6807,6 @@ class Ledger:
         if self.store.waiting:
             raise OrchestratorError(f"{self.store.waiting}. Mend the file, then start again.")
         self.take_up_parked(self.journal)
-        if self.inbox_taken.exists():
-            self.recover_inbox()
         self._recover_pending()
         done = self.commit_state("[orchestrator] Recover backlog state")
         self.tell_state_commit(done, "recovered what the last run decided")
@@ -7061,19 +6937,6 @@ def item_folder(root: Path, item: Item) -> Path:
     prefix = change_dir_name(item["id"], "")
     have = sorted(p for p in changes.glob("*") if p.name.startswith(prefix) and p.is_dir())
     return have[0] if have else changes / change_dir_name(item["id"], item["title"])
-
-
-def read_inbox(path: Path) -> list[InboxEntry]:
-    """The entries of the inbox; BacklogError, YamlError or OSError when it cannot be used."""
-    if path.is_symlink():
-        raise BacklogError(f"{path.name} is a symbolic link; put the file itself there")
-    return parse_inbox(path.read_bytes(), path.name)
-
-
-def digest(data: bytes) -> str:
-    import hashlib
-
-    return hashlib.sha256(data).hexdigest()
 
 
 def _branch_name(head: Head) -> str:
@@ -7294,9 +7157,7 @@ class Scheduler:
     # -- one turn ----------------------------------------------------------------------------------
 
     async def _take_in(self) -> None:
-        added = await self.coordinator.do(self.ledger.take_in)
-        if added:
-            log().info("took %d from the inbox: %s", len(added), ", ".join(added))
+        await self.coordinator.do(self.ledger.edit, [])  # takes up edits made on disk meanwhile
         self._look_for_stop()
         if self.options.filters:
             self.matched |= matching(self.coordinator.backlog, self.options.filters)
@@ -7858,7 +7719,7 @@ def begin_run(space: Workspace, run_id: str, *, allow_dirty: bool) -> Ledger:
     journal = Journal(space.journal_path, run_id, space.repo.head().branch)
     ledger = space.ledger(journal)
     if last is not None:
-        journal.inbox, journal.spent = last.inbox, last.spent
+        journal.spent = last.spent
         if space.config.execution.on_usage_limit == "wait":  # else somebody starts it to try again
             journal.pauses = last.pauses
     ledger.take_up_parked(last)
@@ -7915,14 +7776,6 @@ def preflight(space: Workspace, *, allow_dirty: bool) -> list[Problem]:
     problems += preflight_config(config, lambda path: (config.base / path).exists())
     problems += preflight_items(config, space.store.backlog)
     problems += preflight_agents(config, repo.root)
-    inbox = config.base / INBOX_NAME
-    try:
-        if os.path.lexists(inbox):
-            refuse_unknown_needs(read_inbox(inbox), config, space.store.backlog)
-    except (BacklogError, YamlError) as error:
-        problems.append(Problem(str(error), "Mend the inbox or move it away."))
-    except OSError as error:
-        problems.append(Problem(os_trouble(error), "Make it a readable file or move it away."))
     return problems
 
 
@@ -7931,7 +7784,6 @@ def _dirty_problems(space: Workspace) -> list[Problem]:
     own = {
         os.path.relpath(space.store.path, space.repo.top),
         space.repo.relative(space.store.temporary),  # while another command saves
-        prefix + INBOX_NAME,
         prefix + CONFIG_NAME,
     }
     folders = tuple(f"{prefix}{name}/" for name in (CHANGES_DIR, IDEAS_DIR, WORKLOG_DIR, WORK_DIR))
@@ -9213,6 +9065,12 @@ def version_text(program: Path) -> str:
     origin = "three modules" if known is None else "single file"
     state = "" if known is None else (", MODIFIED" if known.modified else ", unmodified")
     return f"orchestrator {__version__} ({origin}, source {source[:12]}{state})"
+
+
+def digest(data: bytes) -> str:
+    import hashlib
+
+    return hashlib.sha256(data).hexdigest()
 
 
 def source_digest(sources: Mapping[str, str]) -> str:

@@ -1,6 +1,6 @@
 """Bad input gets one clear message that says what, where and what to do; nothing is written.
 
-Tables of malformed configs, backlogs, inboxes, agent results and repository states, each through
+Tables of malformed configs, backlogs, agent results and repository states, each through
 the real command line, with the bytes of the whole project and its git folder before and after.
 """
 
@@ -275,34 +275,7 @@ def test_d28_the_config_that_is_named_is_the_one_that_counts(root: Path, capsys:
     assert f"{root}/other.toml: validation failed" in refused(root, capsys, "--config", f"{root}/other.toml", "run")
 
 
-# ---- Inboxes, item by item and dependency problems: preflight ------------------------------------
-
-INBOXES: dict[str, tuple[str | bytes, str]] = {
-    "d40_wrapped": ("items:\n- title: x\n", "BACKLOG_INBOX.yaml"),
-    "one_mapping": ("title: x\n", "BACKLOG_INBOX.yaml"),
-    "no_title": ("- description: x\n", "title"),
-    "bad_size": ("- title: x\n  size: huge\n", "huge"),
-    "title_number": ("- title: 12\n", "title"),
-    "bad_yaml": ("- title: &a x\n", "BACKLOG_INBOX.yaml:1:10: "),
-    "not_utf8": (b"- title: \xff\n", "BACKLOG_INBOX.yaml:1:10: "),
-}
-
-
-@pytest.mark.parametrize("name", INBOXES)
-def test_a_bad_inbox_stops_a_run_before_it_starts(root: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
-    content, says = INBOXES[name]
-    (root / "BACKLOG_INBOX.yaml").write_bytes(content.encode() if isinstance(content, str) else content)
-    message = refused(root, capsys, "run")
-    assert message.startswith("orchestrator: cannot start:\n- ")
-    assert "BACKLOG_INBOX.yaml" in message
-    assert says in message
-
-
-def test_an_inbox_that_is_a_folder(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (root / "BACKLOG_INBOX.yaml").mkdir()
-    assert refused(root, capsys, "run") == (
-        f"orchestrator: cannot start:\n- {root}/BACKLOG_INBOX.yaml: Is a directory\n  Make it a readable file or move it away.\n"
-    )
+# ---- Dependency problems: preflight --------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -421,12 +394,11 @@ def test_a_work_folder_that_is_a_file(root: Path, capsys: pytest.CaptureFixture[
 
 def test_all_problems_come_at_once_each_with_its_remedy(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (root / "README.md").write_text("edited\n")
-    (root / "BACKLOG_INBOX.yaml").write_text("title: x\n")
     (root / "BACKLOG.yaml").write_text(with_item("  dependencies: [WRK-001]"))
     (root / "orchestrator.toml").write_text(f"{CONFIG}[pipelines.feature]\nphases = [{{name = 'a', workflows = ['gone.md']}}]\n")
     lines = refused(root, capsys, "run").splitlines()
     assert lines[0] == "orchestrator: cannot start:"
-    assert [line[:2] for line in lines[1:]] == ["- ", "  "] * 4
+    assert [line[:2] for line in lines[1:]] == ["- ", "  "] * 3
 
 
 @pytest.mark.parametrize("argv", [*ALL, ["stop"], ["init"]], ids=" ".join)

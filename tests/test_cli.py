@@ -622,17 +622,16 @@ def test_check_names_all_problems_each_with_its_remedy(project: Any, here: Cli) 
     project.backlog("WRK-001 ready dependencies=[WRK-002]", "WRK-002 ready dependencies=[WRK-001]", "WRK-003 in_progress phase=plam")
     project.commit_all()
     (project.root / "README.md").write_text("edited\n")
-    (project.root / "BACKLOG_INBOX.yaml").write_text("- titel: x\n")
     lines = here("check", code=1).out.splitlines()
     problems = [line for line in lines if line.startswith("problem: ")]
-    wanted = ["uncommitted changes: README.md", "Workflow file not found", "unknown phase 'plam'", "Circular dependency", "BACKLOG_INBOX.yaml"]
+    wanted = ["uncommitted changes: README.md", "Workflow file not found", "unknown phase 'plam'", "Circular dependency"]
     assert len(problems) == len(wanted)
     for problem, want in zip(problems, wanted, strict=True):
         assert want in problem
         assert lines[lines.index(problem) + 1].startswith("  ")
-    assert lines[-1] == "5 problems"
+    assert lines[-1] == "4 problems"
     got = json.loads(here("check", "--json", code=1).out)
-    assert [set(row) for row in got["problems"]] == [{"what", "remedy"}] * 5
+    assert [set(row) for row in got["problems"]] == [{"what", "remedy"}] * 4
 
 
 def test_a_save_in_progress_does_not_make_the_tree_dirty(project: Any, here: Cli) -> None:
@@ -653,7 +652,6 @@ READERS = (
 def test_commands_that_only_look_write_nothing(project: Any, here: Cli, argv: list[str]) -> None:
     project.backlog("WRK-001 new", "WRK-002 blocked", "WRK-003 ready")
     project.commit_all()
-    (project.root / "BACKLOG_INBOX.yaml").write_text("- title: waiting\n")
     (project.root / "README.md").write_text("edited\n")
     before, state = photograph(project.root), project.root / ".git" / "orchestrator"
     here(*argv, code=1 if argv[0] == "check" else 0)

@@ -185,30 +185,6 @@ def test_check_names_what_is_left_over(project: Project, here: Cli) -> None:
     assert project.git("for-each-ref", "refs/orchestrator") == ""
 
 
-# -- the inbox -------------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_an_inbox_entry_that_waits_for_an_unknown_item_stays_in_the_inbox(project: Project) -> None:
-    project.script({"*/plan": [{"announce": True, "await": "go"}]})
-    os.mkfifo(project.outside / "go")
-    project.backlog("WRK-001 in_progress phase=plan")
-    project.commit_all()
-    inbox = project.root / "BACKLOG_INBOX.yaml"
-    run = project.start("run", "--cap", "1")
-    project.announced()
-    inbox.write_text("- title: Fine\n- title: Odd\n  dependencies: [WRK-099]\n")
-    said = project.read_until(run, "BACKLOG_INBOX.yaml")
-    assert "BACKLOG_INBOX.yaml: entry 2 (Odd) depends on WRK-099, which does not exist" in said
-    inbox.write_text("- title: Fine\n- title: Odd\n  dependencies: [WRK-001]\n")
-    project.read_until(run, "took 2 from the inbox: WRK-002, WRK-003")
-    (project.outside / "go").write_text("")
-    project.finish(run)
-    assert project.status() == ""
-    inbox.write_text("- title: Odd\n  dependencies: [WRK-099]\n")
-    assert "entry 1 (Odd) depends on WRK-099, which does not exist" in project.run("check", code=1).stdout
-
-
 # -- output ----------------------------------------------------------------------------------------
 
 

@@ -80,19 +80,6 @@ def test_saving_without_a_change_leaves_every_byte(corpus: Path, tmp_path: Path)
             assert copy.stat().st_ino == facts.st_ino, f"{path.name} was written anew"
 
 
-def test_the_real_inboxes_are_taken_in(corpus: Path, project: Any) -> None:
-    text = project.text().replace("next_item_id: 0", "next_item_id: 99")  # they depend on finished items
-    (project.root / "BACKLOG.yaml").write_text(text)
-    for number, path in enumerate(sorted((corpus / "inbox").glob("*.yaml"))):
-        raw: Any = parse_yaml(path.read_bytes())
-        (project.root / "BACKLOG_INBOX.yaml").write_bytes(path.read_bytes())
-        before = len(project.statuses())
-        project.run("run", "--cap", "0")
-        assert len(project.statuses()) == before + len(raw or []), path.name
-        assert (project.root / "BACKLOG_INBOX.yaml").exists() is (not raw)
-        assert project.committed() == project.text(), number
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("number", range(15))
 def test_a_run_on_a_copy(corpus: Path, project_with: Any, number: int) -> None:

@@ -39,7 +39,7 @@ def error_of(text: str) -> str:
         ("impact=high, medium", Filter("impact", ("high", "medium"))),
         ("  size = small ", Filter("size", ("small",))),
         ("id=WRK-001,WRK-2", Filter("id", ("WRK-001", "WRK-2"))),
-        ("origin=inbox", Filter("origin", ("inbox",))),
+        ("origin=import", Filter("origin", ("import",))),
         ("priority=10,-1", Filter("priority", ("10", "-1"))),
         ("priority=+07", Filter("priority", ("7",))),
         ("status!=done,blocked", Filter("status", ("done", "blocked"), True)),
@@ -172,7 +172,7 @@ ITEMS = [
     item("WRK-001", status="in_progress", impact="high", size="small", tags=["a", "c"]),
     item("WRK-002", status="blocked", impact="medium", size="small", tags=["b", "v1"]),
     item("WRK-003", impact="low", pipeline_type="feature", priority=5, origin="WRK-001/build"),
-    item("WRK-004", origin="inbox", tags=["b", "c"], impact="high", size="large"),
+    item("WRK-004", origin="import", tags=["b", "c"], impact="high", size="large"),
 ]
 
 
@@ -195,7 +195,7 @@ ITEMS = [
         (["status=new", "impact=high", "tag=c"], "4"),
         (["id=WRK-003,WRK-001"], "13"),
         (["id=wrk-003"], ""),
-        (["origin=inbox"], "4"),
+        (["origin=import"], "4"),
         (["origin=WRK-001"], "3"),
         (["origin=WRK-001/build"], "3"),
         (["origin=WRK-001/review"], ""),

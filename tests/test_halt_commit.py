@@ -44,10 +44,6 @@ def one_attempt(project: Any) -> None:
     project.configure(execution="max_retries = 0")
 
 
-def inbox(project: Any) -> None:
-    (project.root / "BACKLOG_INBOX.yaml").write_text("- title: From the inbox\n")
-
-
 def limited_claude(project: Any) -> None:
     """A `claude` that reports a used-up usage limit, first on the PATH."""
     event = {"type": "rate_limit_event", "rate_limit_info": {"status": "rejected", "resetsAt": 4102444800, "rateLimitType": "five_hour"}}
@@ -75,7 +71,7 @@ CASES = [
         ("--target", "WRK-001", "--target", "WRK-002", "--auto-advance"), {"WRK-002/*": [BLOCKS], "*/build": [{"write": {"code.py": "1\n"}}]},
     ),
     Case("TargetCompleted", False, (ACTIVE,), ("--target", "WRK-001"), {"*/build": [{"write": {"code.py": "1\n"}}]}),
-    Case("NoMatchingItems", True, ("WRK-001 ready",), ("--only", "tag=none"), prepare=inbox),
+    Case("NoMatchingItems", True, ("WRK-001 ready", "WRK-002 in_progress"), ("--only", "tag=none")),
     Case("NoMatchingItems", False, ("WRK-001 ready",), ("--only", "tag=none")),
     Case("FilterExhausted", True, ("WRK-001 ready tags=[x]", "WRK-002 ready"), ("--only", "tag=x"), {"*": [BLOCKS]}, code=3),
     Case("FilterExhausted", False, (ACTIVE + " tags=[x]", "WRK-002 ready"), ("--only", "tag=x"), {"*/build": [{"write": {"code.py": "1\n"}}]}),
@@ -97,11 +93,7 @@ def set_up(project: Any, case: Case) -> None:
     project.backlog(*case.items)
     project.script(case.script)
     case.prepare(project)
-    if (project.root / "BACKLOG_INBOX.yaml").exists():
-        project.git("add", "orchestrator.toml", "BACKLOG.yaml")
-        project.git("commit", "-q", "--allow-empty", "-m", "Set up")
-    else:
-        project.commit_all()
+    project.commit_all()
     (project.root / "staged.txt").write_text("staged by the operator\n")
     project.git("add", "staged.txt")
     (project.root / "README.md").write_text("edited by the operator\n")

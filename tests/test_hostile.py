@@ -139,41 +139,15 @@ def test_a_backlog_set_back_while_the_agent_goes_on_is_no_edit_by_hand(project: 
         "WRK-002/build": [{"sh": "git stash -q", **waiting}],
         "WRK-003/build": [{"sh": "git checkout -q -- .", **waiting}],
     })
-    inbox = project.root / "BACKLOG_INBOX.yaml"
     process = project.start("run")
-    log = ""
     for _ in range(2):
         project.announced()
-        for line in (1, 2):  # two complaints: there was a look in between
-            inbox.write_text("\n" * line + "- [\n")
-            log += project.read_until(process, "Nothing is taken from the inbox")
-        inbox.unlink()
         (project.outside / "go").write_text("")
-    log += project.finish(process, 3)
+    log = project.finish(process, 3)
     assert project.statuses() == dict.fromkeys(("WRK-001", "WRK-002", "WRK-003"), "blocked build")
     for one in ("WRK-002", "WRK-003"):
         assert log.count(f"[{one}][BUILD] put back or removed BACKLOG.yaml; it is written again from memory") == 1
     assert "by hand" not in log
-    assert project.committed() == project.text()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("act", "more"), [
-    ("git checkout -q -- .", []),
-    ("git reset -q --hard", []),
-    ("echo '- title: By the agent' > BACKLOG_INBOX.yaml", ["By the agent"]),
-    ("echo '# nothing' > BACKLOG_INBOX.yaml", []),
-])
-def test_an_inbox_is_taken_in_once_whatever_an_agent_does_to_it(project: Any, act: str, more: list[str]) -> None:
-    project.configure("build!")
-    project.backlog(f"WRK-001 {BUILDING}")
-    (project.root / "BACKLOG_INBOX.yaml").write_text("- title: From the inbox\n")
-    project.commit_all()
-    project.script({"*": [{"sh": act, "write": {"a.txt": "1\n"}}, {}]})
-    project.run("run", "--target", "WRK-001")
-    project.run("run", "--only", "status=blocked")
-    assert sorted(row["title"] for row in project.items().values()) == sorted(["From the inbox", *more])
-    assert "BACKLOG_INBOX.yaml" not in project.git("ls-tree", "--name-only", "HEAD")
     assert project.committed() == project.text()
 
 

@@ -124,7 +124,7 @@ STORY = {
 END = {item_id: len(places) - 1 for item_id, places in STORY.items()}
 ATTEMPTS = ("WRK-001/plan/1", "WRK-001/build/1", "WRK-001/build/2", "WRK-002/triage/1")
 RUN = ("run", "--allow-dirty", "--only", f"id={','.join(STORY)}")
-TITLES = {"Item WRK-001", "Item WRK-002", "Item WRK-003", "From the inbox"}
+TITLES = {"Item WRK-001", "Item WRK-002", "Item WRK-003"}
 SAID = {  # what the run prints or the agent notes → the place that the item in it has reached then
     r"(?P<id>\S+) is (?P<where>\w+(?:, \w+ next)?) now$": "{where}",
     r"(?P<id>\S+) is done: ": "gone",
@@ -144,13 +144,11 @@ FINISHED = {  # the same for results, each of which a run that ends in order tak
 }
 COMMIT = r"(?:committed|.*: commit) ([0-9a-f]{10})\b"
 REF = r".* kept on (refs/\S+?)[:)]"
-TAKEN = r"took 1 from the inbox: (\S+)"
 FOUND = r"WRK-001: new items from it: (\S+)"
 STAGED = {"staged.txt": "mine\n", "mixed.txt": "once\n"}
 UNSTAGED = {"mixed.txt": "twice\n", "notes.md": "more\n", "mine.txt": "untracked\n"}
 OPERATORS = {"MM mixed.txt", " M notes.md", "A  staged.txt", "?? mine.txt"}
 STATE = Path(".git/orchestrator")
-INBOX = "BACKLOG_INBOX.yaml"
 
 
 # ---- The project, and a run that is struck -------------------------------------------------------
@@ -158,7 +156,7 @@ INBOX = "BACKLOG_INBOX.yaml"
 
 @pytest.fixture
 def story(project: Any) -> Any:
-    """A project for a run with every kind of phase, a retry, both blocks, an inbox and an archive."""
+    """A project for a run with every kind of phase, a retry, both blocks and an archive."""
     faulthandler.cancel_dump_traceback_later()  # a matrix takes minutes
     root = project.root
     shutil.rmtree(root / ".git/hooks")  # only samples, which would be copied hundreds of times
@@ -169,7 +167,6 @@ def story(project: Any) -> Any:
         (root / name).write_text("committed\n")
     project.backlog("WRK-001 ready", "WRK-002 new", "WRK-003 ready size=large")
     project.commit_all()
-    (root / INBOX).write_text("- title: From the inbox\n")
     for name, text in STAGED.items():
         (root / name).write_text(text)
     project.git("add", *STAGED)
@@ -288,8 +285,7 @@ def demanded(was: Seen, rules: dict[str, str]) -> dict[str, int]:
 def check(project: Any, *witnesses: Seen, in_order: bool = False) -> dict[str, int]:
     """Everything that must hold once a run has ended, or the start after a kill; how far the items are."""
     assert project.committed() == project.text()
-    inbox = {f"?? {INBOX}"} if (project.root / INBOX).exists() else set()
-    assert set(project.status().splitlines()) == OPERATORS | inbox
+    assert set(project.status().splitlines()) == OPERATORS
     assert (project.survivors(), at_work(project)) == ([], [])
     assert project.git("for-each-ref", "refs/orchestrator/snapshots", "refs/orchestrator/backlog") == ""
     files = [path.relative_to(project.root) for path in project.root.rglob("*")]
@@ -317,8 +313,6 @@ def check_lines(project: Any, was: Seen) -> None:
             assert any(commit.startswith(found[1]) for commit in commits), line
         if found := re.match(REF, line):
             assert found[1] in refs, line
-        if found := re.match(TAKEN, line):
-            assert titles[found[1]] == "From the inbox"
         if found := re.match(FOUND, line):
             assert titles[found[1]] == "Found on the way"
 
@@ -333,7 +327,6 @@ def check_story(project: Any, now: dict[str, int]) -> None:
     assert sorted(part for part in told for subject in subjects if part in subject) == sorted(one.subject for _, one in passed if one.subject)
     gone = {f"Item {item_id}" for item_id, one in passed if one.where == "gone"}
     there = TITLES - gone | {one.adds for _, one in passed if one.adds}
-    there -= {"From the inbox"} if (project.root / INBOX).exists() else set()
     assert sorted(row["title"] for row in project.items().values()) == sorted(there)
     tree = set(project.git("ls-tree", "-r", "--name-only", "HEAD").split())
     assert ("code.py" in tree) == ("old.py" not in tree) == bool(gone)
@@ -451,7 +444,7 @@ def events_of(story: Any, where: Path) -> list[str]:
     printed, code = run_struck(project, Blow({}), *RUN)
     was = look(project, printed)
     assert (code, check(project, was, in_order=True)) == (0, END)
-    for pattern in (*SAID, *FINISHED, COMMIT, REF, TAKEN, FOUND):  # none is blind
+    for pattern in (*SAID, *FINISHED, COMMIT, REF, FOUND):  # none is blind
         assert any(re.match(pattern, line) for line in was.lines), pattern
     return [str(line) for line in (project.outside / "events").read_text().splitlines()]
 

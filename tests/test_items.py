@@ -1,4 +1,4 @@
-"""Reading a backlog, the rules of its items, ids, follow-ups, inbox, older schemas, worklog."""
+"""Reading a backlog, the rules of its items, ids, follow-ups, older schemas, worklog."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from backlog import (
     BacklogError,
     Draft,
     FollowUp,
-    InboxEntry,
     Item,
     Store,
     YamlError,
@@ -28,11 +27,9 @@ from backlog import (
     archive_entry,
     block,
     highest_number,
-    ingest,
     merge_items,
     normalise_title,
     parse_description,
-    parse_inbox,
     parse_yaml,
     timestamp,
     transition,
@@ -839,133 +836,6 @@ def test_no_follow_ups_change_nothing() -> None:
 )
 def test_normalised_titles(one: str, other: str, same: bool) -> None:
     assert (normalise_title(one) == normalise_title(other)) is same
-
-
-# ---- Inbox ---------------------------------------------------------------------------------------
-
-
-def test_inbox_entries_with_all_and_with_no_optional_keys() -> None:
-    data = b"""\
-# drop items here
-- title: "Fix the flaky test"
-- title: Add export
-  description: As CSV.
-  size: small   # comment
-  complexity: low
-  risk: low
-  impact: high
-  pipeline_type: feature
-  dependencies:
-    - WRK-042
-  tags: [a]
-  priority: 3
-  id: IGNORED-1
-  status: done
-  origin: null
-"""
-    assert parse_inbox(data, "INBOX.yaml") == [
-        InboxEntry("Fix the flaky test", None, {}),
-        InboxEntry(
-            "Add export",
-            "As CSV.",
-            {
-                "size": "small",
-                "complexity": "low",
-                "risk": "low",
-                "impact": "high",
-                "tags": ["a"],
-                "dependencies": ["WRK-042"],
-                "pipeline_type": "feature",
-                "priority": 3,
-            },
-        ),
-    ]
-
-
-@pytest.mark.parametrize("data", [b"", b" \n\n", b"# nothing yet\n", b"[]\n"])
-def test_an_inbox_without_entries(data: bytes) -> None:
-    assert parse_inbox(data, "INBOX.yaml") == []
-
-
-@pytest.mark.parametrize(
-    ("data", "message"),
-    [
-        (
-            b"items:\n- title: T\n",
-            "I.yaml: expected a list of items, each beginning with '- title: \xe2\x80\xa6',"
-            " found a mapping; there is no 'items:' line in this file",
-        ),
-        (b"- title: T\n- text\n", "I.yaml: entry 2: expected 'title: \xe2\x80\xa6', found the text 'text'"),
-        (b"- size: small\n", "I.yaml: entry 1: the key 'title' is missing"),
-        (b"- title:\n", "I.yaml: entry 1: the key 'title' is missing"),
-        (
-            b"- title: 5\n",
-            "I.yaml: entry 1: title must be text, not the number 5 (in quotes it is text: '5')",
-        ),
-        (
-            b"- title: T\n- title: U\n  size: xl\n",
-            "I.yaml: entry 2: size is 'xl', expected one of small, medium, large",
-        ),
-        (
-            b"- title: T\n  description: [a]\n",
-            "I.yaml: entry 1: description must be text, not a list",
-        ),
-        (
-            b"- title: T\n  dependencies: WRK-001\n",
-            "I.yaml: entry 1: dependencies must be a list of texts, not the text 'WRK-001';"
-            " write it as [WRK-001]",
-        ),
-    ],
-)
-def test_a_bad_inbox_names_the_entry(data: bytes, message: str) -> None:
-    with pytest.raises(BacklogError) as caught:
-        parse_inbox(data, "I.yaml")
-    assert str(caught.value) == message.encode("latin-1").decode()
-
-
-def test_a_malformed_inbox_names_line_and_column() -> None:
-    with pytest.raises(YamlError, match=r"I\.yaml:1:"):
-        parse_inbox(b"- title: 'open\n", "I.yaml")
-
-
-def test_inboxes_of_the_corpus(corpus: Path) -> None:
-    found = {path.name: parse_inbox(path.read_bytes(), path.name) for path in (corpus / "inbox").iterdir()}
-    assert sorted(map(len, found.values())) == sorted(
-        len(parse_yaml(path.read_bytes())) for path in (corpus / "inbox").iterdir()  # type: ignore[arg-type]
-    )
-    assert all(found.values())
-
-
-def test_ingest_makes_items_and_skips_blank_titles() -> None:
-    draft = draft_of(counter=4)
-    entries = [
-        InboxEntry(" One ", "  text\n", {"size": "small", "dependencies": ["WRK-001"]}),
-        InboxEntry(" \t", "lost", {}),
-        InboxEntry("Two", " \n", {}),
-    ]
-    added = ingest(draft, "WRK", entries, NOW)
-    description = {"context": "text", "problem": "", "solution": "", "impact": "", "sizing_rationale": ""}
-    common = {
-        "status": "new",
-        "requires_human_review": False,
-        "origin": "inbox",
-        "created": NOW_TEXT,
-        "updated": NOW_TEXT,
-    }
-    assert added == [
-        {
-            "id": "WRK-005",
-            "title": "One",
-            "size": "small",
-            "dependencies": ["WRK-001"],
-            "description": description,
-            **common,
-        },
-        {"id": "WRK-006", "title": "Two", **common},
-    ]
-    assert draft.backlog() == Backlog({i["id"]: i for i in added}, 6)
-    assert draft.warnings == ["an inbox entry with a blank title is left out"]
-    assert ingest(draft, "WRK", [], NOW) == []
 
 
 # ---- Older schemas -------------------------------------------------------------------------------

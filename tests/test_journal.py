@@ -14,7 +14,7 @@ from orchestrator import Journal
 
 @pytest.fixture
 def journal(tmp_path: Path) -> Journal:
-    """As a run has it that began with inbox "0" and has noted "1" and "2" since."""
+    """As a run has it that began with "0" parked and has noted "1" and "2" since."""
     journal = Journal(tmp_path / "run.json", "run-1", "refs/heads/main")
     for digest in "012":
         note(journal, digest)
@@ -22,16 +22,16 @@ def journal(tmp_path: Path) -> Journal:
 
 
 def note(journal: Journal, digest: str) -> None:
-    journal.inbox = digest
+    journal.parked = digest
     journal.write()
 
 
 def noted(journal: Journal) -> list[str]:
     """Every state in the file, the oldest first; the last is the one that is read."""
-    states = [json.loads(line)["inbox"] for line in journal.path.read_text().splitlines()]
+    states = [json.loads(line)["parked"] for line in journal.path.read_text().splitlines()]
     read = Journal.read(journal.path)
     assert read is not None
-    assert read.inbox == states[-1]
+    assert read.parked == states[-1]
     return states
 
 
@@ -55,7 +55,7 @@ def test_a_line_that_was_cut_off_does_not_count(journal: Journal) -> None:
         journal.path.write_bytes(whole[:length])
         read = Journal.read(journal.path)
         assert read is not None
-        assert (read.inbox, read.run_id, read.branch) == ("1", "run-1", "refs/heads/main")
+        assert (read.parked, read.run_id, read.branch) == ("1", "run-1", "refs/heads/main")
 
 
 @pytest.mark.parametrize("trouble", ["part", "gone", "long"])
@@ -68,7 +68,7 @@ def test_a_file_that_cannot_be_added_to_is_replaced(journal: Journal, trouble: s
                 note(journal, "3")
         read = Journal.read(journal.path)
         assert read is not None
-        assert read.inbox == "2"
+        assert read.parked == "2"
     elif trouble == "gone":
         journal.path.unlink()
     else:

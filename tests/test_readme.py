@@ -205,7 +205,7 @@ def test_the_entry_of_the_pre_commit_framework_is_named() -> None:
 
 def test_the_files_that_are_named_are_the_real_ones() -> None:
     rows = table(section("Files"))
-    for name in (orchestrator.CONFIG_NAME, orchestrator.INBOX_NAME, "BACKLOG.yaml"):
+    for name in (orchestrator.CONFIG_NAME, "BACKLOG.yaml"):
         assert name in rows
     text = section("Files")
     for folder in (orchestrator.WORK_DIR, orchestrator.CHANGES_DIR, orchestrator.IDEAS_DIR, orchestrator.WORKLOG_DIR):

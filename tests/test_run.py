@@ -245,33 +245,6 @@ def test_d10_d13_d14_d15_a_triage_that_fails_uses_its_attempts_and_then_blocks(p
     clean_and_saved(project)
 
 
-@pytest.mark.slow
-def test_d41_d42_l1_l2_inbox(project: Any) -> None:
-    """Untracked and tracked inboxes are taken in; comments stay; a malformed one is told of once."""
-    inbox = project.root / "BACKLOG_INBOX.yaml"
-    prepare(project, "WRK-001 ready", "WRK-002 ready", phases="plan", script={
-        "WRK-001/plan": [{"document": "p.md"}], "*/triage": [{"sh": "echo '- title: [' > BACKLOG_INBOX.yaml"}]})
-    inbox.write_text("- title: From outside\n  size: small\n")
-    project.run("run", "--cap", "0")
-    assert not inbox.exists()
-    assert project.paths() == ["BACKLOG.yaml"]
-    assert project.statuses()["WRK-003"] == "new"
-    clean_and_saved(project)
-    inbox.write_text("# - title: an example\n")
-    project.commit_all("Example")
-    project.run("run", "--cap", "0")
-    assert inbox.read_text() == "# - title: an example\n"
-    inbox.write_text("- title: Tracked\n")
-    project.commit_all("Inbox")
-    done = project.run("run", "--cap", "2")
-    assert project.subjects()[:2] == ["[WRK-003][triage] triage done", "[WRK-001][plan] plan done"]
-    assert project.paths("HEAD~1")[:2] == ["BACKLOG.yaml", "BACKLOG_INBOX.yaml"]
-    assert project.statuses()["WRK-004"] == "new"
-    assert done.stderr.count("warning: BACKLOG_INBOX.yaml") == 1
-    assert inbox.read_text() == "- title: [\n"
-    assert project.status() == "?? BACKLOG_INBOX.yaml\n"
-
-
 def test_d04_i2_odd_file_names_and_kinds(project: Any) -> None:
     names = ["with space.txt", "grün ☃.txt", "-leading", "new\nline", 'quo"te', "tab\there", "*", ":(top)x", "[WRK-001] -> b"]
     quoted = " ".join("'./" + name + "'" for name in names)

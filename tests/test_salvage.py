@@ -139,26 +139,6 @@ def test_stop_ends_the_retries_too(project: Any) -> None:
     assert "attempts: 1" in project.committed()
 
 
-@pytest.mark.slow
-def test_d41_an_inbox_claimed_by_a_killed_run_is_taken_in_once(project: Any) -> None:
-    project.run("run")
-    taken = project.root / ".git/orchestrator/inbox.taken"
-    taken.write_text("- title: Claimed\n")
-    (project.root / "BACKLOG_INBOX.yaml").write_text("- title: New\n")
-    project.run("run", "--cap", "0")
-    project.run("run", "--cap", "0")
-    assert [row.split(": ")[1] for row in project.text().splitlines() if "title:" in row] == ["Claimed", "New"]
-    assert not taken.exists()
-    assert not (project.root / "BACKLOG_INBOX.yaml").exists()
-
-
-def test_an_inbox_that_is_a_symlink_is_refused(project: Any) -> None:
-    (project.outside / "list.yaml").write_text("- title: Linked\n")
-    (project.root / "BACKLOG_INBOX.yaml").symlink_to(project.outside / "list.yaml")
-    done = project.run("run", code=1)
-    assert "BACKLOG_INBOX.yaml is a symbolic link" in done.stderr
-
-
 def test_init_does_not_replace_a_backlog_that_is_only_missing_on_disk(project: Any) -> None:
     project.backlog("WRK-001 ready")
     project.commit_all()

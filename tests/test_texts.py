@@ -472,7 +472,7 @@ def test_a_build_that_may_be_empty_is_not_told_otherwise() -> None:
 def test_the_rules_that_hold_for_everybody(task: Task) -> None:
     config = make_config(backlog_path="plan/BACKLOG.yaml")
     rules = " ".join(section(prompt_for(task=task, config=config), "Rules").split())
-    assert "Never edit `plan/BACKLOG.yaml`, `BACKLOG_INBOX.yaml`, `orchestrator.toml`" in rules
+    assert "Never edit `plan/BACKLOG.yaml`, `orchestrator.toml`" in rules
     assert "Never commit, stash, switch branches or reset" in rules
     assert "Leave nothing running" in rules
 
