@@ -1898,39 +1898,23 @@ def _quoting(value: object) -> str:
 
 
 class _FileState(_Record):
-    """A backlog file as it was read: its bytes and what they mean.
-
-    The document of an older schema is already migrated, so it differs from the bytes.
-    """
+    """A backlog file as it was read: its bytes and what they mean."""
 
     data: bytes
     document: Document
     backlog: Backlog
 
 
-def _read_backlog(
-    data: bytes,
-    source: str,
-    warn: Callable[[str], None],
-    feature_phases: Container[str] | None,
-) -> _FileState:
-    """Read the file's bytes; YamlError or BacklogError, with all problems, if they cannot be used.
-
-    `feature_phases` are the phases that items of schema 1 may keep; None: all.
-    """
+def _read_backlog(data: bytes, source: str, warn: Callable[[str], None]) -> _FileState:
+    """Read a file's bytes; YamlError or BacklogError, with all problems, if they are of no use."""
     document = Document.parse(data, source)
     _refuse_cut_off(document, data, source)
-    version = _schema_version(document, source)
-    if version < SCHEMA_VERSION:
-        document, notes = _migrate(document, version, feature_phases)
-        for note in notes:
-            warn(f"{source}: {note}")
+    _refuse_other_schemas(document, source)
     if "next_item_id" not in document.top:
-        if version > 1:
-            warn(
-                f"{source}: next_item_id is missing, new ids go on from the highest one; if the"
-                f" file was cut off, get it back with 'git checkout -- {source}'"
-            )
+        warn(
+            f"{source}: next_item_id is missing, new ids go on from the highest one; if the"
+            f" file was cut off, get it back with 'git checkout -- {source}'"
+        )
         document = document.copy()
         document.set_top("next_item_id", 0)
     return _FileState(data, document, _backlog_of(document, data, source))
@@ -1952,20 +1936,15 @@ def _refuse_cut_off(document: Document, data: bytes, source: str) -> None:
         )
 
 
-def _schema_version(document: Document, source: str) -> int:
-    """1, 2 or 3; a file without the key is as old as schema 1."""
-    version = document.top.get("schema_version", 1)
-    if type(version) is not int:
+def _refuse_other_schemas(document: Document, source: str) -> None:
+    version = document.top.get("schema_version")
+    if type(version) is not int or version != SCHEMA_VERSION:
+        found = "is missing" if version is None else f"is {_shown(version)}"
         raise BacklogError(
-            f"{source}: schema_version must be a whole number, not {_shown(version)};"
-            f" this program writes {SCHEMA_VERSION}"
+            f"{source}: schema_version {found}, and only {SCHEMA_VERSION} can be read; use the"
+            f" program that wrote the file, or bring its items to schema {SCHEMA_VERSION} and write"
+            f" 'schema_version: {SCHEMA_VERSION}'"
         )
-    if not 1 <= version <= SCHEMA_VERSION:
-        raise BacklogError(
-            f"{source}: schema_version is {version}, expected {SCHEMA_VERSION} (1 and 2 are"
-            " converted); use the version of this program that wrote the file"
-        )
-    return version
 
 
 def _backlog_of(document: Document, data: bytes, source: str) -> Backlog:
@@ -2064,7 +2043,7 @@ def item_texts(data: bytes) -> list[bytes]:
 
 
 def read_item_text(text: bytes, source: str) -> Item:
-    """The item that one of `item_texts` holds, of any schema; YamlError or BacklogError."""
+    """The item that one of `item_texts` holds; YamlError or BacklogError."""
     root = parse_yaml(b"items:" + (b"\r\n" if text.endswith(b"\r\n") else b"\n") + text, source)
     items = root["items"] if isinstance(root, dict) else None
     item = _clean_item(items[0]) if isinstance(items, list) else {}
@@ -2077,82 +2056,6 @@ def counter_of(data: bytes) -> int:
     """The last number handed out according to a version of the file; 0 if it does not say."""
     found = re.match(rb"\nnext_item_id: *(\d{1,15})\s", data[data.rfind(b"\nnext_item_id:") :])
     return int(found[1]) if found else 0
-
-
-# ---- Older schemas -------------------------------------------------------------------------------
-
-_SCHEMA_1_STATUS = {"researching": "scoping", "scoped": "ready"}
-_DESCRIPTION_HEADER = r"(?i)(context|problem|solution|impact|sizing rationale):\s*(.*)"
-
-
-def _migrate(
-    document: Document, version: int, feature_phases: Container[str] | None
-) -> tuple[Document, list[str]]:
-    """The document brought to the current schema, and what the operator should know about it."""
-    migrated = document.copy()
-    notes = [f"schema {version} is read as schema {SCHEMA_VERSION}; the next save writes it so"]
-    for position, raw in enumerate(_cast(list[object], document.items)):
-        if not isinstance(raw, dict):
-            continue
-        item = dict(raw)
-        if version == 1:
-            item |= _from_schema_1(item, feature_phases, notes)
-        if isinstance(item.get("description"), str):
-            item["description"] = _from_description_text(item, notes)
-        migrated.update(position, {key: v for key, v in item.items() if raw.get(key) != v})
-    migrated.set_top("schema_version", SCHEMA_VERSION)
-    return migrated, notes
-
-
-def _from_schema_1(
-    item: Mapping[str, object], feature_phases: Container[str] | None, notes: list[str]
-) -> dict[str, object]:
-    """The changes that make an item of schema 1 one of schema 2.
-
-    An item that was being researched starts its pre-phases again: its old phase says nothing.
-    """
-    changes: dict[str, object] = {"pipeline_type": "feature"}
-    for key in ("status", "blocked_from_status"):
-        word = item.get(key)
-        if isinstance(word, str) and word in _SCHEMA_1_STATUS:
-            changes[key] = _SCHEMA_1_STATUS[word]
-            notes.append(f"{item.get('id')}: {key} {word} is now {changes[key]}")
-    phase = item.get("phase")
-    if item.get("status") == "researching":
-        return {**changes, "phase": None, "phase_pool": None}
-    if isinstance(phase, str) and feature_phases is not None and phase not in feature_phases:
-        notes.append(f"{item.get('id')}: the pipeline feature has no phase {phase}; cleared")
-        return {**changes, "phase": None, "phase_pool": None}
-    active = item.get("status") == "in_progress" and phase is not None
-    return {**changes, "phase_pool": "main" if active else None}
-
-
-def _from_description_text(item: Mapping[str, object], notes: list[str]) -> dict[str, str]:
-    text = str(item["description"])
-    description = parse_description(text)
-    if text.strip() and description["context"] == text.strip():
-        shown = text.strip().replace("\n", " ")[:80]
-        notes.append(f"{item.get('id')}: the whole description is now its context: {shown}")
-    return description
-
-
-def parse_description(text: str) -> dict[str, str]:
-    """Split a description in one text into its five sections; never fails.
-
-    A line that begins with "Context:", "Problem:", "Solution:", "Impact:" or "Sizing rationale:"
-    opens a section; a repeated header starts it anew. What stands before the first is context.
-    """
-    preamble: list[str] = []
-    sections: dict[str, list[str]] = {}
-    current = preamble
-    for line in text.splitlines():
-        header = re.match(_DESCRIPTION_HEADER, line.strip())
-        if header:
-            current = sections[header[1].lower().replace(" ", "_")] = []
-            line = header[2]
-        current.append(line.strip())
-    sections["context"] = preamble + sections.get("context", [])
-    return {key: "\n".join(sections.get(key, ())).strip() for key in DESCRIPTION_KEYS}
 
 
 # ==== 10. Drafts and rules ========================================================================
@@ -2874,17 +2777,14 @@ class Store:
         lock_path: Path,
         *,
         warn: Callable[[str], None],
-        feature_phases: Container[str] | None = None,
         lock_limit_s: float = 30.0,
     ) -> None:
-        """`feature_phases`: the phases items of schema 1 may keep (None: all); `lock_limit_s`: how
-        long to wait for another process that holds the lock."""
+        """`lock_limit_s`: how long to wait for another process that holds the lock."""
         self.path = path
         self.lock_path = lock_path
         self.backlog = Backlog({}, 0)  # as adopted; may be ahead of the disk
         self.waiting: YamlError | BacklogError | None = None  # why nothing can be saved now
         self._warn = warn
-        self._feature_phases = feature_phases
         self._lock_limit_s = lock_limit_s
         self.older: frozenset[bytes] = frozenset()  # what only git puts there: no edit of anybody
         self._disk: _FileState | None = None  # the last usable content of the file
@@ -2902,8 +2802,7 @@ class Store:
         `fallback` is what it held, for the case that the file is gone: the first `transact` writes
         it again.
 
-        Raises YamlError or BacklogError (with every problem found) if it cannot be used. Schemas 1
-        and 2 are converted in memory; the first change that is saved writes them so.
+        Raises YamlError or BacklogError (with every problem found) if it cannot be used.
         """
         with self._locked():
             with suppress(OSError):
@@ -3172,7 +3071,7 @@ class Store:
         return backlog._replace(next_item_id=highest)
 
     def _parse(self, data: bytes) -> _FileState:
-        return _read_backlog(data, self.path.name, self._warn, self._feature_phases)
+        return _read_backlog(data, self.path.name, self._warn)
 
     # -- disk --------------------------------------------------------------------------------------
 

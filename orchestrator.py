@@ -1881,7 +1881,7 @@ def promote(draft: Draft, item_id: str, config: Config, now: datetime) -> Applie
 def repair_items(draft: Draft, config: Config, now: datetime) -> list[str]:
     """Before a run: bring items that could never be scheduled back on track; says what it did.
 
-    Such items come from older schemas, hand edits, and configs that have changed. Dependencies on
+    Such items come from hand edits and configs that have changed. Dependencies on
     items that left the backlog are removed; ids that were never handed out are left for
     `preflight_items` to complain about, because removing them would lose the order meant.
     """
@@ -7650,12 +7650,10 @@ def open_workspace(root: Path, config_path: Path | None) -> Workspace:
             f"{repo.root} holds no {path.name}; the project is {above}. Go there, or name it with"
             " --root."
         )
-    feature = config.pipelines.get(DEFAULT_PIPELINE)
     store = Store(
         path,
         repo.state_dir / "backlog.lock",
         warn=lambda text: log().warning("%s", text),
-        feature_phases=phase_places(feature) if feature else None,
     )
     if path.is_relative_to(repo.top):
         # Large, ours, and another command may save it at any moment: no part of a phase's work.

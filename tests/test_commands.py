@@ -276,17 +276,3 @@ def test_status_fits_a_narrow_terminal(project: Project, here: Cli, monkeypatch:
     assert lines[2] == "WRK-001 in_progress build -        small A title that is fa…"
     monkeypatch.delenv("COLUMNS")
     assert "A title that is far too long for a" in here("status").out.splitlines()[2]
-
-
-# -- a backlog of schema 1 -------------------------------------------------------------------------
-
-
-def test_phases_that_the_config_no_longer_has_are_cleared(project: Project, here: Cli) -> None:
-    """Else a run would refuse to start until each was set by hand."""
-    project.backlog("WRK-001 in_progress phase=spec", "WRK-002 in_progress phase=build")
-    path = project.root / "BACKLOG.yaml"
-    path.write_text(path.read_text().replace("schema_version: 3", "schema_version: 1"))
-    project.commit_all()
-    told = here("status", "--json")
-    assert [item["phase"] for item in json.loads(told.out)["items"]] == [None, "build"]
-    assert "BACKLOG.yaml: WRK-001: the pipeline feature has no phase spec; cleared" in told.err

@@ -28,7 +28,7 @@ def version(path: Path) -> int:
 
 
 def is_refused(path: Path) -> bool:
-    return version(path) not in (1, 2, 3)
+    return version(path) != 3
 
 
 @pytest.fixture
@@ -62,7 +62,7 @@ def test_each_file_loads_or_is_refused_for_its_version(corpus: Path, tmp_path: P
             raw: Any = parse_yaml(path.read_bytes())
             assert list(store.load().items) == [row["id"] for row in raw["items"] or []]
         assert copy.read_bytes() == path.read_bytes()
-    assert sum(map(is_refused, backlogs(corpus))) == 1
+    assert 0 < sum(map(is_refused, backlogs(corpus))) < len(backlogs(corpus))
 
 
 def test_saving_without_a_change_leaves_every_byte(corpus: Path, tmp_path: Path) -> None:
@@ -75,9 +75,8 @@ def test_saving_without_a_change_leaves_every_byte(corpus: Path, tmp_path: Path)
         store = Store(copy, tmp_path / "lock", warn=lambda text: None)
         store.load()
         assert store.transact([lambda draft: None]) == [None]
-        if version(path) == 3:
-            assert copy.read_bytes() == path.read_bytes(), path.name
-            assert copy.stat().st_ino == facts.st_ino, f"{path.name} was written anew"
+        assert copy.read_bytes() == path.read_bytes(), path.name
+        assert copy.stat().st_ino == facts.st_ino, f"{path.name} was written anew"
 
 
 @pytest.mark.slow
@@ -107,8 +106,7 @@ def test_a_run_on_a_copy(corpus: Path, project_with: Any, number: int) -> None:
     summary = json.loads(done.stdout)
     assert summary["halt_reason"] in ("CapReached", "AllDoneOrBlocked")
     assert (project.committed(), project.status()) == (project.text(), "")
-    if version(path) == 3:
-        assert_untouched_items_are_unchanged(before, project)
+    assert_untouched_items_are_unchanged(before, project)
     again = project.run("run", "--cap", "0", code=None)
     assert again.returncode in (0, 3), again.stderr
 
