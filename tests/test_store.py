@@ -417,7 +417,7 @@ def test_a_broken_file_put_back_as_it_was_is_saved_to(bench: Bench) -> None:
         ("items:\n", "BACKLOG.yaml: no items;"),
         (TEXT.replace("status: ready", "status: raedy"), "WRK-002: status is 'raedy'"),
         (TEXT.replace("WRK-002\n  status", "WRK-001\n  status"), "the id is used twice"),
-        (TEXT.replace("schema_version: 3", "schema_version: 4"), "schema_version is 4, expected 3"),
+        (TEXT.replace("schema_version: 3", "schema_version: 4"), "schema_version is the number 4, and only 3"),
         (TEXT[: TEXT.index("# numbers")], "the file is cut off, its last"),
         (TEXT[: TEXT.index("- id: WRK-003")], "the file is cut off, its last"),
     ],
