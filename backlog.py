@@ -35,7 +35,7 @@ import stat
 import sys
 import time
 from collections import defaultdict, namedtuple
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
 from itertools import pairwise, takewhile
@@ -2279,83 +2279,6 @@ def dependants_of(draft: Draft, item_id: str) -> list[Item]:
     """The other items that depend on this one."""
     others = (item for key, item in draft.items.items() if key != item_id)
     return [item for item in others if item_id in item.get("dependencies", ())]
-
-
-# ---- Duplicates ----------------------------------------------------------------------------------
-
-
-def merge_items(
-    draft: Draft, source: str, target: str, now: datetime, running: Container[str] = ()
-) -> Item:
-    """Merge a duplicate into the item it duplicates; returns the target.
-
-    The source leaves the backlog. The target gets a note of it and its dependencies, and whoever
-    depended on the source depends on the target. A dependency that would close a circle is
-    dropped with a warning. BacklogError, and nothing changed, if the source is done, in progress
-    or among `running`, the target is done, or they are the same.
-    """
-    _refuse_merge(draft, source, target, running)
-    dependants = dependants_of(draft, source)
-    gone = archive(draft, source, now)
-    for need in gone.get("dependencies", ()):
-        _add_dependency(draft, target, need, now)
-    for other in dependants:
-        _add_dependency(draft, other["id"], target, now)
-    return add_to_context(draft, target, _merge_note(gone), now)
-
-
-def _refuse_merge(draft: Draft, source: str, target: str, running: Container[str]) -> None:
-    if source == target:
-        raise BacklogError(f"{source} cannot be merged into itself")
-    for role, item_id in (("Source", source), ("Target", target)):
-        if item_id not in draft.items:
-            raise BacklogError(f"{role} item {item_id} not found in the backlog")
-    status = draft.items[source]["status"]
-    if source in running or status in ("in_progress", "done"):
-        what = "done" if status == "done" else "being worked on"
-        raise BacklogError(f"{source} is {what} and cannot be merged into {target}")
-    if draft.items[target]["status"] == "done":
-        raise BacklogError(f"{target} is done: {source} cannot be merged into it")
-
-
-def _merge_note(gone: Item) -> str:
-    description = gone.get("description", {})
-    parts = [f"[Merged from {gone['id']}] Title: {gone['title']}"]
-    parts += [
-        f"{key.capitalize()}: {description[key]}"
-        for key in ("context", "problem")
-        if description.get(key)
-    ]
-    if "origin" in gone:
-        parts.append(f"Origin: {gone['origin']}")
-    return ". ".join(parts)
-
-
-def _add_dependency(draft: Draft, item_id: str, need: str, now: datetime) -> None:
-    """Let an item depend on another, unless that one waits for it."""
-    needs = draft.items[item_id].get("dependencies", [])
-    if need in needs or need == item_id:
-        return
-    if _waits_for(draft.items, need, item_id):
-        draft.warnings.append(
-            f"{item_id} does not inherit the dependency on {need}, which depends on it"
-        )
-        return
-    draft.update(item_id, now, dependencies=[*needs, need])
-
-
-def _waits_for(items: Mapping[str, Item], item_id: str, goal: str) -> bool:
-    """Whether an item depends on another, directly or through others."""
-    seen: set[str] = set()
-    to_do = [item_id]
-    while to_do:
-        current = to_do.pop()
-        if current == goal:
-            return True
-        if current in items and current not in seen:
-            to_do += items[current].get("dependencies", ())
-        seen.add(current)
-    return False
 
 
 # ---- New items -----------------------------------------------------------------------------------

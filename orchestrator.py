@@ -99,7 +99,6 @@ from backlog import (
     did_you_mean,
     item_texts,
     matching,
-    merge_items,
     parse_filter,
     read_item_text,
     recent_worklogs,
@@ -367,11 +366,10 @@ class AttemptSpec(NamedTuple):
 class Applied(NamedTuple):
     """What applying an outcome to the backlog did; the scheduler counts it, the log prints it."""
 
-    state: Literal["completed", "advanced", "again", "blocked", "merged", "dropped"]
+    state: Literal["completed", "advanced", "again", "blocked", "dropped"]
     item: Item  # after the change (as last known, when it left the backlog)
     reason: str = ""  # blocked: why
     follow_ups: tuple[str, ...] = ()  # ids
-    merged: tuple[str, ...] = ()  # ids that were merged away
     warnings: tuple[str, ...] = ()
     worklog: str = ""  # text to append
 
@@ -1487,14 +1485,11 @@ def apply_result(
     config: Config,
     now: datetime,
     head_at_start: str | None,
-    *,
-    running: Iterable[str] = (),
 ) -> Applied:
     """Apply what a task reported: ratings, follow-ups, the next phase or status, the worklog text.
 
     `started` is the item as the task began: status, phase and pool follow from it, whatever the
-    operator has made of them meanwhile. `running` names the other items in work, which are not
-    merged away as duplicates. `head_at_start` becomes the item's last_phase_commit.
+    operator has made of them meanwhile. `head_at_start` becomes the item's last_phase_commit.
     """
     if result.result == "failed":
         reason = f"{task.name} failed: {result.context or result.summary}"
@@ -1503,7 +1498,7 @@ def apply_result(
 
     def decide() -> Applied:
         if task.pool == "triage":
-            return _apply_triage(draft, task, result, config, now, running)
+            return _apply_triage(draft, task, result, config, now)
         return _apply_phase(draft, task, started, result, config, now, commit)
 
     return _with_findings(draft, task, started, result, config, now, decide)
@@ -1714,41 +1709,39 @@ def _complete(draft: Draft, item_id: str, now: datetime) -> Applied:
 # ---- Triage --------------------------------------------------------------------------------------
 
 
-class Merges(NamedTuple):
-    """What became of the duplicates a triage named."""
-
-    gone: tuple[str, ...]
-    target: str  # what the last of them became a part of
-    worklog: str
-
-
 def _apply_triage(
-    draft: Draft,
-    task: Task,
-    result: PhaseResult,
-    config: Config,
-    now: datetime,
-    running: Iterable[str],
+    draft: Draft, task: Task, result: PhaseResult, config: Config, now: datetime
 ) -> Applied:
-    """Merge duplicates, then block the new item or route it."""
-    before = draft.items[task.item_id]
-    others = frozenset(running) - {task.item_id}
-    merges = _merge_duplicates(draft, task, result, now, others)
-    if task.item_id not in draft.items:
-        applied = Applied("merged", before, f"merged into {merges.target}")
-    elif result.result == "blocked":
-        reason = result.context or result.summary
-        applied = block_task(draft, task, reason, now, kind=result.block_type)
+    """Block the new item with the question that its triage leaves, or route it."""
+    question = _duplicate_question(draft, task.item_id, result)
+    if result.result == "blocked":
+        reason = "; ".join(filter(None, (result.context or result.summary, question)))
+        return block_task(draft, task, reason, now, kind=result.block_type)
+    item = _describe(draft, task.item_id, result, now)
+    entry = worklog_entry(
+        now, item["id"], item["title"], task.name, _outcome(result), result.summary
+    )
+    if question:
+        applied = block_task(draft, task, question, now, kind="decision")
     else:
         applied = _route(draft, task, result, config, now)
-    entry = ""  # a block has written its own
-    if result.result != "blocked" or applied.state == "merged":
-        title = before["title"]
-        outcome = _outcome(result)
-        entry = worklog_entry(now, task.item_id, title, task.name, outcome, result.summary)
-    return applied._replace(
-        merged=merges.gone,
-        worklog=entry + merges.worklog + applied.worklog,
+    return applied._replace(worklog=entry + applied.worklog)
+
+
+def _duplicate_question(draft: Draft, item_id: str, result: PhaseResult) -> str:
+    """What to ask the operator about the items that this one asks the same as; "" if none."""
+    known = []
+    for other in result.duplicates:
+        if other in draft.items and other != item_id:
+            known.append(f"{other} ({one_line(draft.items[other]['title'], 80)})")
+        else:
+            draft.warnings.append(f"{item_id}: there is no other item {other} that it could repeat")
+    if not known:
+        return ""
+    return (
+        f"it seems to be a duplicate of {', '.join(known)}; if it is:"
+        f" orchestrator close {item_id} --reason duplicate, else:"
+        f" orchestrator unblock {item_id} --notes 'no duplicate'"
     )
 
 
@@ -1756,7 +1749,7 @@ def _route(draft: Draft, task: Task, result: PhaseResult, config: Config, now: d
     """Choose where a rated item goes: small and safe ones are ready, others start pre-phases."""
     if result.result == "subphase_complete":
         return block_task(draft, task, "triage cannot be completed in parts", now)
-    item = _describe(draft, task.item_id, result, now)
+    item = draft.items[task.item_id]
     wanted = result.pipeline_type or pipeline_name(item)
     if wanted not in config.pipelines:
         return block_task(draft, task, unknown_pipeline(wanted, config), now)
@@ -1787,40 +1780,6 @@ def unknown_pipeline(name: str, config: Config) -> str:
     """The reason an item with such a pipeline is blocked."""
     known = ", ".join(sorted(config.pipelines))
     return f"unknown pipeline type {name!r}; {config.source} has: {known}"
-
-
-def _merge_duplicates(
-    draft: Draft, task: Task, result: PhaseResult, now: datetime, running: Container[str]
-) -> Merges:
-    """Merge what triage calls the same as this item: the higher number into the lower one.
-
-    What may not be merged (it is done, in work, or not there at all) stays, with a warning. If the
-    triaged item itself is merged away, the rest of the list is left alone.
-    """
-    gone: list[str] = []
-    worklog = target = ""
-    for other in dict.fromkeys(result.duplicates):
-        source, into = _merge_direction(task.item_id, other)
-        title = draft.items.get(source, {}).get("title", "")
-        try:
-            merge_items(draft, source, into, now, running)
-        except BacklogError as error:
-            draft.warnings.append(f"{task.item_id}: its duplicate {other} stays: {error}")
-            continue
-        target = into
-        worklog += worklog_entry(now, source, title, task.name, "Merged", f"Merged into {into}")
-        gone.append(source)
-        if source == task.item_id:
-            break
-    return Merges(tuple(gone), target, worklog)
-
-
-def _merge_direction(item_id: str, other: str) -> tuple[str, str]:
-    """(source, target): the lower number stays; if numbers do not tell, the triaged item goes."""
-    mine, theirs = re.fullmatch(ITEM_ID, item_id), re.fullmatch(ITEM_ID, other)
-    if mine and theirs and int(theirs[2]) > int(mine[2]):
-        return other, item_id
-    return item_id, other
 
 
 # ---- What the operator decides -------------------------------------------------------------------
@@ -1971,7 +1930,7 @@ class Finding(NamedTuple):
 class Departure(NamedTuple):
     """How an item left the backlog, as the worklog has it."""
 
-    word: str  # "done", "closed" or "merged"
+    word: str  # "done" or "closed"
     reason: str
 
 
@@ -2093,7 +2052,7 @@ def departures(worklog: str) -> dict[str, Departure]:
     for line in worklog.splitlines():
         if heading := re.match(WORKLOG_HEAD, line):
             item_id, word = heading[1], ""
-        elif ended := re.match(r"- \*\*(?:Status|Outcome):\*\* (Done|Closed|Merged)$", line):
+        elif ended := re.match(r"- \*\*(?:Status|Outcome):\*\* (Done|Closed)$", line):
             word = ended[1].lower()
             found[item_id] = Departure(word, "")
         elif word and (told := re.match(r"- \*\*(?:Summary|Reason):\*\* (.*)", line)):
@@ -2647,8 +2606,7 @@ code.
 1. **Understand it.** Read the item and look at the code it talks about. If it is done already or
    not needed, report `blocked` and give the evidence in `context`.
 2. **Look for duplicates** in the backlog. Put the ids of items that ask for the same thing into
-   `duplicates`; the item with the higher number is merged into the lower one. Related is not the
-   same.
+   `duplicates`: a human is asked then. Related is not the same.
 3. **Choose the pipeline** (`pipeline_type`) from the types above.
 4. **Rate it** in `updated_assessments`. The ratings decide whether a human has to approve the work:
    rate what you see, and when you waver, take the higher one.
@@ -3603,7 +3561,6 @@ class SummaryFacts(NamedTuple):
     completed: tuple[str, ...] = ()  # ids, in order
     blocked: Mapping[str, str] = {}  # id → reason
     follow_ups: tuple[str, ...] = ()
-    merged: tuple[str, ...] = ()
     titles: Mapping[str, str] = {}  # of items that are not in the backlog any more
     spent: Mapping[tuple[str, str], Usage] = {}  # by item and phase, in the order they began
     filters: tuple[str, ...] = ()
@@ -3786,7 +3743,6 @@ def _other_lines(facts: SummaryFacts) -> list[str]:
     before = [i["id"] for i in items if i["status"] == "blocked" and i["id"] not in facts.blocked]
     groups: Mapping[str, Sequence[str]] = {
         "New items": facts.follow_ups,
-        "Merged into others": facts.merged,
         "Blocked before": before,
         "Waiting for other items": [i["id"] for i in items if waits_for(i, facts.backlog)],
     }
@@ -3879,7 +3835,6 @@ def summary_json(facts: SummaryFacts) -> dict[str, object]:
         "completed": [titled(item_id) for item_id in facts.completed],
         "blocked": [{**titled(id), "reason": reason} for id, reason in facts.blocked.items()],
         "follow_ups": list(facts.follow_ups),
-        "merged": list(facts.merged),
         **usage_json(facts.usage),
         "spent": [
             {"item": item_id, "phase": phase, **usage_json(usage)}
@@ -6280,7 +6235,6 @@ class Ledger:
                 self.config,
                 now,
                 started.record.before.head.commit,
-                running={one.item for one in self.journal.attempts.values()} - {task.item_id},
             )
 
         applied = self._record(started, apply, entries, outcome, summary)
@@ -7055,7 +7009,6 @@ class Totals:
         self.completed: list[str] = []
         self.blocked: dict[str, str] = {}  # id → reason
         self.follow_ups: list[str] = []
-        self.merged: list[str] = []
         self.titles: dict[str, str] = {}  # of items that leave the backlog
         self.exhausted_in_a_row = 0
         self.spent: dict[tuple[str, str], Usage] = {}  # by item and phase
@@ -7525,11 +7478,8 @@ class Scheduler:
         for warning in applied.warnings:
             log().warning("%s: %s", item_id, warning)
         totals.follow_ups += applied.follow_ups
-        totals.merged += applied.merged
         if applied.follow_ups:
             log().info("%s: new items from it: %s", item_id, ", ".join(applied.follow_ups))
-        if applied.merged:
-            log().info("%s: merged as duplicates: %s", item_id, ", ".join(applied.merged))
         if applied.state == "completed":
             totals.completed.append(item_id)
             totals.titles[item_id] = applied.item["title"]
@@ -8082,7 +8032,6 @@ def summary_facts(session: Session, code: int, program: str) -> SummaryFacts:
         completed=tuple(totals.completed),
         blocked=totals.blocked,
         follow_ups=tuple(totals.follow_ups),
-        merged=tuple(totals.merged),
         titles=totals.titles,
         spent=totals.spent,
         filters=tuple(str(one) for one in options.filters),
@@ -9299,7 +9248,7 @@ JSON_FORMS: Mapping[str, str] = {
     "run": (
         '{"schema": 1, "run_id", "halt_reason" (null: an error), "detail", "exit_code", "phases",'
         ' "cap", "seconds", "completed": [{"id", "title"}], "blocked": [{"id", "title", "reason"}],'
-        f' "follow_ups": [id], "merged": [id], {_SPENT_FORM}, "spent": [{{"item", "phase",'
+        f' "follow_ups": [id], {_SPENT_FORM}, "spent": [{{"item", "phase",'
         f' {_SPENT_FORM}}}], "filters", "targets", "state_commit", "warnings": [text],'
         ' "counts": {STATUS: number}, "next": [{"command", "why"}]};'
         ' with --dry-run {"schema": 1, "items": [{"id", "title", "runs", "turn", "phase", "text"}],'

@@ -722,7 +722,7 @@ def test_bad_targets_are_usage_errors(project: Any, here: Cli, command: str, dry
 
 SUMMARY_KEYS = {
     "schema", "run_id", "halt_reason", "detail", "exit_code", "phases", "cap", "seconds", "completed", "blocked",
-    "follow_ups", "merged", "cost_usd", "input_tokens", "output_tokens", "spent", "filters", "targets",
+    "follow_ups", "cost_usd", "input_tokens", "output_tokens", "spent", "filters", "targets",
     "state_commit", "warnings", "counts", "next",
 }
 

@@ -514,15 +514,12 @@ class Case:
         config: Config = DEFAULTS,
         edited: Item | None = None,
         removed: bool = False,
-        running: Iterable[str] = (),
         head: str | None = "c0ffee",
     ) -> None:
         present = [] if removed else [edited or started]
         self.draft = Draft(backlog(*present, *others))
         done = task("A-1", reported.phase, config)
-        self.applied: Applied = apply_result(
-            self.draft, done, started, reported, config, NOW, head, running=running
-        )
+        self.applied: Applied = apply_result(self.draft, done, started, reported, config, NOW, head)
 
     @property
     def item(self) -> Item:
@@ -937,63 +934,40 @@ def test_triage_takes_the_description_field_by_field(
 
 # ---- Duplicates -----------------------------------------------------------------------------------
 
-
-def test_a_duplicate_with_a_higher_number_is_merged_into_the_triaged_item() -> None:
-    reported = result("triage", duplicates=("A-3",))
-    case = Case(item("A-1"), reported, item("A-3"), item("A-4", "ready", dependencies=["A-3"]))
-    assert set(case.draft.items) == {"A-1", "A-4"}
-    assert case.draft.items["A-4"]["dependencies"] == ["A-1"]
-    assert "[Merged from A-3] Title: Title of A-3" in case.item["description"]["context"]
-    assert (case.applied.state, case.applied.merged, case.applied.warnings) == ("advanced", ("A-3",), ())
-    merged = worklog_entry(NOW, "A-3", "Title of A-3", "triage", "Merged", "Merged into A-1")
-    assert case.applied.worklog == case.entry("triage", "Complete", "triage summary") + merged
-
-
-@pytest.mark.parametrize(("code", "outcome"), [("phase_complete", "Complete"), ("blocked", "Blocked")])
-def test_the_triaged_item_is_merged_into_a_lower_number(code: str, outcome: str) -> None:
-    reported = result("triage", code, duplicates=("A-0", "A-3"), pipeline_type="nope")
-    case = Case(item("A-1"), reported, item("A-0"), item("A-3"))
-    assert set(case.draft.items) == {"A-0", "A-3"}
-    assert (case.applied.state, case.applied.reason, case.applied.merged) == ("merged", "merged into A-0", ("A-1",))
-    assert (case.applied.item["title"], case.applied.warnings) == ("Title of A-1", ())
-    merged = worklog_entry(NOW, "A-1", "Title of A-1", "triage", "Merged", "Merged into A-0")
-    assert case.applied.worklog == case.entry("triage", outcome, "triage summary") + merged
-
-
-def test_an_id_without_a_number_takes_the_triaged_item_in() -> None:
-    case = Case(item("A-1"), result("triage", duplicates=("legacy",)), item("legacy"))
-    assert (case.applied.state, set(case.draft.items)) == ("merged", {"legacy"})
-
-
-@pytest.mark.parametrize(
-    ("duplicate", "others", "running"),
-    [
-        ("A-1", [], []),
-        ("A-9", [], []),
-        ("A-0", [item("A-0", "done")], []),
-        ("A-3", [item("A-3", "done")], []),
-        ("A-3", [at("A-3", "prd")], []),
-        ("A-3", [item("A-3")], ["A-1", "A-3"]),
-    ],
+QUESTION = (
+    "it seems to be a duplicate of A-3 (Title of A-3); if it is: orchestrator close A-1 --reason"
+    " duplicate, else: orchestrator unblock A-1 --notes 'no duplicate'"
 )
-def test_d36_what_may_not_be_merged_stays_with_a_warning(
-    duplicate: str, others: list[Item], running: list[str]
-) -> None:
-    case = Case(item("A-1"), result("triage", duplicates=(duplicate,)), *others, running=running)
-    assert {k: v for k, v in case.draft.items.items() if k != "A-1"} == {one["id"]: one for one in others}
-    assert (case.applied.state, case.applied.merged) == ("advanced", ())
-    [warning] = case.applied.warnings
-    assert warning.startswith(f"A-1: its duplicate {duplicate} stays: ")
 
 
-def test_d36_a_failed_triage_merges_nothing() -> None:
+def test_a_suspected_duplicate_blocks_with_that_question() -> None:
+    reported = result("triage", duplicates=("A-3",), description={"problem": "p"})
+    other = item("A-3", "in_progress", dependencies=["A-1"])
+    case = Case(item("A-1"), reported, other)
+    assert case.draft.items["A-3"] == other
+    assert (case.item["status"], case.item["blocked_from_status"]) == ("blocked", "new")
+    assert (case.item["blocked_reason"], case.item["blocked_type"]) == (QUESTION, "decision")
+    assert case.item["description"]["problem"] == "p"
+    told = case.entry("triage", "Complete", "triage summary") + case.entry("triage", "Blocked", QUESTION)
+    assert case.applied.worklog == told
+
+
+def test_a_triage_that_blocks_asks_about_the_duplicate_too() -> None:
+    reported = result("triage", "blocked", duplicates=("A-3",), context="why?", block_type="clarification")
+    case = Case(item("A-1"), reported, item("A-3", "done"))
+    assert (case.item["blocked_reason"], case.item["blocked_type"]) == (f"why?; {QUESTION}", "clarification")
+
+
+@pytest.mark.parametrize("duplicate", ["A-1", "A-9"])
+def test_a_duplicate_that_is_not_there_is_a_warning(duplicate: str) -> None:
+    case = Case(item("A-1"), result("triage", duplicates=(duplicate,)))
+    assert case.applied.state == "advanced"
+    assert case.applied.warnings == (f"A-1: there is no other item {duplicate} that it could repeat",)
+
+
+def test_d36_a_failed_triage_asks_nothing() -> None:
     case = Case(item("A-1"), result("triage", "failed", duplicates=("A-3",)), item("A-3"))
-    assert set(case.draft.items) == {"A-1", "A-3"}
-
-
-def test_the_triaged_item_itself_counts_as_idle() -> None:
-    case = Case(item("A-1"), result("triage", duplicates=("A-0",)), item("A-0"), running=["A-1"])
-    assert case.applied.state == "merged"
+    assert "duplicate" not in case.item["blocked_reason"]
 
 
 # ---- Promotion, repair, staleness -----------------------------------------------------------------

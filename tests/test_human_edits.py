@@ -22,7 +22,6 @@ from backlog import (
     Store,
     archive,
     block,
-    merge_items,
     parse_yaml,
     transition,
     unblock,
@@ -357,13 +356,12 @@ VALUES: dict[str, list[object]] = {
 
 
 def decision(rng: random.Random, ids: list[str], now: datetime) -> Edit:
-    one, other = rng.choice(ids), rng.choice(ids)
+    one = rng.choice(ids)
     keys = rng.sample([*VALUES, "tags", "tags", "tags", "status", "status"], rng.randint(1, 4))
     changes = {key: rng.choice(VALUES[key]) for key in keys}
     rare: list[Edit] = [
         lambda d: archive(d, one, now),
         lambda d: d.add("WRK", "Added", now, tags=["new"], description={"context": "a\nb"}),
-        lambda d: merge_items(d, one, other, now),
     ]
     usual: list[Edit] = [
         lambda d: transition(d, one, "scoping", now),

@@ -27,7 +27,6 @@ from backlog import (
     archive_entry,
     block,
     highest_number,
-    merge_items,
     normalise_title,
     parse_yaml,
     timestamp,
@@ -663,105 +662,6 @@ def test_a_whole_life() -> None:
         transition(draft, item_id, status, NOW)
     assert archive(draft, item_id, NOW)["status"] == "done"
     assert draft.backlog() == Backlog({}, 1)
-
-
-# ---- Duplicates ----------------------------------------------------------------------------------
-
-
-def test_merge_leaves_a_note_and_the_dependencies() -> None:
-    source = item(
-        "WRK-002",
-        title="Same again",
-        origin="WRK-009/build",
-        description={"context": "c", "problem": "p", "solution": "s"},
-        dependencies=["WRK-003", "WRK-004", "WRK-001"],
-    )
-    target = item(dependencies=["WRK-003"], description={"context": "First", "problem": "kept"})
-    draft = draft_of(target, source, item("WRK-003"), item("WRK-004"))
-    merged = merge_items(draft, "WRK-002", "WRK-001", NOW)
-    assert merged == {
-        **target,
-        "dependencies": ["WRK-003", "WRK-004"],
-        "description": {
-            "context": "First\n[Merged from WRK-002] Title: Same again. Context: c. Problem: p."
-            " Origin: WRK-009/build",
-            "problem": "kept",
-            "solution": "",
-            "impact": "",
-            "sizing_rationale": "",
-        },
-        "updated": NOW_TEXT,
-    }
-    assert list(draft.items) == ["WRK-001", "WRK-003", "WRK-004"]
-    assert not draft.warnings
-
-
-def test_merge_without_descriptions_makes_one() -> None:
-    draft = draft_of(item(), item("WRK-002"))
-    merged = merge_items(draft, "WRK-002", "WRK-001", NOW)
-    assert merged["description"]["context"] == "[Merged from WRK-002] Title: Title of WRK-002"
-    assert "dependencies" not in merged
-
-
-def test_an_item_that_depends_on_itself_can_be_merged() -> None:
-    draft = draft_of(item(), item("WRK-002", dependencies=["WRK-002"]))
-    merge_items(draft, "WRK-002", "WRK-001", NOW)
-    assert list(draft.items) == ["WRK-001"]
-    assert not draft.warnings
-
-
-def test_d36_dependants_inherit_the_target() -> None:
-    draft = draft_of(
-        item(),
-        item("WRK-002"),
-        item("WRK-003", dependencies=["WRK-002", "WRK-004"]),
-        item("WRK-004", dependencies=["WRK-001", "WRK-002"]),
-    )
-    merge_items(draft, "WRK-002", "WRK-001", NOW)
-    assert draft.items["WRK-003"]["dependencies"] == ["WRK-004", "WRK-001"]
-    assert draft.items["WRK-004"]["dependencies"] == ["WRK-001"]
-
-
-def test_d36_inherited_dependencies_never_close_a_circle() -> None:
-    draft = draft_of(
-        item(dependencies=["WRK-003"]),
-        item("WRK-002"),
-        item("WRK-003", dependencies=["WRK-004"]),
-        item("WRK-004", dependencies=["WRK-002"]),
-    )
-    merge_items(draft, "WRK-002", "WRK-001", NOW)
-    assert "dependencies" not in draft.items["WRK-004"]
-    assert draft.warnings == [
-        "WRK-004 does not inherit the dependency on WRK-001, which depends on it"
-    ]
-
-
-def test_a_target_that_depended_on_the_source_depends_on_nothing_of_itself() -> None:
-    draft = draft_of(item(dependencies=["WRK-002"]), item("WRK-002", dependencies=["WRK-001"]))
-    assert "dependencies" not in merge_items(draft, "WRK-002", "WRK-001", NOW)
-    assert not draft.warnings
-
-
-@pytest.mark.parametrize(
-    ("source", "target", "message"),
-    [
-        ("WRK-001", "WRK-001", "WRK-001 cannot be merged into itself"),
-        ("WRK-009", "WRK-001", "Source item WRK-009 not found in the backlog"),
-        ("WRK-001", "WRK-009", "Target item WRK-009 not found in the backlog"),
-        ("DONE", "WRK-001", "DONE is done and cannot be merged into WRK-001"),
-        ("BUSY", "WRK-001", "BUSY is being worked on and cannot be merged into WRK-001"),
-        ("RUN", "WRK-001", "RUN is being worked on and cannot be merged into WRK-001"),
-        ("WRK-001", "DONE", "DONE is done: WRK-001 cannot be merged into it"),
-    ],
-)
-def test_d36_what_cannot_be_merged_stays(source: str, target: str, message: str) -> None:
-    draft = draft_of(
-        item(), item("DONE", "done"), item("BUSY", "in_progress"), item("RUN", "scoping")
-    )
-    said = unchanged_after(
-        draft, lambda: merge_items(draft, source, target, NOW, running={"RUN"})
-    )
-    assert said == message
 
 
 # ---- Follow-ups ----------------------------------------------------------------------------------

@@ -872,7 +872,7 @@ def some_facts(**changes: Any) -> SummaryFacts:
     facts = SummaryFacts(
         run_id="run-1", reason=HaltReason.ALL_DONE_OR_BLOCKED, exit_code=0, backlog=backlog, phases=7, cap=100,
         seconds=4325, completed=("WRK-001",), blocked={"WRK-003": "the guardrails are exceeded"}, follow_ups=("WRK-004",),
-        merged=("WRK-000",), titles={"WRK-001": "Login"}, spent={("WRK-001", "build"): Usage(4.2, 120_000, 8_000), ("WRK-003", "triage"): Usage()},
+        titles={"WRK-001": "Login"}, spent={("WRK-001", "build"): Usage(4.2, 120_000, 8_000), ("WRK-003", "triage"): Usage()},
         state_commit="0123456789abcdef", warnings=("the index is locked",),
     )
     return facts._replace(**changes)
@@ -891,7 +891,6 @@ def test_the_summary_answers_what_was_done_what_is_blocked_what_it_cost_and_what
         "             the guardrails are exceeded",
         "",
         "New items (1): WRK-004",
-        "Merged into others (1): WRK-000",
         "Blocked before (1): WRK-002",
         "Waiting for other items (1): WRK-004",
         "Backlog: 3 items: 2 blocked, 1 new",
@@ -957,7 +956,7 @@ def test_the_summary_for_machines() -> None:
         "schema": 1, "run_id": "run-1", "halt_reason": "AllDoneOrBlocked", "detail": "", "exit_code": 0, "phases": 7,
         "cap": 100, "seconds": 4325, "completed": [{"id": "WRK-001", "title": "Login"}],
         "blocked": [{"id": "WRK-003", "title": "Big", "reason": "the guardrails are exceeded"}],
-        "follow_ups": ["WRK-004"], "merged": ["WRK-000"], "cost_usd": 4.2, "input_tokens": 120_000,
+        "follow_ups": ["WRK-004"], "cost_usd": 4.2, "input_tokens": 120_000,
         "output_tokens": 8_000,
         "spent": [
             {"item": "WRK-001", "phase": "build", "cost_usd": 4.2, "input_tokens": 120_000, "output_tokens": 8_000},
