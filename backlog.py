@@ -89,7 +89,7 @@ ITEM_KEYS = (
     "id", "title", "status", "phase", "size", "complexity", "risk", "impact",
     "requires_human_review", "origin", "blocked_from_status", "blocked_reason", "blocked_type",
     "unblock_context", "tags", "dependencies", "created", "updated", "pipeline_type",
-    "description", "phase_pool", "last_phase_commit", "guardrail_override", "priority", "attempts",
+    "description", "phase_pool", "guardrail_override", "priority", "attempts",
 )  # fmt: skip
 _TOP_KEYS = ("schema_version", "items", "next_item_id")
 
@@ -1656,7 +1656,6 @@ OWNED_KEYS = frozenset(
         "blocked_from_status",
         "blocked_reason",
         "blocked_type",
-        "last_phase_commit",
         "attempts",
         "updated",
     }
@@ -1700,7 +1699,6 @@ if TYPE_CHECKING:
         pipeline_type: str
         description: dict[str, str]  # the keys of DESCRIPTION_KEYS
         phase_pool: str  # one of POOL_WORDS
-        last_phase_commit: str
         guardrail_override: bool
         priority: int  # higher first
         attempts: int  # failed ones of the current phase
@@ -1808,7 +1806,6 @@ _ITEM_KINDS: dict[str, _Kind] = {
             "created",
             "updated",
             "pipeline_type",
-            "last_phase_commit",
         ),
         _TEXT,
     ),
@@ -2211,7 +2208,7 @@ def block(draft: Draft, item_id: str, reason: str, now: datetime, kind: str | No
 def unblock(
     draft: Draft, item_id: str, now: datetime, notes: str | None = None, override: bool = False
 ) -> Item:
-    """Put a blocked item back to where it was, with fresh attempts and no staleness check.
+    """Put a blocked item back to where it was, with fresh attempts.
 
     `notes` reach the next prompt; `override` lets it pass the guardrails from now on.
     BacklogError if it is not blocked.
@@ -2221,7 +2218,7 @@ def unblock(
         raise BacklogError(f"{item_id}: it is not blocked, but {item['status']}")
     back = item.get("blocked_from_status", "new")
     transition(draft, item_id, back if back in LEGAL_TRANSITIONS["blocked"] else "new", now)
-    changes: dict[str, object] = {"attempts": None, "last_phase_commit": None}
+    changes: dict[str, object] = {"attempts": None}
     if notes and notes.strip():
         changes["unblock_context"] = notes.strip()
     if override:
@@ -2243,7 +2240,7 @@ def advance(
     if phase not in phases:
         raise BacklogError(f"{item_id}: no main phase {phase}; there are {', '.join(phases)}")
     return draft.update(
-        item_id, now, phase=phase, phase_pool="main", last_phase_commit=None, attempts=None
+        item_id, now, phase=phase, phase_pool="main", attempts=None
     )
 
 

@@ -193,7 +193,6 @@ class Phase(NamedTuple):
     name: str
     destructive: bool = False
     workflows: tuple[str, ...] = ()  # paths relative to the config's folder
-    staleness: Literal["ignore", "warn", "block"] = "ignore"
     agent: str | None = None  # overrides agent.cli
     model: str | None = None
     timeout_minutes: float | None = None
@@ -290,7 +289,6 @@ class PhaseResult(NamedTuple):
     context: str | None = None
     ratings: Mapping[str, str] = {}  # size, complexity, risk, impact as far as given
     follow_ups: tuple[FollowUp, ...] = ()
-    based_on_commit: str | None = None
     pipeline_type: str | None = None
     commit_summary: str | None = None
     duplicates: tuple[str, ...] = ()
@@ -414,7 +412,6 @@ class RunView(NamedTuple):
 
 AGENT_CLIS = ("claude", "codex", "opencode", "gemini", "command", "demo")
 STREAMING_CLIS = frozenset({"claude", "codex", "opencode", "gemini"})  # silence means trouble
-STALENESS: tuple[Literal["ignore", "warn", "block"], ...] = ("ignore", "warn", "block")
 LIMIT_POLICIES: tuple[Literal["halt", "wait"], ...] = ("halt", "wait")
 
 DOCUMENT_OUTPUTS = ("changes/{id}_*/", "_ideas/{id}_*")
@@ -747,7 +744,6 @@ def _read_phase(table: ConfigTable) -> Phase:
         name=_read_phase_name(table),
         destructive=destructive,
         workflows=table.texts("workflows"),
-        staleness=table.word("staleness", STALENESS, "ignore"),
         agent=table.word("agent", AGENT_CLIS, None),
         model=_read_model(table),
         timeout_minutes=table.number("timeout_minutes", None),
@@ -799,11 +795,7 @@ def _contradictions(config: Config) -> list[str]:
         for pipeline in config.pipelines.values()
         for phase in pipeline.all_phases
     ]
-    problems = [
-        f'{where} has staleness = "block", which needs execution.max_wip = 1'
-        for where, phase in phases
-        if phase.staleness == "block" and config.execution.max_wip > 1
-    ]
+    problems = []
     wanted = ["agent.cli"] if config.agent.cli == "command" else []
     wanted += [where for where, phase in phases if phase.agent == "command"]
     if wanted and not config.agent.command:
@@ -1063,7 +1055,6 @@ cli = {cli}  # claude, codex, opencode, gemini, command, demo
 #   verify = [["make", "test"]]           must pass after the agent says that it is done
 #   outputs = ["docs/"]                   what a phase that is not destructive may commit
 #   allow_empty = true                    a destructive phase may complete without any change
-#   staleness = "warn"                    or "block", if history was rewritten after the last phase
 # A destructive phase modifies code, runs alone and is committed at once.
 [pipelines.feature]
 pre_phases = [
@@ -1484,22 +1475,20 @@ def apply_result(
     result: PhaseResult,
     config: Config,
     now: datetime,
-    head_at_start: str | None,
 ) -> Applied:
     """Apply what a task reported: ratings, follow-ups, the next phase or status, the worklog text.
 
     `started` is the item as the task began: status, phase and pool follow from it, whatever the
-    operator has made of them meanwhile. `head_at_start` becomes the item's last_phase_commit.
+    operator has made of them meanwhile.
     """
     if result.result == "failed":
         reason = f"{task.name} failed: {result.context or result.summary}"
         return apply_failure(draft, task, started, reason, now, result, config)
-    commit = result.based_on_commit or head_at_start or started.get("last_phase_commit")
 
     def decide() -> Applied:
         if task.pool == "triage":
             return _apply_triage(draft, task, result, config, now)
-        return _apply_phase(draft, task, started, result, config, now, commit)
+        return _apply_phase(draft, task, started, result, config, now)
 
     return _with_findings(draft, task, started, result, config, now, decide)
 
@@ -1628,13 +1617,12 @@ def _apply_phase(
     result: PhaseResult,
     config: Config,
     now: datetime,
-    commit: str | None,
 ) -> Applied:
     """Route an item after a phase that was not triage and did not fail."""
     if result.result == "blocked":
         reason = result.context or result.summary
         return block_task(draft, task, reason, now, kind=result.block_type)
-    item = draft.update(task.item_id, now, attempts=None, last_phase_commit=commit)
+    item = draft.update(task.item_id, now, attempts=None)
     entry = worklog_entry(
         now, item["id"], item["title"], task.name, _outcome(result), result.summary
     )
@@ -1810,7 +1798,7 @@ def take_out(
     return Farewell(item, tuple(dependants), archive_entry(now, item, status, why))
 
 
-# ---- Promotion, repair, staleness ----------------------------------------------------------------
+# ---- Promotion and repair ------------------------------------------------------------------------
 
 
 def promote(draft: Draft, item_id: str, config: Config, now: datetime) -> Applied:
@@ -1884,22 +1872,6 @@ def _repair_active(draft: Draft, item_id: str, config: Config, now: datetime) ->
     first = (pipeline.pre_phases if scoping else pipeline.phases)[0].name
     draft.update(item_id, now, phase=first, phase_pool="pre" if scoping else "main")
     return [f"{what}; starts with {first}"]
-
-
-def staleness(
-    phase: Phase, last_commit: str | None, ancestor: bool | None, error: str = ""
-) -> tuple[Literal["proceed", "warn", "block"], str]:
-    """Whether a destructive phase may build on the work of the phase before it, and why not.
-
-    `last_commit` is where HEAD was when that phase started, `ancestor` git's answer to whether it
-    is still in the history of HEAD; None when git could not say, with its `error`.
-    """
-    if not phase.destructive or not last_commit or ancestor:
-        return "proceed", ""
-    if ancestor is None:
-        return "block", f"the check whether {last_commit} is still in history failed: {error}"
-    text = f"Stale: {last_commit}, where the last phase started, is no longer in history"
-    return ("proceed", "") if phase.staleness == "ignore" else (phase.staleness, text)
 
 
 # ---- What history tells --------------------------------------------------------------------------
@@ -2246,7 +2218,6 @@ def parse_result(data: bytes, item_id: str, phase: str) -> PhaseResult:
         context=read.text(row, "context"),
         ratings=read.ratings(row),
         follow_ups=read.follow_ups(row),
-        based_on_commit=read.commit(row, "based_on_commit"),
         pipeline_type=read.line(row, "pipeline_type"),
         commit_summary=read.line(row, "commit_summary"),
         duplicates=read.ids(row, "duplicates"),
@@ -2355,13 +2326,6 @@ class _FieldReader:
         if value is None or isinstance(value, bool):
             return value
         self._drop(key, value, "true or false")
-        return None
-
-    def commit(self, row: Mapping[str, object], key: str) -> str | None:
-        value = self.line(row, key)
-        if value is None or re.fullmatch(r"[0-9a-fA-F]{7,64}", value):
-            return value
-        self._drop(key, value, "a commit id")
         return None
 
     def entries(self, row: Mapping[str, object], key: str) -> list[object]:
@@ -3331,7 +3295,7 @@ def _play(draft: Draft, task: Task, config: Config) -> None:
     if task.pool != TRIAGE:
         result = PhaseResult(task.item_id, task.name, "phase_complete", "planned")
         item = draft.item(task.item_id)
-        _apply_phase(draft, task, item, result, config, PLAN_TIME, None)
+        _apply_phase(draft, task, item, result, config, PLAN_TIME)
 
 
 def _idle_row(
@@ -6234,7 +6198,6 @@ class Ledger:
                 result,
                 self.config,
                 now,
-                started.record.before.head.commit,
             )
 
         applied = self._record(started, apply, entries, outcome, summary)
@@ -6380,26 +6343,6 @@ class Ledger:
         del self.journal.attempts[record.token]
         self.journal.write()
         return ref
-
-    def check_staleness(self, task: Task) -> Applied | None:
-        """Block a destructive phase whose ground was rewritten, as its `staleness` says."""
-        item = self.store.backlog.items.get(task.item_id)
-        base = item.get("last_phase_commit") if item else None
-        if not task.phase.destructive or base is None:
-            return None
-        ancestor, error = None, ""
-        try:
-            ancestor = self.repo.is_ancestor(base)
-        except GitError as trouble:
-            error = str(trouble)
-        verdict, text = staleness(task.phase, base, ancestor, error)
-        if verdict == "warn":
-            log().warning("%s", phase_line(task.item_id, task.name, text))
-        if verdict != "block":
-            return None
-        now = self.clock()
-        (applied,) = self._decide(task.name, [lambda draft: block_task(draft, task, text, now)])
-        return applied
 
     # -- what a phase left in the work tree --------------------------------------------------------
 
@@ -7292,9 +7235,6 @@ class Scheduler:
 
     async def _attempts(self, task: Task) -> Applied | None:
         """Run a phase until it succeeds or its attempts are used up; None: interrupted."""
-        stale = await self.coordinator.do(self.ledger.check_staleness, task)
-        if stale is not None:
-            return stale
         attempts = self.config.execution.max_retries + 1
         item = self.coordinator.backlog.items.get(task.item_id)
         first = item.get("attempts", 0) + 1 if item else 1

@@ -234,7 +234,6 @@ CONFIGS: dict[str, tuple[str | bytes, str]] = {
     "d15_triage": ("[pipelines.x]\nphases = [{name = 'triage'}]\n", "pipelines.x.phases[0].name must not be triage"),
     "d45_phase_name": ("[pipelines.x]\nphases = [{name = '../up'}]\n", "pipelines.x.phases[0].name must be at most 64 ASCII letters"),
     "outputs_outside": ("[pipelines.x]\nphases = [{name = 'a', outputs = ['../b']}]\n", "must lie below the project root"),
-    "staleness_wip": ("[execution]\nmax_wip = 2\n[pipelines.x]\nphases = [{name = 'a', staleness = 'block'}]\n", 'has staleness = "block", which needs execution.max_wip = 1'),
     "prefix": ("[project]\nprefix = 'a b'\n", "project.prefix must be ASCII letters"),
 }
 
@@ -457,7 +456,7 @@ LENIENT: dict[str, str] = {
     "description_text": changed(description="plain"),
     "summary_missing": json.dumps({"item_id": "@", "phase": "plan", "result": "phase_complete"}),
     "unknown_keys": changed(mood="great", nested={"a": [1]}),
-    "all_null": changed(context=None, updated_assessments=None, duplicates=None, commit_summary=None, based_on_commit=None),
+    "all_null": changed(context=None, updated_assessments=None, duplicates=None, commit_summary=None),
     "byte_order_mark": "\ufeff" + changed(),
 }
 

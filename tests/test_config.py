@@ -108,7 +108,7 @@ def test_every_key_is_read() -> None:
         [pipelines.docs]
         pre_phases = [{ name = "look" }]
         phases = [
-          { name = "write", workflows = ["a.md", "b.md"], staleness = "warn", agent = "codex", model = "m", timeout_minutes = 5, verify = [["make", "test"], ["true"]], outputs = ["docs/"] },
+          { name = "write", workflows = ["a.md", "b.md"], agent = "codex", model = "m", timeout_minutes = 5, verify = [["make", "test"], ["true"]], outputs = ["docs/"] },
           { name = "publish", is_destructive = true, run = ["make", "all"], allow_empty = true },
         ]
         """
@@ -135,7 +135,6 @@ def test_every_key_is_read() -> None:
                     Phase(
                         "write",
                         workflows=("a.md", "b.md"),
-                        staleness="warn",
                         agent="codex",
                         model="m",
                         timeout_minutes=5.0,
@@ -265,7 +264,7 @@ def test_wrong_values(text: str, complaint: str) -> None:
         ("[agent]\nmodle = 'm'", 'agent.modle is no known key (did you mean "model"?)'),
         ("[notify]\nxyz = 1", "notify.xyz is no known key"),
         (one_pipeline("{name='a'}", more="fases = []"), 'pipelines.p.fases is no known key (did you mean "phases"?)'),
-        (one_pipeline("{name='a', stale='warn'}"), 'pipelines.p.phases[0].stale is no known key (did you mean "staleness"?)'),
+        (one_pipeline("{name='a', workflow='warn'}"), 'pipelines.p.phases[0].workflow is no known key (did you mean "workflows"?)'),
     ],
 )
 def test_d27_unknown_keys_are_errors_with_a_hint(text: str, complaint: str) -> None:
@@ -278,7 +277,6 @@ def test_d27_unknown_keys_are_errors_with_a_hint(text: str, complaint: str) -> N
         (one_pipeline(""), "pipelines.p needs at least one main phase in `phases`"),
         (one_pipeline("{name='a'}", "{name='a'}"), "pipelines.p has a duplicate phase name: a"),
         (one_pipeline("{name='a'}", "{name='b', is_destructive=true}"), "pipelines.p: the pre-phase b cannot be destructive; move it to `phases`"),
-        (one_pipeline("{name='a', staleness='block'}", more="[execution]\nmax_wip = 2"), 'pipelines.p: the phase a has staleness = "block", which needs execution.max_wip = 1'),
         (one_pipeline("{name='a', is_destructive=true, destructive=true}"), "pipelines.p.phases[0].destructive is another name for is_destructive: keep one of the two"),
         (one_pipeline("{}"), "pipelines.p.phases[0].name is missing: every phase needs one"),
         (one_pipeline("{name='a', agent='command'}"), "agent.command is missing, but pipelines.p: the phase a asks for it: give the command"),
@@ -294,10 +292,6 @@ def test_d27_unknown_keys_are_errors_with_a_hint(text: str, complaint: str) -> N
 )
 def test_wrong_pipelines(text: str, complaint: str) -> None:
     assert complaints(text) == [complaint]
-
-
-def test_staleness_block_is_fine_with_one_item_at_a_time() -> None:
-    assert read(one_pipeline("{name='a', staleness='block'}")).pipelines["p"].phases[0].staleness == "block"
 
 
 def test_d15_the_phase_name_triage_is_reserved() -> None:

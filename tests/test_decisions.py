@@ -38,7 +38,6 @@ from orchestrator import (
     promote,
     repair_items,
     select_actions,
-    staleness,
     unmet_dependencies,
 )
 
@@ -514,12 +513,11 @@ class Case:
         config: Config = DEFAULTS,
         edited: Item | None = None,
         removed: bool = False,
-        head: str | None = "c0ffee",
     ) -> None:
         present = [] if removed else [edited or started]
         self.draft = Draft(backlog(*present, *others))
         done = task("A-1", reported.phase, config)
-        self.applied: Applied = apply_result(self.draft, done, started, reported, config, NOW, head)
+        self.applied: Applied = apply_result(self.draft, done, started, reported, config, NOW)
 
     @property
     def item(self) -> Item:
@@ -532,7 +530,7 @@ class Case:
 def test_a_phase_in_the_middle_leads_to_the_next() -> None:
     started = at("A-1", "prd", attempts=2, unblock_context="notes")
     case = Case(started, result("prd"))
-    expected = at("A-1", "design", last_phase_commit="c0ffee", updated=STAMP)
+    expected = at("A-1", "design", updated=STAMP)
     assert case.item == expected
     entry = case.entry("prd", "Complete", "prd summary")
     assert case.applied == Applied("advanced", expected, worklog=entry)
@@ -562,7 +560,7 @@ def test_a_missing_pool_is_no_trouble() -> None:
 def test_the_last_pre_phase_leads_to_ready() -> None:
     case = Case(at("A-1", "research", size="small", risk="low"), result("research"))
     assert case.applied.state == "advanced"
-    assert case.item == item("A-1", "ready", size="small", risk="low", last_phase_commit="c0ffee", updated=STAMP)
+    assert case.item == item("A-1", "ready", size="small", risk="low", updated=STAMP)
 
 
 def test_the_last_phase_completes_and_archives_in_one_draft() -> None:
@@ -576,20 +574,10 @@ def test_the_last_phase_completes_and_archives_in_one_draft() -> None:
     assert "- **Status:** Done\n- **Phase:** review\n" in case.applied.worklog
 
 
-def test_the_commit_an_agent_names_wins_over_head() -> None:
-    assert Case(at("A-1", "prd"), result("prd", based_on_commit="abc1234")).item["last_phase_commit"] == "abc1234"
-
-
-def test_without_a_commit_the_old_one_stays() -> None:
-    case = Case(at("A-1", "prd", last_phase_commit="0ld"), result("prd"), head=None)
-    assert case.item["last_phase_commit"] == "0ld"
-    assert "last_phase_commit" not in Case(at("A-1", "prd"), result("prd"), head=None).item
-
-
 def test_a_subphase_repeats_the_phase() -> None:
     started = at("A-1", "build", attempts=1, unblock_context="notes")
     case = Case(started, result("build", "subphase_complete", ratings={"risk": "low"}))
-    expected = at("A-1", "build", unblock_context="notes", risk="low", last_phase_commit="c0ffee", updated=STAMP)
+    expected = at("A-1", "build", unblock_context="notes", risk="low", updated=STAMP)
     entry = case.entry("build", "Subphase Complete", "build summary")
     assert case.item == expected
     assert case.applied == Applied("again", expected, worklog=entry)
@@ -740,7 +728,7 @@ def test_what_we_own_wins_over_an_edit_with_a_warning() -> None:
     started = at("A-1", "prd")
     edited = item("A-1", "blocked", phase="build", phase_pool="main", blocked_reason="wait!", title="Better title")
     case = Case(started, result("prd"), edited=edited)
-    expected = at("A-1", "design", title="Better title", last_phase_commit="c0ffee", updated=STAMP)
+    expected = at("A-1", "design", title="Better title", updated=STAMP)
     assert case.item == expected
     assert case.applied.warnings == (
         "A-1: status was set to 'blocked' while prd ran; the run has the last word: 'in_progress'",
@@ -821,8 +809,8 @@ def test_a_failed_attempt_on_an_item_that_vanished_is_harmless() -> None:
 
 def test_a_task_can_be_blocked_before_it_starts() -> None:
     draft = Draft(backlog(at("A-1", "build")))
-    applied = block_task(draft, task("A-1", "build"), "Stale", NOW)
-    assert (applied.state, applied.reason, draft.items["A-1"]["status"]) == ("blocked", "Stale", "blocked")
+    applied = block_task(draft, task("A-1", "build"), "Why", NOW)
+    assert (applied.state, applied.reason, draft.items["A-1"]["status"]) == ("blocked", "Why", "blocked")
 
 
 # ---- Triage ---------------------------------------------------------------------------------------
@@ -970,7 +958,7 @@ def test_d36_a_failed_triage_asks_nothing() -> None:
     assert "duplicate" not in case.item["blocked_reason"]
 
 
-# ---- Promotion, repair, staleness -----------------------------------------------------------------
+# ---- Promotion and repair -------------------------------------------------------------------------
 
 
 def test_d33_promotion_is_one_edit() -> None:
@@ -1069,32 +1057,6 @@ def test_d49_dependencies_on_finished_items_are_pruned_by_id_and_typing_errors_a
     ]
 
 
-BUILD = Phase("build", destructive=True)
-
-
-@pytest.mark.parametrize(
-    ("setting", "ancestor", "verdict", "says"),
-    [
-        ("ignore", True, "proceed", ""),
-        ("warn", True, "proceed", ""),
-        ("block", True, "proceed", ""),
-        ("ignore", False, "proceed", ""),
-        ("warn", False, "warn", "Stale: abc, where the last phase started, is no longer in history"),
-        ("block", False, "block", "Stale: abc, where the last phase started, is no longer in history"),
-        ("ignore", None, "block", "the check whether abc is still in history failed: bad object"),
-        ("warn", None, "block", "the check whether abc is still in history failed: bad object"),
-        ("block", None, "block", "the check whether abc is still in history failed: bad object"),
-    ],
-)
-def test_staleness(setting: Any, ancestor: bool | None, verdict: str, says: str) -> None:
-    assert staleness(BUILD._replace(staleness=setting), "abc", ancestor, "bad object") == (verdict, says)
-
-
-def test_staleness_is_about_destructive_phases_with_a_past() -> None:
-    assert staleness(BUILD._replace(staleness="block"), None, None) == ("proceed", "")
-    assert staleness(Phase("prd", staleness="block"), "abc", False) == ("proceed", "")
-
-
 # ---- A life, decided from end to end --------------------------------------------------------------
 
 
@@ -1111,7 +1073,7 @@ def test_an_item_goes_all_the_way() -> None:
             promote(draft, "A-1", DEFAULTS, NOW)
         else:
             reported = result(action.name, ratings={"size": "medium"})
-            apply_result(draft, action, draft.items["A-1"], reported, DEFAULTS, NOW, None)
+            apply_result(draft, action, draft.items["A-1"], reported, DEFAULTS, NOW)
     assert seen == [f"{step} A-1" for step in ("triage", "research", "promote", "prd", "design", "build", "review")]
     assert draft.items == {}
 

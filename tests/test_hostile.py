@@ -164,7 +164,7 @@ def result(**keys: object) -> dict[str, object]:
 def test_hostile_result_files_fail_the_attempt_and_nothing_else(project: Any, tmp_path: Path) -> None:
     """What lies at the result path, by shell text, and what the block reason says about it."""
     good = json.dumps(result(item_id="@"))
-    odd = ("summary", "context", "follow_ups", "duplicates", "description", "updated_assessments", "commit_summary", "based_on_commit", "requires_human_review", "block_type")
+    odd = ("summary", "context", "follow_ups", "duplicates", "description", "updated_assessments", "commit_summary", "requires_human_review", "block_type")
     files = {
         "nul": "\0" * 1000,
         "deep": '{"a":' * 200_000,

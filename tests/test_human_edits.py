@@ -351,7 +351,6 @@ VALUES: dict[str, list[object]] = {
     "description": [{"context": "c"}, {"context": "some text that goes on", "problem": "a\nb"}, None],
     "attempts": [1, 2, None],
     "guardrail_override": [True, None],
-    "last_phase_commit": ["4c0bd27", "1234567"],
 }
 
 

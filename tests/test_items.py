@@ -570,7 +570,6 @@ def test_unblock_clears_the_block_and_keeps_notes_and_override() -> None:
             blocked_type="decision",
             unblock_context="old notes",
             attempts=3,
-            last_phase_commit="abc",
         )
     )
     changed = unblock(draft, "WRK-001", NOW, notes=" use sqlite\n", override=True)
@@ -604,12 +603,12 @@ PHASES = ("prd", "design", "build", "review")
         (None, "build", "build"),
     ],
 )
-def test_d53_advance_sets_phase_and_pool_and_forgets_the_commit(
+def test_d53_advance_sets_phase_and_pool(
     phase: str | None, to: str | None, expected: str
 ) -> None:
     fields = {"phase": phase} if phase else {}
     draft = draft_of(
-        item(status="in_progress", phase_pool="pre", last_phase_commit="abc", attempts=2, **fields)
+        item(status="in_progress", phase_pool="pre", attempts=2, **fields)
     )
     changed = advance(draft, "WRK-001", PHASES, to, NOW)
     expected_item = item(status="in_progress", phase=expected, phase_pool="main")

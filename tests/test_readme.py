@@ -140,7 +140,7 @@ def test_every_key_of_the_config_is_in_the_block_and_means_its_default() -> None
     for name, kind in tables.items():
         part = text.partition(f"[{name}]")[2].partition("\n[")[0]
         assert set(re.findall(r"^(?:# )?([a-z_]+) = ", part, re.M)) == set(kind._fields), name
-    for key in ("workflows", "agent", "model", "timeout_minutes", "run", "verify", "outputs", "allow_empty", "staleness"):
+    for key in ("workflows", "agent", "model", "timeout_minutes", "run", "verify", "outputs", "allow_empty"):
         assert re.search(rf"^#   .*\b{key}\b", text, re.M), f"the phase key {key} is not explained"
     assert set(tomllib.loads(text)) == {"project", "guardrails", "execution", "agent", "pipelines"}
 

@@ -46,7 +46,6 @@ def test_a_full_result_is_taken_over_completely() -> None:
             "follow_ups": [
                 {"title": "Tidy up", "context": "see a.py", "suggested_size": "small", "suggested_risk": "low"}
             ],
-            "based_on_commit": "a" * 40,
             "pipeline_type": "feature",
             "commit_summary": "Add the PRD",
             "duplicates": ["WRK-007"],
@@ -63,7 +62,6 @@ def test_a_full_result_is_taken_over_completely() -> None:
         context="Which database?",
         ratings={"size": "large", "complexity": "high", "risk": "low", "impact": "medium"},
         follow_ups=(FollowUp("Tidy up", "see a.py", "small", "low"),),
-        based_on_commit="a" * 40,
         pipeline_type="feature",
         commit_summary="Add the PRD",
         duplicates=("WRK-007",),
@@ -81,7 +79,7 @@ def test_every_result_code_is_known(code: str) -> None:
 @pytest.mark.parametrize(
     "key",
     [
-        "context", "updated_assessments", "follow_ups", "based_on_commit", "pipeline_type",
+        "context", "updated_assessments", "follow_ups", "pipeline_type",
         "commit_summary", "duplicates", "description", "requires_human_review", "block_type",
     ],
 )
@@ -168,7 +166,6 @@ def test_a_missing_summary_gets_a_text_so_that_no_reason_is_ever_empty() -> None
         ({"requires_human_review": "perhaps"}, 'requires_human_review: "perhaps" dropped, expected true or false'),
         ({"requires_human_review": 1}, "requires_human_review: a number dropped, expected true or false"),
         ({"block_type": "other"}, 'block_type: "other" dropped, expected clarification or decision'),
-        ({"based_on_commit": "HEAD~1"}, 'based_on_commit: "HEAD~1" dropped, expected a commit id'),
         ({"context": "<why>"}, "context: the placeholder <why> was left in; dropped"),
     ],
 )

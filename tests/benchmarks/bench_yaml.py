@@ -70,8 +70,6 @@ def item(rng: random.Random, number: int) -> dict[str, object]:
     if rng.random() < 0.25:
         made["description"] = description(rng)
     made["phase_pool"] = "main"
-    if rng.random() < 0.5:
-        made["last_phase_commit"] = f"{rng.getrandbits(160):040x}"
     return made
 
 
