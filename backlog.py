@@ -2049,12 +2049,6 @@ def read_item_text(text: bytes, source: str) -> Item:
     return item
 
 
-def counter_of(data: bytes) -> int:
-    """The last number handed out according to a version of the file; 0 if it does not say."""
-    found = re.match(rb"\nnext_item_id: *(\d{1,15})\s", data[data.rfind(b"\nnext_item_id:") :])
-    return int(found[1]) if found else 0
-
-
 # ==== 10. Drafts and rules ========================================================================
 
 

@@ -94,7 +94,6 @@ from backlog import (
     block,
     check_filters,
     context_description,
-    counter_of,
     dependants_of,
     did_you_mean,
     item_texts,
@@ -1876,8 +1875,6 @@ def _repair_active(draft: Draft, item_id: str, config: Config, now: datetime) ->
 
 # ---- What history tells --------------------------------------------------------------------------
 
-STAGES = ("new", "scoping", "ready", "in_progress", "done")
-
 
 class Decision(NamedTuple):
     """A change of an item's status or phase, as a commit holds it; no item: it was not there."""
@@ -1891,14 +1888,6 @@ class Decision(NamedTuple):
         return (self.new or self.old)["id"]
 
 
-class Finding(NamedTuple):
-    """Something in history that the orchestrator itself would not have done."""
-
-    commit: str
-    item_id: str  # "": the file as a whole
-    text: str
-
-
 class Departure(NamedTuple):
     """How an item left the backlog, as the worklog has it."""
 
@@ -1907,7 +1896,7 @@ class Departure(NamedTuple):
 
 
 class History:
-    """What the versions of a backlog file, given oldest first, decided, and what is odd in them.
+    """What the versions of a backlog file, oldest first, decided; unreadable ones are left out.
 
     Versions share nearly all of their items, so only the texts of items that differ are read: the
     cost follows the changes, not the size of the backlog. In a merge only that counts which is as
@@ -1918,9 +1907,6 @@ class History:
         import functools
 
         self.decisions: list[Decision] = []
-        self.findings: list[Finding] = []
-        self.gone: dict[str, Decision] = {}  # ids that have left the backlog, and how
-        self._created: dict[str, str] = {}  # of every id that ever was
         self._instead: dict[bytes, bytes] = {}  # for versions that cannot be read
         self._texts = functools.lru_cache(maxsize=8)(item_texts)
         self._item = functools.lru_cache(maxsize=4096)(lambda text: read_item_text(text, source))
@@ -1930,20 +1916,12 @@ class History:
         before = [self._instead.get(data, data) for data in before]
         try:
             changes = [self._changes(data, after) for data in before]
-        except (BacklogError, YamlError) as error:
-            self._find(version, "", f"the file cannot be read: {one_line(str(error), 300)}")
+        except (BacklogError, YamlError):
             self._instead[after] = before[0]
             return
-        counters = [counter_of(data) for data in before]
-        if 0 < counter_of(after) < min(counters):
-            what = f"next_item_id went back from {min(counters)} to {counter_of(after)}"
-            self._find(version, "", what)
         for item_id, (old, new) in changes[0].items():
             if all(item_id in others for others in changes[1:]):
-                self._decide(Decision(version, old, new))
-
-    def _find(self, version: FileVersion, item_id: str, text: str) -> None:
-        self.findings.append(Finding(version.commit, item_id, text))
+                self.decisions.append(Decision(version, old, new))
 
     def _changes(self, before: bytes, after: bytes) -> dict[str, tuple[Item, Item]]:
         """By id, the items whose status or phase differs."""
@@ -1956,65 +1934,9 @@ class History:
         items = [self._item(text) for text in texts if text not in known]
         return {item["id"]: item for item in items}
 
-    def _decide(self, decision: Decision) -> None:
-        self.decisions.append(decision)
-        item_id, objection = decision.item_id, illegal_move(decision.old, decision.new)
-        if objection:
-            self._find(decision.version, item_id, objection)
-        if not decision.new:
-            self.gone[item_id] = decision
-            return
-        self.gone.pop(item_id, None)
-        created = decision.new.get("created", "")
-        if self._created.setdefault(item_id, created) != created:
-            self._find(decision.version, item_id, "the id is used again, for another item")
-            self._created[item_id] = created
-
-    def lost(self, departures: Mapping[str, Departure]) -> list[Finding]:
-        """The items that left the backlog for good while nothing says that they were finished."""
-        return [
-            Finding(
-                decision.version.commit,
-                item_id,
-                f"it was {' '.join(_place(decision.old))} and left the backlog without a word in"
-                " the worklog",
-            )
-            for item_id, decision in self.gone.items()
-            if item_id not in departures and not _finishing(decision)
-        ]
-
-
 def _place(item: Item) -> tuple[str, ...]:
     """Status and phase, as far as there are any."""
     return tuple(filter(None, (item.get("status"), item.get("phase"))))
-
-
-def _finishing(decision: Decision) -> bool:
-    """Whether a command committed that the item is finished."""
-    told = re.match(r"\[orchestrator\] (?:Complete|Close) ([^\s:]+)", decision.version.message)
-    return bool(told and told[1] == decision.item_id)
-
-
-def illegal_move(old: Item, new: Item) -> str:
-    """What is wrong with a change of status between two commits; "" if nothing.
-
-    A commit may hold several steps, so any number forward is fine. A blocked item stands where it
-    was blocked from, and only goes on from there.
-    """
-    if not old or not new:
-        return ""
-    stages = [_stage(item) for item in (old, new)]
-    if -1 not in stages and stages[1] < stages[0]:
-        return f"it went back from {old['status']} to {new['status']}"
-    return ""
-
-
-def _stage(item: Item) -> int:
-    """How far an item has come; -1 for a word of an older schema."""
-    status = item["status"]
-    if status == "blocked":
-        status = item.get("blocked_from_status", "new")
-    return STAGES.index(status) if status in STAGES else -1
 
 
 def departures(worklog: str) -> dict[str, Departure]:
@@ -3480,21 +3402,9 @@ def _decision_lines(row: LogRow, width: int) -> list[str]:
     return [line, *(f"      {part}" for part in textwrap.wrap(row.reason, width - 6))]
 
 
-def render_findings(findings: Sequence[Finding], rows: int) -> str:
-    """`log --verify` for people."""
-    lines = [
-        f"problem: commit {one.commit[:10]}: {one_line(f'{one.item_id} {one.text}')}"
-        for one in findings
-    ]
-    verdict = plural(len(findings), "problem") if findings else "all is in order"
-    return "\n".join([*lines, f"{plural(rows, 'decision')} looked at: {verdict}"])
-
-
-def log_json(rows: Sequence[LogRow], findings: Sequence[Finding] | None) -> dict[str, object]:
-    """`log --json`; see JSON_FORMS. `findings` None: nothing was verified."""
-    decisions = [row._asdict() for row in rows]
-    verified = {} if findings is None else {"problems": [one._asdict() for one in findings]}
-    return {"schema": 1, "decisions": decisions, **verified}
+def log_json(rows: Sequence[LogRow]) -> dict[str, object]:
+    """`log --json`; see JSON_FORMS."""
+    return {"schema": 1, "decisions": [row._asdict() for row in rows]}
 
 
 # ---- The end of a run ----------------------------------------------------------------------------
@@ -8096,26 +8006,19 @@ def cmd_show(args: argparse.Namespace) -> int:
 
 
 def cmd_log(args: argparse.Namespace) -> int:
-    """Every decision from git history alone; with `--verify`, what does not add up in it."""
+    """Every decision from git history alone."""
     space = open_workspace(args.root, args.config)
     history = read_history(space.repo, space.store.path)
-    left = departures(worklog_text(space.repo))
-    rows = log_rows(history, left, args.id)
+    rows = log_rows(history, departures(worklog_text(space.repo)), args.id)
     if args.id is not None and not rows:
         known = {decision.item_id for decision in history.decisions}
         raise UsageError(f"{args.id}: history knows no such item{did_you_mean(args.id, known)}")
-    findings = None
-    if args.verify:
-        found = [*history.findings, *history.lost(left)]
-        findings = [one for one in found if args.id in (None, one.item_id)]
     if args.json:
-        print(_dumps(log_json(rows, findings)))
-    elif findings is not None:
-        say(args, render_findings(findings, len(rows)))
+        print(_dumps(log_json(rows)))
     else:
         text = render_log(rows, output_width(sys.stdout))
         say(args, text or "No decision has been committed yet.")
-    return EXIT_ERROR if findings else EXIT_OK
+    return EXIT_OK
 
 
 def read_history(repo: Repo, path: Path) -> History:
@@ -9177,7 +9080,7 @@ JSON_FORMS: Mapping[str, str] = {
     "log": (
         '{"schema": 1, "decisions": [{"commit", "when", "run_id", "subject", "item", "title",'
         ' "status_from", "phase_from", "status_to", "phase_to", "reason"}]}, oldest first, "" where'
-        ' there is nothing; with --verify also "problems": [{"commit", "item_id", "text"}]'
+        " there is nothing"
     ),
     "check": (
         '{"schema": 1, "problems": [{"what", "remedy"}], "remarks": [text],'
@@ -9320,7 +9223,6 @@ def build_parser() -> argparse.ArgumentParser:
     show.add_argument("--json", action="store_true")
     log = command("log", "tell every decision from git history: when, what, and why")
     log.add_argument("id", nargs="?", help="of one item only")
-    log.add_argument("--verify", action="store_true", help="say what does not add up; then exit 1")
     log.add_argument("--json", action="store_true")
     _edit_arguments(command)
     check = command("check", "say what would keep a run from working")
