@@ -8252,9 +8252,8 @@ def _refuse_while_running(space: Workspace, item_id: str) -> None:
 
 
 def cmd_check(args: argparse.Namespace) -> int:
-    """Everything that `run` would refuse for, and what it would remark.
+    """Everything that `run` would refuse for, and what it would remark; changes nothing.
 
-    Changes nothing, but for `--prune`: that removes what is kept of attempts at finished items.
     With `--probe` each agent's real command line is run once, which may cost a little.
     """
     space = open_workspace(args.root, args.config)
@@ -8264,20 +8263,12 @@ def cmd_check(args: argparse.Namespace) -> int:
     problems += [probe.problem for probe in probes if probe.problem]
     remarks = [text for look in REMARKS for text in look(space)]
     kept = salvages(space)
-    pruned = [one for one in kept if one.finished] if args.prune else []
-    space.repo.drop_refs(one.ref for one in pruned)
-    kept = [one for one in kept if one not in pruned]
     if args.json:
         facts = {"problems": [p._asdict() for p in problems], "remarks": remarks}
-        refs = {"salvage": salvage_json(kept), "pruned": salvage_json(pruned)}
         asked = {"probes": [probe.as_json() for probe in probes]}
-        print(_dumps({"schema": 1, **facts, **refs, **asked}))
+        print(_dumps({"schema": 1, **facts, "salvage": salvage_json(kept), **asked}))
         return EXIT_ERROR if problems else EXIT_OK
-    lines = [
-        f"removed {one.ref}: `git update-ref {one.ref} {one.commit}` brings it back"
-        for one in pruned
-    ]
-    lines += [probe.line() for probe in probes]
+    lines = [probe.line() for probe in probes]
     lines += [f"problem: {problem.what}\n  {problem.remedy}" for problem in problems]
     lines += [f"note: {remark}" for remark in (*remarks, *_salvage_remarks(kept))]
     lines.append(plural(len(problems), "problem") if problems else "ready to run")
@@ -8288,10 +8279,14 @@ def cmd_check(args: argparse.Namespace) -> int:
 
 
 def _salvage_remarks(kept: Sequence[Salvage]) -> list[str]:
+    import shlex
+
     texts = [f"{one.ref} keeps what [{one.item}][{one.phase}] left" for one in kept]
-    if finished := sum(one.finished for one in kept):
-        whose = "belongs to a finished item" if finished == 1 else "belong to finished items"
-        texts.append(f"{finished} of these {whose}; `{PROGRAM} check --prune` removes such refs")
+    if finished := [shlex.quote(one.ref) for one in kept if one.finished]:
+        count = len(finished)
+        whose = "belongs to a finished item" if count == 1 else "belong to finished items"
+        drop = f"printf 'delete %s\\n' {' '.join(finished)} | git update-ref --stdin"
+        texts.append(f"{count} of these {whose}; to drop {'it' if count == 1 else 'them'}: {drop}")
     return texts
 
 
@@ -9084,7 +9079,7 @@ JSON_FORMS: Mapping[str, str] = {
     ),
     "check": (
         '{"schema": 1, "problems": [{"what", "remedy"}], "remarks": [text],'
-        f' "salvage": {_SALVAGE_FORM}, "pruned": the same, "probes": [{{"agent", "model", "works",'
+        f' "salvage": {_SALVAGE_FORM}, "probes": [{{"agent", "model", "works",'
         f' "seconds", {_SPENT_FORM}}}]}}'
     ),
     "hook": '{"schema": 1, "path", "state", "notes": [text], "chained" (the hook behind it)}',
@@ -9230,11 +9225,6 @@ def build_parser() -> argparse.ArgumentParser:
         "--probe", action="store_true", help="also run each agent once with a trivial prompt"
     )
     check.add_argument("--json", action="store_true")
-    check.add_argument(
-        "--prune",
-        action="store_true",
-        help="remove what is kept of failed attempts at items that are done now",
-    )
     command("stop", "ask the active run to finish what is in flight and halt")
     hook = command("hook", "the optional pre-commit hook, which warns of a dirty BACKLOG.yaml")
     hook.add_argument("action", choices=("install", "uninstall", "status"))

@@ -1,4 +1,4 @@
-"""The refs that keep what unfinished destructive phases left: whole, named, listed, pruned."""
+"""The refs that keep what unfinished destructive phases left: whole, named, listed."""
 
 from __future__ import annotations
 
@@ -194,25 +194,15 @@ def test_salvage_is_listed(kept: tuple[Any, Cli, dict[str, str]]) -> None:
     assert [line for line in out.splitlines() if "keeps what" in line] == [
         f"note: {ref} keeps what [{item}][{phase}] left" for ref, (item, phase, _) in names.items()
     ]
-    assert "note: 3 of these belong to finished items; `" in out
-    assert " check --prune` removes such refs\nready to run\n" in out
+    assert "note: 3 of these belong to finished items; to drop them: printf " in out
     assert json.loads(cli("check", "--json")[1])["salvage"] == rows
 
 
-def test_prune_removes_refs_of_finished_items_and_says_how_to_get_them_back(kept: tuple[Any, Cli, dict[str, str]]) -> None:
+def test_check_gives_the_command_that_drops_the_refs_of_finished_items(kept: tuple[Any, Cli, dict[str, str]]) -> None:
     project, cli, refs = kept
-    backlog = project.text()
-    code, out, _ = cli("check", "--prune")
-    gone = [ref for ref in refs if "WRK-002" in ref or "WRK-003" in ref]
-    assert code == 0
-    assert out.splitlines()[:3] == [f"removed {ref}: `git update-ref {ref} {refs[ref]}` brings it back" for ref in gone]
-    assert "finished" not in out
-    assert project.git("for-each-ref", "--format=%(refname)", "refs/orchestrator/").split() == [r for r in refs if r not in gone]
-    assert project.text() == backlog
-    for line in out.splitlines()[:3]:
-        project.git(*line.split("`")[1].split()[1:])
-    assert dict(row.split()[::-1] for row in project.git("for-each-ref", "--format=%(objectname) %(refname)", "refs/orchestrator/").splitlines()) == refs
-    got = json.loads(cli("check", "--prune", "--json")[1])
-    assert [row["ref"] for row in got["pruned"]] == gone
-    assert [row["ref"] for row in got["salvage"]] == [ref for ref in refs if ref not in gone]
-    assert json.loads(cli("check", "--prune", "--json")[1])["pruned"] == []
+    (note,) = [line for line in cli("check")[1].splitlines() if "to drop them: " in line]
+    assert project.git("for-each-ref", "--format=%(refname)", "refs/orchestrator/").split() == list(refs)
+    sh(project.root, "sh", "-c", note.partition("to drop them: ")[2])
+    left = [ref for ref in refs if "WRK-002" not in ref and "WRK-003" not in ref]
+    assert project.git("for-each-ref", "--format=%(refname)", "refs/orchestrator/").split() == left
+    assert "finished" not in cli("check")[1]
