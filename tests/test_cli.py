@@ -124,7 +124,7 @@ def test_help_of_every_command(cli: Cli, command: str) -> None:
         (["add", "x", "--size", "huge"], "orchestrator add: argument --size: 'huge' is none of small, medium, large. `orchestrator add --help` shows what there is."),
         (["add", "x", "--risk", ""], "orchestrator add: argument --risk: '' is none of low, medium, high. `orchestrator add --help` shows what there is."),
         (["add", "x", "--tag", " "], "orchestrator add: argument --tag: ' ' is no tag: it is blank or holds a comma. `orchestrator add --help` shows what there is."),
-        (["hook", "instal"], 'orchestrator hook: instal: use install or uninstall or status (did you mean "install"?). `orchestrator hook --help` shows what there is.'),
+        (["hook", "instal"], 'orchestrator hook: instal: use install or uninstall (did you mean "install"?). `orchestrator hook --help` shows what there is.'),
         (["--color", "red", "status"], "orchestrator: --color red: use auto or always or never. `orchestrator --help` shows what there is."),
         (["init", "--agent", "cluade"], 'orchestrator init: --agent cluade: use claude or codex or opencode or gemini or command or demo (did you mean "claude"?). `orchestrator init --help` shows what there is.'),
         (["add", "x", "--tag", "a,b"], "orchestrator add: argument --tag: 'a,b' is no tag: it is blank or holds a comma. `orchestrator add --help` shows what there is."),

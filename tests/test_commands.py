@@ -246,7 +246,7 @@ def test_global_options_stand_before_or_after_the_command(project: Project, here
 
 
 @pytest.mark.parametrize(
-    "argv", [["status"], ["status", "--graph"], ["show", "WRK-001"], ["log"], ["check"], ["hook", "status"], ["run", "--dry-run"]], ids=" ".join
+    "argv", [["status"], ["status", "--graph"], ["show", "WRK-001"], ["log"], ["check"], ["run", "--dry-run"]], ids=" ".join
 )
 def test_the_form_of_json_is_documented(project: Project, here: Cli, argv: list[str]) -> None:
     project.backlog("WRK-001 new", "WRK-002 new dependencies=[WRK-001]")
