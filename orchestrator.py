@@ -232,7 +232,6 @@ class Execution(NamedTuple):
     idle_timeout_minutes: float | None = None  # None: 15 for agents that stream events, else off
     kill_grace_seconds: float = 5
     hook_timeout_seconds: float = HOOK_LIMIT_S
-    commit_commands: bool = False
     on_usage_limit: Literal["halt", "wait"] = "halt"
 
 
@@ -649,7 +648,6 @@ def _read_execution(table: ConfigTable) -> Execution:
         idle_timeout_minutes=table.number("idle_timeout_minutes", usual.idle_timeout_minutes),
         kill_grace_seconds=table.number("kill_grace_seconds", usual.kill_grace_seconds),
         hook_timeout_seconds=table.number("hook_timeout_seconds", usual.hook_timeout_seconds),
-        commit_commands=table.flag("commit_commands"),
         on_usage_limit=table.word("on_usage_limit", LIMIT_POLICIES, usual.on_usage_limit),
     )
     table.close()
@@ -1034,7 +1032,6 @@ max_concurrent = 1  # agents at a time; a destructive phase always runs alone
 # idle_timeout_minutes = 15  # no output for this long = timeout; 0 = off
 kill_grace_seconds = 5
 hook_timeout_seconds = 120  # for a commit hook of yours, which sees what a destructive phase did
-commit_commands = false  # whether `add`, `unblock`, … commit BACKLOG.yaml alone
 on_usage_limit = "halt"  # or "wait" until the limit of the agent's CLI is reset
 
 [agent]
@@ -8165,8 +8162,8 @@ def _refuse_waiting(store: Store) -> None:
 
 
 def _commit_command(space: Workspace, args: argparse.Namespace, what: str) -> int:
-    """Commit BACKLOG.yaml alone after a command, if that is wanted and no run is active."""
-    if not (args.commit or space.config.execution.commit_commands):
+    """Commit BACKLOG.yaml alone after a command, if `--commit` says so and no run is active."""
+    if not args.commit:
         return EXIT_OK
     try:
         with space.run_lock():

@@ -407,19 +407,6 @@ def test_add_commit_holds_the_backlog_alone(project: Any, here: Cli) -> None:
     assert project.committed() == project.text()
 
 
-def test_commands_commit_when_the_config_says_so(project: Any, here: Cli) -> None:
-    project.configure(execution="commit_commands = true")
-    project.backlog("WRK-001 in_progress phase=plan phase_pool=main", "WRK-002 blocked blocked_from_status=ready")
-    project.commit_all()
-    here("add", "Third")
-    here("advance", "WRK-001")
-    here("unblock", "WRK-002")
-    assert project.subjects()[:3] == [
-        "[orchestrator] Unblock WRK-002", "[orchestrator] Advance WRK-001 to build", "[orchestrator] Add WRK-003: Third",
-    ]
-    assert project.status() == ""
-
-
 @pytest.mark.slow
 def test_d02_add_during_a_run_reaches_the_run_and_its_commit(project: Any, here: Cli) -> None:
     project.script({"WRK-001/plan": [{"announce": True, "await": "announce"}], "*/build": [WORKS]})

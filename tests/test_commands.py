@@ -99,17 +99,15 @@ COMMANDS = [
 
 
 @pytest.mark.parametrize(("argv", "subject"), COMMANDS)
-@pytest.mark.parametrize("by", ["--commit", "commit_commands"])
 def test_a_command_commits_the_backlog_alone(
-    project: Project, here: Cli, argv: tuple[str, ...], subject: str, by: str
+    project: Project, here: Cli, argv: tuple[str, ...], subject: str
 ) -> None:
-    project.configure(execution="commit_commands = true" if by == "commit_commands" else "")
     project.backlog("WRK-001 in_progress phase=plan", "WRK-002 blocked blocked_reason=x", "WRK-003 new")
     project.commit_all()
     (project.root / "README.md").write_text("edited\n")
     (project.root / "new.txt").write_text("new\n")
     project.git("add", "new.txt")
-    here(*argv, *([by] if by == "--commit" else []))
+    here(*argv, "--commit")
     assert project.subjects()[0] == subject
     assert project.paths() == ["BACKLOG.yaml"]
     assert project.committed() == project.text()

@@ -95,7 +95,6 @@ def test_every_key_is_read() -> None:
         idle_timeout_minutes = 0
         kill_grace_seconds = 1
         hook_timeout_seconds = 600
-        commit_commands = true
         on_usage_limit = "wait"
         [agent]
         cli = "command"
@@ -118,7 +117,7 @@ def test_every_key_is_read() -> None:
         backlog_path="dev/BACKLOG.yaml",
         protected_branches=("main", "release"),
         guardrails=Guardrails("small", "low", "high"),
-        execution=Execution(1.5, 0, 7, 3, 2, 4, 0.0, 240.0, 12.5, 0.0, 1.0, 600.0, True, "wait"),
+        execution=Execution(1.5, 0, 7, 3, 2, 4, 0.0, 240.0, 12.5, 0.0, 1.0, 600.0, "wait"),
         agent=AgentSettings(
             "command",
             "vendor/model-1.5",
@@ -232,7 +231,6 @@ def test_what_is_no_toml_is_refused_with_its_name(data: bytes, says: str) -> Non
         ("[execution]\nkill_grace_seconds = nan", "execution.kill_grace_seconds must be a number from 0 to 4294967295, not nan"),
         ("[execution]\nmax_cost_usd = inf", "execution.max_cost_usd must be a number from 0 to 4294967295, not inf"),
         ('[execution]\nmax_run_minutes = "2h"', "execution.max_run_minutes must be a number from 0 to 4294967295, not '2h'"),
-        ("[execution]\ncommit_commands = 1", "execution.commit_commands must be true or false, not 1"),
         ('[execution]\non_usage_limit = "stop"', "execution.on_usage_limit must be one of halt, wait, not 'stop'"),
         ('[guardrails]\nmax_size = "huge"', "guardrails.max_size must be one of small, medium, large, not 'huge'"),
         ('[guardrails]\nmax_risk = "hihg"', 'guardrails.max_risk must be one of low, medium, high, not \'hihg\' (did you mean "high"?)'),
