@@ -5631,7 +5631,7 @@ def set_up_logging(args: argparse.Namespace, live: LiveLine | None = None) -> No
 
     logging.raiseExceptions = False  # a closed stderr must not disturb a shutdown
     handler = Handler(sys.stderr)
-    handler.setFormatter(_formatter(args.log_format, coloured(args, sys.stderr)))
+    handler.setFormatter(_formatter(coloured(args, sys.stderr)))
     log().handlers = [handler]
     log().propagate = False
     level = logging.getLevelNamesMapping()[args.log_level.upper()]
@@ -5651,32 +5651,18 @@ def say(args: argparse.Namespace, text: str) -> None:
     print(tint(text) if coloured(args, sys.stdout) else text)
 
 
-def _formatter(form: str, tinted: bool) -> logging.Formatter:
-    import json
+def _formatter(tinted: bool) -> logging.Formatter:
     import logging
 
     class Text(logging.Formatter):
         def format(self, record: logging.LogRecord) -> str:
             clock = time.strftime("%H:%M:%S", time.localtime(record.created))
             tag = "" if record.levelno == logging.INFO else f"{record.levelname.lower()}: "
-            text = f"{clock} {tag}{clean_text(_message_of(self, record))}"
+            trace = f"\n{self.formatException(record.exc_info)}" if record.exc_info else ""
+            text = f"{clock} {tag}{clean_text(record.getMessage() + trace)}"
             return tint(text) if tinted else text
 
-    class Json(logging.Formatter):
-        def format(self, record: logging.LogRecord) -> str:
-            when = datetime.fromtimestamp(record.created, UTC).isoformat()
-            level = record.levelname.lower()
-            row = {"time": when, "level": level, "message": _message_of(self, record)}
-            facts = getattr(record, "summary", None)
-            return json.dumps(row | ({"summary": facts} if facts else {}))
-
-    return Json() if form == "json" else Text()
-
-
-def _message_of(formatter: logging.Formatter, record: logging.LogRecord) -> str:
-    if record.exc_info:
-        return f"{record.getMessage()}\n{formatter.formatException(record.exc_info)}"
-    return record.getMessage()
+    return Text()
 
 
 class LiveLine:
@@ -7770,7 +7756,7 @@ def cmd_run(args: argparse.Namespace) -> int:
     run_id = new_run_id()
     with space.run_lock(f"run {run_id}"), signals_noted() as early:
         become_subreaper()
-        live = LiveLine(sys.stderr.isatty() and args.log_format == "text" and not args.quiet)
+        live = LiveLine(sys.stderr.isatty() and not args.quiet)
         set_up_logging(args, live)
         ledger = begin_run(space, run_id, allow_dirty=args.allow_dirty)
         if args.command == "step":
@@ -7807,9 +7793,6 @@ def _report(session: Session, args: argparse.Namespace, failed: bool) -> int:
         if args.json:
             print(_dumps(summary_json(facts)))
             flush_output()
-        elif args.log_format == "json":
-            line = render_halt_line(facts.reason, facts.detail, only_triage=facts.only_triage)
-            log().info("%s", line, extra={"summary": summary_json(facts)})
         elif code or not args.quiet:
             text = render_summary(facts, output_width(sys.stderr))
             print(f"\n{tint(text) if coloured(args, sys.stderr) else text}", file=sys.stderr)
@@ -9022,8 +9005,8 @@ class VersionAction(argparse.Action):
 
 
 GLOBAL_HINT = (
-    "Before or after the command also: --root DIR, --config FILE, --log-level, --log-format,"
-    " --quiet, --color; see `orchestrator --help`."
+    "Before or after the command also: --root DIR, --config FILE, --log-level, --quiet,"
+    " --color; see `orchestrator --help`."
 )
 
 
@@ -9045,7 +9028,6 @@ def _global_options(parser: argparse.ArgumentParser, *, default: bool) -> None:
         metavar="FILE",
     )
     add("--log-level", "info", choices=("error", "warning", "info", "debug"))
-    add("--log-format", "text", choices=("text", "json"))
     add(
         *("--quiet", False),
         "log only warnings and errors, and no summary of a run that ended with exit code 0",
@@ -9257,10 +9239,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _complain(args: argparse.Namespace | None, text: str) -> None:
-    """Tell an error that ends the command, in the form that was asked for."""
-    if args is not None and args.log_format == "json":
-        log().error("%s", text)
-        return
+    """Tell an error that ends the command."""
     line = f"orchestrator: {clean_text(text)}"
     print(tint(line) if args and coloured(args, sys.stderr) else line, file=sys.stderr)
 

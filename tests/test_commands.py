@@ -194,14 +194,8 @@ def test_colour_is_for_terminals_and_can_be_asked_for(project: Project, here: Cl
     assert here("--color=always", "show", "WRK-009", code=2).err.startswith("\x1b[31morchestrator:\x1b[0m WRK-009: ")
 
 
-def test_an_error_is_a_json_line_where_the_log_is_json(project: Project, here: Cli) -> None:
-    row = json.loads(here("--log-format", "json", "show", "WRK-009", code=2).err)
-    assert (set(row), row["level"]) == ({"time", "level", "message"}, "error")
-    assert row["message"] == "WRK-009: there is no such item"
-
-
 @pytest.mark.slow
-def test_quiet_and_json_logs_of_a_run(project: Project) -> None:
+def test_quiet_logs_of_a_run(project: Project) -> None:
     project.backlog("WRK-001 new")
     project.commit_all()
     quiet = project.run("--quiet", "triage")
@@ -210,9 +204,6 @@ def test_quiet_and_json_logs_of_a_run(project: Project) -> None:
     blocked = project.run("run", "--quiet", code=3).stderr
     assert blocked.splitlines()[0].endswith("warning: WRK-001 is blocked: Which?")
     assert "\nNext:\n" in blocked
-    rows = [json.loads(line) for line in project.run("run", "--log-format=json").stderr.splitlines()]
-    assert rows[-1]["summary"]["schema"] == 1
-    assert rows[-1]["message"] == "Halt: nothing is left that can run (AllDoneOrBlocked)"
     halt = project.run("triage").stderr.strip().splitlines()[0]
     assert halt == "Halt: no new item is left to triage (AllDoneOrBlocked)"
 
@@ -238,7 +229,7 @@ def test_a_wrong_word_gets_a_hint(project: Project, here: Cli, argv: list[str], 
     assert len(done.err.splitlines()) == 1
 
 
-@pytest.mark.parametrize("option", [["--quiet"], ["--color", "never"], ["--log-format", "json"], ["--log-level", "debug"]])
+@pytest.mark.parametrize("option", [["--quiet"], ["--color", "never"], ["--log-level", "debug"]])
 def test_global_options_stand_before_or_after_the_command(project: Project, here: Cli, option: list[str]) -> None:
     assert here(*option, "status").out == here("status", *option).out == "No items.\n"
 
