@@ -2068,11 +2068,6 @@ class Repo:
         """Keep a commit on a new ref; GitError when the ref exists already."""
         self._set_ref(ref, commit, self._null, message)
 
-    def advance_branch(self, head: Head, commit: str) -> None:
-        """Move the branch from `head` to a commit that descends from it; nothing else changes."""
-        if not self._move_branch(head, commit, "put back what was taken off"):
-            raise HeadBusy("somebody else is moving the branch")
-
     def restore(self, before: Snapshot, changes: Sequence[Change]) -> None:
         """Put every changed path, with its index entry, back to what `before` recorded.
 

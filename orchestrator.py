@@ -6242,17 +6242,11 @@ class Ledger:
     def _aftermath(self, record: AttemptRecord) -> Aftermath:
         """Compare the work tree with the snapshot taken before an attempt.
 
-        Raises OrchestratorError when the branch was switched: nothing is touched then.
+        Raises OrchestratorError when the branch was switched or rewound: nothing is touched then.
         """
         self._put_state_back(record)
-        self._put_branch_back(record)
+        self._refuse_lost_branch(record)
         before, after = record.before, self.repo.snapshot()
-        if after.head.branch != before.head.branch:
-            raise OrchestratorError(
-                f"[{record.item}][{record.phase}] switched from {_branch_name(before.head)} to"
-                f" {_branch_name(after.head)}. The run stops here; look at what it did and switch"
-                " back before you start again."
-            )
         self._name_own_commits(record, after.head.commit)
         changes = [
             change
@@ -6448,30 +6442,38 @@ class Ledger:
                 text = f"put back or removed {name}; it is written again from memory"
                 log().warning("%s", phase_line(record.item, record.phase, text))
 
-    def _put_branch_back(self, record: AttemptRecord) -> None:
-        """Bring back the commits that an agent took off the branch (`git reset HEAD~1`).
+    def _refuse_lost_branch(self, record: AttemptRecord) -> None:
+        """Stop where an agent switched the branch or took commits off it; what it held is kept.
 
-        If it made others in their place (`--amend`, a rebase), the branch stays, and a ref keeps
-        what was there.
+        The branch is never moved back. Raises OrchestratorError with the command that restores it.
         """
-        before = record.before
-        head, tip = self.repo.head(), self._tip_since(before)
-        if None in (head.commit, tip) or head.branch != before.head.branch:
+        before, head, tip = record.before.head, self.repo.head(), self._tip_since(record.before)
+        if head.branch != before.branch:
+            name = _branch_name(before)
+            did, remedy = f"switched from {name} to {_branch_name(head)}", f"git switch {name}"
+        elif tip is None or head.commit == tip:
             return
-        gone = self.repo.commits_between(str(head.commit), str(tip))
-        if not gone:
-            return
-        if self.repo.commits_between(str(tip), str(head.commit)):
-            ref = self._next_salvage_ref(record)
-            message = f"[{record.item}][{record.phase}] What was rewritten"
-            self.repo.keep_commit(ref, str(tip), message)
-            fate = f"they are kept on {ref}"
         else:
-            self._go_forward(head, str(tip), before)
-            fate = "they are there again"
-        names = ", ".join(commit[:10] for commit in gone)
-        text = f"took commits off: {names}; {fate}"
-        log().warning("%s", phase_line(record.item, record.phase, text))
+            gone = self.repo.commits_between(head.commit, tip) if head.commit else [tip]
+            if not gone:
+                return
+            did = f"took commits off the branch: {', '.join(commit[:10] for commit in gone)}"
+            remedy = "git merge -X ours {}"
+        kept = self._keep_tip(record, tip) if tip else "no ref, for there was no commit yet"
+        raise OrchestratorError(
+            f"[{record.item}][{record.phase}] {did}. The run stops here; what was there is kept on"
+            f" {kept}. Look at what was done; this goes back: {remedy.format(kept)}"
+        )
+
+    def _keep_tip(self, record: AttemptRecord, tip: str) -> str:
+        """The salvage ref that holds a commit of an attempt's branch; made if there is none."""
+        kept = self.repo.refs(salvage_stem(record.item, record.phase))
+        for ref, commit in kept.items():
+            if commit == tip:
+                return ref
+        ref = self._next_salvage_ref(record)
+        self.repo.keep_commit(ref, tip, f"[{record.item}][{record.phase}] What was there before")
+        return ref
 
     def _tip_since(self, before: Snapshot) -> str | None:
         """The newest commit that the branch is known to have had since the snapshot."""
@@ -6479,13 +6481,6 @@ class Ledger:
         if base is None or own is None or self.repo.commits_between(own, base):
             return base
         return own
-
-    def _go_forward(self, head: Head, tip: str, before: Snapshot) -> None:
-        """Move the branch from `head` on to `tip`, and the files along that lie as in `head`."""
-        went_back = {(c.after, c.before) for c in self.repo.changes(str(head.commit), before.tree)}
-        self.repo.advance_branch(head, tip)
-        changes = self.repo.changes(before.tree, self.repo.snapshot().tree)
-        self.repo.restore(before, [change for change in changes if change in went_back])
 
     # -- commits -----------------------------------------------------------------------------------
 

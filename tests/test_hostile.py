@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from tests.conftest import sh
+
 BLOCKED: dict[str, object] = {"result": "blocked", "summary": "needs a decision"}
 BUILDING = "in_progress phase=build phase_pool=main"
 RESULTS = "mkdir -p .orchestrator/results"
@@ -23,9 +25,7 @@ ACTS = {
     "checkout": "git checkout -q -- .",
     "checkout of the backlog": "git checkout -q HEAD -- BACKLOG.yaml",
     "reset": "git reset -q --hard",
-    "reset to the commit before": "git reset -q --hard HEAD~1",
     "a large file": "truncate -s 50000001 large.bin",
-    "soft reset": "git reset -q --soft HEAD~1",
     "clean": f"git clean -qfdx; {RESULTS}",
     "remove the work folder": f"rm -rf .orchestrator; {RESULTS}",
     "commit everything": "git commit -qam 'by the agent'",
@@ -87,13 +87,38 @@ def test_what_an_agent_does_to_our_state_is_undone(project: Any, outcome: str, h
     assert project.status() == ""
     for act, one in zip(acts, ids, strict=True):
         told = f"[{one}][BUILD] put back or removed BACKLOG.yaml" in log
-        if act in ("checkout of the backlog", "reset to the commit before"):
+        if act == "checkout of the backlog":
             assert told, act
         if act in ("nothing", "stash and pop", "add", "edit the backlog", "commit everything"):
             assert not told, act
         large = outcome == "phase_complete" and act == "a large file"
         assert (f"[{one}][BUILD] commits large files: large.bin (50 MB); is that meant?" in log) == large
-        assert (f"[{one}][BUILD] took commits off: " in log) == ("HEAD~1" in acts[act])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("act", ["git reset -q --hard HEAD~1", "git reset -q --soft HEAD~1", "git commit -q --amend --allow-empty -m Mine"])
+def test_a_branch_that_an_agent_rewound_stays_there_and_the_run_stops(project: Any, act: str) -> None:
+    """What was taken off is kept on a ref, and the command that the message gives restores it."""
+    set_up(project, f"WRK-001 {BUILDING}", "WRK-002 ready", script={"WRK-001/build": [
+        {"sh": f"{command(project, 'add', 'Added meanwhile')} > /dev/null; {act}", "write": {"a.txt": "1\n"}}, {"write": {"b.txt": "2\n"}}]})
+    project.git("commit", "-q", "--allow-empty", "-m", "The newest")
+    tip = project.git("rev-parse", "HEAD").strip()
+    log = project.run("run", code=1).stderr
+    ref = "refs/orchestrator/salvage/WRK-001/build/1"
+    assert f"[WRK-001][build] took commits off the branch: {tip[:10]}. The run stops here; what was there is kept on {ref}." in log
+    assert project.git("rev-parse", ref).strip() == tip
+    assert project.subjects()[0] == "[orchestrator] Save backlog state on halt"
+    assert project.subjects()[1] == ("Mine" if "amend" in act else "Set up")
+    assert project.committed() == project.text()
+    assert "Added meanwhile" in project.text()
+    again = project.run("run", code=1).stderr
+    assert f"kept on {ref}" in again
+    sh(project.root, "sh", "-c", log.partition("this goes back: ")[2].splitlines()[0])
+    project.run("run", "--target", "WRK-001")
+    assert "The newest" in project.subjects()
+    assert "WRK-001" not in project.items()
+    assert "Added meanwhile" in project.text()
+    assert project.committed() == project.text()
 
 
 @pytest.mark.slow
