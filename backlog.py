@@ -17,11 +17,12 @@ Reading order:
  8. Items
  9. Reading a backlog file
 10. Drafts and rules
-11. Filters
-12. Worklog
-13. Store
+11. What a phase decides
+12. Filters
+13. Worklog
+14. Store
 
-Chapters 1 to 6 know nothing of backlogs, 8 to 11 nothing of files; `Store` puts the two together
+Chapters 1 to 6 know nothing of backlogs, 8 to 12 nothing of files; `Store` puts the two together
 and is the only code that writes BACKLOG.yaml.
 """
 
@@ -46,8 +47,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from datetime import datetime
     from pathlib import Path
+    from typing import Literal, NoReturn, TypedDict
     from typing import NamedTuple as _Record
-    from typing import NoReturn, TypedDict
     from typing import cast as _cast
 else:
 
@@ -1663,6 +1664,7 @@ OWNED_KEYS = frozenset(
 
 MAX_COUNTER = 10**15 - 1  # more digits do not survive every YAML reader
 _ID_TEXT = r"\w[\w.-]{0,99}"  # goes into file names and git refs
+_ITEM_ID = r"(.+)-([0-9]{1,10})"  # one that was handed out
 
 
 class BacklogError(Exception):
@@ -2330,9 +2332,474 @@ def context_description(text: str | None) -> dict[str, str] | None:
     return {key: text.strip() if key == "context" else "" for key in DESCRIPTION_KEYS}
 
 
+# ==== 11. What a phase decides ====================================================================
+#
+# Each of these edits one draft and so is one save. They may be applied again to a fresh draft, when
+# the file changed underneath or after a crash, and must come to the same answer.
+
+TRIAGE = "triage"  # the phase that rates and routes a new item; no pipeline lists it
+DEFAULT_PIPELINE = "feature"
+
+# What the operator may have edited while a phase ran, although it is for us to set. `attempts` and
+# `updated` are left out: our own saves change them meanwhile.
+CONTESTED_KEYS = [key for key in ITEM_KEYS if key in OWNED_KEYS - {"attempts", "updated"}]
 
 
-# ==== 11. Filters =================================================================================
+class Route(_Record):
+    """What a pipeline is to items: the names of its phases, in the order in which they run."""
+
+    pre: tuple[str, ...]
+    main: tuple[str, ...]
+
+
+class Rules(_Record):
+    """What the config says about items."""
+
+    prefix: str  # of new ids
+    limits: Mapping[str, str]  # by measure (size, complexity, risk): what may run without a human
+    pipelines: Mapping[str, Route]
+    source: str  # where the pipelines are, as a message names it
+
+
+class PhaseResult(_Record):
+    """What an agent reported, leniently parsed; `warnings` names every field that was dropped."""
+
+    item_id: str
+    phase: str
+    result: Literal["phase_complete", "subphase_complete", "failed", "blocked"]
+    summary: str
+    context: str | None = None
+    ratings: Mapping[str, str] = {}  # size, complexity, risk, impact as far as given
+    follow_ups: tuple[FollowUp, ...] = ()
+    pipeline_type: str | None = None
+    commit_summary: str | None = None
+    duplicates: tuple[str, ...] = ()  # ids of items that triage takes for the same
+    description: Mapping[str, str] = {}
+    requires_human_review: bool | None = None
+    block_type: str | None = None
+    warnings: tuple[str, ...] = ()
+
+
+class Applied(_Record):
+    """What applying an outcome to the backlog did, for the log and for counting."""
+
+    state: Literal["completed", "advanced", "again", "blocked", "dropped"]
+    item: Item  # after the change (as last known, when it left the backlog)
+    reason: str = ""  # blocked: why
+    follow_ups: tuple[str, ...] = ()  # ids
+    warnings: tuple[str, ...] = ()
+    worklog: str = ""  # text to append
+
+
+def pipeline_name(item: Item) -> str:
+    """An item that names no pipeline is on `feature`."""
+    return item.get("pipeline_type") or DEFAULT_PIPELINE
+
+
+def unknown_pipeline(name: str, rules: Rules) -> str:
+    """The reason an item with such a pipeline is blocked."""
+    known = ", ".join(sorted(rules.pipelines))
+    return f"unknown pipeline type {name!r}; {rules.source} has: {known}"
+
+
+def guardrail_objection(item: Item, limits: Mapping[str, str], before: Item | None = None) -> str:
+    """Why a human has to decide before the item goes on; "" when it may.
+
+    Names every measure with its value and limit. An unset rating passes, an equal one too.
+    `before`: only what has risen since then counts. `guardrail_override` waives everything.
+    """
+    if item.get("guardrail_override"):
+        return ""
+    now: Mapping[str, object] = item
+    since: Mapping[str, object] = before or {}
+    objections: list[str] = []
+    if now.get("requires_human_review") and not since.get("requires_human_review"):
+        objections.append("human review is required")
+    excesses = [
+        f"{measure} {now[measure]} (limit {limit})"
+        for measure, limit in limits.items()
+        if _rank(measure, now) > max(_rank(measure, limits), _rank(measure, since))
+    ]
+    if excesses:
+        objections.append(f"the guardrails are exceeded by {', '.join(excesses)}")
+    if not objections:
+        return ""
+    remedy = f"orchestrator unblock {item['id']} --override-guardrails"
+    return f"{' and '.join(objections)}; accept it with: {remedy}"
+
+
+def _rank(measure: str, ratings: Mapping[str, object]) -> int:
+    """How high a rating is; -1 without one."""
+    return (None, *RATING_WORDS[measure]).index(_cast(str, ratings.get(measure))) - 1
+
+
+def apply_result(
+    draft: Draft, started: Item, result: PhaseResult, rules: Rules, now: datetime
+) -> Applied:
+    """Apply what a phase reported: ratings, follow-ups, the next phase or status, the worklog text.
+
+    `started` is the item as the phase began: status, phase and pool follow from it, whatever the
+    operator has made of them meanwhile. A failed result blocks the item: its attempts are used up.
+    """
+    item_id, noted = result.item_id, len(draft.warnings)
+    origin = f"{item_id}/{result.phase}"
+    added = add_follow_ups(draft, rules.prefix, origin, result.follow_ups, now)
+    if item_id in draft.items:
+        contested = _take_back(draft, started, now)
+        _take_ratings(draft, result, now)
+        applied = _decide(draft, started, result, rules, now)
+        _tell_overruled(draft, applied.item, result.phase, contested)
+    else:  # removed meanwhile: what the phase said is kept in the worklog alone
+        reason = "the item left the backlog while the phase ran"
+        told = _told(started, result, f"{result.summary} ({reason})", now)
+        applied = Applied("dropped", started, reason, worklog=told)
+    return applied._replace(
+        follow_ups=tuple(item["id"] for item in added), warnings=tuple(draft.warnings[noted:])
+    )
+
+
+def charge_attempt(draft: Draft, started: Item, now: datetime) -> int:
+    """Charge a failed attempt to the item; returns how many the current phase has had."""
+    attempts = (draft.items.get(started["id"], started).get("attempts") or 0) + 1
+    if started["id"] in draft.items:
+        draft.update(started["id"], now, attempts=attempts)
+    return attempts
+
+
+def _take_back(draft: Draft, started: Item, now: datetime) -> dict[str, object]:
+    """Reset what only we may set to its value at the start; returns what stood there instead."""
+    current: Mapping[str, object] = draft.items[started["id"]]
+    ours: Mapping[str, object] = started
+    contested = {
+        key: current.get(key) for key in CONTESTED_KEYS if current.get(key) != ours.get(key)
+    }
+    draft.update(started["id"], now, **{key: ours.get(key) for key in contested})
+    return contested
+
+
+def _tell_overruled(draft: Draft, item: Item, phase: str, contested: Mapping[str, object]) -> None:
+    """One warning for every edit by hand that the result replaced."""
+    final: Mapping[str, object] = item
+    draft.warnings += [
+        f"{item['id']}: {key} was set to {theirs!r} while {phase} ran;"
+        f" the run has the last word: {final.get(key)!r}"
+        for key, theirs in contested.items()
+        if theirs != final.get(key)
+    ]
+
+
+def _take_ratings(draft: Draft, result: PhaseResult, now: datetime) -> None:
+    """A rating that stands is a floor: an agent may raise it, and ask for a review, never waive."""
+    item: Mapping[str, object] = draft.items[result.item_id]
+    changes: dict[str, object] = {
+        key: word
+        for key, word in result.ratings.items()
+        if _rank(key, result.ratings) > _rank(key, item)
+    }
+    if result.requires_human_review:
+        changes["requires_human_review"] = True
+    draft.update(result.item_id, now, **changes)
+
+
+def _told(item: Item, result: PhaseResult, summary: str, now: datetime) -> str:
+    """The worklog's text for a result."""
+    words = {"phase_complete": "Complete", "subphase_complete": "Subphase Complete"}
+    outcome = words.get(result.result, result.result.capitalize())
+    return worklog_entry(now, item["id"], item["title"], result.phase, outcome, summary)
+
+
+def _blocked(
+    draft: Draft,
+    item_id: str,
+    phase: str,
+    reason: str,
+    now: datetime,
+    kind: str | None = None,
+    outcome: str = "Blocked",
+) -> Applied:
+    """Block the item; the attempts start anew when it is unblocked."""
+    reason = reason or f"{phase} gave no reason"
+    draft.update(item_id, now, attempts=None)
+    item = block(draft, item_id, reason, now, kind)
+    told = worklog_entry(now, item_id, item["title"], phase, outcome, reason)
+    return Applied("blocked", item, reason, worklog=told)
+
+
+def _decide(
+    draft: Draft, started: Item, result: PhaseResult, rules: Rules, now: datetime
+) -> Applied:
+    """Block the item, with the question that its phase leaves, or let it go on."""
+    item_id, phase, kind = result.item_id, result.phase, result.block_type
+    reason = result.context or result.summary
+    if result.result == "failed":
+        return _blocked(draft, item_id, phase, reason, now, kind, outcome="Failed")
+    question = _duplicate_question(draft, result)
+    if result.result == "blocked":
+        reason = "; ".join(filter(None, (reason, question)))
+        return _blocked(draft, item_id, phase, reason, now, kind)
+    item = draft.update(item_id, now, attempts=None)
+    if phase != TRIAGE:
+        applied = _go_on(draft, started, result, rules, now)
+    else:
+        _describe(draft, result, now)
+        if question:
+            applied = _blocked(draft, item_id, phase, question, now, "decision")
+        else:
+            applied = _route(draft, result, rules, now)
+    return applied._replace(worklog=_told(item, result, result.summary, now) + applied.worklog)
+
+
+def _go_on(
+    draft: Draft, started: Item, result: PhaseResult, rules: Rules, now: datetime
+) -> Applied:
+    """After a phase of a pipeline: the same again, the next one, ready, or out of the backlog.
+
+    An item that a raised rating stops has moved on already: unblocked, it repeats nothing.
+    """
+    item_id, phase = result.item_id, result.phase
+    if result.result == "subphase_complete":
+        return _unless_objected("again", draft, result, rules, now, before=started)
+    item = draft.update(item_id, now, unblock_context=None)  # its notes have been used
+    route = rules.pipelines.get(pipeline_name(item), Route((), ()))
+    pool, phases = ("pre", route.pre) if phase in route.pre else ("main", route.main)
+    if phase not in phases:
+        reason = f"pipeline {pipeline_name(item)!r} has no phase {phase!r} to go on from"
+        return _blocked(draft, item_id, phase, reason, now)
+    following = phases[phases.index(phase) + 1 :]
+    if following:
+        draft.update(item_id, now, phase=following[0], phase_pool=pool)
+        return _unless_objected("advanced", draft, result, rules, now, before=started)
+    if pool == "pre":
+        return _make_ready(draft, result, rules, now)
+    transition(draft, item_id, "done", now)
+    item = archive(draft, item_id, now)
+    return Applied("completed", item, worklog=archive_entry(now, item))
+
+
+def _make_ready(draft: Draft, result: PhaseResult, rules: Rules, now: datetime) -> Applied:
+    """From scoping to ready; what needs a human is blocked there, so that nothing is repeated."""
+    draft.update(result.item_id, now, phase=None, phase_pool=None)
+    transition(draft, result.item_id, "ready", now)
+    return _unless_objected("advanced", draft, result, rules, now)
+
+
+def _unless_objected(
+    state: Literal["advanced", "again"],
+    draft: Draft,
+    result: PhaseResult,
+    rules: Rules,
+    now: datetime,
+    before: Item | None = None,
+) -> Applied:
+    """Let the item be where it is now, unless the guardrails object."""
+    item = draft.items[result.item_id]
+    objection = guardrail_objection(item, rules.limits, before)
+    if objection:
+        return _blocked(draft, item["id"], result.phase, objection, now, "decision")
+    return Applied(state, item)
+
+
+# ---- Triage --------------------------------------------------------------------------------------
+
+
+def _route(draft: Draft, result: PhaseResult, rules: Rules, now: datetime) -> Applied:
+    """Choose where a rated item goes: small and safe ones are ready, others start pre-phases.
+
+    What needs a human is stopped here, before a pre-phase costs anything.
+    """
+    item_id, item = result.item_id, draft.items[result.item_id]
+    if result.result == "subphase_complete":
+        reason = "triage cannot be completed in parts"
+        return _blocked(draft, item_id, result.phase, reason, now)
+    wanted = result.pipeline_type or pipeline_name(item)
+    if wanted not in rules.pipelines:
+        return _blocked(draft, item_id, result.phase, unknown_pipeline(wanted, rules), now)
+    draft.update(item_id, now, pipeline_type=result.pipeline_type or item.get("pipeline_type"))
+    item = transition(draft, item_id, "scoping", now)
+    pre = rules.pipelines[wanted].pre
+    if not pre or (item.get("size") == "small" and item.get("risk") in ("low", None)):
+        return _make_ready(draft, result, rules, now)
+    draft.update(item_id, now, phase=pre[0], phase_pool="pre")
+    return _unless_objected("advanced", draft, result, rules, now)
+
+
+def _describe(draft: Draft, result: PhaseResult, now: datetime) -> None:
+    """Take the description, field by field: what the triage leaves out stays as it was."""
+    given = {field: text for field, text in result.description.items() if text}
+    if given:
+        texts = {**draft.items[result.item_id].get("description", {}), **given}
+        description = {field: texts.get(field, "") for field in DESCRIPTION_KEYS}
+        draft.update(result.item_id, now, description=description)
+
+
+def _duplicate_question(draft: Draft, result: PhaseResult) -> str:
+    """What to ask the operator about the items that this one asks the same as; "" if none."""
+    item_id, known = result.item_id, []
+    for other in result.duplicates:
+        if other in draft.items and other != item_id:
+            known.append(f"{other} ({_one_line_title(draft.items[other]['title'])})")
+        else:
+            draft.warnings.append(f"{item_id}: there is no other item {other} that it could repeat")
+    if not known:
+        return ""
+    return (
+        f"it seems to be a duplicate of {', '.join(known)}; if it is:"
+        f" orchestrator close {item_id} --reason duplicate, else:"
+        f" orchestrator unblock {item_id} --notes 'no duplicate'"
+    )
+
+
+# ---- Promotion, repair, and what the operator takes out ------------------------------------------
+
+
+def promote(draft: Draft, item_id: str, rules: Rules, now: datetime) -> Applied:
+    """Move a ready item to its first main phase, or block it where it may not start.
+
+    State "dropped", and nothing changed, if it is not ready any more: the file may have been
+    edited since the promotion was chosen.
+    """
+    item = draft.items.get(item_id)
+    if item is None or item["status"] != "ready":
+        return Applied("dropped", item or Item(id=item_id), "it is not ready any more")
+    route = rules.pipelines.get(pipeline_name(item))
+    if route is None:
+        reason = unknown_pipeline(pipeline_name(item), rules)
+    else:
+        reason = guardrail_objection(item, rules.limits)
+    if route is None or reason:
+        return _blocked(draft, item_id, "promotion", reason, now, "decision")
+    transition(draft, item_id, "in_progress", now)
+    item = draft.update(item_id, now, phase=route.main[0], phase_pool="main", attempts=None)
+    return Applied("advanced", item)
+
+
+def repair_items(draft: Draft, rules: Rules, now: datetime) -> list[str]:
+    """Before a run: bring items that could never be scheduled back on track; says what it did.
+
+    Such items come from hand edits and configs that have changed. Dependencies on items that left
+    the backlog are removed; ids that were never handed out stay: to remove them would lose the
+    order meant.
+    """
+    messages: list[str] = []
+    issued = IssuedIds(rules.prefix, draft)
+    for item_id, item in list(draft.items.items()):
+        needs = item.get("dependencies", [])
+        finished = [need for need in needs if need not in draft.items and need in issued]
+        if finished:
+            rest = [need for need in needs if need not in finished]
+            draft.update(item_id, now, dependencies=rest or None)
+            gone = ", ".join(finished)
+            messages.append(f"{item_id}: dropped its dependencies on finished items: {gone}")
+        if item["status"] in ("scoping", "in_progress", "ready"):
+            messages += _repair_active(draft, item, rules, now)
+    return messages
+
+
+def _repair_active(draft: Draft, item: Item, rules: Rules, now: datetime) -> list[str]:
+    item_id, name = item["id"], pipeline_name(item)
+    route = rules.pipelines.get(name)
+    if route is None:
+        reason = unknown_pipeline(name, rules)
+        block(draft, item_id, reason, now, "decision")
+        return [f"{item_id}: blocked: {reason}"]
+    if item["status"] == "ready" or item.get("phase"):
+        return []
+    what = f"{item_id}: was {item['status']} without a phase"
+    scoping = item["status"] == "scoping"
+    if scoping and not route.pre:
+        transition(draft, item_id, "ready", now)
+        objection = guardrail_objection(item, rules.limits)
+        if objection:
+            block(draft, item_id, objection, now, "decision")
+            return [f"{what}; blocked: {objection}"]
+        return [f"{what}; {name} has no pre-phases, so it is ready"]
+    first = (route.pre if scoping else route.main)[0]
+    draft.update(item_id, now, phase=first, phase_pool="pre" if scoping else "main")
+    return [f"{what}; starts with {first}"]
+
+
+class Farewell(_Record):
+    """An item that the operator took out of the backlog."""
+
+    item: Item
+    dependants: tuple[str, ...]  # ids that waited for it
+    worklog: str
+
+
+def take_out(
+    draft: Draft, item_id: str, status: Literal["Done", "Closed"], why: str, now: datetime
+) -> Farewell:
+    """Take an item out of the backlog, from wherever it is, because the operator says so.
+
+    Whatever depended on it depends on it no longer, and says why in its context.
+    """
+    item = draft.item(item_id)
+    dependants = tuple(one["id"] for one in dependants_of(draft, item_id))
+    archive(draft, item_id, now)
+    fate = "was done outside of this backlog" if status == "Done" else "was closed"
+    note = f"[{item_id}, which this depended on, {fate}] {_one_line_title(item['title'])}"
+    for dependant in dependants:
+        add_to_context(draft, dependant, f"{note}: {why}" if why else note, now)
+    return Farewell(item, dependants, archive_entry(now, item, status, why))
+
+
+# ---- Ids and dependencies ------------------------------------------------------------------------
+
+
+class IssuedIds:
+    """The ids that were ever handed out, as far as a backlog can tell: `"WRK-007" in issued`.
+
+    The counter is shared by all prefixes, so an id counts with the prefix of the config or of any
+    item that is still there.
+    """
+
+    def __init__(self, prefix: str, backlog: Backlog | Draft) -> None:
+        self.prefixes = {prefix}
+        self.highest = backlog.next_item_id
+        for item_id in backlog.items:
+            if match := _regex(_ITEM_ID).fullmatch(item_id):
+                self.prefixes.add(match[1])
+                self.highest = max(self.highest, int(match[2]))
+
+    def __contains__(self, item_id: str) -> bool:
+        match = _regex(_ITEM_ID).fullmatch(item_id)
+        return bool(match and match[1] in self.prefixes and int(match[2]) <= self.highest)
+
+
+def unmet_dependencies(items: Mapping[str, Item], item: Item) -> list[str]:
+    """The ids that must be done first: an id that is not in the backlog (any more) is met."""
+    return [
+        need
+        for need in item.get("dependencies", ())
+        if need in items and items[need]["status"] != "done"
+    ]
+
+
+def dependency_cycles(items: Mapping[str, Item]) -> list[list[str]]:
+    """Cycles among the items that are not done, each once and as a closed path A, B, A.
+
+    Depth-first search without recursion: a chain may be longer than Python's own stack.
+    """
+    needs = {item_id: unmet_dependencies(items, item) for item_id, item in items.items()}
+    cycles: list[list[str]] = []
+    finished: set[str] = set()
+    for start in needs:
+        path = {} if start in finished else {start: iter(needs[start])}  # in walking order
+        while path:
+            here = next(reversed(path))
+            need = next(path[here], None)
+            if need is None:
+                finished.add(here)
+                del path[here]
+            elif need in path:
+                walked = list(path)
+                cycles.append([*walked[walked.index(need) :], need])
+            elif need not in finished:
+                path[need] = iter(needs[need])
+    return cycles
+
+
+# ==== 12. Filters =================================================================================
 
 
 class FilterError(BacklogError):
@@ -2451,7 +2918,7 @@ def _filtered_values(item: Item, filter_: Filter) -> Sequence[str]:
     return () if value is None else (str(value),)
 
 
-# ==== 12. Worklog =================================================================================
+# ==== 13. Worklog =================================================================================
 
 
 def worklog_entry(
@@ -2538,7 +3005,7 @@ def swap_files(new: Path, path: Path) -> None:
     os.rename(new, path)
 
 
-# ==== 13. Store ===================================================================================
+# ==== 14. Store ===================================================================================
 
 _SAVE_TRIES = 20  # how often somebody may change the file just as it is to be replaced
 _LOCK_POLL_S = 0.02

@@ -68,44 +68,49 @@ from typing import (
 
 from backlog import (
     BLOCK_WORDS,
+    DEFAULT_PIPELINE,
     DESCRIPTION_KEYS,
-    ITEM_KEYS,
     LEVEL_WORDS,
-    OWNED_KEYS,
     RATING_WORDS,
     SIZE_WORDS,
+    TRIAGE,
+    Applied,
     Backlog,
     BacklogError,
     Draft,
     Filter,
     FilterError,
     FollowUp,
+    IssuedIds,
     Item,
     KeyChange,
+    PhaseResult,
+    Route,
+    Rules,
     SaveError,
     Store,
     YamlError,
-    add_follow_ups,
-    add_to_context,
     advance,
     append_worklog,
-    archive,
-    archive_entry,
-    block,
+    apply_result,
+    charge_attempt,
     check_filters,
     context_description,
-    dependants_of,
+    dependency_cycles,
     did_you_mean,
     item_texts,
     matching,
     parse_filter,
+    pipeline_name,
+    promote,
     read_item_text,
     recent_worklogs,
     render_yaml,
+    repair_items,
     sync_directory,
-    transition,
+    take_out,
     unblock,
-    worklog_entry,
+    unmet_dependencies,
 )
 from gitutil import (
     ABSENT_OID,
@@ -144,10 +149,8 @@ WORK_DIR = ".orchestrator"  # results, prompts, agent logs; never committed
 CHANGES_DIR = "changes"
 IDEAS_DIR = "_ideas"
 WORKLOG_DIR = "_worklog"
-TRIAGE = "triage"  # the reserved phase name
 DEMO_AGENT = "__demo-agent"  # the hidden command that the agent processes of the demo run
 
-DEFAULT_PIPELINE = "feature"
 
 
 class OrchestratorError(Exception):
@@ -277,25 +280,6 @@ class Task(NamedTuple):
 Action = Promote | Task
 
 
-class PhaseResult(NamedTuple):
-    """What an agent reported, leniently parsed; `warnings` names every field that was dropped."""
-
-    item_id: str
-    phase: str
-    result: Literal["phase_complete", "subphase_complete", "failed", "blocked"]
-    summary: str
-    context: str | None = None
-    ratings: Mapping[str, str] = {}  # size, complexity, risk, impact as far as given
-    follow_ups: tuple[FollowUp, ...] = ()
-    pipeline_type: str | None = None
-    commit_summary: str | None = None
-    duplicates: tuple[str, ...] = ()
-    description: Mapping[str, str] = {}
-    requires_human_review: bool | None = None
-    block_type: str | None = None
-    warnings: tuple[str, ...] = ()
-
-
 class Usage(NamedTuple):
     """What something cost, as the agents' CLIs reported it; None where they do not say."""
 
@@ -359,17 +343,6 @@ class AttemptSpec(NamedTuple):
     budget_usd: float | None = None  # what is left of max_cost_usd, for CLIs that take a budget
 
 
-class Applied(NamedTuple):
-    """What applying an outcome to the backlog did; the scheduler counts it, the log prints it."""
-
-    state: Literal["completed", "advanced", "again", "blocked", "dropped"]
-    item: Item  # after the change (as last known, when it left the backlog)
-    reason: str = ""  # blocked: why
-    follow_ups: tuple[str, ...] = ()  # ids
-    warnings: tuple[str, ...] = ()
-    worklog: str = ""  # text to append
-
-
 class Salvage(NamedTuple):
     """What an attempt left that became no commit on the branch, kept on a ref."""
 
@@ -420,7 +393,6 @@ STREAM_IDLE_MINUTES = 15.0  # a long tool command is silent too, so not shorter
 
 # Ids and phase names become parts of file names and of git refs, so they hold nothing special.
 NAME = r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}"
-ITEM_ID = r"(.+)-([0-9]{1,10})"
 MODEL = r"[A-Za-z0-9._/][A-Za-z0-9._/-]*"
 
 Word = TypeVar("Word", bound=str)
@@ -803,14 +775,19 @@ def _contradictions(config: Config) -> list[str]:
 # ---- What the config says about an item or a phase -----------------------------------------------
 
 
-def pipeline_name(item: Item) -> str:
-    """An item that names no pipeline is on `feature`."""
-    return item.get("pipeline_type") or DEFAULT_PIPELINE
-
-
 def pipeline_of(config: Config, item: Item) -> Pipeline | None:
     """The item's pipeline; None: the config has none of that name."""
     return config.pipelines.get(pipeline_name(item))
+
+
+def rules_of(config: Config) -> Rules:
+    """What the config says about items."""
+    pipelines = {
+        name: Route(*(tuple(phase.name for phase in pool) for pool in pipeline[1:]))
+        for name, pipeline in config.pipelines.items()
+    }
+    limits = dict(zip(("size", "complexity", "risk"), config.guardrails, strict=True))
+    return Rules(config.prefix, limits, pipelines, config.source)
 
 
 class PhasePlace(NamedTuple):
@@ -951,58 +928,6 @@ def _dangling_dependencies(
     ]
 
 
-class IssuedIds:
-    """The ids that were ever handed out, as far as a backlog can tell: `"WRK-007" in issued`.
-
-    The counter is shared by all prefixes, so an id counts with the prefix of the config or of any
-    item that is still there.
-    """
-
-    def __init__(self, prefix: str, backlog: Backlog | Draft) -> None:
-        self.prefixes = {prefix}
-        self.highest = backlog.next_item_id
-        for match in map(re.compile(ITEM_ID).fullmatch, backlog.items):
-            if match:
-                self.prefixes.add(match[1])
-                self.highest = max(self.highest, int(match[2]))
-
-    def __contains__(self, item_id: str) -> bool:
-        match = re.fullmatch(ITEM_ID, item_id)
-        return bool(match and match[1] in self.prefixes and int(match[2]) <= self.highest)
-
-
-def dependency_cycles(items: Mapping[str, Item]) -> list[list[str]]:
-    """Cycles among the items that are not done, each once and as a closed path A, B, A.
-
-    Depth-first search with a stack of its own: a chain may be longer than Python's own stack.
-    """
-    edges = {item_id: unmet_dependencies(items, item) for item_id, item in items.items()}
-    cycles: list[list[str]] = []
-    finished: set[str] = set()
-    for start in edges:
-        if start not in finished:
-            _walk_dependencies(start, edges, finished, cycles)
-    return cycles
-
-
-def _walk_dependencies(
-    start: str, edges: Mapping[str, list[str]], finished: set[str], cycles: list[list[str]]
-) -> None:
-    """Visit everything `start` depends on; an edge back into the current path is a cycle."""
-    path = {start: iter(edges[start])}  # in walking order
-    while path:
-        here = next(reversed(path))
-        need = next(path[here], None)
-        if need is None:
-            finished.add(here)
-            del path[here]
-        elif need in path:
-            walked = list(path)
-            cycles.append([*walked[walked.index(need) :], need])
-        elif need not in finished:
-            path[need] = iter(edges[need])
-
-
 # ---- The file that `init` writes -----------------------------------------------------------------
 
 CONFIG_TEMPLATE = """\
@@ -1089,9 +1014,6 @@ def _toml_text(text: str) -> str:
 
 PLAN_TIME = datetime.fromtimestamp(0, UTC)  # for what is only played through, and never written
 
-# What the operator may have edited while a phase ran, although it is for us to set. `attempts` and
-# `updated` are left out: our own saves change them meanwhile.
-CONTESTED_KEYS = [key for key in ITEM_KEYS if key in OWNED_KEYS - {"attempts", "updated"}]
 
 
 # ---- What to do next -----------------------------------------------------------------------------
@@ -1282,15 +1204,6 @@ def _target_actions(
     return _fill_slots(_candidates(groups, config, 1), bool(running))
 
 
-def unmet_dependencies(items: Mapping[str, Item], item: Item) -> list[str]:
-    """The ids that must be done first: an id that is not in the backlog (any more) is met."""
-    return [
-        need
-        for need in item.get("dependencies", ())
-        if need in items and items[need]["status"] != "done"
-    ]
-
-
 # ---- When an agent's account or API says no ------------------------------------------------------
 
 PROBES = 8  # failures of the API in a row, about 15 minutes with the default delay, end the run
@@ -1420,454 +1333,6 @@ def exit_code(
             return EXIT_BLOCKED if blocked and not completed else EXIT_OK
         case HaltReason.NO_MATCHING_ITEMS | HaltReason.CAP_REACHED:
             return EXIT_OK
-
-
-# ---- Guardrails ----------------------------------------------------------------------------------
-
-
-def guardrail_objection(item: Item, limits: Guardrails, before: Item | None = None) -> str:
-    """Why a human has to decide before the item goes on; "" when it may.
-
-    Names every measure with its value and limit. An unset rating passes, an equal one too.
-    `before`: only what has risen since then counts. `guardrail_override` waives everything.
-    """
-    if item.get("guardrail_override"):
-        return ""
-    since: Item = {} if before is None else before
-    objections: list[str] = []
-    if item.get("requires_human_review") and not since.get("requires_human_review"):
-        objections.append("human review is required")
-    excesses = _excesses(item, since, limits)
-    if excesses:
-        objections.append(f"the guardrails are exceeded by {', '.join(excesses)}")
-    if not objections:
-        return ""
-    remedy = f"orchestrator unblock {item['id']} --override-guardrails"
-    return f"{' and '.join(objections)}; accept it with: {remedy}"
-
-
-def _excesses(item: Item, since: Item, limits: Guardrails) -> list[str]:
-    """The ratings above their limit and above `since`, as `size large (limit medium)`."""
-    now, before = cast(Mapping[str, str], item), cast(Mapping[str, str], since)
-    excesses = []
-    for measure, limit in zip(("size", "complexity", "risk"), limits, strict=True):
-        scale = RATING_WORDS[measure].index
-        value, old = now.get(measure), before.get(measure)
-        if value and scale(value) > max(scale(limit), scale(old) if old else -1):
-            excesses.append(f"{measure} {value} (limit {limit})")
-    return excesses
-
-
-# ---- What a result does to the backlog -----------------------------------------------------------
-#
-# Each of these edits one draft and so is one save. They may be applied again to a fresh draft, when
-# the file changed underneath or after a crash, and must come to the same answer.
-
-
-def apply_result(
-    draft: Draft,
-    task: Task,
-    started: Item,
-    result: PhaseResult,
-    config: Config,
-    now: datetime,
-) -> Applied:
-    """Apply what a task reported: ratings, follow-ups, the next phase or status, the worklog text.
-
-    `started` is the item as the task began: status, phase and pool follow from it, whatever the
-    operator has made of them meanwhile.
-    """
-    if result.result == "failed":
-        reason = f"{task.name} failed: {result.context or result.summary}"
-        return apply_failure(draft, task, started, reason, now, result, config)
-
-    def decide() -> Applied:
-        if task.pool == "triage":
-            return _apply_triage(draft, task, result, config, now)
-        return _apply_phase(draft, task, started, result, config, now)
-
-    return _with_findings(draft, task, started, result, config, now, decide)
-
-
-def apply_failure(
-    draft: Draft,
-    task: Task,
-    started: Item,
-    reason: str,
-    now: datetime,
-    result: PhaseResult | None,
-    config: Config,
-) -> Applied:
-    """Block the item of a task that used up its attempts; a failed result's findings are kept."""
-    known = result or PhaseResult(task.item_id, task.name, "failed", reason)
-
-    def decide() -> Applied:
-        return block_task(draft, task, reason, now, kind=known.block_type, outcome="Failed")
-
-    return _with_findings(draft, task, started, known, config, now, decide)
-
-
-def _with_findings(
-    draft: Draft,
-    task: Task,
-    started: Item,
-    result: PhaseResult,
-    config: Config,
-    now: datetime,
-    decide: Callable[[], Applied],
-) -> Applied:
-    """Take what any result may bring along, follow-ups and ratings, then decide about the item."""
-    noted = len(draft.warnings)
-    origin = f"{task.item_id}/{task.name}"
-    added = add_follow_ups(draft, config.prefix, origin, result.follow_ups, now)
-    overruled: tuple[str, ...] = ()
-    if task.item_id in draft.items:
-        contested = _take_back(draft, task.item_id, started, now)
-        _take_ratings(draft, task.item_id, result, now)
-        applied = decide()
-        overruled = _overruled(applied.item, task, contested)
-    else:
-        applied = _dropped(task, started, result, now)
-    return applied._replace(
-        follow_ups=tuple(item["id"] for item in added),
-        warnings=(*draft.warnings[noted:], *overruled),
-    )
-
-
-def apply_failed_attempt(draft: Draft, task: Task, started: Item, now: datetime) -> int:
-    """Charge a failed attempt to the item; returns how many the current phase has had."""
-    attempts = (draft.items.get(task.item_id, started).get("attempts") or 0) + 1
-    if task.item_id in draft.items:
-        draft.update(task.item_id, now, attempts=attempts)
-    return attempts
-
-
-def block_task(
-    draft: Draft,
-    task: Task,
-    reason: str,
-    now: datetime,
-    *,
-    kind: str | None = None,
-    outcome: str = "Blocked",
-) -> Applied:
-    """Block the task's item; the attempts start anew when it is unblocked."""
-    reason = reason or f"{task.name} gave no reason"
-    block(draft, task.item_id, reason, now, kind)
-    item = draft.update(task.item_id, now, attempts=None)
-    entry = worklog_entry(now, item["id"], item["title"], task.name, outcome, reason)
-    return Applied("blocked", item, reason, worklog=entry)
-
-
-def _dropped(task: Task, started: Item, result: PhaseResult, now: datetime) -> Applied:
-    """The item was removed while the task ran: what it said is kept in the worklog alone."""
-    reason = "the item left the backlog while the phase ran"
-    text = f"{result.summary} ({reason})"
-    entry = worklog_entry(now, task.item_id, started["title"], task.name, _outcome(result), text)
-    return Applied("dropped", started, reason, worklog=entry)
-
-
-def _outcome(result: PhaseResult) -> str:
-    """The worklog's word for a result."""
-    words = {"phase_complete": "Complete", "subphase_complete": "Subphase Complete"}
-    return words.get(result.result, result.result.capitalize())
-
-
-def _take_back(draft: Draft, item_id: str, started: Item, now: datetime) -> dict[str, object]:
-    """Reset what only we may set to its value at the start; returns what stood there instead."""
-    current: Mapping[str, object] = draft.items[item_id]
-    ours: Mapping[str, object] = started
-    contested = {
-        key: current.get(key) for key in CONTESTED_KEYS if current.get(key) != ours.get(key)
-    }
-    if contested:
-        draft.update(item_id, now, **{key: ours.get(key) for key in contested})
-    return contested
-
-
-def _overruled(item: Item, task: Task, contested: Mapping[str, object]) -> tuple[str, ...]:
-    """One warning for every edit by hand that the result replaced."""
-    final: Mapping[str, object] = item
-    return tuple(
-        f"{task.item_id}: {key} was set to {theirs!r} while {task.name} ran;"
-        f" the run has the last word: {final.get(key)!r}"
-        for key, theirs in contested.items()
-        if theirs != final.get(key)
-    )
-
-
-def _take_ratings(draft: Draft, item_id: str, result: PhaseResult, now: datetime) -> None:
-    if result.ratings:
-        draft.update(item_id, now, **result.ratings)
-    if result.requires_human_review:  # an agent may ask for a review, but not waive one
-        draft.update(item_id, now, requires_human_review=True)
-
-
-# ---- A phase of a pipeline -----------------------------------------------------------------------
-
-
-def _apply_phase(
-    draft: Draft,
-    task: Task,
-    started: Item,
-    result: PhaseResult,
-    config: Config,
-    now: datetime,
-) -> Applied:
-    """Route an item after a phase that was not triage and did not fail."""
-    if result.result == "blocked":
-        reason = result.context or result.summary
-        return block_task(draft, task, reason, now, kind=result.block_type)
-    item = draft.update(task.item_id, now, attempts=None)
-    entry = worklog_entry(
-        now, item["id"], item["title"], task.name, _outcome(result), result.summary
-    )
-    if result.result == "subphase_complete":
-        applied = _stop_if_risen(draft, task, started, config, now, "again")
-    else:
-        draft.update(task.item_id, now, unblock_context=None)  # its notes have been used
-        applied = _advance(draft, task, started, config, now)
-    return applied._replace(worklog=entry + applied.worklog)
-
-
-def _advance(draft: Draft, task: Task, started: Item, config: Config, now: datetime) -> Applied:
-    """Move on from a completed phase: to the next one, to ready, or out of the backlog."""
-    item = draft.items[task.item_id]
-    pipeline = pipeline_of(config, item)
-    place = phase_places(pipeline).get(task.name) if pipeline else None
-    if pipeline is None or place is None:
-        reason = f"pipeline {pipeline_name(item)!r} has no phase {task.name!r} to go on from"
-        return block_task(draft, task, reason, now)
-    pool = place.pool
-    names = [phase.name for phase in (pipeline.pre_phases if pool == "pre" else pipeline.phases)]
-    following = names[names.index(task.name) + 1 :]
-    if following:
-        draft.update(task.item_id, now, phase=following[0], phase_pool=pool)
-        return _stop_if_risen(draft, task, started, config, now, "advanced")
-    if pool == "pre":
-        draft.update(task.item_id, now, phase=None, phase_pool=None)
-        return _enter_ready(draft, task, config, now)
-    return _complete(draft, task.item_id, now)
-
-
-def _stop_if_risen(
-    draft: Draft,
-    task: Task,
-    started: Item,
-    config: Config,
-    now: datetime,
-    state: Literal["advanced", "again"],
-) -> Applied:
-    """Keep going, unless the phase raised a rating above what may run without a human.
-
-    The item has already moved on, so that unblocking it does not repeat the phase.
-    """
-    item = draft.items[task.item_id]
-    objection = guardrail_objection(item, config.guardrails, before=started)
-    if objection:
-        return block_task(draft, task, objection, now, kind="decision")
-    return Applied(state, item)
-
-
-def _enter_ready(draft: Draft, task: Task, config: Config, now: datetime) -> Applied:
-    """Make a scoping item ready, if it may run without a human.
-
-    Otherwise it is blocked as a ready item: unblocking does not repeat what was done, it leads to
-    the promotion, where the question is asked again.
-    """
-    transition(draft, task.item_id, "ready", now)
-    item = draft.items[task.item_id]
-    objection = guardrail_objection(item, config.guardrails)
-    if objection:
-        return block_task(draft, task, objection, now, kind="decision")
-    return Applied("advanced", item)
-
-
-def _complete(draft: Draft, item_id: str, now: datetime) -> Applied:
-    """Done, and out of the backlog in the same save."""
-    transition(draft, item_id, "done", now)
-    item = archive(draft, item_id, now)
-    return Applied("completed", item, worklog=archive_entry(now, item))
-
-
-# ---- Triage --------------------------------------------------------------------------------------
-
-
-def _apply_triage(
-    draft: Draft, task: Task, result: PhaseResult, config: Config, now: datetime
-) -> Applied:
-    """Block the new item with the question that its triage leaves, or route it."""
-    question = _duplicate_question(draft, task.item_id, result)
-    if result.result == "blocked":
-        reason = "; ".join(filter(None, (result.context or result.summary, question)))
-        return block_task(draft, task, reason, now, kind=result.block_type)
-    item = _describe(draft, task.item_id, result, now)
-    entry = worklog_entry(
-        now, item["id"], item["title"], task.name, _outcome(result), result.summary
-    )
-    if question:
-        applied = block_task(draft, task, question, now, kind="decision")
-    else:
-        applied = _route(draft, task, result, config, now)
-    return applied._replace(worklog=entry + applied.worklog)
-
-
-def _duplicate_question(draft: Draft, item_id: str, result: PhaseResult) -> str:
-    """What to ask the operator about the items that this one asks the same as; "" if none."""
-    known = []
-    for other in result.duplicates:
-        if other in draft.items and other != item_id:
-            known.append(f"{other} ({one_line(draft.items[other]['title'], 80)})")
-        else:
-            draft.warnings.append(f"{item_id}: there is no other item {other} that it could repeat")
-    if not known:
-        return ""
-    return (
-        f"it seems to be a duplicate of {', '.join(known)}; if it is:"
-        f" orchestrator close {item_id} --reason duplicate, else:"
-        f" orchestrator unblock {item_id} --notes 'no duplicate'"
-    )
-
-
-def _route(draft: Draft, task: Task, result: PhaseResult, config: Config, now: datetime) -> Applied:
-    """Choose where a rated item goes: small and safe ones are ready, others start pre-phases."""
-    if result.result == "subphase_complete":
-        return block_task(draft, task, "triage cannot be completed in parts", now)
-    item = draft.items[task.item_id]
-    wanted = result.pipeline_type or pipeline_name(item)
-    if wanted not in config.pipelines:
-        return block_task(draft, task, unknown_pipeline(wanted, config), now)
-    if result.pipeline_type:
-        draft.update(task.item_id, now, pipeline_type=result.pipeline_type)
-    transition(draft, task.item_id, "scoping", now)
-    item = draft.update(task.item_id, now, attempts=None)
-    pre_phases = config.pipelines[wanted].pre_phases
-    small = item.get("size") == "small" and item.get("risk") in ("low", None)
-    if small or not pre_phases:
-        return _enter_ready(draft, task, config, now)
-    item = draft.update(task.item_id, now, phase=pre_phases[0].name, phase_pool="pre")
-    return Applied("advanced", item)
-
-
-def _describe(draft: Draft, item_id: str, result: PhaseResult, now: datetime) -> Item:
-    """Take the description, field by field: what the triage leaves out stays as it was."""
-    item = draft.items[item_id]
-    given = {field: text for field, text in result.description.items() if text}
-    if not given:
-        return item
-    texts = {**item.get("description", {}), **given}
-    description = {field: texts.get(field, "") for field in DESCRIPTION_KEYS}
-    return draft.update(item_id, now, description=description)
-
-
-def unknown_pipeline(name: str, config: Config) -> str:
-    """The reason an item with such a pipeline is blocked."""
-    known = ", ".join(sorted(config.pipelines))
-    return f"unknown pipeline type {name!r}; {config.source} has: {known}"
-
-
-# ---- What the operator decides -------------------------------------------------------------------
-
-
-class Farewell(NamedTuple):
-    """An item that the operator took out of the backlog."""
-
-    item: Item
-    dependants: tuple[str, ...]  # ids that waited for it
-    worklog: str
-
-
-def take_out(
-    draft: Draft, item_id: str, status: Literal["Done", "Closed"], why: str, now: datetime
-) -> Farewell:
-    """Take an item out of the backlog, from wherever it is, because the operator says so.
-
-    Whatever depended on it depends on it no longer, and says why in its context.
-    """
-    item = draft.item(item_id)
-    dependants = [one["id"] for one in dependants_of(draft, item_id)]
-    archive(draft, item_id, now)
-    fate = "was done outside of this backlog" if status == "Done" else "was closed"
-    note = f"[{item_id}, which this depended on, {fate}] {one_line(item['title'])}"
-    for dependant in dependants:
-        add_to_context(draft, dependant, f"{note}: {why}" if why else note, now)
-    return Farewell(item, tuple(dependants), archive_entry(now, item, status, why))
-
-
-# ---- Promotion and repair ------------------------------------------------------------------------
-
-
-def promote(draft: Draft, item_id: str, config: Config, now: datetime) -> Applied:
-    """Move a ready item to its first main phase, or block it where it may not start.
-
-    State "dropped", and nothing changed, if it is not ready any more: the file may have been
-    edited since the promotion was chosen.
-    """
-    item = draft.items.get(item_id)
-    if item is None or item["status"] != "ready":
-        return Applied("dropped", item or Item(id=item_id), "it is not ready any more")
-    pipeline = pipeline_of(config, item)
-    if pipeline is None:
-        reason = unknown_pipeline(pipeline_name(item), config)
-    else:
-        reason = guardrail_objection(item, config.guardrails)
-    if pipeline is None or reason:
-        block(draft, item_id, reason, now, "decision")
-        entry = worklog_entry(now, item_id, item["title"], "promotion", "Blocked", reason)
-        return Applied("blocked", draft.items[item_id], reason, worklog=entry)
-    transition(draft, item_id, "in_progress", now)
-    first = pipeline.phases[0].name
-    item = draft.update(item_id, now, phase=first, phase_pool="main", attempts=None)
-    return Applied("advanced", item)
-
-
-def repair_items(draft: Draft, config: Config, now: datetime) -> list[str]:
-    """Before a run: bring items that could never be scheduled back on track; says what it did.
-
-    Such items come from hand edits and configs that have changed. Dependencies on
-    items that left the backlog are removed; ids that were never handed out are left for
-    `preflight_items` to complain about, because removing them would lose the order meant.
-    """
-    messages: list[str] = []
-    issued = IssuedIds(config.prefix, draft)
-    for item_id, item in list(draft.items.items()):
-        messages += _prune_dependencies(draft, item, issued, now)
-        if item["status"] in ("scoping", "in_progress", "ready"):
-            messages += _repair_active(draft, item_id, config, now)
-    return messages
-
-
-def _prune_dependencies(draft: Draft, item: Item, issued: IssuedIds, now: datetime) -> list[str]:
-    needs = item.get("dependencies", [])
-    finished = [need for need in needs if need not in draft.items and need in issued]
-    if not finished:
-        return []
-    rest = [need for need in needs if need not in finished]
-    draft.update(item["id"], now, dependencies=rest or None)
-    return [f"{item['id']}: dropped its dependencies on finished items: {', '.join(finished)}"]
-
-
-def _repair_active(draft: Draft, item_id: str, config: Config, now: datetime) -> list[str]:
-    item = draft.items[item_id]
-    pipeline = pipeline_of(config, item)
-    if pipeline is None:
-        reason = unknown_pipeline(pipeline_name(item), config)
-        block(draft, item_id, reason, now, "decision")
-        return [f"{item_id}: blocked: {reason}"]
-    if item["status"] == "ready" or item.get("phase"):
-        return []
-    what = f"{item_id}: was {item['status']} without a phase"
-    scoping = item["status"] == "scoping"
-    if scoping and not pipeline.pre_phases:
-        transition(draft, item_id, "ready", now)
-        objection = guardrail_objection(item, config.guardrails)
-        if objection:
-            block(draft, item_id, objection, now, "decision")
-            return [f"{what}; blocked: {objection}"]
-        return [f"{what}; {pipeline.name} has no pre-phases, so it is ready"]
-    first = (pipeline.pre_phases if scoping else pipeline.phases)[0].name
-    draft.update(item_id, now, phase=first, phase_pool="pre" if scoping else "main")
-    return [f"{what}; starts with {first}"]
 
 
 # ---- What history tells --------------------------------------------------------------------------
@@ -3179,6 +2644,7 @@ def plan_rows(backlog: Backlog, config: Config, options: RunOptions) -> list[Pla
     are listed as such, done ones not at all; `triage` has no word for those that are not new.
     """
     draft, rows, triaged = Draft(backlog), list[PlanRow](), set[str]()
+    rules = rules_of(config)
     only = matching(backlog, options.filters)
     while len(rows) < options.cap:
         actions = actions_for(options, draft.backlog(), {}, config, only - triaged)
@@ -3187,11 +2653,11 @@ def plan_rows(backlog: Backlog, config: Config, options: RunOptions) -> list[Pla
         turn = rows[-1].turn + 1 if rows else 1
         for action in actions:
             if isinstance(action, Promote):
-                promote(draft, action.item_id, config, PLAN_TIME)
+                promote(draft, action.item_id, rules, PLAN_TIME)
             elif len(rows) < options.cap:
                 rows.append(_planned_row(action, draft.item(action.item_id), turn, config))
                 triaged |= {action.item_id} if action.pool == TRIAGE else set()
-                _play(draft, action, config)
+                _play(draft, action, rules)
     wanted = options.targets or only
     ended = draft.backlog()
     rest = [i for i in ended.items.values() if i["id"] not in triaged and i["status"] != "done"]
@@ -3209,12 +2675,11 @@ def _planned_row(task: Task, item: Item, turn: int, config: Config) -> PlanRow:
     return PlanRow(item["id"], item["title"], turn, task.name, text)
 
 
-def _play(draft: Draft, task: Task, config: Config) -> None:
+def _play(draft: Draft, task: Task, rules: Rules) -> None:
     """Let a phase have succeeded; a triage leaves the item as it is."""
     if task.pool != TRIAGE:
         result = PhaseResult(task.item_id, task.name, "phase_complete", "planned")
-        item = draft.item(task.item_id)
-        _apply_phase(draft, task, item, result, config, PLAN_TIME)
+        apply_result(draft, draft.item(task.item_id), result, rules, PLAN_TIME)
 
 
 def _idle_row(
@@ -5909,6 +5374,7 @@ class Ledger:
         self.repo = repo
         self.store = store
         self.config = config
+        self.rules = rules_of(config)
         self.journal = journal
         self.clock = clock
         self.commit_again = 0.0  # monotonic seconds; see `flush`
@@ -6081,17 +5547,10 @@ class Ledger:
         *,
         immediate: bool,
     ) -> Applied:
-        now, task = self.clock(), started.task
+        now = self.clock()
 
         def apply(draft: Draft) -> Applied:
-            return apply_result(
-                draft,
-                task,
-                started.item,
-                result,
-                self.config,
-                now,
-            )
+            return apply_result(draft, started.item, result, self.rules, now)
 
         applied = self._record(started, apply, entries, outcome, summary)
         if immediate:
@@ -6142,7 +5601,7 @@ class Ledger:
         now = self.clock()
 
         def promotion(item_id: str) -> Callable[[Draft], Applied]:
-            return lambda draft: promote(draft, item_id, self.config, now)
+            return lambda draft: promote(draft, item_id, self.rules, now)
 
         return self._decide("promotion", [promotion(item_id) for item_id in item_ids])
 
@@ -6191,7 +5650,7 @@ class Ledger:
         """Charge a failed attempt; returns the ref that keeps what a destructive one left."""
         ref = self._salvage(started.record, self._aftermath(started.record))
         now, task = self.clock(), started.task
-        self.edit_one(lambda draft: apply_failed_attempt(draft, task, started.item, now))
+        self.edit_one(lambda draft: charge_attempt(draft, started.item, now))
         if task.phase.destructive:  # documents are still to be looked after: see `begin`, `cancel`
             self.journal.attempts.pop(started.record.token, None)
             self.journal.write()
@@ -6203,9 +5662,11 @@ class Ledger:
         entries = self._document_entries(started, aftermath)
         reason = _with_salvage_note(reason, self._salvage(started.record, aftermath))
         now, task = self.clock(), started.task
+        failed = result or PhaseResult(task.item_id, task.name, "failed", reason)
+        failed = failed._replace(result="failed", context=reason)
 
         def apply(draft: Draft) -> Applied:
-            return apply_failure(draft, task, started.item, reason, now, result, self.config)
+            return apply_result(draft, started.item, failed, self.rules, now)
 
         return self._record(started, apply, entries, "failed", reason)
 
@@ -7502,7 +6963,7 @@ def begin_run(space: Workspace, run_id: str, *, allow_dirty: bool) -> Ledger:
     _refuse(preflight(space, allow_dirty=allow_dirty))
     make_work_folder(space.repo.root, space.repo.root / WORK_DIR)
     journal.write()
-    for line in ledger.edit([lambda draft: repair_items(draft, space.config, utc_now())])[0]:
+    for line in ledger.edit([lambda draft: repair_items(draft, ledger.rules, utc_now())])[0]:
         log().warning("%s", line)
     return ledger
 

@@ -9,41 +9,47 @@ from typing import Any
 
 import pytest
 
-from backlog import Backlog, Draft, Item, archive_entry, worklog_entry
+from backlog import (
+    Applied,
+    Backlog,
+    Draft,
+    FollowUp,
+    Item,
+    PhaseResult,
+    apply_result,
+    archive_entry,
+    charge_attempt,
+    guardrail_objection,
+    promote,
+    repair_items,
+    unblock,
+    unmet_dependencies,
+    worklog_entry,
+)
 from orchestrator import (
     TRIAGE_PHASE,
     Action,
-    Applied,
     Config,
-    FollowUp,
-    Guardrails,
     HaltReason,
     Phase,
-    PhaseResult,
     Pipeline,
     Promote,
     RunView,
     Task,
-    apply_failed_attempt,
-    apply_failure,
-    apply_result,
-    block_task,
     default_config,
     exit_code,
-    guardrail_objection,
     halt_reason,
     next_target,
     parse_config,
     phase_places,
-    promote,
-    repair_items,
+    rules_of,
     select_actions,
-    unmet_dependencies,
 )
 
 NOW = datetime(2026, 3, 1, 12, 0, tzinfo=UTC)
 STAMP = "2026-03-01T12:00:00+00:00"
 DEFAULTS = default_config(Path())
+RULES = rules_of(DEFAULTS)
 
 
 def configure(text: str) -> Config:
@@ -472,7 +478,7 @@ ACCEPT = "accept it with: orchestrator unblock A-1 --override-guardrails"
 )
 def test_guardrails(fields: dict[str, Any], objection: str) -> None:
     expected = f"{objection}; {ACCEPT}" if objection else ""
-    assert guardrail_objection(item("A-1", **fields), Guardrails()) == expected
+    assert guardrail_objection(item("A-1", **fields), RULES.limits) == expected
 
 
 @pytest.mark.parametrize(
@@ -491,7 +497,7 @@ def test_guardrails(fields: dict[str, Any], objection: str) -> None:
 def test_only_what_has_risen_counts_against_work_in_progress(
     before: dict[str, Any], after: dict[str, Any], objects: bool
 ) -> None:
-    found = guardrail_objection(item("A-1", **after), Guardrails(), before=item("A-1", **before))
+    found = guardrail_objection(item("A-1", **after), RULES.limits, before=item("A-1", **before))
     assert bool(found) is objects
 
 
@@ -516,8 +522,7 @@ class Case:
     ) -> None:
         present = [] if removed else [edited or started]
         self.draft = Draft(backlog(*present, *others))
-        done = task("A-1", reported.phase, config)
-        self.applied: Applied = apply_result(self.draft, done, started, reported, config, NOW)
+        self.applied: Applied = apply_result(self.draft, started, reported, rules_of(config), NOW)
 
     @property
     def item(self) -> Item:
@@ -614,6 +619,21 @@ def test_a_phase_that_its_pipeline_no_longer_has_blocks() -> None:
 def test_ratings_are_merged() -> None:
     case = Case(at("A-1", "prd", size="small", impact="low"), result("prd", ratings={"impact": "high", "risk": "low"}))
     assert (case.item["size"], case.item["impact"], case.item["risk"]) == ("small", "high", "low")
+
+
+@pytest.mark.parametrize("phase", ["triage", "research", "prd", "review"])
+def test_a_rating_that_stands_is_a_floor(phase: str) -> None:
+    """An agent may raise it, never lower it, be it the operator's or another agent's."""
+    ratings = {"size": "large", "complexity": "medium", "risk": "high", "impact": "medium"}
+    started = (item if phase == "triage" else at)("A-1", *(() if phase == "triage" else (phase,)), **ratings)
+    lower = {"size": "small", "complexity": "high", "risk": "low", "impact": "low"}
+    final = Case(started, result(phase, ratings=lower)).applied.item
+    assert {key: final[key] for key in ratings} == {**ratings, "complexity": "high"}  # type: ignore[literal-required]
+
+
+def test_a_rating_changed_by_hand_meanwhile_is_the_floor() -> None:
+    case = Case(at("A-1", "prd"), result("prd", ratings={"size": "small"}), edited=at("A-1", "prd", size="medium"))
+    assert case.item["size"] == "medium"
 
 
 # ---- Guardrails at every way into ready, and when a rating rises ----------------------------------
@@ -753,7 +773,7 @@ def test_a_triage_wins_over_a_status_set_meanwhile() -> None:
     case = Case(item("A-1"), result("triage", ratings={"size": "small"}), edited=item("A-1", "ready"))
     assert case.item["status"] == "ready"
     assert case.applied.warnings == ()
-    case = Case(item("A-1"), result("triage", ratings={"size": "large"}), edited=item("A-1", "ready"))
+    case = Case(item("A-1"), result("triage", ratings={"size": "medium"}), edited=item("A-1", "ready"))
     assert (case.item["status"], case.item["phase"]) == ("scoping", "research")
     assert case.applied.warnings == (
         "A-1: status was set to 'ready' while triage ran; the run has the last word: 'scoping'",
@@ -772,7 +792,8 @@ def test_applying_twice_to_fresh_drafts_gives_the_same() -> None:
 def test_exhausted_attempts_block_with_the_reason() -> None:
     started = at("A-1", "prd")
     draft = Draft(backlog(at("A-1", "prd", attempts=2)))
-    applied = apply_failure(draft, task("A-1", "prd"), started, "3 attempts: no result", NOW, None, DEFAULTS)
+    failed = PhaseResult("A-1", "prd", "failed", "3 attempts: no result")
+    applied = apply_result(draft, started, failed, RULES, NOW)
     expected = at("A-1", "prd", blocked_from_status="in_progress", blocked_reason="3 attempts: no result", updated=STAMP)
     expected["status"] = "blocked"
     assert draft.items == {"A-1": expected}
@@ -783,34 +804,28 @@ def test_exhausted_attempts_block_with_the_reason() -> None:
 def test_d35_a_failed_result_still_gives_ratings_and_follow_ups() -> None:
     draft = Draft(backlog(at("A-1", "prd")))
     reported = result("prd", "failed", ratings={"risk": "high"}, follow_ups=FOLLOW_UPS, requires_human_review=True)
-    applied = apply_failure(draft, task("A-1", "prd"), at("A-1", "prd"), "why", NOW, reported, DEFAULTS)
+    applied = apply_result(draft, at("A-1", "prd"), reported, RULES, NOW)
     assert (applied.item["risk"], applied.item["requires_human_review"]) == ("high", True)
     assert applied.follow_ups == ("WRK-010", "WRK-011")
 
 
-def test_a_failed_result_blocks_naming_phase_and_explanation() -> None:
+def test_a_failed_result_blocks_with_its_explanation() -> None:
     case = Case(at("A-1", "prd"), result("prd", "failed", context="the tests hang"))
-    assert (case.applied.state, case.item["blocked_reason"]) == ("blocked", "prd failed: the tests hang")
-    assert case.applied.worklog == case.entry("prd", "Failed", "prd failed: the tests hang")
+    assert (case.applied.state, case.item["blocked_reason"]) == ("blocked", "the tests hang")
+    assert case.applied.worklog == case.entry("prd", "Failed", "the tests hang")
 
 
 def test_failed_attempts_are_counted_on_the_item() -> None:
     draft = Draft(backlog(at("A-1", "prd")))
-    counts = [apply_failed_attempt(draft, task("A-1", "prd"), at("A-1", "prd"), NOW) for _ in range(2)]
+    counts = [charge_attempt(draft, at("A-1", "prd"), NOW) for _ in range(2)]
     assert counts == [1, 2]
     assert draft.items["A-1"] == at("A-1", "prd", attempts=2, updated=STAMP)
 
 
 def test_a_failed_attempt_on_an_item_that_vanished_is_harmless() -> None:
     draft = Draft(backlog())
-    assert apply_failed_attempt(draft, task("A-1", "prd"), at("A-1", "prd", attempts=1), NOW) == 2
+    assert charge_attempt(draft, at("A-1", "prd", attempts=1), NOW) == 2
     assert draft.items == {}
-
-
-def test_a_task_can_be_blocked_before_it_starts() -> None:
-    draft = Draft(backlog(at("A-1", "build")))
-    applied = block_task(draft, task("A-1", "build"), "Why", NOW)
-    assert (applied.state, applied.reason, draft.items["A-1"]["status"]) == ("blocked", "Why", "blocked")
 
 
 # ---- Triage ---------------------------------------------------------------------------------------
@@ -827,7 +842,7 @@ def test_triage_makes_small_and_safe_items_ready(ratings: dict[str, str]) -> Non
     assert case.applied == Applied("advanced", expected, worklog=entry)
 
 
-@pytest.mark.parametrize("ratings", [{}, {"size": "medium"}, {"size": "large", "risk": "high"}, {"size": "small", "risk": "medium"}])
+@pytest.mark.parametrize("ratings", [{}, {"size": "medium"}, {"size": "medium", "complexity": "medium", "risk": "low"}, {"risk": "low"}])
 def test_triage_sends_everything_else_to_the_pre_phases(ratings: dict[str, str]) -> None:
     case = Case(item("A-1"), result("triage", ratings=ratings))
     expected = item("A-1", "scoping", **ratings, phase="research", phase_pool="pre", updated=STAMP)
@@ -858,7 +873,24 @@ def test_d16_triage_checks_guardrails_on_its_way_to_ready(reported: PhaseResult,
 
 def test_d17_triage_asks_for_a_human_and_the_item_remembers() -> None:
     case = Case(item("A-1"), result("triage", ratings={"size": "large"}, requires_human_review=True))
-    assert (case.item["status"], case.item["requires_human_review"]) == ("scoping", True)
+    assert (case.item["status"], case.item["requires_human_review"]) == ("blocked", True)
+
+
+@pytest.mark.parametrize(
+    ("given", "ratings", "reason"),
+    [
+        ({"size": "large", "risk": "high"}, {"size": "small", "risk": "low"}, "the guardrails are exceeded by size large (limit medium), risk high (limit low)"),
+        ({}, {"size": "medium", "risk": "medium"}, "the guardrails are exceeded by risk medium (limit low)"),
+        ({"requires_human_review": True}, {}, "human review is required"),
+    ],
+)
+def test_what_needs_a_human_is_stopped_before_a_pre_phase(given: dict[str, Any], ratings: dict[str, str], reason: str) -> None:
+    case = Case(item("A-1", **given), result("triage", ratings=ratings))
+    assert (case.applied.state, case.item["blocked_reason"]) == ("blocked", f"{reason}; {ACCEPT}")
+    # Accepted, it goes on with the pre-phases; the triage is not repeated.
+    unblock(case.draft, "A-1", NOW, override=True)
+    assert short(select_actions(case.draft.backlog(), {}, DEFAULTS)) == ["research A-1"]
+    assert Case(case.draft.items["A-1"], result("research")).item["status"] == "ready"
 
 
 def test_an_override_survives_triage() -> None:
@@ -963,7 +995,7 @@ def test_d36_a_failed_triage_asks_nothing() -> None:
 
 def test_d33_promotion_is_one_edit() -> None:
     draft = Draft(backlog(item("A-1", "ready", attempts=1, unblock_context="notes")))
-    applied = promote(draft, "A-1", DEFAULTS, NOW)
+    applied = promote(draft, "A-1", RULES, NOW)
     expected = at("A-1", "prd", unblock_context="notes", updated=STAMP)
     assert draft.items == {"A-1": expected}
     assert applied == Applied("advanced", expected)
@@ -971,7 +1003,7 @@ def test_d33_promotion_is_one_edit() -> None:
 
 def test_d24_promotion_with_an_unknown_pipeline_blocks_the_item() -> None:
     draft = Draft(backlog(item("A-1", "ready", pipeline_type="nope")))
-    applied = promote(draft, "A-1", DEFAULTS, NOW)
+    applied = promote(draft, "A-1", RULES, NOW)
     reason = "unknown pipeline type 'nope'; built-in defaults has: feature"
     assert (applied.state, applied.reason) == ("blocked", reason)
     blocked = draft.items["A-1"]
@@ -991,20 +1023,20 @@ def test_d24_promotion_with_an_unknown_pipeline_blocks_the_item() -> None:
 def test_d16_promotion_checks_guardrails(fields: dict[str, Any], state: str) -> None:
     """An unblocked item comes back as ready without having been checked."""
     draft = Draft(backlog(item("A-1", "ready", **fields)))
-    assert promote(draft, "A-1", DEFAULTS, NOW).state == state
+    assert promote(draft, "A-1", RULES, NOW).state == state
 
 
 @pytest.mark.parametrize("items", [[], [item("A-1")], [at("A-1", "prd")]])
 def test_promotion_of_what_is_not_ready_any_more_changes_nothing(items: list[Item]) -> None:
     draft = Draft(backlog(*items))
-    applied = promote(draft, "A-1", DEFAULTS, NOW)
+    applied = promote(draft, "A-1", RULES, NOW)
     assert (applied.state, applied.item["id"]) == ("dropped", "A-1")
     assert draft.items == {one["id"]: one for one in items}
 
 
 def repaired(*items: Item, config: Config = DEFAULTS) -> tuple[dict[str, Item], list[str]]:
     draft = Draft(backlog(*items))
-    messages = repair_items(draft, config, NOW)
+    messages = repair_items(draft, rules_of(config), NOW)
     return draft.items, messages
 
 
@@ -1070,10 +1102,10 @@ def test_an_item_goes_all_the_way() -> None:
         seen += short(actions)
         [action] = actions
         if isinstance(action, Promote):
-            promote(draft, "A-1", DEFAULTS, NOW)
+            promote(draft, "A-1", RULES, NOW)
         else:
             reported = result(action.name, ratings={"size": "medium"})
-            apply_result(draft, action, draft.items["A-1"], reported, DEFAULTS, NOW)
+            apply_result(draft, draft.items["A-1"], reported, RULES, NOW)
     assert seen == [f"{step} A-1" for step in ("triage", "research", "promote", "prd", "design", "build", "review")]
     assert draft.items == {}
 

@@ -177,7 +177,7 @@ def test_subphase_and_documents_outside_the_outputs(project: Any) -> None:
     done = project.run("run")
     log = month(project)
     assert log_of(project, start) == [
-        ("[WRK-001][build] first half", ["BACKLOG.yaml", log, "a.py"]),
+        ("[WRK-001][build] first half", [log, "a.py"]),
         ("[WRK-001][build] build done", ["BACKLOG.yaml", log, "b.py"]),
         ("[WRK-001][review] review done", ["BACKLOG.yaml", log, "changes/WRK-001_item-wrk-001/review.md"]),
     ]
@@ -226,6 +226,27 @@ def test_d16_d17_d35_d36_d59_triage_routes_guards_merges_and_adds_follow_ups(pro
     assert added["With context"]["description"]["context"] == "because"
     assert added["With context"]["status"] == "new"
     assert "nonsense" in done.stderr
+    clean_and_saved(project)
+
+
+def test_the_operators_ratings_stand_and_nothing_is_paid_for_before_a_human_has_decided(project: Any) -> None:
+    """Triage rates everything small and safe; `add` has said otherwise of one, of another triage does."""
+    rated = {"updated_assessments": {"size": "medium", "risk": "medium"}}
+    prepare(project, phases="research? build!", script={
+        "WRK-002/triage": [{"result": rated}], "*/build": [{"sh": "echo $ORCHESTRATOR_ITEM_ID > code.txt"}]})
+    for argv in (["Big", "--size", "large", "--risk", "high"], ["Risky"], ["Small"]):
+        project.run("add", *argv)
+    project.commit_all("Wishes")
+    project.run("run")
+    assert project.agent_log() == [f"WRK-{n:03} triage 1" for n in (1, 2, 3)] + ["WRK-003 build 1"]
+    assert project.statuses() == {"WRK-001": "blocked research", "WRK-002": "blocked research"}
+    big, risky = item(project, "WRK-001"), item(project, "WRK-002")
+    assert (big["size"], big["risk"]) == ("large", "high")
+    assert big["blocked_reason"].startswith("the guardrails are exceeded by size large (limit medium), risk high (limit low);")
+    assert risky["blocked_reason"].startswith("the guardrails are exceeded by risk medium (limit low);")
+    project.run("unblock", "WRK-002", "--override-guardrails")
+    project.run("run", code=0)
+    assert project.agent_log()[4:] == ["WRK-002 research 1", "WRK-002 build 1"]
     clean_and_saved(project)
 
 
