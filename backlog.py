@@ -2445,10 +2445,7 @@ def apply_result(
     origin = f"{item_id}/{result.phase}"
     added = add_follow_ups(draft, rules.prefix, origin, result.follow_ups, now)
     if item_id in draft.items:
-        contested = _take_back(draft, started, now)
-        _take_ratings(draft, result, now)
-        applied = _decide(draft, started, result, rules, now)
-        _tell_overruled(draft, applied.item, result.phase, contested)
+        applied = _Decision(draft, started, result, rules, now).made()
     else:  # removed meanwhile: what the phase said is kept in the worklog alone
         reason = "the item left the backlog while the phase ran"
         told = _told(started, result, f"{result.summary} ({reason})", now)
@@ -2464,41 +2461,6 @@ def charge_attempt(draft: Draft, started: Item, now: datetime) -> int:
     if started["id"] in draft.items:
         draft.update(started["id"], now, attempts=attempts)
     return attempts
-
-
-def _take_back(draft: Draft, started: Item, now: datetime) -> dict[str, object]:
-    """Reset what only we may set to its value at the start; returns what stood there instead."""
-    current: Mapping[str, object] = draft.items[started["id"]]
-    ours: Mapping[str, object] = started
-    contested = {
-        key: current.get(key) for key in CONTESTED_KEYS if current.get(key) != ours.get(key)
-    }
-    draft.update(started["id"], now, **{key: ours.get(key) for key in contested})
-    return contested
-
-
-def _tell_overruled(draft: Draft, item: Item, phase: str, contested: Mapping[str, object]) -> None:
-    """One warning for every edit by hand that the result replaced."""
-    final: Mapping[str, object] = item
-    draft.warnings += [
-        f"{item['id']}: {key} was set to {theirs!r} while {phase} ran;"
-        f" the run has the last word: {final.get(key)!r}"
-        for key, theirs in contested.items()
-        if theirs != final.get(key)
-    ]
-
-
-def _take_ratings(draft: Draft, result: PhaseResult, now: datetime) -> None:
-    """A rating that stands is a floor: an agent may raise it, and ask for a review, never waive."""
-    item: Mapping[str, object] = draft.items[result.item_id]
-    changes: dict[str, object] = {
-        key: word
-        for key, word in result.ratings.items()
-        if _rank(key, result.ratings) > _rank(key, item)
-    }
-    if result.requires_human_review:
-        changes["requires_human_review"] = True
-    draft.update(result.item_id, now, **changes)
 
 
 def _told(item: Item, result: PhaseResult, summary: str, now: datetime) -> str:
@@ -2525,128 +2487,146 @@ def _blocked(
     return Applied("blocked", item, reason, worklog=told)
 
 
-def _decide(
-    draft: Draft, started: Item, result: PhaseResult, rules: Rules, now: datetime
-) -> Applied:
-    """Block the item, with the question that its phase leaves, or let it go on."""
-    item_id, phase, kind = result.item_id, result.phase, result.block_type
-    reason = result.context or result.summary
-    if result.result == "failed":
-        return _blocked(draft, item_id, phase, reason, now, kind, outcome="Failed")
-    question = _duplicate_question(draft, result)
-    if result.result == "blocked":
-        reason = "; ".join(filter(None, (reason, question)))
-        return _blocked(draft, item_id, phase, reason, now, kind)
-    item = draft.update(item_id, now, attempts=None)
-    if phase != TRIAGE:
-        applied = _go_on(draft, started, result, rules, now)
-    else:
-        _describe(draft, result, now)
-        if question:
-            applied = _blocked(draft, item_id, phase, question, now, "decision")
+class _Decision:
+    """What becomes of an item by the result of its phase, while it is decided."""
+
+    def __init__(
+        self, draft: Draft, started: Item, result: PhaseResult, rules: Rules, now: datetime
+    ) -> None:
+        self.draft, self.started, self.result = draft, started, result
+        self.rules, self.now = rules, now
+
+    @property
+    def item(self) -> Item:
+        return self.draft.items[self.result.item_id]
+
+    def update(self, **changes: object) -> Item:
+        return self.draft.update(self.result.item_id, self.now, **changes)
+
+    def stop(self, reason: str, kind: str | None = None, outcome: str = "Blocked") -> Applied:
+        item_id, phase = self.result.item_id, self.result.phase
+        return _blocked(self.draft, item_id, phase, reason, self.now, kind, outcome)
+
+    def made(self) -> Applied:
+        """The decision, with a warning for every edit by hand that it overrules."""
+        ours: Mapping[str, object] = self.started
+        theirs: dict[str, object] = dict(self.item)
+        contested = [key for key in CONTESTED_KEYS if theirs.get(key) != ours.get(key)]
+        self.update(**{key: ours.get(key) for key in contested})
+        self.take_ratings()
+        applied = self.decide()
+        final: Mapping[str, object] = applied.item
+        self.draft.warnings += [
+            f"{self.result.item_id}: {key} was set to {theirs.get(key)!r} while"
+            f" {self.result.phase} ran; the run has the last word: {final.get(key)!r}"
+            for key in contested
+            if theirs.get(key) != final.get(key)
+        ]
+        return applied
+
+    def take_ratings(self) -> None:
+        """One that stands is a floor: an agent may raise it, and ask for a review, never waive."""
+        given = self.result.ratings
+        higher = {key: given[key] for key in given if _rank(key, given) > _rank(key, self.item)}
+        self.update(**higher)
+        if self.result.requires_human_review:
+            self.update(requires_human_review=True)
+
+    def decide(self) -> Applied:
+        """Block the item, with the question that its phase leaves, or let it go on."""
+        result = self.result
+        reason = result.context or result.summary
+        if result.result == "failed":
+            return self.stop(reason, result.block_type, "Failed")
+        question = self.duplicate_question()
+        if result.result == "blocked":
+            return self.stop("; ".join(filter(None, (reason, question))), result.block_type)
+        told = _told(self.update(attempts=None), result, result.summary, self.now)
+        if result.phase != TRIAGE:
+            applied = self.go_on()
         else:
-            applied = _route(draft, result, rules, now)
-    return applied._replace(worklog=_told(item, result, result.summary, now) + applied.worklog)
+            self.describe()
+            applied = self.stop(question, "decision") if question else self.route()
+        return applied._replace(worklog=told + applied.worklog)
 
+    def go_on(self) -> Applied:
+        """After a phase of a pipeline: the same again, the next one, ready, or done.
 
-def _go_on(
-    draft: Draft, started: Item, result: PhaseResult, rules: Rules, now: datetime
-) -> Applied:
-    """After a phase of a pipeline: the same again, the next one, ready, or out of the backlog.
+        An item that a raised rating stops has moved on already: unblocked, it repeats nothing.
+        """
+        if self.result.result == "subphase_complete":
+            return self.unless_objected("again", since=self.started)
+        phase = self.result.phase
+        name = pipeline_name(self.update(unblock_context=None))  # its notes have been used
+        route = self.rules.pipelines.get(name, Route((), ()))
+        pool, phases = ("pre", route.pre) if phase in route.pre else ("main", route.main)
+        if phase not in phases:
+            return self.stop(f"pipeline {name!r} has no phase {phase!r} to go on from")
+        following = phases[phases.index(phase) + 1 :]
+        if following:
+            self.update(phase=following[0], phase_pool=pool)
+            return self.unless_objected("advanced", since=self.started)
+        if pool == "pre":
+            return self.make_ready()
+        transition(self.draft, self.result.item_id, "done", self.now)
+        item = archive(self.draft, self.result.item_id, self.now)
+        return Applied("completed", item, worklog=archive_entry(self.now, item))
 
-    An item that a raised rating stops has moved on already: unblocked, it repeats nothing.
-    """
-    item_id, phase = result.item_id, result.phase
-    if result.result == "subphase_complete":
-        return _unless_objected("again", draft, result, rules, now, before=started)
-    item = draft.update(item_id, now, unblock_context=None)  # its notes have been used
-    route = rules.pipelines.get(pipeline_name(item), Route((), ()))
-    pool, phases = ("pre", route.pre) if phase in route.pre else ("main", route.main)
-    if phase not in phases:
-        reason = f"pipeline {pipeline_name(item)!r} has no phase {phase!r} to go on from"
-        return _blocked(draft, item_id, phase, reason, now)
-    following = phases[phases.index(phase) + 1 :]
-    if following:
-        draft.update(item_id, now, phase=following[0], phase_pool=pool)
-        return _unless_objected("advanced", draft, result, rules, now, before=started)
-    if pool == "pre":
-        return _make_ready(draft, result, rules, now)
-    transition(draft, item_id, "done", now)
-    item = archive(draft, item_id, now)
-    return Applied("completed", item, worklog=archive_entry(now, item))
+    def route(self) -> Applied:
+        """After triage: small and safe items are ready, others start with the pre-phases.
 
+        What needs a human is stopped here, before a pre-phase costs anything.
+        """
+        if self.result.result == "subphase_complete":
+            return self.stop("triage cannot be completed in parts")
+        name = self.result.pipeline_type or pipeline_name(self.item)
+        if name not in self.rules.pipelines:
+            return self.stop(unknown_pipeline(name, self.rules))
+        if self.result.pipeline_type:
+            self.update(pipeline_type=name)
+        item = transition(self.draft, self.result.item_id, "scoping", self.now)
+        pre = self.rules.pipelines[name].pre
+        if not pre or (item.get("size") == "small" and item.get("risk") in ("low", None)):
+            return self.make_ready()
+        self.update(phase=pre[0], phase_pool="pre")
+        return self.unless_objected("advanced")
 
-def _make_ready(draft: Draft, result: PhaseResult, rules: Rules, now: datetime) -> Applied:
-    """From scoping to ready; what needs a human is blocked there, so that nothing is repeated."""
-    draft.update(result.item_id, now, phase=None, phase_pool=None)
-    transition(draft, result.item_id, "ready", now)
-    return _unless_objected("advanced", draft, result, rules, now)
+    def make_ready(self) -> Applied:
+        """What needs a human is blocked as a ready item, so that nothing is repeated."""
+        self.update(phase=None, phase_pool=None)
+        transition(self.draft, self.result.item_id, "ready", self.now)
+        return self.unless_objected("advanced")
 
+    def unless_objected(
+        self, state: Literal["advanced", "again"], since: Item | None = None
+    ) -> Applied:
+        """Let the item be where it is now, unless the guardrails object."""
+        objection = guardrail_objection(self.item, self.rules.limits, since)
+        return self.stop(objection, "decision") if objection else Applied(state, self.item)
 
-def _unless_objected(
-    state: Literal["advanced", "again"],
-    draft: Draft,
-    result: PhaseResult,
-    rules: Rules,
-    now: datetime,
-    before: Item | None = None,
-) -> Applied:
-    """Let the item be where it is now, unless the guardrails object."""
-    item = draft.items[result.item_id]
-    objection = guardrail_objection(item, rules.limits, before)
-    if objection:
-        return _blocked(draft, item["id"], result.phase, objection, now, "decision")
-    return Applied(state, item)
+    def describe(self) -> None:
+        """Take the description, field by field: what the triage leaves out stays as it was."""
+        given = {field: text for field, text in self.result.description.items() if text}
+        if given:
+            texts = {**self.item.get("description", {}), **given}
+            self.update(description={field: texts.get(field, "") for field in DESCRIPTION_KEYS})
 
-
-# ---- Triage --------------------------------------------------------------------------------------
-
-
-def _route(draft: Draft, result: PhaseResult, rules: Rules, now: datetime) -> Applied:
-    """Choose where a rated item goes: small and safe ones are ready, others start pre-phases.
-
-    What needs a human is stopped here, before a pre-phase costs anything.
-    """
-    item_id, item = result.item_id, draft.items[result.item_id]
-    if result.result == "subphase_complete":
-        reason = "triage cannot be completed in parts"
-        return _blocked(draft, item_id, result.phase, reason, now)
-    wanted = result.pipeline_type or pipeline_name(item)
-    if wanted not in rules.pipelines:
-        return _blocked(draft, item_id, result.phase, unknown_pipeline(wanted, rules), now)
-    draft.update(item_id, now, pipeline_type=result.pipeline_type or item.get("pipeline_type"))
-    item = transition(draft, item_id, "scoping", now)
-    pre = rules.pipelines[wanted].pre
-    if not pre or (item.get("size") == "small" and item.get("risk") in ("low", None)):
-        return _make_ready(draft, result, rules, now)
-    draft.update(item_id, now, phase=pre[0], phase_pool="pre")
-    return _unless_objected("advanced", draft, result, rules, now)
-
-
-def _describe(draft: Draft, result: PhaseResult, now: datetime) -> None:
-    """Take the description, field by field: what the triage leaves out stays as it was."""
-    given = {field: text for field, text in result.description.items() if text}
-    if given:
-        texts = {**draft.items[result.item_id].get("description", {}), **given}
-        description = {field: texts.get(field, "") for field in DESCRIPTION_KEYS}
-        draft.update(result.item_id, now, description=description)
-
-
-def _duplicate_question(draft: Draft, result: PhaseResult) -> str:
-    """What to ask the operator about the items that this one asks the same as; "" if none."""
-    item_id, known = result.item_id, []
-    for other in result.duplicates:
-        if other in draft.items and other != item_id:
-            known.append(f"{other} ({_one_line_title(draft.items[other]['title'])})")
-        else:
-            draft.warnings.append(f"{item_id}: there is no other item {other} that it could repeat")
-    if not known:
-        return ""
-    return (
-        f"it seems to be a duplicate of {', '.join(known)}; if it is:"
-        f" orchestrator close {item_id} --reason duplicate, else:"
-        f" orchestrator unblock {item_id} --notes 'no duplicate'"
-    )
+    def duplicate_question(self) -> str:
+        """What to ask the operator about items that ask for the same; "" if there are none."""
+        item_id, items, known = self.result.item_id, self.draft.items, []
+        for other in self.result.duplicates:
+            if other in items and other != item_id:
+                known.append(f"{other} ({_one_line_title(items[other]['title'])})")
+            else:
+                text = f"{item_id}: there is no other item {other} that it could repeat"
+                self.draft.warnings.append(text)
+        if not known:
+            return ""
+        return (
+            f"it seems to be a duplicate of {', '.join(known)}; if it is:"
+            f" orchestrator close {item_id} --reason duplicate, else:"
+            f" orchestrator unblock {item_id} --notes 'no duplicate'"
+        )
 
 
 # ---- Promotion, repair, and what the operator takes out ------------------------------------------
