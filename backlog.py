@@ -2064,7 +2064,6 @@ class Draft:
         self.items: dict[str, Item] = dict(backlog.items)
         self.next_item_id = backlog.next_item_id
         self.warnings: list[str] = []
-        self._counted: set[str] = set()  # prefixes whose highest number the counter has passed
 
     def backlog(self) -> Backlog:
         """What the draft has become."""
@@ -2117,10 +2116,7 @@ class Draft:
 
     def allocate(self, prefix: str) -> str:
         """The next id, `PREFIX-007`; numbers are never handed out twice, whatever the prefix."""
-        if prefix not in self._counted:
-            self.next_item_id = max(self.next_item_id, highest_number(prefix, self.items))
-            self._counted.add(prefix)
-        self.next_item_id += 1
+        self.next_item_id = max(self.next_item_id, highest_number(prefix, self.items)) + 1
         return f"{prefix}-{self.next_item_id:03d}"
 
     def remove(self, item_id: str) -> Item:
@@ -2232,31 +2228,16 @@ def advance(
     item = draft.item(item_id)
     if item["status"] != "in_progress":
         raise BacklogError(f"{item_id}: it is {item['status']}; only items in_progress advance")
-    phase = _phase_after(item, phases) if to is None else to
-    if phase not in phases:
-        raise BacklogError(f"{item_id}: no main phase {phase}; there are {', '.join(phases)}")
-    return draft.update(
-        item_id, now, phase=phase, phase_pool="main", attempts=None
-    )
-
-
-def _phase_after(item: Item, phases: Sequence[str]) -> str:
-    current = item.get("phase")
-    if current not in phases:
+    current, choice = item.get("phase"), ", ".join(phases)
+    if to is None and current not in phases:
         where = f"in {current}, which is no main phase" if current else "in no phase"
-        choice = ", ".join(phases)
-        raise BacklogError(f"{item['id']}: it is {where}; name one with --to: {choice}")
-    following = phases[phases.index(current) + 1 :]
-    if not following:
-        raise BacklogError(f"{item['id']}: {current} is its last phase; 'complete' finishes it")
-    return following[0]
-
-
-def add_to_context(draft: Draft, item_id: str, note: str, now: datetime) -> Item:
-    """Put a note below the context in an item's description."""
-    description = dict.fromkeys(DESCRIPTION_KEYS, "") | draft.items[item_id].get("description", {})
-    description["context"] = "\n".join(filter(None, (description["context"], note)))
-    return draft.update(item_id, now, description=description)
+        raise BacklogError(f"{item_id}: it is {where}; name one with --to: {choice}")
+    if to is None and current == phases[-1]:
+        raise BacklogError(f"{item_id}: {current} is its last phase; 'complete' finishes it")
+    phase = phases[phases.index(current or "") + 1] if to is None else to
+    if phase not in phases:
+        raise BacklogError(f"{item_id}: no main phase {phase}; there are {choice}")
+    return draft.update(item_id, now, phase=phase, phase_pool="main", attempts=None)
 
 
 def archive(draft: Draft, item_id: str, now: datetime) -> Item:
@@ -2718,8 +2699,11 @@ def take_out(
     archive(draft, item_id, now)
     fate = "was done outside of this backlog" if status == "Done" else "was closed"
     note = f"[{item_id}, which this depended on, {fate}] {_one_line_title(item['title'])}"
-    for dependant in dependants:
-        add_to_context(draft, dependant, f"{note}: {why}" if why else note, now)
+    note = f"{note}: {why}" if why else note
+    for one in dependants:
+        texts = dict.fromkeys(DESCRIPTION_KEYS, "") | draft.items[one].get("description", {})
+        context = "\n".join(filter(None, (texts["context"], note)))
+        draft.update(one, now, description={**texts, "context": context})
     return Farewell(item, dependants, archive_entry(now, item, status, why))
 
 
@@ -2797,17 +2781,13 @@ class Filter(_Record):
         return f"{self.key}{'!=' if self.negated else '='}{','.join(self.values)}"
 
 
-def _shortened(words: Iterable[str]) -> dict[str, str]:
-    """Every word under itself and under its first letter."""
-    return {short: word for word in words for short in (word, word[0])}
-
-
+# What may be written for each word; ratings may be shortened to their first letter.
 _FILTER_WORDS: Mapping[str, Mapping[str, str]] = {
     "status": {word: word for word in STATUS_WORDS},
-    "impact": _shortened(LEVEL_WORDS),
-    "size": _shortened(SIZE_WORDS),
-    "risk": _shortened(LEVEL_WORDS),
-    "complexity": _shortened(LEVEL_WORDS),
+    **{
+        key: {short: word for word in RATING_WORDS[key] for short in (word, word[0])}
+        for key in ("impact", "size", "risk", "complexity")
+    },
 }
 _FILTER_KEYS = (*_FILTER_WORDS, "tag", "pipeline_type", "id", "origin", "priority")
 _FILTER_FORM = r"(?s)\s*([^=]*?)\s*(!?=)\s*(.*?)\s*"
@@ -2821,15 +2801,12 @@ def parse_filter(text: str) -> Filter:
     """
     parts = re.fullmatch(_FILTER_FORM, text)
     if parts is None or not parts[1] or not parts[3]:
-        raise FilterError(
-            f"Filter must be in format KEY=VALUE[,VALUE…] or KEY!=VALUE[,VALUE…], not '{text}'"
-        )
+        form = "KEY=VALUE[,VALUE…] or KEY!=VALUE[,VALUE…]"
+        raise FilterError(f"Filter must be in format {form}, not '{text}'")
     key = parts[1].lower()
     if key not in _FILTER_KEYS:
-        hint = did_you_mean(key, _FILTER_KEYS)
-        raise FilterError(
-            f"Unknown filter field: {key}{hint}. Supported: {', '.join(_FILTER_KEYS)}"
-        )
+        known = f"{did_you_mean(key, _FILTER_KEYS)}. Supported: {', '.join(_FILTER_KEYS)}"
+        raise FilterError(f"Unknown filter field: {key}{known}")
     values: list[str] = []
     for token in parts[3].split(","):
         value = _filter_value(key, token.strip(), text)
@@ -2849,9 +2826,8 @@ def _filter_value(key: str, token: str, text: str) -> str:
         if token.lower() not in words:
             valid = ", ".join(dict.fromkeys(words.values()))
             hint = did_you_mean(token, set(words.values()))
-            raise FilterError(
-                f"Invalid value '{token}' for field '{key}'{hint}. Valid values: {valid}"
-            )
+            problem = f"Invalid value '{token}' for field '{key}'{hint}"
+            raise FilterError(f"{problem}. Valid values: {valid}")
         return words[token.lower()]
     if key == "priority":
         if not re.fullmatch(r"[+-]?[0-9]{1,15}", token):
