@@ -39,7 +39,6 @@ from __future__ import annotations
 
 import argparse
 import errno
-import heapq
 import io
 import itertools
 import os
@@ -1032,24 +1031,51 @@ def select_actions(
 
     `only` and `target` limit which items may be acted on; dependencies and the work in progress
     are judged on the whole backlog all the same. A target is not held back by max_wip and
-    max_concurrent. Tasks for the agents in `resting` are passed over. Dictionary look-ups and
-    bounded heaps: linear in the number of items.
+    max_concurrent. Tasks for the agents in `resting` are passed over.
     """
     if any(task.phase.destructive for task in running.values()):
         return []
+    items, limits = backlog.items, config.execution
+    able = [
+        item
+        for item in _considered(items, only)
+        if item["status"] not in ("blocked", "done")
+        and item["id"] not in running
+        and not ("dependencies" in item and unmet_dependencies(items, item))
+    ]
+    room = limits.max_wip - sum(item["status"] == "in_progress" for item in items.values())
+    free = limits.max_concurrent - len(running)
     if target is not None:
-        return _target_actions(backlog, running, config, target, only)
-    free = config.execution.max_concurrent - len(running)
+        able, room, free = [item for item in able if item["id"] == target], 1, 1
     if free <= 0:
         return []
-    items = backlog.items
-    groups = _eligible(items, running, _considered(items, only))
-    wip = sum(item["status"] == "in_progress" for item in items.values())
-    wanted = max(0, config.execution.max_wip - wip)
-    actions: list[Action] = [
-        Promote(item["id"]) for item in heapq.nsmallest(wanted, groups["ready"], _promotion_key)
+    ready = sorted((item for item in able if item["status"] == "ready"), key=_promotion_key)
+    due = (task for task in _due(able, config) if agent_of(config, task.phase) not in resting)
+    return [
+        *(Promote(item["id"]) for item in ready[: max(0, room)]),
+        *_fill_slots(itertools.islice(due, free), bool(running)),
     ]
-    return [*actions, *_fill_slots(_candidates(groups, config, free, resting), bool(running))]
+
+
+def _due(able: Sequence[Item], config: Config) -> Iterator[Task]:
+    """The tasks that could start: items in progress before scoping ones before new ones.
+
+    Those in a pipeline by priority, then furthest advanced, then oldest; none for an item whose
+    phase the config does not know or its status does not allow. Lazily: few are wanted of many.
+    """
+    places = {name: phase_places(pipeline) for name, pipeline in config.pipelines.items()}
+    for status, pool in (("in_progress", "main"), ("scoping", "pre")):
+        found = [
+            (-(item.get("priority") or 0), -place.rank, item["created"], item["id"], place)
+            for item in able
+            if item["status"] == status
+            and (place := places.get(pipeline_name(item), {}).get(item.get("phase") or ""))
+            and place.pool == pool
+        ]
+        for *_, item_id, place in sorted(found, key=lambda one: one[:3]):
+            yield Task(item_id, place.phase, place.pool)
+    for item in sorted((item for item in able if item["status"] == "new"), key=_triage_key):
+        yield Task(item["id"], TRIAGE_PHASE, "triage")
 
 
 def actions_for(
@@ -1096,20 +1122,6 @@ def _considered(items: Mapping[str, Item], only: Container[str] | None) -> Itera
     return (item for item_id, item in items.items() if item_id in only)
 
 
-def _eligible(
-    items: Mapping[str, Item], running: Container[str], considered: Iterable[Item]
-) -> dict[str, list[Item]]:
-    """The considered items that may be acted on, by status, in the order given."""
-    groups: dict[str, list[Item]] = {"in_progress": [], "scoping": [], "new": [], "ready": []}
-    for item in considered:
-        group = groups.get(item["status"])
-        if group is None or item["id"] in running:
-            continue
-        if "dependencies" not in item or not unmet_dependencies(items, item):
-            group.append(item)
-    return groups
-
-
 def _promotion_key(item: Item) -> tuple[int, int, str]:
     return -(item.get("priority") or 0), -_impact(item), item["created"]
 
@@ -1124,55 +1136,6 @@ def _triage_key(item: Item) -> tuple[int, str]:
     return -(item.get("priority") or 0), item["created"]
 
 
-def _candidates(
-    groups: Mapping[str, list[Item]], config: Config, count: int, resting: Collection[str] = ()
-) -> list[Task]:
-    """The first `count` tasks: items in progress before scoping ones before new ones.
-
-    More are never needed, because each takes a slot or ends the choice.
-    """
-    places = {name: phase_places(pipeline) for name, pipeline in config.pipelines.items()}
-    if resting:
-        places = {name: _awake(of, config, resting) for name, of in places.items()}
-    tasks = _next_phases(groups["in_progress"], places, count)
-    tasks += _next_phases(groups["scoping"], places, count - len(tasks))
-    if agent_of(config, TRIAGE_PHASE) in resting:
-        return tasks
-    new = heapq.nsmallest(count - len(tasks), groups["new"], _triage_key)
-    return tasks + [Task(item["id"], TRIAGE_PHASE, "triage") for item in new]
-
-
-def _awake(
-    places: Mapping[str, PhasePlace], config: Config, resting: Collection[str]
-) -> dict[str, PhasePlace]:
-    """The phases that need none of the resting agents."""
-    return {
-        name: place
-        for name, place in places.items()
-        if agent_of(config, place.phase) not in resting
-    }
-
-
-def _next_phases(
-    items: Iterable[Item], places: Mapping[str, Mapping[str, PhasePlace]], count: int
-) -> list[Task]:
-    """The first `count` phases that are due: by priority, then furthest advanced, then oldest."""
-    due = [  # the position keeps file order among equals, and nothing behind it is compared
-        (-(item.get("priority") or 0), -place.rank, item["created"], position, item["id"], place)
-        for position, item in enumerate(items)
-        if (place := _place_of(item, places)) is not None
-    ]
-    first = heapq.nsmallest(count, due)
-    return [Task(item_id, place.phase, place.pool) for *_, item_id, place in first]
-
-
-def _place_of(item: Item, places: Mapping[str, Mapping[str, PhasePlace]]) -> PhasePlace | None:
-    """The phase an active item is in; None if the config or the item's status says otherwise."""
-    place = places.get(pipeline_name(item), {}).get(item.get("phase") or "")
-    due = "pre" if item["status"] == "scoping" else "main"
-    return place if place is not None and place.pool == due else None
-
-
 def _fill_slots(candidates: Iterable[Task], running: bool) -> list[Action]:
     """Give the free slots to as many candidates, in order; a destructive phase runs alone.
 
@@ -1185,23 +1148,6 @@ def _fill_slots(candidates: Iterable[Task], running: bool) -> list[Action]:
             return chosen if chosen or running else [task]
         chosen.append(task)
     return chosen
-
-
-def _target_actions(
-    backlog: Backlog,
-    running: Mapping[str, Task],
-    config: Config,
-    target: str,
-    only: Container[str] | None,
-) -> list[Action]:
-    """The one action that brings a target on."""
-    item = backlog.items.get(target)
-    if item is None or (only is not None and target not in only):
-        return []
-    groups = _eligible(backlog.items, running, [item])
-    if groups["ready"]:
-        return [Promote(target)]
-    return _fill_slots(_candidates(groups, config, 1), bool(running))
 
 
 # ---- When an agent's account or API says no ------------------------------------------------------
