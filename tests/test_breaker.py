@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 import orchestrator
+from backlog import worklog_entry
 from orchestrator import (
     AgentOutcome,
     AgentPause,
@@ -461,7 +462,7 @@ def test_what_a_phase_cost_is_in_the_worklog_and_in_status(project: Any, claude:
 
 def test_the_last_completed_phase_is_read_back_from_worklogs() -> None:
     def entry(item_id: str, outcome: str, summary: str) -> str:
-        text = orchestrator.worklog_entry(datetime.fromtimestamp(NOW, UTC), item_id, "T", "plan", outcome, summary)
+        text = worklog_entry(datetime.fromtimestamp(NOW, UTC), item_id, "T", "plan", outcome, summary)
         return orchestrator.worklog_with_cost(text, orchestrator.Usage(1.0))
 
     told = "First\n\n- **Cost:** no\n---\n  indented"
@@ -488,7 +489,7 @@ def test_the_summary_of_the_previous_phase_outlives_a_restart(project: Any) -> N
 
 
 def test_costs_are_read_back_from_worklogs(tmp_path: Path) -> None:
-    entry = orchestrator.worklog_entry(datetime.fromtimestamp(NOW, UTC), "WRK-001", "T", "plan", "Complete", "a\n- **Cost:** about $9.00\n---\n## x — WRK-002 (y)")
+    entry = worklog_entry(datetime.fromtimestamp(NOW, UTC), "WRK-001", "T", "plan", "Complete", "a\n- **Cost:** about $9.00\n---\n## x — WRK-002 (y)")
     parts = [orchestrator.Usage(0.125, 1234, 5), orchestrator.Usage(None, 7, 0), orchestrator.Usage(3.5), orchestrator.Usage()]
     text = "".join(orchestrator.worklog_with_cost(entry, usage) for usage in parts)
 
