@@ -3,70 +3,53 @@
 BACKLOG.yaml belongs to the operator, who may edit it at any time, and to the orchestrator, which
 writes it at every decision. So it is never rendered anew: the lines of the file are the truth, a
 save replaces the lines of changed keys and nothing else, and what somebody else has saved in the
-meantime is read and merged first. A file that does not parse is never written to.
+meantime is read and merged first. While a run is active, the truth is its journal, out of reach
+of any git command: what is in the file counts by what it changes of what was decided before.
 
 Reading order:
 
  1. The YAML subset: what it is, and its one error
- 2. From bytes to lines
+ 2. From bytes to text
  3. Scalars
  4. The reader
  5. The writer
  6. Surgical edits
  7. The backlog file as a document
- 8. Items
- 9. Reading a backlog file
+ 8. Fields
+ 9. Items
 10. Drafts and rules
 11. What a phase decides
 12. Filters
 13. Worklog
-14. Store
+14. States, and their merge
+15. The journal
+16. Store
 
-Chapters 1 to 6 know nothing of backlogs, 8 to 12 nothing of files; `Store` puts the two together
-and is the only code that writes BACKLOG.yaml.
+Chapters 1 to 6 and 8 know nothing of backlogs, the others nothing of each other's files; `Store`
+puts all of it together and is the only code that writes BACKLOG.yaml.
 """
 
 from __future__ import annotations
 
 import fcntl
-import gc
+import itertools
+import json
+import math
 import os
 import re
 import stat
-import sys
 import time
-from collections import defaultdict, namedtuple
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from functools import cache
+from collections import defaultdict
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
+from functools import cache, cached_property, lru_cache
 from itertools import pairwise, takewhile
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, NoReturn, Self, TypedDict, TypeVar, cast
 
-# `typing` is for type checkers alone: to import it, and to let it compile every annotation of a
-# record, would double the time of importing this module. Hence the two stand-ins.
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from datetime import datetime
-    from pathlib import Path
-    from typing import Literal, NoReturn, TypedDict
-    from typing import NamedTuple as _Record
-    from typing import cast as _cast
-else:
-
-    def _cast(_type, value):
-        return value
-
-    class _RecordType(type):
-        def __new__(cls, name, bases, body):
-            if not bases:
-                return super().__new__(cls, name, bases, body)
-            fields = body["__annotations__"]
-            defaults = [body.pop(field) for field in fields if field in body]
-            base = namedtuple(name, fields, defaults=defaults)
-            return type(name, (base,), {"__slots__": (), **body})
-
-    class _Record(metaclass=_RecordType):
-        """Base of what is a `typing.NamedTuple` to type checkers, and works like one."""
-
+T = TypeVar("T")
 
 # ==== 1. The YAML subset: what it is, and its one error ===========================================
 #
@@ -85,26 +68,12 @@ else:
 #
 # Numbers look as in JSON; other forms, and line breaks, that parsers read differently are refused.
 
-# The usual order of an item's keys; new keys of an item are put where this wants them.
-ITEM_KEYS = (
-    "id", "title", "status", "phase", "size", "complexity", "risk", "impact",
-    "requires_human_review", "origin", "blocked_from_status", "blocked_reason", "blocked_type",
-    "unblock_context", "tags", "dependencies", "created", "updated", "pipeline_type",
-    "description", "phase_pool", "guardrail_override", "priority", "attempts",
-)  # fmt: skip
-_TOP_KEYS = ("schema_version", "items", "next_item_id")
+TOP_KEYS = ("schema_version", "items", "next_item_id")
 
 _YAML_MAX_BYTES = 64 * 1024 * 1024
 _YAML_MAX_DEPTH = 32
 _YAML_MAX_KEY = 1_000  # characters; YAML itself stops at 1,024
 _YAML_MAX_DIGITS = 15  # more do not survive a reader that takes numbers for doubles
-_YAML_MEMO = 32  # longest text kept in a memo: bounds the memory that hostile input can take
-
-
-@cache
-def _regex(pattern: str) -> re.Pattern[str]:
-    """`pattern`, compiled when it is first used: all of them would double the time of importing."""
-    return re.compile(pattern)
 
 
 class YamlError(ValueError):
@@ -128,92 +97,47 @@ def parse_yaml(data: bytes, source: str = "<yaml>") -> object:
     An empty document is None. `source` is only used in messages. Raises YamlError, and nothing
     else, for everything that is not in the subset; takes time and memory linear in `data`.
     """
-    with _yaml_opened(data, source) as (reader, _):
-        return reader.document()
+    text, _, _ = _yaml_decode(data, source)
+    return _YamlReader(text, source).document()
 
 
-@contextmanager
-def _yaml_opened(data: bytes, source: str) -> Iterator[tuple[_YamlReader, _YamlFile]]:
-    """A reader of `data`, and the file as decoded, with the cycle collector off.
-
-    It would walk all that was read so far again and again, for nothing: plain values hold no
-    cycles. That costs half of the time at 10,000 items.
-    """
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
-        file = _yaml_decode(data, source)
-        yield _YamlReader(file.lines, source), file
-    finally:
-        if collecting:
-            gc.enable()
-
-
-# ==== 2. From bytes to lines ======================================================================
+# ==== 2. From bytes to text =======================================================================
 
 _YAML_BOM = b"\xef\xbb\xbf"
 _YAML_USUAL_BYTES = bytes([9, 10, *range(0x20, 0x7F)])
 # Not printable in YAML, or a line break for some readers only.
-_YAML_UNPRINTABLE = "[\0-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\ufeff\ufffe\uffff]"
+_YAML_UNPRINTABLE = re.compile("[\0-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\ufeff\ufffe\uffff]")
 
 
-class _YamlFile(_Record):
-    """A decoded file; `lines` joined by a line break are its text."""
-
-    lines: list[str]  # the last one is "" if the file ends with a line break
-    bom: bool
-    newline: bytes  # b"\n" or b"\r\n"
-
-
-def _yaml_decode(data: bytes, source: str) -> _YamlFile:
+def _yaml_decode(data: bytes, source: str) -> tuple[str, bool, str]:
+    """The text of a file, its lines ending in LF; whether it has a BOM; how its lines end."""
     if len(data) > _YAML_MAX_BYTES:
         problem = f"the file is larger than {_YAML_MAX_BYTES >> 20} MiB; archive what is done"
         raise YamlError(source, 1, 1, problem)
     bom = data.startswith(_YAML_BOM)
-    if bom:
-        data = data[len(_YAML_BOM) :]
-    newline = b"\n"
+    data = data.removeprefix(_YAML_BOM)
+    newline = "\n"
     if b"\r" in data:
-        newline = b"\r\n"
-        _yaml_check_line_ends(data, source)
-        data = data.replace(newline, b"\n")
+        newline = "\r\n"
+        if lone := re.search(rb"\r(?!\n)", data) or re.search(rb"(?<!\r)\n", data):
+            what = "a lone carriage return is" if lone[0] == b"\r" else "mixed line endings are"
+            problem = f"{what} not supported; end lines with LF, or all with CR LF"
+            raise _yaml_byte_error(data, lone.start(), source, problem)
+        data = data.replace(b"\r\n", b"\n")
     try:
         text = data.decode()
     except UnicodeDecodeError as error:
-        byte = data[error.start]
-        problem = f"invalid UTF-8 (byte 0x{byte:02X}); save the file as UTF-8"
+        problem = f"invalid UTF-8 (byte 0x{data[error.start]:02X}); save the file as UTF-8"
         raise _yaml_byte_error(data, error.start, source, problem) from None
-    _yaml_check_characters(data, text, source)
-    return _YamlFile(text.split("\n"), bom, newline)
-
-
-def _yaml_check_line_ends(data: bytes, source: str) -> None:
-    pairs = data.count(b"\r\n")
-    if data.count(b"\r") > pairs:
-        place = re.search(rb"\r(?!\n)", data)
-        problem = "a lone carriage return is not supported; end lines with LF, or all with CR LF"
-    elif data.count(b"\n") > pairs:
-        place = re.search(rb"(?<!\r)\n", data)
-        problem = "mixed line endings (LF and CR LF) are not supported; use one kind"
-    else:
-        return
-    assert place is not None
-    raise _yaml_byte_error(data, place.start(), source, problem)
-
-
-def _yaml_check_characters(data: bytes, text: str, source: str) -> None:
     # To leave out the usual bytes first is six times as fast as searching the text.
     rest = data.translate(None, _YAML_USUAL_BYTES)
-    found = _regex(_YAML_UNPRINTABLE).search(rest.decode()) if rest else None
-    if not found:
-        return
-    bad = found[0]
-    name = "a byte order mark inside the text" if bad == "\ufeff" else "this character"
-    remedy = f'remove it, or write it as "\\u{ord(bad):04X}" in double quotes'
-    problem = f"{name} (U+{ord(bad):04X}) is not supported; {remedy}"
-    place = text.index(bad)
-    start = text.rfind("\n", 0, place) + 1
-    raise YamlError(source, text.count("\n", 0, place) + 1, place - start + 1, problem)
+    if rest and (found := _YAML_UNPRINTABLE.search(rest.decode())):
+        code = f"{ord(found[0]):04X}"
+        name = "a byte order mark inside the text" if code == "FEFF" else "this character"
+        remedy = f'remove it, or write it as "\\u{code}" in double quotes'
+        problem = f"{name} (U+{code}) is not supported; {remedy}"
+        raise _yaml_byte_error(data, data.index(found[0].encode()), source, problem)
+    return text, bom, newline
 
 
 def _yaml_byte_error(data: bytes, place: int, source: str, problem: str) -> YamlError:
@@ -224,36 +148,37 @@ def _yaml_byte_error(data: bytes, place: int, source: str, problem: str) -> Yaml
 
 # ==== 3. Scalars ==================================================================================
 
-_YAML_CONSTANTS: dict[str, bool | None] = {
-    **dict.fromkeys(("null", "Null", "NULL", "~"), None),
-    **dict.fromkeys(("true", "True", "TRUE"), True),
-    **dict.fromkeys(("false", "False", "FALSE"), False),
-}
+_YAML_CONSTANTS = {
+    "null": None, "Null": None, "NULL": None, "~": None,
+    "true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False,
+}  # fmt: skip
 _YAML_NUMBER_START = frozenset("-+.0123456789")
 # Written the one way that all parsers read the same: group 1 is the integer part, 2 the rest.
-_YAML_NUMBER = r"(-?(?:0|[1-9][0-9]*+))((?:\.[0-9]++)?(?:[eE][-+]?[0-9]++)?)"
+_YAML_NUMBER = re.compile(r"-?(0|[1-9][0-9]*+)((?:\.[0-9]++)?(?:[eE][-+]?[0-9]++)?)")
 # Everything that some YAML 1.2 parser takes for a number.
-_YAML_NUMBER_LIKE = (
+_YAML_NUMBER_LIKE = re.compile(
     r"[-+]?(?:(?:[0-9]++(?:\.[0-9]*+)?|\.[0-9]++)(?:[eE][-+]?[0-9]++)?"
     r"|0[bB][01]++|0[oO][0-7]++|0[xX][0-9a-fA-F]++|\.(?:inf|Inf|INF|nan|NaN|NAN))"
 )
-_YAML_QUOTED = {
-    "'": r"(?:[^']++|'')*+",
-    '"': r'(?:[^"\\]++|\\.)*+',
-}
-_YAML_ESCAPE = r"\\(x[0-9A-Fa-f]{2}|u[0-9A-Fa-f]{4}|U[0-9A-Fa-f]{8}|.)"
+# What stands between quotes, as far as it goes on one line.
+_YAML_QUOTED = {"'": re.compile(r"(?:[^']++|'')*+"), '"': re.compile(r'(?:[^"\\]++|\\.)*+')}
+_YAML_ESCAPE = re.compile(r"\\(x[0-9A-Fa-f]{2}|u[0-9A-Fa-f]{4}|U[0-9A-Fa-f]{8}|.)")
 _YAML_ESCAPES = {
     "0": "\0", "a": "\a", "b": "\b", "t": "\t", "n": "\n", "v": "\v", "f": "\f", "r": "\r",
     "e": "\x1b", " ": " ", '"': '"', "/": "/", "\\": "\\",
     "N": "\x85", "_": "\xa0", "L": "\u2028", "P": "\u2029",
 }  # fmt: skip
-_YAML_FLOW_ITEM = (
+_YAML_FLOW_ITEM = re.compile(
     r" *+('(?:[^']++|'')*+'|\"(?:[^\"\\]++|\\.)*+\""
     r"|(?!- |-[\],])[A-Za-z0-9_./+-]++(?: [A-Za-z0-9_./+-]++)*+) *+(?=[],])"
 )
+_YAML_FLOW_EMPTY = re.compile(r"\[ *\]|\{ *\}")
+_YAML_USUAL_KEY = re.compile(r"([A-Za-z_][A-Za-z0-9_-]{0,99}+):(?: |$)")  # most keys, found fast
+_YAML_COLON = re.compile(r":(?:[ \t]|$)")
 
 # What a value or key may not begin with: the construct, and what to do instead.
 _YAML_REFUSED = {
+    "\t": ("a tab character between tokens", "use spaces"),
     "&": ("an anchor (&)", "write the value out wherever it is needed"),
     "*": ("an alias (*)", "write the value out, or quote the text"),
     "!": ("a tag (!)", "remove it, or quote the text"),
@@ -268,81 +193,30 @@ _YAML_REFUSED = {
     "|": ("a block scalar in this place", "write the | behind its key or dash"),
     ">": ("a block scalar in this place", "write the > behind its key or dash"),
 }
+# The same, if a space or the end of the line is behind it.
+_YAML_REFUSED_ALONE = {
+    "-": ("a sequence entry on the line of its key", "put it on the next line, or quote the text"),
+    "?": ("an explicit key (?)", 'write "key: value"'),
+    ":": ("an empty key", 'write "" for an empty key'),
+}
 
 
-class _YamlSlow:
-    """The type of the one value that says: this text needs the careful reader."""
-
-
-_YAML_SLOW = _YamlSlow()
-_YAML_CAREFUL_START = frozenset(["", *" -+.?:,[]{}#&*!|>%@`\t"])
-_YAML_DIGITS = frozenset("0123456789")
-
-
-class _YamlValues(dict[str, object]):
-    """Memo of short texts, as `_yaml_value` takes them, to their values."""
-
-    def __missing__(self, raw: str) -> object:
-        value = _yaml_value(raw)
-        if len(raw) <= _YAML_MEMO:
-            self[raw] = value
-        return value
-
-
-def _yaml_value(raw: str) -> object:
-    """The value of what stands behind `key: ` or `- `, up to the end of the line.
-
-    Only the plainest forms get one, whatever they could be mistaken for is _YAML_SLOW.
-    """
-    first = raw[:1]
-    if first in _YAML_CAREFUL_START:
-        return _YAML_SLOW
-    if first in _YAML_QUOTED:
-        closed = raw.find(first, 1) == len(raw) - 1
-        return raw[1:-1] if closed and (first == "'" or "\\" not in raw) else _YAML_SLOW
-    # One character is found many times as fast as two.
-    if ":" in raw:
-        if ": " in raw or raw[-1] == ":":
-            return _YAML_SLOW
-    elif first in _YAML_DIGITS and _regex(_YAML_NUMBER_LIKE).fullmatch(raw):
-        return _yaml_number(raw, _YAML_SLOW)
-    if ("#" in raw and " #" in raw) or "\t" in raw or raw[-1] == " ":
-        return _YAML_SLOW
-    return raw
-
-
-def _yaml_number(text: str, otherwise: object) -> object:
-    """The number that `text` is in every parser; `otherwise` if there is no such number."""
-    match = _regex(_YAML_NUMBER).fullmatch(text)
+def _yaml_number(text: str) -> int | float | None:
+    """The number that `text` is in every parser; None if there is no such number."""
+    match = _YAML_NUMBER.fullmatch(text)
     if not match or len(text) > 2 * _YAML_MAX_DIGITS:
-        return otherwise
-    whole, rest = match.groups()
-    if not rest:
-        return int(whole) if len(whole.lstrip("-")) <= _YAML_MAX_DIGITS else otherwise
+        return None
+    if not match[2]:
+        return int(text) if len(match[1]) <= _YAML_MAX_DIGITS else None
     number = float(text)
-    return otherwise if number in (float("inf"), float("-inf")) else number
+    return None if math.isinf(number) else number
 
 
-def _yaml_fold(lines: list[str]) -> str:
-    """Join the lines of a folded block scalar.
-
-    A line break becomes a space, except at blank lines and around lines that are indented more.
-    """
-    parts: list[str] = []
-    previous, blank = "", 0
-    for line in lines:
-        if not line:
-            blank += 1
-            continue
-        if not parts:
-            glue = "\n" * blank
-        elif line[0] == " " or previous[0] == " ":
-            glue = "\n" * (blank + 1)
-        else:
-            glue = "\n" * blank or " "
-        parts += (glue, line)
-        previous, blank = line, 0
-    return "".join(parts)
+def _yaml_fold(text: str) -> str:
+    """Fold the lines of a block scalar: a line break becomes a space, or less by one where blank
+    lines follow, but not around lines that are indented more."""
+    alike = r"(?m)^([^ \n].*)\n(\n*)(?=[^ \n])"
+    return re.sub(alike, lambda match: match[1] + (match[2] or " "), text)
 
 
 def _yaml_text_start(line: str, start: int) -> int:
@@ -352,7 +226,7 @@ def _yaml_text_start(line: str, start: int) -> int:
 
 def _yaml_quote_end(line: str, begin: int, quote: str) -> int:
     """Where the closing quote stands of what begins at `begin`, or the end of its text."""
-    match = _regex(_YAML_QUOTED[quote]).match(line, begin)
+    match = _YAML_QUOTED[quote].match(line, begin)
     return match.end() if match else begin
 
 
@@ -364,43 +238,36 @@ def _yaml_ends_in_backslash(text: str) -> bool:
 # ==== 4. The reader ===============================================================================
 
 
-class _YamlSpan(_Record):
-    """Where an entry of a block mapping stands; lines and columns count from 0."""
+class _YamlNode(NamedTuple):
+    """A value and where it stands; lines and columns count from 0."""
 
-    start: int  # the line of the key
-    end: int  # the line behind the last line of the value
-    colon: int
-    tail: str  # spaces and comment behind the value (behind the colon, if the value is a block)
     value: object
-    block: bool  # the value is a block collection on the lines below
+    start: int  # the line of its key or dash
+    end: int  # the line behind its last one
+    head: int  # the column behind the colon or dash
+    tail: str = ""  # spaces and comment behind it (behind the colon, if it is on the lines below)
+    column: int = -1  # of the keys or dashes of a block collection
+    keys: Mapping[str, _YamlNode] = {}  # what a block mapping holds
+    elements: Sequence[_YamlNode] = ()  # what a block sequence holds
 
 
 class _YamlReader:
-    """Reads lines into values, by recursive descent.
+    """Reads lines into nodes, by recursive descent.
 
     Every method that reads something starts on line `at` and leaves `at` on the next line that
     holds more than a comment. All columns count from 0; `column` or `parent` is always that of
     the collection which owns what is read: whatever is indented deeper belongs to its entry.
     """
 
-    __slots__ = (
-        "at", "complete", "end", "heads", "indent", "keys", "lines", "source", "tail", "values",
-    )  # fmt: skip
-
-    def __init__(self, lines: list[str], source: str) -> None:
-        """`lines`: as in _YamlFile; all but the last end with a line break."""
-        self.complete = not lines[-1]  # the file ends with a line break
-        self.lines = lines if self.complete else [*lines, ""]  # always a blank line at the end
+    def __init__(self, text: str, source: str) -> None:
+        self.complete = text[-1:] in ("", "\n")  # whether the last line has an end
+        self.lines = text.split("\n") if self.complete else [*text.split("\n"), ""]
+        self.last = len(self.lines) - 1  # this line is always blank
         self.source = source
         self.at = 0
         self.indent = 0  # of line `at`; -1: nothing is left
         self.end = 0  # the line behind the last one that was read
         self.tail = ""  # what stood behind the last scalar on its line
-        self.values = _YamlValues(_YAML_CONSTANTS)
-        # Memo of the text up to `: ` to its key, by column: one hit proves indentation and key.
-        # `heads` is for mappings that start behind a dash: there the text begins with the dash.
-        self.keys: defaultdict[int, dict[str, str]] = defaultdict(dict)
-        self.heads: defaultdict[int, dict[str, str]] = defaultdict(dict)
 
     def fail(self, line: int, column: int, problem: str, remedy: str) -> NoReturn:
         """Raise for what stands at `column` of `line`; all four go into the message."""
@@ -417,7 +284,16 @@ class _YamlReader:
         self.open()
         if self.indent < 0:
             return None
-        value = self._root()
+        line = self.lines[self.at]
+        if self.indent > 0:
+            self.refuse(self.at, self.indent, "an indented document", "start it in column 1")
+        if line[0] in "[{":
+            value = self._flow(0)
+        elif self.is_dash(0) or self.is_entry(0):
+            value = self._block(0, 1).value
+        else:
+            self._check_start(0)
+            self.refuse(self.at, 0, "a bare scalar document", 'write "key: value" or "- value"')
         if self.indent >= 0:
             problem = "this line does not belong to what is above"
             self.fail(self.at, self.indent, problem, "make the file one list or one mapping")
@@ -425,56 +301,38 @@ class _YamlReader:
 
     def open(self) -> None:
         """Go to the first line with content, past one document start marker."""
-        at = self._content(0)
-        line = self.lines[at]
-        if line[:1] == "%":
-            self.refuse(at, 0, "a directive (%)", "remove the line")
+        self.seek(0, opening=True)
+        line = self.lines[self.at]
         if line[:3] == "---" and line[3:4] in ("", " "):
             if line[3:].lstrip(" ")[:1] not in ("", "#"):
-                self.refuse(at, 4, "content on the line of `---`", "move it to the next line")
-            at += 1
-        self.seek(at)
+                self.refuse(self.at, 4, "content on the line of `---`", "move it to the next line")
+            self.seek(self.at + 1)
 
-    def seek(self, line: int) -> None:
+    def seek(self, line: int, opening: bool = False) -> None:
         """All before `line` is read: go to the next line with content."""
         self.end = line
         text = self.lines[line].lstrip(" ")
-        if not text or text[0] == "#":
-            line = self._content(line)
+        while text[:1] in ("", "#") and line < self.last:
+            line += 1
             text = self.lines[line].lstrip(" ")
         self.at, self.indent = line, len(self.lines[line]) - len(text) if text else -1
         if text[:1] == "\t":
             self.refuse(line, self.indent, "a tab character in indentation", "use spaces")
         if self.indent == 0 and text[:3] in ("---", "...") and text[3:4] in ("", " ", "\t"):
             name = "start" if text[0] == "-" else "end"
-            what = f"a document {name} marker ({text[:3]})"
-            self.refuse(line, 0, what, "keep one document per file")
+            if name == "end" or not opening or text[3:4] == "\t":
+                what = f"a document {name} marker ({text[:3]})"
+                self.refuse(line, 0, what, "keep one document per file")
 
-    def _content(self, line: int) -> int:
-        """The first line from `line` on that is neither blank nor a comment, or the last one."""
-        last = len(self.lines) - 1
-        while line < last and self.lines[line].lstrip(" ")[:1] in ("", "#"):
-            line += 1
-        return line
+    def is_dash(self, column: int) -> bool:
+        return self._sign_alone(column) == "-"
 
-    def _root(self) -> object:
-        line = self.lines[self.at]
-        if self.indent > 0:
-            self.refuse(self.at, self.indent, "an indented document", "start it in column 1")
-        if line[0] in "[{":
-            return self._flow(0)
-        if not self._is_dash(0) and not self._is_entry(0):
-            self._check_start(0)
-            self.refuse(self.at, 0, "a bare scalar document", 'write "key: value" or "- value"')
-        return self._block(0, 1)
+    def _sign_alone(self, column: int) -> str:
+        """Which of `-`, `?`, `:` stands at `column`, with a space or the line's end behind it."""
+        sign, behind = self.lines[self.at][column : column + 1], self.lines[self.at][column + 1 :]
+        return sign if sign in _YAML_REFUSED_ALONE and behind[:1] in ("", " ") else ""
 
-    # ---- block collections ----
-
-    def _is_dash(self, column: int) -> bool:
-        line = self.lines[self.at]
-        return line[column : column + 1] == "-" and line[column + 1 : column + 2] in ("", " ")
-
-    def _is_entry(self, column: int) -> bool:
+    def is_entry(self, column: int) -> bool:
         """Whether a mapping entry (or what is wrongly written like one) starts at `column`."""
         line = self.lines[self.at]
         first = line[column : column + 1]
@@ -484,194 +342,130 @@ class _YamlReader:
             return line[close : close + 1] == first and line[colon : colon + 2] in (":", ": ")
         if first in ("|", ">", "[", "{"):
             return False
-        if first in ("?", ":") and line[column + 1 : column + 2] in ("", " "):
-            return True
-        comment = line.find(" #", column)
-        text = line[column:] if comment < 0 else line[column:comment]
-        return ": " in text or text.endswith(":")
+        text = line[column:].partition(" #")[0]
+        return self._sign_alone(column) in ("?", ":") or ": " in text or text.endswith(":")
 
-    def _block(self, column: int, depth: int) -> object:
+    # ---- block collections ----
+
+    def _block(self, column: int, depth: int) -> _YamlNode:
         """Read the block collection that starts at `column` of line `at`."""
-        if self._is_dash(column):
-            return self._sequence(column, depth)
-        if not self._is_entry(column):
+        if self.is_dash(column):
+            return self.sequence(column, depth)
+        if not self.is_entry(column):
             self._check_start(column)
             what = "a scalar on a line of its own"
             self.refuse(self.at, column, what, "write it behind its key or dash")
-        return self._mapping(column, depth)
+        return self.mapping(column, depth)
+
+    def mapping(self, column: int, depth: int) -> _YamlNode:
+        """Read the mapping whose first key stands at `column` of line `at`."""
+        start = self.at
+        nodes = {
+            key: self.value(head, column, depth, dash_from=column)
+            for key, head in self.keys(column, depth)
+        }
+        found = {key: node.value for key, node in nodes.items()}
+        return _YamlNode(found, start, self.end, column, column=column, keys=nodes)
+
+    def keys(self, column: int, depth: int) -> Iterator[tuple[str, int]]:
+        """The keys of a mapping, and the column behind the colon of each; the caller reads the
+        value that is there before it goes on."""
+        self._check_depth(column, depth)
+        lines: dict[str, int] = {}
+        while True:
+            key, colon = self._key(column)
+            if key in lines:
+                problem = f"duplicate key {key[:40]!r}, first on line {lines[key] + 1}"
+                self.fail(self.at, column, problem, "remove one of the two")
+            lines[key] = self.at
+            yield key, colon + 1
+            if self.indent != column:
+                self._check_not_deeper(column)
+                return
+
+    def opens_list(self, head: int) -> bool:
+        """Whether there is nothing but a list below the key on line `at`; then this goes there."""
+        at = self.at
+        if self.lines[at][head:].lstrip(" ")[:1] in ("", "#"):
+            self.seek(at + 1)
+            if self.indent >= 0 and self.is_dash(self.indent):
+                return True
+            self.seek(at)
+        return False
+
+    def sequence(self, column: int, depth: int) -> _YamlNode:
+        """Read the sequence whose first dash stands at `column` of line `at`."""
+        self._check_depth(column, depth)
+        start, nodes = self.at, [self.element(column, depth)]
+        while self.indent == column and self.is_dash(column):
+            nodes.append(self.element(column, depth))
+        self._check_not_deeper(column)
+        found = [node.value for node in nodes]
+        return _YamlNode(found, start, self.end, column, column=column, elements=nodes)
+
+    def element(self, column: int, depth: int) -> _YamlNode:
+        """Read one entry of a sequence; its dash stands at `column`."""
+        line = self.lines[self.at]
+        start = _yaml_text_start(line, column + 1)
+        if self.is_dash(start):
+            node = self.sequence(start, depth + 1)
+        elif line[start : start + 1] not in ("", "#") and self.is_entry(start):
+            node = self.mapping(start, depth + 1)
+        else:
+            return self.value(column + 1, column, depth, dash_from=column + 1)
+        return node._replace(head=column + 1)
 
     def _check_depth(self, column: int, depth: int) -> None:
         if depth > _YAML_MAX_DEPTH:
             what = f"nesting deeper than {_YAML_MAX_DEPTH}"
             self.refuse(self.at, column, what, "flatten the structure")
 
-    def _mapping(self, column: int, depth: int) -> dict[str, object]:
-        """Read the mapping whose first key stands at `column` of line `at`."""
-        self._check_depth(column, depth)
-        first = self.at
-        found: dict[str, object] = {}
-        memo = (self.keys if self.indent == column else self.heads)[column]
-        while not found or self._goes_on(column):
-            start = self.at
-            at = self._simple_entries(found, memo, column)
-            if at > start:
-                self.seek(at)
-                if self.indent > column:  # the last value goes on: read it again, with care
-                    found.popitem()
-                    self.seek(at - 1)
-                elif not self._goes_on(column):
-                    break
-            self._entry(found, first, column, depth)
-            memo = self.keys[column]
-        return found
-
-    def _simple_entries(self, found: dict[str, object], memo: dict[str, str], column: int) -> int:
-        """Read entries as long as they are `key: value` on one line in the plainest form.
-
-        This is the loop in which nearly all lines of a backlog are read: no regular expression,
-        no look ahead. `memo` is for the first line. Returns the line behind the last entry; a
-        value that goes on below shows when that line is looked up.
-        """
-        lines, keys, values, at = self.lines, self.keys[column], self.values, self.at
-        while True:
-            left, _, raw = lines[at].partition(": ")
-            key = memo.get(left)
-            if key is None or key in found:
-                return at
-            value = values[raw] if len(raw) <= _YAML_MEMO else _yaml_value(raw)
-            if value is _YAML_SLOW:
-                return at
-            found[key] = value
-            at += 1
-            memo = keys
-
-    def _entry(self, found: dict[str, object], first: int, column: int, depth: int) -> None:
-        """Read one entry, of any form, of the mapping that starts on line `first`."""
-        key, colon = self._key(column)
-        if key in found:
-            self._duplicate(key, first, column)
-        found[key] = self._value(colon + 1, column, depth, dash_from=column)
-
-    def _goes_on(self, column: int) -> bool:
-        """Whether line `at` is the next entry of the mapping at `column`."""
+    def _check_not_deeper(self, column: int) -> None:
+        """Line `at` must not be deeper than the entries at `column` before it."""
         if self.indent > column:
-            self._refuse_deeper(column)
-        return self.indent == column
-
-    def _refuse_deeper(self, column: int) -> NoReturn:
-        """Raise for line `at`, which is deeper than the entries at `column` before it."""
-        where = f"column {self.indent + 1}, theirs is {column + 1}"
-        problem = f"this line is indented deeper than its neighbours ({where})"
-        self.fail(self.at, self.indent, problem, "align it with them or with the block above")
-
-    def _duplicate(self, key: str, first: int, column: int) -> NoReturn:
-        """Raise for the second `key`, on line `at`, of the mapping that starts on line `first`."""
-        again = _YamlReader(self.lines, self.source)
-        again.seek(first)
-        line, other = first, ""
-        while other != key:
-            line = again.at
-            other, colon = again._key(column)
-            again._value(colon + 1, column, 1, dash_from=column)
-        problem = f"duplicate key {key[:40]!r}, first on line {line + 1}"
-        self.fail(self.at, column, problem, "remove one of the two")
-
-    def spans(self, column: int, depth: int) -> dict[str, _YamlSpan]:
-        """Read a mapping as `_mapping` does, and say where its entries stand."""
-        found: dict[str, _YamlSpan] = {}
-        first = self.at
-        while True:
-            start = self.at
-            key, colon = self._key(column)
-            if key in found:
-                self._duplicate(key, first, column)
-            behind = self.lines[start][colon + 1 :]
-            value = self._value(colon + 1, column, depth, dash_from=column)
-            block = behind.lstrip(" ")[:1] in ("", "#")
-            tail = behind if block else self.tail
-            found[key] = _YamlSpan(start, self.end, colon, tail, value, block)
-            if not self._goes_on(column):
-                return found
-
-    def _sequence(self, column: int, depth: int) -> list[object]:
-        return [value for value, _ in self.elements(column, depth)]
-
-    def elements(self, column: int, depth: int) -> Iterator[tuple[object, int]]:
-        """Read a sequence; per element its value and the line behind it."""
-        self._check_depth(column, depth)
-        while True:
-            yield self._element(column, depth), self.end
-            if self.indent > column:
-                self._refuse_deeper(column)
-            if self.indent < column or not self._is_dash(column):
-                return
-
-    def _element(self, column: int, depth: int) -> object:
-        """Read one entry of a sequence; its dash stands at `column`."""
-        at, line, start = self.at, self.lines[self.at], column + 2
-        left, colon, _ = line.partition(": ")
-        if colon and left in self.heads[start]:
-            return self._mapping(start, depth + 1)
-        value = _YAML_SLOW if colon else self.values[line[start:]]
-        if value is not _YAML_SLOW:
-            self.seek(at + 1)
-            if self.indent <= column:
-                return value
-            self.seek(at)  # a line that goes on below: read all of it with care
-        start = _yaml_text_start(line, column + 1)
-        if self._is_dash(start):
-            return self._sequence(start, depth + 1)
-        if line[start : start + 1] not in ("", "#") and self._is_entry(start):
-            return self._mapping(start, depth + 1)
-        return self._value(start, column, depth, dash_from=column + 1)
+            where = f"column {self.indent + 1}, theirs is {column + 1}"
+            problem = f"this line is indented deeper than its neighbours ({where})"
+            self.fail(self.at, self.indent, problem, "align it with them or with the block above")
 
     # ---- keys ----
 
     def _key(self, column: int) -> tuple[str, int]:
         """The key at `column` of line `at`, and the column of its colon."""
         line = self.lines[self.at]
-        colon = line.find(": ", column)
-        if colon < 0:
-            colon = len(line) - 1 if line.endswith(":") else len(line)
-        memo = (self.keys if self.indent == column else self.heads)[column]
-        key = memo.get(line[:colon]) if colon < len(line) else None
-        if key is not None:
-            return key, colon
-        if line[column] in "'\"":
-            key, colon = self._quoted_key(column)
+        usual = _YAML_USUAL_KEY.match(line, column)
+        if usual and usual[1] not in _YAML_CONSTANTS:
+            return usual[1], usual.end(1)
+        if line[column] not in "'\"":
+            key, colon = self._plain_key(column)
+        elif self.is_entry(column):
+            close = _yaml_quote_end(line, column + 1, line[column])
+            key = self._unquoted(self.at, column + 1, close, line[column])
+            colon = _yaml_text_start(line, close + 1)
         else:
-            key = self._plain_key(column, colon)
+            hint = "a quoted key stands on one line with its colon"
+            self.fail(self.at, column, 'expected "key: value"', hint)
         if len(key) > _YAML_MAX_KEY:
             what = f"a key of more than {_YAML_MAX_KEY} characters"
             self.refuse(self.at, column, what, "shorten it")
-        if len(key) <= _YAML_MEMO and ": " not in key:
-            memo[line[:colon]] = key
         return key, colon
 
-    def _quoted_key(self, column: int) -> tuple[str, int]:
-        line = self.lines[self.at]
-        if not self._is_entry(column):
-            hint = "a quoted key stands on one line with its colon"
-            self.fail(self.at, column, 'expected "key: value"', hint)
-        close = _yaml_quote_end(line, column + 1, line[column])
-        key = self._unquoted(self.at, column + 1, close, line[column])
-        return key, _yaml_text_start(line, close + 1)
-
-    def _plain_key(self, column: int, colon: int) -> str:
+    def _plain_key(self, column: int) -> tuple[str, int]:
         at, line = self.at, self.lines[self.at]
-        key = line[column:colon].rstrip(" ")
-        if self.indent == column and self._is_dash(column):
+        found = _YAML_COLON.search(line, column)
+        if self.indent == column and self.is_dash(column):
             remedy = "indent it, or write it directly below its key"
             self.fail(at, column, "a sequence entry among mapping keys", remedy)
         self._check_start(column)
-        if ":\t" in line[column:]:
-            place = line.index(":\t", column) + 1
-            self.refuse(at, place, "a tab character behind a colon", "use spaces, or quote the key")
-        if colon == len(line):
+        if not found:
             hint = "a text that goes on is indented deeper than its key"
             self.fail(at, column, 'expected "key: value"', hint)
+        colon = found.start()
+        if found[0] == ":\t":
+            what = "a tab character behind a colon"
+            self.refuse(at, colon + 1, what, "use spaces, or quote the key")
+        key = line[column:colon].rstrip(" ")
         if not key:
-            self.refuse(at, column, "an empty key", 'write "" for an empty key')
+            self.refuse(at, column, *_YAML_REFUSED_ALONE[":"])
         for sign, name in (("\t", "a tab character"), ("#", "`#`"), (":", "`:`")):
             if sign in key:
                 what = f"{name} in a plain key"
@@ -681,52 +475,49 @@ class _YamlReader:
         if key[0] in "-?:":
             what = f"a plain key that starts with `{key[0]}`"
             self.refuse(at, column, what, "quote the key")
-        if key in _YAML_CONSTANTS or _regex(_YAML_NUMBER_LIKE).fullmatch(key):
+        if key in _YAML_CONSTANTS or _YAML_NUMBER_LIKE.fullmatch(key):
             self.fail(at, column, f"the key {key[:40]} is not a string", "quote it")
-        return key
+        return key, colon
 
     # ---- values ----
 
-    def _value(self, start: int, column: int, depth: int, dash_from: int) -> object:
-        """Read what stands behind the colon or dash of an entry, from `start` of line `at` on.
+    def value(self, head: int, column: int, depth: int, dash_from: int) -> _YamlNode:
+        """Read what stands behind the colon or dash of an entry, from `head` of line `at` on.
 
         `dash_from`: the smallest column at which a sequence on the lines below belongs to it.
         """
-        line = self.lines[self.at]
-        start = _yaml_text_start(line, start)
+        at, line = self.at, self.lines[self.at]
+        start = _yaml_text_start(line, head)
         first = line[start : start + 1]
+        found: object
         if first in ("", "#"):
-            self.seek(self.at + 1)
-            if self.indent > column or (self.indent == dash_from and self._is_dash(dash_from)):
-                return self._block(self.indent, depth + 1)
-            return None
+            self.seek(at + 1)
+            if self.indent <= column and not (self.indent == dash_from and self.is_dash(dash_from)):
+                return _YamlNode(None, at, at + 1, head, line[head:])
+            below = self._block(self.indent, depth + 1)
+            return below._replace(start=at, head=head, tail=line[head:])
         if first in ("'", '"'):
-            return self._quoted(start, column)
-        if first in ("|", ">"):
-            return self._block_scalar(start, column)
-        if first in ("[", "{"):
-            return self._flow(start)
-        return self._plain(start, column)
+            found = self._quoted(start, column)
+        elif first in ("|", ">"):
+            found = self._block_scalar(start, column)
+        elif first in ("[", "{"):
+            found = self._flow(start)
+        else:
+            found = self._plain(start, column)
+        return _YamlNode(found, at, self.end, head, self.tail)
 
     def _check_start(self, column: int) -> None:
         """Raise if no plain text can start at `column` of line `at`."""
-        line = self.lines[self.at]
-        first, second = line[column], line[column + 1 : column + 2]
-        if first == "\t":
-            self.refuse(self.at, column, "a tab character between tokens", "use spaces")
+        first = self.lines[self.at][column]
         if first in _YAML_REFUSED:
             self.refuse(self.at, column, *_YAML_REFUSED[first])
-        if first == "-" and second in ("", " "):
-            what = "a sequence entry on the line of its key"
-            self.refuse(self.at, column, what, "put it on the next line, or quote the text")
-        if first == "?" and second in ("", " "):
-            self.refuse(self.at, column, "an explicit key (?)", 'write "key: value"')
-        if first == ":" and second in ("", " "):
-            self.refuse(self.at, column, "an empty key", 'write "" for an empty key')
+        if self._sign_alone(column):
+            self.refuse(self.at, column, *_YAML_REFUSED_ALONE[first])
 
     def _plain(self, start: int, parent: int) -> object:
-        self._check_start(start)
         at, first = self.at, self.lines[self.at][start]
+        if not first.isalnum():
+            self._check_start(start)
         if first in "?:":
             what = f"a plain text that starts with `{first}`"
             self.refuse(at, start, what, "quote the text")
@@ -736,25 +527,19 @@ class _YamlReader:
             return self._resolve(text, at, start)
         parts = [text]
         while self.indent > parent:
-            gap = self.lines[self.end : self.at]
+            at, start = self.at, self.indent
+            gap = self.lines[self.end : at]
             if self.tail.strip(" ") or any(line.strip(" ") for line in gap):
                 what = "text after a comment inside a multi-line plain scalar"
-                self.refuse(self.at, self.indent, what, "move the comment, or quote the text")
-            parts += ("\n" * len(gap) or " ", self._continuation())
-            self.seek(self.at + 1)
+                self.refuse(at, start, what, "move the comment, or quote the text")
+            sign = self._sign_alone(start)
+            if sign or self.is_entry(start):
+                why = f"this line continues line {self.end}, because it is indented deeper"
+                what = f'"{sign or ":"} " inside a plain scalar ({why})'
+                self.refuse(at, start, what, "align it with its neighbours, or quote the text")
+            parts += ("\n" * len(gap) or " ", self._plain_line(start))
+            self.seek(at + 1)
         return "".join(parts)
-
-    def _continuation(self) -> str:
-        """A further line of a plain scalar."""
-        at, start, line = self.at, self.indent, self.lines[self.at]
-        sign = ":" if self._is_entry(start) else ""
-        if line[start] in "-?:" and line[start + 1 : start + 2] in ("", " "):
-            sign = line[start]
-        if sign:
-            why = f"this line continues line {self.end}, because it is indented deeper"
-            what = f'"{sign} " inside a plain scalar ({why})'
-            self.refuse(at, start, what, "align it with its neighbours, or quote the text")
-        return self._plain_line(start)
 
     def _plain_line(self, start: int) -> str:
         """The plain text on line `at` from `start` on, without the comment behind it."""
@@ -775,14 +560,14 @@ class _YamlReader:
         """The value of a plain scalar of one line, by the core schema."""
         if text in _YAML_CONSTANTS:
             return _YAML_CONSTANTS[text]
-        if text[0] not in _YAML_NUMBER_START or not _regex(_YAML_NUMBER_LIKE).fullmatch(text):
+        if text[0] not in _YAML_NUMBER_START or not _YAML_NUMBER_LIKE.fullmatch(text):
             return text
-        value = _yaml_number(text, _YAML_SLOW)
-        if value is _YAML_SLOW:
+        number = _yaml_number(text)
+        if number is None:
             what = f"a number in a form that parsers read differently ({text[:40]})"
             remedy = "quote it, or write it as a decimal number of at most 15 digits"
             self.refuse(line, column, what, remedy)
-        return value
+        return number
 
     # ---- quoted scalars ----
 
@@ -796,10 +581,18 @@ class _YamlReader:
             close = _yaml_quote_end(line, begin, quote)
             if line[close : close + 1] == quote:
                 break
-            stop = self._segment_end(at, begin, quote)
-            parts += (glue, self._unquoted(at, begin, stop, quote))
             joined = quote == '"' and _yaml_ends_in_backslash(line[begin:])
-            at, begin, glue = self._next_segment(opened, start, at, parent, joined)
+            stop = len(line) - 1 if joined else self._segment_end(at, begin, quote)
+            parts += (glue, self._unquoted(at, begin, stop, quote))
+            following = at + 1
+            while following < self.last and not self.lines[following].strip(" "):
+                following += 1
+            begin = self._segment_start(following, parent, opened, start)
+            blank = following - at - 1
+            if joined and blank:
+                what = "a blank line after an escaped line break"
+                self.refuse(at + 1, 0, what, "write \\n, or remove the line")
+            at, glue = following, "" if joined else "\n" * blank or " "
         parts += (glue, self._unquoted(at, begin, close, quote))
         self._check_behind(at, close + 1, "the closing quote")
         self.seek(at + 1)
@@ -807,41 +600,26 @@ class _YamlReader:
 
     def _segment_end(self, at: int, begin: int, quote: str) -> int:
         """Where the text ends that `at`, not the last line of a quoted scalar, contributes."""
-        line = self.lines[at]
-        text = line[begin:]
-        if quote == '"' and _yaml_ends_in_backslash(text):
-            return len(line) - 1
+        text = self.lines[at][begin:]
         kept = text.rstrip(" ")
         if kept.endswith("\t"):
             what = "a tab character at the end of a line of a quoted scalar"
             self.refuse(at, begin + len(kept) - 1, what, "write it as \\t, in double quotes")
-        if quote == '"' and len(kept) < len(text) and _yaml_ends_in_backslash(kept):
-            return begin + len(kept) + 1  # an escaped space is not cut off
-        return begin + len(kept)
+        escaped = quote == '"' and len(kept) < len(text) and _yaml_ends_in_backslash(kept)
+        return begin + len(kept) + escaped  # an escaped space is not cut off
 
-    def _next_segment(
-        self, opened: int, start: int, at: int, parent: int, joined: bool
-    ) -> tuple[int, int, str]:
-        """The next line of a quoted scalar that has text, where the text begins, and what the
-        line breaks in between become."""
-        following, last = at + 1, len(self.lines) - 1
-        while following < last and not self.lines[following].strip(" "):
-            following += 1
-        if following >= last:
+    def _segment_start(self, at: int, parent: int, opened: int, start: int) -> int:
+        """Where the text begins on `at`, a further line of a quoted scalar."""
+        if at >= self.last:
             self.fail(opened, start, "this quoted scalar is never closed", "add the closing quote")
-        begin = _yaml_text_start(self.lines[following], 0)
-        if self.lines[following][begin] == "\t":
+        begin = _yaml_text_start(self.lines[at], 0)
+        if self.lines[at][begin] == "\t":
             what = "a tab character at the start of a line of a quoted scalar"
-            self.refuse(following, begin, what, "use spaces, or write it as \\t in double quotes")
+            self.refuse(at, begin, what, "use spaces, or write it as \\t in double quotes")
         if begin <= parent:
             problem = "the continuation of a quoted scalar is not indented"
-            remedy = f"indent it, or close the quote of line {opened + 1}"
-            self.fail(following, begin, problem, remedy)
-        blank = following - at - 1
-        if joined and blank:
-            what = "a blank line after an escaped line break"
-            self.refuse(at + 1, 0, what, "write \\n, or remove the line")
-        return following, begin, "" if joined else "\n" * blank or " "
+            self.fail(at, begin, problem, f"indent it, or close the quote of line {opened + 1}")
+        return begin
 
     def _unquoted(self, at: int, begin: int, stop: int, quote: str) -> str:
         """The text of a piece of a quoted scalar, `''` and escapes resolved."""
@@ -850,7 +628,7 @@ class _YamlReader:
             return text.replace("''", "'")
         if "\\" not in text:
             return text
-        return _regex(_YAML_ESCAPE).sub(lambda match: self._escaped(match, at, begin), text)
+        return _YAML_ESCAPE.sub(lambda match: self._escaped(match, at, begin), text)
 
     def _escaped(self, match: re.Match[str], at: int, begin: int) -> str:
         """The character that an escape in a double-quoted scalar stands for."""
@@ -880,7 +658,7 @@ class _YamlReader:
     def _block_scalar(self, start: int, parent: int) -> str:
         """Read a literal or folded scalar; its lines are indented deeper than `parent`."""
         style, (chomp, digit) = self.lines[self.at][start], self._block_header(start)
-        first = self.at + 1
+        tail, first = self.tail, self.at + 1
         indent = parent + digit if digit else self._block_indent(first, parent)
         content, end = self._block_lines(first, indent, parent)
         body = len(content)
@@ -888,45 +666,44 @@ class _YamlReader:
             body -= 1
         if not body:
             self.refuse(self.at, start, "a block scalar without content", 'write ""')
-        if end == len(self.lines) - 1 and not self.complete and chomp != "-":
+        if end == self.last and not self.complete and chomp != "-":
             problem = "the file ends inside a block scalar without a final line break"
             self.fail(end - 1, len(self.lines[end - 1]), problem, "add one")
         trailing = len(content) - body
         self.seek(end if chomp == "+" else end - trailing)
-        text = "\n".join(content[:body]) if style == "|" else _yaml_fold(content[:body])
-        return text + {"-": "", "": "\n", "+": "\n" * (trailing + 1)}[chomp]
+        self.tail = tail
+        text = "\n".join(content[:body])
+        end_lines = {"-": 0, "": 1, "+": trailing + 1}[chomp]
+        return (text if style == "|" else _yaml_fold(text)) + "\n" * end_lines
 
     def _block_header(self, start: int) -> tuple[str, int]:
         """The chomping sign ("", "-" or "+") and the indentation digit (0: none) of a header."""
         line = self.lines[self.at]
-        stop = line.find(" ", start) if " " in line[start:] else len(line)
-        signs = line[start + 1 : stop]
+        signs = line[start + 1 :].partition(" ")[0]
         chomp, digit = signs.strip("123456789"), signs.strip("+-")
         if len(chomp) > 1 or len(digit) > 1 or len(signs) != len(chomp) + len(digit):
             remedy = "write `|`, `>`, `|-` or the like alone, and the text on the next lines"
             self.refuse(self.at, start, "a malformed block scalar header", remedy)
-        self._check_behind(self.at, stop, "a block scalar header")
+        self._check_behind(self.at, start + 1 + len(signs), "a block scalar header")
         return chomp, int(digit or "0")
 
     def _block_indent(self, first: int, parent: int) -> int:
         """The indentation of the first line with text; `parent` + 1 if there is none."""
-        line, last, widest = first, len(self.lines) - 1, 0
-        while line < last and not self.lines[line].strip(" "):
-            widest = max(widest, len(self.lines[line]))
-            line += 1
+        blank = list(takewhile(lambda line: not line.strip(" "), self.lines[first : self.last]))
+        line = first + len(blank)
         indent = _yaml_text_start(self.lines[line], 0)
-        if line == last or indent <= parent:
+        if line == self.last or indent <= parent:
             return parent + 1
-        if widest > indent:
+        if max(map(len, blank), default=0) > indent:
             problem = "a leading blank line has more spaces than the first line of the block scalar"
             self.fail(line, indent, problem, "empty the blank lines")
         return indent
 
     def _block_lines(self, first: int, indent: int, parent: int) -> tuple[list[str], int]:
         """The lines of a block scalar without their indentation, and the line behind them."""
-        pad, at, last = " " * indent, first, len(self.lines) - 1
+        pad, at = " " * indent, first
         content: list[str] = []
-        while at < last:
+        while at < self.last:
             line = self.lines[at]
             text = line[indent:] if line.startswith(pad) else line.lstrip(" ")
             if text and not line.startswith(pad):
@@ -940,7 +717,7 @@ class _YamlReader:
             content.append(text)
             at += 1
         below = _yaml_text_start(self.lines[at], 0)
-        if at < last and below > parent and self.lines[at][below] != "#":
+        if at < self.last and below > parent and self.lines[at][below] != "#":
             problem = "this line is indented less than the first line of the block scalar"
             self.fail(at, below, problem, "align the two")
         return content, at
@@ -948,40 +725,29 @@ class _YamlReader:
     # ---- flow collections ----
 
     def _flow(self, start: int) -> object:
+        """Read a flow collection that stands on one line."""
         at, line = self.at, self.lines[self.at]
-        value: object
-        if line[start] == "{":
-            value, close = {}, _yaml_text_start(line, start + 1)
-            if line[close : close + 1] != "}":
-                remedy = 'write one "key: value" per line'
-                self.refuse(at, start, "a flow mapping that is not empty", remedy)
-        else:
-            value, close = self._flow_items(start)
-        self._check_behind(at, close + 1, "the closing bracket")
-        self.seek(at + 1)
-        return value
-
-    def _flow_items(self, start: int) -> tuple[list[object], int]:
-        """The values of a flow list, and the column of its closing bracket."""
-        line = self.lines[self.at]
+        empty = _YAML_FLOW_EMPTY.match(line, start)
+        if line[start] == "{" and not empty:
+            remedy = 'write one "key: value" per line'
+            self.refuse(at, start, "a flow mapping that is not empty", remedy)
         found: list[object] = []
-        place = _yaml_text_start(line, start + 1)
-        if line[place : place + 1] == "]":
-            return found, place
-        while True:
-            match = _regex(_YAML_FLOW_ITEM).match(line, place)
+        place = empty.end() if empty else start + 1
+        while not empty and line[place - 1] != "]":
+            match = _YAML_FLOW_ITEM.match(line, place)
             if not match:
+                place = place if found else _yaml_text_start(line, place)
                 what = "a flow sequence that is not a one-line list of simple scalars"
-                self.refuse(self.at, place, what, "write one `- value` per line")
-            found.append(self._flow_scalar(match[1], match.start(1)))
+                self.refuse(at, place, what, "write one `- value` per line")
+            text, begin = match[1], match.start(1)
+            if text[0] in "'\"":
+                found.append(self._unquoted(at, begin + 1, match.end(1) - 1, text[0]))
+            else:
+                found.append(self._resolve(text, at, begin))
             place = match.end() + 1
-            if line[place - 1] == "]":
-                return found, place - 1
-
-    def _flow_scalar(self, text: str, start: int) -> object:
-        if text[0] in "'\"":
-            return self._unquoted(self.at, start + 1, start + len(text) - 1, text[0])
-        return self._resolve(text, self.at, start)
+        self._check_behind(at, place, "the closing bracket")
+        self.seek(at + 1)
+        return {} if line[start] == "{" else found
 
 
 # ==== 5. The writer ===============================================================================
@@ -995,8 +761,7 @@ _YAML_RESERVED = frozenset(
     for word in ("y", "n", "yes", "no", "on", "off", "true", "false", "null")
     for form in (word, word.capitalize(), word.upper())
 ) | {"~", "=", "<<", "..."}
-_YAML_QUOTE_START = frozenset("-+.0123456789_eE")
-_YAML_QUOTE_NUMBER = (
+_YAML_QUOTE_NUMBER = re.compile(
     r"[-+]*(?:0_*[bB][-+01_]+|0_*[oO][-+0-7_]+|0_*[xX][-+0-9a-fA-F_]+"
     r"|[0-9_]*(?:\.[0-9_]*)?(?:[eE][-+]?[0-9_]+)?|[0-9][0-9_]*(?::[0-9]{1,2})+(?:\.[0-9_]*)?"
     r"|\.(?:inf|Inf|INF|nan|NaN|NAN)|[0-9]{4}-[0-9]{1,2}-[0-9]{1,2}(?:[Tt ].*)?)"
@@ -1012,123 +777,62 @@ def render_yaml(value: object) -> str:
     """
     if value is None:
         return ""
-    writer = _YamlWriter(0)
-    if isinstance(value, dict | list) and not value:
-        return _yaml_scalar(value) + "\n"
-    if isinstance(value, dict):
-        writer.mapping(value, 0, 1)
-    elif isinstance(value, list):
-        writer.sequence(value, 0, 1)
-    else:
+    if not isinstance(value, dict | list):
         raise ValueError(f"a document is a mapping or a list, not {type(value).__name__}")
-    return "\n".join(writer.lines) + "\n"
+    lines = _yaml_block(value, 0, 0, 1) if value else [_yaml_scalar(value)]
+    return "\n".join([*lines, ""])
 
 
-class _YamlTexts(dict[str, str]):
-    """Memo of a text to how it is written on one line; "" for what becomes a literal block."""
+def _yaml_block(
+    value: Mapping[str, object] | Sequence[object], column: int, offset: int, depth: int
+) -> list[str]:
+    """The lines of a dict or list that is not empty, its keys or dashes at `column`.
 
-    def __missing__(self, text: str) -> str:
-        written = _yaml_written(text)
-        if len(text) <= _YAML_MEMO:
-            self[text] = written
-        return written
-
-
-class _YamlKeys(dict[str, str]):
-    """Memo of a key to its indentation, the key as written, and the colon."""
-
-    def __init__(self, column: int) -> None:
-        super().__init__()
-        self.pad = " " * column
-
-    def __missing__(self, key: object) -> str:
-        if not isinstance(key, str):
-            raise ValueError(f"the key {key!r} is not a string")
-        if len(key) > _YAML_MAX_KEY:
-            raise ValueError(f"the key {key[:40]!r}… has more than {_YAML_MAX_KEY} characters")
-        name = key.replace("-", "_")
-        plain = name.isidentifier() and key.isascii() and _yaml_is_plain(key)
-        written = f"{self.pad}{key if plain else _yaml_quoted(key)}:"
-        if len(key) <= _YAML_MEMO:
-            self[key] = written
-        return written
-
-
-class _YamlWriter:
-    """Appends the lines of values to `lines`."""
-
-    __slots__ = ("_keys", "_offset", "_texts", "lines")
-
-    def __init__(self, offset: int) -> None:
-        """`offset`: how far the dashes of a list stand right of its key (0 or more)."""
-        self.lines: list[str] = []
-        self._offset = offset
-        self._texts = _YamlTexts()
-        self._keys: dict[int, _YamlKeys] = {}
-
-    def mapping(self, value: Mapping[str, object], column: int, depth: int) -> None:
-        """Write the entries of a mapping that is not empty, keys at `column`."""
-        _yaml_check_depth(depth)
-        keys = self._keys.get(column) or self._keys.setdefault(column, _YamlKeys(column))
-        texts, add = self._texts, self.lines.append
-        for key, item in value.items():
-            if type(item) is not str:
-                self.entry(keys[key], item, column, depth)
-            elif text := texts[item]:
-                add(f"{keys[key]} {text}")
-            else:
-                self._literal(keys[key], item, column)
-
-    def sequence(self, value: Sequence[object], column: int, depth: int) -> None:
-        """Write the elements of a list that is not empty, dashes at `column`."""
-        _yaml_check_depth(depth)
-        for item in value:
-            self.element(item, column, depth)
-
-    def element(self, item: object, column: int, depth: int) -> None:
-        head, mark = " " * column + "-", len(self.lines)
-        if isinstance(item, dict) and item:
-            self.mapping(item, column + 2, depth + 1)
-        elif isinstance(item, list) and item:
-            self.sequence(item, column + 2, depth + 1)
-        else:
-            self.entry(head, item, column, depth)
-            return
-        self.lines[mark] = f"{head} {self.lines[mark][column + 2 :]}"
-
-    def entry(self, head: str, value: object, column: int, depth: int, tail: str = "") -> None:
-        """Write `head` (with its colon or dash, which stands at `column`), value and comment."""
-        if isinstance(value, dict) and value:
-            self.lines.append(head + tail)
-            self.mapping(value, column + 2, depth + 1)
-        elif isinstance(value, list) and value:
-            self.lines.append(head + tail)
-            self.sequence(value, column + self._offset, depth + 1)
-        elif isinstance(value, str):
-            self._text(head, value, column, tail)
-        else:
-            self.lines.append(f"{head} {_yaml_scalar(value)}{tail}")
-
-    def _text(self, head: str, value: str, column: int, tail: str) -> None:
-        if text := self._texts[value]:
-            self.lines.append(f"{head} {text}{tail}")
-        else:
-            self._literal(head, value, column, tail)
-
-    def _literal(self, head: str, value: str, column: int, tail: str = "") -> None:
-        body, sign = (value[:-1], "|") if value.endswith("\n") else (value, "|-")
-        pad = " " * (column + 2)
-        self.lines.append(f"{head} {sign}{tail}")
-        self.lines += [pad + line if line else "" for line in body.split("\n")]
-
-
-def _yaml_check_depth(depth: int) -> None:
+    `offset`: how far the dashes of a list stand right of its key (0 or more).
+    """
     if depth > _YAML_MAX_DEPTH:
         raise ValueError(f"nesting deeper than {_YAML_MAX_DEPTH} cannot be written")
+    pad, lines = " " * column, []
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            lines += _yaml_entry(f"{pad}{_yaml_key_text(key)}:", item, column, offset, depth)
+        return lines
+    for item in value:
+        if isinstance(item, dict | list) and item:
+            inner = _yaml_block(item, column + 2, offset, depth + 1)
+            lines += [f"{pad}- {inner[0][column + 2 :]}", *inner[1:]]
+        else:
+            lines += _yaml_entry(f"{pad}-", item, column, offset, depth)
+    return lines
+
+
+def _yaml_entry(
+    head: str, value: object, column: int, offset: int, depth: int, tail: str = ""
+) -> list[str]:
+    """The lines of `head` (up to its colon or dash, which stands at `column`), value, comment."""
+    if isinstance(value, dict | list) and value:
+        inner = column + (2 if isinstance(value, dict) else offset)
+        return [head + tail, *_yaml_block(value, inner, offset, depth + 1)]
+    if isinstance(value, str) and _yaml_is_literal(value):
+        body, sign = (value[:-1], "|") if value.endswith("\n") else (value, "|-")
+        pad = " " * (column + 2)
+        return [f"{head} {sign}{tail}", *(line and pad + line for line in body.split("\n"))]
+    return [f"{head} {_yaml_scalar(value)}{tail}"]
+
+
+def _yaml_key_text(key: object) -> str:
+    if not isinstance(key, str):
+        raise ValueError(f"the key {key!r} is not a string")
+    if len(key) > _YAML_MAX_KEY:
+        raise ValueError(f"the key {key[:40]!r}… has more than {_YAML_MAX_KEY} characters")
+    plain = key.replace("-", "_").isidentifier() and key.isascii() and _yaml_is_plain(key)
+    return key if plain else _yaml_quoted(key)
 
 
 def _yaml_scalar(value: object) -> str:
-    """How anything but a text or a collection with content is written."""
+    """How a value is written on one line."""
+    if isinstance(value, str):
+        return value if _yaml_is_plain(value) else _yaml_quoted(value)
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -1138,68 +842,52 @@ def _yaml_scalar(value: object) -> str:
             raise ValueError(f"an integer of more than {_YAML_MAX_DIGITS} digits cannot be written")
         return str(int(value))
     if isinstance(value, float):
-        return _yaml_float(value)
+        if not math.isfinite(value):
+            raise ValueError(f"the number {value} cannot be written")
+        text = repr(value)
+        # YAML 1.1 knows exponents only behind a decimal point and with a sign, as here.
+        return text.replace("e", ".0e") if "." not in text else text
     if isinstance(value, dict | list):
         return "{}" if isinstance(value, dict) else "[]"
     raise ValueError(f"a value of type {type(value).__name__} cannot be written")
 
 
-def _yaml_float(value: float) -> str:
-    text = repr(value)
-    if "n" in text:  # nan, inf
-        raise ValueError(f"the number {text} cannot be written")
-    # YAML 1.1 knows exponents only behind a decimal point and with a sign, as `repr` writes it.
-    return text.replace("e", ".0e") if "e" in text and "." not in text else text
-
-
-def _yaml_written(text: str) -> str:
-    """How `text` is written on one line: plain if possible, "" if it shall be a literal block."""
-    if "\n" in text:
-        return "" if _yaml_is_literal(text) else _yaml_quoted(text)
-    return text if _yaml_is_printable(text) and _yaml_is_plain(text) else _yaml_quoted(text)
-
-
-def _yaml_is_printable(text: str) -> bool:
-    return text.isprintable() or not _regex(_YAML_UNPRINTABLE).search(text)
-
-
 def _yaml_is_plain(text: str) -> bool:
-    """Whether every reader takes the printable `text`, unquoted, for just this text."""
+    """Whether every reader takes `text`, unquoted and on one line, for just this text."""
     if not text or text[0] in _YAML_INDICATORS or text in _YAML_RESERVED:
         return False
     if ": " in text or " #" in text or text[-1] == ":" or text != text.strip():
         return False
-    return text[0] not in _YAML_QUOTE_START or not _regex(_YAML_QUOTE_NUMBER).fullmatch(text)
+    return not (_YAML_UNPRINTABLE.search(text) or _YAML_QUOTE_NUMBER.fullmatch(text))
 
 
 def _yaml_is_literal(text: str) -> bool:
     """Whether a literal block holds `text`, and no reader disagrees about its line breaks."""
-    if text[0] in " \n" or text.endswith("\n\n") or " \n" in text or text[-1] == " ":
+    if "\n" not in text or text[0] in " \n" or text.endswith(("\n\n", " ")) or " \n" in text:
         return False
-    return _yaml_is_printable(text.replace("\n", ""))
+    return not _YAML_UNPRINTABLE.search(text.replace("\n", ""))
 
 
 def _yaml_quoted(text: str, double: bool = False) -> str:
     """`text` in single quotes, or in double quotes if it needs escapes (or if `double`)."""
-    if not double and not _regex(_YAML_UNPRINTABLE).search(text):
+    if not double and not _YAML_UNPRINTABLE.search(text):
         return "'" + text.replace("'", "''") + "'"
     text = text.replace("\\", "\\\\").replace('"', '\\"')
-    return '"' + _regex(_YAML_UNPRINTABLE).sub(_yaml_escape, text) + '"'
+    return '"' + _YAML_UNPRINTABLE.sub(_yaml_escape, text) + '"'
 
 
 def _yaml_escape(match: re.Match[str]) -> str:
-    sign = match[0]
-    code = ord(sign)
+    code = ord(match[0])
     if 0xD800 <= code <= 0xDFFF:
         raise ValueError(f"a text with half a character (U+{code:04X}) cannot be written")
-    short = {"\n": "\\n", "\t": "\\t"}.get(sign)
+    short = {"\n": "\\n", "\t": "\\t"}.get(match[0])
     return short or (f"\\x{code:02X}" if code < 0x100 else f"\\u{code:04X}")
 
 
 # ==== 6. Surgical edits ===========================================================================
 #
-# Lines are lists as in _YamlFile. Only the lines of changed keys are written anew; a comment
-# belongs to the line below it, what stands behind a value stays on its line.
+# Only the lines of changed keys are written anew; a comment belongs to the line below it, what
+# stands behind a value stays on its line.
 
 
 def _yaml_same(one: object, other: object) -> bool:
@@ -1208,567 +896,652 @@ def _yaml_same(one: object, other: object) -> bool:
         return one.keys() == other.keys() and all(_yaml_same(one[key], other[key]) for key in one)
     if isinstance(one, list) and isinstance(other, list):
         return len(one) == len(other) and all(map(_yaml_same, one, other))
-    if isinstance(one, str) and isinstance(other, str):
-        return one == other
-    return type(one) is type(other) and one == other
+    same_type = type(one) is type(other) or (isinstance(one, str) and isinstance(other, str))
+    return same_type and one == other
 
 
-def _yaml_edit_mapping(
-    lines: list[str],
-    first: int,
-    column: int,
-    new: Mapping[str, object],
-    order: Sequence[str],
-    offset: int,
+def _yaml_changed(old: Mapping[str, object], changes: Mapping[str, object]) -> dict[str, object]:
+    """A mapping with other values for some keys; None removes one."""
+    new = {**old, **changes}
+    return {key: new[key] for key in new if new[key] is not None or key not in changes}
+
+
+def _yaml_edited(
+    lines: list[str], node: _YamlNode, new: object, column: int, offset: int
 ) -> list[str]:
-    """Change the block mapping that starts at `column` of line `first` so that it reads `new`.
-
-    Missing keys are put where `order` wants them; `offset` is as for _YamlWriter.
-    """
-    prefix, pad = lines[first][:column], " " * column  # the prefix may hold a dash
-    lines = [*lines[:first], pad + lines[first][column:], *lines[first + 1 :]]
-    reader = _YamlReader(lines, "")
-    reader.seek(first)
-    spans = reader.spans(column, 1)
-    if not new:
-        return [*lines[:first], f"{prefix}{{}}", *lines[reader.end :]]
-    places = _yaml_places(list(spans), new, order)
-    out: list[str] = []
-    done = first
-    for key, span in spans.items():
-        out += lines[done : span.start]
-        if key in new:
-            out += _yaml_edit_entry(lines, span, column, new[key], offset)
-        writer = _YamlWriter(offset)
-        for added in places.get(key, ()):
-            writer.mapping({added: new[added]}, column, 1)
-        out += writer.lines
-        done = span.end
-    top = next(n for n, line in enumerate(out) if line.lstrip(" ")[:1] not in ("", "#"))
-    out[top] = prefix + out[top][column:]
-    return [*lines[:first], *out, *lines[done:]]
-
-
-def _yaml_places(
-    present: list[str], new: Mapping[str, object], order: Sequence[str]
-) -> dict[str, list[str]]:
-    """Per present key the missing keys to write behind it.
-
-    That is the nearest predecessor in `order`; what `order` does not know goes to the end.
-    """
-    rank = {key: number for number, key in enumerate(order)}
-    places: dict[str, list[str]] = {}
-    for key in (*order, *(key for key in new if key not in rank)):
-        if key not in new or key in present:
-            continue
-        before = [other for other in present if rank.get(other, len(rank)) < rank.get(key, -1)]
-        place = max(before, key=rank.__getitem__, default=present[0 if key in rank else -1])
-        places.setdefault(place, []).append(key)
-    return places
-
-
-def _yaml_edit_entry(
-    lines: list[str], span: _YamlSpan, column: int, value: object, offset: int
-) -> list[str]:
-    """The lines of a mapping's entry with a new value."""
-    old, head = span.value, lines[span.start][: span.colon + 1]
-    if _yaml_same(old, value):
-        return lines[span.start : span.end]
-    if span.block and old and value and type(old) is type(value):
-        body = [*lines[span.start + 1 : span.end], ""]
-        return [lines[span.start], *_yaml_edit_body(body, value, offset)[:-1]]
-    tail = span.tail.rstrip(" ")
-    style = lines[span.start][span.colon + 1 :].lstrip(" ")[:1]
-    written = _yaml_in_style(style, old, value)
-    if written:
+    """The lines of an entry, its key or dash at `column`, changed to read `new`."""
+    if _yaml_same(node.value, new):
+        return lines[node.start : node.end]
+    if node.keys and isinstance(new, dict) and new:
+        return _yaml_edited_mapping(lines, node, new, tuple(new), offset)
+    if node.elements and isinstance(new, list) and new:
+        return _yaml_edited_list(lines, node, new, offset)
+    head, behind = lines[node.start][: node.head], lines[node.start][node.head :].lstrip(" ")
+    tail = node.tail.rstrip(" ")
+    if isinstance(new, str) and "\n" not in new and behind[:1] in ("'", '"'):
+        written = _yaml_quoted(new, double=behind[0] == '"')
         return [f"{head} {written}{tail}"]
-    writer = _YamlWriter(offset)
-    writer.entry(head, value, column, 1, tail)
-    return writer.lines
-
-
-def _yaml_in_style(style: str, old: object, value: object) -> str:
-    """`value` written as the old value was, quoted or as a flow list; "" for the usual way."""
-    if isinstance(value, str) and "\n" not in value and style in ("'", '"'):
-        return _yaml_quoted(value, double=style == '"')
-    if style == "[" and old and isinstance(value, list) and value:
-        texts = [_yaml_flow_text(item) for item in value if isinstance(item, str)]
-        return f"[{', '.join(texts)}]" if len(texts) == len(value) else ""
-    return ""
+    if behind[:1] == "[" and node.value and isinstance(new, list) and new:
+        texts = [_yaml_flow_text(item) for item in new if isinstance(item, str)]
+        if len(texts) == len(new):
+            return [f"{head} [{', '.join(texts)}]{tail}"]
+    return _yaml_entry(head, new, column, offset, 1, tail)
 
 
 def _yaml_flow_text(text: str) -> str:
-    match = _regex(_YAML_FLOW_ITEM).match(text + "]") if _yaml_is_plain(text) else None
+    match = _YAML_FLOW_ITEM.match(text + "]") if _yaml_is_plain(text) else None
     return text if match and match.end() == len(text) else _yaml_quoted(text)
 
 
-def _yaml_edit_body(body: list[str], value: object, offset: int) -> list[str]:
-    """Change the block collection that `body` holds into `value`, of the same type."""
-    reader = _YamlReader(body, "")
-    reader.seek(0)
-    first, column = reader.at, reader.indent
-    if isinstance(value, dict):
-        return _yaml_edit_mapping(body, first, column, value, tuple(value), offset)
-    assert isinstance(value, list)
-    return _yaml_edit_sequence(body, reader, value, offset)
-
-
-def _yaml_edit_sequence(
-    body: list[str], reader: _YamlReader, new: list[object], offset: int
+def _yaml_edited_mapping(
+    lines: list[str], node: _YamlNode, new: Mapping[str, object], order: Sequence[str], offset: int
 ) -> list[str]:
-    """Change a list; equal elements keep their lines, with the comments above them."""
-    column, done = reader.indent, 0
-    kept: defaultdict[str, list[list[str]]] = defaultdict(list)
-    for value, end in reader.elements(column, 1):
-        kept[repr(value)].append(body[done:end])
-        done = end
-    writer = _YamlWriter(offset)
-    for value in new:
-        same = kept.get(repr(value))
-        if same:
-            writer.lines += same.pop(0)
+    """The lines of a block mapping changed to read `new`, which is not empty.
+
+    New keys are put behind the key that is before them in `order`, else to the end.
+    """
+    column, keys = node.column, [*node.keys]
+    added: dict[str, list[str]] = {key: [] for key in keys}
+    place = keys[0]
+    for key in order:
+        if key in added:
+            place = key
+        elif key in new:
+            added[place].append(key)
+    added[keys[-1]] += [key for key in new if key not in added and key not in order]
+    done = node.keys[keys[0]].start
+    header, prefix = lines[node.start : done], lines[done][:column]
+    out: list[str] = []
+    for key, part in node.keys.items():
+        out += lines[done : part.start]
+        if key in new:
+            out += _yaml_edited(lines, part, new[key], column, offset)
+        if added[key]:
+            out += _yaml_block({name: new[name] for name in added[key]}, column, offset, 1)
+        done = part.end
+    return [*header, *_yaml_prefixed(out, prefix)]
+
+
+def _yaml_edited_list(
+    lines: list[str], node: _YamlNode, new: list[object], offset: int
+) -> list[str]:
+    """The lines of a block list changed to read `new`: what stays keeps its lines and comments."""
+    nodes, compact = node.elements, node.elements[0].start == node.start
+    starts = [node.start if compact else node.start + 1, *(each.end for each in nodes)]
+    header, prefix = lines[node.start : starts[0]], lines[nodes[0].start][: node.column]
+    out: list[str] = []
+    for value, place in zip(new, _yaml_pairs([each.value for each in nodes], new), strict=True):
+        if place is None:
+            out += _yaml_block([value], node.column, offset, 1)
         else:
-            writer.element(value, column, 1)
-    return [*writer.lines, *body[done:]]
+            out += lines[starts[place] : nodes[place].start]
+            out += _yaml_prefixed(
+                _yaml_edited(lines, nodes[place], value, node.column, offset), " " * node.column
+            )
+    return [*header, *_yaml_prefixed(out, prefix)]
+
+
+def _yaml_prefixed(lines: list[str], prefix: str) -> list[str]:
+    """Lines, the first one with content beginning with `prefix`, which may hold a dash."""
+    top = next(n for n, line in enumerate(lines) if line.lstrip(" ")[:1] not in ("", "#"))
+    return [*lines[:top], prefix + lines[top][len(prefix) :], *lines[top + 1 :]]
+
+
+def _yaml_pairs(old: list[object], new: list[object]) -> list[int | None]:
+    """Which of the `old` elements each of the `new` ones is: an equal one, or the most similar."""
+    free: defaultdict[str, list[int]] = defaultdict(list)
+    for place, value in enumerate(old):
+        free[repr(value)].append(place)
+    pairs = [free[repr(value)].pop(0) if free.get(repr(value)) else None for value in new]
+    left = [place for places in free.values() for place in places]
+    for number, value in enumerate(new):
+        if pairs[number] is None and left:
+            best = max(left, key=lambda place: _yaml_likeness(old[place], value))
+            if _yaml_likeness(old[best], value):
+                pairs[number] = best
+                left.remove(best)
+    return pairs
+
+
+def _yaml_likeness(one: object, other: object) -> int:
+    """How many entries two collections share."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        return sum(key in one and _yaml_same(one[key], other[key]) for key in other)
+    if isinstance(one, list) and isinstance(other, list):
+        return sum(any(_yaml_same(mine, each) for each in other) for mine in one)
+    return 0
 
 
 # ==== 7. The backlog file as a document ===========================================================
 
-_YAML_HOLE = "- 0"  # stands for all items while the rest of the file is edited
+_YAML_REMEMBERED = 50_000  # chunks whose values are kept: a few versions of a large backlog
 
 
+@lru_cache(maxsize=_YAML_REMEMBERED)
+def read_chunk(chunk: str) -> object:
+    """The value of one chunk of a Document, remembered by its text; it is shared: never change it.
+
+    Raises YamlError (with lines from 1 for the chunk's first one) if it is not one list entry.
+    """
+    return _yaml_chunk(chunk).value
+
+
+def _yaml_chunk(chunk: str) -> _YamlNode:
+    reader = _YamlReader(chunk, "item")
+    reader.seek(0)
+    column = max(reader.indent, 0)
+    if not reader.is_dash(column):
+        reader.fail(reader.at, column, "this is not an item", "begin it with `- `")
+    node = reader.element(column, 2)
+    if reader.indent >= 0:
+        what = "this line does not belong to the item above"
+        reader.fail(reader.at, reader.indent, what, "indent it, or remove it")
+    return node
+
+
+@dataclass(frozen=True)
 class Document:
-    """A backlog file open for editing: its text is the truth, and stays as it is where not edited.
+    """A backlog file: a preamble, one chunk of lines per item, and a tail.
 
-    `items` holds the values under `items` in file order (an entry that is not a mapping is kept
-    as it was parsed, for the caller to report); `top` the other top-level keys and values. Both
-    and all they hold are to be changed by the methods only, which replace what they change.
-    Every edit is read back and compared; one that would not read back as intended raises
-    ValueError and leaves the document as it was.
+    The text is the truth: what is not edited stays as it is. A chunk begins with the comment lines
+    directly above its dash, and ends where the next one begins; `head` holds all before the first,
+    the `items:` line included, `tail` all behind the last item (so blank lines behind it, too). All
+    three in lines that end in LF; only the last line of a file may have no end.
+
+    An edit gives a new document. It is read back and compared; one that would not read back as
+    intended raises ValueError. Values are shared between documents: they must not be changed.
     """
 
-    __slots__ = ("_bom", "_chunks", "_dash", "_head", "_newline", "_tail", "items", "source", "top")
-
-    source: str
-    items: list[dict[str, object]]
-    top: dict[str, object]
-    _bom: bool
-    _newline: bytes
-    # The text is the lines `_head`, one text per item, and the lines `_tail`. An item's text
-    # begins with the comment lines directly above its dash, and ends where the next one begins.
-    _head: list[str]
-    _chunks: list[str]
-    _tail: list[str]  # empty: there are no items, or the last one ends the file without line break
-    _dash: int  # the column of the items' dashes
+    source: str  # the file's name, for messages
+    bom: bool
+    newline: str  # "\n" or "\r\n"
+    head: str
+    chunks: tuple[str, ...]
+    tail: str
 
     @classmethod
     def parse(cls, data: bytes, source: str) -> Document:
         """Read a file; YamlError if it is not a mapping, or `items` is neither list nor null."""
-        with _yaml_opened(data, source) as (reader, file):
-            return cls._read(reader, file)
-
-    @classmethod
-    def _read(cls, reader: _YamlReader, file: _YamlFile) -> Document:
-        self = cls()
-        self.source, self._bom, self._newline = reader.source, file.bom, file.newline
-        self._head, self._chunks, self._tail, self._dash = file.lines, [], [], 0
+        text, bom, newline = _yaml_decode(data, source)
+        reader = _YamlReader(text, source)
         reader.open()
         if reader.indent < 0:
             remedy = "take the file back from git history, or write `items: []`"
             reader.fail(0, 0, "the file holds no backlog", remedy)
-        if reader.indent or reader._is_dash(0) or not reader._is_entry(0):
+        if reader.indent or reader.is_dash(0) or not reader.is_entry(0):
             at = reader.at
-            reader._root()
+            reader.document()
             reader.fail(at, 0, "this is not a mapping", "write the backlog's list below `items:`")
-        spans = reader.spans(0, 1)
-        self.top = {key: span.value for key, span in spans.items() if key != "items"}
-        self.items = cls._items(reader, spans.get("items"))
-        if self.items:
-            self._cut(reader, spans["items"])
-        return self
-
-    @staticmethod
-    def _items(reader: _YamlReader, span: _YamlSpan | None) -> list[dict[str, object]]:
-        value = span.value if span else None
-        if value is None:
-            return []
-        assert span is not None
-        if not isinstance(value, list) or not (span.block or not value):
-            remedy = "write one `- id: …` below it per item"
-            reader.fail(span.start, 0, "`items` is not a list in block style", remedy)
-        return value
-
-    def _cut(self, reader: _YamlReader, span: _YamlSpan) -> None:
-        """Cut the lines into head, items and tail; `span` is where `items` stands."""
-        lines = self._head
-        reader.seek(span.start + 1)
-        self._dash = column = reader.indent
-        # Whatever belongs to an item stands deeper than its dash, so this finds all and no more.
-        dash = " " * column + "-"
-        starts = [
-            number
-            for number, line in enumerate(lines[reader.at : span.end], reader.at)
-            if line.startswith(dash) and line[column + 1 : column + 2] in ("", " ")
-        ]
-        assert len(starts) == len(self.items)
-        cuts = [_yaml_lead(lines, start, column) for start in starts]
-        cuts.append(_yaml_item_end(lines, span.end, column))
-        self._head, self._tail = lines[: cuts[0]], lines[cuts[-1] :]
-        self._chunks = ["\n".join(lines[a:b]) for a, b in pairwise(cuts)]
-
-    def copy(self) -> Document:
-        """A document of its own; costs a few pointers per item."""
-        other = Document()
-        other.source, other._bom, other._newline = self.source, self._bom, self._newline
-        other._head, other._tail, other._dash = self._head, self._tail, self._dash
-        other._chunks, other.items, other.top = [*self._chunks], [*self.items], {**self.top}
-        return other
+        lines = text.splitlines(keepends=True)
+        start, chunks, end = len(lines), list[str](), len(lines)
+        for key, head in reader.keys(0, 1):
+            if key == "items" and reader.opens_list(head):
+                start, chunks, end = _yaml_split(reader, lines, reader.end)
+                continue
+            node = reader.value(head, 0, 1, dash_from=0)
+            if key == "items" and node.value not in (None, []):
+                remedy = "write one `- id: …` below it per item"
+                reader.fail(node.start, 0, "`items` is not a list in block style", remedy)
+        above, below = "".join(lines[:start]), "".join(lines[end:])
+        return cls(source, bom, newline, above, tuple(chunks), below)
 
     def to_bytes(self) -> bytes:
-        """The file as it is now; without edits, the bytes that were parsed."""
-        text = "\n".join([*self._head, *self._chunks, *self._tail]).encode()
-        if self._newline != b"\n":
-            text = text.replace(b"\n", self._newline)
-        return _YAML_BOM + text if self._bom else text
+        """The file; without edits, the bytes that were parsed."""
+        text = "".join((self.head, *self.chunks, self.tail))
+        if self.newline != "\n":
+            text = text.replace("\n", self.newline)
+        return (_YAML_BOM if self.bom else b"") + text.encode()
+
+    @cached_property
+    def items(self) -> tuple[object, ...]:
+        """The values under `items`, as they were read: an entry may be no mapping."""
+        return tuple(map(read_chunk, self.chunks))
+
+    @cached_property
+    def top(self) -> Mapping[str, object]:
+        """The other keys and values of the file."""
+        found = _yaml_frame(self._frame, self.source).keys
+        return {key: node.value for key, node in found.items() if key != "items"}
+
+    def line_of(self, index: int, key: str | None = None) -> int:
+        """The line, from 1, of an item's dash, or of a key if the item has it."""
+        node = _yaml_chunk(self.chunks[index])
+        above = "".join((self.head, *self.chunks[:index])).count("\n")
+        return above + node.keys.get(key or "", node).start + 1
 
     # ---- edits ----
 
-    def set_top(self, key: str, value: object) -> None:
-        """Set a top-level key other than `items`; None deletes it. ValueError: see the class."""
-        if key == "items":
-            raise ValueError("items are changed one by one, not as a whole")
-        if _yaml_same(self.top.get(key), value) and (key in self.top or value is None):
-            return
-        hole = [" " * self._dash + _YAML_HOLE] if self._chunks else []
-        self._edit_top([*self._head, *hole, *self._tail], {key: value})
-        top = {**self.top, key: value}
-        self.top = {name: kept for name, kept in top.items() if name != key or value is not None}
+    def with_top(self, changes: Mapping[str, object], order: Sequence[str] = ()) -> Document:
+        """Change keys of the file other than `items`; None removes one, others are left alone.
 
-    def update(self, index: int, changes: Mapping[str, object]) -> None:
-        """Change keys of an item; None deletes a key, an equal value changes nothing.
-
-        ValueError: see the class, and if the item is not a mapping.
+        A new key is put where `order` wants it, else behind all others. ValueError: see the class.
         """
-        old = self.items[index]
+        if "items" in changes:
+            raise ValueError("items are changed one by one, not as a whole")
+        if _yaml_same(self.top, _yaml_changed(self.top, changes)):
+            return self
+        return self._reframed(self._frame, changes, order)
+
+    def with_item(
+        self, index: int, changes: Mapping[str, object], order: Sequence[str] = ()
+    ) -> Document:
+        """Change keys of an item; None removes a key, an equal value changes nothing.
+
+        A new key is put where `order` wants it, else behind all others. ValueError: see the class,
+        and if the item is not a mapping.
+        """
+        old, chunk, column = self.items[index], self.chunks[index], self.column
         if not isinstance(old, dict):
             raise ValueError(f"{self.source}: item number {index + 1} is not a mapping")
-        kept = {key: value for key, value in old.items() if key not in changes}
-        new = {**kept, **{key: value for key, value in changes.items() if value is not None}}
-        if not _yaml_same(old, new):
-            self._put(index, self._edited(self._chunks[index].split("\n"), new), new)
+        new = _yaml_changed(old, changes)
+        if _yaml_same(old, new):
+            return self
+        node, lines = _yaml_chunk(chunk), chunk.split("\n")
+        if node.keys and new:
+            edited = _yaml_edited_mapping(lines, node, new, order, column)
+        else:
+            known = {key: new[key] for key in order if key in new}
+            edited = _yaml_block([{**known, **new}], _yaml_column(chunk), column, 2)
+        text = "\n".join([*lines[: node.start], *edited, *lines[node.end :]])
+        # Some block scalars cannot end a file that has no final line break: then it gets one.
+        for option in (text, text if text.endswith("\n") else text + "\n"):
+            if _yaml_reads(option, new):
+                chunks = (*self.chunks[:index], option, *self.chunks[index + 1 :])
+                return replace(self, chunks=chunks)._settled()
+        raise self._unsound()
 
-    def append(self, item: Mapping[str, object]) -> None:
-        """Add an item behind the last one; a key whose value is None is left out.
+    def with_chunks(
+        self, chunks: Sequence[str], head: str | None = None, tail: str | None = None
+    ) -> Document:
+        """This file with other chunks, of this or another document; and with another frame.
 
-        A blank line goes before it if the last two items are kept apart by one. ValueError: see
-        the class.
+        Chunks of other documents are brought to this one's indentation. Where pieces meet that did
+        not before, there are as many blank lines as between the last two items, and never two;
+        comments in a chunk that is left out stay if they belong to no item. ValueError: see the
+        class.
         """
-        draft = self.copy()
-        draft._append({key: item[key] for key in item if item[key] is not None})
-        self._become(draft)
+        head = self.head if head is None else head
+        tail = self.tail if tail is None else tail
+        if (tuple(chunks), head, tail) == (self.chunks, self.head, self.tail):
+            return self
+        known, column = set(self.chunks), self.column
+        pieces = [chunk if chunk in known else _yaml_moved(chunk, column) for chunk in chunks]
+        free = self._free_comments(pieces)
+        if (tail or free) and not head.endswith("\n"):
+            head += "\n"
+        head += free.pop(-1, "")
+        if not pieces and head.endswith("\n\n"):
+            tail = tail.removeprefix("\n")
+        made = tuple(_yaml_joined(self.chunks, pieces, free, tail))
+        framed, wanted = replace(self, head=head, chunks=made, tail=tail), [0] if made else []
+        with suppress(YamlError):  # of a hole below `items: []`
+            found = _yaml_frame(framed._frame, self.source).keys
+            filled = self.chunks or head != self.head
+            if filled and "items" in found and found["items"].value == wanted:
+                return framed._settled()
+        return framed._reframed(head + tail, {"items": wanted}, ("schema_version", "items"))
 
-    def remove(self, index: int) -> None:
-        """Take an item out, with the comment lines directly above it. ValueError: see the class."""
-        draft = self.copy()
-        draft._remove(index)
-        self._become(draft)
+    def render_chunk(self, item: Mapping[str, object]) -> str:
+        """The chunk of a new item, in this file's indentation; keys that hold None are left out.
 
-    def _become(self, draft: Document) -> None:
-        self._head, self._chunks, self._tail = draft._head, draft._chunks, draft._tail
-        self.items, self.top, self._dash = draft.items, draft.top, draft._dash
+        ValueError: something in it cannot be written.
+        """
+        value, column = _yaml_changed({}, item), self.column
+        chunk = _yaml_written_chunk(value, column)
+        if not _yaml_reads(chunk, value):
+            raise self._unsound()
+        return chunk
 
     # ---- how edits are made ----
 
-    def _edit_top(self, lines: list[str], changes: Mapping[str, object]) -> None:
-        """Change top-level keys of `lines`, the file with one hole for all items (or with none)."""
-        reader = _YamlReader(lines, self.source)
-        reader.open()
-        first = reader.at
-        old = {key: span.value for key, span in reader.spans(0, 1).items() if key not in changes}
-        new = {**old, **{key: value for key, value in changes.items() if value is not None}}
-        edited = _yaml_edit_mapping(lines, first, 0, new, _TOP_KEYS, self._dash)
+    @property
+    def column(self) -> int:
+        """The column of the items' dashes."""
+        return _yaml_column(self.chunks[0]) if self.chunks else 0
+
+    @property
+    def _frame(self) -> str:
+        """The file with one entry, 0, instead of all items; with none if there are none."""
+        hole = " " * self.column + "- 0\n" if self.chunks else ""
+        return self.head + hole + self.tail
+
+    def _reframed(
+        self, frame: str, changes: Mapping[str, object], order: Sequence[str]
+    ) -> Document:
+        """This document with another frame, of which some keys are changed."""
         try:
-            again = _YamlReader(edited, self.source)
-            again.open()
-            spans = again.spans(0, 1)
+            old, lines = _yaml_frame(frame, self.source), frame.split("\n")
+            new = _yaml_changed(cast(Mapping[str, object], old.value), changes)
+            edited = _yaml_edited_mapping(lines, old, new, order, self.column)
+            lines = [*lines[: old.start], *edited, *lines[old.end :]]
+            found = _yaml_frame("\n".join(lines), self.source)
         except YamlError as error:
             raise self._unsound(error.problem) from error
-        if not _yaml_same({key: span.value for key, span in spans.items()}, new):
-            raise self._unsound("it reads back as something else")
-        self._head, self._tail = edited, []
-        if new.get("items"):
-            hole = spans["items"].end - 1
-            self._head, self._tail = edited[:hole], edited[hole + 1 :]
+        if not _yaml_same(found.value, new):
+            raise self._unsound()
+        if not self.chunks:
+            return replace(self, head="\n".join(lines), tail="")
+        hole = found.keys["items"].end - 1
+        head, tail = "\n".join([*lines[:hole], ""]), "\n".join(lines[hole + 1 :])
+        return replace(self, head=head, tail=tail)._settled()
 
-    def _edited(self, lines: list[str], new: Mapping[str, object]) -> list[str]:
-        """The lines of an item, changed to read `new`."""
-        lines = [*lines, ""]
-        reader = _YamlReader(lines, self.source)
-        reader.seek(0)
-        first, column = reader.at, _yaml_text_start(lines[reader.at], reader.indent + 1)
-        if lines[first][column : column + 1] in ("", "#"):  # the dash stands alone
-            reader.seek(first + 1)
-            first, column = reader.at, reader.indent
-        if lines[first][column] == "{":
-            return [*lines[:first], *self._written(new), *lines[first + 1 : -1]]
-        return _yaml_edit_mapping(lines, first, column, new, ITEM_KEYS, self._dash)[:-1]
+    def _settled(self) -> Document:
+        """This document with its last item and tail apart as `parse` has them."""
+        if not self.chunks:
+            return self
+        last, tail = self.chunks[-1], self.tail
+        if tail and not last.endswith("\n"):
+            last += "\n"
+        below = re.sub(r"\A(?: *+(?:#.*)?(?:\n|\Z))*+", "", tail)
+        free = tail[: len(tail) - len(below)]
+        if not _yaml_reads(last + free, read_chunk(last)):  # a block scalar takes lines of it
+            tail = re.sub(r"(?m)^ +|^ *\n", "", free) + below
+        lines, own = last.splitlines(keepends=True), _yaml_own_lines(last)
+        chunks = (*self.chunks[:-1], "".join(lines[:own]))
+        return replace(self, chunks=chunks, tail="".join([*lines[own:], tail]))
 
-    def _written(self, item: Mapping[str, object]) -> list[str]:
-        """The lines of an item that was not there before, keys in their usual order."""
-        known = [key for key in ITEM_KEYS if key in item]
-        keys = [*known, *(key for key in item if key not in known)]
-        writer = _YamlWriter(self._dash)
-        writer.element({key: item[key] for key in keys}, self._dash, 2)
-        return writer.lines
+    def _free_comments(self, pieces: Sequence[str]) -> dict[int, str]:
+        """The comments that belong to no item, of the chunks that are left out of `pieces`.
 
-    def _append(self, item: dict[str, object]) -> None:
-        if not self._chunks:
-            self._edit_top(self._head, {"items": [0]})
-        apart = len(self._chunks) > 1 and _yaml_ends_blank(self._chunks[-2].split("\n"))
-        self._chunks.append("")
-        self.items.append({})
-        self._put(len(self.items) - 1, self._written(item), item)
-        if apart:
-            index = len(self.items) - 2
-            before = self._chunks[index].split("\n")
-            wider = before if _yaml_ends_blank(before) else [*before, ""]
-            self._settle(index, [(wider, [""]), (before, [""])], self.items[index])
-
-    def _remove(self, index: int) -> None:
-        gone = self._chunks.pop(index).split("\n")
-        del self.items[index]
-        if not self._chunks:
-            self._edit_top([*self._head, *self._tail], {"items": []})
-        elif index == len(self._chunks):
-            self._close_end(index - 1)
-        else:
-            self._close_gap(index, gone)
-
-    def _close_end(self, index: int) -> None:
-        """The item behind `index` is gone, which makes this one the last."""
-        before, tail = self._chunks[index].split("\n"), self._tail
-        solid = next((n for n, line in enumerate(tail) if line.strip(" ")), len(tail) - 1)
-        options = [(before, tail), (before, tail[max(solid, 0) :]), (before, tail or [""])]
-        if _yaml_ends_blank(before) and "".join(tail[:1]).lstrip(" ")[:1] != "#":
-            options.insert(0, (before[:-1], tail))
-        self._settle(index, options, self.items[index])
-
-    def _close_gap(self, index: int, gone: list[str]) -> None:
-        """The item with the lines `gone`, which was not the last, is gone from before `index`."""
-        reader = _YamlReader([*gone, ""], self.source)
-        reader.seek(0)
-        column = reader.indent
-        reader._sequence(column, 2)
-        kept = gone[_yaml_item_end(gone, reader.end, column) :]
-        before = self._chunks[index - 1].split("\n") if index else self._head
-        # One blank line is enough; comments that belong to nothing stay.
-        if kept and not kept[0].strip(" ") and (not index or _yaml_ends_blank(before)):
-            kept = kept[1:]
-        if not index:
-            self._head = [*before, *kept]
-            return
-        solid = [line for line in kept if line.strip(" ")]
-        options = [([*before, *kept], [""]), ([*before, *solid], [""])]
-        self._settle(index - 1, options, self.items[index - 1])
-
-    def _put(self, index: int, lines: list[str], item: dict[str, object]) -> None:
-        """Make `lines` the text of an item that shall read `item`."""
-        last = index == len(self._chunks) - 1
-        below = self._tail if last else [""]
-        # Some block scalars cannot end a file that has no final line break: then it gets one.
-        self.items[index] = self._settle(index, [(lines, below), (lines, below or [""])], item)
-
-    def _settle(
-        self, index: int, options: list[tuple[list[str], list[str]]], item: dict[str, object]
-    ) -> dict[str, object]:
-        """Take the first option, (lines of an item, lines behind it), that reads back as `item`.
-
-        Returns what it reads back as, with the keys in the order of the lines.
+        By the place of the piece that they are to follow; -1: above all.
         """
-        reason = "it reads back as something else"
-        for lines, below in options:
-            blank = list(takewhile(lambda line: not line.strip(" "), below))
-            end = [""] if len(blank) < len(below) else []
-            reader = _YamlReader([*lines, *blank, *end], self.source)
-            try:
-                reader.seek(0)
-                found = reader._sequence(reader.indent, 2)
-            except YamlError as error:
-                reason = error.problem
-                continue
-            if reader.indent < 0 and _yaml_same(found, [item]):
-                self._chunks[index] = "\n".join(lines)
-                if index == len(self._chunks) - 1:
-                    self._tail = below
-                return _cast("dict[str, object]", found[0])
-        raise self._unsound(reason)
+        places = {piece: place for place, piece in enumerate(pieces)}
+        ids = {_yaml_id(read_chunk(piece)): place for place, piece in enumerate(pieces)}
+        ids.pop(None, None)
+        found: dict[int, str] = {}
+        place = -1
+        for chunk in self.chunks:
+            name = _yaml_id(read_chunk(chunk))
+            if chunk in places or name in ids:
+                place = places.get(chunk, ids.get(name, place))
+            elif rest := "".join(chunk.splitlines(True)[_yaml_own_lines(chunk) :]).strip("\n"):
+                rest = re.sub(r"(?m)^ +", "", rest)  # lest a block scalar takes it for its text
+                found[place] = f"{found.get(place, '')}{rest}\n\n"
+        return found
 
-    def _unsound(self, reason: str) -> ValueError:
+    def _unsound(self, reason: str = "it reads back as something else") -> ValueError:
         what = f"{self.source}: an edit cannot be written so that it reads back"
         return ValueError(f"{what} ({reason}); nothing was changed")
 
 
-def _yaml_lead(lines: list[str], start: int, column: int) -> int:
-    """The first of the comment lines directly above `start` that are not deeper than `column`."""
-    while start and lines[start - 1].lstrip(" ")[:1] == "#":
-        if _yaml_text_start(lines[start - 1], 0) > column:
+def _yaml_reads(chunk: str, value: object) -> bool:
+    """Whether a chunk reads as `value`."""
+    with suppress(YamlError):
+        return _yaml_same(read_chunk(chunk), value)
+    return False
+
+
+def _yaml_id(item: object) -> str | None:
+    found = item.get("id") if isinstance(item, dict) else None
+    return found if isinstance(found, str) else None
+
+
+def _yaml_frame(frame: str, source: str) -> _YamlNode:
+    """The mapping that a file without its items is."""
+    reader = _YamlReader(frame, source)
+    reader.open()
+    return reader.mapping(0, 1)
+
+
+def _yaml_split(
+    reader: _YamlReader, lines: list[str], first: int
+) -> tuple[int, list[str], int]:
+    """The line where the chunks begin, the chunks, and the line behind them; reads each.
+
+    The reader stands at the first dash, and then behind the items; `first` is the line behind
+    `items:`. Whatever belongs to an item stands deeper than its dash, so the dashes in one column
+    are the items.
+    """
+    column, stop, lead = reader.indent, len(lines), -1
+    cuts: list[int] = []
+    for number, line in enumerate(lines[first:], first):
+        text = line.lstrip(" ")
+        indent = len(line) - len(text)
+        if indent > column or text in ("\n", ""):
+            lead = -1
+        elif text[0] == "#":
+            lead = number if lead < 0 else lead
+        elif indent == column and text[0] == "-" and text[1:2] in (" ", "\n", ""):
+            cuts.append(number if lead < 0 else lead)
+            lead = -1
+        else:
+            stop = number
             break
-        start -= 1
-    return start
+    try:
+        cuts.append(cuts[-1] + _yaml_own_lines("".join(lines[cuts[-1] : stop])))
+        chunks = ["".join(lines[start:end]) for start, end in pairwise(cuts)]
+        for chunk in chunks:
+            read_chunk(chunk)
+    except YamlError:
+        reader.sequence(column, 2)  # says the same with the lines of the file
+        raise
+    reader.seek(stop)
+    return cuts[0], chunks, cuts[-1]
 
 
-def _yaml_item_end(lines: list[str], end: int, column: int) -> int:
-    """The line behind the comments directly below an item that are deeper than its dash."""
-    while end < len(lines) and lines[end].lstrip(" ")[:1] == "#":
-        if _yaml_text_start(lines[end], 0) <= column:
-            break
-        end += 1
-    return end
+def _yaml_own_lines(chunk: str) -> int:
+    """How many lines of a chunk belong to its item: not blank lines and comments behind it, but
+    comments directly below that are deeper than its dash."""
+    node, column = _yaml_chunk(chunk), _yaml_column(chunk)
+    below = chunk.split("\n")[node.end :]
+    own = takewhile(lambda line: re.match(f" {{{column + 1},}}#", line), below)
+    return node.end + sum(1 for _ in own)
 
 
-def _yaml_ends_blank(lines: list[str]) -> bool:
-    return not lines[-1].strip(" ")
+def _yaml_column(chunk: str) -> int:
+    """The column of a chunk's dash: nothing but comments is above it."""
+    found = re.search(r"^ *(?=-)", chunk, re.M)
+    return len(found[0]) if found else 0
 
 
-# ==== 8. Items ====================================================================================
+def _yaml_written_chunk(item: object, column: int) -> str:
+    return "\n".join([*_yaml_block([item], column, column, 2), ""])
 
-SCHEMA_VERSION = 3
 
-STATUS_WORDS = ("new", "scoping", "ready", "in_progress", "done", "blocked")
-SIZE_WORDS = ("small", "medium", "large")
-LEVEL_WORDS = ("low", "medium", "high")
-BLOCK_WORDS = ("clarification", "decision")
-POOL_WORDS = ("pre", "main")
-RATING_WORDS = {
-    "size": SIZE_WORDS,
-    "complexity": LEVEL_WORDS,
-    "risk": LEVEL_WORDS,
-    "impact": LEVEL_WORDS,
-}
-REQUIRED_KEYS = ("id", "title", "status", "created", "updated")
-DESCRIPTION_KEYS = ("context", "problem", "solution", "impact", "sizing_rationale")
+def _yaml_moved(chunk: str, column: int) -> str:
+    """A chunk with its dash moved to `column`; written anew if its lines cannot just be moved."""
+    by = column - _yaml_column(chunk)
+    if not by:
+        return chunk
+    lines = chunk.split("\n")
+    if by > 0:
+        moved = [" " * by + line if line.strip(" ") else line for line in lines]
+    else:
+        moved = [line[min(-by, _yaml_text_start(line, 0)) :] for line in lines]
+    value, text = read_chunk(chunk), "\n".join(moved)
+    return text if _yaml_reads(text, value) else _yaml_written_chunk(value, column)
 
-# What the orchestrator decides: where a human changed the same key meanwhile, its value stays.
-OWNED_KEYS = frozenset(
-    {
-        "status",
-        "phase",
-        "phase_pool",
-        "blocked_from_status",
-        "blocked_reason",
-        "blocked_type",
-        "attempts",
-        "updated",
-    }
+
+def _yaml_joined(
+    own: Sequence[str], pieces: Sequence[str], free: Mapping[int, str], tail: str
+) -> Iterator[str]:
+    """The pieces with sane gaps, where each meets another one than it did among its `own`."""
+    apart = len(own) > 1 and own[-2].endswith("\n\n")
+    met = dict(pairwise((*own, "")))
+    for number, (piece, following) in enumerate(pairwise((*pieces, ""))):
+        if met.get(piece) == following and number not in free:
+            yield piece
+            continue
+        text = piece if piece.endswith("\n") else piece + "\n"
+        body = text[: text.index("\n", len(text.rstrip(" \n"))) + 1]  # without blank lines behind
+        had, loose = body != text, free.get(number, "")
+        if had or apart or loose if following else loose or (had and tail[:1] == "#"):
+            body += "\n"
+        body += loose if following or tail[:1] not in ("", "\n") else loose[:-1]
+        options = (body, text + loose)
+        yield next((each for each in options if _yaml_reads(each, read_chunk(piece))), text)
+
+
+# ==== 8. Fields ===================================================================================
+
+
+class Kind(NamedTuple):
+    """What one field may hold, be it of the config, of an item or of an agent's result."""
+
+    expected: str  # put behind "must be"
+    fits: Callable[[object], bool]
+    words: tuple[str, ...] = ()  # all there is to choose from, if it is a choice
+    meant: Mapping[str, object] = {}  # what else a text in lower case is taken for, leniently
+    remedies: Mapping[type, str] = {}  # by the type that stands there instead; {} is the value
+
+    def problem(self, value: object) -> str:
+        """What is wrong with a value, to stand behind the field's name; "" if nothing."""
+        if self.fits(value):
+            return ""
+        remedy = self.remedies.get(type(value), "").format(shown(value))
+        hint = did_you_mean(value, self.words) if isinstance(value, str) else ""
+        return f"must be {self.expected}, not {shown(value)}{remedy}{hint}"
+
+    def typed(self, text: str) -> object:
+        """What somebody means who types a text at the command line; may not fit."""
+        if re.fullmatch(r"[+-]?[0-9]{1,15}", text) and self.fits(int(text)):
+            return int(text)
+        return self.meant.get(text.lower(), text)
+
+
+def choice(*words: str) -> Kind:
+    """One of a few words; lenient readers take them in any case, and their first letters."""
+    meant = {short: word for word in reversed(words) for short in (word[0], word)}
+    return Kind(f"one of {', '.join(words)}", words.__contains__, words, meant)
+
+
+def whole_number(least: int | None = None, most: int | None = None) -> Kind:
+    """A whole number within bounds; bool is a kind of int in Python, but `2` is not `true`."""
+
+    def fits(value: object) -> bool:
+        return type(value) is int and not (
+            (least is not None and value < least) or (most is not None and value > most)
+        )
+
+    return Kind(f"a whole number{_bounds(least, most)}", fits)
+
+
+def number_within(least: float, most: float) -> Kind:
+    """A number within bounds; nan and infinity are none."""
+
+    def fits(value: object) -> bool:
+        return type(value) in (int, float) and least <= cast(float, value) <= most
+
+    return Kind(f"a number{_bounds(least, most)}", fits)
+
+
+def _bounds(least: float | None, most: float | None) -> str:
+    return ("" if least is None else f" from {least}") + ("" if most is None else f" to {most}")
+
+
+def matching_text(expected: str, pattern: str) -> Kind:
+    """A text that a regular expression matches as a whole."""
+
+    def fits(value: object) -> bool:
+        return isinstance(value, str) and bool(re.fullmatch(pattern, value))
+
+    return Kind(expected, fits, remedies=IN_QUOTES)
+
+
+def list_of(kind: Kind, expected: str, remedy: str = "") -> Kind:
+    """A list, possibly empty, whose elements are all of a kind; the remedy is for a text."""
+
+    def fits(value: object) -> bool:
+        return isinstance(value, list) and all(map(kind.fits, value))
+
+    return Kind(expected, fits, remedies={str: remedy})
+
+
+IN_QUOTES = dict.fromkeys((bool, int, float), " (in quotes it is text: '{}')")
+TEXT = Kind("text", lambda value: type(value) is str, remedies=IN_QUOTES)
+TEXTS = list_of(TEXT, "a list of texts", "; write it as [{}]")
+LIST = Kind("a list", lambda value: type(value) is list)
+MAPPING = Kind("a mapping of keys to values", lambda value: type(value) is dict)
+FLAG = Kind(
+    "true or false",
+    lambda value: type(value) is bool,
+    meant={"true": True, "yes": True, "false": False, "no": False},
 )
 
-MAX_COUNTER = 10**15 - 1  # more digits do not survive every YAML reader
-_ID_TEXT = r"\w[\w.-]{0,99}"  # goes into file names and git refs
-_ITEM_ID = r"(.+)-([0-9]{1,10})"  # one that was handed out
 
+class Fields:
+    """A mapping that comes from outside, while it is read field by field.
 
-class BacklogError(Exception):
-    """The backlog, or a request on it, cannot be used; the message is for the operator."""
-
-
-if TYPE_CHECKING:
-
-    class Item(TypedDict, total=False):
-        """One backlog entry. Treated as immutable: an update makes a new dict.
-
-        Only `id`, `title`, `status`, `created` and `updated` are always there. Times are RFC 3339
-        text in UTC. Keys this program does not know are kept beside these.
-        """
-
-        id: str
-        title: str
-        status: str  # one of STATUS_WORDS
-        phase: str
-        size: str  # one of SIZE_WORDS
-        complexity: str  # one of LEVEL_WORDS, as risk and impact
-        risk: str
-        impact: str
-        requires_human_review: bool
-        origin: str  # "ID/phase" of the work that suggested it
-        blocked_from_status: str
-        blocked_reason: str
-        blocked_type: str  # one of BLOCK_WORDS
-        unblock_context: str
-        tags: list[str]
-        dependencies: list[str]
-        created: str
-        updated: str
-        pipeline_type: str
-        description: dict[str, str]  # the keys of DESCRIPTION_KEYS
-        phase_pool: str  # one of POOL_WORDS
-        guardrail_override: bool
-        priority: int  # higher first
-        attempts: int  # failed ones of the current phase
-
-else:
-    Item = dict
-
-
-class Backlog(_Record):
-    """A snapshot: it never changes, and shares the dicts of unchanged items with others."""
-
-    items: Mapping[str, Item]  # by id, in the order of the file
-    next_item_id: int  # the last number handed out
-
-
-class KeyChange(_Record):
-    """One difference between two backlogs, in values that JSON can hold; None = absent."""
-
-    item_id: str  # "" for the counter `next_item_id`
-    key: str  # "" for the whole item
-    old: object
-    new: object
-
-
-def timestamp(now: datetime) -> str:
-    """RFC 3339 text in UTC, as `created` and `updated` hold it."""
-    from datetime import UTC
-
-    return now.astimezone(UTC).isoformat()
-
-
-def changes_between(old: Backlog, new: Backlog) -> list[KeyChange]:
-    """What leads from one backlog to the other: removals, then item by item, then the counter.
-
-    Cheap where the two share most of their dicts.
+    A field that does not fit reads as its default, and a complaint goes to the list that all
+    mappings of a document share; so the reading goes on and finds the rest. A lenient reader drops
+    the field, where a strict one is not content until all complaints are met. Texts are stripped,
+    and a blank one that fits counts as absent, as null does.
     """
-    if old is new:
-        return []
-    changes: list[KeyChange] = []
-    if not old.items.keys() <= new.items.keys():
-        gone = (item_id for item_id in old.items if item_id not in new.items)
-        changes += [KeyChange(item_id, "", old.items[item_id], None) for item_id in gone]
-    known = old.items.get
-    for item_id in [key for key, item in new.items.items() if known(key) is not item]:
-        before, item = known(item_id), new.items[item_id]
-        if before is None:
-            changes.append(KeyChange(item_id, "", None, item))
-        else:
-            changes += _item_changes(item_id, before, item)
-    if old.next_item_id != new.next_item_id:
-        changes.append(KeyChange("", "next_item_id", old.next_item_id, new.next_item_id))
-    return changes
+
+    lenient = False
+
+    def __init__(self, values: Mapping[str, object], where: str, complaints: list[str]) -> None:
+        self.values = values
+        self.where = where  # "execution", "pipelines.feature.phases[2]"; "" for the whole document
+        self.complaints = complaints
+        self.known: list[str] = []
+
+    def complain(self, key: str, trouble: str) -> None:
+        """Put a sentence that begins with the key on the list."""
+        self.complaints.append(f"{self.path(key)} {trouble}")
+
+    def path(self, key: str) -> str:
+        """How a message names a field."""
+        return f"{self.where}.{key}" if self.where else key
+
+    def raw(self, key: str) -> object:
+        """What stands there; None if nothing does. From now on the key is a known one."""
+        self.known.append(key)
+        value = self.values.get(key)
+        return value.strip() if isinstance(value, str) else value
+
+    def get(self, key: str, kind: Kind, default: object = None) -> Any:
+        """The value, lists as tuples."""
+        value = self.raw(key)
+        if self.lenient and isinstance(value, str):
+            value = kind.meant.get(value.lower(), value or None)
+        return self._fitting(key, value, kind, default)
+
+    def table(self, key: str) -> Self:
+        """The mapping below a key; an empty one if there is none."""
+        return self._below(key, self.raw(key))
+
+    def tables(self, key: str) -> list[Self]:
+        """The mappings that are listed below a key."""
+        listed = enumerate(self.get(key, LIST, ()))
+        return [self._below(f"{key}[{i}]", entry) for i, entry in listed]
+
+    def _below(self, key: str, value: object) -> Self:
+        return type(self)(self._fitting(key, value, MAPPING, {}), self.path(key), self.complaints)
+
+    def _fitting(self, key: str, value: object, kind: Kind, default: object) -> Any:
+        problem = kind.problem(value) if value is not None else ""
+        if problem:
+            self.complain(key, f"{problem}; dropped" if self.lenient else problem)
+        return default if problem or value is None or value == "" else _frozen(value)
+
+    def close(self) -> None:
+        """Complain about every key that nobody asked for."""
+        for key in self.values:
+            if key not in self.known:
+                self.complain(key, f"is no known key{did_you_mean(key, self.known)}")
 
 
-def _item_changes(item_id: str, before: Item, after: Item) -> list[KeyChange]:
-    old: Mapping[str, object] = before
-    new: Mapping[str, object] = after
-    return [
-        KeyChange(item_id, key, old.get(key), new.get(key))
-        for key in {**old, **new}
-        if old.get(key) != new.get(key)
-    ]
+def _frozen(value: object) -> object:
+    return tuple(map(_frozen, value)) if isinstance(value, list) else value
 
 
-def _with_keys(item: Item, changes: Mapping[str, object]) -> Item:
-    """The item with some keys set, or deleted where the value is None."""
-    merged: dict[str, object] = {**item, **changes}
-    return _cast(Item, {key: value for key, value in merged.items() if value is not None})
+def shown(value: object) -> str:
+    """A value as a message names it: as JSON, which YAML and TOML look much like; cut short.
+
+    The texts of a mapping are left out: they may be anything, such as passwords.
+    """
+    import json
+
+    hidden: dict[type, object] = {str: "…", list: "[…]", dict: "{…}"}
+    if isinstance(value, dict):
+        value = {key: hidden.get(type(inner), inner) for key, inner in value.items()}
+    try:
+        text = json.dumps(value, ensure_ascii=False, default=str)
+    except (RecursionError, ValueError):  # thousands of digits
+        return "something far too large"
+    text = text if len(text) <= 80 else text[:79] + "…"
+    return "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in text)
 
 
 def did_you_mean(word: str, words: Iterable[str]) -> str:
@@ -1780,275 +1553,205 @@ def did_you_mean(word: str, words: Iterable[str]) -> str:
     return f' (did you mean "{spelt[close[0]]}"?)' if close else ""
 
 
-# ---- What a key may hold -------------------------------------------------------------------------
+# ==== 9. Items ====================================================================================
+
+SCHEMA_VERSION = 3
+
+STATUS_WORDS = ("new", "scoping", "ready", "in_progress", "done", "blocked")
+SIZE_WORDS = ("small", "medium", "large")
+LEVEL_WORDS = ("low", "medium", "high")
+BLOCK_WORDS = ("clarification", "decision")
+POOL_WORDS = ("pre", "main")
+DESCRIPTION_KEYS = ("context", "problem", "solution", "impact", "sizing_rationale")
+DEFAULT_PIPELINE = "feature"  # of an item that names none
+MAX_COUNTER = 10**15 - 1  # more digits do not survive every YAML reader
 
 
-class _Kind(_Record):
-    """What an item's key may hold."""
+class ItemKey(NamedTuple):
+    """A row of the table of an item's keys."""
 
-    type: type
-    expected: str
-    words: tuple[str, ...] = ()
-
-
-_TEXT = _Kind(str, "text")
-_FLAG = _Kind(bool, "true or false")
-_NUMBER = _Kind(int, "a whole number")
-_TEXTS = _Kind(list, "a list of texts")
-
-_ITEM_KINDS: dict[str, _Kind] = {
-    **dict.fromkeys(
-        (
-            "id",
-            "title",
-            "phase",
-            "origin",
-            "blocked_reason",
-            "unblock_context",
-            "created",
-            "updated",
-            "pipeline_type",
-        ),
-        _TEXT,
-    ),
-    **{key: _Kind(str, "text", words) for key, words in RATING_WORDS.items()},
-    "status": _Kind(str, "text", STATUS_WORDS),
-    "blocked_from_status": _Kind(str, "text", STATUS_WORDS),
-    "blocked_type": _Kind(str, "text", BLOCK_WORDS),
-    "phase_pool": _Kind(str, "text", POOL_WORDS),
-    "requires_human_review": _FLAG,
-    "guardrail_override": _FLAG,
-    "priority": _NUMBER,
-    "attempts": _NUMBER,
-    "tags": _TEXTS,
-    "dependencies": _TEXTS,
-    "description": _Kind(dict, f"a mapping with the keys {', '.join(DESCRIPTION_KEYS)}"),
-}
+    kind: Kind
+    meaning: str
+    # Whose word counts where an edit and a decision meet: "run" (what the orchestrator decided
+    # stays), "person" (the edit stays); "both" for what is written once, and for times.
+    owner: Literal["person", "run", "both"]
+    default: object = None  # what an item without the key means
+    written: Literal["always", "if set"] = "if set"
+    filter: str = ""  # its name in `--only`
+    option: str = ""  # the option of `add` that sets it
 
 
-def _value_problem(key: str, value: object) -> str:
-    """What is wrong with the value of an item's key; "" if nothing, and for unknown keys."""
-    kind = _ITEM_KINDS.get(key)
-    if kind is None:
-        return ""
-    if type(value) is not kind.type:
-        return f"{key} must be {kind.expected}, not {_shown(value)}{_type_remedy(key, kind, value)}"
-    if kind is _TEXT:
-        return _id_problem(value) if key == "id" else ""
-    if kind.words:
-        return "" if value in kind.words else _word_problem(key, str(value), kind.words)
-    if isinstance(value, list):
-        wrong = [entry for entry in value if type(entry) is not str]
-        return f"{key} must be a list of texts; {_shown(wrong[0])} is none" if wrong else ""
-    if isinstance(value, dict):
-        return _description_problem(value)
-    if key == "attempts" and isinstance(value, int) and value < 0:
-        return f"attempts must not be negative, it is {value}"
-    return ""
-
-
-def _word_problem(key: str, value: str, words: Sequence[str]) -> str:
-    return f"{key} is {value!r}, expected one of {', '.join(words)}{did_you_mean(value, words)}"
-
-
-def _id_problem(value: object) -> str:
-    if _regex(_ID_TEXT).fullmatch(str(value)):
-        return ""
-    return (
-        f"id {str(value)[:120]!r} cannot be used: up to 100 letters, digits, '-', '_' and '.',"
-        " beginning with a letter or digit"
+def _is_description(value: object) -> bool:
+    """Unknown keys may hold anything."""
+    return isinstance(value, dict) and all(
+        value.get(key) is None or type(value[key]) is str for key in DESCRIPTION_KEYS
     )
 
 
-def _description_problem(value: Mapping[str, object]) -> str:
-    for key in DESCRIPTION_KEYS:
-        text = value.get(key)
-        if text is not None and type(text) is not str:
-            return f"description.{key} must be text, not {_shown(text)}{_quoting(text)}"
-    return ""
+_ID = matching_text(  # it goes into file names and git refs
+    "up to 100 letters, digits, '-', '_' and '.', beginning with a letter or digit",
+    r"\w[\w.-]{0,99}",
+)
+_STATUS, _SIZE, _LEVEL = choice(*STATUS_WORDS), choice(*SIZE_WORDS), choice(*LEVEL_WORDS)
+_DESCRIPTION = Kind(
+    f"a mapping of texts with the keys {', '.join(DESCRIPTION_KEYS)}",
+    _is_description,
+    remedies={str: "; put the text below it, indented, as 'context: …'"},
+)
+
+# The one place that knows an item's keys, in the order in which they are written. Keys that are
+# not here are kept as they are.
+ITEM_TABLE: Mapping[str, ItemKey] = {
+    "id": ItemKey(_ID, "PREFIX-NUMBER, never used twice", "both", None, "always", filter="id"),
+    "title": ItemKey(TEXT, "one line", "person", None, "always"),
+    "status": ItemKey(_STATUS, "where it stands", "run", "new", "always", filter="status"),
+    "phase": ItemKey(TEXT, "the one to run next, or at work", "run"),
+    "size": ItemKey(_SIZE, "of the change", "person", filter="size", option="size"),
+    "complexity": ItemKey(
+        _LEVEL, "of the change", "person", filter="complexity", option="complexity"
+    ),
+    "risk": ItemKey(_LEVEL, "of the change", "person", filter="risk", option="risk"),
+    "impact": ItemKey(_LEVEL, "higher goes first", "person", filter="impact", option="impact"),
+    "requires_human_review": ItemKey(
+        FLAG, "a human must approve it before code is touched", "person", False, "always"
+    ),
+    "origin": ItemKey(TEXT, "ID/phase that suggested it", "both", filter="origin"),
+    "blocked_from_status": ItemKey(_STATUS, "where unblocking puts it back", "run"),
+    "blocked_reason": ItemKey(TEXT, "what a human is asked", "run"),
+    "blocked_type": ItemKey(choice(*BLOCK_WORDS), "what is needed", "run"),
+    "unblock_context": ItemKey(TEXT, "a human's notes for the next phase", "person"),
+    "tags": ItemKey(TEXTS, "may be repeated", "person", [], filter="tag", option="tag"),
+    "dependencies": ItemKey(
+        TEXTS, "ids that must be done first; may be repeated", "person", [], option="depends-on"
+    ),
+    "created": ItemKey(TEXT, "RFC 3339, in UTC", "both", None, "always"),
+    "updated": ItemKey(TEXT, "RFC 3339, in UTC; by us at every change", "run", None, "always"),
+    "pipeline_type": ItemKey(
+        TEXT,
+        "a pipeline of the config; default: triage chooses",
+        "person",
+        DEFAULT_PIPELINE,
+        filter="pipeline_type",
+        option="pipeline",
+    ),
+    "description": ItemKey(
+        _DESCRIPTION, "what the agents should know", "person", option="description"
+    ),
+    "phase_pool": ItemKey(choice(*POOL_WORDS), "the list its phase is in", "run"),
+    "guardrail_override": ItemKey(FLAG, "a human lets it pass", "person", False),
+    "priority": ItemKey(
+        whole_number(),
+        "higher goes first, before impact",
+        "person",
+        filter="priority",
+        option="priority",
+    ),
+    "attempts": ItemKey(whole_number(0), "failed ones of its phase", "run", 0),
+}
+ITEM_KEYS = tuple(ITEM_TABLE)
+REQUIRED_KEYS = ("id", "title", "status", "created", "updated")
+RATING_KEYS = ("size", "complexity", "risk", "impact")
+RATING_WORDS = {key: ITEM_TABLE[key].kind.words for key in RATING_KEYS}
+OWNED_KEYS = frozenset(key for key, row in ITEM_TABLE.items() if row.owner == "run")
+
+_ITEM_ID = r"(.+)-([0-9]{1,10})"  # one that was handed out
 
 
-def _shown(value: object) -> str:
-    """A value as a message names it."""
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    if isinstance(value, dict):
-        return "a mapping"
-    if isinstance(value, list):
-        return "a list"
-    return f"the text {value[:60]!r}" if isinstance(value, str) else f"the number {value}"
+class BacklogError(Exception):
+    """The backlog, or a request on it, cannot be used; the message is for the operator."""
 
 
-def _type_remedy(key: str, kind: _Kind, value: object) -> str:
-    if key == "description" and isinstance(value, str):
-        return "; put the text below it, indented, as 'context: …'"
-    if kind.type is list and isinstance(value, str):
-        return f"; write it as [{value}]"
-    return _quoting(value) if kind.type is str else ""
+class Item(TypedDict, total=False):
+    """One backlog entry. Treated as immutable: an update makes a new dict.
+
+    The keys are those of ITEM_TABLE, of which REQUIRED_KEYS are always there; keys that it
+    does not know are kept beside them.
+    """
+
+    id: str
+    title: str
+    status: str
+    phase: str
+    size: str
+    complexity: str
+    risk: str
+    impact: str
+    requires_human_review: bool
+    origin: str
+    blocked_from_status: str
+    blocked_reason: str
+    blocked_type: str
+    unblock_context: str
+    tags: list[str]
+    dependencies: list[str]
+    created: str
+    updated: str
+    pipeline_type: str
+    description: dict[str, str]
+    phase_pool: str
+    guardrail_override: bool
+    priority: int
+    attempts: int
 
 
-def _quoting(value: object) -> str:
-    if isinstance(value, bool):
-        return f" (in quotes it is text: '{_shown(value)}')"
-    return f" (in quotes it is text: '{value}')" if isinstance(value, int | float) else ""
+class Backlog(NamedTuple):
+    """A snapshot: it never changes, and shares the dicts of unchanged items with others."""
+
+    items: Mapping[str, Item]  # by id, in the order of the file
+    next_item_id: int  # the last number handed out
 
 
-# ==== 9. Reading a backlog file ===================================================================
+def timestamp(now: datetime) -> str:
+    """RFC 3339 text in UTC, as `created` and `updated` hold it."""
+    return now.astimezone(UTC).isoformat()
 
 
-class _FileState(_Record):
-    """A backlog file as it was read: its bytes and what they mean."""
-
-    data: bytes
-    document: Document
-    backlog: Backlog
+_LONG_AGO = datetime.min.replace(tzinfo=UTC)
 
 
-def _read_backlog(data: bytes, source: str, warn: Callable[[str], None]) -> _FileState:
-    """Read a file's bytes; YamlError or BacklogError, with all problems, if they are of no use."""
-    document = Document.parse(data, source)
-    _refuse_cut_off(document, data, source)
-    _refuse_other_schemas(document, source)
-    if "next_item_id" not in document.top:
-        warn(
-            f"{source}: next_item_id is missing, new ids go on from the highest one; if the"
-            f" file was cut off, get it back with 'git checkout -- {source}'"
-        )
-        document = document.copy()
-        document.set_top("next_item_id", 0)
-    return _FileState(data, document, _backlog_of(document, data, source))
+def moment(text: object) -> datetime:
+    """The time that `created` or `updated` tell; long ago for what tells none."""
+    try:
+        found = datetime.fromisoformat(str(text))
+    except ValueError:
+        return _LONG_AGO
+    return found.astimezone(UTC) if found.tzinfo else found.replace(tzinfo=UTC)
 
 
-def _refuse_cut_off(document: Document, data: bytes, source: str) -> None:
-    """An interrupted copy must not pass for a short backlog, or ids would be handed out twice."""
-    remedy = f"get the whole file back with 'git checkout -- {source}'"
-    if not document.items:
-        root = parse_yaml(data, source)
-        if not (isinstance(root, dict) and root.get("items") == []):
-            raise BacklogError(
-                f"{source}: no items; {remedy}, or write 'items: []' for an empty backlog"
-            )
-    if "next_item_id" not in document.top and not data.endswith(b"\n"):
-        raise BacklogError(
-            f"{source}: the file seems cut off: its last line is incomplete and 'next_item_id' is"
-            f" missing; {remedy}, or add the line 'next_item_id: N' (the last number handed out)"
-        )
+def _with_keys(item: Item, changes: Mapping[str, object]) -> Item:
+    """The item with some keys set, or deleted where the value is None."""
+    merged: dict[str, object] = {**item, **changes}
+    return cast(Item, {key: value for key, value in merged.items() if value is not None})
 
 
-def _refuse_other_schemas(document: Document, source: str) -> None:
-    version = document.top.get("schema_version")
-    if type(version) is not int or version != SCHEMA_VERSION:
-        found = "is missing" if version is None else f"is {_shown(version)}"
-        raise BacklogError(
-            f"{source}: schema_version {found}, and only {SCHEMA_VERSION} can be read; use the"
-            f" program that wrote the file, or bring its items to schema {SCHEMA_VERSION} and write"
-            f" 'schema_version: {SCHEMA_VERSION}'"
-        )
+# ---- Reading an item -----------------------------------------------------------------------------
 
 
-def _backlog_of(document: Document, data: bytes, source: str) -> Backlog:
-    """Check every item and the counter; BacklogError lists all that is wrong."""
-    items: dict[str, Item] = {}
-    places: dict[str, int] = {}
-    problems: list[str] = []
-    for position, raw in enumerate(_cast(list[object], document.items)):
-        found = _item_problems(raw)
-        item_id = str(raw.get("id", "")) if isinstance(raw, dict) else ""
-        if item_id in places:
-            first = places[item_id] + 1
-            both = f"the items number {first} and {position + 1}"
-            found.append(("id", f"the id is used twice, by {both}; give one of them a new id"))
-        for key, problem in found:
-            line = _line_of(data, position, key)
-            where = f"{source}:{line}" if line else source
-            problems.append(f"{where}: {item_id or f'item number {position + 1}'}: {problem}")
-        places.setdefault(item_id, position)
-        items[item_id] = _clean_item(raw)
-    counter = document.top.get("next_item_id")
-    if counter is not None and (type(counter) is not int or not 0 <= counter <= MAX_COUNTER):
-        shown = _shown(counter)
-        problems.append(f"{source}: next_item_id must be a whole number from 0, not {shown}")
-    if problems:
-        raise BacklogError("\n".join(problems))
-    return Backlog(items, _cast(int, counter or 0))
+def read_item(raw: object) -> tuple[Item, list[tuple[str, str]]]:
+    """An item as a document holds it, and (key, problem) of all that is wrong with it.
 
-
-def _item_problems(raw: object) -> list[tuple[str, str]]:
-    """(key, problem) of all that is wrong with an item as read; a null counts as absent."""
+    A bad value costs its key alone, and null counts as absent; so the item may lack required keys.
+    The key is "" for what is no mapping at all.
+    """
     if not isinstance(raw, dict):
-        return [("", f"must be a mapping that begins with 'id: …', not {_shown(raw)}")]
+        return {}, [("", f"must be a mapping that begins with 'id: …', not {shown(raw)}")]
     problems = [
         (key, f"the key '{key}' is missing") for key in REQUIRED_KEYS if raw.get(key) is None
     ]
-    for key, value in raw.items():
-        if value is not None and (problem := _value_problem(key, value)):
-            problems.append((key, problem))
-    return problems
-
-
-def _clean_item(raw: object) -> Item:
-    """An item without the keys that hold null; empty for something that is no item at all."""
-    if not isinstance(raw, dict):
-        return {}
+    problems += [
+        (key, f"{key} {row.kind.problem(value)}")
+        for key, value in raw.items()
+        if value is not None and (row := ITEM_TABLE.get(key)) and not row.kind.fits(value)
+    ]
+    bad = dict(problems)
     item = raw
-    if None in raw.values():
-        item = {key: value for key, value in raw.items() if value is not None}
-    description = item.get("description")
-    if isinstance(description, dict) and None in description.values():
-        texts = {key: "" if text is None else text for key, text in description.items()}
+    if bad or None in raw.values():
+        item = {key: value for key, value in raw.items() if value is not None and key not in bad}
+    texts = item.get("description")
+    if texts and None in texts.values():
+        texts = {key: "" if text is None else text for key, text in texts.items()}
         item = {**item, "description": texts}
-    return _cast(Item, item)
-
-
-def _line_of(data: bytes, position: int, key: str) -> int | None:
-    """The line (from 1) of a key of the item at a position, or of the item's begin.
-
-    A key's text always stands deeper than its item's dash, so the dashes in one column count the
-    items. None where the file is written in another way.
-    """
-    lines = data.decode("utf-8", "replace").splitlines()
-    begin = next((i for i, line in enumerate(lines) if line.startswith("items:")), len(lines))
-    dashes = [i for i in range(begin, len(lines)) if re.match(r" *- ", lines[i])]
-    if not dashes:
-        return None
-    dash = lines[dashes[0]].index("-")
-    dashes = [i for i in dashes if lines[i].index("-") == dash]
-    if position >= len(dashes):
-        return None
-    start, *following = dashes[position : position + 2]
-    column = dash + 1 + len(lines[start][dash + 1 :]) - len(lines[start][dash + 1 :].lstrip())
-    for i in range(start, following[0] if following else len(lines)):
-        if lines[i][column:].startswith(f"{key}:") and lines[i][:column].strip() in ("", "-"):
-            return i + 1
-    return start + 1
-
-
-# ---- Versions in history -------------------------------------------------------------------------
-
-
-def item_texts(data: bytes) -> list[bytes]:
-    """Cut a backlog file into one text per item, without reading any.
-
-    For comparing many versions of the file: what two of them share need not be read at all. Cut at
-    the dashes in the first one's column, for whatever belongs to an item stands deeper.
-    """
-    begin = re.search(rb"^(?:\xef\xbb\xbf)?items:[^\n]*\n", data, re.M)
-    first = re.compile(rb"^ *- ", re.M).search(data, begin.end()) if begin else None
-    if first is None:
-        return []
-    below = re.compile(rb"\n[^\s#-]").search(data, first.end())
-    body = data[first.end() : below.start() if below else len(data)].removesuffix(b"\n")
-    return [first[0] + text + b"\n" for text in body.split(b"\n" + first[0])]
-
-
-def read_item_text(text: bytes, source: str) -> Item:
-    """The item that one of `item_texts` holds; YamlError or BacklogError."""
-    root = parse_yaml(b"items:" + (b"\r\n" if text.endswith(b"\r\n") else b"\n") + text, source)
-    items = root["items"] if isinstance(root, dict) else None
-    item = _clean_item(items[0]) if isinstance(items, list) else {}
-    if any(type(item.get(key)) is not str for key in ("id", "status")):
-        raise BacklogError(f"{source}: an item has no id or status")
-    return item
+    return cast(Item, item), problems
 
 
 # ==== 10. Drafts and rules ========================================================================
@@ -2087,9 +1790,15 @@ class Draft:
         changes = {key: value for key, value in changes.items() if old.get(key) != value}
         if changes:
             _refuse_bad_values(item_id, changes)
-            item = _with_keys(item, {**changes, "updated": timestamp(now)})
-            self.items[item_id] = item
-        return item
+            self.put({**item, **changes}, now)
+        return self.items[item_id]
+
+    def put(self, item: Mapping[str, object], now: datetime) -> None:
+        """Set a whole item; its `updated` is later than it was, whatever the clock does."""
+        known = self.items.get(cast(str, item["id"]), item)
+        stamp = max(now, moment(known.get("updated")) + timedelta(microseconds=1))
+        kept = {key: value for key, value in item.items() if value is not None}
+        self.items[cast(str, item["id"])] = cast(Item, {**kept, "updated": timestamp(stamp)})
 
     def add(self, prefix: str, title: str, now: datetime, **fields: object) -> Item:
         """Append a new item with the next id; a field that is None is left out.
@@ -2101,11 +1810,10 @@ class Draft:
             raise BacklogError("a new item needs a title; this one is blank")
         _refuse_bad_values("the new item", {**fields, "title": title})
         known: dict[str, object] = {
-            "requires_human_review": False,
+            **{key: row.default for key, row in ITEM_TABLE.items() if row.written == "always"},
             **fields,
             "id": self.allocate(prefix),
             "title": title,
-            "status": "new",
             "created": timestamp(now),
             "updated": timestamp(now),
         }
@@ -2147,11 +1855,11 @@ def _one_line_title(title: str) -> str:
 
 def _refuse_bad_values(owner: str, changes: Mapping[str, object]) -> None:
     for key, value in changes.items():
-        problem = _value_problem(key, value) if value is not None else ""
+        row = ITEM_TABLE.get(key)
         if value is None and key in REQUIRED_KEYS:
-            problem = f"{key} cannot be removed"
-        if problem:
-            raise BacklogError(f"{owner}: {problem}")
+            raise BacklogError(f"{owner}: {key} cannot be removed")
+        if row is not None and value is not None and not row.kind.fits(value):
+            raise BacklogError(f"{owner}: {key} {row.kind.problem(value)}")
 
 
 # ---- Life cycle ----------------------------------------------------------------------------------
@@ -2258,7 +1966,7 @@ def dependants_of(draft: Draft, item_id: str) -> list[Item]:
 # ---- New items -----------------------------------------------------------------------------------
 
 
-class FollowUp(_Record):
+class FollowUp(NamedTuple):
     """New work as an agent reports it."""
 
     title: str
@@ -2319,21 +2027,16 @@ def context_description(text: str | None) -> dict[str, str] | None:
 # the file changed underneath or after a crash, and must come to the same answer.
 
 TRIAGE = "triage"  # the phase that rates and routes a new item; no pipeline lists it
-DEFAULT_PIPELINE = "feature"
-
-# What the operator may have edited while a phase ran, although it is for us to set. `attempts` and
-# `updated` are left out: our own saves change them meanwhile.
-CONTESTED_KEYS = [key for key in ITEM_KEYS if key in OWNED_KEYS - {"attempts", "updated"}]
 
 
-class Route(_Record):
+class Route(NamedTuple):
     """What a pipeline is to items: the names of its phases, in the order in which they run."""
 
     pre: tuple[str, ...]
     main: tuple[str, ...]
 
 
-class Rules(_Record):
+class Rules(NamedTuple):
     """What the config says about items."""
 
     prefix: str  # of new ids
@@ -2342,7 +2045,7 @@ class Rules(_Record):
     source: str  # where the pipelines are, as a message names it
 
 
-class PhaseResult(_Record):
+class PhaseResult(NamedTuple):
     """What an agent reported, leniently parsed; `warnings` names every field that was dropped."""
 
     item_id: str
@@ -2361,7 +2064,7 @@ class PhaseResult(_Record):
     warnings: tuple[str, ...] = ()
 
 
-class Applied(_Record):
+class Applied(NamedTuple):
     """What applying an outcome to the backlog did, for the log and for counting."""
 
     state: Literal["completed", "advanced", "again", "blocked", "dropped"]
@@ -2405,13 +2108,12 @@ def guardrail_objection(item: Item, limits: Mapping[str, str], before: Item | No
         objections.append(f"the guardrails are exceeded by {', '.join(excesses)}")
     if not objections:
         return ""
-    remedy = f"orchestrator unblock {item['id']} --override-guardrails"
-    return f"{' and '.join(objections)}; accept it with: {remedy}"
+    return f"{' and '.join(objections)}; a human has to accept it"
 
 
 def _rank(measure: str, ratings: Mapping[str, object]) -> int:
     """How high a rating is; -1 without one."""
-    return (None, *RATING_WORDS[measure]).index(_cast(str, ratings.get(measure))) - 1
+    return (None, *RATING_WORDS[measure]).index(cast(str, ratings.get(measure))) - 1
 
 
 def apply_result(
@@ -2489,21 +2191,8 @@ class _Decision:
         return _blocked(self.draft, item_id, phase, reason, self.now, kind, outcome)
 
     def made(self) -> Applied:
-        """The decision, with a warning for every edit by hand that it overrules."""
-        ours: Mapping[str, object] = self.started
-        theirs: dict[str, object] = dict(self.item)
-        contested = [key for key in CONTESTED_KEYS if theirs.get(key) != ours.get(key)]
-        self.update(**{key: ours.get(key) for key in contested})
         self.take_ratings()
-        applied = self.decide()
-        final: Mapping[str, object] = applied.item
-        self.draft.warnings += [
-            f"{self.result.item_id}: {key} was set to {theirs.get(key)!r} while"
-            f" {self.result.phase} ran; the run has the last word: {final.get(key)!r}"
-            for key in contested
-            if theirs.get(key) != final.get(key)
-        ]
-        return applied
+        return self.decide()
 
     def take_ratings(self) -> None:
         """One that stands is a floor: an agent may raise it, and ask for a review, never waive."""
@@ -2604,9 +2293,8 @@ class _Decision:
         if not known:
             return ""
         return (
-            f"it seems to be a duplicate of {', '.join(known)}; if it is:"
-            f" orchestrator close {item_id} --reason duplicate, else:"
-            f" orchestrator unblock {item_id} --notes 'no duplicate'"
+            f"it seems to be a duplicate of {', '.join(known)};"
+            " if it is, `close` it, else `unblock` it with a note"
         )
 
 
@@ -2679,7 +2367,7 @@ def _repair_active(draft: Draft, item: Item, rules: Rules, now: datetime) -> lis
     return [f"{what}; starts with {first}"]
 
 
-class Farewell(_Record):
+class Farewell(NamedTuple):
     """An item that the operator took out of the backlog."""
 
     item: Item
@@ -2721,12 +2409,12 @@ class IssuedIds:
         self.prefixes = {prefix}
         self.highest = backlog.next_item_id
         for item_id in backlog.items:
-            if match := _regex(_ITEM_ID).fullmatch(item_id):
+            if match := re.fullmatch(_ITEM_ID, item_id):
                 self.prefixes.add(match[1])
                 self.highest = max(self.highest, int(match[2]))
 
     def __contains__(self, item_id: str) -> bool:
-        match = _regex(_ITEM_ID).fullmatch(item_id)
+        match = re.fullmatch(_ITEM_ID, item_id)
         return bool(match and match[1] in self.prefixes and int(match[2]) <= self.highest)
 
 
@@ -2770,7 +2458,7 @@ class FilterError(BacklogError):
     """A filter makes no sense."""
 
 
-class Filter(_Record):
+class Filter(NamedTuple):
     """One `--only`: the item's value is one of these, or, negated, none of them."""
 
     key: str
@@ -2781,15 +2469,7 @@ class Filter(_Record):
         return f"{self.key}{'!=' if self.negated else '='}{','.join(self.values)}"
 
 
-# What may be written for each word; ratings may be shortened to their first letter.
-_FILTER_WORDS: Mapping[str, Mapping[str, str]] = {
-    "status": {word: word for word in STATUS_WORDS},
-    **{
-        key: {short: word for word in RATING_WORDS[key] for short in (word, word[0])}
-        for key in ("impact", "size", "risk", "complexity")
-    },
-}
-_FILTER_KEYS = (*_FILTER_WORDS, "tag", "pipeline_type", "id", "origin", "priority")
+FILTER_KEYS = {row.filter: key for key, row in ITEM_TABLE.items() if row.filter}
 _FILTER_FORM = r"(?s)\s*([^=]*?)\s*(!?=)\s*(.*?)\s*"
 
 
@@ -2804,9 +2484,11 @@ def parse_filter(text: str) -> Filter:
         form = "KEY=VALUE[,VALUE…] or KEY!=VALUE[,VALUE…]"
         raise FilterError(f"Filter must be in format {form}, not '{text}'")
     key = parts[1].lower()
-    if key not in _FILTER_KEYS:
-        known = f"{did_you_mean(key, _FILTER_KEYS)}. Supported: {', '.join(_FILTER_KEYS)}"
-        raise FilterError(f"Unknown filter field: {key}{known}")
+    if key not in FILTER_KEYS:
+        hint = did_you_mean(key, FILTER_KEYS)
+        raise FilterError(
+            f"Unknown filter field: {key}{hint}. Supported: {', '.join(FILTER_KEYS)}"
+        )
     values: list[str] = []
     for token in parts[3].split(","):
         value = _filter_value(key, token.strip(), text)
@@ -2821,19 +2503,12 @@ def parse_filter(text: str) -> Filter:
 def _filter_value(key: str, token: str, text: str) -> str:
     if not token:
         raise FilterError(f"Empty value in comma-separated list: '{text}'")
-    words = _FILTER_WORDS.get(key)
-    if words is not None:
-        if token.lower() not in words:
-            valid = ", ".join(dict.fromkeys(words.values()))
-            hint = did_you_mean(token, set(words.values()))
-            problem = f"Invalid value '{token}' for field '{key}'{hint}"
-            raise FilterError(f"{problem}. Valid values: {valid}")
-        return words[token.lower()]
-    if key == "priority":
-        if not re.fullmatch(r"[+-]?[0-9]{1,15}", token):
-            raise FilterError(f"Invalid value '{token}' for field 'priority': no whole number")
-        return str(int(token))
-    return token
+    kind = ITEM_TABLE[FILTER_KEYS[key]].kind
+    value = kind.typed(token)
+    problem = kind.problem([value] if kind is TEXTS else value)
+    if problem:
+        raise FilterError(f"Invalid value '{token}' for field '{key}': it {problem}")
+    return str(value)
 
 
 def check_filters(filters: Sequence[Filter]) -> None:
@@ -2865,13 +2540,12 @@ def matching(backlog: Backlog, filters: Sequence[Filter]) -> set[str]:
 
 def _filtered_values(item: Item, filter_: Filter) -> Sequence[str]:
     """What a filter compares: an origin `ID/phase` is found by the id alone, too."""
-    if filter_.key == "tag":
-        return item.get("tags", ())
+    value = cast(Mapping[str, object], item).get(FILTER_KEYS[filter_.key])
+    if value is None:
+        return ()
     if filter_.key == "origin":
-        origin = item.get("origin", "")
-        return (origin, origin.partition("/")[0])
-    value = _cast(Mapping[str, object], item).get(filter_.key)
-    return () if value is None else (str(value),)
+        return (str(value), str(value).partition("/")[0])
+    return cast(Sequence[str], value) if isinstance(value, list) else (str(value),)
 
 
 # ==== 13. Worklog =================================================================================
@@ -2904,6 +2578,52 @@ def _indented(text: str) -> str:
     return "\n".join([first, *(f"  {line}".rstrip() for line in others)])
 
 
+def with_cost(text: str, cost: str) -> str:
+    """A phase's entry with what the phase cost; an entry of another kind, or no cost: as it is."""
+    entry, rule, rest = text.partition(_WORKLOG_RULE)
+    return f"{entry}- **Cost:** {cost}\n{rule}{rest}" if cost and rule else text
+
+
+def read_worklog(text: str) -> list[dict[str, str]]:
+    """The entries of a worklog, in its order, as far as people have left them what they were.
+
+    Each has "when" (RFC 3339), "item" and "title", and what its bullets hold under their names in
+    lower case: "phase", "outcome", "summary" and "cost" of a phase, "status" ("Done" or "Closed"),
+    "phase" and "summary" or "reason" of an item that left the backlog.
+    """
+    entries: list[dict[str, str]] = []
+    key = ""
+    for line in text.split("\n"):
+        if line.startswith("## ") and (head := re.match(_WORKLOG_HEAD, line)):
+            entries.append({"when": head[1], "item": head[2], "title": head[3]})
+            key = ""
+        elif entries and line.startswith("- **") and (found := re.match(_WORKLOG_BULLET, line)):
+            key = found[1].lower()
+            entries[-1][key] = found[2]
+        elif key and (not line or line.startswith("  ")):
+            entries[-1][key] += f"\n{line[2:]}"
+        else:
+            key = ""
+    return [{key: value.strip() for key, value in entry.items()} for entry in entries]
+
+
+_WORKLOG_RULE = "\n---\n"  # between entries; what people wrote is indented, so it cannot be theirs
+_WORKLOG_HEAD = r"## (\S+) — (\S+) \((.*)\)$"
+_WORKLOG_BULLET = r"- \*\*(\w+):\*\* (.*)"
+
+
+def last_summary(entries: Iterable[Mapping[str, str]], item_id: str) -> str | None:
+    """What the item's last completed phase reported; `entries`: see `read_worklog`."""
+    done = [
+        entry["summary"]
+        for entry in entries
+        if entry["item"] == item_id
+        and entry.get("outcome") in ("Complete", "Subphase Complete")
+        and "summary" in entry
+    ]
+    return done[-1] if done else None
+
+
 def recent_worklogs(directory: Path) -> list[Path]:
     """The files of the last two months that have one, the older one first."""
     return sorted(directory.glob("[0-9][0-9][0-9][0-9]-[0-9][0-9].md"))[-2:]
@@ -2915,8 +2635,6 @@ def append_worklog(directory: Path, now: datetime, text: str) -> Path:
     Does nothing when one of the last two months has exactly this text already, so that it can be
     done again after a crash; nor for an empty text. Raises OSError.
     """
-    from datetime import UTC
-
     path = directory / f"{now.astimezone(UTC):%Y-%m}.md"
     written = {month: month.read_bytes() for month in recent_worklogs(directory)}
     entry = text.encode("utf-8", "replace")
@@ -2942,168 +2660,579 @@ def sync_directory(directory: Path) -> None:
         os.close(fd)
 
 
-def swap_files(new: Path, path: Path) -> None:
-    """Put a file in another one's place, and that one in its place, in one act; OSError.
+def replace_file(path: Path, data: bytes, mode: int = 0o644) -> None:
+    """Write a file so that a crash leaves the old or the new content, never a part; OSError."""
+    path.parent.mkdir(exist_ok=True)  # not a folder above it that vanished
+    unfinished = path.with_name(f".{path.name}.tmp")
+    with open(unfinished, "wb") as file:
+        os.fchmod(file.fileno(), mode)
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(unfinished, path)
+    sync_directory(path.parent)
 
-    Linux has renameat2(2) for it, macOS renamex_np(2). Where there is neither, or nothing at
-    `path`, or the file system cannot do it, this is a plain rename.
+
+# ==== 14. States, and their merge =================================================================
+
+
+_GIVEN_KEYS = ("id", "status", "created", "updated")  # what the program gives a new item
+
+
+@cache
+def _item_in(chunk: str) -> tuple[Item, tuple[tuple[str, str], ...]]:
+    """An item and its problems; what only has to be completed, in one with a title, is none."""
+    item, problems = read_item(read_chunk(chunk))
+    if "title" in item:
+        raw = cast(Mapping[str, object], read_chunk(chunk))
+        lacking = {key for key in _GIVEN_KEYS if raw.get(key) is None}
+        problems = [one for one in problems if one[0] not in lacking]
+    return item, tuple(problems)
+
+
+class State:
+    """A backlog at one moment: a document, and what can be read of it. Never changes.
+
+    `chunks` and what follows are keyed by the item's id, or by the chunk's own text where it has no
+    id of its own. `items` holds what can be used, `fresh` what a person has added with a title and
+    the program has to complete, `partial` what is spoilt, or not written to its end.
     """
-    import ctypes  # it takes as long to load as the rest of this module
 
-    libc, at, one, other = ctypes.CDLL(None), -100, os.fsencode(new), os.fsencode(path)
-    with suppress(AttributeError):  # an older C library
-        if sys.platform == "darwin":
-            failed = libc.renamex_np(one, other, 2)
+    def __init__(self, document: Document) -> None:
+        self.document = document
+        self.chunks: dict[str, str] = {}
+        self.items: dict[str, Item] = {}
+        self.fresh: dict[str, Item] = {}
+        self.partial: dict[str, Item] = {}
+        self.problems: dict[str, tuple[tuple[str, str], ...]] = {}  # (key, problem) by chunk
+        for chunk in document.chunks:
+            item, problems = _item_in(chunk)
+            key = item.get("id", chunk)
+            if key in self.chunks:
+                key, twice = chunk, f"the id {key} is used twice; give one of the two another one"
+                item, problems = {}, (*problems, ("id", twice))
+            self.chunks[key] = chunk
+            if problems:
+                self.problems[key] = problems
+            whole = item.keys() >= set(REQUIRED_KEYS)
+            (self.items if whole else self.partial if problems else self.fresh)[key] = item
+
+    @classmethod
+    def read(cls, data: bytes, source: str) -> State:
+        """YamlError or BacklogError for a file that cannot be meant: broken, cut off, foreign."""
+        document = Document.parse(data, source)
+        version, counter = document.top.get("schema_version"), document.top.get("next_item_id")
+        root = {} if document.chunks else parse_yaml(data, source)
+        if not document.chunks and not (isinstance(root, dict) and root.get("items") == []):
+            problem, remedy = "no items", "write 'items: []' for an empty backlog"
+        elif type(version) is not int or version != SCHEMA_VERSION:
+            found = "missing" if version is None else f"{shown(version)}"
+            raise BacklogError(
+                f"{source}: schema_version is {found}, and only {SCHEMA_VERSION} can be read; use"
+                " the program that wrote the file, or bring its items to schema"
+                f" {SCHEMA_VERSION} and write 'schema_version: {SCHEMA_VERSION}'"
+            )
+        elif counter is None:
+            problem = "the line 'next_item_id: N' is missing, so the file may be cut off"
+            remedy = "add it (N is the last number handed out)"
+        elif type(counter) is not int or not 0 <= counter <= MAX_COUNTER:
+            problem = f"next_item_id must be a whole number from 0, not {shown(counter)}"
+            remedy = "write the last number handed out"
         else:
-            failed = libc.renameat2(at, one, at, other, 2)
-        if not failed:
-            return
-    os.rename(new, path)
+            return cls(document)
+        whole = f"get the whole file back with 'git checkout -- {source}', or {remedy}"
+        raise BacklogError(f"{source}: {problem}; {whole}")
+
+    @property
+    def counter(self) -> int:
+        return cast(int, self.document.top["next_item_id"])
+
+    @cached_property
+    def backlog(self) -> Backlog:
+        return Backlog(self.items, self.counter)
+
+    def complaints(self) -> list[str]:
+        """All that is wrong with items, each with file, line and item."""
+        places = list(self.chunks)
+        return [
+            f"{self.document.source}:{self.document.line_of(places.index(owner), key or None)}:"
+            f" {owner if owner != self.chunks[owner] else f'item number {places.index(owner) + 1}'}"
+            f": {problem}"
+            for owner, problems in self.problems.items()
+            for key, problem in problems
+        ]
+
+    def changed(self, backlog: Backlog) -> State:
+        """This state with the items and the counter of `backlog`, line by line where it can be.
+
+        BacklogError if something cannot be written as YAML.
+        """
+        old, new = self.items, backlog.items
+        document, places = self.document, {key: at for at, key in enumerate(self.chunks)}
+        try:
+            for item_id, item in new.items():
+                if item_id in old and item is not old[item_id]:
+                    changes = _differing(old[item_id], item)
+                    document = document.with_item(places[item_id], changes, ITEM_KEYS)
+            kept = [
+                chunk
+                for key, chunk in zip(self.chunks, document.chunks, strict=True)
+                if key not in old or key in new
+            ]
+            fresh = [document.render_chunk(new[key]) for key in new if key not in old]
+            if fresh or len(kept) < len(document.chunks):
+                document = document.with_chunks([*kept, *fresh])
+            if backlog.next_item_id != self.counter:
+                document = document.with_top({"next_item_id": backlog.next_item_id}, TOP_KEYS)
+        except ValueError as error:
+            raise BacklogError(f"the change cannot be written as YAML: {error}") from error
+        return self if document is self.document else State(document)
 
 
-# ==== 14. Store ===================================================================================
+def _differing(old: Mapping[str, object], new: Mapping[str, object]) -> dict[str, object]:
+    """What leads from one item to the other; None for a key that goes."""
+    return {key: new.get(key) for key in {**old, **new} if old.get(key) != new.get(key)}
+
+
+def _distance(one: State, other: State) -> tuple[int, int, int]:
+    """Items whose stamp differs, then keys that differ, then pieces of text that do.
+
+    A decision moves an item's `updated`, a person does not: so the stamps tell which decisions a
+    copy knows of, however it was edited since.
+    """
+    stamps = keys = 0
+    texts = sum(
+        getattr(one.document, part) != getattr(other.document, part) for part in ("head", "tail")
+    )
+    shared = [key for key in one.chunks if key in other.chunks]
+    texts += shared != [key for key in other.chunks if key in one.chunks]
+    for key in one.chunks.keys() | other.chunks.keys():
+        if one.chunks.get(key) == other.chunks.get(key):
+            continue
+        texts += 1
+        mine, theirs = one.items.get(key), other.items.get(key)
+        if mine is None or theirs is None:
+            stamps, keys = stamps + 1, keys + 4
+        elif mine != theirs:
+            stamps += mine["updated"] != theirs["updated"]
+            keys += len(_differing(mine, theirs).keys() - {"updated"})
+    return stamps, keys, texts
+
+
+class _Past:
+    """What the states up to now tell about a file: its start, and all that there ever was."""
+
+    def __init__(self, file: State, states: Iterable[State]) -> None:
+        # By id and `updated`, each text that there was of an item, and what it held.
+        self.versions: dict[str, dict[str, dict[str, Item]]] = {}
+        best: tuple[bool, tuple[int, int, int]] | None = None
+        last: Mapping[str, str] = {}
+        for state in states:
+            for item_id, item in state.items.items():
+                if last.get(item_id) is not (chunk := state.chunks[item_id]):
+                    stamps = self.versions.setdefault(item_id, {})
+                    stamps.setdefault(item["updated"], {})[chunk] = item
+            last = state.chunks
+            found = state.counter != file.counter, _distance(file, state)
+            if best is None or found <= best:  # the newest of equals
+                best, self.base = found, state
+
+    def newest(self, item_id: str) -> datetime:
+        """The last `updated` that an item ever had."""
+        return max(map(moment, self.versions[item_id]))
+
+    def start_of(self, item_id: str, item: Item) -> tuple[Item | None, Container[str | None]]:
+        """What somebody started from in one item, and the texts of it that are no edit.
+
+        The base's, unless the item's own stamp is an older one: git mixes lines of several states,
+        where a `stash pop` merges them.
+        """
+        base, stamp = self.base.items.get(item_id), item.get("updated", "")
+        known = self.versions.get(item_id, {}).get(stamp)
+        if known is None or (base is not None and base["updated"] == stamp):
+            return base, (self.base.chunks.get(item_id),)
+        return list(known.values())[-1], known
+
+    def is_mixed(self, file: State) -> bool:
+        """Whether the file is of several states, so that what it lacks tells nothing."""
+        return any(
+            self.start_of(item_id, item)[0] is not self.base.items.get(item_id)
+            for item_id, item in file.items.items()
+        )
+
+
+class _Merge:
+    """The merge while it is made; see `merge`."""
+
+    def __init__(
+        self, decided: State, file: State, past: _Past, now: datetime, running: Container[str]
+    ) -> None:
+        self.decided, self.file, self.past, self.base = decided, file, past, past.base
+        self.running = running
+        self.now = max([now, *map(past.newest, past.versions)])
+        self.counter = max(decided.counter, file.counter)
+        self.items: dict[str, Item] = {}
+        self.chunks: dict[str, str] = {}  # what an item's lines start from
+        self.order: dict[str, str] = {}  # key in the file → key in the result
+        self.notes: list[str] = []
+
+    def stamp(self) -> str:
+        self.now += timedelta(microseconds=1)
+        return timestamp(self.now)
+
+    def take(self, key: str, item: Item | None, chunk: str, new_key: str = "") -> None:
+        self.chunks[new_key or key] = chunk
+        self.order[key] = new_key or key
+        if item is not None:
+            self.items[new_key or key] = item
+
+    def add(self, key: str, item: Item, prefix: str) -> None:
+        """A new item of somebody's: what it lacks is completed."""
+        taken = {*self.decided.items, *self.items, *self.past.versions}
+        item_id = asked = item.get("id", "")
+        if not asked or asked in taken:
+            self.counter = max(self.counter, highest_number(prefix, {*taken, *self.file.items})) + 1
+            item_id = f"{prefix}-{self.counter:03d}"
+        if asked in taken:
+            title = item.get("title")
+            self.notes.append(f"{asked} is taken; the one added by hand is {item_id} now: {title}")
+        now = self.stamp()
+        fresh = {"status": "new", "created": now, "updated": now, **item, "id": item_id}
+        self.take(key, cast(Item, fresh), self.file.chunks[key], item_id)
+        # So that older copies of the file are told apart from this one by their counter.
+        self.counter = max(self.counter, self.base.counter + 1)
+
+    def meet(self, key: str, f: Item) -> None:
+        """An item that both have: what was edited is taken, what was decided since stands."""
+        d, d_chunk = self.decided.items[key], self.decided.chunks[key]
+        f_chunk = self.file.chunks[key]
+        bad = {name for name, _ in self.file.problems.get(key, ())}
+        whole = not bad and f.keys() >= set(REQUIRED_KEYS)
+        if whole and moment(f["updated"]) > self.past.newest(key):
+            return self.take(key, f, f_chunk)
+        b, texts = self.past.start_of(key, f)
+        merged: dict[str, object] = dict(d)
+        old = cast(Mapping[str, object], b)
+        for name in {**b, **f} if b else ():
+            if name in ("id", "updated") or name in bad or f.get(name) == old.get(name):
+                continue
+            if name in REQUIRED_KEYS and name not in f:
+                self.notes.append(f"{key}: the key '{name}' is missing; it stays as it was")
+                continue
+            merged[name] = self.chosen(key, name, old.get(name), f.get(name), merged.get(name))
+        item = cast(Item, {name: value for name, value in merged.items() if value is not None})
+        if item != d:
+            item = cast(Item, {**item, "updated": self.stamp()})
+        return self.take(key, item, d_chunk if f_chunk in texts or not b else f_chunk)
+
+    def chosen(self, key: str, name: str, old: Any, edit: Any, ours: Any) -> Any:
+        """Of an edit from `old`, and what was decided since (`ours`), the one that counts."""
+        if name in OWNED_KEYS and key in self.running:
+            loser, winner = edit, ours
+        elif ours in (old, edit):
+            return edit
+        elif name in RATING_WORDS and edit is not None and ours is not None:
+            words = RATING_WORDS[name]
+            return max(edit, ours, key=words.index)
+        elif isinstance(edit, list) or isinstance(ours, list):
+            was, theirs, mine = old or [], edit or [], ours or []
+            kept = [one for one in mine if one in theirs or one not in was]
+            return [*kept, *(one for one in theirs if one not in was and one not in kept)] or None
+        elif name in OWNED_KEYS:
+            loser, winner = edit, ours
+        else:
+            loser, winner = ours, edit
+        if loser != winner:
+            self.notes.append(
+                f"{key}: {name} was edited to {edit!r} and decided as {ours!r}; kept {winner!r}"
+            )
+        return winner
+
+    def document(self) -> Document:
+        """The lines: a piece that is as in the base is no edit, any other is the file's."""
+        file, decided, base = self.file.document, self.decided.document, self.base.document
+        frame = decided if (file.head, file.column) == (base.head, base.column) else file
+        tail = decided.tail if file.tail == base.tail else file.tail
+        keys = _in_order(self.chunks, self.decided, self.file, self.base, self.order)
+        document = frame.with_chunks([self.chunks[key] for key in keys], tail=tail)
+        bom = decided.bom if file.bom == base.bom else file.bom
+        newline = decided.newline if file.newline == base.newline else file.newline
+        document = replace(document, bom=bom, newline=newline)
+        for at, key in enumerate(keys):
+            found, _ = _item_in(document.chunks[at])
+            if key in self.items and found != self.items[key]:
+                changes = _differing(found, self.items[key])
+                document = document.with_item(at, changes, ITEM_KEYS)
+        if document.top.get("next_item_id") != self.counter:
+            document = document.with_top({"next_item_id": self.counter}, TOP_KEYS)
+        return document
+
+
+def _in_order(
+    keys: Container[str], decided: State, file: State, base: State, renamed: Mapping[str, str]
+) -> list[str]:
+    """The order of the result: the file's, if somebody has changed it, else the decided one."""
+    in_file = [renamed.get(key, key) for key in file.chunks]
+    was = [key for key in base.chunks if key in file.chunks]
+    moved = [key for key in file.chunks if key in base.chunks] != was
+    first, second = (in_file, list(decided.chunks)) if moved else (list(decided.chunks), in_file)
+    order = [key for key in first if key in keys]
+    known = set(order)
+    before: str | None = None
+    for key in second:
+        if key in keys and key not in known:
+            order.insert(order.index(before) + 1 if before is not None else 0, key)
+            known.add(key)
+        if key in known:
+            before = key
+    return order
+
+
+def merge(
+    decided: State,
+    file: State,
+    earlier: Iterable[State],
+    now: datetime,
+    prefix: str = "WRK",
+    running: Container[str] = (),
+    shown: Container[str] = (),
+) -> tuple[State, list[str]]:
+    """What a file that somebody left makes of the decided state, and a line for each loser.
+
+    A three-way merge whose base is the state that somebody started from: of all states up to now
+    with the file's counter (else of all) the one least different, the newest of equals. What is as
+    in the base is no edit, however old it is. `running` holds the ids whose phase is at work: an
+    agent does not mark them done. `prefix` is for ids of items added by hand. `shown`: the lines of
+    items as the file had them when it was last written; what is gone since was not brought back.
+    """
+    past = _Past(file, [*earlier, decided])
+    made = _Merge(decided, file, past, now, running)
+    for key, chunk in file.chunks.items():
+        f = file.items.get(key) or file.fresh.get(key) or file.partial.get(key) or {}
+        problems = file.problems.get(key, ())
+        if key in decided.items:
+            if key not in past.base.items and f.get("created") != decided.items[key]["created"]:
+                made.add(key, f, prefix)
+            else:
+                made.meet(key, f)
+                made.notes += [f"{key}: {problem}; it stays as it was" for _, problem in problems]
+        elif key in past.versions:
+            if chunk not in shown:
+                made.notes.append(
+                    f"{key} in the file is an old copy of an item that was finished, closed or"
+                    " deleted; it is left out. To bring it back, add it under a new id"
+                )
+        elif not problems:
+            made.add(key, f, prefix)
+        elif key not in past.base.chunks or key in decided.chunks:
+            # Somebody is still writing it; its lines stay as they are.
+            if key not in decided.chunks:
+                made.notes.append(f"{_first_line(chunk)}: {problems[0][1]}; it waits")
+            made.take(key, None, chunk)
+    mixed = past.is_mixed(file)
+    for key in [key for key in decided.chunks if key not in file.chunks]:
+        if key not in past.base.chunks or mixed:  # else deleted by hand
+            made.take(key, decided.items.get(key), decided.chunks[key])
+    document = made.document()
+    return (decided if document == decided.document else State(document)), made.notes
+
+
+def _first_line(chunk: str) -> str:
+    return next((line.strip() for line in chunk.splitlines() if line.strip()), "")[:60]
+
+
+# ==== 15. The journal =============================================================================
+
+
+class Journal:
+    """What is decided and begun, and not yet in git: append-only, one JSON line for one act.
+
+    It lies in the git folder, where no agent's git command reaches it. Keys of a line, each
+    optional: `run` (id, branch, and the commit it began on), `state` (a whole backlog), `step` (how
+    the backlog changed: chunks by key, null for one that is gone), `attempt` (begun, by token),
+    `process` (of an attempt), `ended` (tokens), `outcome` (to be committed, by token), `committed`
+    (tokens), `rests` (by agent; null: it works again), `spent` (by item; null: the worklog tells).
+    A torn last line counts as not written. Every method but `read` wants the backlog lock held.
+    """
+
+    VERSION = 2
+
+    def __init__(self, path: Path, source: str) -> None:
+        self.path, self.source = path, source
+        self.run: dict[str, Any] = {}
+        self.attempts: dict[str, dict[str, Any]] = {}
+        self.outcomes: dict[str, dict[str, Any]] = {}
+        self.rests: dict[str, dict[str, Any]] = {}
+        self.spent: dict[str, dict[str, Any]] = {}
+        self._first: dict[str, Any] = {}
+        self._steps: list[dict[str, Any]] = []
+        self._read = 0  # bytes that have been taken in
+        self._lines = 0
+
+    @classmethod
+    def read(cls, path: Path, source: str) -> Journal | None:
+        """None if there is none, BacklogError with the way out if it cannot be used."""
+        journal = cls(path, source)
+        try:
+            journal.catch_up()
+        except FileNotFoundError:
+            return None
+        return journal if journal._lines else None
+
+    def catch_up(self) -> bool:
+        """Take in the lines that were added since; whether one of them changed the backlog."""
+        with self.path.open("rb") as file:
+            file.seek(self._read)
+            data = file.read()
+        steps = len(self._steps)
+        whole = data[: data.rfind(b"\n") + 1]
+        for line in whole.splitlines():
+            self._lines += 1
+            try:
+                self._fold(json.loads(line))
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise BacklogError(
+                    f"{self.path}: line {self._lines} of the run's journal cannot be read"
+                    f" ({type(error).__name__}: {error}). What it held beyond {self.source} is"
+                    f" lost to this program: compare {self.source} with `git diff`, then delete"
+                    " that file and start again"
+                ) from None
+        self._read += len(whole)
+        return len(self._steps) > steps
+
+    def _fold(self, line: Mapping[str, Any]) -> None:
+        foreign = line.get("version", self.VERSION) != self.VERSION
+        if foreign or not (self._first or "state" in line):
+            raise ValueError("it is not one of this version of the program")
+        self.run = line.get("run", self.run)
+        if "state" in line:
+            self._first, self._steps = line["state"], []
+            _ = self._first["head"], self._first["chunks"], self._first["tail"]
+        if "step" in line:
+            self._steps.append(line["step"])
+        if "attempt" in line:
+            self.attempts[line["attempt"]["token"]] = line["attempt"]
+        if "process" in line and line["process"]["token"] in self.attempts:
+            pair = line["process"]["pid"], line["process"]["since"]
+            self.attempts[line["process"]["token"]].setdefault("processes", []).append(pair)
+        if "outcome" in line:
+            self.outcomes[line["outcome"]["token"]] = line["outcome"]
+        for token in line.get("ended", ()):
+            self.attempts.pop(token, None)
+        for token in line.get("committed", ()):
+            self.outcomes.pop(token, None)
+        for key, book in (("rests", self.rests), ("spent", self.spent)):
+            for name, entry in line.get(key, {}).items():
+                book.pop(name, None)
+                if entry is not None:
+                    book[name] = entry
+
+    def start(self, state: State, run: Mapping[str, Any]) -> None:
+        """Begin the file, with a state that is in git or on disk. OSError."""
+        line = {"version": self.VERSION, "run": run, "state": _as_parts(state)}
+        data = (json.dumps(line) + "\n").encode()
+        replace_file(self.path, data, 0o600)
+        self.catch_up()
+
+    def append(self, line: Mapping[str, Any], *, flush: bool = True) -> None:
+        """Add a line; OSError. Without `flush` a power cut may take it back."""
+        fd = os.open(self.path, os.O_RDWR | os.O_APPEND)
+        try:
+            if os.fstat(fd).st_size != self._read:
+                os.ftruncate(fd, self._read)  # what a crash left of a line
+            data = memoryview((json.dumps(line) + "\n").encode())
+            while data:
+                data = data[os.write(fd, data) :]
+            if flush:
+                os.fsync(fd)
+        finally:
+            os.close(fd)
+        self.catch_up()
+
+    def state(self) -> State:
+        """The decided state."""
+        parts = dict(self._first, chunks=dict(self._first["chunks"]))
+        for step in self._steps:
+            _take_step(parts, step)
+        return _from_parts(parts, self.source)
+
+    def states(self) -> Iterator[State]:
+        """Every state up to now, the oldest first."""
+        parts = dict(self._first, chunks=dict(self._first["chunks"]))
+        yield _from_parts(parts, self.source)
+        for step in self._steps:
+            _take_step(parts, step)
+            yield _from_parts(parts, self.source)
+
+    @property
+    def settled(self) -> bool:
+        """Whether nothing of the run is left to do, but what HEAD may still lack."""
+        return not (self.attempts or self.outcomes or self.rests)
+
+
+def _as_parts(state: State) -> dict[str, Any]:
+    parts = {name: getattr(state.document, name) for name in ("bom", "newline", "head", "tail")}
+    return {**parts, "chunks": state.chunks}
+
+
+def _from_parts(parts: Mapping[str, Any], source: str) -> State:
+    bom, newline, head, tail = (parts[name] for name in ("bom", "newline", "head", "tail"))
+    return State(Document(source, bom, newline, head, tuple(parts["chunks"].values()), tail))
+
+
+def _take_step(parts: dict[str, Any], step: Mapping[str, Any]) -> None:
+    chunks: dict[str, str] = parts["chunks"]
+    for key, chunk in step.get("chunks", {}).items():
+        if chunk is None:
+            chunks.pop(key, None)
+        else:
+            chunks[key] = chunk
+    if "order" in step:
+        parts["chunks"] = {key: chunks[key] for key in step["order"]}
+    parts.update({name: step[name] for name in ("bom", "newline", "head", "tail") if name in step})
+
+
+def _step_between(old: State, new: State) -> dict[str, Any]:
+    before, after = _as_parts(old), _as_parts(new)
+    step = {name: part for name, part in after.items() if part != before[name]}
+    if "chunks" not in step:
+        return step
+    chunks: dict[str, str | None] = dict.fromkeys(old.chunks.keys() - new.chunks.keys())
+    chunks |= {key: text for key, text in new.chunks.items() if old.chunks.get(key) != text}
+    step["chunks"] = chunks
+    played: dict[str, Any] = {"chunks": dict(old.chunks)}
+    _take_step(played, {"chunks": chunks})
+    if list(played["chunks"]) != list(new.chunks):
+        step["order"] = list(new.chunks)
+    return step
+
+
+# ==== 16. Store ===================================================================================
 
 _SAVE_TRIES = 20  # how often somebody may change the file just as it is to be replaced
 _LOCK_POLL_S = 0.02
-_WRECK_S = 1.0  # how long a cut-off file has to stay as it is before it is written again
+WRECK_S = 60.0  # how long a file that cannot be read has to stay as it is to be set aside
 
 
 class SaveError(BacklogError):
-    """The backlog could not be brought to disk, or not be read from there.
-
-    What was decided is in memory: see `Store.unsaved`.
-    """
+    """The backlog could not be brought to disk, or not be read from there."""
 
 
-def _merge_changes(
-    disk: Backlog, changes: Iterable[KeyChange], warn: Callable[[str], None]
-) -> Backlog:
-    """Carry out on one backlog what was decided on another, key by key.
+class Outside(NamedTuple):
+    """What a store asks of git, never while it holds the lock."""
 
-    Where the disk has neither the old nor the new value, somebody else has changed it too: ours
-    stays for OWNED_KEYS, theirs otherwise, with a warning that names both. An item removed by hand
-    stays removed.
-    """
-    draft = Draft(disk)
-    lost: dict[str, list[str]] = {}
-    for change in changes:
-        if not change.item_id:
-            draft.next_item_id = max(draft.next_item_id, _cast(int, change.new))
-        elif not change.key and change.new is not None:
-            _merge_addition(draft, _cast(Item, change.new), warn)
-        elif not change.key:
-            _merge_removal(draft, change, warn)
-        elif change.item_id in draft.items:
-            _merge_key(draft, change, warn)
-        elif change.key != "updated":
-            dropped = f"{change.key}: {change.old!r} → {change.new!r}"
-            lost.setdefault(change.item_id, []).append(dropped)
-    for item_id, dropped_changes in lost.items():
-        warn(f"{item_id} was removed by hand; dropped {', '.join(dropped_changes)}")
-    return draft.backlog()
-
-
-def _merge_key(draft: Draft, change: KeyChange, warn: Callable[[str], None]) -> None:
-    item = draft.items[change.item_id]
-    theirs, ours = _cast(Mapping[str, object], item).get(change.key), change.new
-    if theirs == ours:
-        return
-    if change.key == "updated":
-        ours = max(str(theirs), str(ours))
-    elif theirs != change.old:
-        kept = ours if change.key in OWNED_KEYS else theirs
-        warn(
-            f"{change.item_id}: {change.key} was changed by hand to {theirs!r} and by the"
-            f" orchestrator to {ours!r}; kept {kept!r}"
-        )
-        ours = kept
-    draft.items[change.item_id] = _with_keys(item, {change.key: ours})
-
-
-def _merge_addition(draft: Draft, item: Item, warn: Callable[[str], None]) -> None:
-    """Add our item. The same one on disk has been saved before, and maybe edited since; another
-    one of that id was added by hand meanwhile, then ours gets a new id."""
-    theirs = draft.items.get(item["id"])
-    if theirs is None:
-        draft.items[item["id"]] = item
-    elif theirs["created"] != item["created"]:
-        new_id = draft.allocate(item["id"].rpartition("-")[0] or item["id"])
-        draft.items[new_id] = _cast(Item, {**item, "id": new_id})
-        warn(
-            f"{item['id']} was added by hand as {theirs['title']!r} and by the orchestrator as"
-            f" {item['title']!r}; the latter is {new_id} now"
-        )
-
-
-def _merge_removal(draft: Draft, change: KeyChange, warn: Callable[[str], None]) -> None:
-    theirs = draft.items.pop(change.item_id, None)
-    if theirs is not None:
-        for edit in _item_changes(change.item_id, _cast(Item, change.old), theirs):
-            warn(
-                f"{change.item_id}: {edit.key} was changed by hand from {edit.old!r} to"
-                f" {edit.new!r}, but the item is finished and has left the backlog"
-            )
-
-
-def _is_saved(disk: Backlog, changes: Iterable[KeyChange]) -> bool:
-    """Whether a save of these changes has reached the file: it has a time that they set.
-
-    A save is one act, so what else differs from them has been edited since.
-    """
-    items = _cast(Mapping[str, Mapping[str, object]], disk.items)
-    return any(
-        items[change.item_id].get(change.key or "created") == _time_set(change)
-        for change in changes
-        if change.item_id in items and _time_set(change) is not None
-    )
-
-
-def _time_set(change: KeyChange) -> object:
-    """The time that a change writes: it is exact to the microsecond, so no other change has it."""
-    if change.key == "updated":
-        return change.new
-    added = change.new if change.item_id and not change.key else None
-    return _cast(Item, added)["created"] if added else None
-
-
-def _edit_document(document: Document, changes: Sequence[KeyChange]) -> Document:
-    """The document with the changes made; the given one stays as it is.
-
-    Raises BacklogError if something cannot be written as YAML.
-    """
-    if not changes:
-        return document
-    edited = document.copy()
-    places = {item["id"]: position for position, item in enumerate(document.items)}
-    updates: dict[str, dict[str, object]] = {}
-    removed: list[int] = []
-    for change in changes:
-        if change.key and change.item_id:
-            updates.setdefault(change.item_id, {})[change.key] = change.new
-        elif change.item_id and change.new is None:
-            removed.append(places[change.item_id])
-    try:
-        for item_id, update in updates.items():
-            edited.update(places[item_id], update)
-        for position in sorted(removed, reverse=True):
-            edited.remove(position)
-        for change in changes:
-            if not change.item_id:
-                edited.set_top(change.key, change.new)
-            elif not change.key and change.new is not None:
-                edited.append(_cast(Mapping[str, object], change.new))
-    except ValueError as error:
-        raise BacklogError(f"the change cannot be written as YAML: {error}") from error
-    return edited
+    # Both get what the journal holds of the run: its id, branch and first commit.
+    at_home: Callable[[Mapping[str, Any]], bool]  # on its branch, no merge or the like is open
+    versions: Callable[[Mapping[str, Any]], Iterable[bytes]]  # as it began, oldest first
+    committed: Callable[[], tuple[str | None, bytes]]  # HEAD, and the file in it (b"": none)
 
 
 class Store:
-    """The backlog file: the only code that writes it.
+    """BACKLOG.yaml and the journal beside it: the only code that writes the file.
 
-    Every change re-reads the file under a lock, merges what others did, and replaces the file
-    atomically, so it is safe at any time beside other commands and editors (which take no lock:
-    what was replaced is looked at once more, and put back if it is not what was read). Text that
-    somebody else wrote is never overwritten without having been read and merged.
+    Every change takes the lock and does five steps: read the file, merge it into the decided state,
+    apply the change, append it to the journal, write the file. Without a journal (no run is active,
+    and the last one left nothing unfinished) the file is the truth, and is just changed.
 
     For one thread at a time. `warn` gets complete messages for the operator.
     """
@@ -3111,387 +3240,309 @@ class Store:
     def __init__(
         self,
         path: Path,
-        lock_path: Path,
+        state_dir: Path,
+        aside: Path,
+        outside: Outside,
         *,
+        prefix: str,
         warn: Callable[[str], None],
+        clock: Callable[[], datetime],
+        monotonic: Callable[[], float] = time.monotonic,
         lock_limit_s: float = 30.0,
     ) -> None:
-        """`lock_limit_s`: how long to wait for another process that holds the lock."""
+        """`aside`: the folder for files that cannot be read; `prefix`: of new ids;
+        `lock_limit_s`: how long to wait for another process that holds the lock."""
         self.path = path
-        self.lock_path = lock_path
-        self.backlog = Backlog({}, 0)  # as adopted; may be ahead of the disk
-        self.waiting: YamlError | BacklogError | None = None  # why nothing can be saved now
-        self._warn = warn
+        self.lock_path = state_dir / "backlog.lock"
+        self.journal_path = state_dir / "journal"
+        self.journal: Journal | None = None
+        self.trouble = ""  # why the file cannot be read just now: nothing new is to be started
+        self._aside, self._outside, self._prefix = aside, outside, prefix
+        self._warn, self._clock, self._monotonic = warn, clock, monotonic
         self._lock_limit_s = lock_limit_s
-        self.older: frozenset[bytes] = frozenset()  # what only git puts there: no edit of anybody
-        self._disk: _FileState | None = None  # the last usable content of the file
-        self._found: bytes | None = None  # what is there now: that, or what is worth nothing
-        self._unusable = b""  # the content that `waiting` complains about
-        self._unusable_since = 0.0  # monotonic seconds
-        self._copy_seen: tuple[int, int] | None = None  # see `copy_path`
+        self._state: State | None = None
+        self._written: bytes | None = None  # the file's content as last written or merged
+        self._wreck: tuple[bytes | None, float] = None, 0.0  # its content, and since when
+        self._versions: list[State] | None = None
+        self._committed = b""
+        self._home = True
         self._mode = 0o644
 
-    # -- for everybody -----------------------------------------------------------------------------
+    @property
+    def state(self) -> State:
+        """The decided state, as of the last `look` or `change`."""
+        if self._state is None:
+            raise RuntimeError("the backlog has not been read yet")
+        return self._state
 
-    def load(self, fallback: bytes | None = None) -> Backlog:
-        """Read the file anew, forgetting what is only in memory.
+    @property
+    def backlog(self) -> Backlog:
+        return self.state.backlog
 
-        `fallback` is what it held, for the case that the file is gone: the first `transact` writes
-        it again.
+    # -- reading -----------------------------------------------------------------------------------
 
-        Raises YamlError or BacklogError (with every problem found) if it cannot be used.
+    def look(self) -> Backlog:
+        """Read the backlog; touches nothing. YamlError or BacklogError if it cannot be used.
+
+        With a journal: what the next save would make of it and the file.
         """
-        with self._locked():
-            with suppress(OSError):
-                self.temporary.unlink()  # left by a save that was killed
-            return self.look(fallback)
+        self.journal = Journal.read(self.journal_path, self.path.name)
+        if self.journal is None:
+            self._state, self._written = self._usable(self._read())
+            return self.backlog
+        self._state = self.journal.state()
+        self._ask_outside()
+        with suppress(YamlError, BacklogError):
+            data = self._read() if self._home else None
+            if data not in (None, self._state.document.to_bytes()):
+                merged, _ = self._merged(State.read(data, self.path.name))
+                self._state = merged
+        return self.backlog
 
-    def look(self, fallback: bytes | None = None) -> Backlog:
-        """`load` that touches nothing, not even the lock: a save replaces the file in one act."""
-        self._copy_seen = self._stamp_of_copy()  # before the file: what is saved since counts
-        data = self._read()
-        content = fallback if data is None else data
-        if content is None:
+    def _usable(self, data: bytes | None) -> tuple[State, bytes]:
+        """A file that is the truth: it has to be right in all."""
+        if data is None:
             raise BacklogError(
                 f"{self.path}: there is no such file; if git has it, `git restore {self.path.name}`"
                 " brings it back, else 'orchestrator init' makes one"
             )
-        self._disk = self._parse(content)
-        self.backlog = self._disk.backlog
-        self.waiting, self._found = None, data
-        return self.backlog
+        state = State.read(data, self.path.name)
+        if complaints := state.complaints():
+            raise BacklogError("\n".join(complaints))
+        return state, data
 
-    def transact(
+    def _merged(self, file: State) -> tuple[State, list[str]]:
+        journal = cast(Journal, self.journal)
+        earlier = itertools.chain(self._versions or (), journal.states())
+        running = {attempt["item"] for attempt in journal.attempts.values()}
+        written = self._readable([self._written] if self._written else [])
+        shown = {chunk for state in written for chunk in state.document.chunks}
+        return merge(self.state, file, earlier, self._clock(), self._prefix, running, shown)
+
+    def _ask_outside(self) -> None:
+        """Ask git what a merge needs, before the lock is taken."""
+        self._home = self.journal is None or self._outside.at_home(self.journal.run)
+        same: tuple[bytes | None, ...]
+        if self.journal is None:
+            head, self._committed = self._outside.committed()
+            same, run = (self._committed,), {"head": head}
+        elif self._home and self._versions is None:
+            same, run = (None, self._written, self.state.document.to_bytes()), self.journal.run
+        else:
+            return
+        with suppress(SaveError):
+            if self._read() in same:
+                return
+        self._versions = list(self._readable(self._outside.versions(run)))
+
+    def _readable(self, versions: Iterable[bytes]) -> Iterator[State]:
+        for data in versions:
+            with suppress(YamlError, BacklogError):
+                yield State.read(data, self.path.name)
+
+    def _without_journal(self, data: bytes | None, before: State | None) -> None:
+        """The file is the truth, but an old copy in it undoes nothing that is committed."""
+        made = self._state
+        if before is not None and data is None:  # it was deleted just now: it is written again
+            return
+        self._state, self._written = self._usable(data)
+        for committed in self._readable([self._committed] if data != self._committed else []):
+            if not committed.problems:
+                earlier, now = self._versions or (), self._clock()
+                self._state, notes = merge(committed, self.state, earlier, now, self._prefix)
+                self._warn_of(notes)
+        if made is not None and before is not None:
+            self._state, notes = merge(made, self.state, [before], self._clock(), self._prefix)
+            self._warn_of(notes)
+
+    def _warn_of(self, notes: Iterable[str]) -> None:
+        for text in notes:
+            self._warn(text)
+
+    # -- changing ----------------------------------------------------------------------------------
+
+    def change(
         self,
-        edits: Sequence[Callable[[Draft], object]],
+        edit: Callable[[Draft], T],
+        note: Callable[[T], Mapping[str, Any]] | None = None,
         *,
-        ahead: Callable[[list[KeyChange]], None] | None = None,
-    ) -> list[object]:
-        """Make several edits and save once; returns the result of each.
+        patient: bool = True,
+    ) -> T:
+        """Merge what others did, make the edit, journal it, write the file; what `edit` returned.
 
-        Each edit is called exactly once, with a draft of its own that has the effects of those
-        before; if it raises, the exception is its result and its changes are dropped. `ahead` is
-        called with all that is about to be written (or has to wait); if it raises, the edits are
-        dropped. Without any difference nothing is written.
-
-        If the file on disk cannot be used, it stays as it is, the changes stay in memory, and
-        `waiting` says why until a later call (without edits, too) finds it mended.
-        Raises SaveError, with the changes in memory, if the file cannot be locked, read or written.
+        `note` gives what else belongs into the same line of the journal. A file that cannot be read
+        is left alone for a minute, or, if not `patient`, set aside at once. Raises what `edit`
+        raises (nothing of it is kept then), YamlError or BacklogError for a file that cannot be
+        used where there is no journal, and SaveError where file or journal cannot be written: with
+        a journal the decision stands, unless the journal was the trouble.
         """
-        document: Document | None = None
-        failure: SaveError | None = None
-        with ExitStack() as held:
-            try:
-                held.enter_context(self._locked())
-                self._catch_up()
-                document = self._working_document()
-            except SaveError as error:
-                failure = error
-            results, document = self._apply(edits, document, ahead)
-            if document is not None and not self.waiting:
-                try:
-                    self._save(document, ahead)
-                except SaveError as error:
-                    failure = error
-        if failure is not None:
-            raise failure
-        return results
+        if self._state is None:
+            self.look()
+        self._ask_outside()
+        with self._locked():
+            self._catch_up()
+            found, before = self._take_in(patient), self.state
+            draft = Draft(self.backlog)
+            answer = edit(draft)
+            extra = dict(note(answer)) if note else {}
+            self._decide(self.state.changed(draft.backlog()), extra)
+            self._warn_of(draft.warnings)
+            for _ in range(_SAVE_TRIES):
+                if self._publish(found):
+                    return answer
+                found = self._take_in(patient, before)
+        raise SaveError(
+            f"{self.path}: another program changes the file all the time; stop it, then try again"
+        )
 
-    def unsaved(self) -> list[KeyChange]:
-        """What memory has and the disk, as last read, has not."""
-        return changes_between(self._last.backlog, self.backlog)
+    def note(self, line: Mapping[str, Any], *, flush: bool = True) -> None:
+        """Journal something that does not change the backlog; SaveError."""
+        with self._locked():
+            self._catch_up()
+            self._append(line, flush=flush)
 
-    def restore(self, changes: Sequence[KeyChange]) -> None:
-        """Take up changes that an earlier run could not save; the next `transact` writes them.
+    def begin(self, run: Mapping[str, Any], committed: bytes | None) -> None:
+        """Open the journal of a run, or go on with the one there is; SaveError.
 
-        Merged like edits made meanwhile, with the same warnings. Nothing happens if they were
-        saved after all.
-        """
-        if not _is_saved(self.backlog, changes):
-            self.backlog = _merge_changes(self.backlog, changes, self._warn)
-
-    def merge_bytes(self, base: bytes, theirs: bytes) -> None:
-        """Take up what leads from one content of the file to another, merged as by `restore`.
-
-        An empty `base` is an empty backlog. Raises YamlError or BacklogError.
-        """
-        old = self._parse(base).backlog if base else Backlog({}, 0)
-        changes = changes_between(old, self._parse(theirs).backlog)
-        self.backlog = _merge_changes(self.backlog, changes, self._warn)
-
-    def shows_none_of(self, base: bytes, theirs: bytes) -> bool:
-        """Whether memory has no trace of what leads from one content of the file to the other.
-
-        An item counts as untouched if all its keys that were changed are as in `base`. Raises
-        YamlError or BacklogError.
-        """
-        old = self._parse(base).backlog if base else Backlog({}, 0)
-        new = self._parse(theirs).backlog
-        missing = changes_between(self.backlog, new)
-        return all(c in missing for c in changes_between(old, new) if c.item_id)
-
-    def committed_bytes(self) -> bytes:
-        """The file's bytes now, complete; SaveError if it cannot be read.
-
-        What others wrote is taken up: nothing gets into a commit that this store does not know of.
+        `committed` is the file as HEAD has it: what is not as there has been edited since.
         """
         with self._locked():
             self._catch_up()
-            data = self._read()
-        if data is None:
-            raise SaveError(f"{self.path}: the file is gone")
-        return data
-
-    @property
-    def copy_path(self) -> Path:
-        """The content that was last saved, by whatever process, where no agent's git reaches it.
-
-        From it a store learns what another command saved, though the file was set back or deleted
-        before it looked; and it is what the operator can mend a broken file with.
-        """
-        return self.lock_path.with_name(f"{self.path.name}.saved")
-
-    def keep_copy(self) -> None:
-        """Make the copy hold what the file does, edits by hand included.
-
-        Not if the file has changed since it was read: then the copy may be ahead of memory.
-        """
-        with self._locked():
-            if self._read() == self._last.data != self.last_copy():
-                self._keep_copy(self._last.data)
-
-    def last_copy(self) -> bytes | None:
-        """The content of the copy, None if there is none."""
-        try:
-            return self.copy_path.read_bytes()
-        except OSError:
+            if self.journal is not None:
+                return self._append({"run": run})
+            state, _ = self._usable(self._read())
+            with suppress(YamlError, BacklogError):
+                state = State.read(committed or b"", self.path.name)
+            if state.problems:  # what is spoilt in HEAD is mended in the file
+                state, _ = self._usable(self._read())
+            journal = Journal(self.journal_path, self.path.name)
+            try:
+                journal.start(state, run)
+            except OSError as error:
+                raise self._unsaved(self.journal_path, error) from error
+            self.journal, self._state, self._written = journal, state, None
             return None
 
-    def disturbed(self) -> bool:
-        """Whether anybody has written the file since it was last read or written here."""
-        with self._locked():
-            return self._read() != self._last.data or self._stamp_of_copy() != self._copy_seen
+    def settle(self, committed: bytes | None) -> bool:
+        """Drop the journal, if nothing is left to do; `committed` is the content that HEAD holds.
 
-    def put_back(self) -> bool:
-        """Write the file again if somebody removed it or set it back to one of the `older`
-        contents; whether that was necessary.
-
-        Those have to be older than what the store saw last, as the commit is that a phase started
-        on; what was committed later may hold an edit. Any other content is left for the next
-        `transact` to merge.
+        Whether there is no journal any more.
         """
         with self._locked():
-            current, base = self._read(), self._last.data
-            self._take_up_copy(current)
-            if current == self._last.data or current not in (None, base, *self.older):
-                return False
-            document = self._working_document()
-            return self._replace(document, current)
-
-    # -- memory ------------------------------------------------------------------------------------
-
-    @property
-    def _last(self) -> _FileState:
-        if self._disk is None:
-            raise RuntimeError("Store.load() has to come first")
-        return self._disk
-
-    def _apply(
-        self,
-        edits: Sequence[Callable[[Draft], object]],
-        document: Document | None,
-        ahead: Callable[[list[KeyChange]], None] | None,
-    ) -> tuple[list[object], Document | None]:
-        """Make the edits in memory, and in the document so that each is known to be writable."""
-        backlog = self.backlog
-        results: list[object] = []
-        for edit in edits:
-            draft = Draft(backlog)
-            try:
-                result = edit(draft)
-                after = draft.backlog()
-                if document is not None:
-                    document = _edit_document(document, changes_between(backlog, after))
-            except Exception as error:  # the caller's business: it is the result of this edit
-                results.append(error)
-                continue
-            backlog = after
-            results.append(result)
-            for warning in draft.warnings:
-                self._warn(warning)
-        changes = changes_between(self._last.backlog, backlog)
-        if changes and ahead is not None:
-            ahead(changes)
-        self.backlog = backlog
-        return results, document
-
-    def _working_document(self) -> Document:
-        """The document of the disk with what is only in memory."""
-        try:
-            return _edit_document(self._last.document, self.unsaved())
-        except BacklogError as error:
-            raise SaveError(f"{self.path}: {error}") from error
+            self._catch_up()
+            data = self.state.document.to_bytes()
+            done = self.journal is not None and self.journal.settled
+            if done and data == committed == self._read():
+                self.journal_path.unlink()
+                self.journal = None
+            return self.journal is None
 
     def _catch_up(self) -> None:
-        """Take up what is on disk now. If it cannot be used, `waiting` says why; SaveError if it
-        cannot be read."""
-        data, base = self._read(), self._last
-        self._take_up_copy(data)
-        known = (base.data, self._last.data, *self.older)
-        if data is None or data in known or self._is_wreck(data):
-            self.waiting, self._found = None, data
+        """Learn what other processes decided."""
+        if self.journal is None:
+            self.journal = Journal.read(self.journal_path, self.path.name)
+            if self.journal is not None:
+                self._state = self.journal.state()
         else:
-            self._take_up(data, changes_between(base.backlog, self.backlog))
+            try:
+                if self.journal.catch_up():
+                    self._state = self.journal.state()
+            except FileNotFoundError:  # the run has ended
+                self.journal = self._written = None
 
-    def _take_up_copy(self, data: bytes | None) -> None:
-        """Take up what another process has saved and somebody then overwrote with `data`."""
-        stamp = self._stamp_of_copy()
-        if stamp == self._copy_seen:
-            return
-        self._copy_seen = stamp
-        saved = self.last_copy()
-        if saved is None or saved in (data, self._last.data):
-            return
-        with suppress(YamlError, BacklogError):  # cut off by a power failure
-            self._adopt(self._parse(saved), self.unsaved())
+    def _take_in(self, patient: bool, before: State | None = None) -> bytes | None:
+        """Merge the file into the decided state; returns what it holds (None: it is missing).
 
-    def _take_up(self, data: bytes, ours: Sequence[KeyChange]) -> None:
-        """Merge `ours` into what somebody else wrote, if that can be used."""
-        try:
-            self._refuse_lost_tail(data)
-            disk = self._parse(data)
-        except (YamlError, BacklogError) as error:
-            if self.waiting is None or data != self._unusable:
-                self._unusable_since = time.monotonic()
-                self._keep_copy(self._last.data)
-                self._warn(
-                    f"{error}\nThe file is left as it is; changes wait until it is mended."
-                    f" What it held before is in {self.copy_path}"
-                )
-            self.waiting, self._unusable = error, data
-            return
-        self.waiting, self._found = None, data
-        self._adopt(disk, ours)
-        self._keep_copy(data)
-
-    def _adopt(self, disk: _FileState, ours: Sequence[KeyChange]) -> None:
-        self._disk = disk
-        self.backlog = self._keep_counter(_merge_changes(disk.backlog, ours, self._warn))
-
-    def _is_wreck(self, data: bytes) -> bool:
-        """Whether nothing but the beginning of what we saw last has been there for a while.
-
-        Nobody's edit is in that; but an editor at work leaves it so for a moment.
+        `before`: what an edit was made from that is not in the file yet.
         """
-        since = time.monotonic() - self._unusable_since
-        stays = self.waiting is not None and data == self._unusable and since >= _WRECK_S
-        return stays and self._last.data.startswith(data)
+        try:
+            data = self._read() if self._home else None
+        except SaveError as error:  # a link or a folder is in its place
+            if self.journal is None:
+                raise
+            if str(error) != self.trouble:
+                self._warn(str(error))
+            self.trouble = str(error)
+            return None
+        if self.journal is None:
+            self._without_journal(data, before)
+            return data
+        if not self._home or data in (None, self._written, self.state.document.to_bytes()):
+            self.trouble = ""
+            return data
+        try:
+            state, notes = self._merged(State.read(data, self.path.name))
+        except (YamlError, BacklogError) as error:
+            self._suffer(data, str(error), patient)
+            return data
+        self.trouble, self._written = "", data
+        self._decide(state)
+        self._warn_of(notes)
+        return data
 
-    def _refuse_lost_tail(self, data: bytes) -> None:
-        """What an interrupted writer left of our file is no backlog from which items were taken."""
-        last, counter = self._last.data, b"\nnext_item_id:"
-        if last.startswith(data) and counter in last and counter not in data:
-            raise BacklogError(
-                f"{self.path.name}: the file is cut off, its last {len(last) - len(data)} bytes are"
-                " missing; if that is meant, put 'next_item_id: …' back as its last line"
-            )
+    def _suffer(self, data: bytes, why: str, patient: bool) -> None:
+        """A file that does not parse: somebody may be typing, or an agent has wrecked it."""
+        now = self._monotonic()
+        if self._wreck[0] != data:
+            self._wreck = data, now
+            if patient:
+                self._warn(f"{why}. Nothing new is started until the file is mended.")
+        self.trouble = why
+        if patient and now - self._wreck[1] < WRECK_S:
+            return
+        kept = self._aside / f"{self.path.name}.broken-{self._clock():%Y%m%dT%H%M%S}"
+        try:
+            replace_file(kept, data)
+        except OSError as error:
+            raise self._unsaved(kept, error) from error
+        self._warn(f"{why}. It is set aside as {kept}, and the backlog is written again.")
+        self.trouble, self._wreck = "", (None, 0.0)
 
-    def _keep_counter(self, backlog: Backlog) -> Backlog:
-        """Never hand out a number twice, whatever became of the counter on disk."""
-        highest = self.backlog.next_item_id
-        if backlog.next_item_id >= highest:
-            return backlog
-        self._warn(
-            f"{self.path.name}: next_item_id went back from {highest} to {backlog.next_item_id};"
-            f" kept {highest}, because ids are never used twice"
-        )
-        return backlog._replace(next_item_id=highest)
+    def _decide(self, state: State, extra: Mapping[str, Any] | None = None) -> None:
+        """Make this the decided state: a line of the journal, before anything else."""
+        step = _step_between(self.state, state) if self.journal is not None else {}
+        if self.journal is not None and (step or extra):
+            self._append({**({"step": step} if step else {}), **(extra or {})})
+        self._state = state
 
-    def _parse(self, data: bytes) -> _FileState:
-        return _read_backlog(data, self.path.name, self._warn)
+    def _append(self, line: Mapping[str, Any], *, flush: bool = True) -> None:
+        if self.journal is None:
+            raise SaveError(f"{self.journal_path}: the run's journal is gone")
+        try:
+            self.journal.append(line, flush=flush)
+        except OSError as error:
+            raise self._unsaved(self.journal_path, error) from error
 
-    # -- disk --------------------------------------------------------------------------------------
+    def _publish(self, found: bytes | None) -> bool:
+        """Write the decided state, if the file is still as it was found; False if it is not."""
+        data = self.state.document.to_bytes()
+        if self.trouble or not self._home:
+            return True
+        if data == found:
+            self._written = data
+            return True
+        try:
+            self._write_temporary(data)
+            if self._read() != found:
+                return False
+            os.replace(self.temporary, self.path)
+            sync_directory(self.path.parent)
+        except OSError as error:
+            raise self._unsaved(self.path, error) from error
+        finally:
+            with suppress(OSError):
+                self.temporary.unlink()
+        self._written = data
+        return True
+
+    @staticmethod
+    def _unsaved(path: Path, error: OSError) -> SaveError:
+        return SaveError(f"{path}: cannot be written ({error.strerror}); mend that and start again")
 
     @property
     def temporary(self) -> Path:
         """Where the new content is written: one name is enough, only the lock's holder writes."""
         return self.path.with_name(f".{self.path.name}.tmp")
-
-    def _save(
-        self, document: Document, ahead: Callable[[list[KeyChange]], None] | None
-    ) -> None:
-        """Bring memory to disk; whoever changes the file just now is merged first."""
-        for _ in range(_SAVE_TRIES):
-            found, last = self._found, self._last.data
-            # What an agent's `git stash` set back it may pop any moment: that is for `put_back`.
-            if (found == last or found in self.older) and not self.unsaved():
-                return
-            if self._replace(document, found):
-                if found != last:
-                    what = "gone" if found is None else "set back or cut off"
-                    self._warn(f"{self.path}: the file was {what}; it is written again from memory")
-                return
-            self._catch_up()
-            if self.waiting:
-                return
-            document = self._working_document()
-            changes = self.unsaved()
-            if changes and ahead is not None:
-                ahead(changes)
-        raise SaveError(
-            f"{self.path}: another program changes the file all the time; stop it, then try again"
-        )
-
-    def _replace(self, document: Document, expected: bytes | None) -> bool:
-        """Replace the file, which has to hold the bytes `expected` (None: not to exist) until the
-        last moment; False if it does not. Then memory and disk are the same."""
-        data = document.to_bytes()
-        try:
-            if data != expected:
-                self._write_temporary(data)
-                self._keep_copy(data)
-                if self._read() != expected or not self._swap_in(expected):
-                    return False
-                sync_directory(self.path.parent)
-        except OSError as error:
-            raise SaveError(
-                f"{self.path}: the backlog cannot be written ({error.strerror}); mend that and"
-                " start again"
-            ) from error
-        finally:
-            with suppress(OSError):
-                self.temporary.unlink()
-        self._disk = _FileState(data, document, self.backlog)
-        self.waiting, self._found = None, data
-        return True
-
-    def _swap_in(self, expected: bytes | None) -> bool:
-        """Put the temporary file in the file's place; False, and all is as before, if somebody
-        had written the file by then."""
-        sys.audit("os.rename", self.temporary, self.path, -1, -1)  # hooks do not see the C library
-        swap_files(self.temporary, self.path)
-        try:
-            if self._read(self.temporary) in (None, expected):  # None: a plain rename
-                return True
-        except SaveError:  # a link by now, say; the next look tells
-            pass
-        swap_files(self.temporary, self.path)
-        return False
-
-    def _keep_copy(self, data: bytes) -> None:
-        """Not flushed: it outlives every process, and after a power cut nobody asks for it."""
-        unfinished = self.copy_path.with_suffix(".tmp")
-        with suppress(OSError):  # a second copy is no reason not to save
-            unfinished.write_bytes(data)
-            os.replace(unfinished, self.copy_path)
-            self._copy_seen = self._stamp_of_copy()
-
-    def _stamp_of_copy(self) -> tuple[int, int] | None:
-        try:
-            found = self.copy_path.stat()
-        except OSError:
-            return None
-        return found.st_ino, found.st_mtime_ns
 
     def _write_temporary(self, data: bytes) -> None:
         with suppress(FileNotFoundError):

@@ -16,7 +16,7 @@ How a run works:
  7. Journal, save, append to the worklog, commit: in this order, so that any crash can be finished.
  8. Retry what failed, its remains kept on a ref; block what fails for good.
  9. Halt for one of eight reasons: stop agents, handle their results, commit, save, and then
-10. commit BACKLOG.yaml, alone, if it is dirty: `Session._shut_down` is the only way out.
+10. commit BACKLOG.yaml, alone, if it is dirty: `Run._shut_down` is the only way out.
 
 Reading order, pure chapters first:
 
@@ -26,9 +26,9 @@ Reading order, pure chapters first:
  4. Decisions (pure)
  5. Texts (pure)
  6. Agent processes
- 7. Journal and ledger
+ 7. The ledger
  8. Coordinator
- 9. Scheduler
+ 9. The run
 10. Start and shutdown
 11. Commands
 12. The git hook and the single file
@@ -43,14 +43,17 @@ import io
 import itertools
 import os
 import re
+import secrets
 import signal
 import sys
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from datetime import UTC, datetime, timedelta
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta, timezone, tzinfo
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import (
     TYPE_CHECKING,
@@ -66,57 +69,74 @@ from typing import (
 )
 
 from backlog import (
-    BLOCK_WORDS,
     DEFAULT_PIPELINE,
     DESCRIPTION_KEYS,
+    FLAG,
+    ITEM_KEYS,
+    ITEM_TABLE,
     LEVEL_WORDS,
+    LIST,
+    RATING_KEYS,
     RATING_WORDS,
     SIZE_WORDS,
+    TEXT,
+    TEXTS,
     TRIAGE,
     Applied,
     Backlog,
     BacklogError,
     Draft,
+    Fields,
     Filter,
     FilterError,
     FollowUp,
     IssuedIds,
     Item,
-    KeyChange,
+    ItemKey,
+    Journal,
+    Kind,
+    Outside,
     PhaseResult,
     Route,
     Rules,
     SaveError,
+    State,
     Store,
+    T,
     YamlError,
     advance,
     append_worklog,
     apply_result,
     charge_attempt,
     check_filters,
+    choice,
     context_description,
     dependency_cycles,
     did_you_mean,
-    item_texts,
+    last_summary,
+    list_of,
     matching,
+    matching_text,
+    number_within,
     parse_filter,
     pipeline_name,
     promote,
-    read_item_text,
+    read_worklog,
     recent_worklogs,
     render_yaml,
     repair_items,
-    sync_directory,
+    replace_file,
+    shown,
     take_out,
     unblock,
     unmet_dependencies,
+    whole_number,
+    with_cost,
 )
 from gitutil import (
-    ABSENT_OID,
     HOOK_LIMIT_S,
     Change,
     Entry,
-    FileVersion,
     GitError,
     Head,
     HeadBusy,
@@ -127,7 +147,6 @@ from gitutil import (
 )
 
 if TYPE_CHECKING:
-    import ast
     import asyncio
     import logging
     import subprocess
@@ -149,7 +168,6 @@ CHANGES_DIR = "changes"
 IDEAS_DIR = "_ideas"
 WORKLOG_DIR = "_worklog"
 DEMO_AGENT = "__demo-agent"  # the hidden command that the agent processes of the demo run
-
 
 
 class OrchestratorError(Exception):
@@ -186,76 +204,6 @@ class HaltReason(StrEnum):
     FILTER_EXHAUSTED = "FilterExhausted"
     ALL_DONE_OR_BLOCKED = "AllDoneOrBlocked"
     CAP_REACHED = "CapReached"
-
-
-class Phase(NamedTuple):
-    """One phase of a pipeline, as configured."""
-
-    name: str
-    destructive: bool = False
-    workflows: tuple[str, ...] = ()  # paths relative to the config's folder
-    agent: str | None = None  # overrides agent.cli
-    model: str | None = None
-    timeout_minutes: float | None = None
-    run: tuple[str, ...] = ()  # the phase is this command, no agent
-    verify: tuple[tuple[str, ...], ...] = ()
-    outputs: tuple[str, ...] = ()  # path patterns a non-destructive phase may commit
-    allow_empty: bool = False  # a destructive phase may complete without changing anything
-
-
-class Pipeline(NamedTuple):
-    name: str
-    pre_phases: tuple[Phase, ...]
-    phases: tuple[Phase, ...]
-
-    @property
-    def all_phases(self) -> tuple[Phase, ...]:
-        return self.pre_phases + self.phases
-
-
-class Guardrails(NamedTuple):
-    """The largest ratings that may run without a human."""
-
-    max_size: str = "medium"
-    max_complexity: str = "medium"
-    max_risk: str = "low"
-
-
-class Execution(NamedTuple):
-    phase_timeout_minutes: float = 30
-    max_retries: int = 2  # attempts = this + 1
-    default_phase_cap: int = 100
-    max_wip: int = 1
-    max_concurrent: int = 1
-    circuit_breaker: int = 2
-    retry_delay_seconds: float = 5
-    max_run_minutes: float | None = None
-    max_cost_usd: float | None = None
-    idle_timeout_minutes: float | None = None  # None: 15 for agents that stream events, else off
-    kill_grace_seconds: float = 5
-    hook_timeout_seconds: float = HOOK_LIMIT_S
-    on_usage_limit: Literal["halt", "wait"] = "halt"
-
-
-class AgentSettings(NamedTuple):
-    cli: str = "claude"
-    model: str | None = None
-    command: tuple[str, ...] = ()
-    args: tuple[str, ...] = ()
-    env: Mapping[str, str] = {}
-
-
-class Config(NamedTuple):
-    pipelines: Mapping[str, Pipeline]
-    prefix: str = "WRK"
-    backlog_path: str = BACKLOG_NAME  # relative to base
-    protected_branches: tuple[str, ...] = ()
-    guardrails: Guardrails = Guardrails()
-    execution: Execution = Execution()
-    agent: AgentSettings = AgentSettings()
-    notify_command: tuple[str, ...] = ()
-    base: Path = Path()  # of the config file; backlog and workflows are relative to it
-    source: str = "built-in defaults"
 
 
 class Promote(NamedTuple):
@@ -302,15 +250,25 @@ NOTHING_SPENT = Usage()
 
 
 class AgentOutcome(NamedTuple):
-    """How one attempt ended, judged in this order; exceptions mean bugs.
+    """How one attempt ended, judged in the order of `kind`; exceptions mean bugs.
 
-    limited: the account's usage limit. transient: the API failed in a way that passes by itself.
-    unusable: the CLI itself cannot work. None of the three is the item's fault.
+    result: a valid result, whatever the exit code; `detail` holds a remark on the end, if any.
+    cancelled: `stop` was set and there is no result; `detail` says so.
+    limited: the account's usage limit, in events of the CLI itself; never the item's fault.
+    failed: everything else, time limits and work left in the background included.
+
+    `trouble` is set for a failed attempt that ended *early*: the CLI had an error of its own before
+    any tool call, or exited non-zero within ten seconds; never for a phase `run`. With an unchanged
+    tree, which the caller knows, it is a free end, not the item's failure: "refused" (not logged
+    in, no credit, model or option unknown …: it cannot work, `error` has its words), or "busy"
+    (anything else: let the agent rest). "item" (prompt too long, content refused) is the item's.
     """
 
-    kind: Literal["result", "cancelled", "limited", "transient", "timeout", "unusable", "failed"]
+    kind: Literal["result", "cancelled", "limited", "failed"]
     result: PhaseResult | None = None  # set if and only if kind == "result"
-    detail: str = ""  # operator's text: why, with the tail of the output
+    detail: str = ""  # operator's text, for log, reason and next prompt; with the output's tail
+    error: str = ""  # limited, or trouble: one line, `claude: ` and the CLI's own words
+    trouble: Literal["", "refused", "item", "busy"] = ""
     until: float | None = None  # limited: epoch seconds of the reset, if the CLI said
     usage: Usage = Usage()
     seconds: float = 0.0
@@ -321,8 +279,9 @@ class AgentPause(NamedTuple):
 
     agent: str  # AgentSettings.cli
     until: float  # epoch seconds; then one attempt is let through as a probe
-    strikes: int  # refusals in a row: the one that opened it, then every probe that failed
+    strikes: int  # refusals of a kind in a row: the first, then every probe that failed
     reason: str  # operator's text
+    kind: Literal["busy", "limit", "reset"]  # a free end, a usage limit, one with a stated reset
 
 
 class AttemptSpec(NamedTuple):
@@ -382,158 +341,232 @@ class RunView(NamedTuple):
 
 AGENT_CLIS = ("claude", "codex", "opencode", "gemini", "command", "demo")
 STREAMING_CLIS = frozenset({"claude", "codex", "opencode", "gemini"})  # silence means trouble
-LIMIT_POLICIES: tuple[Literal["halt", "wait"], ...] = ("halt", "wait")
 
 DOCUMENT_OUTPUTS = ("changes/{id}_*/", "_ideas/{id}_*")
-TRIAGE_PHASE = Phase(TRIAGE, outputs=DOCUMENT_OUTPUTS)  # has no agent and no limits of its own
 MAX_NUMBER = 2**32 - 1  # what any count or duration may be at most
 MAX_RETRY_DELAY_S = 300.0
 STREAM_IDLE_MINUTES = 15.0  # a long tool command is silent too, so not shorter
 
 # Ids and phase names become parts of file names and of git refs, so they hold nothing special.
 NAME = r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}"
-MODEL = r"[A-Za-z0-9._/][A-Za-z0-9._/-]*"
 
-Word = TypeVar("Word", bound=str)
-Fallback = TypeVar("Fallback", bound=float | str | None)
+# ---- What a key may hold -------------------------------------------------------------------------
 
 
-class ConfigTable:
-    """One TOML table while it is read: every key is taken out, what stays behind is unknown.
-
-    All complaints go to the list `problems` that the tables of a file share; a value that is
-    wrong reads as its default, so that reading goes on and finds the rest.
-    """
-
-    def __init__(self, values: Mapping[str, object], where: str, problems: list[str]) -> None:
-        self.values = values
-        self.where = where  # "execution", "pipelines.feature.phases[2]"; "" for the whole file
-        self.problems = problems
-        self.known: list[str] = []
-
-    def complain(self, key: str, trouble: str) -> None:
-        self.problems.append(f"{self.path(key)} {trouble}")
-
-    def path(self, key: str) -> str:
-        return f"{self.where}.{key}" if self.where else key
-
-    def take(self, key: str) -> object:
-        """The raw value of a key; None when it is absent (TOML has no null)."""
-        self.known.append(key)
-        return self.values.get(key)
-
-    def text(self, key: str, default: Fallback) -> str | Fallback:
-        value = self.take(key)
-        if value is None:
-            return default
-        if not isinstance(value, str) or "\0" in value:
-            self.complain(key, f"must be a text in quotes, not {value!r}")
-            return default
-        return value.strip() or default
-
-    def word(self, key: str, words: Iterable[Word], default: Fallback) -> Word | Fallback:
-        """One of a few words."""
-        value = self.take(key)
-        if value is None:
-            return default
-        allowed = list(words)
-        for word in allowed:
-            if word == value:
-                return word
-        hint = did_you_mean(str(value), allowed)
-        self.complain(key, f"must be one of {', '.join(allowed)}, not {value!r}{hint}")
-        return default
-
-    def flag(self, key: str) -> bool:
-        """A boolean that is off by default."""
-        value = self.take(key)
-        if value is None or isinstance(value, bool):
-            return bool(value)
-        self.complain(key, f"must be true or false, not {value!r}")
-        return False
-
-    def whole(self, key: str, default: int, least: int = 0) -> int:
-        value = self.take(key)
-        if value is None:
-            return default
-        # bool is a kind of int in Python, but `max_wip = true` is a mistake
-        if isinstance(value, int) and not isinstance(value, bool) and least <= value <= MAX_NUMBER:
-            return value
-        self.complain(key, f"must be a whole number from {least} to {MAX_NUMBER}, not {value!r}")
-        return default
-
-    def number(self, key: str, default: Fallback) -> float | Fallback:
-        value = self.take(key)
-        if value is None:
-            return default
-        real = int | float  # nan and infinity fail the comparison
-        if isinstance(value, real) and not isinstance(value, bool) and 0 <= value <= MAX_NUMBER:
-            return float(value)
-        self.complain(key, f"must be a number from 0 to {MAX_NUMBER}, not {value!r}")
-        return default
-
-    def texts(self, key: str, default: tuple[str, ...] = ()) -> tuple[str, ...]:
-        """A list of texts, none of them blank."""
-        value = self.take(key)
-        if value is None:
-            return default
-        if not isinstance(value, list) or not all(_usable_text(part) for part in value):
-            self.complain(key, f'must be a list of texts such as ["a", "b"], not {value!r}')
-            return default
-        return tuple(value)
-
-    def argv(self, key: str) -> tuple[str, ...]:
-        """A command as a list of words; it runs without a shell."""
-        value = self.take(key)
-        return () if value is None else self.as_argv(key, value)
-
-    def argvs(self, key: str) -> tuple[tuple[str, ...], ...]:
-        value = self.take(key)
-        if value is None:
-            return ()
-        if not isinstance(value, list):
-            self.complain(
-                key, f'must be a list of commands such as [["make", "test"]], not {value!r}'
-            )
-            return ()
-        return tuple(self.as_argv(f"{key}[{i}]", words) for i, words in enumerate(value))
-
-    def as_argv(self, key: str, value: object) -> tuple[str, ...]:
-        words = value if isinstance(value, list) else []
-        good = all(isinstance(word, str) and "\0" not in word for word in words)
-        if not words or not good or not words[0].strip():
-            self.complain(key, f'must be a command such as ["make", "test"], not {value!r}')
-            return ()
-        return tuple(words)
-
-    def table(self, key: str) -> ConfigTable:
-        """The table below a key; an empty one when it is absent."""
-        return self.as_table(key, self.take(key))
-
-    def tables(self, key: str) -> list[ConfigTable]:
-        value = self.take(key)
-        if value is None:
-            return []
-        if not isinstance(value, list):
-            self.complain(key, f"must be a list of tables, not {value!r}")
-            return []
-        return [self.as_table(f"{key}[{i}]", entry) for i, entry in enumerate(value)]
-
-    def as_table(self, key: str, value: object) -> ConfigTable:
-        if value is not None and not isinstance(value, dict):
-            self.complain(key, f"must be a table, not {value!r}")
-            value = None
-        return ConfigTable(value or {}, self.path(key), self.problems)
-
-    def close(self) -> None:
-        """Complain about every key that nobody asked for."""
-        for key in self.values:
-            if key not in self.known:
-                self.complain(key, f"is no known key{did_you_mean(key, self.known)}")
+def _is_plain(value: object) -> bool:
+    return isinstance(value, str) and "\0" not in value  # a program's arguments end at a NUL
 
 
-def _usable_text(value: object) -> bool:
-    return isinstance(value, str) and bool(value.strip()) and "\0" not in value
+def _is_argv(value: object) -> bool:
+    """A command is a list of words, and runs without a shell."""
+    words = value if isinstance(value, list) else []
+    return all(map(_is_plain, words)) and bool(words) and bool(words[0].strip())
+
+
+def _is_environment(value: object) -> bool:
+    return isinstance(value, dict) and all(
+        name and "=" not in name and _is_plain(name) and _is_plain(text)
+        for name, text in value.items()
+    )
+
+
+def _is_below_root(value: object) -> bool:
+    path = str(value)
+    return _WORD.fits(value) and not path.startswith("/") and ".." not in path.split("/")
+
+
+_COUNT = whole_number(0, MAX_NUMBER)
+_PLACES = whole_number(1, MAX_NUMBER)
+_AMOUNT = number_within(0, MAX_NUMBER)
+_PLAIN = TEXT._replace(fits=_is_plain)
+_WORD = Kind("text", lambda value: _is_plain(value) and bool(str(value).strip()))
+_WORDS = list_of(_WORD, 'a list of texts such as ["a", "b"]')
+_PATTERNS = list_of(
+    Kind("", _is_below_root), 'a list of paths below the project root such as ["docs/"]'
+)
+_ARGV = Kind('a command such as ["make", "test"]', _is_argv)
+_ARGVS = list_of(_ARGV, 'a list of commands such as [["make", "test"]]')
+_ENVIRONMENT = Kind('names with texts such as { CI = "1" }', _is_environment)
+_NAME = matching_text("at most 64 ASCII letters, digits, - and _", NAME)
+_MODEL = matching_text(  # it becomes an argument, so it must not look like an option
+    "letters, digits, . _ / - (no leading -)", r"|[A-Za-z0-9._/][A-Za-z0-9._/-]*"
+)
+
+# ---- The table of keys ---------------------------------------------------------------------------
+
+
+class ConfigKey(NamedTuple):
+    """A row of the table: what a key may hold, what holds without it, and what it is good for."""
+
+    kind: Kind
+    default: Any
+    meaning: str
+    example: str  # a value to show where the default cannot be written, or says too little
+    name: str  # as the file spells it, if the record does not
+
+    @property
+    def remark(self) -> str:
+        """The words there are, and the meaning."""
+        return ": ".join(filter(None, (", ".join(self.kind.words), self.meaning)))
+
+
+CONFIG_KEYS: dict[str, dict[str, ConfigKey]] = {}  # by table of the file, then by field
+Record = TypeVar("Record", bound=type)
+
+
+def row(
+    kind: Kind, default: object, meaning: str = "", *, example: str = "", name: str = ""
+) -> Any:
+    """A row, which stands where its field's default would."""
+    return ConfigKey(kind, default, meaning, example, name)
+
+
+def config_table(name: str) -> Callable[[Record], Record]:
+    """Take the rows of a record over into CONFIG_KEYS, and leave their plain defaults behind."""
+
+    def take(record: Record) -> Record:
+        fields: dict[str, Any] = cast(Any, record)._field_defaults
+        keys = {field: key for field, key in fields.items() if isinstance(key, ConfigKey)}
+        fields.update({field: key.default for field, key in keys.items()})
+        cast(Any, record).__new__.__defaults__ = tuple(fields.values())
+        CONFIG_KEYS[name] = keys
+        return record
+
+    return take
+
+
+@config_table("guardrails")
+class Guardrails(NamedTuple):
+    """The largest ratings that may run without a human."""
+
+    max_size: str = row(choice(*SIZE_WORDS), "medium", "what is rated higher waits for a human")
+    max_complexity: str = row(choice(*LEVEL_WORDS), "medium")
+    max_risk: str = row(choice(*LEVEL_WORDS), "low")
+
+
+@config_table("execution")
+class Execution(NamedTuple):
+    """How much is done at a time, how often, and for how long."""
+
+    phase_timeout_minutes: float = row(_AMOUNT, 30, "one attempt of a phase")
+    max_retries: int = row(_COUNT, 2, "attempts of a phase = this + 1")
+    retry_delay_seconds: float = row(_AMOUNT, 5, "doubled with every attempt, at most 300")
+    circuit_breaker: int = row(
+        _PLACES, 2, "items in a row that used up their attempts: the run halts"
+    )
+    default_phase_cap: int = row(_COUNT, 100, "phases per run, unless --cap says otherwise")
+    max_run_minutes: float | None = row(
+        _AMOUNT, None, "the run halts after the phases then at work", example="240"
+    )
+    max_cost_usd: float | None = row(_AMOUNT, None, "the same, in dollars", example="20")
+    max_wip: int = row(_PLACES, 1, "items in progress at a time")
+    max_concurrent: int = row(_PLACES, 1, "agents at a time; a destructive phase always runs alone")
+    idle_timeout_minutes: float | None = row(  # None: see `idle_timeout_s`
+        _AMOUNT, None, "no output = timeout; 0 = off, as for CLIs that tell nothing", example="15"
+    )
+    kill_grace_seconds: float = row(_AMOUNT, 5, "from TERM to KILL, when an agent is ended")
+    hook_timeout_seconds: float = row(
+        _AMOUNT, round(HOOK_LIMIT_S), "for one hook of yours, at the commit of a destructive phase"
+    )
+    on_usage_limit: Literal["halt", "wait"] = row(
+        choice("halt", "wait"), "halt", "when the account of an agent's CLI is used up"
+    )
+
+
+@config_table("agent")
+class AgentSettings(NamedTuple):
+    """The CLI that runs the phases."""
+
+    cli: str = row(choice(*AGENT_CLIS), "claude")
+    model: str | None = row(_MODEL, None, "as the CLI calls it", example='"opus"')
+    command: tuple[str, ...] = row(
+        _ARGV,
+        (),
+        'for cli = "command"',
+        example='["my-agent", "{prompt_file}", "{result_path}"]',
+    )
+    args: tuple[str, ...] = row(_WORDS, (), "more arguments for the CLI", example='["--verbose"]')
+    env: Mapping[str, str] = row(_ENVIRONMENT, {}, "variables for the CLI", example='{ CI = "1" }')
+
+
+@config_table("notify")
+class Notify(NamedTuple):
+    """Who is told of a halt."""
+
+    command: tuple[str, ...] = row(
+        _ARGV,
+        (),
+        "run at every halt, JSON summary on stdin",
+        example='["notify-send", "orchestrator"]',
+    )
+
+
+@config_table("phase")
+class Phase(NamedTuple):
+    """One phase of a pipeline."""
+
+    name: str
+    destructive: bool = row(
+        FLAG,
+        False,
+        "modifies code, runs alone, is committed at once",
+        example="true",
+        name="is_destructive",
+    )
+    workflows: tuple[str, ...] = row(
+        _WORDS, (), "files to follow, not the built-in instructions", example='["docs/build.md"]'
+    )
+    agent: str | None = row(choice(*AGENT_CLIS), None, example='"codex"')
+    model: str | None = row(_MODEL, None, "for this phase", example='"opus"')
+    timeout_minutes: float | None = row(
+        _AMOUNT, None, "instead of phase_timeout_minutes", example="90"
+    )
+    run: tuple[str, ...] = row(
+        _ARGV, (), "this command does the phase, no agent", example='["make", "docs"]'
+    )
+    verify: tuple[tuple[str, ...], ...] = row(
+        _ARGVS, (), "must pass after the agent says it is done", example='[["make", "test"]]'
+    )
+    outputs: tuple[str, ...] = row(
+        _PATTERNS, (), "what a phase that is not destructive may commit", example='["docs/"]'
+    )
+    allow_empty: bool = row(
+        FLAG, False, "a destructive phase may end without any change", example="true"
+    )
+
+
+class Pipeline(NamedTuple):
+    name: str
+    pre_phases: tuple[Phase, ...]
+    phases: tuple[Phase, ...]
+
+    @property
+    def all_phases(self) -> tuple[Phase, ...]:
+        return self.pre_phases + self.phases
+
+
+@config_table("project")
+class Config(NamedTuple):
+    """All of orchestrator.toml: the keys of `[project]`, and the other tables."""
+
+    pipelines: Mapping[str, Pipeline]
+    prefix: str = row(_NAME, "WRK", "ids are PREFIX-001, PREFIX-002, …")
+    backlog_path: str = row(_PLAIN, BACKLOG_NAME, "relative to this file")
+    protected_branches: tuple[str, ...] = row(
+        _WORDS, (), '`run` refuses to work on these, e.g. ["main"]'
+    )
+    guardrails: Guardrails = Guardrails()
+    execution: Execution = Execution()
+    agent: AgentSettings = AgentSettings()
+    notify: Notify = Notify()
+    base: Path = Path()  # of the config file; backlog and workflows are relative to it
+    source: str = "built-in defaults"
+
+
+TRIAGE_PHASE = Phase(TRIAGE, outputs=DOCUMENT_OUTPUTS)  # has no agent and no limits of its own
+
+
+# ---- Reading -------------------------------------------------------------------------------------
 
 
 def parse_config(data: bytes, source: str, base: Path) -> Config:
@@ -543,23 +576,19 @@ def parse_config(data: bytes, source: str, base: Path) -> Config:
     files are resolved. Raises ConfigError, which lists everything that is wrong.
     """
     problems: list[str] = []
-    top = ConfigTable(_parse_toml(data, source), "", problems)
-    project = top.table("project")
+    top = Fields(_parse_toml(data, source), "", problems)
     config = Config(
-        prefix=_read_prefix(project),
-        backlog_path=project.text("backlog_path", BACKLOG_NAME),
-        protected_branches=project.texts("protected_branches"),
-        guardrails=_read_guardrails(top.table("guardrails")),
-        execution=_read_execution(top.table("execution")),
-        agent=_read_agent(top.table("agent")),
-        notify_command=_read_notify(top.table("notify")),
+        **_read_table("project", top.table("project")),
+        guardrails=Guardrails(**_read_table("guardrails", top.table("guardrails"))),
+        execution=Execution(**_read_table("execution", top.table("execution"))),
+        agent=AgentSettings(**_read_table("agent", top.table("agent"))),
+        notify=Notify(**_read_table("notify", top.table("notify"))),
         pipelines=_read_pipelines(top.table("pipelines")),
         base=base,
         source=source,
     )
-    project.close()
     top.close()
-    problems += _contradictions(config)
+    problems += _missing_command(config)
     if problems:
         lines = "".join(f"\n  - {problem}" for problem in problems)
         raise ConfigError(f"{source}: validation failed, correct this:{lines}")
@@ -585,190 +614,76 @@ def _parse_toml(data: bytes, source: str) -> dict[str, object]:
     raise ConfigError(f"Failed to parse {source}: {trouble}")
 
 
-def _read_prefix(project: ConfigTable) -> str:
-    prefix = project.text("prefix", "WRK")
-    written = project.values.get("prefix", prefix)  # blank reads as absent, but is a mistake here
-    if isinstance(written, str) and not re.fullmatch(NAME, written.strip()):
-        project.complain("prefix", f"must be ASCII letters, digits, - and _, not {written!r}")
-    return prefix
-
-
-def _read_guardrails(table: ConfigTable) -> Guardrails:
-    limits = Guardrails()
-    read = Guardrails(
-        max_size=table.word("max_size", SIZE_WORDS, limits.max_size),
-        max_complexity=table.word("max_complexity", LEVEL_WORDS, limits.max_complexity),
-        max_risk=table.word("max_risk", LEVEL_WORDS, limits.max_risk),
-    )
+def _read_table(name: str, table: Fields) -> dict[str, Any]:
+    """The values of a table's keys, by field."""
+    keys = CONFIG_KEYS[name].items()
+    read = {field: table.get(key.name or field, key.kind, key.default) for field, key in keys}
     table.close()
     return read
 
 
-def _read_execution(table: ConfigTable) -> Execution:
-    usual = Execution()
-    read = Execution(
-        phase_timeout_minutes=table.number("phase_timeout_minutes", usual.phase_timeout_minutes),
-        max_retries=table.whole("max_retries", usual.max_retries),
-        default_phase_cap=table.whole("default_phase_cap", usual.default_phase_cap),
-        max_wip=table.whole("max_wip", usual.max_wip, least=1),
-        max_concurrent=table.whole("max_concurrent", usual.max_concurrent, least=1),
-        circuit_breaker=table.whole("circuit_breaker", usual.circuit_breaker, least=1),
-        retry_delay_seconds=table.number("retry_delay_seconds", usual.retry_delay_seconds),
-        max_run_minutes=table.number("max_run_minutes", usual.max_run_minutes),
-        max_cost_usd=table.number("max_cost_usd", usual.max_cost_usd),
-        idle_timeout_minutes=table.number("idle_timeout_minutes", usual.idle_timeout_minutes),
-        kill_grace_seconds=table.number("kill_grace_seconds", usual.kill_grace_seconds),
-        hook_timeout_seconds=table.number("hook_timeout_seconds", usual.hook_timeout_seconds),
-        on_usage_limit=table.word("on_usage_limit", LIMIT_POLICIES, usual.on_usage_limit),
-    )
-    table.close()
-    return read
-
-
-def _read_agent(table: ConfigTable) -> AgentSettings:
-    read = AgentSettings(
-        cli=table.word("cli", AGENT_CLIS, AgentSettings().cli),
-        model=_read_model(table),
-        command=table.argv("command"),
-        args=table.texts("args"),
-        env=_read_env(table.table("env")),
-    )
-    table.close()
-    return read
-
-
-def _read_model(table: ConfigTable) -> str | None:
-    """A model's name; it becomes an argument, so it must not look like an option."""
-    model = table.text("model", None)
-    if model is not None and not re.fullmatch(MODEL, model):
-        table.complain("model", f"must be letters, digits, . _ / - (no leading -), not {model!r}")
-        return None
-    return model
-
-
-def _read_env(table: ConfigTable) -> dict[str, str]:
-    env: dict[str, str] = {}
-    for name, value in table.values.items():
-        if not name or "=" in name or "\0" in name:
-            table.complain(repr(name), "is no name for an environment variable")
-        elif not isinstance(value, str) or "\0" in value:
-            table.complain(name, f"must be a text in quotes, not {value!r}")
-        else:
-            env[name] = value
-    return env
-
-
-def _read_notify(table: ConfigTable) -> tuple[str, ...]:
-    command = table.argv("command")
-    table.close()
-    return command
-
-
-def _read_pipelines(table: ConfigTable) -> dict[str, Pipeline]:
+def _read_pipelines(table: Fields) -> dict[str, Pipeline]:
     """The pipelines as configured; the built-in one stands in when there is none at all."""
     pipelines = {name: _read_pipeline(name, table.table(name)) for name in table.values}
     return pipelines or {DEFAULT_PIPELINE: _built_in_pipeline()}
 
 
 def _built_in_pipeline() -> Pipeline:
-    documents = {
-        name: Phase(name, outputs=DOCUMENT_OUTPUTS)
-        for name in ("research", "prd", "design", "review")
-    }
-    build = Phase("build", destructive=True)
-    main = (documents["prd"], documents["design"], build, documents["review"])
-    return Pipeline(DEFAULT_PIPELINE, (documents["research"],), main)
-
-
-def _read_pipeline(name: str, table: ConfigTable) -> Pipeline:
-    pipeline = Pipeline(
-        name,
-        tuple(_read_phase(entry) for entry in table.tables("pre_phases")),
-        tuple(_read_phase(entry) for entry in table.tables("phases")),
+    research, prd, design, review = (
+        Phase(name, outputs=DOCUMENT_OUTPUTS) for name in ("research", "prd", "design", "review")
     )
+    build = Phase("build", destructive=True)
+    return Pipeline(DEFAULT_PIPELINE, (research,), (prd, design, build, review))
+
+
+def _read_pipeline(name: str, table: Fields) -> Pipeline:
+    pre_phases = tuple(map(_read_phase, table.tables("pre_phases")))
+    pipeline = Pipeline(name, pre_phases, tuple(map(_read_phase, table.tables("phases"))))
     table.close()
-    table.problems += _pipeline_problems(pipeline, table.where)
+    problems = table.complaints
+    if not pipeline.phases:
+        problems.append(f"{table.where} needs at least one main phase in `phases`")
+    names = [phase.name for phase in pipeline.all_phases]
+    for twice in dict.fromkeys(name for name in names if names.count(name) > 1):
+        problems.append(f"{table.where} has a duplicate phase name: {twice}")
+    for phase in pre_phases:
+        if phase.destructive:
+            wrong = f"the pre-phase {phase.name} cannot be destructive; move it to `phases`"
+            problems.append(f"{table.where}: {wrong}")
     return pipeline
 
 
-def _pipeline_problems(pipeline: Pipeline, where: str) -> list[str]:
-    problems = [] if pipeline.phases else [f"{where} needs at least one main phase in `phases`"]
-    seen: set[str] = set()
-    for phase in pipeline.all_phases:
-        if phase.name in seen:
-            problems.append(f"{where} has a duplicate phase name: {phase.name}")
-        seen.add(phase.name)
-    problems += [
-        f"{where}: the pre-phase {phase.name} cannot be destructive; move it to `phases`"
-        for phase in pipeline.pre_phases
-        if phase.destructive
-    ]
-    return problems
-
-
-def _read_phase(table: ConfigTable) -> Phase:
-    destructive = _read_destructive(table)
-    phase = Phase(
-        name=_read_phase_name(table),
-        destructive=destructive,
-        workflows=table.texts("workflows"),
-        agent=table.word("agent", AGENT_CLIS, None),
-        model=_read_model(table),
-        timeout_minutes=table.number("timeout_minutes", None),
-        run=table.argv("run"),
-        verify=table.argvs("verify"),
-        outputs=_read_outputs(table, destructive),
-        allow_empty=table.flag("allow_empty"),
-    )
-    table.close()
-    if phase.run and (phase.workflows or "agent" in table.values or phase.model):
-        table.complain(
-            "run", "replaces the agent: remove workflows, agent and model, or remove run"
-        )
+def _read_phase(table: Fields) -> Phase:
+    name = table.get("name", _NAME, "")
+    if "name" not in table.values:
+        table.complain("name", "is missing: every phase needs one")
+    elif name == TRIAGE:
+        table.complain("name", f"must not be {TRIAGE}: the name is reserved for rating new items")
+    alias = table.get("destructive", FLAG, False)
+    if {"is_destructive", "destructive"} <= table.values.keys():
+        table.complain("destructive", "is another name for is_destructive: keep one of the two")
+    phase = Phase(name, **_read_table("phase", table))
+    phase = phase._replace(destructive=phase.destructive or alias)
+    if phase.run and (phase.workflows or phase.agent or phase.model):
+        table.complain("run", "replaces the agent: remove workflows, agent and model, or this")
+    if "outputs" not in table.values and not phase.destructive:
+        return phase._replace(outputs=DOCUMENT_OUTPUTS)
+    if "outputs" in table.values and phase.destructive:
+        table.complain("outputs", "means nothing for a destructive phase: remove it")
     return phase
 
 
-def _read_phase_name(table: ConfigTable) -> str:
-    name = table.text("name", "")
-    if not name:
-        table.complain("name", "is missing: every phase needs one")
-    elif not re.fullmatch(NAME, name):
-        table.complain("name", f"must be at most 64 ASCII letters, digits, - and _, not {name!r}")
-    elif name == TRIAGE:
-        table.complain("name", f"must not be {TRIAGE}: the name is reserved for rating new items")
-    return name
-
-
-def _read_destructive(table: ConfigTable) -> bool:
-    if "is_destructive" in table.values and "destructive" in table.values:
-        table.complain("destructive", "is another name for is_destructive: keep one of the two")
-    return table.flag("is_destructive") | table.flag("destructive")  # takes both keys
-
-
-def _read_outputs(table: ConfigTable, destructive: bool) -> tuple[str, ...]:
-    """Path patterns below the project root; a destructive phase commits whatever it changed."""
-    if destructive and "outputs" in table.values:
-        table.complain("outputs", "means nothing for a destructive phase: remove it")
-    patterns = table.texts("outputs", () if destructive else DOCUMENT_OUTPUTS)
-    for pattern in patterns:
-        if pattern.startswith("/") or ".." in pattern.split("/"):
-            table.complain("outputs", f"must lie below the project root, but {pattern!r} does not")
-    return patterns
-
-
-def _contradictions(config: Config) -> list[str]:
-    """What is wrong between the tables, each of which may be fine alone."""
-    phases = [
-        (f"pipelines.{pipeline.name}: the phase {phase.name}", phase)
+def _missing_command(config: Config) -> list[str]:
+    wanted = ["agent.cli"] if config.agent.cli == "command" else []
+    wanted += [
+        f"pipelines.{pipeline.name}: the phase {phase.name}"
         for pipeline in config.pipelines.values()
         for phase in pipeline.all_phases
+        if phase.agent == "command"
     ]
-    problems = []
-    wanted = ["agent.cli"] if config.agent.cli == "command" else []
-    wanted += [where for where, phase in phases if phase.agent == "command"]
-    if wanted and not config.agent.command:
-        problems.append(f"agent.command is missing, but {wanted[0]} asks for it: give the command")
-    return problems
+    if not wanted or config.agent.command:
+        return []
+    return [f"agent.command is missing, but {wanted[0]} asks for it: give the command"]
 
 
 # ---- What the config says about an item or a phase -----------------------------------------------
@@ -929,90 +844,64 @@ def _dangling_dependencies(
 
 # ---- The file that `init` writes -----------------------------------------------------------------
 
-CONFIG_TEMPLATE = """\
+_TEMPLATE = """\
 # What `orchestrator` does in this repository. Every key may be left out: the values below are the
 # defaults. An unknown or misspelt key is an error, so nothing here is silently ignored.
-
-[project]
-prefix = {prefix}  # ids are PREFIX-001, PREFIX-002, …
-backlog_path = "BACKLOG.yaml"  # relative to this file
-protected_branches = []  # `run` refuses to work on these, e.g. ["main"]
-
-[guardrails]  # what is rated higher than this waits for a human
-max_size = "medium"  # small, medium, large
-max_complexity = "medium"  # low, medium, high
-max_risk = "low"  # low, medium, high
-
-[execution]
-phase_timeout_minutes = 30
-max_retries = 2  # attempts of a phase = this + 1
-retry_delay_seconds = 5  # doubled with every attempt, at most 300
-circuit_breaker = 2  # items in a row that used up their attempts: the run halts
-default_phase_cap = 100  # phases per run, unless --cap says otherwise
-# max_run_minutes = 240
-# max_cost_usd = 20
-max_wip = 1  # items in progress at a time
-max_concurrent = 1  # agents at a time; a destructive phase always runs alone
-# idle_timeout_minutes = 15  # no output for this long = timeout; 0 = off
-kill_grace_seconds = 5
-hook_timeout_seconds = 120  # for a commit hook of yours, which sees what a destructive phase did
-on_usage_limit = "halt"  # or "wait" until the limit of the agent's CLI is reset
-
-[agent]
-cli = {cli}  # claude, codex, opencode, gemini, command, demo
-{command}# model = "…"
-# args = []
-# env = {{}}
-
-# [notify]
-# command = ["notify-send", "orchestrator"]  # run at every halt, JSON summary on stdin
-
+{tables}
 # A pipeline is what an item goes through: pre-phases until it is ready, then the phases. A phase
 # may also have
-#   workflows = ["docs/how-we-build.md"]  instead of the built-in instructions
-#   agent, model, timeout_minutes         instead of what is said above
-#   run = ["make", "docs"]                a command instead of an agent
-#   verify = [["make", "test"]]           must pass after the agent says that it is done
-#   outputs = ["docs/"]                   what a phase that is not destructive may commit
-#   allow_empty = true                    a destructive phase may complete without any change
-# A destructive phase modifies code, runs alone and is committed at once.
-[pipelines.feature]
+{phase_keys}
+[pipelines.{name}]
 pre_phases = [
-  {{ name = "research" }},
+{pre_phases}
 ]
 phases = [
-  {{ name = "prd" }},
-  {{ name = "design" }},
-  {{ name = "build", is_destructive = true }},
-  {{ name = "review" }},
+{phases}
 ]
 """
 
 
 def config_template(prefix: str, agent: str) -> str:
     """The text of a new orchestrator.toml: the defaults, explained, with this prefix and agent."""
-    command = "# command"
-    if agent == "command":
-        command = "command"  # the file would be refused without one
-    example = ' = ["my-agent", "{prompt_file}", "{result_path}"]  # for cli = "command"\n'
-    return CONFIG_TEMPLATE.format(
-        prefix=_toml_text(prefix),
-        cli=_toml_text(agent),
-        command=command + example,
+    chosen = {"prefix": prefix, "cli": agent}
+    needed = ("agent", "command") if agent == "command" else None  # refused without one
+    tables = ""
+    for table in ("project", "guardrails", "execution", "agent", "notify"):
+        tables += f"\n[{table}]\n"
+        for field, key in CONFIG_KEYS[table].items():
+            line = _template_line(field, key, chosen.get(field, key.default))
+            tables += line.removeprefix("# ") if (table, field) == needed else line
+    phase_keys = [
+        f"#   {key.name or field} = {key.example}".ljust(38) + key.remark
+        for field, key in CONFIG_KEYS["phase"].items()
+    ]
+    pipeline = _built_in_pipeline()
+    return _TEMPLATE.format(
+        tables=tables,
+        phase_keys="\n".join(phase_keys),
+        name=pipeline.name,
+        pre_phases="\n".join(map(_template_phase, pipeline.pre_phases)),
+        phases="\n".join(map(_template_phase, pipeline.phases)),
     )
 
 
-def _toml_text(text: str) -> str:
-    """A basic string of TOML; its escapes are those of JSON."""
+def _template_line(field: str, key: ConfigKey, value: object) -> str:
     import json
 
-    return json.dumps(text, ensure_ascii=False)
+    remark = f"  # {key.remark}" if key.remark else ""
+    if key.example:
+        return f"# {field} = {key.example}{remark}\n"
+    return f"{field} = {json.dumps(value, ensure_ascii=False)}{remark}\n"  # valid TOML, too
+
+
+def _template_phase(phase: Phase) -> str:
+    destructive = ", is_destructive = true" if phase.destructive else ""
+    return f'  {{ name = "{phase.name}"{destructive} }},'
 
 
 # ==== 4. Decisions (pure) =========================================================================
 
 PLAN_TIME = datetime.fromtimestamp(0, UTC)  # for what is only played through, and never written
-
 
 
 # ---- What to do next -----------------------------------------------------------------------------
@@ -1026,12 +915,15 @@ def select_actions(
     only: Container[str] | None = None,
     target: str | None = None,
     resting: Collection[str] = (),
+    last: Collection[str] = (),
 ) -> list[Action]:
     """What could be started now, best first: promotions, then tasks for the free slots.
 
     `only` and `target` limit which items may be acted on; dependencies and the work in progress
     are judged on the whole backlog all the same. A target is not held back by max_wip and
-    max_concurrent. Tasks for the agents in `resting` are passed over.
+    max_concurrent. Tasks for the agents in `resting` are passed over. `last` are ids on which an
+    agent could not work: others go first, for which one place more is made, so that it shows
+    whether it is the agent's fault or the item's.
     """
     if any(task.phase.destructive for task in running.values()):
         return []
@@ -1043,14 +935,18 @@ def select_actions(
         and item["id"] not in running
         and not ("dependencies" in item and unmet_dependencies(items, item))
     ]
-    room = limits.max_wip - sum(item["status"] == "in_progress" for item in items.values())
+    at_work = [item["id"] for item in items.values() if item["status"] == "in_progress"]
+    room = limits.max_wip - len(at_work) + any(item_id in last for item_id in at_work)
     free = limits.max_concurrent - len(running)
     if target is not None:
         able, room, free = [item for item in able if item["id"] == target], 1, 1
     if free <= 0:
         return []
     ready = sorted((item for item in able if item["status"] == "ready"), key=_promotion_key)
-    due = (task for task in _due(able, config) if agent_of(config, task.phase) not in resting)
+    due: Iterable[Task] = _due(able, config)
+    due = (task for task in due if agent_of(config, task.phase) not in resting)
+    if last:
+        due = sorted(due, key=lambda task: task.item_id in last)
     return [
         *(Promote(item["id"]) for item in ready[: max(0, room)]),
         *_fill_slots(itertools.islice(due, free), bool(running)),
@@ -1078,6 +974,15 @@ def _due(able: Sequence[Item], config: Config) -> Iterator[Task]:
         yield Task(item["id"], TRIAGE_PHASE, "triage")
 
 
+def is_due(items: Mapping[str, Item], task: Task) -> bool:
+    """Whether an item still is where a task found it."""
+    item = items.get(task.item_id)
+    if item is None or task.pool == TRIAGE:
+        return item is not None and item["status"] == "new"
+    status = "scoping" if task.pool == "pre" else "in_progress"
+    return item["status"] == status and item.get("phase") == task.name
+
+
 def actions_for(
     options: RunOptions,
     backlog: Backlog,
@@ -1087,6 +992,7 @@ def actions_for(
     *,
     completed: Container[str] = (),
     resting: Collection[str] = (),
+    last: Collection[str] = (),
 ) -> list[Action]:
     """`select_actions` for what a run was asked to do.
 
@@ -1099,7 +1005,9 @@ def actions_for(
         target = next_target(options.targets, backlog.items, completed, options.auto_advance)
         if target is None:
             return []
-    return select_actions(backlog, running, config, only=only, target=target, resting=resting)
+    return select_actions(
+        backlog, running, config, only=only, target=target, resting=resting, last=last
+    )
 
 
 def to_triage(
@@ -1152,7 +1060,9 @@ def _fill_slots(candidates: Iterable[Task], running: bool) -> list[Action]:
 
 # ---- When an agent's account or API says no ------------------------------------------------------
 
-PROBES = 8  # failures of the API in a row, about 15 minutes with the default delay, end the run
+FREE_ENDS_IN_A_ROW = 8  # of an agent, about 15 minutes with the default delay, end the run
+FREE_ENDS = 20  # of all agents in one run
+LIMITS_IN_A_ROW = 3  # met again after the stated reset
 SHORTEST_LIMIT_S, LONGEST_LIMIT_S = 60.0, 8 * 86400.0  # weekly limits exist
 UNKNOWN_LIMIT_S, LONGEST_UNKNOWN_S = 900.0, 7200.0  # where no reset is stated
 
@@ -1160,20 +1070,24 @@ UNKNOWN_LIMIT_S, LONGEST_UNKNOWN_S = 900.0, 7200.0  # where no reset is stated
 def pause_after(
     outcome: AgentOutcome, agent: str, before: AgentPause | None, config: Config, now: float
 ) -> AgentPause:
-    """How long an agent rests after a usage limit or a failure of its API; `now` in epoch seconds.
+    """How long an agent rests after a usage limit or a free end; `now` in epoch seconds.
 
     `before` is the breaker as it was. An attempt that began before its end was under way already
     when it opened, so it says nothing new about how often the agent refused.
     """
+    kind: Literal["busy", "limit", "reset"] = "busy"
+    if outcome.kind == "limited":
+        kind = "limit" if outcome.until is None else "reset"
     strikes = 1
-    if before is not None:
-        was_probe = now - outcome.seconds >= before.until
-        strikes = before.strikes + was_probe
-    if outcome.kind == "transient":
+    if before is not None and before.kind == kind:
+        strikes = before.strikes + (now - outcome.seconds >= before.until)
+    if kind == "busy":
         until = now + retry_delay_s(config, strikes)
     else:
         until = limit_ends(outcome.until, strikes, now)
-    return AgentPause(agent, max(until, before.until if before else 0), strikes, outcome.detail)
+    if before is not None and before.until > until:
+        return before
+    return AgentPause(agent, until, strikes, outcome.error, kind)
 
 
 def limit_ends(reset: float | None, strikes: int, now: float) -> float:
@@ -1281,87 +1195,6 @@ def exit_code(
             return EXIT_OK
 
 
-# ---- What history tells --------------------------------------------------------------------------
-
-
-class Decision(NamedTuple):
-    """A change of an item's status or phase, as a commit holds it; no item: it was not there."""
-
-    version: FileVersion
-    old: Item
-    new: Item
-
-    @property
-    def item_id(self) -> str:
-        return (self.new or self.old)["id"]
-
-
-class Departure(NamedTuple):
-    """How an item left the backlog, as the worklog has it."""
-
-    word: str  # "done" or "closed"
-    reason: str
-
-
-class History:
-    """What the versions of a backlog file, oldest first, decided; unreadable ones are left out.
-
-    Versions share nearly all of their items, so only the texts of items that differ are read: the
-    cost follows the changes, not the size of the backlog. In a merge only that counts which is as
-    in none of its parents.
-    """
-
-    def __init__(self, source: str) -> None:
-        import functools
-
-        self.decisions: list[Decision] = []
-        self._instead: dict[bytes, bytes] = {}  # for versions that cannot be read
-        self._texts = functools.lru_cache(maxsize=8)(item_texts)
-        self._item = functools.lru_cache(maxsize=4096)(lambda text: read_item_text(text, source))
-
-    def add(self, version: FileVersion, before: Sequence[bytes], after: bytes) -> None:
-        """Take in the next version; `before` are the contents of its parents."""
-        before = [self._instead.get(data, data) for data in before]
-        try:
-            changes = [self._changes(data, after) for data in before]
-        except (BacklogError, YamlError):
-            self._instead[after] = before[0]
-            return
-        for item_id, (old, new) in changes[0].items():
-            if all(item_id in others for others in changes[1:]):
-                self.decisions.append(Decision(version, old, new))
-
-    def _changes(self, before: bytes, after: bytes) -> dict[str, tuple[Item, Item]]:
-        """By id, the items whose status or phase differs."""
-        texts = self._texts(before), self._texts(after)
-        was, now = (self._items(mine, set(other)) for mine, other in (texts, texts[::-1]))
-        pairs = {id: (was.get(id, Item()), now.get(id, Item())) for id in {**was, **now}}
-        return {id: pair for id, pair in pairs.items() if _place(pair[0]) != _place(pair[1])}
-
-    def _items(self, texts: Iterable[bytes], known: Container[bytes]) -> dict[str, Item]:
-        items = [self._item(text) for text in texts if text not in known]
-        return {item["id"]: item for item in items}
-
-def _place(item: Item) -> tuple[str, ...]:
-    """Status and phase, as far as there are any."""
-    return tuple(filter(None, (item.get("status"), item.get("phase"))))
-
-
-def departures(worklog: str) -> dict[str, Departure]:
-    """By id, how items left the backlog according to the text of worklogs."""
-    found: dict[str, Departure] = {}
-    item_id = word = ""
-    for line in worklog.splitlines():
-        if heading := re.match(WORKLOG_HEAD, line):
-            item_id, word = heading[1], ""
-        elif ended := re.match(r"- \*\*(?:Status|Outcome):\*\* (Done|Closed)$", line):
-            word = ended[1].lower()
-            found[item_id] = Departure(word, "")
-        elif word and (told := re.match(r"- \*\*(?:Summary|Reason):\*\* (.*)", line)):
-            found[item_id] = Departure(word, told[1])
-    return found
-
-
 # ==== 5. Texts (pure) =============================================================================
 
 MAX_TEXT = 20_000  # characters of one field of a result
@@ -1428,11 +1261,99 @@ def fit(text: str, width: int) -> str:
     return text + " " * (width - cell_width(text))
 
 
+def wrap(line: str, width: int, indent: str | None = None) -> list[str]:
+    """A line broken at blanks where it is too long; what follows is indented like its begin.
+
+    A word that is longer than that stays whole: paths, refs and ids are there to be copied.
+    """
+    if cell_width(line) <= width:
+        return [line]
+    lead = line[: len(line) - len(line.lstrip())]
+    indent = (lead or "  ") if indent is None else indent
+    lines, current, used = [], lead, len(lead)
+    for word in line.split():
+        size = cell_width(word)
+        if current.strip() and used + 1 + size > width:
+            lines.append(current)
+            current, used = indent, len(indent)
+        gap = " " if current.strip() else ""
+        current, used = f"{current}{gap}{word}", used + len(gap) + size
+    return [*lines, current]
+
+
+def _pieces(text: str, width: int) -> list[str]:
+    """The text in parts of at most `width` columns each."""
+    parts, used = [""], 0
+    for char in text:
+        size = cell_width(char)
+        if used + size > width:
+            parts, used = [*parts, ""], 0
+        parts[-1] += char
+        used += size
+    return parts
+
+
+class Column(NamedTuple):
+    """One column of a table; see `table`."""
+
+    heading: str
+    key: str  # of the rows
+    most: int = 0  # columns; 0: never cut, because people copy what is in it
+    show: Callable[[Any], str] = str  # a value that is there, for people
+
+
+def plain_columns(*keys: str) -> tuple[Column, ...]:
+    """Columns without headings."""
+    return tuple(Column("", key) for key in keys)
+
+
+LEAST_LAST = 24  # columns that the last column of a table needs to stand beside the others
+
+
+def table(
+    columns: Sequence[Column], rows: Sequence[Mapping[str, object]], width: int, lead: str = ""
+) -> list[str]:
+    """The rows below their headings, each line behind `lead`; a column without a value is left out.
+
+    The last column takes the room that the others leave, and goes on below itself; where there is
+    too little, it goes below the whole row. Without headings there is no first line.
+    """
+    lines = [[_cell(column, row) for column in columns] for row in rows]
+    shown = [n for n in range(len(columns)) if any(line[n] for line in lines)]
+    if not shown:
+        return []
+    headings = [column.heading for column in columns]
+    if any(headings):
+        lines = [headings, *([cell or "-" for cell in line] for line in lines)]
+    grid = [[line[n] for n in shown] for line in lines]
+    sizes = []
+    for place, number in enumerate(shown[:-1]):
+        widest = max(cell_width(line[place]) for line in grid)
+        sizes.append(min(widest, columns[number].most or widest))
+    left = width - len(lead) - sum(sizes) - len(sizes)
+    drawn = []
+    for *cells, text in grid:
+        begin = lead + "".join(f"{fit(cell, n)} " for cell, n in zip(cells, sizes, strict=True))
+        if left < LEAST_LAST and cell_width(text) > left:
+            drawn.append(begin.rstrip())
+            begin = f"{lead}    "
+        room = max(8, width - cell_width(begin))
+        for part in (piece for line in wrap(text, room, "") for piece in _pieces(line, room)):
+            drawn.append((begin + part).rstrip())
+            begin = " " * cell_width(begin)
+    return drawn
+
+
+def _cell(column: Column, row: Mapping[str, object]) -> str:
+    value = row.get(column.key)
+    return "" if value is None or value == "" else one_line(column.show(value))
+
+
 TINTS: Mapping[str, str] = {  # SGR parameters by what is coloured for a terminal
     r"^(?:[\d:]{8} )?(?:error|problem|orchestrator):": "31",
     r"^(?:[\d:]{8} )?(?:warning|Warning|note):": "33",
-    r"^(?:Halt|Ended|Done|Blocked|Next|Waiting|Would|Nothing)\b[^:\n]*:": "1",
-    r"^\d{4}-\d\d-\d\d \d\d:\d\d  [0-9a-f]{10}": "33",
+    r"^(?:Halt|Ended|Done|Blocked|Needs|Next|Waiting|Would|Nothing|A run)\b[^:\n]*:": "1",
+    r"^\d{4}-\d\d-\d\d \d\d:\d\d": "33",
 }
 
 
@@ -1518,6 +1439,7 @@ def _covers(pattern: str, parts: Sequence[str]) -> bool:
 # ---- What an agent reports -----------------------------------------------------------------------
 
 RESULT_CODES = ("phase_complete", "subphase_complete", "failed", "blocked")
+RATING_KINDS = {key: ITEM_TABLE[key].kind for key in RATING_KEYS}
 DESCRIPTION_LABELS = {key: key.replace("_", " ").title() for key in DESCRIPTION_KEYS}
 PLACEHOLDER = r"<[^<>\n]{1,80}>"  # as in the skeleton of the prompt
 NO_SUMMARY = "(the agent gave no summary)"
@@ -1535,27 +1457,31 @@ def parse_result(data: bytes, item_id: str, phase: str) -> PhaseResult:
     leniently: what does not fit is dropped and named in `warnings`. All texts are cleaned.
     """
     row = _result_object(data)
-    code = _check_identity(row, item_id, phase)
-    read = _FieldReader()
-    summary = read.text(row, "summary")
-    if summary is None:
-        read.warnings.append("summary: missing")
+    _check_identity(row, item_id, phase)
+    warnings: list[str] = []
+    read = ResultFields(row, "", warnings)
+    if isinstance(row.get("description"), str):  # counts as the context, what else could be meant?
+        description = ResultFields({"context": row["description"]}, "description", warnings)
+    else:
+        description = read.table("description")
     result = PhaseResult(
         item_id=item_id,
         phase=phase,
-        result=cast(Any, code),
-        summary=summary or NO_SUMMARY,
-        context=read.text(row, "context"),
-        ratings=read.ratings(row),
-        follow_ups=read.follow_ups(row),
-        pipeline_type=read.line(row, "pipeline_type"),
-        commit_summary=read.line(row, "commit_summary"),
-        duplicates=read.ids(row, "duplicates"),
-        description=read.description(row),
-        requires_human_review=read.flag(row, "requires_human_review"),
-        block_type=read.word(row, "block_type", BLOCK_WORDS),
+        result=cast(Any, row["result"]),
+        summary=read.get("summary", TEXT, NO_SUMMARY),
+        context=read.get("context", TEXT),
+        ratings=read.table("updated_assessments").given(RATING_KINDS),
+        follow_ups=_read_follow_ups(read),
+        pipeline_type=read.line("pipeline_type"),
+        commit_summary=read.line("commit_summary"),
+        duplicates=_read_duplicates(read),
+        description=description.given(dict.fromkeys(DESCRIPTION_KEYS, TEXT)),
+        requires_human_review=read.get("requires_human_review", FLAG),
+        block_type=read.get("block_type", ITEM_TABLE["blocked_type"].kind),
     )
-    return result._replace(warnings=tuple(read.warnings))
+    if result.summary == NO_SUMMARY:
+        read.complain("summary", "is missing")
+    return result._replace(warnings=tuple(warnings))
 
 
 def failure_text(outcome: AgentOutcome) -> str:
@@ -1579,7 +1505,7 @@ def _result_object(data: bytes) -> Mapping[str, object]:
     except ValueError as error:
         raise ResultError(f"the result file is not valid JSON: {error}") from None
     if not isinstance(row, dict):
-        raise ResultError(f"the result file must hold one JSON object, not {_kind(row)}")
+        raise ResultError(f"the result file must hold one JSON object, not {shown(row)}")
     return row
 
 
@@ -1589,172 +1515,128 @@ def _without_fence(text: str) -> str:
     return inside[1] if inside else text
 
 
-def _check_identity(row: Mapping[str, object], item_id: str, phase: str) -> str:
+def _check_identity(row: Mapping[str, object], item_id: str, phase: str) -> None:
     wanted = {"item_id": item_id, "phase": phase}
     wrong = [
-        f"{key} is {_shown_value(row.get(key))}, expected {_shown_value(value)}"
+        f"{key} is {shown(row.get(key))}, expected {shown(value)}"
         for key, value in wanted.items()
         if row.get(key) != value
     ]
     if wrong:
         raise ResultError(f"the result file belongs to something else: {'; '.join(wrong)}")
-    code = row.get("result")
-    if not isinstance(code, str) or code not in RESULT_CODES:
-        told, words = _shown_value(code), ", ".join(RESULT_CODES)
+    if row.get("result") not in RESULT_CODES:
+        told, words = shown(row.get("result")), ", ".join(RESULT_CODES)
         raise ResultError(f"the result file says result {told}, expected one of {words}")
-    return code
 
 
-def _kind(value: object) -> str:
-    names = {dict: "an object", list: "a list", str: "a text", bool: "true or false"}
-    return "nothing" if value is None else names.get(type(value), "a number")
+class ResultFields(Fields):
+    """What an agent wrote, read leniently: texts are cleaned, forgotten placeholders dropped."""
 
+    lenient = True
 
-def _shown_value(value: object) -> str:
-    return f'"{one_line(value, 60)}"' if isinstance(value, str) else _kind(value)
-
-
-class _FieldReader:
-    """Reads the optional fields of a result; collects a warning for each one it has to drop."""
-
-    def __init__(self) -> None:
-        self.warnings: list[str] = []
-
-    def _drop(self, key: str, value: object, wanted: str) -> None:
-        self.warnings.append(f"{key}: {_shown_value(value)} dropped, expected {wanted}")
-
-    def text(self, row: Mapping[str, object], key: str) -> str | None:
-        value = row.get(key)
-        if isinstance(value, str):
-            text = clean_text(value).strip()
-            if re.fullmatch(PLACEHOLDER, text):
-                self.warnings.append(f"{key}: the placeholder {text} was left in; dropped")
-                return None
-            if len(text) > MAX_TEXT:
-                self.warnings.append(f"{key}: cut to {MAX_TEXT} characters")
-                text = text[:MAX_TEXT] + "…"
-            return text or None
-        if value is not None:
-            self._drop(key, value, "a text")
-        return None
-
-    def line(self, row: Mapping[str, object], key: str) -> str | None:
-        return one_line(self.text(row, key) or "", MAX_TITLE) or None
-
-    def word(self, row: Mapping[str, object], key: str, words: Sequence[str]) -> str | None:
-        value = row.get(key)
-        if isinstance(value, str) and (not value.strip() or value.strip().lower() in words):
-            return value.strip().lower() or None
-        if value is not None:
-            self._drop(key, value, " or ".join(words))
-        return None
-
-    def flag(self, row: Mapping[str, object], key: str) -> bool | None:
-        value = row.get(key)
-        if isinstance(value, str) and value.strip().lower() in ("true", "yes", "false", "no"):
-            return value.strip().lower() in ("true", "yes")
-        if value is None or isinstance(value, bool):
+    def raw(self, key: str) -> object:
+        value = super().raw(key)
+        if not isinstance(value, str):
             return value
-        self._drop(key, value, "true or false")
+        text = clean_text(value).strip()
+        if re.fullmatch(PLACEHOLDER, text):
+            self.complain(key, f"still holds the placeholder {text}; dropped")
+            return None
+        if len(text) > MAX_TEXT:
+            self.complain(key, f"is cut to {MAX_TEXT} characters")
+            text = text[:MAX_TEXT] + "…"
+        return text
+
+    def line(self, key: str) -> str | None:
+        """A text made to fit on one line."""
+        return one_line(self.get(key, TEXT, ""), MAX_TITLE) or None
+
+    def given(self, kinds: Mapping[str, Kind]) -> dict[str, str]:
+        """Those of some texts that are there and fit."""
+        read = {key: self.get(key, kind) for key, kind in kinds.items()}
+        return {key: value for key, value in read.items() if value is not None}
+
+
+def _read_duplicates(read: ResultFields) -> tuple[str, ...]:
+    listed = read.get("duplicates", LIST, ())
+    ids = [one_line(value, MAX_TITLE) for value in listed if isinstance(value, str)]
+    if len(ids) < len(listed):
+        read.complain("duplicates", "must hold ids of items; the rest is dropped")
+    return tuple(dict.fromkeys(filter(None, ids)))
+
+
+def _read_follow_ups(read: ResultFields) -> tuple[FollowUp, ...]:
+    """The new items suggested: titles, or objects with a title."""
+    listed = read.get("follow_ups", LIST, ())
+    if len(listed) > MAX_FOLLOW_UPS:
+        dropped = f"{len(listed) - MAX_FOLLOW_UPS} of {len(listed)} dropped"
+        read.complain("follow_ups", f"are too many: {dropped}, at most {MAX_FOLLOW_UPS} are taken")
+    rows = [{"title": row} if isinstance(row, str) else row for row in listed[:MAX_FOLLOW_UPS]]
+    tables = ResultFields({"follow_ups": rows}, "", read.complaints).tables("follow_ups")
+    return tuple(filter(None, map(_read_follow_up, tables)))
+
+
+def _read_follow_up(read: ResultFields) -> FollowUp | None:
+    title = one_line(read.get("title", TEXT, ""))
+    if not title:
+        read.complain("title", "is missing; the entry is dropped")
         return None
-
-    def entries(self, row: Mapping[str, object], key: str) -> list[object]:
-        value = row.get(key)
-        if value is None or isinstance(value, list):
-            return value or []
-        self._drop(key, value, "a list")
-        return []
-
-    def mapping(self, row: Mapping[str, object], key: str) -> Mapping[str, object]:
-        value = row.get(key)
-        if value is None or isinstance(value, dict):
-            return value or {}
-        self._drop(key, value, "an object")
-        return {}
-
-    def ids(self, row: Mapping[str, object], key: str) -> tuple[str, ...]:
-        found = []
-        for value in self.entries(row, key):
-            if isinstance(value, str) and one_line(value):
-                found.append(one_line(value, MAX_TITLE))
-            else:
-                self._drop(key, value, "an item id")
-        return tuple(dict.fromkeys(found))
-
-    def ratings(self, row: Mapping[str, object]) -> dict[str, str]:
-        given = self.mapping(row, "updated_assessments")
-        words = {key: self.word(given, key, allowed) for key, allowed in RATING_WORDS.items()}
-        return {key: word for key, word in words.items() if word}
-
-    def description(self, row: Mapping[str, object]) -> dict[str, str]:
-        """A plain text counts as the context, what else could be meant?"""
-        if isinstance(row.get("description"), str):
-            given: Mapping[str, object] = {"context": row["description"]}
-        else:
-            given = self.mapping(row, "description")
-        texts = {key: self.text(given, key) for key in DESCRIPTION_LABELS}
-        return {key: text for key, text in texts.items() if text}
-
-    def follow_ups(self, row: Mapping[str, object]) -> tuple[FollowUp, ...]:
-        entries = self.entries(row, "follow_ups")
-        if len(entries) > MAX_FOLLOW_UPS:
-            dropped = f"{len(entries) - MAX_FOLLOW_UPS} of {len(entries)} dropped"
-            self.warnings.append(f"follow_ups: {dropped}, at most {MAX_FOLLOW_UPS} are taken")
-        found = (self._follow_up(entry) for entry in entries[:MAX_FOLLOW_UPS])
-        return tuple(follow_up for follow_up in found if follow_up)
-
-    def _follow_up(self, entry: object) -> FollowUp | None:
-        row = {"title": entry} if isinstance(entry, str) else entry
-        if not isinstance(row, dict):
-            self._drop("follow_ups", entry, "a title or an object with a title")
-            return None
-        whole = one_line(self.text(row, "title") or "")
-        if not whole:
-            self.warnings.append("follow_ups: an entry without a title was dropped")
-            return None
-        context = self.text(row, "context")
-        if len(whole) > MAX_TITLE:  # the rest of an overlong title is not lost
-            context = "\n\n".join(filter(None, [whole, context]))
-        size = "suggested_size" if "suggested_size" in row else "size"
-        risk = "suggested_risk" if "suggested_risk" in row else "risk"
-        return FollowUp(
-            one_line(whole, MAX_TITLE),
-            context,
-            self.word(row, size, SIZE_WORDS),
-            self.word(row, risk, LEVEL_WORDS),
-        )
+    context = read.get("context", TEXT)
+    if len(title) > MAX_TITLE:  # the rest of an overlong title is not lost
+        context = "\n\n".join(filter(None, [title, context]))
+    size, risk = (
+        read.get(key if key in read.values else short, RATING_KINDS[short])
+        for key, short in (("suggested_size", "size"), ("suggested_risk", "risk"))
+    )
+    return FollowUp(one_line(title, MAX_TITLE), context, size, risk)
 
 
 # ---- Commit messages -----------------------------------------------------------------------------
 
+TRAILER = "Orchestrator-"
+
 
 class MessageEntry(NamedTuple):
-    """What one phase contributes to a commit message."""
+    """What a commit says of one item."""
 
     item_id: str
-    phase: str
-    outcome: str  # "complete", "blocked" or "failed"
-    summary: str  # blocked and failed: the reason
-    token: str  # names the attempt
+    phase: str = ""  # "": no phase brought this about
+    outcome: str = "complete"  # or "blocked", "failed", "added", …: one word
+    summary: str = ""  # blocked and failed: the reason
+    token: str = ""  # names the attempt
 
 
-def commit_message(entries: Sequence[MessageEntry], run_id: str) -> str:
-    """The message of a phase commit; of several phases it lists them all.
+def commit_message(
+    subject: str, body: Sequence[str], entries: Sequence[MessageEntry], run_id: str = ""
+) -> str:
+    """Subject, the paragraphs of the body, and the trailers that `log` and later starts read.
 
-    One subject line, a body where the subject cannot say it all, then the trailers by which a later
-    start recognises what is already in history. `entries` must not be empty.
+    Of each entry first its item, then what else there is of it: `log_rows` relies on that.
     """
-    texts = [_message_text(entry) for entry in entries]
-    tags = [f"[{one_line(e.item_id)}][{one_line(e.phase)}]" for e in entries]
-    label = f"{''.join(tags)} Phase outputs"
-    tagged = list(zip(tags, texts, strict=True))
-    said = [f"{tag} {one_line(text, SUBJECT_PART)}" for tag, text in tagged if text]
-    cut = [f"{tag} {text}" for tag, text in tagged if len(text) > SUBJECT_PART]
-    if len(entries) == 1:
-        paragraphs = [said[0] if said else f"{tags[0]} Phase output"]
-    else:
-        paragraphs = [" | ".join(said), label] if said else [label]
-    return "\n\n".join([*paragraphs, *cut, _trailers(entries, run_id)]) + "\n"
+    trailers = [f"{TRAILER}Run: {run_id}"] if run_id else []
+    for one in entries:
+        facts = {"Item": one.item_id, "Phase": one.phase, "Attempt": one.token}
+        facts["Outcome"] = one.outcome
+        trailers += [f"{TRAILER}{key}: {one_line(value)}" for key, value in facts.items() if value]
+    paragraphs = [subject, *body, "\n".join(trailers)]
+    return "\n\n".join(part for part in paragraphs if part) + "\n"
+
+
+def phase_message(entries: Sequence[MessageEntry], run_id: str) -> str:
+    """The message of a phase commit; of several phases it lists them all. At least one entry."""
+    tags = [_tag_of(one.item_id, one.phase) for one in entries]
+    tagged = [
+        (tag, text) for tag, one in zip(tags, entries, strict=True) if (text := _message_text(one))
+    ]
+    whole = [f"{tag} {text}" for tag, text in tagged]
+    short = [f"{tag} {one_line(text, SUBJECT_PART)}" for tag, text in tagged]
+    subject = " | ".join(short) or f"{''.join(tags)} Phase outputs"
+    body = ["\n".join(whole)] if whole != [subject] else []
+    return commit_message(subject, body, entries, run_id)
+
+
+def _tag_of(item_id: str, phase: str) -> str:
+    return f"[{one_line(item_id)}]" + (f"[{one_line(phase)}]" if phase else "")
 
 
 def _message_text(entry: MessageEntry) -> str:
@@ -1766,21 +1648,44 @@ def _message_text(entry: MessageEntry) -> str:
     return f"{entry.outcome.capitalize()}: {text or 'no reason given'}"
 
 
-def _trailers(entries: Sequence[MessageEntry], run_id: str) -> str:
-    lines = [f"Orchestrator-Run: {run_id}"]
-    for entry in entries:
-        lines += [
-            f"Orchestrator-Item: {one_line(entry.item_id)}",
-            f"Orchestrator-Phase: {one_line(entry.phase)}",
-            f"Orchestrator-Attempt: {entry.token}",
-        ]
-    return "\n".join(lines)
+def state_message(what: str, entries: Sequence[MessageEntry] = (), run_id: str = "") -> str:
+    """The message of a commit of BACKLOG.yaml alone; `entries`: see `state_entries`."""
+    told = (
+        f"{_tag_of(one.item_id, '')} {one_line(one.summary, 300)}" for one in entries if one.summary
+    )
+    return commit_message(
+        f"[orchestrator] {one_line(what, 72)}", ["\n".join(told)], entries, run_id
+    )
 
 
-def halt_message(reason: HaltReason | None) -> str:
+def halt_message(
+    reason: HaltReason | None, entries: Sequence[MessageEntry] = (), run_id: str = ""
+) -> str:
     """The message of the commit that saves the backlog at a halt; None: an error ended the run."""
-    subject = "[orchestrator] Save backlog state on halt"
-    return f"{subject} ({reason})" if reason else subject
+    why = f" ({reason})" if reason else ""
+    return state_message(f"Save backlog state on halt{why}", entries, run_id)
+
+
+def state_entries(old: Mapping[str, Item], new: Mapping[str, Item]) -> list[MessageEntry]:
+    """What a state commit says of each item that differs between HEAD and itself."""
+    entries = []
+    for item_id in {**new, **old}:
+        before, after = old.get(item_id), new.get(item_id)
+        if before == after:
+            continue
+        if before is None or after is None:
+            word, said = ("added", after) if after else ("removed", before)
+            text = cast(Item, said)["title"]
+        elif after["status"] == "blocked" != before["status"]:
+            word, text = "blocked", block_reason(after)
+        elif before["status"] == "blocked" != after["status"]:
+            word, text = "unblocked", after.get("unblock_context") or ""
+        elif (before["status"], before.get("phase")) != (after["status"], after.get("phase")):
+            word, text = after["status"], f"phase {after['phase']}" if after.get("phase") else ""
+        else:
+            word, text = "edited", ""
+        entries.append(MessageEntry(item_id, "", word, text))
+    return entries
 
 
 # ---- What an agent is told -----------------------------------------------------------------------
@@ -2278,22 +2183,20 @@ def _result_skeleton(item: Item, task: Task) -> dict[str, object]:
 STATUS_ORDER = ("in_progress", "blocked", "ready", "scoping", "new", "done")
 
 
-class Column(NamedTuple):
-    heading: str
-    width: int
-    cell: Callable[[Item], object]
+def _brief(text: str) -> str:
+    return one_line(text, 300)
 
 
-STATUS_COLUMNS: tuple[Column, ...] = (
-    Column("ID", 12, lambda item: item["id"]),
-    Column("STATUS", 12, lambda item: item["status"]),
-    Column("PHASE", 12, lambda item: item.get("phase")),
-    Column("PIPELINE", 10, lambda item: item.get("pipeline_type")),
-    Column("PRIORITY", 8, lambda item: item.get("priority")),
-    Column("IMPACT", 8, lambda item: item.get("impact")),
-    Column("SIZE", 8, lambda item: item.get("size")),
-    Column("RISK", 8, lambda item: item.get("risk")),
-    Column("TITLE", 36, lambda item: item["title"]),
+STATUS_COLUMNS = (
+    Column("ID", "id"),
+    Column("STATUS", "status"),
+    Column("PHASE", "phase", 16),
+    Column("PIPELINE", "pipeline", 16, lambda name: "" if name == DEFAULT_PIPELINE else name),
+    Column("PRIO", "priority"),
+    Column("IMPACT", "impact"),
+    Column("SIZE", "size"),
+    Column("RISK", "risk"),
+    Column("TITLE", "title"),
 )
 
 
@@ -2308,80 +2211,52 @@ def status_order(items: Iterable[Item]) -> list[Item]:
     return sorted(items, key=key)
 
 
-def render_status(
-    backlog: Backlog, only: Container[str] | None = None, width: int = WHOLE_LINES
-) -> str:
-    """The table of `status`, with why each blocked or waiting item does not move.
+def status_rows(
+    backlog: Backlog, only: Container[str] | None = None, costs: Mapping[str, Usage] | None = None
+) -> list[dict[str, object]]:
+    """The items of `status`, in order, for its table and its JSON.
 
-    `only` limits the rows (ids); dependencies are judged on the whole backlog.
+    `only` limits them (ids); dependencies are judged on the whole backlog. `costs`: what items have
+    cost so far, by id.
     """
-    items = status_order(_considered(backlog.items, only))
-    if not items:
-        return "No items." if only is None else "No item matches."
-    columns = _columns_for(items)
-    if sum(column.width + 1 for column in columns) > width + 1:
-        columns = _narrowed(columns, items, width)
-    header = " ".join(fit(column.heading, column.width) for column in columns).rstrip()
-    rule = "-" * (sum(column.width for column in columns) + len(columns) - 1)
-    rows = [_status_row(item, columns) for item in items]
-    notes = [part for line in _status_notes(items, backlog) for part in _wrapped(line, width)]
-    return "\n".join([header, rule, *rows, "", status_counts(items), *notes])
+    costs = costs or {}
+    return [
+        item_json(item, waits_for(item, backlog), costs.get(item["id"], NOTHING_SPENT))
+        for item in status_order(_considered(backlog.items, only))
+    ]
 
 
-def _columns_for(items: Sequence[Item]) -> list[Column]:
-    """Ids are never cut, people copy them; priorities appear once somebody uses them."""
-    ids, *rest = STATUS_COLUMNS
-    ids = ids._replace(width=max(ids.width, *(cell_width(one_line(i["id"])) for i in items)))
-    if not any(item.get("priority") for item in items):
-        rest = [column for column in rest if column.heading != "PRIORITY"]
-    return [ids, *rest]
-
-
-def _narrowed(columns: Sequence[Column], items: Sequence[Item], width: int) -> list[Column]:
-    """The columns as wide as what is in them, without empty ones; the title takes what is left."""
-    *others, title = columns
-    kept: list[Column] = []
-    for column in others:
-        texts = [one_line(str(column.cell(item) or "")) for item in items]
-        if any(texts):
-            widest = max(len(column.heading), *map(cell_width, texts))
-            kept.append(column._replace(width=min(column.width, widest)))
-    left = width - sum(column.width + 1 for column in kept)
-    return [*kept, title._replace(width=max(12, left))]
-
-
-def _status_row(item: Item, columns: Iterable[Column]) -> str:
-    cells = ((column.cell(item), column.width) for column in columns)
-    return " ".join(fit("-" if v in (None, "") else str(v), width) for v, width in cells).rstrip()
-
-
-def status_counts(items: Sequence[Item]) -> str:
-    """One line: `5 items: 1 in_progress, 4 new`."""
-    counts = _count_by_status(items)
-    parts = ", ".join(f"{count} {status}" for status, count in counts.items())
-    return f"{plural(len(items), 'item')}: {parts}" if parts else "no items"
-
-
-def _count_by_status(items: Iterable[Item]) -> dict[str, int]:
-    counts: dict[str, int] = dict.fromkeys(STATUS_ORDER, 0)
-    for item in items:
-        counts[item["status"]] = counts.get(item["status"], 0) + 1
-    return {status: count for status, count in counts.items() if count}
-
-
-def _status_notes(items: Sequence[Item], backlog: Backlog) -> list[str]:
+def render_status(rows: Sequence[Mapping[str, object]], width: int, program: str) -> str:
+    """The table of `status`, with why each blocked or waiting item does not move."""
+    lines = [*table(STATUS_COLUMNS, rows, width), "", status_counts(count_by_status(rows))]
     blocked = [
-        f"  {one_line(item['id'])}: {one_line(block_reason(item), 200)}"
-        for item in items
-        if item["status"] == "blocked"
+        {**row, "why": row["blocked_reason"] or NO_REASON}
+        for row in rows
+        if row["status"] == "blocked"
     ]
-    waits = [
-        f"  {one_line(item['id'])}: {one_line(', '.join(needs), 200)}"
-        for item in items
-        if (needs := waits_for(item, backlog))
-    ]
-    notes = ["", "Blocked, each needs you:", *blocked] if blocked else []
-    return notes + (["", "Waiting for other items:", *waits] if waits else [])
+    if blocked:
+        lines += ["", "Blocked, each needs you:"]
+        lines += table((Column("", "id"), Column("", "why", show=_brief)), blocked, width, "  ")
+        lines += [f'  {program} unblock ID --notes "YOUR ANSWER"']
+    waiting = [row for row in rows if row["waiting_for"]]
+    if waiting:
+        columns = Column("", "id"), Column("", "waiting_for", show=", ".join)
+        lines += ["", "Waiting for other items:", *table(columns, waiting, width, "  ")]
+    return "\n".join(lines)
+
+
+def status_counts(counts: Mapping[str, int]) -> str:
+    """One line: `5 items: 1 in_progress, 4 new`."""
+    parts = ", ".join(f"{count} {status}" for status, count in counts.items())
+    return f"{plural(sum(counts.values()), 'item')}: {parts}" if parts else "no items"
+
+
+def count_by_status(rows: Iterable[Mapping[str, object]]) -> dict[str, int]:
+    """How many items (or rows) have each status; those that none has are left out."""
+    counts: dict[str, int] = dict.fromkeys(STATUS_ORDER, 0)
+    for row in rows:
+        counts[str(row["status"])] = counts.get(str(row["status"]), 0) + 1
+    return {status: count for status, count in counts.items() if count}
 
 
 def waits_for(item: Item, backlog: Backlog) -> list[str]:
@@ -2392,83 +2267,20 @@ def waits_for(item: Item, backlog: Backlog) -> list[str]:
     return [f"{need} ({backlog.items[need]['status']})" for need in needs]
 
 
+NO_REASON = "no reason recorded"
+
+
 def block_reason(item: Item) -> str:
     """Why an item is blocked, in one text that is never empty."""
-    return item.get("blocked_reason") or "no reason recorded"
+    return item.get("blocked_reason") or NO_REASON
 
 
 def item_json(
     item: Item, waiting: Sequence[str] = (), usage: Usage = NOTHING_SPENT
 ) -> dict[str, object]:
-    """One item for `--json`: every key is always there, null where the backlog says nothing."""
-    return {
-        "id": item["id"],
-        "title": item["title"],
-        "status": item["status"],
-        "phase": item.get("phase"),
-        "phase_pool": item.get("phase_pool"),
-        "pipeline": pipeline_name(item),
-        **{key: item.get(key) for key in RATING_WORDS},
-        "priority": item.get("priority"),
-        "attempts": item.get("attempts") or 0,
-        "requires_human_review": bool(item.get("requires_human_review")),
-        "guardrail_override": bool(item.get("guardrail_override")),
-        "tags": list(item.get("tags") or ()),
-        "dependencies": list(item.get("dependencies") or ()),
-        "waiting_for": list(waiting),
-        "origin": item.get("origin"),
-        "blocked_reason": item.get("blocked_reason"),
-        "blocked_type": item.get("blocked_type"),
-        "blocked_from": item.get("blocked_from_status"),
-        "description": item.get("description"),
-        **usage_json(usage),
-        "created": item["created"],
-        "updated": item["updated"],
-    }
-
-
-def status_json(
-    backlog: Backlog,
-    only: Container[str] | None = None,
-    costs: Mapping[str, Usage] | None = None,
-) -> dict[str, object]:
-    """`status --json` but for what is kept on refs; see JSON_FORMS.
-
-    Items come in the order of the table. `costs` is what items have cost so far, by id.
-    """
-    costs = costs or {}
-    items = status_order(_considered(backlog.items, only))
-    rows = [
-        item_json(item, waits_for(item, backlog), costs.get(item["id"], NOTHING_SPENT))
-        for item in items
-    ]
-    return {"schema": 1, "counts": _count_by_status(items), "items": rows}
-
-
-class Graph(NamedTuple):
-    """What waits for what among the items that are not done."""
-
-    items: tuple[Item, ...]
-    edges: tuple[tuple[str, str], ...]  # (what has to be done first, what waits for it)
-    cycles: tuple[tuple[str, ...], ...]  # closed paths A, B, A; none of these can ever start
-
-
-def dependency_graph(backlog: Backlog, only: Container[str] | None = None) -> Graph:
-    """The graph of the items in `only` (ids; None: all) and of what these wait for."""
-    items = backlog.items
-    needs = {id: unmet_dependencies(items, item) for id, item in items.items()}
-    asked = _considered(items, only)
-    to_do = deque(item["id"] for item in asked if item["status"] != "done")
-    reached: set[str] = set()
-    while to_do:
-        item_id = to_do.popleft()
-        if item_id not in reached:
-            reached.add(item_id)
-            to_do += needs[item_id]
-    shown = [*_considered(items, reached)]
-    edges = [(need, item["id"]) for item in shown for need in needs[item["id"]]]
-    cycles = [tuple(cycle) for cycle in dependency_cycles(items) if cycle[0] in reached]
-    return Graph(tuple(shown), tuple(edges), tuple(cycles))
+    """One item for `--json`: every key is always there, with what it means where it is not set."""
+    values = {key: item.get(key, row.default) for key, row in ITEM_TABLE.items()}
+    return {**values, "waiting_for": list(waiting), **usage_json(usage)}
 
 
 GRAPH_STYLES: Mapping[str, str] = {
@@ -2478,22 +2290,30 @@ GRAPH_STYLES: Mapping[str, str] = {
 }
 
 
-def render_graph(graph: Graph) -> str:
-    """The graph as Mermaid (flowchart), with the waiting items and cycles as comments on top."""
-    names = {item["id"]: f"n{number}" for number, item in enumerate(graph.items, 1)}
-    caught = {item_id for cycle in graph.cycles for item_id in cycle}
-    lines = [f"%% cycle, none of these can start: {' → '.join(cycle)}" for cycle in graph.cycles]
-    for item in graph.items:
-        if needs := [need for need, waiting in graph.edges if waiting == item["id"]]:
-            lines.append(f"%% {item['id']} waits for {', '.join(needs)}")
+def render_graph(backlog: Backlog, only: Container[str] | None = None) -> str:
+    """What waits for what as Mermaid (flowchart), the waiting items and cycles as comments on top.
+
+    Of the items in `only` (ids; None: all) that are not done, and of what these wait for.
+    """
+    items, names = backlog.items, dict[str, str]()
+    needs = {id: unmet_dependencies(items, item) for id, item in items.items()}
+    to_do = [one["id"] for one in _considered(items, only) if one["status"] != "done"]
+    while to_do:
+        if (item_id := to_do.pop(0)) not in names:
+            names[item_id] = f"n{len(names) + 1}"
+            to_do += needs[item_id]
+    cycles = [cycle for cycle in dependency_cycles(items) if cycle[0] in names]
+    lines = [f"%% cycle, none of these can start: {' → '.join(cycle)}" for cycle in cycles]
+    lines += [f"%% {id} waits for {', '.join(needs[id])}" for id in names if needs[id]]
     lines.append("flowchart LR")
-    for item in graph.items:
-        kind = "cycle" if item["id"] in caught else item["status"]
+    for item_id, name in names.items():
+        item = items[item_id]
+        kind = "cycle" if any(item_id in cycle for cycle in cycles) else item["status"]
         style = f":::{kind}" if kind in GRAPH_STYLES else ""
         phase = f" {item['phase']}" if item.get("phase") else ""
-        label = f"{item['id']} {one_line(item['title'], 60)}<br/>{item['status']}{phase}"
-        lines.append(f'  {names[item["id"]]}["{_mermaid_text(label)}"]{style}')
-    lines += [f"  {names[need]} --> {names[waiting]}" for need, waiting in graph.edges]
+        label = f"{item_id} {one_line(item['title'], 60)}<br/>{item['status']}{phase}"
+        lines.append(f'  {name}["{_mermaid_text(label)}"]{style}')
+    lines += [f"  {names[need]} --> {name}" for id, name in names.items() for need in needs[id]]
     lines += [f"  classDef {kind} {style}" for kind, style in GRAPH_STYLES.items()]
     return "\n".join(lines)
 
@@ -2504,64 +2324,41 @@ def _mermaid_text(text: str) -> str:
     return re.sub(r"(?<!br/)>", "#gt;", text).replace('"', "#quot;").replace("`", "#96;")
 
 
-def graph_json(graph: Graph) -> dict[str, object]:
-    """`status --graph --json`; see JSON_FORMS."""
-    keys = ("id", "title", "status")
-    return {
-        "schema": 1,
-        "items": [{key: item.get(key) for key in keys} for item in graph.items],
-        "edges": [{"needs": need, "waiting": waiting} for need, waiting in graph.edges],
-        "cycles": [list(cycle) for cycle in graph.cycles],
-    }
-
-
-def render_item(item: Item, history: Sequence[str] = ()) -> str:
-    """Everything about one item, for `show`; `history` are lines about its commits."""
-    lines = [f"{one_line(item['id'])}  {one_line(item['title'])}", ""]
-    lines += [f"{label + ':':<14} {one_line(str(value))}" for label, value in _item_facts(item)]
+def render_item(item: Item, spent: Usage, width: int) -> list[str]:
+    """Everything about one item, for `show`."""
+    facts = [*_item_facts(item), ("Cost", usage_text(spent))]
+    lines = _fact_lines(item["id"], item["title"], facts, width)
     for key, label in DESCRIPTION_LABELS.items():
         lines += _indented_text(label, (item.get("description") or {}).get(key, ""))
-    lines += _indented_text("Your notes for the next phase", item.get("unblock_context") or "")
-    if history:
-        lines += ["", "History:", *(f"  {one_line(line)}" for line in history)]
-    return "\n".join(lines)
+    notes = item.get("unblock_context") or ""
+    return [*lines, *_indented_text("Your notes for the next phase", notes)]
 
 
-def render_salvage(kept: Sequence[Salvage]) -> list[str]:
-    """The lines of `status` and `show` about work that is kept on refs; none if there is none."""
-    if not kept:
-        return []
-    rows = [f"  [{one.item}][{one.phase}] {one.ref}" for one in kept]
-    heading = "Left by attempts that did not complete, and kept (`git show --stat REF`):"
-    return ["", heading, *rows]
+def render_finished(row: Mapping[str, Any], spent: Usage, width: int) -> list[str]:
+    """The same about an item that has left the backlog; see `finished_rows`."""
+    facts = {"Status": row["status"], "Finished": row["finished"], "Cost": usage_text(spent)}
+    facts["Reason" if row["status"] == "closed" else "Summary"] = row["summary"]
+    return _fact_lines(row["id"], row["title"], facts.items(), width)
 
 
-def salvage_json(kept: Sequence[Salvage]) -> list[dict[str, object]]:
-    """For `--json`: [{"ref", "item", "phase", "commit", "finished"}]."""
-    return [one._asdict() for one in kept]
+def _fact_lines(
+    item_id: str, title: str, facts: Iterable[tuple[str, object]], width: int
+) -> list[str]:
+    rows = [{"label": f"{label}:", "value": value} for label, value in facts if value]
+    lines = table(plain_columns("label", "value"), rows, width)
+    return [*wrap(f"{one_line(item_id)}  {one_line(title)}", width), "", *lines]
 
 
 def _item_facts(item: Item) -> list[tuple[str, object]]:
-    row = cast(Mapping[str, object], item)
-    phase = item.get("phase")
-    facts = [
-        ("Status", item["status"]),
-        ("Blocked", block_reason(item) if item["status"] == "blocked" else None),
-        ("Blocked from", item.get("blocked_from_status")),
-        ("Phase", f"{phase} ({item.get('phase_pool') or 'main'})" if phase else None),
-        ("Attempts", f"{item['attempts']} failed" if item.get("attempts") else None),
-        ("Pipeline", pipeline_name(item)),
-        *((key.capitalize(), row.get(key)) for key in RATING_WORDS),
-        ("Priority", item.get("priority")),
-        ("Review", "a human must approve it" if item.get("requires_human_review") else None),
-        ("Guardrails", "overridden" if item.get("guardrail_override") else None),
-        ("Tags", ", ".join(item.get("tags") or ())),
-        ("Depends on", ", ".join(item.get("dependencies") or ())),
-        ("Origin", item.get("origin")),
-        ("Created", item["created"]),
-        ("Updated", item["updated"]),
-    ]
-    return [(label, value) for label, value in facts if value not in (None, "")]
+    """What `show` lists of an item, its texts apart: (label, value)."""
+    facts = []
+    for key, row in ITEM_TABLE.items():
+        value = item.get(key, row.default)
+        if value and key not in ("id", "title", "description", "unblock_context"):
+            if isinstance(value, list):
+                value = ", ".join(value)
+            facts.append((key.replace("_", " ").capitalize(), "yes" if value is True else value))
+    return facts
 
 
 def _indented_text(label: str, text: str) -> list[str]:
@@ -2569,250 +2366,264 @@ def _indented_text(label: str, text: str) -> list[str]:
     return ["", f"{label}:", *(f"  {line}".rstrip() for line in text.split("\n"))] if text else []
 
 
+# ---- The run at work, and what is kept -----------------------------------------------------------
+
+
+def render_active(run: Mapping[str, Any], now: datetime, width: int) -> list[str]:
+    """Who is at work since when, and what each agent does; see `active_run`."""
+
+    def lasts(since: str) -> str:
+        return human_duration((now - datetime.fromisoformat(since)).total_seconds())
+
+    since = f"since {_short_time(run['since'])} ({lasts(run['since'])})"
+    rows = [{**one, "lasts": lasts(one["since"])} for one in run["phases"]]
+    lines = table(plain_columns("item", "phase", "lasts", "doing"), rows, width, "  ")
+    return [f"A run is active: pid {run['pid']}, {since}", *lines]
+
+
+def render_unfinished(run: Mapping[str, Any], width: int) -> list[str]:
+    """What the next start does before anything else; see `unfinished_run`."""
+    text = f"Run {run['run_id']} left something unfinished; the next `run` recovers it first."
+    facts = [
+        {"what": "cut off, starts again:", "which": id_list(run["cut_off"])},
+        {"what": "finished, is committed:", "which": id_list(run["to_commit"])},
+    ]
+    rows = [row for row in facts if row["which"]]
+    return [*wrap(text, width), *table(plain_columns("what", "which"), rows, width, "  ")]
+
+
+def render_salvage(kept: Sequence[Mapping[str, object]], width: int) -> list[str]:
+    """The lines of `status` and `show` about work that is kept on refs; none if there is none."""
+    rows = table(plain_columns("item", "phase", "ref"), kept, width, "  ")
+    heading = "Left by attempts that did not complete, and kept (`git show --stat REF`):"
+    return ["", *wrap(heading, width), *rows] if rows else []
+
+
 # ---- What would run ------------------------------------------------------------------------------
 
 
-class PlanRow(NamedTuple):
-    """One phase that a run would do, or one item with which it would do nothing (more), and why."""
-
-    item_id: str
-    title: str
-    turn: int  # phases of one turn run side by side; 0: nothing is done
-    phase: str
-    text: str
-
-
-def plan_rows(backlog: Backlog, config: Config, options: RunOptions) -> list[PlanRow]:
+def plan_rows(backlog: Backlog, config: Config, options: RunOptions) -> list[dict[str, Any]]:
     """The plan of `run --dry-run`: the phases in order, then why the other items do not move.
 
     Played through with the run's own decisions, as if every phase succeeded and took equally long.
     What comes after a triage is for the triage to say. Items that targets or filters leave out
     are listed as such, done ones not at all; `triage` has no word for those that are not new.
+    The keys of a row are those of `json_form`.
     """
-    draft, rows, triaged = Draft(backlog), list[PlanRow](), set[str]()
+    draft, rows, triaged = Draft(backlog), list[dict[str, Any]](), set[str]()
     rules = rules_of(config)
     only = matching(backlog, options.filters)
     while len(rows) < options.cap:
         actions = actions_for(options, draft.backlog(), {}, config, only - triaged)
         if not actions:
             break
-        turn = rows[-1].turn + 1 if rows else 1
+        turn = rows[-1]["turn"] + 1 if rows else 1
         for action in actions:
             if isinstance(action, Promote):
                 promote(draft, action.item_id, rules, PLAN_TIME)
             elif len(rows) < options.cap:
-                rows.append(_planned_row(action, draft.item(action.item_id), turn, config))
-                triaged |= {action.item_id} if action.pool == TRIAGE else set()
-                _play(draft, action, rules)
-    wanted = options.targets or only
-    ended = draft.backlog()
-    rest = [i for i in ended.items.values() if i["id"] not in triaged and i["status"] != "done"]
-    if options.only_triage:
-        rest = [item for item in rest if item["status"] == "new"]
-    started = {row.item_id for row in rows}
-    used_up = len(rows) >= options.cap
-    return rows + [
-        _idle_row(item, ended, config, wanted, started, used_up) for item in status_order(rest)
-    ]
+                item = draft.item(action.item_id)
+                place = phase_position(pipeline_of(config, item), action)
+                rows.append(_plan_row(item, place, turn, action.name))
+                if action.pool == TRIAGE:
+                    triaged.add(item["id"])
+                else:
+                    result = PhaseResult(item["id"], action.name, "phase_complete", "planned")
+                    apply_result(draft, item, result, rules, PLAN_TIME)
+    ended, started = draft.backlog(), {row["id"] for row in rows}
+    wanted, used_up = options.targets or only, len(rows) >= options.cap
+    for item in status_order(ended.items.values()):
+        listed = item["status"] == "new" if options.only_triage else item["status"] != "done"
+        if listed and item["id"] not in triaged:
+            kind, text = _idle_reason(item, ended, config, used_up)
+            if item["id"] not in wanted:
+                kind = text = "left out by --target or --only"
+            text = f"then {text}" if item["id"] in started else text
+            rows.append({**_plan_row(item, text), "kind": kind})
+    return rows
 
 
-def _planned_row(task: Task, item: Item, turn: int, config: Config) -> PlanRow:
-    text = phase_position(pipeline_of(config, item), task)
-    return PlanRow(item["id"], item["title"], turn, task.name, text)
+def _plan_row(
+    item: Item, text: str, turn: int | None = None, phase: str | None = None
+) -> dict[str, Any]:
+    begin = {"id": item["id"], "title": item["title"], "runs": turn is not None}
+    return {**begin, "turn": turn, "phase": phase, "text": text, "kind": None}
 
 
-def _play(draft: Draft, task: Task, rules: Rules) -> None:
-    """Let a phase have succeeded; a triage leaves the item as it is."""
-    if task.pool != TRIAGE:
-        result = PhaseResult(task.item_id, task.name, "phase_complete", "planned")
-        apply_result(draft, draft.item(task.item_id), result, rules, PLAN_TIME)
-
-
-def _idle_row(
-    item: Item,
-    backlog: Backlog,
-    config: Config,
-    wanted: Container[str],
-    started: Container[str],
-    used_up: bool,
-) -> PlanRow:
-    if item["id"] not in wanted:
-        why = "left out by --target or --only"
-    elif item["status"] == "blocked" or not used_up:
-        why = _idle_text(item, backlog, config)
-    else:
-        why = "later: the limit of phases for one run is used up"
-    text = f"then {why}" if item["id"] in started else why
-    return PlanRow(item["id"], item["title"], 0, "", text)
-
-
-def _idle_text(item: Item, backlog: Backlog, config: Config) -> str:
-    if item["status"] == "blocked":
-        return f"blocked: {block_reason(item)}"
+def _idle_reason(item: Item, backlog: Backlog, config: Config, used_up: bool) -> tuple[str, str]:
+    """Why an item does not move: what it has in common with others, and all of it."""
     needs = waits_for(item, backlog)
-    if needs:
-        return f"waits for {', '.join(needs)}"
-    if item["status"] != "new" and pipeline_of(config, item) is None:
-        return f'its pipeline "{pipeline_name(item)}" is not in {CONFIG_NAME}'
-    if item["status"] == "ready":
-        return f"ready; max_wip = {config.execution.max_wip} lets no further item start yet"
-    return f"later; {_slots_text(config)}"
+    if item["status"] == "blocked":
+        return "blocked, each needs you", f"blocked: {block_reason(item)}"
+    if used_up:
+        text = "later: the limit of phases for one run is used up"
+    elif needs:
+        return "waiting for other items", f"waits for {', '.join(needs)}"
+    elif item["status"] != "new" and pipeline_of(config, item) is None:
+        text = f'its pipeline "{pipeline_name(item)}" is not in {CONFIG_NAME}'
+    elif item["status"] == "ready":
+        text = f"ready; max_wip = {config.execution.max_wip} lets no further item start yet"
+    else:
+        most = config.execution.max_concurrent
+        text = f"later; max_concurrent = {most}, and a phase that changes code runs alone"
+    return text, text
 
 
-def _slots_text(config: Config) -> str:
-    number = config.execution.max_concurrent
-    return f"max_concurrent = {number}, and a phase that changes code runs alone"
+PLAN_COLUMNS = (
+    Column("", "turn", show="{}.".format),
+    Column("", "id"),
+    Column("", "title", 30),
+    Column("", "phases"),
+)
 
 
-def render_plan(
-    rows: Sequence[PlanRow], problems: Sequence[Problem] = (), width: int = WHOLE_LINES
-) -> str:
-    """`run --dry-run` for people; see `plan_rows`. One line for phases that follow one another.
+def render_plan(rows: Sequence[Mapping[str, Any]], problems: Sequence[Problem], width: int) -> str:
+    """`run --dry-run` for people; see `plan_rows`. One line for phases that follow one another, and
+    one for each reason why items do not run.
 
     `problems` keep a run from starting at all.
     """
-    lines = ["Would run, if every phase succeeds:"]
-    for _, group in itertools.groupby((row for row in rows if row.turn), lambda r: r.item_id):
-        same = list(group)
-        phases = " → ".join(row.phase for row in same)
-        lines += _plan_line(f"{same[0].turn:4}. ", same[0], phases, width)
-    if len(lines) == 1:
-        lines = ["Nothing would start."]
-    rest = [row for row in rows if not row.turn]
-    lines += ["", "Would not run:"] if rest else []
-    for row in rest:
-        lines += _plan_line("  ", row, row.text, width)
+    runs, idle = dict[str, dict[str, Any]](), dict[str, list[Mapping[str, Any]]]()
+    for row in rows:
+        if row["runs"]:
+            line = runs.setdefault(row["id"], {**row, "phases": ""})
+            line["phases"] += f"{' → ' if line['phases'] else ''}{row['phase']}"
+        else:
+            idle.setdefault(row["kind"], []).append(row)
+    lines = table(PLAN_COLUMNS, list(runs.values()), width, "  ")
+    lines = ["Would run, if every phase succeeds:", *lines] if lines else ["Nothing would start."]
+    why = []
+    for kind, group in idle.items():
+        ids = id_list([row["id"] for row in group])
+        many = {"id": plural(len(group), "item"), "text": f"{kind}: {ids}"}
+        why.append(many if len(group) > 1 else group[0])
+    lines += ["", "Would not run:"] if why else []
+    lines += table(plain_columns("id", "text"), why, width, "  ")
     if problems:
         lines += ["", "But a run cannot start:", *problem_lines(problems, width)]
     return "\n".join([*lines, "", "Nothing was started and nothing was written."])
 
 
 def problem_lines(problems: Iterable[Problem], width: int = WHOLE_LINES) -> list[str]:
-    """What keeps a run from starting, each with its remedy below it."""
+    """What keeps a run from starting, each with its remedy, to be copied, whole below it."""
     lines = []
     for problem in problems:
-        lines += [*_wrapped(f"- {problem.what}", width), *_wrapped(f"  {problem.remedy}", width)]
+        lines += [*wrap(f"- {problem.what}", width, "  "), f"  {problem.remedy}"]
     return lines
 
 
-def _plan_line(lead: str, row: PlanRow, text: str, width: int) -> list[str]:
-    """An item and what is to be said of it, below it where there is no room beside it."""
-    item = f"{lead}{one_line(row.item_id):10} {fit(row.title, 30)}"
-    text = one_line(text, 400)
-    if cell_width(item) + 1 + cell_width(text) <= width:
-        return [f"{item} {text}"]
-    return [item.rstrip(), *_wrapped(" " * (len(lead) + 2) + text, width)]
+# ---- What happened, from history -----------------------------------------------------------------
 
-
-def plan_json(rows: Sequence[PlanRow], problems: Sequence[Problem] = ()) -> dict[str, object]:
-    """`run --dry-run --json`; see JSON_FORMS."""
-    return {
-        "schema": 1,
-        "items": [
-            {
-                "id": row.item_id,
-                "title": row.title,
-                "runs": bool(row.turn),
-                "turn": row.turn or None,
-                "phase": row.phase or None,
-                "text": row.text,
-            }
-            for row in rows
-        ],
-        "problems": [problem._asdict() for problem in problems],
-    }
-
-
-# ---- Decisions in history ------------------------------------------------------------------------
+# For `git log -z`: commit and time, our trailers, an empty line, the message.
+LOG_FORMAT = (
+    "--format=%H %cI%n%(trailers:unfold"
+    + "".join(f",key={TRAILER}{key}" for key in ("Run", "Item", "Phase", "Outcome"))
+    + ")%n%B"
+)
 
 
 class LogRow(NamedTuple):
-    """One decision as `log` tells it; an empty status: the item is not in the backlog."""
+    """What a commit says of one item."""
 
-    commit: str
     when: str  # RFC 3339
-    run_id: str  # "": not made by a phase commit of a run
-    subject: str
     item: str
-    title: str
-    status_from: str
-    phase_from: str
-    status_to: str
-    phase_to: str
-    reason: str
+    phase: str
+    outcome: str
+    summary: str
+    commit: str
+    run_id: str  # "": no run made it
+    subject: str
 
 
-def log_rows(
-    history: History, left: Mapping[str, Departure], item_id: str | None = None
-) -> list[LogRow]:
-    """The decisions of a history, oldest first, on one item or all of them."""
-    return [
-        _log_row(decision, left.get(decision.item_id))
-        for decision in history.decisions
-        if item_id in (None, decision.item_id)
-    ]
+def log_rows(output: str) -> list[LogRow]:
+    """What `git log -z` with LOG_FORMAT printed, in its order."""
+    rows: list[LogRow] = []
+    for record in output.split("\0"):
+        head, _, message = record.partition("\n\n")
+        first, *trailers = head.split("\n")
+        commit, _, when = first.partition(" ")
+        subject = one_line(message.partition("\n")[0])
+        run_id, entries = "", list[dict[str, str]]()
+        for key, _, value in (line.removeprefix(TRAILER).partition(": ") for line in trailers):
+            if key == "Run":
+                run_id = value
+            elif key == "Item":
+                entries.append({key: value})
+            elif entries:
+                entries[-1].setdefault(key, value)
+        for one in entries:
+            item, phase, outcome = (one_line(one.get(k, "")) for k in ("Item", "Phase", "Outcome"))
+            text = _said_of(item, phase, message, subject).removeprefix(f"{outcome.capitalize()}: ")
+            rows.append(LogRow(when, item, phase, outcome, text, commit, run_id, subject))
+    return rows
 
 
-def _log_row(decision: Decision, departure: Departure | None) -> LogRow:
-    version, old, new = decision.version, decision.old, decision.new
-    run = re.search(r"^Orchestrator-Run: (\S+)", version.message, re.M)
-    gone = (departure.word if departure else "") if not new else new["status"]
-    return LogRow(
-        commit=version.commit,
-        when=version.time,
-        run_id=run[1] if run else "",
-        subject=one_line(version.message.partition("\n")[0]),
-        item=decision.item_id,
-        title=one_line(str((new or old).get("title", ""))),
-        status_from=old.get("status", ""),
-        phase_from=old.get("phase", ""),
-        status_to=gone,
-        phase_to=new.get("phase", ""),
-        reason=one_line(_decision_reason(decision, departure)),
-    )
+def _said_of(item_id: str, phase: str, message: str, subject: str) -> str:
+    """What a message says of an item: the longest text behind its tag, else the subject."""
+    tag = re.escape(_tag_of(item_id, phase))
+    told = re.findall(rf"(?:^| \| ){tag} ((?:(?! \| \[).)+)", message, re.M)
+    if told:
+        return one_line(max(told, key=len))
+    return re.sub(r"^\[orchestrator\] ", "", subject)
 
 
-def _decision_reason(decision: Decision, departure: Departure | None) -> str:
-    """Why: in the words of the item, else of the commit, else of the worklog."""
-    old, new = decision.old, decision.new
-    if new.get("status") == "blocked":
-        return block_reason(new)
-    if old.get("status") == "blocked" and new.get("unblock_context"):
-        return new["unblock_context"]
-    if not old and new.get("origin"):
-        return f"from {new['origin']}"
-    tagged = re.findall(r"\[([^]\s]+)\]\[[^]]*\] (.+?)(?= \| \[|$)", decision.version.message, re.M)
-    said: list[str] = [text for item_id, text in tagged if item_id == decision.item_id]
-    return max(said, key=len, default="") or (departure.reason if departure and not new else "")
+def _short_time(when: str) -> str:
+    return when[:16].replace("T", " ")
 
 
-def render_log(rows: Sequence[LogRow], width: int) -> str:
-    """`log` for people: a line per commit, below it one per decision, with the reason."""
-    lines: list[str] = []
-    for commit, decided in itertools.groupby(rows, key=lambda row: row.commit):
-        first, *others = decided
-        who = f"run {first.run_id}" if first.run_id else first.subject
-        when = first.when[:16].replace("T", " ")
-        lines += ["", f"{when}  {commit[:10]}  {fit(who, width - 30).rstrip()}"]
-        for row in (first, *others):
-            lines += _decision_lines(row, width)
-    return "\n".join(lines[1:])
+def _short_commit(commit: str) -> str:
+    return commit[:10]
 
 
-def _decision_lines(row: LogRow, width: int) -> list[str]:
-    import textwrap
+LOG_COLUMNS = (
+    Column("WHEN", "when", show=_short_time),
+    Column("ITEM", "item"),
+    Column("PHASE", "phase", 16),
+    Column("OUTCOME", "outcome"),
+    Column("COMMIT", "commit", show=_short_commit),
+    Column("SUMMARY", "summary", show=_brief),
+)
+DONE_COLUMNS = (
+    Column("FINISHED", "finished", show=_short_time),
+    Column("ID", "id"),
+    Column("STATUS", "status"),
+    Column("COMMIT", "commit", show=_short_commit),
+    Column("COST", "cost_usd", show="${:.2f}".format),
+    Column("TITLE", "title"),
+)
 
-    before = f"{row.status_from} {row.phase_from}".rstrip()
-    after = f"{row.status_to or 'removed'} {row.phase_to}".rstrip()
-    text = f"{before} → {after}" if before else f"added as {after}: {row.title}"
-    label = f"  {one_line(row.item):10} "
-    line = label + fit(text, max(30, width - len(label))).rstrip()
-    return [line, *(f"      {part}" for part in textwrap.wrap(row.reason, width - 6))]
 
+def finished_rows(
+    entries: Sequence[Mapping[str, str]], told: Iterable[LogRow]
+) -> list[dict[str, Any]]:
+    """The items that have left the backlog, newest first, with the keys of `json_form`.
 
-def log_json(rows: Sequence[LogRow]) -> dict[str, object]:
-    """`log --json`; see JSON_FORMS."""
-    return {"schema": 1, "decisions": [row._asdict() for row in rows]}
+    `entries`: the worklogs', see `read_worklog`. `told`, newest first, has the commits; an item
+    that only it knows to have left counts, too.
+    """
+    rows: dict[str, dict[str, Any]] = {}
+    costs, last = worklog_costs(entries), dict[str, str]()
+
+    def put(item_id: str, title: str, status: str, when: str, summary: str) -> None:
+        row = {"id": item_id, "title": title, "status": status, "finished": when}
+        spent = usage_json(costs.get(item_id, NOTHING_SPENT))
+        rows[item_id] = {**row, "summary": one_line(summary), "commit": None, **spent}
+
+    for entry in entries:
+        item_id, status = entry["item"], entry.get("status", "").lower()
+        if status:
+            why = entry.get("summary") or entry.get("reason") or last.get(item_id, "")
+            put(item_id, entry["title"], status, entry["when"], why)
+        else:
+            last[item_id] = entry.get("summary", "")
+    for one in told:
+        if one.item not in rows and one.outcome in ("done", "closed", "removed"):
+            put(one.item, one.summary, one.outcome, one.when, one.summary)
+        if one.item in rows and rows[one.item]["commit"] is None:
+            rows[one.item]["commit"] = one.commit
+    latest = list(rows.values())
+    latest.reverse()
+    return sorted(latest, key=lambda row: str(row["finished"]), reverse=True)
 
 
 # ---- The end of a run ----------------------------------------------------------------------------
@@ -2829,33 +2640,131 @@ HALT_TEXTS: Mapping[HaltReason, str] = {
 }
 
 
-class SummaryFacts(NamedTuple):
-    """All that is to be said about a run when it is over."""
+def needs_you(
+    items: Mapping[str, Item], first: Collection[str], program: str
+) -> list[dict[str, Any]]:
+    """The blocked items, those in `first` before the others; the keys are those of `json_form`."""
+    asking = [item for item in items.values() if item["status"] == "blocked"]
+    asking.sort(key=lambda item: item["id"] not in first)
+    return [
+        {
+            "id": item["id"],
+            "title": item["title"],
+            "question": block_reason(item),
+            "command": f"{program} {_answer_to(item)}",
+            "waiting": [
+                id for id, one in items.items() if item["id"] in unmet_dependencies(items, one)
+            ],
+        }
+        for item in asking
+    ]
 
-    run_id: str
-    reason: HaltReason | None  # None: an error ended it
-    exit_code: int
-    backlog: Backlog  # as it is at the end
-    detail: str = ""  # the error, or what tripped the breaker; operator's text
-    phases: int = 0
-    cap: int | None = None
-    seconds: float | None = None
-    completed: tuple[str, ...] = ()  # ids, in order
-    blocked: Mapping[str, str] = {}  # id → reason
-    follow_ups: tuple[str, ...] = ()
-    titles: Mapping[str, str] = {}  # of items that are not in the backlog any more
-    spent: Mapping[tuple[str, str], Usage] = {}  # by item and phase, in the order they began
-    filters: tuple[str, ...] = ()
-    targets: tuple[str, ...] = ()
-    state_commit: str | None = None  # the commit that saved the backlog at the halt
-    warnings: tuple[str, ...] = ()  # what the operator has to know: git trouble, parked commits
-    program: str = "orchestrator"  # how the operator calls this tool
-    only_triage: bool = False
 
-    @property
-    def usage(self) -> Usage:
-        """What the whole run cost."""
-        return sum_usage(self.spent.values())
+def _answer_to(item: Item) -> str:
+    """The command that lets a blocked item go on."""
+    overrides = re.search(r"guardrail|human review", block_reason(item))
+    how = "--override-guardrails" if overrides else '--notes "YOUR ANSWER"'
+    return f"unblock {one_line(item['id'])} {how}"
+
+
+def next_steps(
+    reason: HaltReason | None, items: Mapping[str, Item], targets: Sequence[str], program: str
+) -> list[dict[str, str]]:
+    """Commands, and why one would give them after a run that ended for this reason."""
+    steps = []
+    if reason in (None, HaltReason.CIRCUIT_BREAKER_TRIPPED):
+        steps.append(("check", f"shows what stands in the way; agents' logs: {WORK_DIR}/logs/"))
+    if reason is HaltReason.NO_MATCHING_ITEMS:
+        steps.append(("status", "shows what there is to match"))
+    if all(item["status"] == "done" for item in items.values()):
+        steps.append(('add "TITLE"', "adds work: nothing is left"))
+    elif reason is HaltReason.TARGET_BLOCKED and len(targets) > 1:
+        again = "".join(f" --target {one_line(target)}" for target in targets)
+        why = "goes on with the targets that are not blocked"
+        steps.append((f"run{again} --auto-advance", why))
+    else:
+        steps.append(("run", "goes on with whatever can run then"))
+    return [{"command": f"{program} {command}", "why": why} for command, why in steps]
+
+
+def halt_line(reason: HaltReason | None, detail: str, only_triage: bool = False) -> str:
+    """Why a run is over, in one line."""
+    detail = one_line(detail, 500)
+    if reason is None:
+        return f"Ended by an error: {detail or 'see above'}"
+    text = HALT_TEXTS[reason]
+    if only_triage and reason is HaltReason.ALL_DONE_OR_BLOCKED:
+        text = "no new item is left to triage"
+    return f"Halt: {text} ({reason}){f': {detail}' if detail else ''}"
+
+
+SCREEN = 24  # lines that the summary of a night is to fit into
+SHOWN_DONE, SHOWN_ASKING, SHOWN_KEPT = 5, 3, 2
+
+
+def render_summary(told: Mapping[str, Any], program: str, width: int = WHOLE_LINES) -> str:
+    """What got done, what needs somebody, what that holds up, what it cost, and what to do next.
+
+    `told`: see `summary_of`. Commands are never broken over lines, they are there to be copied.
+    """
+    done, asking, kept = told["completed"], told["needs_you"], told["kept"]
+    halt = [*wrap(told["halt"], width), *wrap(f"  {_effort(told)}", width)]
+
+    columns = Column("", "id"), Column("", "commit", show=_short_commit), Column("", "title")
+    finished = [_heading("Done", len(done), SHOWN_DONE, f"{program} status --done")]
+    finished = finished if done else ["Done: no item was finished"]
+    finished += table(columns, done[-SHOWN_DONE:], width, "  ")
+
+    everything = f"{program} status --only status=blocked"
+    needs = [_heading("Needs you", len(asking), SHOWN_ASKING, everything)] if asking else []
+    for row in asking[:SHOWN_ASKING]:
+        question = {**row, "question": f"{row['question']} ({one_line(row['title'], 40)})"}
+        needs += table(plain_columns("id", "question"), [question], width, "  ")
+        indent = " " * (3 + cell_width(one_line(row["id"])))
+        needs.append(f"{indent}{row['command']}")
+        waiting = f"{indent}waiting for it: {id_list(row['waiting'], 5)}"
+        needs += wrap(waiting, width) if row["waiting"] else []
+
+    heading = _heading(
+        "Failed, and what it left is kept", len(kept), SHOWN_KEPT, f"{program} status"
+    )
+    rest = [heading] if kept else []
+    rest += table(plain_columns("item", "phase", "ref"), kept[-SHOWN_KEPT:], width, "  ")
+    new = f"New items ({len(told['follow_ups'])}): {id_list(told['follow_ups'])}"
+    rest += wrap(new, width) if told["follow_ups"] else []
+    rest += wrap(f"Backlog: {status_counts(told['counts'])}", width)
+    # One line each, and blanks as they are: a warning holds commands to paste.
+    warnings = ["Warning: " + clean_text(text).replace("\n", " ") for text in told["warnings"]]
+    steps = [f"Next: {step['command']}  # {step['why']}" for step in told["next"]]
+    steps = [step if cell_width(step) <= width else step.partition("  # ")[0] for step in steps]
+    sections = [part for part in (halt, finished, needs, rest, warnings, steps) if part]
+    dense = sum(map(len, sections)) + len(sections) > SCREEN
+    return ("\n" if dense else "\n\n").join("\n".join(lines) for lines in sections)
+
+
+def _heading(word: str, count: int, shown: int, everything: str) -> str:
+    return f"{word} ({count}; all: {everything}):" if count > shown else f"{word} ({count}):"
+
+
+def _effort(told: Mapping[str, Any]) -> str:
+    spent = Usage(*(told[key] for key in Usage._fields))
+    parts = [f"{plural(told['phases'], 'phase')} (limit {told['cap']})"]
+    parts.append(human_duration(told["seconds"]))
+    parts.append(usage_text(spent) or "cost not reported")
+    if told["filters"]:
+        parts.append(f"--only {one_line(' AND '.join(told['filters']))}")
+    if told["state_commit"]:
+        parts.append(f"backlog saved in commit {told['state_commit'][:10]}")
+    return ", ".join(parts)
+
+
+def id_list(ids: Sequence[str], most: int = 8) -> str:
+    """`WRK-001, WRK-002 and 3 more`."""
+    more = f" and {len(ids) - most} more" if len(ids) > most else ""
+    return one_line(", ".join(ids[:most])) + more
+
+
+# ---- What things cost ----------------------------------------------------------------------------
 
 
 def sum_usage(parts: Iterable[Usage]) -> Usage:
@@ -2864,66 +2773,6 @@ def sum_usage(parts: Iterable[Usage]) -> Usage:
     for part in parts:
         total = total.plus(part)
     return total
-
-
-def render_halt_line(
-    reason: HaltReason | None, detail: str = "", *, only_triage: bool = False
-) -> str:
-    """Why a run is over, in one line; `only_triage`: it was no run, but `triage`."""
-    if reason is None:
-        return f"Ended by an error: {one_line(detail, 500) or 'see above'}"
-    more = f": {one_line(detail, 500)}" if detail else ""
-    text = HALT_TEXTS[reason]
-    if only_triage and reason is HaltReason.ALL_DONE_OR_BLOCKED:
-        text = "no new item is left to triage"
-    return f"Halt: {text} ({reason}){more}"
-
-
-def render_summary(facts: SummaryFacts, width: int = WHOLE_LINES) -> str:
-    """What got done, what is blocked and why, what it cost, and what to do next.
-
-    Commands are never broken over lines, they are there to be copied.
-    """
-    sections = [
-        [
-            render_halt_line(facts.reason, facts.detail, only_triage=facts.only_triage),
-            f"  {_effort(facts)}",
-        ],
-        _done_lines(facts),
-        _blocked_lines(facts),
-        _other_lines(facts),
-        _cost_lines(facts),
-    ]
-    wrapped = [[part for line in lines for part in _wrapped(line, width)] for lines in sections]
-    # One line each, and blanks as they are: a warning holds commands to paste.
-    wrapped.append(["Warning: " + clean_text(text).replace("\n", " ") for text in facts.warnings])
-    wrapped.append(_next_lines(facts, width))
-    return "\n\n".join("\n".join(lines) for lines in wrapped if lines)
-
-
-def _wrapped(line: str, width: int) -> list[str]:
-    """A line broken at blanks where it is too long; what follows is indented like its begin."""
-    import textwrap
-
-    if cell_width(line) <= width:
-        return [line]
-    indent = " " * (len(line) - len(line.lstrip()) or 2)
-    return textwrap.wrap(
-        line, width, subsequent_indent=indent, break_on_hyphens=False, break_long_words=False
-    )
-
-
-def _effort(facts: SummaryFacts) -> str:
-    used = plural(facts.phases, "phase")
-    parts = [used if facts.cap is None else f"{used} (limit {facts.cap})"]
-    if facts.seconds is not None:
-        parts.append(human_duration(facts.seconds))
-    parts.append(usage_text(facts.usage) or "cost not reported")
-    if facts.filters:
-        parts.append(f"--only {one_line(' AND '.join(facts.filters))}")
-    if facts.state_commit:
-        parts.append(f"backlog saved in commit {facts.state_commit[:12]}")
-    return ", ".join(parts)
 
 
 def usage_text(usage: Usage) -> str:
@@ -2940,56 +2789,12 @@ def usage_text(usage: Usage) -> str:
     return ", ".join(parts)
 
 
-WORKLOG_RULE = "\n---\n"  # between entries; what people wrote is indented, so it cannot be theirs
-WORKLOG_HEAD = r"## \S+ — (\S+) \("
-WORKLOG_COST = (
-    r"- \*\*Cost:\*\* (?:about \$(?P<usd>\d+\.\d+))?(?:, )?"
-    r"(?:(?P<input>[\d,]+) tokens in and (?P<output>[\d,]+) out)?"
-)
-
-
-def worklog_with_cost(text: str, usage: Usage) -> str:
-    """A phase's worklog entry with what the phase cost, as far as that is known."""
-    cost = usage_text(usage)
-    entry, rule, rest = text.partition(WORKLOG_RULE)
-    return f"{entry}- **Cost:** {cost}\n{rule}{rest}" if cost and rule else text
-
-
-def worklog_costs(texts: Iterable[str]) -> dict[str, Usage]:
-    """What every item has cost so far by id, from the worklog's months in any order."""
-    costs: dict[str, Usage] = {}
-    as_head, as_cost = re.compile(WORKLOG_HEAD).match, re.compile(WORKLOG_COST).fullmatch
-    for text in texts:
-        item_id = ""
-        for line in text.split("\n"):
-            if head := as_head(line):
-                item_id = head[1]
-            elif item_id and (found := as_cost(line)):
-                costs[item_id] = costs.get(item_id, Usage()).plus(_usage_in(found))
-    return costs
-
-
-WORKLOG_SUMMARY = (
-    r"(?ms)^- \*\*Outcome:\*\* (?:Subphase )?Complete\n- \*\*Summary:\*\* (.*?)(?=\n- \*\*|\Z)"
-)
-
-
-def worklog_summary(texts: Sequence[str], item_id: str) -> str | None:
-    """What the item's last completed phase reported, from the worklog's months in order."""
-    for entry in reversed([entry for text in texts for entry in text.split(WORKLOG_RULE)]):
-        head = re.match(WORKLOG_HEAD, entry.lstrip("\n"))
-        if head and head[1] == item_id and (found := re.search(WORKLOG_SUMMARY, entry)):
-            return re.sub(r"(?m)^  ", "", found[1]).strip()
-    return None
-
-
-def _usage_in(found: re.Match[str]) -> Usage:
-    usd, given, made = found["usd"], found["input"], found["output"]
-    return Usage(
-        float(usd) if usd else None,
-        int(given.replace(",", "")) if given else None,
-        int(made.replace(",", "")) if made else None,
-    )
+def usage_in(text: str) -> Usage:
+    """What `usage_text` made its text of."""
+    usd = re.search(r"about \$(\d+\.\d+)", text)
+    tokens = re.search(r"([\d,]+) tokens in and ([\d,]+) out", text)
+    given, made = (int(n.replace(",", "")) for n in tokens.groups()) if tokens else (None, None)
+    return Usage(float(usd[1]) if usd else None, given, made)
 
 
 def usage_json(usage: Usage) -> dict[str, object]:
@@ -2998,137 +2803,13 @@ def usage_json(usage: Usage) -> dict[str, object]:
     return {**usage._asdict(), "cost_usd": None if cost is None else round(cost, 6)}
 
 
-def _title_of(item_id: str, facts: SummaryFacts) -> str:
-    item = facts.backlog.items.get(item_id)
-    return item["title"] if item else facts.titles.get(item_id, "")
-
-
-def _titled_line(item_id: str, facts: SummaryFacts) -> str:
-    return f"  {one_line(item_id):10} {one_line(_title_of(item_id, facts), 80)}".rstrip()
-
-
-def _done_lines(facts: SummaryFacts) -> list[str]:
-    rows = [_titled_line(item_id, facts) for item_id in facts.completed]
-    return [f"Done ({len(rows)}):", *rows] if rows else ["Done: no item was finished"]
-
-
-def _blocked_lines(facts: SummaryFacts) -> list[str]:
-    rows = []
-    for item_id, reason in facts.blocked.items():
-        why = one_line(reason, 400) or "no reason recorded"
-        rows += [_titled_line(item_id, facts), f"  {'':10} {why}"]
-    return [f"Blocked ({len(facts.blocked)}), each needs you:", *rows] if rows else []
-
-
-def _other_lines(facts: SummaryFacts) -> list[str]:
-    items = facts.backlog.items.values()
-    before = [i["id"] for i in items if i["status"] == "blocked" and i["id"] not in facts.blocked]
-    groups: Mapping[str, Sequence[str]] = {
-        "New items": facts.follow_ups,
-        "Blocked before": before,
-        "Waiting for other items": [i["id"] for i in items if waits_for(i, facts.backlog)],
-    }
-    lines = [f"{label} ({len(ids)}): {_id_list(ids)}" for label, ids in groups.items() if ids]
-    return [*lines, f"Backlog: {status_counts(list(items))}"]
-
-
-def _cost_lines(facts: SummaryFacts) -> list[str]:
-    """What each item cost; one alone is in the first lines already."""
-    by_item: dict[str, Usage] = {}
-    for (item_id, _), usage in facts.spent.items():
-        by_item[item_id] = by_item.get(item_id, Usage()).plus(usage)
-    rows = [f"  {one_line(id):10} {text}" for id, u in by_item.items() if (text := usage_text(u))]
-    return ["Cost by item:", *rows] if len(rows) > 1 else []
-
-
-def _id_list(ids: Sequence[str], most: int = 12) -> str:
-    more = f" and {len(ids) - most} more" if len(ids) > most else ""
-    return one_line(", ".join(ids[:most])) + more
-
-
-class Step(NamedTuple):
-    """One thing to do next."""
-
-    command: str
-    why: str
-
-
-def next_steps(facts: SummaryFacts, most: int = 5) -> list[Step]:
-    """What to do after a run, as commands to copy; at most `most` blocked items get their own."""
-    items = facts.backlog.items
-    blocked = [id for id, item in items.items() if item["status"] == "blocked"]
-    blocked.sort(key=lambda id: id not in facts.blocked)  # this run's first
-    steps = [*_first_step(facts), *(_unblock_step(items[id]) for id in blocked[:most])]
-    if len(blocked) > most:
-        steps.append(Step("status --only status=blocked", f"shows all {len(blocked)} of them"))
-    if any(item["status"] != "done" for item in items.values()):
-        steps.append(_run_step(facts))
-    else:
-        steps.append(Step('add "TITLE"', "adds work: nothing is left"))
-    return [Step(f"{facts.program} {command}", why) for command, why in steps]
-
-
-def _first_step(facts: SummaryFacts) -> list[Step]:
-    if facts.reason in (None, HaltReason.CIRCUIT_BREAKER_TRIPPED):
-        return [Step("check", f"shows what stands in the way; agents' logs: {WORK_DIR}/logs/")]
-    if facts.reason is HaltReason.NO_MATCHING_ITEMS:
-        return [Step("status", "shows what there is to match")]
-    return []
-
-
-def _unblock_step(item: Item) -> Step:
-    item_id = one_line(item["id"])
-    if "guardrail" in block_reason(item).lower():
-        return Step(f"unblock {item_id} --override-guardrails", "approves it as it is")
-    return Step(f'unblock {item_id} --notes "YOUR ANSWER"', "tells the agent and lets it go on")
-
-
-def _run_step(facts: SummaryFacts) -> Step:
-    targets = "".join(f" --target {one_line(target)}" for target in facts.targets)
-    if facts.reason is HaltReason.TARGET_BLOCKED and len(facts.targets) > 1:
-        return Step(f"run{targets} --auto-advance", "goes on with the targets that are not blocked")
-    return Step("run", "goes on with whatever can run then")
-
-
-def _next_lines(facts: SummaryFacts, width: int) -> list[str]:
-    steps = next_steps(facts)
-    column = max(len(step.command) for step in steps)
-    beside = [f"  {step.command:<{column}}  # {step.why}" for step in steps]
-    if max(map(len, beside)) <= width:
-        return ["Next:", *beside]
-    return ["Next:", *(line for step in steps for line in (f"  # {step.why}", f"  {step.command}"))]
-
-
-def summary_json(facts: SummaryFacts) -> dict[str, object]:
-    """`run --json`, and what `notify.command` gets on its stdin; see JSON_FORMS."""
-
-    def titled(item_id: str) -> dict[str, str]:
-        return {"id": item_id, "title": _title_of(item_id, facts)}
-
-    return {
-        "schema": 1,
-        "run_id": facts.run_id,
-        "halt_reason": facts.reason and str(facts.reason),
-        "detail": facts.detail,
-        "exit_code": facts.exit_code,
-        "phases": facts.phases,
-        "cap": facts.cap,
-        "seconds": None if facts.seconds is None else round(facts.seconds, 3),
-        "completed": [titled(item_id) for item_id in facts.completed],
-        "blocked": [{**titled(id), "reason": reason} for id, reason in facts.blocked.items()],
-        "follow_ups": list(facts.follow_ups),
-        **usage_json(facts.usage),
-        "spent": [
-            {"item": item_id, "phase": phase, **usage_json(usage)}
-            for (item_id, phase), usage in facts.spent.items()
-        ],
-        "filters": list(facts.filters),
-        "targets": list(facts.targets),
-        "state_commit": facts.state_commit,
-        "warnings": list(facts.warnings),
-        "counts": _count_by_status(facts.backlog.items.values()),
-        "next": [step._asdict() for step in next_steps(facts)],
-    }
+def worklog_costs(entries: Iterable[Mapping[str, str]]) -> dict[str, Usage]:
+    """What every item has cost so far by id, as worklogs tell; see `read_worklog`."""
+    costs: dict[str, Usage] = {}
+    for entry in entries:
+        if cost := entry.get("cost"):
+            costs[entry["item"]] = costs.get(entry["item"], NOTHING_SPENT).plus(usage_in(cost))
+    return costs
 
 
 # ==== 6. Agent processes ==========================================================================
@@ -3137,16 +2818,18 @@ def summary_json(facts: SummaryFacts) -> dict[str, object]:
 # A process group is not enough for that: today's agents run every tool command in a session of its
 # own. So whatever carries the attempt's marker in its environment is ended, and (Linux) whatever
 # lost the marker but was handed to us, the child subreaper, when its parent died.
+#
+# A further agent CLI is a row of PROFILES and a reader of its events beside `read_claude`.
 
 RESULT_LIMIT = 5_000_000  # bytes of a result file
-LINE_LIMIT = 1 << 20  # bytes of one line of output that are looked at; codex writes lines this long
+LINE_LIMIT = 8 << 20  # bytes of one line of output that are looked at; codex writes long ones
 BACKLOG_LIMIT = 16 << 20  # unread output beyond this is skipped but for its end
+MESSAGE_LIMIT = 100_000  # characters of a closing message in which a result is looked for
 TAIL_LINES = 20
 SEEN_LINES = 10 * TAIL_LINES  # of what has come since the last look: some may be blank
 TAIL_COLUMNS = 400
-FAMILY_TRIES = 5  # a look at our descendants that catches them in the act of changing parents
+EARLY_S = 10.0  # who exits non-zero so soon has not worked
 SWEEP_LIMIT_S = 10.0  # a process that survives SIGKILL this long hangs in the kernel
-PS_SNAPSHOT_S = 2.0  # elsewhere than on Linux: how often the process table is read
 LEFTOVER_GRACE_S = 2.0  # TERM to KILL for what a killed run left behind
 ON_LINUX = sys.platform == "linux"
 
@@ -3176,7 +2859,8 @@ class AgentTiming(NamedTuple):
 
     poll_s: float = 0.25  # output, result file, watchdogs
     settle_s: float = 60.0  # a valid result that stays the same this long ends the attempt
-    kill_poll_s: float = 0.05  # while waiting for a group to leave after TERM
+    around_s: float = 1.0  # the processes that have lost the attempt's marker
+    kill_poll_s: float = 0.02  # while waiting for a group to leave after TERM
 
 
 DEFAULT_TIMING = AgentTiming()
@@ -3229,91 +2913,85 @@ def make_work_folder(root: Path, folder: Path) -> None:
         ignore.write_text("*\n")
 
 
-# ---- What an agent's output tells ----------------------------------------------------------------
+def _result_file(spec: AttemptSpec) -> Path:
+    return result_path(spec.root, spec.task.item_id, spec.task.name, spec.token)
+
+
+def _prompt_file(spec: AttemptSpec) -> Path:
+    return prompt_path(spec.root, spec.task.item_id, spec.task.name, spec.token)
+
+
+# ---- What an agent's events tell -----------------------------------------------------------------
 
 Event = Mapping[str, Any]
 
 
-class Tokens(NamedTuple):
-    """A number of tokens each way."""
-
-    input: int = 0
-    output: int = 0
-
-    def plus(self, more: Tokens) -> Tokens:
-        return Tokens(self.input + more.input, self.output + more.output)
-
-
 class AgentReport:
-    """What the output of an agent has told so far; its readers below fill it in.
+    """What the output of an agent has told so far; the readers below fill it in.
 
     Only structured events count, never what an agent says in prose: a ticket about rate limits
     must not look like a rate limit.
     """
 
-    __slots__ = (
-        "_closed",
-        "_message",
-        "_message_tokens",
-        "_running",
-        "cost_usd",
-        "denied",
-        "error",
-        "last",
-        "limited",
-        "missing_end",
-        "transient",
-        "until",
-        "unusable",
-    )
-
     def __init__(self) -> None:
-        self.last = ""  # latest message or tool call
-        self.error = ""  # how the CLI says it failed
-        self.limited = ""  # what usage limit was hit
-        self.transient = ""  # how the API failed in a way that passes by itself
-        self.until: float | None = None  # epoch seconds of the limit's reset
-        self.unusable = ""  # why the CLI cannot work at all
-        self.denied: list[str] = []  # tools it asked for and did not get
-        self.missing_end = False  # events came, the closing one has not
+        self.last = ""  # latest message or tool call, one line
+        self.message = ""  # what it has said since its last tool call, whole
+        self.worked = False  # it has called a tool
+        self.unfinished = False  # events came, the closing one has not
+        self.tasks: dict[str, str] = {}  # what it has started, by id, in its words
+        self.background: set[str] = set()  # the ids of those that it has not waited for
+        self.denied: set[str] = set()  # tools it asked for and did not get
         self.cost_usd: float | None = None
-        self._closed = Tokens()  # of turns that have reported their total
-        self._running = Tokens()  # of earlier messages of the turn under way
-        self._message = ""  # id of the message that _message_tokens belongs to
-        self._message_tokens = Tokens()
+        self._tokens = (0, 0)  # in and out, of turns that have reported their total
+        self._messages: dict[str, tuple[int, int]] = {}  # of the turn under way, by message
+        self.ended_well()
 
-    def count_message(self, message: str, tokens: Tokens) -> None:
+    def ended_well(self) -> None:
+        """No error, or the CLI has come to a good end after all."""
+        self.error = ""  # how the CLI says it failed
+        self.status: float | None = None  # the HTTP status behind that
+        self.refused = False  # the CLI marks it as one of login or money
+        self.limit = ""  # the usage limit that an event of its own has named
+        self.until: float | None = None  # epoch seconds of that limit's reset
+        self.unfinished = False
+
+    def failed(self, text: str, status: float | None = None) -> str:
+        """Take in an error that the CLI reports."""
+        self.error, self.status = text or UNTOLD, status
+        return self.error
+
+    def said(self, text: str, joint: str = "\n") -> str:
+        """Take in a piece of a message."""
+        self.message = (self.message + joint + text)[-MESSAGE_LIMIT:]
+        return text
+
+    def called(self, tool: str, call: object) -> str:
+        """Take in a tool call; returns its name with its most telling argument."""
+        self.worked, self.message = True, ""
+        for key in ("command", "file_path", "path", "pattern", "url", "description"):
+            if argument := _text_at(call, key):
+                return f"{tool}: {argument}"
+        return tool
+
+    def count(self, message: str, tokens: tuple[int, int]) -> None:
         """Count a message once, though it comes in several events, each with its figures."""
-        if message != self._message:
-            self._running = self._running.plus(self._message_tokens)
-            self._message = message
-        self._message_tokens = tokens
+        self._messages[message] = tokens
 
-    def close_turn(self, tokens: Tokens) -> None:
-        """Take a turn's reported total instead of the sum of its messages."""
-        if tokens == Tokens():
-            tokens = self._running.plus(self._message_tokens)
-        self._closed = self._closed.plus(tokens)
-        self._running, self._message, self._message_tokens = Tokens(), "", Tokens()
-
-    def add_cost(self, cost: float | None) -> None:
-        """Add the cost of one step, for CLIs that report step by step."""
-        if cost is not None:
-            self.cost_usd = (self.cost_usd or 0.0) + cost
-
-    def recovered(self) -> None:
-        """The CLI came to a good end after all."""
-        self.error = self.limited = self.transient = self.unusable = ""
-        self.until = None
+    def close_turn(self, tokens: tuple[int, int] = (0, 0)) -> None:
+        """Take a turn's reported total instead of the sum of its messages, if there is one."""
+        if any(tokens):
+            self._messages = {"": tokens}
+        usage = self.usage()
+        self._tokens = (usage.input_tokens or 0, usage.output_tokens or 0)
+        self._messages = {}
 
     def usage(self) -> Usage:
         """Cost and tokens as far as they were reported."""
-        total = self._closed.plus(self._running).plus(self._message_tokens)
+        total = [sum(way) for way in zip(self._tokens, *self._messages.values(), strict=True)]
         return Usage(self.cost_usd, *total) if any(total) else Usage(self.cost_usd)
 
-    def progress(self) -> Progress:
-        """The live line's view."""
-        return Progress(self.last, self.usage())
+
+UNTOLD = "it gave no reason"
 
 
 def _dig(value: object, *keys: str) -> Any:
@@ -3330,6 +3008,11 @@ def _text_at(value: object, *keys: str) -> str:
     return found if isinstance(found, str) else ""
 
 
+def _list_at(value: object, *keys: str) -> list[Any]:
+    found = _dig(value, *keys)
+    return found if isinstance(found, list) else []
+
+
 def _number_at(value: object, *keys: str) -> float | None:
     """A finite number >= 0, or None: JSON from a CLI may hold anything, NaN included."""
     found = _dig(value, *keys)
@@ -3338,70 +3021,62 @@ def _number_at(value: object, *keys: str) -> float | None:
     return float(found) if 0 <= found < 1e15 else None
 
 
-def _count_at(value: object, *keys: str) -> int:
-    return int(_number_at(value, *keys) or 0)
-
-
-def _tokens_at(usage: object, *inputs: str, output: str = "output_tokens") -> Tokens:
-    """Read token counts; several keys count as input."""
-    return Tokens(sum(_count_at(usage, key) for key in inputs), _count_at(usage, output))
-
-
-def _list_at(value: object, *keys: str) -> list[Any]:
-    found = _dig(value, *keys)
-    return found if isinstance(found, list) else []
-
-
-def _tool_line(name: str, call: object) -> str:
-    """Show a tool call as its name and its most telling argument."""
-    for key in ("command", "file_path", "path", "pattern", "url", "description"):
-        if argument := _text_at(call, key):
-            return f"{name}: {argument}"
-    return name
-
-
-def read_claude(report: AgentReport, event: Event) -> str:
-    """Take in one stream-json event of Claude Code (seen: 1.0.128 to 2.1.330); returns its text."""
-    kind = event.get("type")
-    if kind in ("system", "assistant"):
-        report.missing_end = True
-    if kind == "assistant":
-        return _claude_message(report, event)
-    if kind == "rate_limit_event":
-        return _claude_limit(report, event)
-    if kind == "result":
-        return _claude_end(report, event)
-    if kind == "system" and event.get("subtype") == "api_retry":
-        tries = f"{_count_at(event, 'attempt')} of {_count_at(event, 'max_retries')}"
-        return f"API retry {tries}: {_text_at(event, 'error') or 'no reason given'}"
-    return ""
+def _tokens_at(usage: object, *inputs: str, output: str = "output_tokens") -> tuple[int, int]:
+    """Read token counts, in and out; several keys count as input."""
+    given = sum(int(_number_at(usage, key) or 0) for key in inputs)
+    return given, int(_number_at(usage, output) or 0)
 
 
 CLAUDE_INPUTS = ("input_tokens", "cache_creation_input_tokens", "cache_read_input_tokens")
 
 
+def read_claude(report: AgentReport, event: Event) -> str:
+    """Take in one stream-json event of Claude Code (seen: 1.0.128 to 2.1.330); returns its text."""
+    match event.get("type"), event.get("subtype"):
+        case "assistant", _:
+            report.unfinished = True
+            return _claude_message(report, event)
+        case "user", _:  # what a tool gave back; a command sent to the background returns at once
+            told = event.get("tool_use_result")
+            launched = _text_at(told, "status") == "async_launched"
+            if task := _text_at(told, "agentId" if launched else "backgroundTaskId"):
+                report.background.add(task)
+        case "system", "init":
+            report.unfinished = True
+        case "system", "task_started":
+            report.tasks[_text_at(event, "task_id")] = _text_at(event, "description")
+        case "system", "task_notification" | "task_updated":
+            if _text_at(event, "patch", "status") not in ("running", "pending"):
+                report.background.discard(_text_at(event, "task_id"))
+        case "system", "api_retry":
+            tries = [int(_number_at(event, key) or 0) for key in ("attempt", "max_retries")]
+            why = _text_at(event, "error") or "no reason given"
+            return f"API retry {tries[0]} of {tries[1]}: {why}"
+        case "rate_limit_event", _:
+            info = event.get("rate_limit_info")
+            if _text_at(info, "status") == "rejected":  # other ones only warn
+                kind = _text_at(info, "rateLimitType") or "unknown kind"
+                report.limit = f"usage limit reached ({kind})"
+                report.until = _number_at(info, "resetsAt")  # seconds, not milliseconds
+                return report.limit
+        case "result", _:
+            return _claude_end(report, event)
+    return ""
+
+
 def _claude_message(report: AgentReport, event: Event) -> str:
     tokens = _tokens_at(_dig(event, "message", "usage"), *CLAUDE_INPUTS)
-    report.count_message(_text_at(event, "message", "id"), tokens)
-    if (error := _text_at(event, "error")) in ("authentication_failed", "billing_error"):
-        report.unusable = f"claude reports {error}"
+    report.count(_text_at(event, "message", "id"), tokens)
     shown = ""
     for part in _list_at(event, "message", "content"):
         if _text_at(part, "type") == "tool_use":
-            shown = _tool_line(_text_at(part, "name"), _dig(part, "input"))
+            shown = report.called(_text_at(part, "name"), _dig(part, "input"))
         else:
             shown = _text_at(part, "text") or shown
+    if error := _text_at(event, "error"):  # a message of the CLI itself, not of the model
+        report.failed(shown or error)
+        report.refused = error in ("authentication_failed", "billing_error")
     return shown
-
-
-def _claude_limit(report: AgentReport, event: Event) -> str:
-    """Only a rejection is a limit; warnings about utilization come with the same event."""
-    info = _dig(event, "rate_limit_info")
-    if _text_at(info, "status") != "rejected":
-        return ""
-    report.limited = f"usage limit reached ({_text_at(info, 'rateLimitType') or 'unknown kind'})"
-    report.until = _number_at(info, "resetsAt")  # seconds, not milliseconds
-    return report.limited
 
 
 def _claude_end(report: AgentReport, event: Event) -> str:
@@ -3410,171 +3085,203 @@ def _claude_end(report: AgentReport, event: Event) -> str:
     An API or login failure says subtype "success" with is_error true, so only is_error counts.
     total_cost_usd is cumulative over the closing events, usage is not.
     """
-    report.missing_end = False
+    report.unfinished = False
     cost = _number_at(event, "total_cost_usd")
     report.cost_usd = report.cost_usd if cost is None else cost
     report.close_turn(_tokens_at(event.get("usage"), *CLAUDE_INPUTS))
-    names = {_text_at(denial, "tool_name") for denial in _list_at(event, "permission_denials")}
-    report.denied = sorted({*report.denied, *names} - {""})
-    text = _text_at(event, "result") or _text_at(event, "subtype")
+    report.denied |= {_text_at(one, "tool_name") for one in _list_at(event, "permission_denials")}
+    text = _text_at(event, "result")
     if event.get("is_error") is not True:
-        report.recovered()
+        report.ended_well()
+        report.message = text[-MESSAGE_LIMIT:] or report.message
         return text
-    report.error = text or "an error without a message"
-    status = _number_at(event, "api_error_status")
-    if status in (401, 403) or text.startswith(("Not logged in", "Invalid API key")):
-        report.unusable = f"claude cannot log in: {text}"
-    elif _passes(status) or (status is None and re.match(CLAUDE_TRANSIENT, text)):
-        report.transient = f"the API failed: {text}"
-    return report.error
-
-
-CLAUDE_TRANSIENT = r"API Error: (?:Connection|Unable to connect|Request timed out)"
-
-
-def _passes(status: float | None) -> bool:
-    """Whether an HTTP status says that the same request may succeed later.
-
-    429 without a stated usage limit is "too many requests just now"; 529 is Anthropic's overload.
-    """
-    return status is not None and (status in (408, 429) or 500 <= status < 600)
-
-
-class Wording(NamedTuple):
-    """What the errors of a CLI that only says in words what went wrong look like, in any case."""
-
-    limit: str
-    login: str
-    transient: str
-
-
-CODEX_WORDING = Wording(
-    limit=r"hit your usage limit|quota exceeded",
-    login=r"401 unauthorized|not logged in|refresh token",
-    transient=r"last status: (?:429|5\d\d)|stream disconnected|error sending request|high demand",
-)
+    subtype = _text_at(event, "subtype").removeprefix("success")
+    text = text or "; ".join(filter(None, map(_text_at, _list_at(event, "errors")))) or subtype
+    return report.failed(text, _number_at(event, "api_error_status"))
 
 
 def read_codex(report: AgentReport, event: Event) -> str:
     """Take in one event of `codex exec --json` (seen: 0.169); returns its text."""
-    kind = event.get("type")
+    kind, item = event.get("type"), event.get("item")
+    what, name = _text_at(item, "type"), _text_at(item, "id")
     if kind == "turn.started":
-        report.missing_end = True
-    if kind in ("item.started", "item.completed"):
-        item = event.get("item")
-        said = _text_at(item, "text") or _text_at(item, "message")
-        return said or _tool_line(_text_at(item, "type"), item)
-    if kind == "turn.completed":  # its usage is cumulative over the thread
-        report.missing_end = False
-        report.recovered()
-        report.count_message("thread", _tokens_at(event.get("usage"), "input_tokens"))
-    if kind in ("turn.failed", "error"):  # an error alone may be followed by "Reconnecting"
-        report.missing_end = report.missing_end and kind == "error"
-        text = _text_at(event, "error", "message") or _text_at(event, "message")
-        return _note_error(report, "codex", text, CODEX_WORDING)
+        report.unfinished = True
+    elif kind in ("item.started", "item.completed"):
+        if what == "agent_message":
+            report.message = _text_at(item, "text")[-MESSAGE_LIMIT:]
+        if what == "command_execution" and kind == "item.started":
+            report.tasks[name] = _text_at(item, "command")
+            report.background.add(name)
+        else:
+            report.background.discard(name)
+        if what not in ("agent_message", "reasoning", "todo_list", "error"):
+            return report.called(what, item)
+        return _text_at(item, "text") or _text_at(item, "message") or what
+    elif kind == "turn.completed":  # its usage is cumulative over the thread
+        report.ended_well()
+        report.count("thread", _tokens_at(event.get("usage"), "input_tokens"))
+    elif kind in ("turn.failed", "error"):  # an error alone may be followed by "Reconnecting"
+        report.unfinished = report.unfinished and kind == "error"
+        return report.failed(_text_at(event, "error", "message") or _text_at(event, "message"))
     return ""
-
-
-def _note_error(report: AgentReport, cli: str, text: str, wording: Wording) -> str:
-    """Sort an error event of a CLI that only says in words what went wrong."""
-    report.error = text or "an error without a message"
-    if re.search(wording.limit, text, re.IGNORECASE):
-        report.limited = f"usage limit reached: {text}"
-    elif re.search(wording.login, text, re.IGNORECASE):
-        report.unusable = f"{cli} cannot log in: {text}"
-    elif re.search(wording.transient, text, re.IGNORECASE):
-        report.transient = f"the API failed: {text}"
-    return report.error
 
 
 def read_opencode(report: AgentReport, event: Event) -> str:
     """Take in one event of `opencode run --format json` (seen: 1.18); returns its text."""
-    kind = event.get("type")
+    kind, part = event.get("type"), event.get("part")
     if kind == "text":
-        return _text_at(event, "part", "text")
+        return report.said(_text_at(part, "text"))
     if kind == "tool_use":
-        call = _dig(event, "part", "state", "input")
-        return _tool_line(_text_at(event, "part", "tool"), call)
+        return report.called(_text_at(part, "tool"), _dig(part, "state", "input"))
     if kind == "step_finish":
-        report.recovered()
-        tokens = _dig(event, "part", "tokens")
-        report.close_turn(_tokens_at(tokens, "input", output="output"))
-        report.close_turn(_tokens_at(_dig(tokens, "cache"), "read", "write", output=""))
-        report.add_cost(_number_at(event, "part", "cost"))
+        report.ended_well()
+        given, made = _tokens_at(_dig(part, "tokens"), "input", output="output")
+        cached, _ = _tokens_at(_dig(part, "tokens", "cache"), "read", "write")
+        report.close_turn((given + cached, made))
+        if (cost := _number_at(part, "cost")) is not None:
+            report.cost_usd = (report.cost_usd or 0.0) + cost
     if kind == "error":
-        return _opencode_error(report, event)
+        data, name = _dig(event, "error", "data"), _text_at(event, "error", "name") or "error"
+        report.refused = name == "ProviderAuthError"
+        text = f"{name}: {_text_at(data, 'message') or UNTOLD}"
+        return report.failed(text, _number_at(data, "statusCode"))
     return ""
-
-
-def _opencode_error(report: AgentReport, event: Event) -> str:
-    name = _text_at(event, "error", "name") or "error"
-    text = f"{name}: {_text_at(event, 'error', 'data', 'message') or 'no message'}"
-    status = _number_at(event, "error", "data", "statusCode")
-    report.error = text
-    retryable = _dig(event, "error", "data", "isRetryable") is True
-    if re.search(OPENCODE_LIMIT, text):
-        report.limited = f"usage limit reached: {text}"
-    elif status in (401, 403) or name == "ProviderAuthError":
-        report.unusable = f"opencode cannot log in: {text}"
-    elif retryable or _passes(status):
-        report.transient = f"the API failed: {text}"
-    return text
-
-
-OPENCODE_LIMIT = r"(?i)usage limit|quota|insufficient credit"
-GEMINI_WORDING = Wording(
-    limit=r"quota",
-    login=r"\b40[13]\b|api key|auth method",
-    transient=r"\b(?:429|5\d\d)\b|rate limit|fetch failed|overloaded|UNAVAILABLE",
-)
 
 
 def read_gemini(report: AgentReport, event: Event) -> str:
     """Take in one event of gemini's stream-json (seen: 0.61); returns its text."""
     kind = event.get("type")
     if kind == "init":
-        report.missing_end = True
+        report.unfinished = True
     if kind == "message" and event.get("role") == "assistant":  # the prompt is echoed as "user"
-        return _text_at(event, "content")
+        return report.said(_text_at(event, "content"), joint="")
     if kind == "tool_use":
-        return _tool_line(_text_at(event, "tool_name"), event.get("parameters"))
-    if kind != "result":
-        return ""
-    report.missing_end = False
-    report.close_turn(_tokens_at(event.get("stats"), "input_tokens"))
-    if event.get("status") == "error":
-        text = _text_at(event, "error", "message")
-        return _note_error(report, "gemini", text, GEMINI_WORDING)
-    report.recovered()
+        return report.called(_text_at(event, "tool_name"), event.get("parameters"))
+    if kind == "result":
+        report.ended_well()
+        report.close_turn(_tokens_at(event.get("stats"), "input_tokens"))
+        if event.get("status") == "error":
+            return report.failed(_text_at(event, "error", "message"))
     return ""
 
 
-MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
-RESET_CLOCK = (
-    r"try again at (?:([A-Z][a-z]{2})[a-z]* (\d{1,2})(?:st|nd|rd|th)?, (\d{4}) )?"
-    r"(\d{1,2}):(\d{2}) ([AP])M"
+# ---- What an error of a CLI is about -------------------------------------------------------------
+
+# Searched in any case. Words decide only what happens next, never whether an item is charged.
+LIMIT_WORDS = (
+    r"(?:session|usage|hours?|hourly|daily|weekly|monthly|opus|sonnet|plan|spend\w*) limits?\b"
+    r"|hit your limit|out of (?:extra )?usage|\bquota\b|\blimit\b.{0,40}\bresets?\b"
+)
+OTHER_LIMITS = r"(?:context|prompt|tokens?|size|file|window|length|input)\W+(?:\w+\W+)?limit"
+ITEM_WORDS = (
+    r"(?:prompt|input|context|conversation|messages?|request|file|image)(?: is| are| was)?"
+    r" too (?:long|large|big)|context.(?:window|length)|context limit|exceeds the maximum"
+    r"|input_too_large|(?:usage|content|safety|management) polic|content.filter|flagged"
+    r"|prohibited.content|unable to respond to this request"
+)
+BUSY_WORDS = r"rate.limit|too many requests|at capacity|high demand|overloaded"
+REFUSED_WORDS = (
+    r"not logged in|logged out|(?:please|must|need to|cannot|failed to) (?:log|sign) ?in|/login\b"
+    r"|auth login|auth method|failed to authenticate|authentication.(?:failed|error|required)"
+    r"|not authenticated|unauthori[sz]ed|\b40[13]\b|forbidden|api.key|(?:oauth|refresh) token"
+    r"|credit|billing|payment|subscription|insufficient.(?:funds|balance)"
+    r"|(?:organi[sz]ation|account)\b.{0,60}\b(?:disabled|suspended|not|no longer)\b"
+    r"|model\b.{0,80}\b(?:not (?:found|exist|supported|allowed|have access)|may not)\b"
+    r"|(?:unknown|invalid|unsupported) model|model.?not.?found"
+    r"|(?:unknown|unexpected|unrecogni[sz]ed|illegal|no such) (?:option|argument|flag|command)"
+    r"|invalid (?:option|flag|command)|not a trusted|untrusted"
 )
 
 
-def reset_time(text: str, now: datetime) -> float | None:
-    """Epoch seconds of a reset told as local clock time ("try again at 5:13 PM"), or None.
+ErrorKind = Literal["limit", "refused", "item", "busy"]
 
-    `now` is aware. A time of day means the nearest such moment: one just passed stays in the past.
+
+def error_kind(text: str, status: float | None = None) -> ErrorKind:
+    """What an error is about, by a CLI's own words and the HTTP status behind it."""
+    if _found(LIMIT_WORDS, text) and not _found(OTHER_LIMITS, text):
+        return "limit"
+    if status == 413 or _found(ITEM_WORDS, text):
+        return "item"
+    if status in (408, 429) or (status or 0) >= 500 or _found(BUSY_WORDS, text):
+        return "busy"
+    return "refused" if status in (401, 402, 403, 404) or _found(REFUSED_WORDS, text) else "busy"
+
+
+def _found(words: str, text: str) -> bool:
+    return re.search(words, text, re.IGNORECASE) is not None
+
+
+MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
+RESET_EPOCH = r"\|(\d{10})\b"
+RESET_AFTER = (
+    r"\b(?:again|resets?|retry|access|available)\s+(?:in|after)\s+("
+    r"(?:\d+(?:\.\d+)?\s*(?:days?|hours?|hrs?|min(?:ute)?s?|sec(?:ond)?s?|[dhms])"
+    r"\b[\s,]*(?:and\s+)?|\d+[dhm](?=\d))+)"
+)
+RESET_CLOCK = re.compile(
+    r"""\b(?:resets?|again|access|available)(?:\s+(?:at|on))?\s+
+    (?:(?P<iso>\d{4}-\d\d-\d\d)(?:\s+at\s+|\s+|T)
+      |(?P<month>[a-z]{3})[a-z]*\.?\s+(?P<day>\d{1,2})(?:st|nd|rd|th)?,?\s+
+       (?:(?P<year>\d{4}),?\s+)?(?:at\s+)?)?
+    (?P<hour>\d{1,2})(?::(?P<minute>\d\d))?(?::\d\d)?\s*(?P<half>[ap]m)?\b
+    \s*\(?(?P<zone>[a-z]+(?:/[a-z0-9_+-]+)+|UTC|GMT|Z\b)?
+    \s*(?:(?P<east>[+-]\d{1,2}):?(?P<beyond>\d\d)?)?""",
+    re.IGNORECASE | re.VERBOSE,
+)
+
+
+def reset_time(text: str, now: float) -> float | None:
+    """Epoch seconds of a reset told in words, or None; `now` in epoch seconds, too.
+
+    Known are an epoch ("reached|1759780800"), a span ("in 3 days 4 hours"), and a clock time, with
+    a date or without one, in the zone it names ("resets Oct 6, 1pm (Europe/Berlin)") or in the
+    local one. A time of day is the next such moment, or one that has passed within the hour.
     """
-    found = re.search(RESET_CLOCK, text)
-    if not found:
+    if epoch := re.search(RESET_EPOCH, text):
+        return float(epoch[1])
+    if after := re.search(RESET_AFTER, text, re.IGNORECASE):
+        seconds = {"d": 86400, "h": 3600, "m": 60, "s": 1}
+        parts = re.findall(r"(\d+(?:\.\d+)?)\s*([dhms])", after[1], re.IGNORECASE)
+        return now + sum(float(number) * seconds[unit.lower()] for number, unit in parts)
+    clock = RESET_CLOCK.search(text)
+    if not clock or not (clock["minute"] or clock["half"]):
         return None
-    month, day, year, hour, minute, half = found.groups()
-    hours = int(hour) % 12 + (12 if half == "P" else 0)
     try:
-        when = now.replace(hour=hours, minute=int(minute), second=0, microsecond=0)
-        if month:
-            when = when.replace(year=int(year), month=MONTHS.index(month) + 1, day=int(day))
-    except ValueError:
+        return _clock_time(clock, now)
+    except (ValueError, OverflowError, OSError, KeyError):  # no such date, no such zone
         return None
-    if not month and now - when > timedelta(hours=12):
+
+
+def _clock_time(clock: re.Match[str], now: float) -> float:
+    zone = _zone(clock)
+    today = datetime.fromtimestamp(now, zone)  # without a zone: naive, and local where it counts
+    hour, half = int(clock["hour"]), (clock["half"] or "").lower()
+    if half:
+        hour = hour % 12 + (12 if half == "pm" else 0)
+    when = today.replace(hour=hour, minute=int(clock["minute"] or 0), second=0, microsecond=0)
+    if clock["iso"]:
+        year, month, day = map(int, clock["iso"].split("-"))
+        return when.replace(year=year, month=month, day=day).timestamp()
+    if clock["month"]:
+        month, day = MONTHS.index(clock["month"].lower()) + 1, int(clock["day"])
+        when = when.replace(year=int(clock["year"] or today.year), month=month, day=day)
+        if not clock["year"] and today - when > timedelta(days=180):
+            when = when.replace(year=today.year + 1)
+    elif today - when > timedelta(hours=1):
         when += timedelta(days=1)
     return when.timestamp()
+
+
+def _zone(clock: re.Match[str]) -> tzinfo | None:
+    """The named zone, or the offset from UTC; None, the local zone, if neither is given."""
+    if "/" in (clock["zone"] or ""):
+        from zoneinfo import ZoneInfo
+
+        return ZoneInfo(clock["zone"])
+    if clock["east"]:
+        span = timedelta(hours=abs(int(clock["east"])), minutes=int(clock["beyond"] or 0))
+        return timezone(-span if clock["east"][0] == "-" else span)
+    return UTC if clock["zone"] else None
 
 
 # ---- Profiles ------------------------------------------------------------------------------------
@@ -3583,127 +3290,86 @@ def reset_time(text: str, now: datetime) -> float | None:
 class Profile(NamedTuple):
     """How to start one kind of agent, and how to read what it prints."""
 
-    argv: Callable[[AttemptSpec], list[str]]
-    env: Mapping[str, str] = {}  # defaults: the operator's own environment and agent.env win
+    argv: str = ""  # words, with the placeholders of `agent_argv`; the prompt comes on stdin
     read: Callable[[AgentReport, Event], str] | None = None  # None: plain lines of text
-    transient_codes: tuple[int, ...] = ()  # exit codes that say: the API failed for now
-    unusable_codes: tuple[int, ...] = ()  # exit codes that say: not logged in, not trusted …
+    model: str = ""  # the option that takes the model
+    budget: str = ""  # the option that takes dollars
+    last: tuple[str, ...] = ()  # what comes after the operator's own words
+    env: Mapping[str, str] = {}  # defaults: the operator's own environment and agent.env win
+    refused_codes: tuple[int, ...] = ()  # exit codes that say: not logged in, not trusted …
     install: str = ""  # where to get the CLI
     login: str = ""  # how to log in
     starts_alone: bool = False  # a first start beside another one breaks both
 
 
-def _claude_argv(spec: AttemptSpec) -> list[str]:
-    argv = ["claude", "-p", "--output-format", "stream-json", "--verbose"]
-    argv += ["--dangerously-skip-permissions", *_model_option("--model", spec)]
-    if spec.budget_usd is not None:
-        argv += ["--max-budget-usd", f"{spec.budget_usd + 0.00005:.4f}"]  # rounded up
-    return [*argv, *spec.settings.args]
-
-
-def _codex_argv(spec: AttemptSpec) -> list[str]:
-    argv = ["codex", "exec", "--json", "--skip-git-repo-check"]
-    argv += ["--dangerously-bypass-approvals-and-sandbox", *_model_option("-m", spec)]
-    return [*argv, *spec.settings.args, "-"]
-
-
-def _opencode_argv(spec: AttemptSpec) -> list[str]:
-    title = f"{spec.task.item_id} {spec.task.name}"  # given, it spares a request for one
-    argv = ["opencode", "run", "--format", "json", "--auto", "--title", title]
-    return [*argv, *_model_option("-m", spec), *spec.settings.args]
-
-
-def _gemini_argv(spec: AttemptSpec) -> list[str]:
-    argv = ["gemini", "--yolo", "--output-format", "stream-json"]
-    return [*argv, *_model_option("-m", spec), *spec.settings.args]
-
-
-def _model_option(option: str, spec: AttemptSpec) -> list[str]:
-    return [option, spec.settings.model] if spec.settings.model else []
-
-
-def _command_argv(spec: AttemptSpec) -> list[str]:
-    """The operator's command; its placeholders are replaced in one pass, so values are inert."""
-    settings = spec.settings
-    values = {
-        "{prompt_file}": str(_prompt_of(spec)),
-        "{result_path}": str(_result_of(spec)),
-        "{model}": settings.model or "",
-        "{item_id}": spec.task.item_id,
-        "{phase}": spec.task.name,
-    }
-    names = re.compile("|".join(map(re.escape, values)))
-    fill = [names.sub(lambda found: values[found[0]], word) for word in settings.command]
-    return [*fill, *settings.args]
-
-
-def _demo_argv(spec: AttemptSpec) -> list[str]:
-    """This very program, imported so that its compiled form is used; -E and -S start quicker."""
-    here = Path(__file__).resolve()
-    if Repo.__module__ == __name__:  # the single file: of any name, and no cache is left beside it
-        return [sys.executable, "-E", "-S", str(here), DEMO_AGENT, *spec.settings.args]
-    code = (
-        f"import importlib, sys; sys.path.insert(0, {str(here.parent)!r});"
-        f" sys.exit(importlib.import_module({here.stem!r}).main([{DEMO_AGENT!r}]))"
-    )
-    return [sys.executable, "-E", "-S", "-c", code, *spec.settings.args]
-
-
 PROFILES: Mapping[str, Profile] = {
     "claude": Profile(
-        _claude_argv,
-        {
+        "claude -p --output-format stream-json --verbose --dangerously-skip-permissions",
+        read_claude,
+        model="--model",
+        budget="--max-budget-usd",
+        env={
             "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
+            "CLAUDE_CODE_DISABLE_BACKGROUND_TASKS": "1",
             "DISABLE_AUTOUPDATER": "1",
             "CLAUDE_CODE_MAX_RETRIES": "4",
         },
-        read_claude,
         install="npm install -g @anthropic-ai/claude-code",
         login="start `claude` once and use /login, or set ANTHROPIC_API_KEY",
     ),
     "codex": Profile(
-        _codex_argv,
-        {},
+        "codex exec --json --skip-git-repo-check --dangerously-bypass-approvals-and-sandbox",
         read_codex,
+        model="-m",
+        last=("-",),
         install="npm install -g @openai/codex",
         login="`codex login`",
     ),
-    "opencode": Profile(
-        _opencode_argv,
-        {"OPENCODE_DISABLE_AUTOUPDATE": "1"},
+    "opencode": Profile(  # a title that is given spares it a request for one
+        "opencode run --format json --auto --title {item_id}:{phase}",
         read_opencode,
+        model="-m",
+        env={"OPENCODE_DISABLE_AUTOUPDATE": "1"},
         install="npm install -g opencode-ai",
         login="`opencode auth login`",
         starts_alone=True,  # it makes a database in the operator's home
     ),
     "gemini": Profile(
-        _gemini_argv,
-        {"GEMINI_CLI_NO_RELAUNCH": "true", "GEMINI_CLI_TRUST_WORKSPACE": "true"},
+        "gemini --yolo --output-format stream-json",
         read_gemini,
-        transient_codes=(173, 244, 246, 247, 17),  # 429, 500, 502, 503, 529, each mod 256
-        unusable_codes=(41, 55, 145, 147),  # no login, folder not trusted, 401, 403
+        model="-m",
+        env={"GEMINI_CLI_NO_RELAUNCH": "true", "GEMINI_CLI_TRUST_WORKSPACE": "true"},
+        refused_codes=(41, 55, 145, 147),  # no login, folder not trusted, 401, 403 (mod 256)
         install="npm install -g @google/gemini-cli",
         login="start `gemini` once and log in, or set GEMINI_API_KEY",
     ),
-    "command": Profile(_command_argv),
-    "demo": Profile(_demo_argv),
+    "command": Profile(),  # agent.command
+    "demo": Profile(),  # this very program
 }
 
 
-NO_AGENT = Profile(lambda spec: list(spec.task.phase.run))  # of a phase that is a command
-
-
-def profile_of(spec: AttemptSpec) -> Profile:
-    """How an attempt is started and its output read; the prompt is never part of the argv."""
-    return NO_AGENT if spec.task.phase.run else PROFILES[spec.settings.cli]
-
-
-def _prompt_of(spec: AttemptSpec) -> Path:
-    return prompt_path(spec.root, spec.task.item_id, spec.task.name, spec.token)
-
-
-def _result_of(spec: AttemptSpec) -> Path:
-    return result_path(spec.root, spec.task.item_id, spec.task.name, spec.token)
+def agent_argv(spec: AttemptSpec) -> list[str]:
+    """What starts an attempt; placeholders are replaced in one pass, so that values are inert."""
+    settings, profile = spec.settings, PROFILES[spec.settings.cli]
+    if spec.task.phase.run:
+        return list(spec.task.phase.run)
+    if settings.cli == "demo":
+        return [*_demo_argv(), *settings.args]
+    values = {
+        "{prompt_file}": str(_prompt_file(spec)),
+        "{result_path}": str(_result_file(spec)),
+        "{model}": settings.model or "",
+        "{item_id}": spec.task.item_id,
+        "{phase}": spec.task.name,
+    }
+    names = re.compile("|".join(map(re.escape, values)))
+    words = settings.command if settings.cli == "command" else profile.argv.split()
+    argv = [names.sub(lambda found: values[found[0]], word) for word in words]
+    if settings.model and profile.model:
+        argv += [profile.model, settings.model]
+    if spec.budget_usd is not None and profile.budget:
+        argv += [profile.budget, f"{spec.budget_usd + 0.00005:.4f}"]  # rounded up
+    return [*argv, *settings.args, *profile.last]
 
 
 def agent_environment(spec: AttemptSpec, outer: Mapping[str, str]) -> dict[str, str]:
@@ -3720,11 +3386,11 @@ def agent_environment(spec: AttemptSpec, outer: Mapping[str, str]) -> dict[str, 
         **QUIET_TOOLS,
         **settings.env,
         RUN_MARK: spec.run_id,
-        ATTEMPT_MARK: str(_result_of(spec)),
+        ATTEMPT_MARK: str(_result_file(spec)),
         "ORCHESTRATOR_ITEM_ID": spec.task.item_id,
         "ORCHESTRATOR_PHASE": spec.task.name,
         "ORCHESTRATOR_ATTEMPT": str(spec.attempt),
-        "ORCHESTRATOR_PROMPT_FILE": str(_prompt_of(spec)),
+        "ORCHESTRATOR_PROMPT_FILE": str(_prompt_file(spec)),
         "ORCHESTRATOR_CHANGE_DIR": str(spec.change_dir),
     }
 
@@ -3733,9 +3399,13 @@ def agent_problem(
     settings: AgentSettings, root: Path, outer: Mapping[str, str] = os.environ
 ) -> Problem | None:
     """Why this agent cannot be started here, as far as that can be told without starting it."""
+    import shutil
+
     env = {**outer, **settings.env}
     binary = settings.command[0] if settings.cli == "command" else settings.cli
-    if settings.cli != "demo" and not _can_execute(binary, root, env):
+    # A name is looked up on PATH; a path is taken from the project root, where agents run.
+    where = str(root / binary) if os.sep in binary else binary
+    if settings.cli != "demo" and not shutil.which(where, path=env.get("PATH", os.defpath)):
         how = PROFILES[settings.cli].install or "check agent.command"
         return Problem(
             f"the agent {binary!r} is not on PATH or not executable",
@@ -3748,14 +3418,6 @@ def agent_problem(
             ' (e.g. env = { IS_SANDBOX = "1" } in [agent]).',
         )
     return None
-
-
-def _can_execute(binary: str, root: Path, env: Mapping[str, str]) -> bool:
-    """A name is looked up on PATH; a path is taken from the project root, where agents run."""
-    import shutil
-
-    where = str(root / binary) if os.sep in binary else binary
-    return shutil.which(where, path=env.get("PATH", os.defpath)) is not None
 
 
 # ---- The process table ---------------------------------------------------------------------------
@@ -3779,7 +3441,7 @@ class ProcessEntry(NamedTuple):
 def process_entry(pid: int) -> ProcessEntry | None:
     """One row of the process table; None if there is no such process."""
     if not ON_LINUX:
-        return _ps_table().get(pid)
+        return process_table().get(pid)
     try:
         with open(f"/proc/{pid}/stat", "rb", buffering=0) as file:
             stat = file.read()
@@ -3791,57 +3453,17 @@ def process_entry(pid: int) -> ProcessEntry | None:
 
 
 def process_table() -> dict[int, ProcessEntry]:
-    """Every process that can be seen, by pid."""
-    if not ON_LINUX:
-        return _ps_table()
-    pids = [int(name) for name in os.listdir("/proc") if name.isdecimal()]
-    return {pid: entry for pid in pids if (entry := process_entry(pid)) is not None}
-
-
-def family_table() -> dict[int, ProcessEntry]:
-    """We and all our descendants, by pid; every process where only the whole table tells.
-
-    As child subreaper we inherit whatever loses its parent, so nothing that an agent of ours
-    started is elsewhere. It takes a fraction of the whole table, which counts: it is looked at
-    several times a second for every agent.
-    """
-    us = os.getpid()
-    if not (FAMILY.subreaper and os.path.exists(f"/proc/{us}/task/{us}/children")):
-        return process_table()
-    for _ in range(FAMILY_TRIES):
-        table, todo = {}, [us]
-        while todo:
-            entry = process_entry(todo.pop())
-            if entry is not None:
-                table[entry.pid] = entry
-                todo += [pid for pid in _children_of(entry.pid) if pid not in table]
-        if table.keys() >= set(_children_of(us)):
-            return table
-        # Something has lost its parent and come to us after our children were read.
-    return process_table()
-
-
-def _children_of(pid: int) -> list[int]:
-    """The children of all threads of a process.
-
-    proc(5): one may be left out while another one is being reaped, or while the thread that had it
-    ends; who has to be sure looks twice.
-    """
-    children: list[int] = []
-    with suppress(FileNotFoundError, ProcessLookupError):  # the process has ended
-        for thread in os.listdir(f"/proc/{pid}/task"):
-            with (
-                suppress(FileNotFoundError, ProcessLookupError),
-                open(f"/proc/{pid}/task/{thread}/children", "rb", buffering=0) as file,
-            ):
-                children += map(int, file.read().split())
-    return children
-
-
-def has_descendants() -> bool:
-    """Whether any process may live that we or our agents started."""
-    us = os.getpid()
-    return any(entry.alive for pid, entry in family_table().items() if pid != us)
+    """Every process that can be seen, by pid; from `ps` where there is no /proc."""
+    if ON_LINUX:
+        pids = [int(name) for name in os.listdir("/proc") if name.isdecimal()]
+        return {pid: entry for pid in pids if (entry := process_entry(pid)) is not None}
+    table = {}
+    columns = ("pid=", "ppid=", "pgid=", "stat=", "lstart=")
+    for line in _ps("-ax", *(word for column in columns for word in ("-o", column))):
+        pid, ppid, group, state, start = line.split(None, 4)
+        since = int(time.mktime(time.strptime(start.strip(), "%a %b %d %H:%M:%S %Y")))
+        table[int(pid)] = ProcessEntry(int(pid), int(ppid), int(group), 0, state[0], since)
+    return table
 
 
 def _ps(*options: str) -> list[str]:
@@ -3850,17 +3472,6 @@ def _ps(*options: str) -> list[str]:
     env = {**os.environ, "LC_ALL": "C"}
     done = subprocess.run(["ps", *options], env=env, stdin=subprocess.DEVNULL, capture_output=True)
     return done.stdout.decode(errors="replace").splitlines()
-
-
-def _ps_table() -> dict[int, ProcessEntry]:
-    """The process table where there is no /proc; POSIX `ps`, and `lstart`, which all have."""
-    columns = ("pid=", "ppid=", "pgid=", "stat=", "lstart=")
-    table = {}
-    for line in _ps("-ax", *(word for column in columns for word in ("-o", column))):
-        pid, ppid, group, state, start = line.split(None, 4)
-        since = int(time.mktime(time.strptime(start.strip(), "%a %b %d %H:%M:%S %Y")))
-        table[int(pid)] = ProcessEntry(int(pid), int(ppid), int(group), 0, state[0], since)
-    return table
 
 
 def _environment_of(pid: int) -> frozenset[bytes]:
@@ -3892,94 +3503,18 @@ def _marked(variable: str, table: Mapping[int, ProcessEntry]) -> set[int]:
     return {int(line.split(None, 1)[0]) for line in lines if wanted.search(line)}
 
 
-def _below(roots: Iterable[int], table: Mapping[int, ProcessEntry]) -> set[int]:
-    """The descendants of some processes, by the table's parent links."""
-    children: dict[int, list[int]] = {}
-    for entry in table.values():
-        children.setdefault(entry.ppid, []).append(entry.pid)
-    found: set[int] = set()
-    todo = list(roots)
-    while todo:
-        new = [pid for pid in children.get(todo.pop(), ()) if pid not in found]
-        found.update(new)
-        todo += new
+def _family(roots: Iterable[int], table: Mapping[int, ProcessEntry]) -> set[int]:
+    """Some processes and their descendants, by the table's parent links."""
+    found = {pid for pid in roots if pid in table}
+    while more := {one.pid for one in table.values() if one.ppid in found} - found:
+        found |= more
     return found
-
-
-def _line_of_ancestors(table: Mapping[int, ProcessEntry]) -> set[int]:
-    """We, our parent, its parent …: never to be ended, whatever they carry."""
-    line: set[int] = set()
-    pid = os.getpid()
-    while pid in table and pid not in line:
-        line.add(pid)
-        pid = table[pid].ppid
-    return line
 
 
 # ---- Ending what an attempt started --------------------------------------------------------------
 
-
-class Family:
-    """The children of this process: which attempts live, and which children are not ours to end."""
-
-    __slots__ = ("live", "spared", "subreaper")
-
-    def __init__(self) -> None:
-        self.subreaper = False
-        self.live: dict[str, int] = {}  # marker of an attempt -> pid, 0 until it has started
-        self.spared: frozenset[tuple[int, int]] = frozenset()  # (pid, start) from before we came
-
-    @contextmanager
-    def attempt(self, marker: str) -> Iterator[None]:
-        """Hold an attempt registered; from before its process exists, else it looks stray."""
-        self.live[marker] = 0
-        try:
-            yield
-        finally:
-            del self.live[marker]
-
-    def adopted(self, table: Mapping[int, ProcessEntry]) -> list[ProcessEntry]:
-        """Children handed to us because their parent died, dead ones included.
-
-        Our own git calls and hooks are children, too; they carry our mark.
-        """
-        if not self.subreaper:
-            return []
-        us = os.getpid()
-        children = [p for p in table.values() if p.ppid == us and p.pid not in self.live.values()]
-        strange = [p for p in children if (p.pid, p.start) not in self.spared]
-        return [p for p in strange if not p.alive or not self._ours(p.pid)]
-
-    @staticmethod
-    def _ours(pid: int) -> bool:
-        """Whether we started this child ourselves, or cannot tell yet.
-
-        Between fork and exec it shows our own environment, during exec neither command nor
-        environment; so the command is read first, and twice in case it goes on to exec another.
-        """
-        us = os.getpid()
-        mark, own = os.fsencode(f"{OWN_MARK}={us}"), _environment_of(us)
-        for _ in range(2):
-            in_exec = not _command_of(pid)
-            env = _environment_of(pid)
-            if in_exec or mark in env or env == own:
-                return True
-        return False
-
-    def reap(self) -> None:
-        """Reap adopted children that have ended, as init would have done.
-
-        A tool that waits for a daemon's end by its pid would else wait for ever. Only from the
-        thread that starts children: a child that has not been registered yet looks adopted.
-        """
-        if not (ON_LINUX and self.subreaper) or not _a_child_is_dead():
-            return
-        for child in self.adopted(family_table()):
-            if not child.alive:
-                _reap_pid(child.pid)
-
-
-FAMILY = Family()
+LIVE: dict[str, int] = {}  # marker of a live `Child` -> pid, 0 until it has started
+_SPARED: set[tuple[int, int]] = set()  # (pid, start) of children from before we became subreaper
 
 
 def become_subreaper() -> bool:
@@ -3991,106 +3526,121 @@ def become_subreaper() -> bool:
         return False
     import ctypes
 
-    pr_set_child_subreaper = 36  # linux/prctl.h
+    pr_set_child_subreaper, us = 36, os.getpid()  # linux/prctl.h
     if ctypes.CDLL(None, use_errno=True).prctl(pr_set_child_subreaper, 1, 0, 0, 0) != 0:
         return False
-    if not FAMILY.subreaper:
-        us = os.getpid()
-        children = (p for p in process_table().values() if p.ppid == us)
-        FAMILY.spared = frozenset((p.pid, p.start) for p in children)
-    os.environ[OWN_MARK] = str(os.getpid())
-    FAMILY.subreaper = True
+    if not _is_subreaper():
+        _SPARED.update((p.pid, p.start) for p in process_table().values() if p.ppid == us)
+    os.environ[OWN_MARK] = str(us)
     return True
 
 
-def _a_child_is_dead() -> bool:
-    """Whether any child waits to be reaped; far cheaper than to read the process table."""
-    try:
-        return os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
-    except ChildProcessError:
-        return False
+def _is_subreaper() -> bool:
+    return os.environ.get(OWN_MARK) == str(os.getpid())
 
 
-def _reap_pid(pid: int) -> None:
-    with suppress(ChildProcessError):
-        os.waitpid(pid, os.WNOHANG)
+def _adopted(table: Mapping[int, ProcessEntry]) -> list[ProcessEntry]:
+    """Children handed to us because their parent died, dead ones included.
 
-
-def _strays(
-    marked: set[int], leader: int, mine: str, table: Mapping[int, ProcessEntry]
-) -> set[int]:
-    """Adopted orphans without a marker that must belong to the attempt `mine` ("" = to nobody).
-
-    They cleaned their environment. With several attempts alive only the session tells whose they
-    are; one that has a session of its own stays until the last attempt ends.
+    Our own git calls and hooks are children, too; they carry our mark.
     """
-    adopted = [p for p in FAMILY.adopted(table) if p.alive and p.pid not in marked]
-    others = [os.fsencode(marker) for marker in list(FAMILY.live) if marker != mine]
-    sessions = {leader} | {table[pid].session for pid in marked} - {0, os.getsid(0)}
-    found = set()
-    for orphan in adopted:
-        env = _environment_of(orphan.pid) if others else frozenset()
-        if not others or (orphan.session in sessions and env.isdisjoint(others)):
-            found.add(orphan.pid)
-    return found
+    if not _is_subreaper():
+        return []
+    us, live = os.getpid(), set(LIVE.values())
+    strange = [
+        entry
+        for entry in table.values()
+        if entry.ppid == us and entry.pid not in live and (entry.pid, entry.start) not in _SPARED
+    ]
+    return [entry for entry in strange if not entry.alive or not _is_ours(entry.pid)]
+
+
+def _is_ours(pid: int) -> bool:
+    """Whether we started this child ourselves, or cannot tell yet.
+
+    Between fork and exec it shows our own environment, during exec neither command nor
+    environment; so the command is read first, and twice in case it goes on to exec another.
+    """
+    us = os.getpid()
+    mark, own = os.fsencode(f"{OWN_MARK}={us}"), _environment_of(us)
+    for _ in range(2):
+        in_exec = not _command_of(pid)
+        env = _environment_of(pid)
+        if in_exec or mark in env or env == own:
+            return True
+    return False
 
 
 def _leftovers(variable: str, leader: int, known: Mapping[int, int]) -> list[ProcessEntry]:
     """Everything alive that belongs to an attempt (or, with leader 0, to a whole run).
 
     `known` holds descendants seen earlier as {pid: start}, for systems without subreaper, and for
-    a run that was killed.
+    a run that was killed. Adopted orphans without a marker cleaned their environment: with several
+    attempts alive only the session tells whose they are, and one that has a session of its own
+    stays until the last attempt ends.
     """
     table = process_table()
     since = table[leader].start if leader in table else 0  # nothing older can carry its mark
-    marked = _marked(variable, {pid: one for pid, one in table.items() if one.start >= since})
+    found = _marked(variable, {pid: one for pid, one in table.items() if one.start >= since})
+    sessions = {leader} | {table[pid].session for pid in found} - {0, os.getsid(0)}
     mine = variable if leader else ""
-    found = marked | _strays(marked, leader, mine, table)
+    others = [os.fsencode(marker) for marker in list(LIVE) if marker != mine]
+    for orphan in _adopted(table):
+        if not others or (
+            orphan.session in sessions and _environment_of(orphan.pid).isdisjoint(others)
+        ):
+            found.add(orphan.pid)
     seen = {pid for pid, start in known.items() if pid in table and table[pid].start == start}
-    found |= seen | _below(seen, table)
-    if leader:
-        found |= {entry.pid for entry in table.values() if entry.group == leader}
-        found |= _below([leader], table)
-    found -= _line_of_ancestors(table)
+    found |= _family(seen | {leader} - {0}, table)
+    found |= {entry.pid for entry in table.values() if leader and entry.group == leader}
+    ancestor = os.getpid()  # we, our parent, its parent …: never to be ended, whatever they carry
+    while ancestor in table:
+        ancestor = table.pop(ancestor).ppid
     return [table[pid] for pid in found if pid in table and table[pid].alive]
 
 
-def _signal_entry(entry: ProcessEntry, number: int) -> None:
-    """Signal exactly this process, not a later one with its pid, nor one that is not ours."""
-    now = process_entry(entry.pid)
-    if now is not None and now.start == entry.start:
-        with suppress(ProcessLookupError, PermissionError):
-            os.kill(entry.pid, number)
+def _child_pids() -> set[int]:
+    """The children of all our threads, if the kernel lists them."""
+    found: set[int] = set()
+    for listed in Path("/proc/self/task").glob("*/children"):
+        with suppress(OSError):  # the thread has ended
+            found |= {int(pid) for pid in listed.read_bytes().split()}
+    return found
 
 
-def _kill_all(look: Callable[[], list[ProcessEntry]]) -> dict[tuple[int, int], str]:
-    """Kill and reap what `look` finds until it finds nothing twice in a row.
+def _end_all(
+    look: Callable[[], list[ProcessEntry]], grace_s: float = 0.0, looks: int = 2
+) -> list[str]:
+    """End and reap what `look` finds until it finds nothing twice in a row: TERM, grace, KILL.
 
-    Twice, because a process may fork and leave while the table is being read, and shows no
-    environment during exec. Returns what was killed, described, by (pid, start). Blocks; gives up
-    after SWEEP_LIMIT_S.
+    Twice (`looks`), because a process may fork and leave while the table is being read, and shows
+    no environment during exec. Returns one line for each. Blocks; gives up after SWEEP_LIMIT_S.
     """
-    killed: dict[tuple[int, int], str] = {}
-    limit = time.monotonic() + SWEEP_LIMIT_S
-    clean = 0
-    while clean < 2 and time.monotonic() < limit:
-        left = look()
-        clean = 0 if left else clean + 1
+    ended: dict[tuple[int, int], str] = {}
+    begun, clean = time.monotonic(), 0
+    while clean < looks and time.monotonic() < begun + grace_s + SWEEP_LIMIT_S:
+        left, gentle = look(), time.monotonic() < begun + grace_s
+        clean, looks = (0, 2) if left else (clean + 1, looks)
         for entry in left:
-            killed.setdefault((entry.pid, entry.start), _describe_process(entry))
-            _signal_entry(entry, signal.SIGKILL)
-        if clean < 2:
+            name = (entry.pid, entry.start)
+            if not (gentle and name in ended):
+                words = one_line(_command_of(entry.pid), 120)
+                ended.setdefault(name, f"process {entry.pid}" + (f" ({words})" if words else ""))
+                now = process_entry(entry.pid)  # perhaps a later one has its pid by now
+                if now is not None and now.start == entry.start:
+                    with suppress(ProcessLookupError, PermissionError):
+                        os.kill(entry.pid, signal.SIGTERM if gentle else signal.SIGKILL)
+        if clean < looks:
             time.sleep(0.01 if left else 0.002)
-    for pid, _ in killed:
-        if pid not in FAMILY.live.values():
-            _reap_pid(pid)
-    return killed
+    for pid, _ in ended:
+        if pid not in LIVE.values():
+            _reap(pid)
+    return list(ended.values())
 
 
-def _describe_process(entry: ProcessEntry) -> str:
-    """One line for the operator."""
-    words = one_line(_command_of(entry.pid), 120)
-    return f"process {entry.pid}" + (f" ({words})" if words else "")
+def _reap(pid: int) -> None:
+    with suppress(ChildProcessError):
+        os.waitpid(pid, os.WNOHANG)
 
 
 def end_run(
@@ -4101,430 +3651,305 @@ def end_run(
     `known` holds processes of it as {pid: start time}, for those that do not show its id. TERM, up
     to `grace_s` seconds, KILL. Blocks until none is left; returns one line for each.
     """
-    if not run_id:
-        return []
-
-    def look() -> list[ProcessEntry]:
-        return _leftovers(f"{RUN_MARK}={run_id}", 0, known or {})
-
-    ended: dict[tuple[int, int], str] = {}
-    limit = time.monotonic() + grace_s
-    while (left := look()) and time.monotonic() < limit:
-        for entry in left:
-            if (entry.pid, entry.start) not in ended:
-                ended[entry.pid, entry.start] = _describe_process(entry)
-                _signal_entry(entry, signal.SIGTERM)
-        time.sleep(0.02)
-        FAMILY.reap()
-    ended |= {key: text for key, text in _kill_all(look).items() if key not in ended}
-    FAMILY.reap()
-    return list(ended.values())
+    marker = f"{RUN_MARK}={run_id}"
+    return _end_all(lambda: _leftovers(marker, 0, known or {}), grace_s) if run_id else []
 
 
-# ---- One watched process -------------------------------------------------------------------------
-
-
-class Follower:
-    """Reads a growing file line by line and never holds more than one line of LINE_LIMIT bytes."""
-
-    __slots__ = ("_file", "_rest", "_skipping")
-
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("rb", buffering=0)
-        self._rest = b""
-        self._skipping = False  # inside a line that was too long
-
-    def size(self) -> int:
-        """Bytes written so far."""
-        return os.fstat(self._file.fileno()).st_size
-
-    def lines(self) -> Iterator[bytes]:
-        """The lines completed since the last call; too long ones are cut."""
-        unread = self.size() - self._file.tell()
-        if unread > BACKLOG_LIMIT:
-            self._file.seek(unread - BACKLOG_LIMIT // 4, os.SEEK_CUR)
-            self._rest, self._skipping = b"", True
-        while chunk := self._file.read(1 << 16):
-            *whole, rest = chunk.split(b"\n")
-            for part in whole:
-                line = self._rest + part
-                self._rest = b""
-                if not self._skipping:
-                    yield line[:LINE_LIMIT]
-                self._skipping = False
-            self._rest = b"" if self._skipping else self._rest + rest
-            if len(self._rest) > LINE_LIMIT:
-                yield self._rest[:LINE_LIMIT]
-                self._rest, self._skipping = b"", True
-
-    def close(self) -> bytes:
-        """Close the file; returns what follows the last line end."""
-        self._file.close()
-        return self._rest[:LINE_LIMIT]
-
-
-class ChildOutput:
-    """Both output files of a process: report, tail, and whether anything has come lately."""
-
-    __slots__ = ("_err", "_err_tail", "_out", "_out_tail", "_read", "_sizes", "report")
-
-    def __init__(
-        self, out: Path, err: Path, read: Callable[[AgentReport, Event], str] | None
-    ) -> None:
-        self.report = AgentReport()
-        self._read = read
-        self._out, self._err = Follower(out), Follower(err)
-        self._out_tail: deque[str] = deque(maxlen=TAIL_LINES)
-        self._err_tail: deque[str] = deque(maxlen=TAIL_LINES)
-        self._sizes = (0, 0)
-
-    def take(self) -> bool:
-        """Take in what is new; True if either file has grown."""
-        sizes = (self._out.size(), self._err.size())
-        # Of text only the end is shown; to clean millions of lines would hold up the event loop.
-        for line in self._out.lines() if self._read else deque(self._out.lines(), SEEN_LINES):
-            self._take_line(line)
-        for line in deque(self._err.lines(), SEEN_LINES):
-            _remember_line(self._err_tail, line.decode(errors="replace"))
-        grown, self._sizes = sizes != self._sizes, sizes
-        return grown
-
-    def close(self) -> None:
-        """Take in the rest, unfinished last lines too."""
-        self.take()
-        if rest := self._out.close():
-            self._take_line(rest)
-        if rest := self._err.close():
-            _remember_line(self._err_tail, rest.decode(errors="replace"))
-
-    def _take_line(self, line: bytes) -> None:
-        event = _parse_event(line) if self._read else None
-        if self._read and event is not None:
-            shown = self._read(self.report, event)
-        else:
-            shown = line.decode(errors="replace")
-        if text := _remember_line(self._out_tail, shown):
-            self.report.last = text
-
-    def tail(self) -> str:
-        """The last lines of both files, what was printed as an error last."""
-        return "\n".join([*self._out_tail, *self._err_tail][-TAIL_LINES:])
-
-
-def _remember_line(tail: deque[str], text: str) -> str:
-    """Keep a line without control characters; returns it, "" if there is nothing to show."""
-    line = one_line(text[:8000], TAIL_COLUMNS).strip()
-    if line:
-        tail.append(line)
-    return line
-
-
-def _parse_event(line: bytes) -> Event | None:
-    """A JSON object of an event stream; None for anything else (CLIs print warnings in between)."""
-    if not line.lstrip().startswith(b"{"):
-        return None
-    import json
-
-    try:
-        event = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    return event if isinstance(event, dict) else None
-
-
-class ChildCommand(NamedTuple):
-    """A command to run with everything around it."""
-
-    argv: Sequence[str]
-    env: Mapping[str, str]
-    cwd: Path
-    stdin: Path  # a regular file or /dev/null; an open pipe makes some agents wait for ever
-    out: Path
-    err: Path
-    timeout_s: float
-    idle_s: float  # 0 = off
-    grace_s: float
-
-    @property
-    def marker(self) -> str:
-        """The NAME=value that everything started by this command carries."""
-        return f"{ATTEMPT_MARK}={self.env[ATTEMPT_MARK]}"
-
+# ---- One child process ---------------------------------------------------------------------------
 
 Ending = Literal["exit", "stop", "timeout", "idle", "settled"]
 
 
-class ChildEnd(NamedTuple):
-    """How a command ended."""
+class OutputFile:
+    """A growing file that is read line by line."""
 
-    why: Ending
-    code: int | None  # as Popen.returncode; None if it could not be killed
-    tail: str
-    report: AgentReport
+    def __init__(self, path: Path) -> None:
+        self.size = 0
+        self.tail: deque[str] = deque(maxlen=TAIL_LINES)  # the last lines that say something
+        self._file = path.open("rb", buffering=0)
+        self._rest = b""
 
+    def lines(self, *, last: bool = False) -> list[bytes]:
+        """The lines completed since the last call; of one that is too long, a piece is lost."""
+        self.size = os.fstat(self._file.fileno()).st_size
+        if self.size - self._file.tell() > BACKLOG_LIMIT:
+            self._rest = b""
+            self._file.seek(self.size - BACKLOG_LIMIT)
+        data = self._rest + self._file.read(self.size - self._file.tell())
+        *whole, rest = data.split(b"\n")
+        self._rest = rest[:LINE_LIMIT]
+        if last:
+            self._file.close()
+        return [*whole, rest] if last and rest else whole
 
-class ResultWatch:
-    """Says when a valid result file has stayed the same long enough to end a lingering agent."""
-
-    __slots__ = ("_looked", "_path", "_seen", "_settle_s", "_since", "_valid")
-
-    def __init__(self, path: Path, settle_s: float, valid: Callable[[], bool]) -> None:
-        self._path, self._settle_s, self._valid = path, settle_s, valid
-        self._seen: tuple[int, int, int] | None = None
-        self._since = 0.0
-        self._looked = False
-
-    def settled(self, now: float) -> bool:
-        """Look at the file; `now` is the loop's clock."""
-        stamp = self._stamp()
-        if stamp != self._seen:
-            self._seen, self._since, self._looked = stamp, now, False
-        if stamp is None or self._looked or now - self._since < self._settle_s:
-            return False
-        self._looked = True  # an invalid file is not read again until it changes
-        return self._valid()
-
-    def _stamp(self) -> tuple[int, int, int] | None:
-        try:
-            found = os.lstat(self._path)
-        except OSError:
-            return None
-        return found.st_ino, found.st_size, found.st_mtime_ns
+    def remember(self, text: str) -> str:
+        """Keep a line without control characters; returns it, "" if there is nothing to show."""
+        line = one_line(text[:8000], TAIL_COLUMNS).strip()
+        if line:
+            self.tail.append(line)
+        return line
 
 
-class Watched:
-    """One started command, watched from the event loop until it and all it started are gone."""
+def read_line(
+    report: AgentReport, line: bytes, read: Callable[[AgentReport, Event], str] | None
+) -> str:
+    """What a line of an agent's output tells people, noted in the report if it is an event."""
+    import json
 
-    __slots__ = ("_clock", "_command", "_known", "_output", "_process", "_snapshot_at", "_timing")
+    if read is not None and len(line) <= LINE_LIMIT:
+        with suppress(ValueError, RecursionError):
+            event = json.loads(line)
+            if isinstance(event, dict):  # CLIs print warnings in between
+                return read(report, event)
+    return line[:8000].decode(errors="replace")
+
+
+def last_act(root: Path, cli: str, item_id: str, phase: str) -> str:
+    """What an agent that is at work did last, from its output so far; "": nothing yet."""
+    logs = (root / WORK_DIR / "logs" / safe_name(item_id)).glob(f"{safe_name(phase)}-*.out")
+    newest = max(logs, key=lambda path: path.stat().st_mtime, default=None)
+    if newest is None:
+        return ""
+    output, report = OutputFile(newest), AgentReport()
+    for line in output.lines(last=True):
+        output.remember(read_line(report, line, PROFILES[cli].read if cli else None))
+    return next(reversed(output.tail), "")
+
+
+class Child:
+    """A process with all that it starts, followed from the event loop until all of it is gone.
+
+    For agents, for phases that are a command, and for checks. Everything that it starts is known by
+    the value of ATTEMPT_MARK in `env`. Standard input is a regular file, for an open pipe makes
+    some agents wait for ever; `logs` are the files for both outputs, which must not exist.
+    """
 
     def __init__(
         self,
-        command: ChildCommand,
-        process: subprocess.Popen[bytes],
-        output: ChildOutput,
-        timing: AgentTiming,
-        clock: Callable[[], float],
+        argv: Sequence[str],
+        *,
+        env: Mapping[str, str],
+        cwd: Path,
+        logs: tuple[Path, Path],
+        timing: AgentTiming = DEFAULT_TIMING,
     ) -> None:
-        self._command, self._process, self._output = command, process, output
-        self._timing, self._clock = timing, clock
-        self._known: dict[int, int] = {}  # descendants by ps, where there is no subreaper
-        self._snapshot_at = clock()
+        self.argv, self.env, self.cwd, self.logs, self.timing = argv, env, cwd, logs, timing
+        self.stdin = Path(os.devnull)
+        self.read: Callable[[AgentReport, Event], str] | None = None  # of its events, if it has any
+        self.report = AgentReport()
+        self.why: Ending = "exit"
+        self.code: int | None = None  # as Popen.returncode; None if it could not be killed
+        self.seconds = 0.0
+        self._marker = f"{ATTEMPT_MARK}={env[ATTEMPT_MARK]}"
+        self._known: dict[int, int] = {}  # what has lost the marker, as {pid: start}
+        self._dead: set[ProcessEntry] = set()  # adopted, seen dead at the last look around
 
-    async def watch(
+    async def run(
         self,
-        gone: asyncio.Future[None],
         stop: asyncio.Event,
-        tick: Callable[[AgentReport], None],
-        settled: Callable[[float], bool],
-        seen: Callable[[int, int], None],
+        hurry: asyncio.Event,
+        *,
+        timeout_s: float,
+        grace_s: float,
+        idle_s: float = 0.0,
+        started: Callable[[int, int], None] = lambda pid, start: None,
+        look: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """Run to the end, whatever that is, and leave nothing behind; OSError if it cannot start.
+
+        `stop` and the limits (`idle_s`: without output; 0 is none) end it with TERM, and KILL after
+        the grace, which `hurry` cuts short. `started(pid, start time)` is called for it, and for
+        what it starts that has lost the marker. `look()` is called often; true: it has settled.
+        """
+        import asyncio
+
+        LIVE[self._marker] = 0
+        try:
+            self._start()
+            try:
+                LIVE[self._marker] = pid = self._process.pid
+                entry = process_entry(pid)
+                started(pid, entry.start if entry else 0)
+                gone = _exit_of(self._process)
+                self.why = await self._follow(gone, stop, timeout_s, idle_s, started, look)
+                if self.why != "exit":
+                    await self._terminate(gone, hurry, grace_s)
+                await asyncio.to_thread(self._sweep)
+            except BaseException:  # cancelled, too: whatever ends us, the child goes first
+                self._sweep()
+                raise
+            finally:
+                self._finish()
+        finally:
+            del LIVE[self._marker]
+        look()
+
+    def with_tail(self, text: str) -> str:
+        """Append the last lines of both outputs, what was printed as an error last."""
+        tail = "\n".join([*self.out.tail, *self.err.tail][-TAIL_LINES:])
+        return f"{text}\nLast output:\n{tail}" if tail else text
+
+    def _start(self) -> None:
+        """Start the process in a session of its own.
+
+        Signals are not blocked around this: the agent and all its tools would inherit the mask, and
+        a test suite run by it would find Ctrl-C dead. Our handlers raise nothing, and CPython
+        itself holds signals off in the child until the session is its own.
+        """
+        import subprocess
+
+        with (
+            open(self.stdin, "rb") as stdin,
+            open(self.logs[0], "xb") as out,
+            open(self.logs[1], "xb") as err,
+        ):
+            self._process = subprocess.Popen(
+                list(self.argv),
+                stdin=stdin,
+                stdout=out,
+                stderr=err,
+                cwd=self.cwd,
+                env=dict(self.env),
+                start_new_session=True,
+            )
+        self.out, self.err = map(OutputFile, self.logs)
+
+    async def _follow(
+        self,
+        gone: asyncio.Event,
+        stop: asyncio.Event,
+        timeout_s: float,
+        idle_s: float,
+        started: Callable[[int, int], None],
+        look: Callable[[], bool],
     ) -> Ending:
         """Follow the output until the process ends or a reason to end it comes up."""
         import asyncio
 
-        begun = grown_at = self._clock()
-        stopping = asyncio.ensure_future(stop.wait())
-        either: set[asyncio.Future[Any]] = {gone, stopping}
+        clock = asyncio.get_running_loop().time
+        begun = grown = looked = clock()
+        either = [asyncio.ensure_future(event.wait()) for event in (gone, stop)]
         first = asyncio.FIRST_COMPLETED
         try:
             while True:
-                await asyncio.wait(either, timeout=self._timing.poll_s, return_when=first)
-                now = self._clock()
-                if self._output.take():
-                    grown_at = now
-                tick(self._output.report)
-                if not gone.done():  # else it is the one that waits; what it leaves is swept
-                    FAMILY.reap()
-                self._tell_unmarked(seen)
-                await self._remember_descendants(now)
-                if why := self._reason(gone.done(), stop.is_set(), now - begun, now - grown_at):
-                    return why
-                if settled(now):
+                await asyncio.wait(either, timeout=self.timing.poll_s, return_when=first)
+                now = clock()
+                self.seconds = now - begun
+                grown = now if self._take() else grown
+                settled = look()
+                if gone.is_set():
+                    return "exit"
+                if stop.is_set():
+                    return "stop"
+                if self.seconds >= timeout_s:
+                    return "timeout"
+                if 0 < idle_s <= now - grown:
+                    return "idle"
+                if settled:
                     return "settled"
+                if now - looked >= self.timing.around_s:
+                    looked = now
+                    for pid, start in await asyncio.to_thread(self._look_around):
+                        started(pid, start)
         finally:
-            stopping.cancel()
+            for one in either:
+                one.cancel()
 
-    def _reason(self, gone: bool, stopped: bool, age: float, silence: float) -> Ending | None:
-        if gone:
-            return "exit"
-        if stopped:
-            return "stop"
-        if age >= self._command.timeout_s:
-            return "timeout"
-        return "idle" if 0 < self._command.idle_s <= silence else None
+    def _take(self, *, last: bool = False) -> bool:
+        """Take in what is new of both outputs; True if either has grown."""
+        sizes = self.out.size, self.err.size
+        out, err = self.out.lines(last=last), self.err.lines(last=last)
+        # Of text only the end is shown; to clean millions of lines would hold up the event loop.
+        for line in out if self.read else out[-SEEN_LINES:]:
+            self._take_line(line)
+        for line in err[-SEEN_LINES:]:
+            self.err.remember(line.decode(errors="replace"))
+        return sizes != (self.out.size, self.err.size)
 
-    def _tell_unmarked(self, seen: Callable[[int, int], None]) -> None:
-        """Name each process of ours that cleaned its environment: see `AttemptRecord`."""
-        if not ON_LINUX:
-            return
-        table, leader = family_table(), self._process.pid
-        adopted = {entry.pid for entry in FAMILY.adopted(table) if entry.alive}
-        mark = os.fsencode(self._command.marker)
-        for pid in adopted | _below({leader, *adopted}, table):
+    def _take_line(self, line: bytes) -> None:
+        text = read_line(self.report, line, self.read)
+        self.report.last = self.out.remember(text) or self.report.last
+
+    def _look_around(self) -> list[tuple[int, int]]:
+        """Note what belongs to the child and does not carry its marker; returns what is new.
+
+        Also reaps adopted processes that have ended, as init would have done: a tool that waits for
+        its daemon's end by the pid would else wait for ever. Only at the second look, for a git
+        call of ours that has just ended looks the same, and its status belongs to who waits for it.
+        """
+        table, leader = process_table(), self._process.pid
+        adopted = _adopted(table)
+        dead = {entry for entry in adopted if not entry.alive}
+        for entry in dead & self._dead:
+            _reap(entry.pid)
+        self._dead = dead
+        roots = {leader, *(entry.pid for entry in adopted if entry.alive)}
+        mark, new = os.fsencode(self._marker), []
+        for pid in _family(roots, table) - {leader}:
             start = table[pid].start
-            in_exec = not _command_of(pid)  # it shows no environment then; the next look tells
+            in_exec = ON_LINUX and not _command_of(pid)  # it shows no environment then
             if self._known.get(pid) != start and not in_exec and mark not in _environment_of(pid):
                 self._known[pid] = start
-                seen(pid, start)
+                new.append((pid, start))
+        return new
 
-    async def _remember_descendants(self, now: float) -> None:
-        """Elsewhere than on Linux: note who descends from us while the parent links are there."""
-        if ON_LINUX or now < self._snapshot_at:
-            return
-        import asyncio
-
-        self._snapshot_at = now + PS_SNAPSHOT_S
-        table = await asyncio.to_thread(process_table)
-        self._known |= {pid: table[pid].start for pid in _below([self._process.pid], table)}
-
-    async def terminate(self, gone: asyncio.Future[None], hurry: asyncio.Event) -> None:
+    async def _terminate(self, gone: asyncio.Event, hurry: asyncio.Event, grace_s: float) -> None:
         """TERM to the group, then wait until it has left, the grace is over or `hurry` is set."""
         import asyncio
 
+        clock, group = asyncio.get_running_loop().time, self._process.pid
+        if not _is_subreaper():  # after TERM the parent links may be gone
+            await asyncio.to_thread(self._look_around)
         with suppress(ProcessLookupError, PermissionError):
-            os.killpg(self._process.pid, signal.SIGTERM)
-        limit = self._clock() + self._command.grace_s
-        while self._clock() < limit and not hurry.is_set():
-            await asyncio.wait({gone}, timeout=self._timing.kill_poll_s)
-            if gone.done():
-                FAMILY.reap()
-                if not await asyncio.to_thread(_group_lives, self._process.pid):
+            os.killpg(group, signal.SIGTERM)
+        limit = clock() + grace_s
+        while clock() < limit and not hurry.is_set():
+            await asyncio.sleep(self.timing.kill_poll_s)
+            if gone.is_set():
+                table = await asyncio.to_thread(process_table)
+                if not any(entry.group == group and entry.alive for entry in table.values()):
                     return
-                await asyncio.sleep(self._timing.kill_poll_s)
 
-    def sweep(self) -> None:
+    def _sweep(self) -> None:
         """Kill and reap the process and all it started. Blocks, usually for milliseconds."""
-        leader, marker = self._process.pid, self._command.marker
+        leader, looks = process_entry(self._process.pid), 2
+        if _is_subreaper() and leader is not None and not leader.alive:
+            # Its orphans would be children of ours, so if there are none, one look is enough for
+            # what is not below us, as a job of atd's with our marker. The kernel may leave out a
+            # child while another one is being reaped: hence twice.
+            looks -= all(_child_pids() == {leader.pid} for _ in range(2))
+        known = {} if _is_subreaper() else self._known  # else it may be of an attempt beside it
+        _end_all(lambda: _leftovers(self._marker, self._process.pid, known), looks=looks)
 
-        def look() -> list[ProcessEntry]:
-            return _leftovers(marker, leader, self._known)
+    def _finish(self) -> None:
+        """Reap the process, and read what it left; it may hang in the kernel, even after KILL."""
+        import subprocess
 
-        # One look is enough to be sure of what is not below us, as a job of atd's with our mark.
-        if has_descendants() or look():
-            _kill_all(look)
-
-
-def _group_lives(group: int) -> bool:
-    return any(entry.group == group and entry.alive for entry in family_table().values())
+        with suppress(subprocess.TimeoutExpired):
+            self.code = self._process.wait(1.0)
+        self._take(last=True)
 
 
-@contextmanager
-def _exit_of(process: subprocess.Popen[bytes]) -> Iterator[asyncio.Future[None]]:
-    """A future that is done when the process has ended; it is not reaped yet where that counts.
+def _exit_of(process: subprocess.Popen[bytes]) -> asyncio.Event:
+    """An event that is set when the process has ended; it is not reaped yet where that counts.
 
     Not the event loop's own child watching: that reaps behind our back and needs SIGCHLD.
     """
     import asyncio
-
-    loop = asyncio.get_running_loop()
-    gone: asyncio.Future[None] = loop.create_future()
-
-    def done() -> None:
-        if handle >= 0:
-            loop.remove_reader(handle)
-        if not gone.done():
-            gone.set_result(None)
-
-    try:
-        handle = os.pidfd_open(process.pid) if ON_LINUX else -1
-    except OSError:  # kernel before 5.3, or forbidden in a container
-        handle = -1
-    if handle < 0:
-        _wait_in_thread(process, loop, done)
-        yield gone
-        return
-    loop.add_reader(handle, done)
-    try:
-        yield gone
-    finally:
-        loop.remove_reader(handle)
-        os.close(handle)
-
-
-def _wait_in_thread(
-    process: subprocess.Popen[bytes], loop: asyncio.AbstractEventLoop, done: Callable[[], None]
-) -> None:
     import threading
 
+    loop, gone = asyncio.get_running_loop(), asyncio.Event()
+
     def wait() -> None:
-        process.wait()
-        with suppress(RuntimeError):  # the loop is closed: nobody waits any more
-            loop.call_soon_threadsafe(done)
+        with suppress(ChildProcessError, RuntimeError):  # reaped already; the loop is closed
+            if ON_LINUX:
+                os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+            else:
+                process.wait()
+            loop.call_soon_threadsafe(gone.set)
 
     threading.Thread(target=wait, daemon=True, name=f"wait-{process.pid}").start()
-
-
-def _start_process(command: ChildCommand) -> subprocess.Popen[bytes]:
-    """Start a command in a session of its own. OSError if it cannot be started.
-
-    Signals are not blocked around this: the agent and all its tools would inherit the mask, and a
-    test suite run by it would find Ctrl-C dead. Our handlers raise nothing, and CPython itself
-    holds signals off in the child until the session is its own.
-    """
-    import subprocess
-
-    with (
-        open(command.stdin, "rb") as stdin,
-        open(command.out, "xb") as out,
-        open(command.err, "xb") as err,
-    ):
-        return subprocess.Popen(
-            list(command.argv),
-            stdin=stdin,
-            stdout=out,
-            stderr=err,
-            cwd=command.cwd,
-            env=dict(command.env),
-            start_new_session=True,
-        )
-
-
-async def _run_child(
-    command: ChildCommand,
-    *,
-    stop: asyncio.Event,
-    hurry: asyncio.Event,
-    started: Callable[[int, int], None] = lambda pid, start: None,
-    tick: Callable[[AgentReport], None] = lambda report: None,
-    settled: Callable[[float], bool] = lambda now: False,
-    read: Callable[[AgentReport, Event], str] | None = None,
-    timing: AgentTiming = DEFAULT_TIMING,
-) -> ChildEnd:
-    """Run a command to its end, whatever that is, and leave nothing of it behind."""
-    import asyncio
-
-    clock = asyncio.get_running_loop().time
-    with FAMILY.attempt(command.marker):
-        process = _start_process(command)
-        FAMILY.live[command.marker] = process.pid
-        output = ChildOutput(command.out, command.err, read)
-        child = Watched(command, process, output, timing, clock)
-        try:
-            entry = process_entry(process.pid)
-            started(process.pid, entry.start if entry else 0)
-            with _exit_of(process) as gone:
-                why = await child.watch(gone, stop, tick, settled, started)
-                if why != "exit":
-                    await child.terminate(gone, hurry)
-                await asyncio.to_thread(child.sweep)
-        except BaseException:  # cancelled, too: whatever ends us, the agent goes first
-            child.sweep()
-            raise
-        finally:
-            code = _last_code(process)
-            output.close()
-        FAMILY.reap()
-    tick(output.report)
-    return ChildEnd(why, code, output.tail(), output.report)
-
-
-def _last_code(process: subprocess.Popen[bytes]) -> int | None:
-    """Reap the process; None if it hangs in the kernel, so that not even SIGKILL ends it."""
-    import subprocess
-
-    try:
-        return process.wait(1.0)
-    except subprocess.TimeoutExpired:
-        return None
+    return gone
 
 
 # ---- One attempt ---------------------------------------------------------------------------------
@@ -4541,89 +3966,51 @@ async def run_attempt(
 ) -> AgentOutcome:
     """Run one attempt of a phase and judge how it ended.
 
-    `started(pid, start time)` is called once the process exists. `stop` ends it (TERM, grace,
-    KILL), `hurry` cuts the grace short. Everything expected is an outcome; an exception is a bug,
-    and even then nothing that was started is left.
+    `started(pid, start time)` is called once the process exists, and for every process below it
+    that hides whose it is. `stop` ends it (TERM, grace, KILL), `hurry` cuts the grace short.
+    Everything expected is an outcome; an exception is a bug, and even then nothing that was started
+    is left.
     """
-    import asyncio
-
-    clock = asyncio.get_running_loop().time
-    begun = clock()
     if stop.is_set():
         return AgentOutcome("cancelled", detail="not started: the run is stopping")
-    try:
-        command = _prepare(spec)
-        end = await _run_child(
-            command,
-            stop=stop,
-            hurry=hurry,
-            started=started,
-            tick=_tell(progress),
-            settled=_settling(spec, timing),
-            read=profile_of(spec).read,
-            timing=timing,
-        )
-    except OSError as error:
-        return _not_started(spec, error)
-    outcome = judge_attempt(spec, end, stop.is_set(), datetime.now().astimezone())
-    return outcome._replace(usage=end.report.usage(), seconds=clock() - begun)
-
-
-def _prepare(spec: AttemptSpec) -> ChildCommand:
-    """Write the prompt and lay out the files of an attempt."""
-    prompt = _prompt_of(spec)
-    for path in (prompt, _result_of(spec)):
-        make_work_folder(spec.root, path.parent)
-    prompt.write_text(spec.prompt, encoding="utf-8", errors="replace")
-    command = _command(spec, profile_of(spec).argv(spec), spec.attempt, spec.timeout_s)
-    stdin = command.stdin if spec.task.phase.run else prompt
-    return command._replace(stdin=stdin, idle_s=spec.idle_timeout_s)
-
-
-def _command(
-    spec: AttemptSpec, argv: Sequence[str], name: int | str, timeout_s: float
-) -> ChildCommand:
-    """A command in an attempt's surroundings, with nothing on stdin; its logs get this name."""
-    out, err = log_paths(spec.root, spec.task.item_id, spec.task.name, name)
-    make_work_folder(spec.root, out.parent)
-    return ChildCommand(
-        argv=argv,
-        env=agent_environment(spec, os.environ),
-        cwd=spec.root,
-        stdin=Path(os.devnull),
-        out=out,
-        err=err,
-        timeout_s=timeout_s,
-        idle_s=0,
-        grace_s=spec.grace_s,
-    )
-
-
-def _tell(progress: Callable[[Progress], None] | None) -> Callable[[AgentReport], None]:
-    """Pass progress on when there is some."""
     told = Progress()
 
-    def tick(report: AgentReport) -> None:
+    def look() -> bool:
         nonlocal told
-        if progress is not None and (now := report.progress()) != told:
-            told = now
-            progress(now)
+        seen = Progress(child.report.last, child.report.usage())
+        if progress is not None and seen != told:
+            told = seen
+            progress(seen)
+        return _has_settled(spec, timing.settle_s)
 
-    return tick
-
-
-def _settling(spec: AttemptSpec, timing: AgentTiming) -> Callable[[float], bool]:
-    if spec.task.phase.run:
-        return lambda now: False
-    watch = ResultWatch(_result_of(spec), timing.settle_s, lambda: _valid_result(spec))
-    return watch.settled
-
-
-def _valid_result(spec: AttemptSpec) -> bool:
     try:
-        return read_result(spec) is not None
-    except ResultError:
-        return False
+        child = _child(spec, agent_argv(spec), spec.attempt, timing)
+        if not spec.task.phase.run:
+            child.stdin, child.read = _prompt_file(spec), PROFILES[spec.settings.cli].read
+        _prompt_file(spec).write_text(spec.prompt, encoding="utf-8", errors="replace")
+        limits = {"timeout_s": spec.timeout_s, "idle_s": spec.idle_timeout_s}
+        await child.run(stop, hurry, grace_s=spec.grace_s, started=started, look=look, **limits)
+    except OSError as error:
+        return _not_started(spec, error)
+    outcome = judge_attempt(spec, child, stop.is_set(), time.time())
+    return outcome._replace(usage=child.report.usage(), seconds=child.seconds)
+
+
+def _child(spec: AttemptSpec, argv: Sequence[str], name: int | str, timing: AgentTiming) -> Child:
+    """A command in an attempt's surroundings, with nothing on stdin; its logs get this name."""
+    logs = log_paths(spec.root, spec.task.item_id, spec.task.name, name)
+    for path in (_prompt_file(spec), _result_file(spec), logs[0]):
+        make_work_folder(spec.root, path.parent)
+    env = agent_environment(spec, os.environ)
+    return Child(argv, env=env, cwd=spec.root, logs=logs, timing=timing)
+
+
+def _has_settled(spec: AttemptSpec, settle_s: float) -> bool:
+    """Whether a valid result has long stayed the same: the agent only lingers."""
+    with suppress(OSError, ResultError):
+        if time.time() - os.lstat(_result_file(spec)).st_ctime >= settle_s:
+            return read_result(spec) is not None
+    return False
 
 
 def read_result(spec: AttemptSpec) -> PhaseResult | None:
@@ -4634,103 +4021,142 @@ def read_result(spec: AttemptSpec) -> PhaseResult | None:
     """
     import stat
 
-    path = _result_of(spec)
-    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    path = _result_file(spec)
+    careful = os.O_NOFOLLOW | os.O_NONBLOCK
     try:
-        handle = os.open(path, flags)
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | careful)) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise ResultError(f"the result file {path} was refused: it is no regular file")
+            data = file.read(RESULT_LIMIT + 1)
     except FileNotFoundError:
         return None
     except OSError as error:
         link = error.errno in (errno.ELOOP, errno.EMLINK)
         reason = "it is a symbolic link" if link else error.strerror
         raise ResultError(f"the result file {path} was refused: {reason}") from error
-    try:
-        found = os.fstat(handle)
-        if not stat.S_ISREG(found.st_mode):
-            raise ResultError(f"the result file {path} was refused: it is no regular file")
-        if found.st_size > RESULT_LIMIT:
-            size = f"{found.st_size} bytes, more than {RESULT_LIMIT}"
-            raise ResultError(f"the result file {path} was refused: {size}")
-        with open(handle, "rb", closefd=False) as file:
-            data = file.read(RESULT_LIMIT)
-    finally:
-        os.close(handle)
+    if len(data) > RESULT_LIMIT:
+        raise ResultError(f"the result file {path} was refused: more than {RESULT_LIMIT} bytes")
     return parse_result(data, spec.task.item_id, spec.task.name)
 
 
 def _not_started(spec: AttemptSpec, error: OSError) -> AgentOutcome:
     """Tell a CLI that cannot be started at all from trouble that may pass."""
-    argv = profile_of(spec).argv(spec)
+    binary = agent_argv(spec)[0]
     missing = error.errno in (errno.ENOENT, errno.EACCES, errno.ENOEXEC, errno.ENOTDIR)
-    binary = missing and error.filename == argv[0]
-    detail = f"{argv[0]!r} cannot be started: {error.strerror or error}"
-    if not binary and error.filename is not None:
-        detail += f" ({os.fsdecode(error.filename)})"
-    halts = binary and not spec.task.phase.run and spec.root.is_dir()
-    return AgentOutcome("unusable" if halts else "failed", detail=detail)
+    detail = f"{binary!r} cannot be started: {error.strerror or error}"
+    if not missing or error.filename != binary:
+        if error.filename is not None:
+            detail += f" ({os.fsdecode(error.filename)})"
+        return AgentOutcome("failed", detail=detail)
+    if spec.task.phase.run or not spec.root.is_dir():
+        return AgentOutcome("failed", detail=detail)
+    return AgentOutcome("failed", detail=detail, error=detail, trouble="refused")
 
 
-def judge_attempt(spec: AttemptSpec, end: ChildEnd, stopped: bool, now: datetime) -> AgentOutcome:
-    """Decide what an attempt came to; `now` is aware and local. Exit codes lie, results do not."""
-    result, trouble = _result_or_trouble(spec, end)
-    report = end.report
+def judge_attempt(spec: AttemptSpec, child: Child, stopped: bool, now: float) -> AgentOutcome:
+    """Decide what an attempt came to; `now` in epoch seconds. Exit codes lie, results do not."""
+    result, problem = _result_or_problem(spec, child)
     if result is not None:
-        return AgentOutcome("result", result, _exit_remark(end))
+        return AgentOutcome("result", result, _exit_remark(child))
     if stopped:
         return AgentOutcome("cancelled", detail="stopped before it reported a result")
-    if report.limited:
-        until = report.until if report.until is not None else reset_time(report.error, now)
-        text = f"{spec.settings.cli}: {report.limited}"
-        text = f"{text}; resets at {_utc_text(until)}" if until else text
-        return AgentOutcome("limited", detail=one_line(text, TAIL_COLUMNS), until=until)
-    if end.why in ("timeout", "idle"):
-        return AgentOutcome("timeout", detail=_with_tail(_overdue(spec, end), end))
-    if unusable := _unusable_of(spec, end):
-        return AgentOutcome("unusable", detail=one_line(unusable, TAIL_COLUMNS))
-    if transient := _transient_of(spec, end):
-        return AgentOutcome("transient", detail=one_line(transient, TAIL_COLUMNS))
-    return AgentOutcome("failed", detail=_with_tail(_failure(spec, end, trouble), end))
+    report = child.report
+    if report.limit or error_kind(report.error, report.status) == "limit":
+        until = reset_time(report.error, now) if report.until is None else report.until
+        text = one_line(f"{_agent_name(spec)}: {report.limit or report.error}", TAIL_COLUMNS)
+        text = f"{text}; resets at {_local_text(until)}" if until else text
+        return AgentOutcome("limited", detail=text, error=text, until=until)
+    failure = _failure(spec, child, problem)
+    outcome = AgentOutcome("failed", detail=child.with_tail(failure))
+    if problem or not _ended_early(spec, child):
+        return outcome
+    words, trouble = _early_words(spec, child)
+    return outcome._replace(error=one_line(words, TAIL_COLUMNS), trouble=trouble)
 
 
-def _result_or_trouble(spec: AttemptSpec, end: ChildEnd) -> tuple[PhaseResult | None, str]:
-    """The result, or what is wrong with it ("" if there simply is none)."""
-    if spec.task.phase.run:
-        return (_run_result(spec) if end.why == "exit" and end.code == 0 else None), ""
+def _result_or_problem(spec: AttemptSpec, child: Child) -> tuple[PhaseResult | None, str]:
+    """The result, or what is wrong with what there is ("" if there simply is none)."""
+    task, report = spec.task, child.report
+    if task.phase.run:
+        if child.why != "exit" or child.code != 0:
+            return None, ""
+        import shlex
+
+        summary = one_line(f"`{shlex.join(task.phase.run)}` succeeded", 200)
+        return PhaseResult(task.item_id, task.name, "phase_complete", summary), ""
     try:
-        return read_result(spec), ""
+        result = read_result(spec)
     except ResultError as error:
         return None, str(error)
+    ended_well = child.why == "exit" and child.code == 0
+    if result is None and ended_well and not (report.error or report.unfinished):
+        result = _result_in_message(report.message, task)
+    if report.background and (result is not None or ended_well):
+        names = (report.tasks.get(one) or f"task {one}" for one in sorted(report.background))
+        running = one_line(", ".join(names), 200)
+        return None, f"it ended while this was still running in the background: {running}"
+    return result, ""
 
 
-def _run_result(spec: AttemptSpec) -> PhaseResult:
-    """What a phase that is a plain command reports by exiting with 0."""
-    import shlex
+def _result_in_message(message: str, task: Task) -> PhaseResult | None:
+    """The one JSON object in a closing message that is a result of this phase."""
+    import json
 
-    summary = f"`{shlex.join(spec.task.phase.run)}` succeeded"
-    summary = one_line(summary, 200)
-    return PhaseResult(spec.task.item_id, spec.task.name, "phase_complete", summary)
-
-
-def _transient_of(spec: AttemptSpec, end: ChildEnd) -> str:
-    if end.report.transient:
-        return f"{spec.settings.cli}: {end.report.transient}"
-    if end.code not in profile_of(spec).transient_codes:
-        return ""
-    return f"{spec.settings.cli}: the API failed ({_code_text(end.code)}): {end.report.error}"
-
-
-def _unusable_of(spec: AttemptSpec, end: ChildEnd) -> str:
-    if end.report.unusable:
-        return end.report.unusable
-    if end.code not in profile_of(spec).unusable_codes:
-        return ""
-    reason = end.report.error or end.tail or "it is not logged in or does not trust this folder"
-    return f"{spec.settings.cli} cannot work here ({_code_text(end.code)}): {reason}"
+    found, at, decoder = [], message.find("{"), json.JSONDecoder()
+    while at >= 0:
+        try:
+            row, end = decoder.raw_decode(message, at)
+        except (ValueError, RecursionError):
+            row, end = None, at + 1
+        if (_text_at(row, "item_id"), _text_at(row, "phase")) == (task.item_id, task.name):
+            found.append(row)
+        at = message.find("{", end)
+    if len(found) != 1:
+        return None
+    try:
+        result = parse_result(json.dumps(found[0]).encode(), task.item_id, task.name)
+    except ResultError:
+        return None
+    warning = "no result file was written; its closing message held the result"
+    return result._replace(warnings=(warning, *result.warnings))
 
 
-def _utc_text(epoch: float) -> str:
+def _ended_early(spec: AttemptSpec, child: Child) -> bool:
+    """Whether the CLI has failed before it could do anything."""
+    if spec.task.phase.run or child.why != "exit" or child.report.worked:
+        return False
+    streams = PROFILES[spec.settings.cli].read is not None
+    if streams and child.report.error:
+        return True
+    return child.code != 0 and (streams or child.seconds < EARLY_S)
+
+
+def _early_words(spec: AttemptSpec, child: Child) -> tuple[str, Literal["refused", "item", "busy"]]:
+    """What an early failure is about, in the CLI's own words where it has any."""
+    name, code, report = _agent_name(spec), _code_text(child.code), child.report
+    # Usage limits are read from events only; on standard error anybody may speak of one.
+    complaint = [line for line in child.err.tail if error_kind(line) != "limit"]
+    telling = [line for line in complaint if error_kind(line) != "busy"]
+    words = report.error if report.error not in ("", UNTOLD) else ""
+    if not words and complaint:
+        words = (telling or complaint)[-1]
+    refused = report.refused or child.code in PROFILES[spec.settings.cli].refused_codes
+    trouble = cast("Any", "refused" if refused else error_kind(words, report.status))
+    if words:
+        return f"{name}: {words}", trouble
+    log = child.logs[0].relative_to(spec.root)
+    return f"{name} gave no reason ({code}); its output is in {log}", trouble
+
+
+def _agent_name(spec: AttemptSpec) -> str:
+    """What the operator calls the agent: its CLI, or the program of agent.command."""
+    settings = spec.settings
+    return Path(settings.command[0]).name if settings.cli == "command" else settings.cli
+
+
+def _local_text(epoch: float) -> str:
     with suppress(ValueError, OverflowError, OSError):
-        return datetime.fromtimestamp(epoch, UTC).isoformat(timespec="seconds")
+        return f"{datetime.fromtimestamp(epoch).astimezone():%Y-%m-%d %H:%M %Z}"
     return "an unknown time"
 
 
@@ -4746,41 +4172,42 @@ def _code_text(code: int | None) -> str:
         return f"ended by signal {-code}"
 
 
-def _exit_remark(end: ChildEnd) -> str:
+def _exit_remark(child: Child) -> str:
     """What is worth a word although there is a valid result."""
-    if end.why == "settled":
+    if child.why == "settled":
         return "it lingered after its result and was ended"
-    if end.why in ("timeout", "idle"):
+    if child.why in ("timeout", "idle"):
         return "it ran into a time limit after its result"
-    return "" if end.code == 0 else f"result accepted in spite of: {_code_text(end.code)}"
+    return "" if child.code == 0 else f"result accepted in spite of: {_code_text(child.code)}"
 
 
-def _overdue(spec: AttemptSpec, end: ChildEnd) -> str:
-    if end.why == "idle":
+def _failure(spec: AttemptSpec, child: Child, problem: str) -> str:
+    """Why an attempt failed, in one line."""
+    report, code = child.report, _code_text(child.code)
+    if child.why == "idle":
         return f"timed out: no output for {spec.idle_timeout_s:g} seconds"
-    return f"timed out after {spec.timeout_s:g} seconds"
-
-
-def _failure(spec: AttemptSpec, end: ChildEnd, trouble: str) -> str:
-    report, code = end.report, _code_text(end.code)
+    if child.why == "timeout":
+        return f"timed out after {spec.timeout_s:g} seconds"
     if spec.task.phase.run:
         return f"{one_line(' '.join(spec.task.phase.run), 200)}: {code}"
-    parts = [f"{trouble or 'no result file was written'} ({code})"]
-    if report.error:
+    parts = [f"{problem or 'no result file was written'} ({code})"]
+    if report.error == UNTOLD:
+        log = child.logs[0].relative_to(spec.root)
+        parts.append(f"it failed and gave no reason, its output is in {log}")
+    elif report.error:
         parts.append(f"it reports: {one_line(report.error, TAIL_COLUMNS)}")
-    if report.denied:
-        tools = ", ".join(report.denied)
+    if tools := ", ".join(sorted(report.denied - {""})):
         parts.append(f"it was not permitted to use: {one_line(tools, TAIL_COLUMNS)}")
-    if report.missing_end:
+    if report.unfinished:
         parts.append("its event stream breaks off without a closing event")
     return "; ".join(parts)
 
 
-def _with_tail(text: str, end: ChildEnd) -> str:
-    return f"{text}\nLast output:\n{end.tail}" if end.tail else text
-
-
 # ---- Verify commands -----------------------------------------------------------------------------
+
+
+class CannotRun(str):
+    """Why a check cannot run at all, which is nobody's failure: missing, or exit 126 or 127."""
 
 
 async def run_verify(
@@ -4793,26 +4220,29 @@ async def run_verify(
 ) -> str | None:
     """Run a phase's verify commands in turn after its agent; None if all of them exit with 0.
 
-    Else the text of the first failure with the tail of its output. They share the phase's time
-    limit. If `stop` is set meanwhile the text says so: the attempt is then cancelled, not failed.
+    Else the text of the first failure with the tail of its output, a `CannotRun` if the command
+    itself is the trouble. They share the phase's time limit. If `stop` is set meanwhile the text
+    says so: the attempt is then cancelled, not failed.
     """
     import asyncio
 
     clock = asyncio.get_running_loop().time
     deadline = clock() + spec.timeout_s
     for number, argv in enumerate(commands, 1):
-        name = one_line(" ".join(argv), 200)
+        name = f"verify command `{one_line(' '.join(argv), 200)}`"
         if stop.is_set():
-            return f"verify command `{name}` was not run: the run is stopping"
-        command = _command(spec, argv, f"{spec.attempt}-verify{number}", deadline - clock())
+            return f"{name} was not run: the run is stopping"
         try:
-            end = await _run_child(command, stop=stop, hurry=hurry, timing=timing)
+            child = _child(spec, argv, f"{spec.attempt}-verify{number}", timing)
+            await child.run(stop, hurry, timeout_s=deadline - clock(), grace_s=spec.grace_s)
         except OSError as error:
-            return f"verify command `{name}` cannot be started: {error.strerror or error}"
-        if end.why != "exit" or end.code != 0:
-            how = {"stop": "was stopped", "timeout": "ran out of time"}.get(end.why)
-            failed = f"failed with {_code_text(end.code)}"
-            return _with_tail(f"verify command `{name}` {how or failed}", end)
+            return CannotRun(f"{name} cannot be started: {error.strerror or error}")
+        if child.why == "exit" and child.code == 0:
+            continue
+        failed = f"failed with {_code_text(child.code)}"
+        how = {"stop": "was stopped", "timeout": "ran out of time"}.get(child.why, failed)
+        text = child.with_tail(f"{name} {how}")
+        return CannotRun(text) if child.why == "exit" and child.code in (126, 127) else text
     return None
 
 
@@ -4842,13 +4272,6 @@ class Probe(NamedTuple):
     seconds: float
     usage: Usage
 
-    def line(self) -> str:
-        """For people: `agent claude (opus): works (3 s, about $0.01)`."""
-        name = self.agent + (f" ({self.model})" if self.model else "")
-        cost = usage_text(self.usage)
-        facts = human_duration(self.seconds) + (f", {cost}" if cost else "")
-        return f"agent {name}: {'does not work' if self.problem else 'works'} ({facts})"
-
     def as_json(self) -> dict[str, object]:
         """{agent, model (null: the CLI's default), works, seconds, cost_usd, input_tokens, …}."""
         return {
@@ -4866,62 +4289,49 @@ def probe_agent(settings: AgentSettings, root: Path) -> Probe:
     import secrets
 
     task, token = Task("PROBE-1", Phase("probe"), "main"), secrets.token_hex(8)
-    prompt = PROBE_PROMPT.format(path=result_path(root, task.item_id, task.name, token))
     folder = root / WORK_DIR / "probe"
     make_work_folder(root, folder)
-    spec = AttemptSpec(
-        run_id=f"probe-{token}",
-        task=task,
-        attempt=1,
-        token=token,
-        root=root,
-        prompt=prompt,
-        change_dir=folder,
-        settings=settings,
-        timeout_s=PROBE_TIMEOUT_S,
-        idle_timeout_s=0,
-        grace_s=LEFTOVER_GRACE_S,
-    )
+    prompt = PROBE_PROMPT.format(path=result_path(root, task.item_id, task.name, token))
+    run, limits = f"probe-{token}", (PROBE_TIMEOUT_S, 0.0, LEFTOVER_GRACE_S)
+    spec = AttemptSpec(run, task, 1, token, root, prompt, folder, settings, *limits)
 
     async def attempt() -> AgentOutcome:
         never = asyncio.Event()
         return await run_attempt(spec, stop=never, hurry=never, started=lambda pid, start: None)
 
     outcome = asyncio.run(attempt())
-    problem = _probe_problem(settings, outcome)
+    problem = None if outcome.kind == "result" else _probe_problem(settings, outcome)
     return Probe(settings.cli, settings.model, problem, outcome.seconds, outcome.usage)
 
 
-def _probe_problem(settings: AgentSettings, outcome: AgentOutcome) -> Problem | None:
+def _probe_problem(settings: AgentSettings, outcome: AgentOutcome) -> Problem:
     """What kept the agent from reporting, and how to mend it."""
-    if outcome.kind == "result":
-        return None
     login = PROFILES[settings.cli].login
-    remedies = {
-        "unusable": f"Log in: {login}." if login else "Make it work on its own first.",
-        "limited": 'Wait for the reset; on_usage_limit = "wait" lets a run do that.',
-        "transient": "Try again later; a run would do that by itself.",
-    }
-    logs = f"Look at its output in {WORK_DIR}/logs/PROBE-1/, and at model, args and env in [agent]."
-    what = outcome.detail
-    if not what.startswith(settings.cli):
-        what = f"{settings.cli}: {what}"
-    return Problem(what, remedies.get(outcome.kind, logs))
+    remedy = f"Look at its output in {WORK_DIR}/logs/PROBE-1/"
+    remedy += ", and at model, args and env in [agent]."
+    if outcome.kind == "limited":
+        remedy = 'Wait for the reset; on_usage_limit = "wait" lets a run do that.'
+    elif outcome.trouble == "busy":
+        remedy = f"Try again later, as a run would by itself. {remedy}"
+    elif outcome.trouble == "refused" and login:
+        remedy = f"Log in: {login}. {remedy}"
+    what = outcome.error or outcome.detail
+    return Problem(what if outcome.error else f"{settings.cli}: {what}", remedy)
 
 
 # ---- The demo agent ------------------------------------------------------------------------------
 
 
-class DemoJob(NamedTuple):
-    """What the scripted agent knows about its attempt."""
-
-    item_id: str
-    phase: str
-    attempt: int
-    title: str
-    root: Path
-    result_path: Path
-    change_dir: Path
+def _demo_argv() -> list[str]:
+    """This very program, imported so that its compiled form is used; -E and -S start quicker."""
+    here = Path(__file__).resolve()
+    if Repo.__module__ == __name__:  # the single file: of any name, and no cache is left beside it
+        return [sys.executable, "-E", "-S", str(here), DEMO_AGENT]
+    code = (
+        f"import importlib, sys; sys.path.insert(0, {str(here.parent)!r});"
+        f" sys.exit(importlib.import_module({here.stem!r}).main([{DEMO_AGENT!r}]))"
+    )
+    return [sys.executable, "-E", "-S", "-c", code]
 
 
 def demo_agent(env: Mapping[str, str], prompt: str, root: Path) -> int:
@@ -4931,90 +4341,68 @@ def demo_agent(env: Mapping[str, str], prompt: str, root: Path) -> int:
     fails its first attempt at the phase build, "follow-up" makes build report a new item,
     "unclear" blocks at its first document. Everything else is completed.
     """
+    import json
+
     phase, item_id = env["ORCHESTRATOR_PHASE"], env["ORCHESTRATOR_ITEM_ID"]
-    job = DemoJob(
-        item_id=item_id,
-        phase=phase,
-        attempt=int(env["ORCHESTRATOR_ATTEMPT"]),
-        title=demo_title(prompt, item_id),
-        root=root,
-        result_path=Path(env[ATTEMPT_MARK]),
-        change_dir=Path(env["ORCHESTRATOR_CHANGE_DIR"]),
-    )
-    print(f"demo agent: {item_id} {phase}, attempt {job.attempt}: {job.title}", flush=True)
-    steps = {TRIAGE: _demo_triage, "build": _demo_build}
-    report = steps.get(phase, _demo_document)(job)
-    _demo_write(job, report)
+    attempt, folder = env["ORCHESTRATOR_ATTEMPT"], Path(env["ORCHESTRATOR_CHANGE_DIR"])
+    found = re.search(r"^- \*\*Title:\*\* (.+)$", prompt, re.MULTILINE)
+    title = found[1] if found else item_id
+    print(f"demo agent: {item_id} {phase}, attempt {attempt}: {title}", flush=True)
+    report: dict[str, object] = {"item_id": item_id, "phase": phase, "result": "phase_complete"}
+    if phase == TRIAGE:
+        report |= _demo_triage(title)
+    elif phase == "build":
+        report |= _demo_build(title, item_id, root, flaky=attempt == "1")
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        document = folder / f"{safe_name(phase).upper()}.md"
+        document.write_text(f"# {title}: {phase}\n\nWritten by the demo agent.\n")
+        report["summary"] = f"Wrote {document.name}"
+        if "unclear" in title.lower():
+            report |= {"result": "blocked", "summary": "It is unclear what is wanted"}
+            report["context"] = "Is this for users or for developers?"
+    target = Path(env[ATTEMPT_MARK])
+    target.with_suffix(".part").write_text(json.dumps(report, indent=2) + "\n")
+    target.with_suffix(".part").replace(target)
     return 0
 
 
-def demo_title(prompt: str, item_id: str) -> str:
-    """The item's title as the prompt tells it, or its id."""
-    found = re.search(r"^- \*\*Title:\*\* (.+)$", prompt, re.MULTILINE)
-    return found[1] if found else item_id
-
-
-def _demo_triage(job: DemoJob) -> dict[str, object]:
-    risk = "high" if "risky" in job.title.lower() else "low"
+def _demo_triage(title: str) -> dict[str, object]:
+    risk = "high" if "risky" in title.lower() else "low"
+    ratings = {"size": "small", "complexity": "low", "risk": risk, "impact": "medium"}
     return {
         "summary": f"Rated: small, {risk} risk",
-        "updated_assessments": {
-            "size": "small",
-            "complexity": "low",
-            "risk": risk,
-            "impact": "medium",
-        },
+        "updated_assessments": ratings,
         "description": {
-            "problem": f"The project lacks this: {job.title}.",
+            "problem": f"The project lacks this: {title}.",
             "solution": "The smallest change that does it.",
         },
         "requires_human_review": False,
     }
 
 
-def _demo_document(job: DemoJob) -> dict[str, object]:
-    """Write the phase's document into the item's folder."""
-    job.change_dir.mkdir(parents=True, exist_ok=True)
-    document = job.change_dir / f"{safe_name(job.phase).upper()}.md"
-    document.write_text(f"# {job.title}: {job.phase}\n\nWritten by the demo agent.\n")
-    if "unclear" in job.title.lower():
-        question = "Is this for users or for developers?"
-        return {"result": "blocked", "summary": "It is unclear what is wanted", "context": question}
-    return {"summary": f"Wrote {document.name}"}
-
-
-def _demo_build(job: DemoJob) -> dict[str, object]:
+def _demo_build(title: str, item_id: str, root: Path, *, flaky: bool) -> dict[str, object]:
     """Change code; an item called flaky does so wrongly the first time."""
-    name = re.sub(r"[^a-z0-9]+", "_", job.title.lower()).strip("_") or "feature"
-    target = job.root / "demo" / f"{name}.py"
+    name = re.sub(r"[^a-z0-9]+", "_", title.lower()).strip("_") or "feature"
+    target = root / "demo" / f"{name}.py"
     target.parent.mkdir(exist_ok=True)
-    if "flaky" in job.title.lower() and job.attempt == 1:
+    if flaky and "flaky" in title.lower():
         target.write_text("def feature(:\n")
         return {"result": "failed", "summary": "The tests fail", "context": "SyntaxError in line 1"}
-    target.write_text(f"# {job.title}\n\n\ndef feature() -> str:\n    return {job.item_id!r}\n")
-    subject = f"Add {target.relative_to(job.root)}"
+    target.write_text(f"# {title}\n\n\ndef feature() -> str:\n    return {item_id!r}\n")
+    subject = f"Add {target.relative_to(root)}"
     report: dict[str, object] = {"summary": subject, "commit_summary": subject}
-    if "follow-up" in job.title.lower():
-        title = f"Document what {job.item_id} added (unclear)"
-        report["follow_ups"] = [{"title": title, "suggested_size": "small"}]
+    if "follow-up" in title.lower():
+        follow_up = {"title": f"Document what {item_id} added (unclear)", "suggested_size": "small"}
+        report["follow_ups"] = [follow_up]
     return report
 
 
-def _demo_write(job: DemoJob, report: Mapping[str, object]) -> None:
-    import json
-
-    known = {"item_id": job.item_id, "phase": job.phase, "result": "phase_complete"}
-    unfinished = job.result_path.with_suffix(".part")
-    unfinished.write_text(json.dumps({**known, **report}, indent=2) + "\n")
-    unfinished.replace(job.result_path)
-
-
-# ==== 7. Journal and ledger =======================================================================
+# ==== 7. The ledger ===============================================================================
 
 LARGE_FILE = 50_000_000  # bytes; hosts refuse files of 100 MB
 COMMIT_PAUSE_S = 30.0  # between tries of a phase commit that met trouble
 
-T = TypeVar("T")
 Clock = Callable[[], datetime]
 
 
@@ -5117,185 +4505,83 @@ class LiveLine:
         self.text = None
 
 
-# ---- The journal ---------------------------------------------------------------------------------
+# ---- What a run writes ---------------------------------------------------------------------------
+
+SALVAGE_REFS = "refs/orchestrator/salvage/"
+SNAPSHOT_REFS = "refs/orchestrator/snapshots/"
 
 
-def replace_file(path: Path, data: bytes, mode: int = 0o644) -> None:
-    """Write a file so that a crash leaves the old or the new content, never a part; OSError."""
-    path.parent.mkdir(exist_ok=True)  # not a folder above it that vanished
-    unfinished = path.with_name(f".{path.name}.tmp")
-    with open(unfinished, "wb") as file:
-        os.fchmod(file.fileno(), mode)
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)
-    sync_directory(path.parent)
+@dataclass
+class Attempt:
+    """One agent process for one phase, from the snapshot before it to what became of it."""
 
-
-def append_line(path: Path, line: bytes, *, flush: bool) -> None:
-    """Add a line to a file that there is; OSError, also when only a part of it went in."""
-    fd = os.open(path, os.O_WRONLY | os.O_APPEND)
-    try:
-        if os.write(fd, line) < len(line):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-        if flush:
-            os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-class AttemptRecord(NamedTuple):
-    """An attempt in flight, as the next start needs it if this run is killed."""
-
-    item: str
-    phase: str
-    token: str
-    destructive: bool
-    outputs: tuple[str, ...]  # see Phase
+    task: Task
+    number: int  # 1-based
+    token: str  # fresh; in the result's path, the journal and the commit
+    item: Item  # as the phase began
     before: Snapshot
-    # (pid, start time, so that a reused pid is not mistaken) of the agent, and of what it started
-    # and does not show our marker: the next start could not tell it from anybody's.
-    processes: tuple[tuple[int, int], ...] = ()
+    usage: Usage = NOTHING_SPENT
+
+    @property
+    def label(self) -> str:
+        """How a commit's subject begins."""
+        return f"[{self.task.item_id}][{self.task.name}]"
+
+    @property
+    def tag(self) -> str:
+        """How a line of the log begins."""
+        return phase_line(self.task.item_id, self.task.name, "").rstrip()
+
+    @property
+    def destructive(self) -> bool:
+        return self.task.phase.destructive
+
+    def line(self) -> dict[str, Any]:
+        """What the journal holds of it, for a start after a crash."""
+        phase = self.task.phase
+        return {
+            "token": self.token,
+            "item": self.task.item_id,
+            "pool": self.task.pool,
+            "phase": {"name": phase.name, "destructive": phase.destructive},
+            "outputs": phase.outputs,
+            "number": self.number,
+            "was": self.item,
+            "before": {**self.before._asdict(), "head": self.before.head._asdict()},
+        }
+
+    @classmethod
+    def from_line(cls, line: Mapping[str, Any]) -> Attempt:
+        phase = Phase(**line["phase"], outputs=tuple(line["outputs"]))
+        before = Snapshot(**{**line["before"], "head": Head(**line["before"]["head"])})
+        task = Task(line["item"], phase, line["pool"])
+        return cls(task, line["number"], line["token"], line["was"], before)
 
 
-class PendingCommit(NamedTuple):
-    """The commit that a finished phase still has to become (or to become a part of)."""
+class Outcome(NamedTuple):
+    """What a phase ended with, for the commit that it becomes (or becomes a part of)."""
 
     token: str
     parent: str | None  # HEAD as the attempt began: where a search for the token may stop
     item: str
     phase: str
-    outcome: str  # complete, blocked or failed
+    outcome: str  # complete, blocked, failed or interrupted
     summary: str
     entries: tuple[Entry, ...]  # what the phase leaves, with the bytes it had when it ended
     with_state: bool  # BACKLOG.yaml goes along
     worklog: str = ""  # text that belongs into the worklog, appended once
-
-
-class Journal:
-    """`run.json` beside the locks: what the next start recovers from if this run is killed.
-
-    Each line is the whole state as it was written before the act that it names, and the last
-    complete one counts: to add a line costs a third of replacing the file. A long file is replaced
-    by its newest line, atomically, and so is that of a run that has ended. Kept in the git folder,
-    where no `git clean -fdx` of an agent reaches it.
-    """
-
-    VERSION = 1
-    LONG = 1_000_000  # bytes
-
-    def __init__(self, path: Path, run_id: str, branch: str | None) -> None:
-        self.path = path
-        self.run_id = run_id
-        self.branch = branch
-        self.ended = False
-        self.attempts: dict[str, AttemptRecord] = {}  # by token
-        self.pending: list[PendingCommit] = []
-        self.unsaved: list[KeyChange] = []
-        self.parked = ""  # the parked state commit that the file on disk has taken up
-        self.pauses: dict[str, AgentPause] = {}  # open breakers by agent
-        self.spent: dict[str, Usage] = {}  # by item: what the worklog does not tell yet
-        self._length = self.LONG  # of the file, if it ends with a whole line of ours
-
-    @classmethod
-    def read(cls, path: Path) -> Journal | None:
-        """The journal of the last run, None if there is none; OrchestratorError if damaged."""
-        import json
-
-        try:
-            data = json.loads(_last_state(path.read_bytes()))
-            if data["version"] != cls.VERSION:
-                raise ValueError(f"version {data['version']!r}, expected {cls.VERSION}")
-            journal = cls(path, data["run_id"], data["branch"])
-            journal.ended = data["ended"]
-            journal.attempts = {row["token"]: _attempt_record(row) for row in data["attempts"]}
-            journal.pending = [_pending_commit(row) for row in data["pending"]]
-            journal.unsaved = [KeyChange(**row) for row in data["unsaved"]]
-            journal.parked = data["parked"]
-            pauses, spent = data.get("pauses", ()), data.get("spent", {})  # not in older ones
-            journal.pauses = {row["agent"]: AgentPause(**row) for row in pauses}
-            journal.spent = {item: Usage(**row) for item, row in spent.items()}
-        except FileNotFoundError:
-            return None
-        except (ValueError, KeyError, TypeError, OSError) as error:
-            raise OrchestratorError(
-                f"{path}: the journal of the last run cannot be read ({error}). Compare"
-                f" BACKLOG.yaml with `git diff`, then delete that file and start again."
-            ) from None
-        return journal
-
-    def write(self, *, flush: bool = True) -> None:
-        """Note the state as it is now; OSError when it cannot be written.
-
-        `flush` is for what must outlast a power cut: without it, the line before may come back.
-        """
-        import json
-
-        data = {
-            "version": self.VERSION,
-            "run_id": self.run_id,
-            "ended": self.ended,
-            "branch": self.branch,
-            "attempts": [_as_json(record) for record in self.attempts.values()],
-            "pending": [_as_json(commit) for commit in self.pending],
-            "unsaved": [_as_json(change) for change in self.unsaved],
-            "parked": self.parked,
-            "pauses": [_as_json(pause) for pause in self.pauses.values()],
-            "spent": {item: _as_json(usage) for item, usage in self.spent.items()},
-        }
-        line = (json.dumps(data) + "\n").encode()
-        # Until this has gone well, the file may end with a part of a line, or not be there.
-        length, self._length = self._length + len(line), self.LONG
-        if length > self.LONG or self.ended or not self.path.exists():
-            replace_file(self.path, line, mode=0o600)
-            length = len(line)
-        else:
-            append_line(self.path, line, flush=flush)
-        self._length = length
+    was: Item | None = None  # the item as the phase began
 
     @property
-    def settled(self) -> bool:
-        """Whether nothing of the run is left to do."""
-        return self.ended and not (self.attempts or self.pending or self.unsaved)
+    def label(self) -> str:
+        return f"[{self.item}][{self.phase}]"
 
+    def line(self) -> dict[str, Any]:
+        return {**self._asdict(), "entries": [entry._asdict() for entry in self.entries]}
 
-def _last_state(data: bytes) -> bytes:
-    """The last line of a journal that was written to its end, else all there is."""
-    lines = data.splitlines(keepends=True)
-    whole = [line for line in lines if line.startswith(b'{"version"') and line.endswith(b"\n")]
-    return whole[-1] if whole else data
-
-
-def _as_json(value: Any) -> Any:
-    if hasattr(value, "_asdict"):
-        return {key: _as_json(field) for key, field in value._asdict().items()}
-    return [_as_json(element) for element in value] if isinstance(value, (tuple, list)) else value
-
-
-def _snapshot(row: dict[str, Any]) -> Snapshot:
-    return Snapshot(**{**row, "head": Head(**row["head"])})
-
-
-def _attempt_record(row: dict[str, Any]) -> AttemptRecord:
-    return AttemptRecord(**{**row, "before": _snapshot(row["before"])})
-
-
-def _pending_commit(row: dict[str, Any]) -> PendingCommit:
-    return PendingCommit(**{**row, "entries": tuple(Entry(**entry) for entry in row["entries"])})
-
-
-# ---- The ledger ----------------------------------------------------------------------------------
-
-
-class Started(NamedTuple):
-    """An attempt that has begun."""
-
-    record: AttemptRecord
-    task: Task
-    attempt: int
-    item: Item  # as it was when the task began
-    change_dir: Path
+    @classmethod
+    def from_line(cls, line: Mapping[str, Any]) -> Outcome:
+        return cls(**{**line, "entries": tuple(Entry(**entry) for entry in line["entries"])})
 
 
 class Aftermath(NamedTuple):
@@ -5303,450 +4589,370 @@ class Aftermath(NamedTuple):
 
     after: Snapshot
     changes: list[Change]
-    operator_dirty: frozenset[str]  # paths that differed from HEAD before the phase began
+    theirs: frozenset[str]  # paths that differed from HEAD before the phase began
+
+    @property
+    def paths(self) -> list[str]:
+        return sorted(change.after.path for change in self.changes)
 
 
 class Ledger:
-    """Everything a run writes: backlog, worklog, journal and phase commits.
+    """Everything a run writes: decisions, worklog and commits. Synchronous, for one thread.
 
-    Synchronous and single-threaded; the coordinator calls it from its one thread. The order at
-    the end of a phase (snapshot, journal, save, worklog, commit) makes every crash point one
-    that `recover` can finish.
+    The order at the end of a phase (look, hooks, decide, journal, save, worklog, commit) makes
+    every crash point one that `recover` can finish; `conclude` has it.
     """
 
-    def __init__(
-        self, repo: Repo, store: Store, config: Config, journal: Journal, clock: Clock
-    ) -> None:
+    def __init__(self, repo: Repo, store: Store, config: Config, run_id: str, clock: Clock) -> None:
         self.repo = repo
         self.store = store
         self.config = config
         self.rules = rules_of(config)
-        self.journal = journal
+        self.run_id = run_id
         self.clock = clock
-        self.commit_again = 0.0  # monotonic seconds; see `flush`
-        self.commit_trouble = ""  # the last complaint of `flush`, so that it is made once
-        self.own_commits: set[str] = set()  # made by this run; other new ones are an agent's
-        self.newest_own: str | None = None
+        self.branch = repo.branch()
+        self.worklog_dir = repo.root / WORKLOG_DIR
+        self.ground: Snapshot | None = None  # the last one that was taken while no agent worked
+        self.committed: bytes | None = None  # what HEAD holds of the file after a state commit
+        self.salvaged: Collection[str] | None = None  # the salvage refs; None: to be asked
+        self.own_commits: list[str] = []  # made by this run; other new ones are an agent's
+        self.commit_again = 0.0  # monotonic seconds; see `commit`
+        self.commit_trouble = ""  # the last complaint of `commit`, so that it is made once
 
-    # -- the backlog -------------------------------------------------------------------------------
+    @property
+    def journal(self) -> Journal:
+        if self.store.journal is None:
+            raise OrchestratorError(
+                f"{self.store.journal_path}: the run's journal is gone; do not delete it under"
+                " a run"
+            )
+        return self.store.journal
 
-    def edit(
+    @property
+    def pending(self) -> list[Outcome]:
+        """What is to be committed, the oldest first."""
+        journal = self.store.journal
+        return [Outcome.from_line(line) for line in journal.outcomes.values()] if journal else []
+
+    # -- decisions ---------------------------------------------------------------------------------
+
+    def take_in(self) -> None:
+        """Take up what others have written to the file or to the journal."""
+        self.store.change(lambda _: None)
+
+    def promote(self, item_ids: Sequence[str]) -> list[Applied]:
+        """Move ready items to their first phase, or block them where they may not start."""
+        now, since = self.clock(), self.journal.run["head"]
+        made = []
+        for item_id in item_ids:
+            applied = self.store.change(
+                partial(promote, item_id=item_id, rules=self.rules, now=now),
+                lambda applied: {"outcome": _of_a_block(applied, since)} if applied.worklog else {},
+            )
+            self.write_worklog(applied.worklog)
+            made.append(applied)
+        return made
+
+    def decide(
         self,
-        edits: Sequence[Callable[[Draft], Any]],
-        *,
-        prepare: Callable[[], None] | None = None,
-    ) -> list[Any]:
-        """Apply the edits in one save; an edit's exception is its result.
+        attempt: Attempt,
+        entries: Sequence[Entry],
+        outcome: str,
+        summary: str,
+        apply: Callable[[Draft], Applied],
+    ) -> Applied:
+        """Decision and outcome of a phase: one line of the journal, then the file, the worklog."""
+        spent = self._spent(attempt)
+        item_id = attempt.task.item_id
 
-        With `prepare` the edits are journalled before they are saved: `prepare` completes the
-        journal with what belongs to them, and a start after a crash rolls all of it forward. Once
-        the save is on disk the journal forgets them, so that they are not made again over a later
-        edit of the operator's.
+        def edit(draft: Draft) -> Applied:
+            applied = apply(draft)
+            return applied._replace(worklog=with_cost(applied.worklog, usage_text(spent)))
 
-        Raises SaveError when the file cannot be written: the decisions are then in the journal.
-        """
-        journalled = False
-        self._expect_reverts()
+        def note(applied: Applied) -> dict[str, Any]:
+            made = Outcome(
+                attempt.token,
+                attempt.before.head.commit,
+                item_id,
+                attempt.task.name,
+                outcome,
+                summary,
+                tuple(entries),
+                with_state=outcome == "complete",
+                worklog=applied.worklog,
+                was=attempt.item,
+            )
+            return {"ended": [attempt.token], "outcome": made.line(), "spent": {item_id: None}}
 
-        def ahead(changes: list[KeyChange]) -> None:
-            nonlocal journalled
-            if prepare is not None:
-                if not journalled:
-                    prepare()
-                journalled = True
-                self.journal.unsaved = changes
-                self.journal.write()
+        applied = self.store.change(edit, note)
+        self.write_worklog(applied.worklog)
+        return applied
 
-        try:
-            answers = self.store.transact(edits, ahead=ahead)
-        finally:
-            self._remember_unsaved()
-        done = not all(isinstance(answer, Exception) for answer in answers)
-        if prepare is not None and done and not journalled:  # nothing changed in the file
-            prepare()
-            self.journal.write()
-        return answers
+    def _spent(self, attempt: Attempt) -> Usage:
+        """What the phase has cost, its earlier attempts included."""
+        before = self.journal.spent.get(attempt.task.item_id, {})
+        return Usage(**before).plus(attempt.usage)
 
-    def _expect_reverts(self) -> None:
-        """Tell the store what an agent's git command may have put the file back to just now."""
-        attempts = self.journal.attempts.values()
-        if not attempts:
-            self.store.older = frozenset()
-            return
-        with suppress(SaveError, GitError):  # the save tells; and what `begin` noted stands
-            if self.store.disturbed():
-                found = (self._older_states(record.before) for record in attempts)
-                self.store.older = self.store.older.union(*found)
+    def write_worklog(self, text: str) -> None:
+        """Append to this month's worklog; text that is there already is not repeated."""
+        append_worklog(self.worklog_dir, self.clock(), text)
 
-    def _older_states(self, before: Snapshot) -> frozenset[bytes]:
-        """What the backlog was in commits that are older than what we saw of it last.
+    def rest(self, agent: str, pause: AgentPause | None) -> None:
+        """Journal an agent's breaker (None: it works again), which a restart is to honour."""
+        self.store.note({"rests": {agent: pause._asdict() if pause else None}})
 
-        HEAD is one if it is the commit that the attempt began on, one of ours, or if the agent
-        went back or to another branch. Any other may hold an edit of the operator's.
-        """
-        head, base = self.repo.head(), before.head.commit
-        is_older = (
-            head.commit in self.own_commits
-            or head.branch != before.head.branch
-            or (head.commit and base and not self.repo.commits_between(base, head.commit))
-        )
-        commits = {base, head.commit} if is_older else {base}
-        entries = [self.repo.entry(commit, self.backlog_path) for commit in commits if commit]
-        return frozenset(self.repo.read_blob(entry.oid) for entry in entries if entry)
-
-    def _remember_unsaved(self) -> None:
-        """Keep in the journal what could not be saved, and only that."""
-        before, self.journal.unsaved = self.journal.unsaved, self.store.unsaved()
-        if self.journal.unsaved != before:
-            # What is saved may be made again: that changes nothing, unless it was edited since.
-            self.journal.write(flush=bool(self.journal.unsaved))
-
-    def edit_one(
-        self, edit: Callable[[Draft], T], *, prepare: Callable[[], None] | None = None
-    ) -> T:
-        """One edit, as `edit` makes it; raises its error."""
-        (answer,) = self.edit([edit], prepare=prepare)
-        if isinstance(answer, Exception):
-            raise answer
-        return cast(T, answer)
+    def pauses(self) -> dict[str, AgentPause]:
+        return {agent: AgentPause(**row) for agent, row in self.journal.rests.items()}
 
     # -- one attempt -------------------------------------------------------------------------------
 
-    def begin(self, task: Task, attempt: int, previous: Started | None = None) -> Started | None:
+    def begin(self, task: Task, number: int, previous: Attempt | None = None) -> Attempt | None:
         """Record that an attempt starts: snapshot and journal first, then the agent.
 
-        None if the item was deleted by hand before its phase began. A retry of a document phase
+        None if the item was deleted or moved before its phase began. A retry of a document phase
         goes on from what `previous` left, so that its documents are still seen as the phase's; a
         destructive phase always starts from a tree put back.
         """
-        import secrets
-
-        item = self.store.backlog.items.get(task.item_id) or (previous and previous.item)
-        if item is None:
-            return None
         token = secrets.token_hex(8)
         if previous is None or task.phase.destructive:
             folders = (f"{self.repo.prefix}{folder}/" for folder in (CHANGES_DIR, IDEAS_DIR))
             self.repo.bring_out(*(f"{folder}{task.item_id}_" for folder in folders))
-            before = self.repo.snapshot(self.snapshot_ref(token))
+            before = self.repo.snapshot(f"{SNAPSHOT_REFS}{self.run_id}/{token}")
         else:
-            before = previous.record.before
-        self.edit([])  # so that we know of all that the commit holds which we take for older
-        self.store.keep_copy()
-        self.store.older |= self._older_states(before)
-        if previous is not None:
-            self.journal.attempts.pop(previous.record.token, None)
-        record = AttemptRecord(
-            task.item_id, task.name, token, task.phase.destructive, task.phase.outputs, before
-        )
-        self.journal.attempts[token] = record
-        self.journal.write()
-        change_dir = item_folder(self.repo.root, item)
+            before = previous.before
+        if not self.journal.attempts:
+            self.ground = before
+        since = self.clock().isoformat(timespec="seconds")
+
+        def due(draft: Draft) -> Item | None:
+            if previous is not None and task.item_id not in draft.items:
+                return previous.item
+            return draft.items[task.item_id] if is_due(draft.items, task) else None
+
+        def note(item: Item | None) -> dict[str, Any]:
+            if item is None:
+                return {}
+            line = Attempt(task, number, token, item, before).line()
+            line |= {"cli": agent_of(self.config, task.phase), "since": since}
+            return {"attempt": line, "ended": [previous.token] if previous else []}
+
+        item = self.store.change(due, note)
+        if item is None:
+            return None
+        attempt = Attempt(task, number, token, item, before)
         if task.pool != TRIAGE:
-            change_dir.mkdir(parents=True, exist_ok=True)
-        return Started(record, task, attempt, item, change_dir)
+            item_folder(self.repo.root, item).mkdir(parents=True, exist_ok=True)
+        return attempt
 
-    def snapshot_ref(self, token: str) -> str:
-        return f"refs/orchestrator/snapshots/{self.journal.run_id}/{token}"
+    def note_process(self, attempt: Attempt, pid: int, since: int) -> None:
+        """Journal a process of an attempt (and its start time), for a start that has to end it."""
+        # After a power cut there is none left to end: no flush.
+        line = {"token": attempt.token, "pid": pid, "since": since}
+        self.store.note({"process": line}, flush=False)
 
-    def note_process(self, token: str, pid: int, started: int) -> None:
-        """Journal a process of an attempt, for a start that has to end it."""
-        record = self.journal.attempts.get(token)
-        if record is not None:
-            seen = (*record.processes, (pid, started))
-            self.journal.attempts[token] = record._replace(processes=seen)
-            self.journal.write(flush=False)  # after a power cut there is none left to end
+    def conclude(self, attempt: Attempt, result: PhaseResult) -> Applied | str:
+        """After the agent: look → hooks → decide → journal → save → worklog → commit.
 
-    def finish(self, started: Started, result: PhaseResult) -> Applied | str:
-        """Record and commit what a phase reported; a text instead says why the attempt failed."""
-        aftermath = self._aftermath(started.record)
-        destructive = started.record.destructive
+        Returns a text instead, and nothing is decided, where the attempt has failed after all.
+        """
+        seen = self.look(attempt)
+        outcome, summary = "complete", result.commit_summary or result.summary
+        entries = self._documents(attempt, seen)
         if result.result == "blocked":
-            return self._finish_blocked(started, result, aftermath)
-        if destructive:
-            entries = self._code_entries(started, result, aftermath)
-            if isinstance(entries, str):
-                return entries
-            self.repo.restage(started.record.before, aftermath.after)
-        else:
-            entries = self._document_entries(started, aftermath)
-        summary = _commit_text(result)
-        immediate = destructive or started.task.pool == TRIAGE or result.result != "phase_complete"
-        return self._conclude(started, result, entries, "complete", summary, immediate=immediate)
-
-    def _finish_blocked(
-        self, started: Started, result: PhaseResult, aftermath: Aftermath
-    ) -> Applied:
-        entries = self._document_entries(started, aftermath)
-        ref = self._salvage(started.record, aftermath)
-        reason = _with_salvage_note(result.context or result.summary, ref)
-        result = result._replace(context=reason)
-        return self._conclude(started, result, entries, "blocked", reason, immediate=False)
-
-    def _conclude(
-        self,
-        started: Started,
-        result: PhaseResult,
-        entries: list[Entry],
-        outcome: str,
-        summary: str,
-        *,
-        immediate: bool,
-    ) -> Applied:
-        now = self.clock()
-
-        def apply(draft: Draft) -> Applied:
-            return apply_result(draft, started.item, result, self.rules, now)
-
-        applied = self._record(started, apply, entries, outcome, summary)
-        if immediate:
-            self.flush()
-        return applied
-
-    def _record(
-        self,
-        started: Started,
-        apply: Callable[[Draft], Applied],
-        entries: list[Entry],
-        outcome: str,
-        summary: str,
-    ) -> Applied:
-        """Journal, save and worklog of an outcome, in this order; the commit comes with `flush`."""
-        attempt = started.record
-        commit = PendingCommit(
-            attempt.token,
-            attempt.before.head.commit,
-            attempt.item,
-            attempt.phase,
+            ref = self._salvage(attempt, seen)
+            summary = _with_salvage_note(result.context or result.summary, ref)
+            outcome, result = "blocked", result._replace(context=summary)
+        elif attempt.destructive:
+            refusal = self._objection(attempt, result, seen)
+            passed = refusal or self._pass_hooks(attempt, summary, seen)
+            if isinstance(passed, str):
+                return passed
+            entries = passed
+            self.repo.restage(attempt.before, seen.after)
+        applied = self.decide(
+            attempt,
+            entries,
             outcome,
             summary,
-            tuple(entries),
-            with_state=outcome == "complete",
+            lambda draft: apply_result(draft, attempt.item, result, self.rules, self.clock()),
         )
-        spent = self.journal.spent.get(attempt.item, NOTHING_SPENT)
-        outcomes: list[Applied] = []
-
-        def edit(draft: Draft) -> Applied:
-            applied = apply(draft)
-            text = worklog_with_cost(applied.worklog, spent)
-            outcomes.append(applied._replace(worklog=text))
-            return outcomes[0]
-
-        def prepare() -> None:
-            self.journal.attempts.pop(attempt.token, None)
-            self.journal.spent.pop(attempt.item, None)
-            rest = [p for p in self.journal.pending if p.token != attempt.token]
-            self.journal.pending = [*rest, commit._replace(worklog=outcomes[0].worklog)]
-
-        applied = self.edit_one(edit, prepare=prepare)
-        self.write_worklog(applied.worklog)
+        batched = result.result == "phase_complete" and attempt.task.pool != TRIAGE
+        if outcome == "complete" and (attempt.destructive or not batched):
+            self.commit()
         return applied
 
-    def promote(self, item_ids: Sequence[str]) -> list[Applied]:
-        """Move ready items to their first phase, or block them where they may not start."""
-        now = self.clock()
-
-        def promotion(item_id: str) -> Callable[[Draft], Applied]:
-            return lambda draft: promote(draft, item_id, self.rules, now)
-
-        return self._decide("promotion", [promotion(item_id) for item_id in item_ids])
-
-    def _decide(self, phase: str, edits: Sequence[Callable[[Draft], Applied]]) -> list[Applied]:
-        """Decisions that no attempt led to, in one save; raises the error of an edit.
-
-        The worklog of those that block an item is journalled with them, and committed with the
-        next batch.
-        """
-        outcomes: list[Applied] = []
-
-        def noted(edit: Callable[[Draft], Applied]) -> Callable[[Draft], None]:
-            return lambda draft: outcomes.append(edit(draft))
-
-        def prepare() -> None:
-            told = [applied for applied in outcomes if applied.worklog]
-            parent = self.repo.head().commit if told else None
-            self.journal.pending += [_block_record(phase, applied, parent) for applied in told]
-
-        answers = self.edit([noted(edit) for edit in edits], prepare=prepare)
-        for applied in outcomes:
-            self.write_worklog(applied.worklog)
-        for answer in answers:
-            if answer is not None:
-                raise answer
-        return outcomes
-
-    def note_usage(self, item_id: str, usage: Usage) -> None:
-        """Journal what an attempt cost until its phase's worklog entry tells it."""
-        if usage != NOTHING_SPENT:
-            self.journal.spent[item_id] = self.journal.spent.get(item_id, Usage()).plus(usage)
-            self.journal.write()
-
-    def note_pause(self, agent: str, pause: AgentPause | None) -> None:
-        """Journal an agent's breaker (None: it is closed), which a restart is to honour."""
-        rest = {name: one for name, one in self.journal.pauses.items() if name != agent}
-        self.journal.pauses = rest if pause is None else {**rest, agent: pause}
-        self.journal.write()
-
-    def write_worklog(self, text: str) -> None:
-        """Append to this month's worklog; text that is there already is not repeated."""
-        if text:
-            append_worklog(self.worklog_dir, self.clock(), text)
-
-    def fail(self, started: Started) -> str | None:
+    def fail(self, attempt: Attempt) -> str | None:
         """Charge a failed attempt; returns the ref that keeps what a destructive one left."""
-        ref = self._salvage(started.record, self._aftermath(started.record))
-        now, task = self.clock(), started.task
-        self.edit_one(lambda draft: charge_attempt(draft, started.item, now))
-        if task.phase.destructive:  # documents are still to be looked after: see `begin`, `cancel`
-            self.journal.attempts.pop(started.record.token, None)
-            self.journal.write()
+        ref = self._salvage(attempt, self.look(attempt))
+        # Documents are still to be looked after: see `begin` and `cancel`.
+        ended = [attempt.token] if attempt.destructive else []
+        self.store.change(
+            lambda draft: charge_attempt(draft, attempt.item, self.clock()),
+            lambda _: {"ended": ended, **self._costs(attempt)},
+        )
         return ref
 
-    def give_up(self, started: Started, reason: str, result: PhaseResult | None) -> Applied:
+    def give_up(self, attempt: Attempt, reason: str, result: PhaseResult | None) -> Applied:
         """Record that the last attempt failed: the item is blocked."""
-        aftermath = self._aftermath(started.record)
-        entries = self._document_entries(started, aftermath)
-        reason = _with_salvage_note(reason, self._salvage(started.record, aftermath))
-        now, task = self.clock(), started.task
-        failed = result or PhaseResult(task.item_id, task.name, "failed", reason)
+        seen = self.look(attempt)
+        entries = self._documents(attempt, seen)
+        reason = _with_salvage_note(reason, self._salvage(attempt, seen))
+        item_id, phase = attempt.task.item_id, attempt.task.name
+        failed = result or PhaseResult(item_id, phase, "failed", reason)
         failed = failed._replace(result="failed", context=reason)
+        return self.decide(
+            attempt,
+            entries,
+            "failed",
+            reason,
+            lambda draft: apply_result(draft, attempt.item, failed, self.rules, self.clock()),
+        )
 
-        def apply(draft: Draft) -> Applied:
-            return apply_result(draft, started.item, failed, self.rules, now)
+    def cancel(self, attempt: Attempt) -> str | None:
+        """An attempt was interrupted: nothing is charged, nothing it left is lost.
 
-        return self._record(started, apply, entries, "failed", reason)
-
-    def cancel(self, started: Started) -> None:
-        """An attempt was interrupted: nothing is charged, nothing it left is lost."""
-        if started.record.token in self.journal.attempts:
-            self._set_aside(started.record)
-
-    def _set_aside(self, record: AttemptRecord) -> str | None:
-        """Keep what an interrupted attempt left: code on a ref, which is returned, documents as a
-        commit to come."""
-        aftermath = self._aftermath(record)
-        ref = self._salvage(record, aftermath)
-        if entries := self._outputs(aftermath, record):
-            parent, text = aftermath.after.head.commit, "its documents so far"
-            self.journal.pending.append(
-                PendingCommit(
-                    record.token,
-                    parent,
-                    record.item,
-                    record.phase,
-                    "interrupted",
-                    text,
-                    tuple(entries),
-                    False,
-                )
+        Code is kept on the ref that is returned, documents become a commit of their own.
+        """
+        if attempt.token not in self.journal.attempts:  # its end is in the journal already
+            return None
+        seen = self.look(attempt)
+        ref = self._salvage(attempt, seen)
+        line: dict[str, Any] = {"ended": [attempt.token], **self._costs(attempt)}
+        if entries := self._outputs(attempt, seen):
+            parent, text = seen.after.head.commit, "its documents so far"
+            item_id, phase = attempt.task.item_id, attempt.task.name
+            outcome = Outcome(
+                *(attempt.token, parent, item_id, phase, "interrupted", text),
+                *(tuple(entries), False),
             )
-        del self.journal.attempts[record.token]
-        self.journal.write()
+            line["outcome"] = outcome.line()
+        self.store.note(line)
         return ref
+
+    def _costs(self, attempt: Attempt) -> dict[str, Any]:
+        spent = self._spent(attempt)
+        return {"spent": {attempt.task.item_id: spent._asdict()}} if spent != NOTHING_SPENT else {}
 
     # -- what a phase left in the work tree --------------------------------------------------------
 
-    def _aftermath(self, record: AttemptRecord) -> Aftermath:
+    def look(self, attempt: Attempt) -> Aftermath:
         """Compare the work tree with the snapshot taken before an attempt.
 
-        Raises OrchestratorError when the branch was switched or rewound: nothing is touched then.
+        What an agent's git command took away from the operator is put back. OrchestratorError when
+        the branch was switched or rewound.
         """
-        self._put_state_back(record)
-        self._refuse_lost_branch(record)
-        before, after = record.before, self.repo.snapshot()
-        self._name_own_commits(record, after.head.commit)
-        changes = [
+        before, after = attempt.before, self.repo.snapshot()
+        changes = self.repo.changes(before.tree, after.tree)
+        changes = [change for change in changes if not self.is_own(change.after.path)]
+        theirs = self._operators(before)
+        taken = [
             change
-            for change in self.repo.changes(before.tree, after.tree)
-            if not self.is_own(change.after.path)
+            for change in changes
+            if change.after.path in theirs
+            and (change.after.absent or change.after == theirs[change.after.path])
         ]
-        return Aftermath(after, changes, self._operator_dirty(before))
+        if taken and after.head.branch == before.head.branch:
+            self._give_back(attempt, taken)
+            after, changes = self.repo.snapshot(), [c for c in changes if c not in taken]
+        self._refuse_lost_branch(attempt, after.head)
+        self._name_foreign_commits(attempt, after.head.commit)
+        return Aftermath(after, changes, frozenset(theirs))
 
-    def _operator_dirty(self, before: Snapshot) -> frozenset[str]:
-        if before.head.commit is None:
-            return frozenset()
-        paths = (c.after.path for c in self.repo.changes(before.head.commit, before.tree))
-        return frozenset(path for path in paths if not self.is_own(path))
+    def _operators(self, before: Snapshot) -> dict[str, Entry]:
+        """The paths that differed from HEAD before a phase began, as HEAD has them.
 
-    def _name_own_commits(self, record: AttemptRecord, new: str | None) -> None:
-        old = record.before.head.commit
-        if new != old and old is not None and new is not None:
-            commits = self.repo.commits_between(old, new)
-            ids = [commit[:10] for commit in commits if commit not in self.own_commits]
-            if commits and not ids:
-                return
-            known = ", ".join(ids) or "none: the branch was moved"
-            text = f"commits made meanwhile: {known}"
-            log().info("%s", phase_line(record.item, record.phase, text))
+        What an agent beside it had left by then is not the operator's.
+        """
+
+        def dirt(seen: Snapshot) -> dict[str, Entry]:
+            changes = self.repo.changes(seen.head.commit, seen.tree) if seen.head.commit else []
+            return {c.after.path: c.before for c in changes if not self.is_own(c.after.path)}
+
+        ground = dirt(self.ground or before)
+        return {path: entry for path, entry in dirt(before).items() if path in ground}
+
+    def _give_back(self, attempt: Attempt, taken: Sequence[Change]) -> None:
+        """Put back what an agent's git command took away from the operator, the only copy of it."""
+        self.repo.restore(attempt.before, taken)
+        log().warning(
+            "%s took away what you had not committed; it is there again: %s",
+            *(attempt.tag, one_line(", ".join(change.after.path for change in taken), 300)),
+        )
+
+    def left_nothing(self, attempt: Attempt) -> bool:
+        """Whether an attempt changed nothing in the repository; others may have, beside it."""
+        seen = self.look(attempt)
+        if seen.after.head.commit not in (attempt.before.head.commit, *self.own_commits):
+            return False
+        if attempt.destructive:
+            return not seen.changes
+        return not (self._outputs(attempt, seen) or self._elsewhere(attempt, seen))
+
+    def _name_foreign_commits(self, attempt: Attempt, new: str | None) -> None:
+        old = attempt.before.head.commit
+        if old is None or new is None or new == old:
+            return
+        commits = self.repo.commits_between(old, new)
+        foreign = [commit[:10] for commit in commits if commit not in self.own_commits]
+        if foreign:
+            log().info("%s commits made meanwhile: %s", attempt.tag, ", ".join(foreign))
 
     def is_own(self, path: str) -> bool:
         """Whether a path is state of ours, never part of a phase's changes."""
-        prefix = self.repo.prefix
-        unfinished = self.repo.relative(self.store.temporary)
-        folders = (f"{prefix}{WORKLOG_DIR}/", f"{prefix}{WORK_DIR}/")
-        own = (self.backlog_path, unfinished)
-        return path in own or path.startswith(folders)
+        own = map(self.repo.relative, (self.store.path, self.store.temporary))
+        folders = (f"{self.repo.prefix}{name}/" for name in (WORKLOG_DIR, WORK_DIR))
+        return path in own or path.startswith(tuple(folders))
 
-    @property
-    def backlog_path(self) -> str:
-        """The backlog relative to the top of the work tree, as git names it."""
-        return os.path.relpath(self.store.path, self.repo.top)
-
-    @property
-    def worklog_dir(self) -> Path:
-        return self.repo.root / WORKLOG_DIR
-
-    def _code_entries(
-        self, started: Started, result: PhaseResult, aftermath: Aftermath
-    ) -> list[Entry] | str:
-        """What a completed destructive phase commits, or why its attempt counts as failed."""
-        clash = sorted(
-            change.after.path
-            for change in aftermath.changes
-            if change.after.path in aftermath.operator_dirty
-        )
+    def _objection(self, attempt: Attempt, result: PhaseResult, seen: Aftermath) -> str:
+        """Why what a destructive phase did may not be committed; "" if it may."""
+        clash = [path for path in seen.paths if path in seen.theirs]
         if clash:
             return (
                 f"changed {one_line(', '.join(clash), 200)}, which the operator had uncommitted"
                 " changes in; commit or set them aside, then run again"
             )
-        moved = aftermath.after.head.commit != started.record.before.head.commit
-        empty = not (aftermath.changes or moved or started.task.phase.allow_empty)
+        moved = seen.after.head.commit != attempt.before.head.commit
+        empty = not (seen.changes or moved or attempt.task.phase.allow_empty)
         if empty and result.result == "phase_complete":
             return "reported completion, but nothing in the repository changed"
-        entries = [change.after for change in aftermath.changes]
-        self._warn_of_large_files(started, entries)
-        return self._pass_hooks(started, result, entries, bool(aftermath.operator_dirty))
+        self._warn_of_large_files(attempt, seen)
+        return ""
 
-    def _warn_of_large_files(self, started: Started, entries: Sequence[Entry]) -> None:
+    def _warn_of_large_files(self, attempt: Attempt, seen: Aftermath) -> None:
         large = []
-        for entry in entries:
+        for path in seen.paths:
             with suppress(OSError):
-                size = (self.repo.top / entry.path).lstat().st_size
+                size = (self.repo.top / path).lstat().st_size
                 if size > LARGE_FILE:
-                    large.append(f"{entry.path} ({size // 10**6} MB)")
+                    large.append(f"{path} ({size // 10**6} MB)")
         if large:
-            text = f"commits large files: {one_line(', '.join(large), 200)}; is that meant?"
-            line = phase_line(started.task.item_id, started.task.name, text)
-            log().warning("%s What is not belongs into .gitignore.", line)
+            log().warning(
+                "%s commits large files: %s; is that meant? What is not belongs into .gitignore.",
+                *(attempt.tag, one_line(", ".join(large), 200)),
+            )
 
     def _pass_hooks(
-        self, started: Started, result: PhaseResult, entries: list[Entry], operator_dirty: bool
+        self, attempt: Attempt, summary: str, seen: Aftermath
     ) -> list[Entry] | str:
-        """Run the operator's commit hooks; a hook that mended files gets a second look."""
-        if operator_dirty:
+        """Run the operator's commit hooks; a hook that mended files gets a second look.
+
+        Returns what is to be committed, or why the attempt has failed.
+        """
+        entries = [change.after for change in seen.changes]
+        if seen.theirs:
             log().warning(
-                phase_line(started.task.item_id, started.task.name, "commit hooks are skipped:")
-                + " you have uncommitted changes that they would see"
+                "%s commit hooks are skipped: you have uncommitted changes that they would see",
+                attempt.tag,
             )
             return entries
-        item_id, phase, text = started.task.item_id, started.task.name, _commit_text(result)
-        entry = MessageEntry(item_id, phase, "complete", text, started.record.token)
-        message = commit_message([entry], self.journal.run_id)
+        told = MessageEntry(
+            attempt.task.item_id, attempt.task.name, "complete", summary, attempt.token
+        )
+        message = phase_message([told], self.run_id)
         limit = self.config.execution.hook_timeout_seconds
         verdict = self.repo.run_hooks(entries, message, limit_s=limit)
         if not verdict.ok:
-            mended = [change.after for change in self._aftermath(started.record).changes]
+            mended = [change.after for change in self.look(attempt).changes]
             if mended != entries:
                 entries = mended
                 verdict = self.repo.run_hooks(entries, message, limit_s=limit)
@@ -5757,104 +4963,79 @@ class Ledger:
             return f"the repository's {verdict.hook} hook {did}:\n{verdict.output}"
         return f"the repository's {verdict.hook} hook rejected the commit:\n{verdict.output}"
 
-    def _document_entries(self, started: Started, aftermath: Aftermath) -> list[Entry]:
+    def _documents(self, attempt: Attempt, seen: Aftermath) -> list[Entry]:
         """What a document phase may commit; anything else it touched is named and left alone."""
-        phase, item_id = started.task.phase, started.task.item_id
-        mine = self._outputs(aftermath, started.record)
-        known = {entry.path for entry in mine}
-        others = [
-            change.after.path
-            for change in aftermath.changes
-            if change.after.path not in known and not self._of_a_neighbour(change.after.path)
-        ]
-        if others and not phase.destructive:
-            text = "touched files outside its outputs; they are left as they are, not committed: "
-            listed = one_line(", ".join(sorted(others)), 300)
-            log().warning("%s", phase_line(item_id, phase.name, text + listed))
-        return mine
+        others = [] if attempt.destructive else self._elsewhere(attempt, seen)
+        if others:
+            log().warning(
+                "%s touched files outside its outputs; they are left as they are, not committed:"
+                " %s",
+                *(attempt.tag, one_line(", ".join(others), 300)),
+            )
+        return self._outputs(attempt, seen)
 
-    def _outputs(self, aftermath: Aftermath, record: AttemptRecord) -> list[Entry]:
+    def _elsewhere(self, attempt: Attempt, seen: Aftermath) -> list[str]:
+        """The paths that a document phase changed beside its outputs and others' documents."""
+        known = {entry.path for entry in self._outputs(attempt, seen)}
+        neighbours = tuple(f"{self.repo.prefix}{name}/" for name in (CHANGES_DIR, IDEAS_DIR))
+        return [p for p in seen.paths if p not in known and not p.startswith(neighbours)]
+
+    def _outputs(self, attempt: Attempt, seen: Aftermath) -> list[Entry]:
         """The documents that an attempt made; a destructive phase has no outputs."""
-        prefix = self.repo.prefix
-        entries = (change.after for change in aftermath.changes)
+        prefix, phase, item_id = self.repo.prefix, attempt.task.phase, attempt.task.item_id
         return [
-            entry
-            for entry in entries
-            if entry.path.startswith(prefix)
-            and matches_output(entry.path[len(prefix) :], record.outputs, record.item)
+            change.after
+            for change in seen.changes
+            if change.after.path.startswith(prefix)
+            and matches_output(change.after.path[len(prefix) :], phase.outputs, item_id)
         ]
 
-    def _of_a_neighbour(self, path: str) -> bool:
-        """Whether a path belongs to the documents of another item (its phase may be running)."""
-        relative = path[len(self.repo.prefix) :]
-        return relative.startswith((f"{CHANGES_DIR}/", f"{IDEAS_DIR}/"))
-
-    def _salvage(self, record: AttemptRecord, aftermath: Aftermath) -> str | None:
+    def _salvage(self, attempt: Attempt, seen: Aftermath) -> str | None:
         """Keep what a destructive attempt left on a ref, then put the work tree back.
 
         None when it left nothing; documents stay where they are. The branch is never moved back:
         where the agent committed by itself, only the rest is put back, to what it committed; what
         was the operator's goes back to how they had it.
         """
-        if not record.destructive:
+        if not attempt.destructive:
             return None
-        before = record.before
-        self.repo.restage(before, aftermath.after)
-        theirs = [c for c in aftermath.changes if c.after.path in aftermath.operator_dirty]
-        mine, base = [c for c in aftermath.changes if c not in theirs], before
-        head = aftermath.after.head.commit
+        before, head = attempt.before, seen.after.head.commit
+        self.repo.restage(before, seen.after)
+        theirs = [c for c in seen.changes if c.after.path in seen.theirs]
+        mine, base = [c for c in seen.changes if c not in theirs], before
         if head is not None and head != before.head.commit:
             base = before._replace(tree=head)
-            mine = [
-                change
-                for change in self.repo.changes(head, aftermath.after.tree)
-                if change.after.path not in aftermath.operator_dirty
-                and not self.is_own(change.after.path)
-            ]
+            changes = self.repo.changes(head, seen.after.tree)
+            ours = [c for c in changes if not self.is_own(c.after.path)]
+            mine = [c for c in ours if c.after.path not in seen.theirs]
         if not (mine or theirs):
             return None
-        ref = self._next_salvage_ref(record)
-        message = f"[{record.item}][{record.phase}] Salvaged changes"
-        self.repo.salvage(ref, aftermath.after, message)
+        ref = self._next_salvage_ref(attempt.task.item_id, attempt.task.name)
+        self.repo.salvage(ref, seen.after, f"{attempt.label} Salvaged changes")
         self.repo.restore(base, mine)
         self.repo.restore(before, theirs)
         paths = one_line(", ".join(change.after.path for change in (*mine, *theirs)), 200)
-        text = f"what it left is kept on {ref}: {paths}"
-        log().info("%s", phase_line(record.item, record.phase, text))
+        log().info("%s what it left is kept on %s: %s", attempt.tag, ref, paths)
         return ref
 
-    def _next_salvage_ref(self, record: AttemptRecord) -> str:
-        stem = salvage_stem(record.item, record.phase)
-        return f"{stem}{self._salvages_under(stem) + 1}"
+    def _next_salvage_ref(self, item_id: str, phase: str) -> str:
+        stem, self.salvaged = salvage_stem(item_id, phase), None
+        return f"{stem}{_highest(self.repo.refs(stem), stem) + 1}"
 
-    def last_salvage(self, item_id: str, phase: str) -> str | None:
+    def last_salvage(self, task: Task) -> str | None:
         """The newest salvage ref of a phase of an item."""
-        stem = salvage_stem(item_id, phase)
-        number = self._salvages_under(stem)
+        if self.salvaged is None:
+            self.salvaged = self.repo.refs(SALVAGE_REFS)
+        stem = salvage_stem(task.item_id, task.name)
+        number = _highest(self.salvaged, stem)
         return f"{stem}{number}" if number else None
 
-    def _salvages_under(self, stem: str) -> int:
-        """The highest number of a salvage ref that begins like this; 0 if there is none."""
-        ends = (ref.removeprefix(stem) for ref in self.repo.refs(stem))
-        return max((int(end) for end in ends if end.isdigit()), default=0)
-
-    def _put_state_back(self, record: AttemptRecord) -> None:
-        """Undo what an agent's git command did to BACKLOG.yaml (stash, checkout, reset, clean)."""
-        with suppress(SaveError, GitError):  # whatever comes next tells
-            if not self.store.disturbed():
-                return
-            self.store.older |= self._older_states(record.before)
-            if self.store.put_back():
-                name = self.store.path.name
-                text = f"put back or removed {name}; it is written again from memory"
-                log().warning("%s", phase_line(record.item, record.phase, text))
-
-    def _refuse_lost_branch(self, record: AttemptRecord) -> None:
+    def _refuse_lost_branch(self, attempt: Attempt, head: Head) -> None:
         """Stop where an agent switched the branch or took commits off it; what it held is kept.
 
         The branch is never moved back. Raises OrchestratorError with the command that restores it.
         """
-        before, head, tip = record.before.head, self.repo.head(), self._tip_since(record.before)
+        before, tip = attempt.before.head, self._tip_since(attempt)
         if head.branch != before.branch:
             name = _branch_name(before)
             did, remedy = f"switched from {name} to {_branch_name(head)}", f"git switch {name}"
@@ -5866,44 +5047,47 @@ class Ledger:
                 return
             did = f"took commits off the branch: {', '.join(commit[:10] for commit in gone)}"
             remedy = "git merge -X ours {}"
-        kept = self._keep_tip(record, tip) if tip else "no ref, for there was no commit yet"
+        kept = self._keep_tip(attempt, tip) if tip else "no ref, for there was no commit yet"
+        if head.branch == before.branch:  # whoever starts again has seen what was done
+            self.store.note({"ended": [attempt.token]})
         raise OrchestratorError(
-            f"[{record.item}][{record.phase}] {did}. The run stops here; what was there is kept on"
+            f"{attempt.label} {did}. The run stops here; what was there is kept on"
             f" {kept}. Look at what was done; this goes back: {remedy.format(kept)}"
         )
 
-    def _keep_tip(self, record: AttemptRecord, tip: str) -> str:
+    def _keep_tip(self, attempt: Attempt, tip: str) -> str:
         """The salvage ref that holds a commit of an attempt's branch; made if there is none."""
-        kept = self.repo.refs(salvage_stem(record.item, record.phase))
+        kept = self.repo.refs(salvage_stem(attempt.task.item_id, attempt.task.name))
         for ref, commit in kept.items():
             if commit == tip:
                 return ref
-        ref = self._next_salvage_ref(record)
-        self.repo.keep_commit(ref, tip, f"[{record.item}][{record.phase}] What was there before")
+        ref = self._next_salvage_ref(attempt.task.item_id, attempt.task.name)
+        self.repo.keep_commit(ref, tip, f"{attempt.label} What was there before")
         return ref
 
-    def _tip_since(self, before: Snapshot) -> str | None:
-        """The newest commit that the branch is known to have had since the snapshot."""
-        base, own = before.head.commit, self.newest_own
-        if base is None or own is None or self.repo.commits_between(own, base):
+    def _tip_since(self, attempt: Attempt) -> str | None:
+        """The newest commit that the branch is known to have had since the attempt began."""
+        base, own = attempt.before.head.commit, self.own_commits[-1:]
+        if base is None or not own or self.repo.commits_between(own[0], base):
             return base
-        return own
+        return own[0]
 
     # -- commits -----------------------------------------------------------------------------------
 
-    def flush(self, *, patient: bool = False) -> None:
+    def commit(self, *, patient: bool = False) -> None:
         """Commit what finished phases left. Trouble is a warning: the journal keeps it for later.
 
         `patient`: after trouble, do not try again before a while has passed.
         """
-        if not self.journal.pending or self.store.waiting or self.store.unsaved():
+        pending = self.pending
+        early = patient and time.monotonic() < self.commit_again
+        if not pending or self.store.trouble or early:
             return
-        if patient and time.monotonic() < self.commit_again:
-            return
+        message = self._message(pending)
         try:
-            commit = self._commit_pending()
+            commit = self.repo.commit(self._entries(pending), message, expect_branch=self.branch)
         except (GitError, SaveError) as error:
-            names = ", ".join(f"[{p.item}][{p.phase}]" for p in self.journal.pending)
+            names = ", ".join(outcome.label for outcome in pending)
             trouble = f"{names} not committed yet: {error}"
             if trouble != self.commit_trouble:
                 log().warning("%s. It is kept in the journal and tried again.", trouble)
@@ -5911,216 +5095,161 @@ class Ledger:
             self.commit_again = time.monotonic() + COMMIT_PAUSE_S
             return
         if commit:
-            self.own_commits.add(commit)
-            self.newest_own = commit
-            log().info(
-                "committed %s %s", commit[:10], self._message(self.journal.pending).split("\n")[0]
-            )
-        self.journal.pending.clear()
-        self.journal.write(flush=False)  # a start finds the commit in history
+            self.own_commits.append(commit)
+            log().info("committed %s %s", commit[:10], message.split("\n")[0])
+        tokens = [outcome.token for outcome in pending]
+        self.store.note({"committed": tokens}, flush=False)  # a start finds it in history
 
-    def _commit_pending(self) -> str | None:
-        pending = self.journal.pending
-        entries = {entry.path: entry for record in pending for entry in record.entries}
+    def _entries(self, pending: Sequence[Outcome]) -> list[Entry]:
+        entries = {entry.path: entry for outcome in pending for entry in outcome.entries}
         files = {path: path.read_bytes() for path in recent_worklogs(self.worklog_dir)}
-        if any(record.with_state for record in pending):
-            files[self.store.path] = self.store.committed_bytes()
-        for path, data in files.items():
-            entry = self.repo.blob(path, data)
-            entries[entry.path] = entry
-        return self.repo.commit(
-            list(entries.values()), self._message(pending), expect_branch=self.journal.branch
-        )
+        if any(outcome.with_state for outcome in pending):
+            files[self.store.path] = self.store.state.document.to_bytes()
+        return list({**entries, **{e.path: e for e in self.repo.blobs(files)}}.values())
 
-    def worklog(self) -> list[str]:
-        """The texts of the last two months, the older one first."""
-        return [path.read_text(errors="replace") for path in recent_worklogs(self.worklog_dir)]
-
-    def _message(self, pending: Sequence[PendingCommit]) -> str:
+    def _message(self, pending: Sequence[Outcome]) -> str:
         rows = [MessageEntry(p.item, p.phase, p.outcome, p.summary, p.token) for p in pending]
-        return commit_message(rows, self.journal.run_id)
+        return phase_message(rows, self.run_id)
 
-    def commit_state(self, message: str) -> StateCommit:
-        """Commit BACKLOG.yaml, alone, as it is on disk now."""
-        data = self.store.committed_bytes()
-        done = self.repo.commit_state(
-            self.store.path, data, message, expect_branch=self.journal.branch
-        )
-        if done.outcome == "parked":
-            self.journal.parked = str(done.commit)
-        elif done.outcome in ("committed", "clean") and not done.warning:
-            self.journal.parked = ""  # HEAD holds the file, and the file what was parked
+    def worklog(self) -> list[dict[str, str]]:
+        """The entries of the last two months, oldest first."""
+        texts = [path.read_text(errors="replace") for path in recent_worklogs(self.worklog_dir)]
+        return [entry for text in texts for entry in read_worklog(text)]
+
+    def commit_state(
+        self, told: str, message: Callable[[Sequence[MessageEntry], str], str]
+    ) -> StateCommit:
+        """Commit BACKLOG.yaml, alone, as it was decided; `message` of what changes in it.
+
+        Says so with `told`. Trouble is a warning in the answer, never an error.
+        """
+        path, state = self.store.path, self.store.state
+        data = state.document.to_bytes()
+
+        def text(before: bytes | None) -> str:
+            try:
+                old = State.read(before or b"", path.name).items
+            except (BacklogError, YamlError):
+                old = {}
+            return message(state_entries(old, state.items) if old else (), self.run_id)
+
+        done = self.repo.commit_state(path, data, text, expect_branch=self.branch)
+        self.committed = None if done.outcome == "skipped" else data
+        if done.outcome == "committed" and done.commit:
+            self.own_commits.append(done.commit)
+            log().info("%s: commit %s", told, done.commit[:10])
+        if done.warning:
+            kept = f"What was decided is kept in {self.store.journal_path}: the next start on this"
+            done = done._replace(warning=f"{done.warning} {kept} branch finishes it.")
+            log().warning("%s", done.warning)
         return done
 
     def closing_save(self) -> bool:
-        """Write whatever is not on disk yet; whether the file now holds the ledger's state."""
-        late = self.store.waiting or self.store.unsaved()  # so `flush` has had to wait, too
+        """Write whatever is not on disk yet; whether the file now holds the decided state."""
+        late = bool(self.store.trouble)  # so `commit` has had to wait, too
         try:
-            self.edit([])
-        except (SaveError, OSError) as error:
-            trouble: Exception | None = error
+            self.store.change(lambda _: None, patient=False)
+        except (SaveError, YamlError, OSError) as error:
+            trouble: str | Exception = error
         else:
-            trouble = self.store.waiting
-        if trouble is None:
-            if late:
-                self.flush()
-            return True
-        log().error("%s\nThe backlog is not committed. %s", trouble, self._keep_unsaved())
-        return False
+            trouble = self.store.trouble
+        if trouble:
+            log().error(
+                "%s\nThe backlog is not committed. What was decided is kept in %s; once that is"
+                " mended, the next run goes on from there.",
+                *(trouble, self.store.journal_path),
+            )
+        elif late:
+            self.commit()
+        return not trouble
 
-    def _keep_unsaved(self) -> str:
-        """Bring what could not be saved into the journal; says where it is, or all of it."""
-        try:
-            self.journal.write()
-        except OSError as error:
-            lines = [f"The journal neither: {os_trouble(error)}. Decided since the last save:"]
-            lines += [f"  {c.item_id} {c.key}: {c.old!r} → {c.new!r}" for c in self.journal.unsaved]
-            return "\n".join(lines if self.journal.unsaved else [*lines, "  nothing"])
-        return (
-            f"What the run decided and could not save is kept in {self.journal.path}; once that is"
-            " mended, the next run takes it up."
-        )
+    def end(self, run_id: str) -> None:
+        """Drop the journal and the run's snapshots, if nothing is left to do."""
+        if self.repo.branch() == self.branch and self.store.settle(self.committed):
+            self.repo.drop_refs(self.repo.refs(f"{SNAPSHOT_REFS}{run_id}/"))
+        if stop_requested(self.repo.state_dir, run_id):  # not one that is for another run
+            (self.repo.state_dir / "stop").unlink(missing_ok=True)
 
     # -- recovery ----------------------------------------------------------------------------------
 
     def recover(self) -> None:
-        """Finish what a killed run, or one whose last save failed, left in its journal.
+        """Finish what a killed run, or one that could not commit, left in its journal.
 
         Its processes have been ended before. Idempotent: killed at any point, the next start does
         it again. Raises OrchestratorError when something has to be mended by hand first; nothing
         is lost then.
         """
-        for record in self.journal.attempts.values():
-            self.undo_set_back(record)
-        self.store.restore(self.journal.unsaved)
-        for record in list(self.journal.attempts.values()):
-            self._recover_attempt(record)
-        self.edit([])
-        if self.store.waiting:
-            raise OrchestratorError(f"{self.store.waiting}. Mend the file, then start again.")
-        self.take_up_parked(self.journal)
-        self._recover_pending()
-        done = self.commit_state("[orchestrator] Recover backlog state")
-        self.tell_state_commit(done, "recovered what the last run decided")
-        self.end()
-
-    def undo_set_back(self, record: AttemptRecord) -> None:
-        """Undo an agent's `git checkout` of the backlog that its run has not noticed.
-
-        The run was killed before, or we are a command that comes first: what was saved last may be
-        of yet another command, of which the run knows nothing.
-        """
-        if not self.store.path.exists():  # then the copy has been loaded instead
-            return
-        older = self._older_states(record.before)
-        self.store.older |= older  # it is not to be taken up, and the copy kept
-        copy, disk = self.store.last_copy(), self.store.committed_bytes()
-        if copy is not None and copy != disk and disk in older:
-            name = self.store.path.name
-            try:
-                self.store.merge_bytes(disk, copy)
-            except (YamlError, BacklogError):  # it is not flushed: a power cut tears it
-                log().warning("%s is damaged; %s itself counts", self.store.copy_path, name)
-                return
-            log().warning("%s was put back to an older state; it is merged in again", name)
-
-    def _recover_attempt(self, record: AttemptRecord) -> None:
-        log().info("%s", phase_line(record.item, record.phase, "was cut off; it starts again"))
-        ref = self._set_aside(record)
-        if ref:
-            log().warning(
-                "The files are again as they were before that phase. What you have changed yourself"
-                " since the crash is kept with the rest; to get a file of yours back:"
-                " git restore --source=%s -- PATH",
-                ref,
-            )
-
-    def _recover_pending(self) -> None:
-        self.journal.pending = [
-            commit
-            for commit in self.journal.pending
-            if not self.repo.mentions(commit.token, commit.parent)
-        ]
-        for commit in self.journal.pending:
-            self.write_worklog(commit.worklog)
-        self.flush()
-        if self.journal.pending:
+        self.store.change(lambda _: None, patient=False)
+        for attempt in map(Attempt.from_line, list(self.journal.attempts.values())):
+            log().info("%s was cut off; it starts again", attempt.tag)
+            if ref := self.cancel(attempt):
+                log().warning(
+                    "The files are again as they were before that phase. What you have changed"
+                    " yourself since the crash is kept with the rest; to get a file of yours back:"
+                    " git restore --source=%s -- PATH",
+                    ref,
+                )
+        for outcome in self.pending:
+            if self.repo.mentions(outcome.token, outcome.parent):
+                self.store.note({"committed": [outcome.token]})
+            elif overtaken := self._overtaken(outcome):
+                self._take_back(outcome, overtaken)
+            else:
+                self.write_worklog(outcome.worklog)
+        self.commit()
+        if self.pending:
             raise OrchestratorError(
                 "finished phases of the last run could not be committed (see the warning above);"
                 " mend that, then start again: nothing is lost, the journal keeps them."
             )
+        message = partial(state_message, "Recover backlog state")
+        self.commit_state("recovered what the last run decided", message)
 
-    def take_up_parked(self, last: Journal | None) -> None:
-        """Merge a parked backlog state (see `Repo.commit_state`) into the file.
-
-        A file that already descends from it is left alone, so that nothing done since is undone;
-        one that git has set back does not, edited since or not. The ref stays until a commit holds
-        the file. What is for another branch waits for a run there.
-        """
-        parked = self.repo.parked(self.store.path)
-        if parked is None:
-            return
-        commit, theirs, base = parked
-        branch = self.repo.parked_for(commit)
-        if branch not in (None, self.journal.branch):
-            log().warning(
-                "the backlog state of %s waits on %s (%s); the next run on that branch takes it up."
-                " If it is of no use any more: git update-ref -d %s",
-                *(str(branch).removeprefix("refs/heads/"), self.repo.parked_ref, commit[:10]),
-                self.repo.parked_ref,
-            )
-            return
-        known = last is not None and last.parked == commit
-        if not known or self._is_as_committed() or self.store.shows_none_of(base, theirs):
-            self.store.merge_bytes(base, theirs)
-            self.edit([])
-        self.journal.parked = self.repo.taken_up = commit
-        log().info("took up the backlog state that was parked as %s", commit[:10])
-
-    def _is_as_committed(self) -> bool:
+    def _overtaken(self, outcome: Outcome) -> list[str]:
+        """The paths of an outcome that somebody has committed something else to since."""
         head = self.repo.head().commit
-        committed = self.repo.entry(head, self.backlog_path) if head else None
-        return committed is not None and self.repo.blob(self.store.path).oid == committed.oid
+        if head is None or outcome.parent in (None, head):
+            return []
+        since = {c.after.path: c.after for c in self.repo.changes(outcome.parent, head)}
+        return [e.path for e in outcome.entries if e.path in since and since[e.path] != e]
 
-    def tell_state_commit(self, done: StateCommit, what: str) -> None:
-        if done.outcome == "committed" and done.commit:
-            log().info("%s: commit %s", what, done.commit[:10])
-        if done.warning:
-            log().warning("%s", done.warning)
+    def _take_back(self, outcome: Outcome, paths: Sequence[str]) -> None:
+        """A phase whose files are somebody else's by now: kept on a ref, and to be run again."""
+        ref = self._next_salvage_ref(outcome.item, outcome.phase)
+        self.repo.keep_entries(
+            ref, outcome.parent, outcome.entries, f"{outcome.label} Salvaged changes"
+        )
+        now = self.clock()
 
-    def end(self) -> None:
-        """Drop the snapshots that the run no longer needs, then mark it as ended."""
-        self.journal.ended = True
-        if self.journal.settled:
-            snapshots = f"refs/orchestrator/snapshots/{self.journal.run_id}/"
-            self.repo.drop_refs(self.repo.refs(snapshots))
-        self.journal.write()
-        (self.repo.state_dir / "stop").unlink(missing_ok=True)
+        def undo(draft: Draft) -> None:
+            if outcome.was is not None and outcome.outcome != "interrupted":
+                draft.put(outcome.was, now)
 
-
-def _block_record(phase: str, applied: Applied, parent: str | None) -> PendingCommit:
-    """What is to be committed for a block that no attempt led to: its worklog."""
-    import secrets
-
-    return PendingCommit(
-        secrets.token_hex(8),
-        parent,
-        applied.item["id"],
-        phase,
-        "blocked",
-        applied.reason,
-        (),
-        with_state=False,
-        worklog=applied.worklog,
-    )
+        self.store.change(undo, lambda _: {"committed": [outcome.token]})
+        log().warning(
+            "%s was finished, but not committed when its run ended, and %s was changed in git"
+            " since. What the phase made is kept on %s; it is run again.",
+            *(outcome.label, one_line(", ".join(paths), 200), ref),
+        )
 
 
-SALVAGE_REFS = "refs/orchestrator/salvage/"
+def _of_a_block(applied: Applied, parent: str | None) -> dict[str, Any]:
+    """The outcome for a block that no attempt led to: its worklog is to be committed."""
+    return Outcome(
+        *(secrets.token_hex(8), parent, applied.item["id"], "promotion", "blocked"),
+        *(applied.reason, (), False, applied.worklog),
+    ).line()
 
 
 def salvage_stem(item_id: str, phase: str) -> str:
     """What the names of the refs begin with that keep what attempts at a phase left."""
     return f"{SALVAGE_REFS}{safe_name(item_id)}/{safe_name(phase)}/"
+
+
+def _highest(refs: Iterable[str], stem: str) -> int:
+    """The highest number of a ref that begins like this; 0 if there is none."""
+    ends = (ref.removeprefix(stem) for ref in refs if ref.startswith(stem))
+    return max((int(end) for end in ends if end.isdigit()), default=0)
 
 
 def item_folder(root: Path, item: Item) -> Path:
@@ -6135,91 +5264,75 @@ def _branch_name(head: Head) -> str:
     return head.branch.removeprefix("refs/heads/") if head.branch else "no branch (detached HEAD)"
 
 
-def _commit_text(result: PhaseResult) -> str:
-    """What a commit says of a phase that succeeded."""
-    return result.commit_summary or result.summary
-
-
 def _with_salvage_note(reason: str, ref: str | None) -> str:
     return f"{reason} (its changes are kept on {ref})" if ref else reason
 
 
 # ==== 8. Coordinator ==============================================================================
 
-
 P = ParamSpec("P")
 
 
-class Request(NamedTuple):
-    """One entry of the coordinator's queue."""
-
-    answer: asyncio.Future[Any]
-    work: Callable[[], Any]
+def import_asyncio() -> None:
+    """Most of the time that a start takes, and only a run needs it."""
+    global asyncio
+    import asyncio
 
 
 class Coordinator:
     """The actor in front of the ledger: one request after the other, on one thread of its own.
 
-    Never cancelled.
+    Never cancelled; `close` is its end.
     """
 
-    def __init__(self, ledger: Ledger) -> None:
-        self.ledger = ledger
+    def __init__(self) -> None:
+        from concurrent.futures import ThreadPoolExecutor
+
+        self._queue: asyncio.Queue[tuple[asyncio.Future[Any], Callable[[], Any]] | None]
+        self._queue = asyncio.Queue()
+        self._thread = ThreadPoolExecutor(1, "coordinator")
 
     def start(self) -> None:
         """Begin to serve; call it inside the running event loop."""
-        import asyncio
-        from concurrent.futures import ThreadPoolExecutor
-
-        self._loop = asyncio.get_running_loop()
-        self._queue: asyncio.Queue[Request | None] = asyncio.Queue()
-        self._thread = ThreadPoolExecutor(1, "coordinator")
-        self._task = self._loop.create_task(self._serve())
-
-    @property
-    def backlog(self) -> Backlog:
-        """The state as last saved; immutable, so nobody has to wait for it."""
-        return self.ledger.store.backlog
+        self._task = asyncio.create_task(self._serve())
 
     async def do(self, work: Callable[P, T], *args: P.args, **options: P.kwargs) -> T:
-        """Let the ledger do something; returns or raises what it did."""
-        return cast(T, await self._enqueue(lambda: work(*args, **options)))
+        """Have something done on the thread; returns or raises what it did."""
+        return cast(T, await self._enqueue(partial(work, *args, **options)))
 
     def post(self, work: Callable[P, object], *args: P.args, **options: P.kwargs) -> None:
-        """Let the ledger do something that nobody waits for; an error of it is logged."""
-        answer = self._enqueue(lambda: work(*args, **options))
-        answer.add_done_callback(_log_error)
+        """Have something done that nobody waits for; an error of it is logged."""
+        self._enqueue(partial(work, *args, **options)).add_done_callback(_log_error)
 
-    async def close(self) -> bool:
-        """Serve what is queued, save, end; whether the file now holds the coordinator's state."""
+    async def close(self, save: Callable[[], bool]) -> bool:
+        """Serve what is queued, save, end; whether the file now holds the decided state."""
+        saved = self._enqueue(save)
         self._queue.put_nowait(None)
         try:
-            return await self._task
+            await self._task
+            return cast(bool, await saved)
         finally:
             self._thread.shutdown()
 
     def _enqueue(self, work: Callable[[], Any]) -> asyncio.Future[Any]:
         if self._task.done():
             raise RuntimeError("the coordinator has ended")
-        request = Request(self._loop.create_future(), work)
-        self._queue.put_nowait(request)
-        return request.answer
+        answer = asyncio.get_running_loop().create_future()
+        self._queue.put_nowait((answer, work))
+        return answer
 
-    async def _serve(self) -> bool:
-        while True:
-            request = await self._queue.get()
-            if request is None:
-                return await self._loop.run_in_executor(self._thread, self.ledger.closing_save)
-            answer = await self._loop.run_in_executor(self._thread, _attempt, request.work)
-            _settle(request.answer, answer)
-
-
-def _attempt(work: Callable[[], Any]) -> Any:
-    """What `work` returns, or the exception it raised."""
-    try:
-        return work()
-    except Exception as error:
-        return error
+    async def _serve(self) -> None:
+        loop = asyncio.get_running_loop()
+        while (request := await self._queue.get()) is not None:
+            answer, work = request
+            try:
+                done = await loop.run_in_executor(self._thread, work)
+            except Exception as error:
+                if not answer.done():
+                    answer.set_exception(error)
+            else:
+                if not answer.done():  # else whoever asked has stopped waiting
+                    answer.set_result(done)
 
 
 def _log_error(answer: asyncio.Future[Any]) -> None:
@@ -6227,28 +5340,21 @@ def _log_error(answer: asyncio.Future[Any]) -> None:
         log().error("%s", error)
 
 
-def _settle(answer: asyncio.Future[Any], value: Any) -> None:
-    if answer.done():  # whoever asked has stopped waiting
-        return
-    if isinstance(value, Exception):
-        answer.set_exception(value)
-    else:
-        answer.set_result(value)
-
-
-# ==== 9. Scheduler ================================================================================
+# ==== 9. The run ==================================================================================
 
 
 class Totals:
     """What a run did so far."""
 
     def __init__(self) -> None:
+        self.began = time.monotonic()
         self.phases = 0
         self.completed: list[str] = []
         self.blocked: dict[str, str] = {}  # id → reason
         self.follow_ups: list[str] = []
         self.titles: dict[str, str] = {}  # of items that leave the backlog
         self.exhausted_in_a_row = 0
+        self.free_ends = 0
         self.spent: dict[tuple[str, str], Usage] = {}  # by item and phase
 
     def add_usage(self, task: Task, usage: Usage) -> None:
@@ -6261,80 +5367,116 @@ class Totals:
         return sum_usage(self.spent.values()).cost_usd
 
 
-class StopSwitch:
-    """How a run is told to end; signal handlers only flip it."""
-
-    def __init__(self) -> None:
-        import asyncio
-
-        self.agents = asyncio.Event()  # end the agents now
-        self.hurry = asyncio.Event()  # and without grace
-        self.requested = False  # start nothing more
-        self.signal: int | None = None
-
-    def on_signal(self, number: int) -> None:
-        """First signal: stop; any further one: do not wait for agents to tidy up."""
-        if self.agents.is_set():
-            self.hurry.set()
-        self.signal = self.signal or number
-        self.requested = True
-        self.agents.set()
-
-
-PROGRESS_LOG_S = 120.0  # how often the log tells what an agent does
-
-
 class Running(NamedTuple):
     task: Task
     since: float  # monotonic seconds
     told: float  # when the log last had a line about it
 
 
-class Scheduler:
-    """The loop around `select_actions`: look, decide, start, wait."""
+PROGRESS_LOG_S = 120.0  # how often the log tells what an agent does
+SAME_REST_S = 60.0  # two ends of a rest that differ by less are told once
+POLL_S = 1.0  # how often the disk is looked at while agents work
 
-    POLL_S = 1.0  # how often the disk is looked at while agents work
+
+class Run:
+    """One run from its start to its halt commit; `_shut_down` is the only way out of it."""
 
     def __init__(
-        self, coordinator: Coordinator, options: RunOptions, stop: StopSwitch, live: LiveLine
+        self,
+        space: Workspace,
+        options: RunOptions,
+        live: LiveLine,
+        run_id: str,
+        begin: Callable[[], Ledger],
     ) -> None:
-        self.coordinator = coordinator
-        self.ledger = coordinator.ledger
-        self.config = coordinator.ledger.config
+        self.space = space
+        self.config = space.config
         self.options = options
-        self.stop = stop
         self.live = live
+        self.run_id = run_id
+        self.begin = begin  # recovers, checks, opens the journal
+        self.ledger: Ledger | None = None  # None: the run has not begun
         self.totals = Totals()
+        self.reason: HaltReason | None = None  # None: an error ended the run
+        self.saved = False
+        self.state_commit: StateCommit | None = None
+        self.signal: int | None = None  # the first that came
+        self.stopping = asyncio.Event()  # end the agents now
+        self.hurry = asyncio.Event()  # and without grace
+        self.stop_requested = False  # start nothing more
         self.running: dict[str, Running] = {}
         self.workers: set[asyncio.Task[None]] = set()
         self.matched: set[str] = set()  # ids the filters ever matched
         self.failures: dict[str, str] = {}  # item → why the attempt before an interruption failed
+        # (agent, item) that had a free end → whether the agent has done another item's work since
+        self.free: dict[tuple[str, str], bool] = {}
         self.breaker = ""  # why the agent itself cannot work
         self.awake: set[str] = set()  # agents that have begun to work in this run
-        self.told: dict[str, float] = {}  # agent → seconds left as last told, see `_count_down`
-        self.began = time.monotonic()
+        self.coordinator = Coordinator()
+        self.do = self.coordinator.do
 
-    async def run(self) -> HaltReason:
-        """Work until there is a reason to halt; what is in flight then is left to `drain`."""
-        while True:
-            await self._take_in()
-            offered = self._offered()
-            reason = halt_reason(self._view(offered))
-            if reason is not None:
-                return reason
-            resting = self._resting()
-            if resting:
-                self._count_down()
-                offered = self._offered(resting)
-            if not await self._start(offered):
-                await self._wait()
-            if self.ledger.journal.pending:
-                await self.coordinator.do(self.ledger.flush, patient=True)
+    # -- from start to exit ------------------------------------------------------------------------
 
-    async def drain(self) -> None:
+    async def conduct(self) -> None:
+        """Start, work until there is a reason to halt, shut down; raises what the run raised."""
+        loop = asyncio.get_running_loop()
+        for number in ending_signals():
+            loop.add_signal_handler(number, self._on_signal, number)
+        self.coordinator.start()
+        try:
+            self.ledger = await self.do(self.begin)
+            self.reason = await self._work()
+        except BaseException:
+            self.stopping.set()
+            raise
+        finally:
+            await self._shut_down()
+            for number in ending_signals():  # there is nothing left to stop; the report follows
+                loop.remove_signal_handler(number)
+                signal.signal(number, lambda *_: None)
+
+    def _on_signal(self, number: int) -> None:
+        """First signal: stop; any further one: do not wait for agents to tidy up."""
+        log().warning(
+            "%s",
+            "ending the agents at once"
+            if self.stopping.is_set()
+            else "stopping: ending the agents, then saving (once more: without waiting for them)",
+        )
+        if self.stopping.is_set():
+            self.hurry.set()
+            if self.ledger is None:  # a start that hangs: a third signal ends it
+                asyncio.get_running_loop().remove_signal_handler(number)
+        self.signal = self.signal or number
+        self.stop_requested = True
+        self.stopping.set()
+
+    async def _shut_down(self) -> None:
+        """Agents, their results, the batch, the coordinator, and only then the halt commit."""
+        ledger = self.ledger
+        if ledger is None:  # nothing was begun, so there is nothing to save
+            await self.coordinator.close(lambda: False)
+            return
+        try:
+            await self._drain()
+            if self.signal is not None and self.reason is not None:
+                self.reason = HaltReason.SHUTDOWN_REQUESTED
+        except BaseException:
+            self.reason = None
+            raise
+        finally:
+            self.live.close()
+            try:
+                await asyncio.to_thread(end_leftovers, self.run_id)
+                await self.do(ledger.commit)
+            finally:
+                self.saved = await self.coordinator.close(ledger.closing_save)
+                if self.saved:
+                    await asyncio.to_thread(self._halt_commit, ledger)
+                await asyncio.to_thread(self._end, ledger)
+
+    async def _drain(self) -> None:
         """Wait for everything in flight; start nothing. Raises the first error that occurred."""
-        import asyncio
-
         errors: list[BaseException] = []
         while self.workers:
             done, _ = await asyncio.wait(self.workers)
@@ -6345,30 +5487,79 @@ class Scheduler:
         if errors:
             raise errors[0]
 
+    def _halt_commit(self, ledger: Ledger) -> None:
+        """Commit BACKLOG.yaml if it is dirty, alone; git trouble is a warning, never an error."""
+        message = partial(halt_message, self.reason)
+        self.state_commit = ledger.commit_state("saved the backlog state", message)
+
+    def _end(self, ledger: Ledger) -> None:
+        try:
+            ledger.end(self.run_id)
+        except (OSError, GitError, SaveError) as error:
+            log().warning("%s", error)
+
+    def warnings(self) -> list[str]:
+        """Git trouble at the halt: what is not in history yet, and what becomes of it."""
+        texts = []
+        if self.ledger is not None and (pending := self.ledger.pending):
+            names = ", ".join(outcome.label for outcome in pending)
+            texts.append(f"not committed yet, but kept in the journal for the next run: {names}")
+        if self.state_commit is not None and self.state_commit.warning:
+            texts.append(self.state_commit.warning)
+        return texts
+
     # -- one turn ----------------------------------------------------------------------------------
 
+    @property
+    def book(self) -> Ledger:
+        if self.ledger is None:
+            raise RuntimeError("the run has not begun")
+        return self.ledger
+
+    @property
+    def backlog(self) -> Backlog:
+        """The state as last decided; immutable, so nobody has to wait for it."""
+        return self.book.store.backlog
+
+    async def _work(self) -> HaltReason:
+        """Look, decide, start, wait, until there is a reason to halt."""
+        for agent, pause in self.book.pauses().items():
+            if pause.until > self._now():
+                log().info("%s %s (%s)", agent, self._rest_text(pause), pause.reason)
+        while True:
+            await self._take_in()
+            offered = self._offered()
+            reason = halt_reason(self._view(offered))
+            if reason is not None:
+                return reason
+            if resting := self._resting():
+                offered = self._offered(resting)
+            if not await self._start(offered):
+                await self._wait()
+            await self.do(self.book.commit, patient=True)
+
     async def _take_in(self) -> None:
-        await self.coordinator.do(self.ledger.edit, [])  # takes up edits made on disk meanwhile
+        await self.do(self.book.take_in)
         self._look_for_stop()
         if self.options.filters:
-            self.matched |= matching(self.coordinator.backlog, self.options.filters)
+            self.matched |= matching(self.backlog, self.options.filters)
 
     def _look_for_stop(self) -> bool:
         """Whether the run is to end, be it by a signal or by `orchestrator stop`."""
-        ledger = self.ledger
-        self.stop.requested |= stop_requested(ledger.repo.state_dir, ledger.journal.run_id)
-        return self.stop.requested
+        self.stop_requested |= stop_requested(self.space.repo.state_dir, self.run_id)
+        return self.stop_requested
 
     def _offered(self, resting: Collection[str] = ()) -> list[Action]:
         """What could be started now, the cap not yet applied."""
         return actions_for(
             self.options,
-            self.coordinator.backlog,
+            self.backlog,
             self._running_tasks(),
             self.config,
             self.matched if self.options.filters else None,
             completed=self.totals.completed,
             resting=resting,
+            last={item_id for (_, item_id), others_work in self.free.items() if not others_work},
         )
 
     def _running_tasks(self) -> dict[str, Task]:
@@ -6376,29 +5567,32 @@ class Scheduler:
 
     def _view(self, offered: Sequence[Action]) -> RunView:
         totals, execution = self.totals, self.config.execution
+        exhausted = totals.exhausted_in_a_row >= execution.circuit_breaker
         return RunView(
-            backlog=self.coordinator.backlog.items,
+            backlog=self.backlog.items,
             running=self._running_tasks(),
             actions=tuple(offered),
-            stop_requested=self.stop.requested,
-            breaker_open=bool(self.breaker)
-            or totals.exhausted_in_a_row >= execution.circuit_breaker,
+            stop_requested=self.stop_requested,
+            breaker_open=bool(self.breaker) or exhausted,
             targets=() if self.options.only_triage else self.options.targets,
             auto_advance=self.options.auto_advance,
             filters_given=bool(self.options.filters),
             matched=frozenset(self.matched),
             completed=tuple(totals.completed),
-            cap_reached=self._cap_reached(),
+            cap_reached=bool(self.cap_reached()),
         )
 
-    def _cap_reached(self) -> bool:
+    def cap_reached(self) -> str:
+        """Which limit of the run is used up; "" while none is."""
         execution, left = self.config.execution, self._budget()
-        minutes = (time.monotonic() - self.began) / 60
-        return (
-            self.totals.phases >= self.options.cap
-            or (execution.max_run_minutes is not None and minutes >= execution.max_run_minutes)
-            or (left is not None and left <= 0)
-        )
+        minutes = (time.monotonic() - self.totals.began) / 60
+        if self.totals.phases >= self.options.cap:
+            return plural(self.options.cap, "phase")
+        if execution.max_run_minutes is not None and minutes >= execution.max_run_minutes:
+            return f"execution.max_run_minutes = {execution.max_run_minutes:g}"
+        if left is not None and left <= 0:
+            return f"execution.max_cost_usd = {execution.max_cost_usd:g}"
+        return ""
 
     def _budget(self) -> float | None:
         """What is left of max_cost_usd; None: no limit."""
@@ -6407,13 +5601,14 @@ class Scheduler:
 
     async def _start(self, offered: Sequence[Action]) -> bool:
         """Start what may start; whether that changed the backlog, so that it pays to look again."""
-        if self.ledger.store.waiting:
+        if self.book.store.trouble:
             return False
-        promotions = [action for action in offered if isinstance(action, Promote)]
-        if promotions:
-            await self._promote([action.item_id for action in promotions])
+        promotions = [action.item_id for action in offered if isinstance(action, Promote)]
+        for applied in await self.do(self.book.promote, promotions) if promotions else ():
+            if applied.state == "blocked":
+                self._count(applied)
         for action in offered:
-            if isinstance(action, Task) and not self._cap_reached() and not self._held(action):
+            if isinstance(action, Task) and not self.cap_reached() and not self._held(action):
                 self._start_task(action)
         return bool(promotions)
 
@@ -6422,76 +5617,11 @@ class Scheduler:
 
         And an agent whose breaker is open does not start, but for one probe at the end of it.
         """
-        uncommitted = task.phase.destructive and bool(self.ledger.journal.pending)
+        uncommitted = task.phase.destructive and bool(self.book.pending)
         return uncommitted or agent_of(self.config, task.phase) in self._resting()
 
-    # -- agents that rest --------------------------------------------------------------------------
-
-    def _now(self) -> float:
-        return self.ledger.clock().timestamp()
-
-    def _resting(self) -> set[str]:
-        """The agents that may not be started just now.
-
-        Their breaker is open, or its probe is under way; or they must start alone and one of them
-        has not begun to work yet.
-        """
-        busy = {agent_of(self.config, one.task.phase) for one in self.running.values()} - {""}
-        waking = {agent for agent in busy - self.awake if PROFILES[agent].starts_alone}
-        pauses = self.ledger.journal.pauses
-        if not pauses:
-            return waking
-        now = self._now()
-        return waking | {a for a, pause in pauses.items() if now < pause.until or a in busy}
-
-    async def _rest(self, task: Task, outcome: AgentOutcome) -> None:
-        """Open the breaker of a task's agent; or halt, if so configured or if waiting is no use."""
-        agent = agent_of(self.config, task.phase)
-        before = self.ledger.journal.pauses.get(agent)
-        pause = pause_after(outcome, agent, before, self.config, self._now())
-        wait = self.config.execution.on_usage_limit == "wait"
-        if wait if outcome.kind == "limited" else pause.strikes < PROBES:
-            self.totals.phases -= 1  # it is started again, and did nothing
-            self.told.pop(agent, None)
-            await self.coordinator.do(self.ledger.note_pause, agent, pause)
-            text = f"{outcome.detail}; {agent} is not started before {self._clock_text(pause)}"
-            self._tell(task, f"{text}, and no attempt is charged")
-        else:
-            again = f" ({pause.strikes} times in a row)" if pause.strikes > 1 else ""
-            self._trip(task, outcome.detail + again)
-
-    @staticmethod
-    def _clock_text(pause: AgentPause) -> str:
-        return f"{datetime.fromtimestamp(pause.until):%Y-%m-%d %H:%M:%S}"
-
-    async def _answered(self, task: Task, outcome: AgentOutcome) -> None:
-        """Close the breaker of a task's agent, if this was the probe: it got through to its API."""
-        agent = agent_of(self.config, task.phase)
-        pause = self.ledger.journal.pauses.get(agent)
-        if pause is not None and self._now() - outcome.seconds >= pause.until:
-            await self.coordinator.do(self.ledger.note_pause, agent, None)
-            log().info("%s works again", agent)
-
-    def _count_down(self) -> None:
-        """Log how long agents still rest, whenever half of what was told last is over."""
-        for agent, pause in self.ledger.journal.pauses.items():
-            left = pause.until - self._now()
-            if left > 0 and left <= self.told.get(agent, left * 2) / 2:
-                self.told[agent] = left
-                log().info(
-                    "%s rests for %s more, until %s (%s)",
-                    *(agent, human_duration(left), self._clock_text(pause), pause.reason),
-                )
-
-    async def _promote(self, item_ids: Sequence[str]) -> None:
-        for applied in await self.coordinator.do(self.ledger.promote, item_ids):
-            if applied.state == "blocked":
-                self._count(applied)
-
     def _start_task(self, task: Task) -> None:
-        import asyncio
-
-        item = self.coordinator.backlog.items.get(task.item_id)
+        item = self.backlog.items.get(task.item_id)
         if item is None:  # deleted by hand since the choice
             return
         self.totals.phases += 1
@@ -6499,18 +5629,14 @@ class Scheduler:
         self.running[task.item_id] = Running(task, now, now)
         text = f"starts: {one_line(item['title'], 80)}"
         log().info("%s", phase_line(task.item_id, task.name, text))
-        self.workers.add(asyncio.create_task(self._work(task)))
+        self.workers.add(asyncio.create_task(self._phase(task)))
 
     async def _wait(self) -> None:
         """Until a phase ends, the run is stopped, or it is time to look at the disk again."""
-        import asyncio
-
-        stopped = asyncio.ensure_future(self.stop.agents.wait())
+        stopped = asyncio.ensure_future(self.stopping.wait())
         self.live.show(self._live_text)
         done, _ = await asyncio.wait(
-            {*self.workers, stopped},
-            timeout=self.POLL_S,
-            return_when=asyncio.FIRST_COMPLETED,
+            {*self.workers, stopped}, timeout=POLL_S, return_when=asyncio.FIRST_COMPLETED
         )
         stopped.cancel()
         for worker in done - {stopped}:
@@ -6519,7 +5645,7 @@ class Scheduler:
 
     # -- one phase ---------------------------------------------------------------------------------
 
-    async def _work(self, task: Task) -> None:
+    async def _phase(self, task: Task) -> None:
         try:
             applied = await self._attempts(task)
             del self.running[task.item_id]  # after an error it stays, so that it is not begun again
@@ -6529,175 +5655,188 @@ class Scheduler:
             self._count(applied)
 
     async def _attempts(self, task: Task) -> Applied | None:
-        """Run a phase until it succeeds or its attempts are used up; None: interrupted."""
-        attempts = self.config.execution.max_retries + 1
-        item = self.coordinator.backlog.items.get(task.item_id)
-        first = item.get("attempts", 0) + 1 if item else 1
+        """Run a phase until it succeeds or its attempts are used up; None: interrupted.
+
+        One attempt: snapshot → agent → look → hooks → decide → journal → save → worklog → commit;
+        what comes behind the agent is `Ledger.conclude`.
+        """
+        book, most = self.book, self.config.execution.max_retries + 1
+        item = self.backlog.items.get(task.item_id)
+        first = (item.get("attempts") or 0) + 1 if item else 1
         failure, salvaged = self.failures.pop(task.item_id, ""), None
-        started: Started | None = None
-        for attempt in itertools.count(min(first, attempts)):
-            started = await self.coordinator.do(self.ledger.begin, task, attempt, started)
-            if started is None:
-                self._tell(task, "not started: the item was deleted by hand")
+        attempt: Attempt | None = None
+        for number in itertools.count(min(first, most)):
+            attempt = await self.do(book.begin, task, number, attempt)
+            if attempt is None:
+                self._tell(task, "not started: the item was deleted or moved meanwhile")
                 return None
-            outcome = await self._run_agent(started, attempts, failure, salvaged)
-            await self._note_usage(task, outcome.usage)
-            outcome = self._within_budget(outcome)
-            if outcome.kind in ("cancelled", "limited", "transient", "unusable"):
+            outcome = await self._run_agent(attempt, most, failure, salvaged)
+            if await self._interrupted(attempt, outcome):
                 self.failures[task.item_id] = failure
-                await self._interrupt(started, outcome)
                 return None
-            await self._answered(task, outcome)
-            verdict = await self._judge(started, outcome)
+            verdict = await self._judge(attempt, outcome)
             if isinstance(verdict, Applied):
                 return verdict
             failure = verdict
             try:
-                if attempt >= attempts:
-                    return await self._give_up(started, attempts, failure, outcome.result)
-                salvaged = await self.coordinator.do(self.ledger.fail, started)
+                if number >= most:
+                    return await self._give_up(attempt, most, failure, outcome.result)
+                salvaged = await self.do(book.fail, attempt)
             finally:  # said once it is charged: nobody is told what a crash would take back
-                text = f"attempt {attempt} of {attempts} failed: {one_line(failure, 300)}"
+                text = f"attempt {number} of {most} failed: {one_line(failure, 300)}"
                 self._tell(task, text)
-            if await self._stopped_within(retry_delay_s(self.config, attempt)) or self._put_off(
-                task
-            ):
+            delay = retry_delay_s(self.config, number)
+            if await self._stopped_within(delay) or self._put_off(task):
                 self.failures[task.item_id] = failure
-                await self.coordinator.do(self.ledger.cancel, started)
+                await self.do(book.cancel, attempt)
                 return None
         raise AssertionError("the last attempt returns")
 
-    async def _note_usage(self, task: Task, usage: Usage) -> None:
-        self.totals.add_usage(task, usage)
-        await self.coordinator.do(self.ledger.note_usage, task.item_id, usage)
-
-    def _within_budget(self, outcome: AgentOutcome) -> AgentOutcome:
-        """An attempt that ended for want of money has not failed: the run ends instead."""
+    async def _run_agent(
+        self, attempt: Attempt, most: int, failure: str, salvaged: str | None
+    ) -> AgentOutcome:
+        """The agent, and the checks on what it says is complete."""
+        task = attempt.task
+        spec = await self.do(self._spec, attempt, most, failure, salvaged)
+        outcome = await run_attempt(
+            spec,
+            stop=self.stopping,
+            hurry=self.hurry,
+            started=lambda pid, since: self.coordinator.post(
+                self.book.note_process, attempt, pid, since
+            ),
+            progress=lambda seen: self._note_progress(task, seen),
+        )
+        self.live.forget(task.item_id)  # what it cost is in the totals from now on
+        attempt.usage = outcome.usage
+        self.totals.add_usage(task, outcome.usage)
+        completed = outcome.result is not None and outcome.result.result == "phase_complete"
+        if completed and task.phase.verify:
+            trouble = await run_verify(
+                spec, task.phase.verify, stop=self.stopping, hurry=self.hurry
+            )
+            if trouble is not None:
+                kind: Literal["cancelled", "failed"]
+                kind = "cancelled" if self.stopping.is_set() else "failed"
+                return outcome._replace(kind=kind, result=None, detail=trouble)
         left = self._budget()
-        if left is None or left > 0 or outcome.kind in ("result", "cancelled"):
-            return outcome
-        return outcome._replace(kind="cancelled", detail="max_cost_usd is used up")
+        if left is not None and left <= 0 and outcome.kind not in ("result", "cancelled"):
+            # It ended for want of money: it has not failed, the run ends instead.
+            return outcome._replace(kind="cancelled", trouble="", detail="max_cost_usd is used up")
+        return outcome
 
-    def _put_off(self, task: Task) -> bool:
-        """Whether a retry has to wait: for the next run, or until its agent may start again."""
-        pause = self.ledger.journal.pauses.get(agent_of(self.config, task.phase))
-        if pause is None:
-            return self._look_for_stop()
-        self.totals.phases -= 1  # it goes on where it is now
+    async def _interrupted(self, attempt: Attempt, outcome: AgentOutcome) -> bool:
+        """Whether the attempt does not count: the run stops, or the agent cannot work now.
+
+        A free end, with the tree unchanged, is the CLI's trouble, whatever the wording.
+        """
+        task, agent = attempt.task, agent_of(self.config, attempt.task.phase)
+        if outcome.kind == "cancelled":
+            await self.do(self.book.cancel, attempt)
+            text = f"interrupted ({outcome.detail}); the next run starts it again"
+            log().info("%s", phase_line(task.item_id, task.name, text))
+        elif outcome.kind == "limited":
+            await self.do(self.book.cancel, attempt)
+            await self._rest(task, outcome)
+        elif await self._ended_free(attempt, outcome):
+            await self.do(self.book.cancel, attempt)
+            self.totals.free_ends += 1
+            self.free.setdefault((agent, task.item_id), False)
+            if outcome.trouble == "refused":
+                self._trip(task, outcome.error)
+            elif self.totals.free_ends >= FREE_ENDS:
+                self._trip(task, f"{outcome.error} ({FREE_ENDS} such ends in this run)")
+            else:
+                await self._rest(task, outcome)
+        else:
+            if not outcome.trouble:
+                await self._has_worked(task, outcome)
+            return False
         return True
 
-    def _tell(self, task: Task, text: str) -> None:
-        log().warning("%s", phase_line(task.item_id, task.name, text))
+    async def _ended_free(self, attempt: Attempt, outcome: AgentOutcome) -> bool:
+        """An end of the CLI's own, before any work.
 
-    async def _judge(self, started: Started, outcome: AgentOutcome) -> Applied | str:
+        Where the agent has done another item's work since the item's first free end, the item is to
+        blame, so that one bad prompt ends up blocked instead of ending every night.
+        """
+        if outcome.kind != "failed" or outcome.trouble not in ("refused", "busy"):
+            return False
+        if self.free.get((agent_of(self.config, attempt.task.phase), attempt.task.item_id)):
+            return False
+        return await self.do(self.book.left_nothing, attempt)
+
+    async def _has_worked(self, task: Task, outcome: AgentOutcome) -> None:
+        """An agent rests no longer, and its free ends with other items were these items' fault."""
+        agent = agent_of(self.config, task.phase)
+        self.free.pop((agent, task.item_id), None)
+        self.free.update({key: True for key in self.free if key[0] == agent})
+        pause = self.book.pauses().get(agent)
+        if pause is not None and self._now() - outcome.seconds >= pause.until:
+            await self.do(self.book.rest, agent, None)
+            log().info("%s works again", agent)
+
+    async def _judge(self, attempt: Attempt, outcome: AgentOutcome) -> Applied | str:
         """Record what the attempt achieved, or tell why it failed."""
         result = outcome.result
         for warning in result.warnings if result else ():
-            self._tell(started.task, warning)
+            self._tell(attempt.task, warning)
         if result is None or result.result == "failed":
             return failure_text(outcome)
-        verdict = await self.coordinator.do(self.ledger.finish, started, result)
+        verdict = await self.do(self.book.conclude, attempt, result)
         if isinstance(verdict, Applied) and result.result != "blocked":
             self.totals.exhausted_in_a_row = 0
         return verdict
 
     async def _give_up(
-        self, started: Started, attempts: int, failure: str, result: PhaseResult | None
+        self, attempt: Attempt, most: int, failure: str, result: PhaseResult | None
     ) -> Applied:
-        reason = f"{started.task.name} failed after {plural(attempts, 'attempt')}: {failure}"
+        reason = f"{attempt.task.name} failed after {plural(most, 'attempt')}: {failure}"
         self.totals.exhausted_in_a_row += 1
-        return await self.coordinator.do(self.ledger.give_up, started, reason, result)
+        return await self.do(self.book.give_up, attempt, reason, result)
 
-    async def _interrupt(self, started: Started, outcome: AgentOutcome) -> None:
-        """The attempt does not count: the run is stopping, or the agent cannot work now."""
-        await self.coordinator.do(self.ledger.cancel, started)
-        task = started.task
-        if outcome.kind == "cancelled":
-            text = f"interrupted ({outcome.detail}); the next run starts it again"
-            log().info("%s", phase_line(task.item_id, task.name, text))
-        elif outcome.kind in ("limited", "transient"):
-            await self._rest(task, outcome)
-        else:
-            self._trip(task, outcome.detail)
-
-    def _trip(self, task: Task, why: str) -> None:
-        self.breaker = why
-        log().error("%s", phase_line(task.item_id, task.name, why))
+    def _put_off(self, task: Task) -> bool:
+        """Whether a retry has to wait: for the next run, or until its agent may start again."""
+        if agent_of(self.config, task.phase) not in self.book.pauses():
+            return self._look_for_stop()
+        self.totals.phases -= 1  # it goes on where it is now
+        return True
 
     async def _stopped_within(self, seconds: float) -> bool:
-        import asyncio
-
         try:
-            await asyncio.wait_for(self.stop.agents.wait(), seconds)
+            await asyncio.wait_for(self.stopping.wait(), seconds)
         except TimeoutError:
             return False
         return True
 
-    async def _run_agent(
-        self, started: Started, attempts: int, failure: str, salvaged: str | None
-    ) -> AgentOutcome:
-        spec = await self.coordinator.do(self._spec, started, attempts, failure, salvaged)
-        outcome = await run_attempt(
-            spec,
-            stop=self.stop.agents,
-            hurry=self.stop.hurry,
-            started=lambda pid, since: self.coordinator.post(
-                self.ledger.note_process, started.record.token, pid, since
-            ),
-            progress=lambda seen: self._note_progress(started.task, seen),
-        )
-        self.live.forget(started.task.item_id)  # what it cost is in the totals from now on
-        completed = outcome.result is not None and outcome.result.result == "phase_complete"
-        if completed and started.task.phase.verify:
-            trouble = await run_verify(
-                spec, started.task.phase.verify, stop=self.stop.agents, hurry=self.stop.hurry
-            )
-            if trouble is not None:
-                kind: Literal["cancelled", "failed"]
-                kind = "cancelled" if self.stop.agents.is_set() else "failed"
-                return outcome._replace(kind=kind, result=None, detail=trouble)
-        return outcome
-
-    def _note_progress(self, task: Task, seen: Progress) -> None:
-        """Show what an agent does; the log gets a line of it every few minutes."""
-        self.live.note(task.item_id, seen)
-        self.awake.add(agent_of(self.config, task.phase))
-        running, now = self.running[task.item_id], time.monotonic()
-        if now - running.told >= PROGRESS_LOG_S:
-            self.running[task.item_id] = running._replace(told=now)
-            spent = f"{seen.usage.tokens:,} tokens" if seen.usage.tokens else ""
-            spent += f" ${seen.usage.cost_usd:.2f}" if seen.usage.cost_usd is not None else ""
-            parts = (human_duration(now - running.since), spent, one_line(seen.last, 160))
-            text = ", ".join(part for part in parts if part)
-            log().info("%s", phase_line(task.item_id, task.name, f"at work: {text}"))
-
     def _spec(
-        self, started: Started, attempts: int, failure: str, salvaged: str | None
+        self, attempt: Attempt, most: int, failure: str, salvaged: str | None
     ) -> AttemptSpec:
-        task, root = started.task, self.ledger.repo.root
+        task, root = attempt.task, self.space.repo.root
+        change_dir = item_folder(root, attempt.item)
         settings = agent_settings(self.config, task.phase)
         prompt = build_prompt(
-            started.item,
+            attempt.item,
             task,
             self.config,
-            attempt=started.attempt,
-            attempts=attempts,
-            result_path=result_path(root, task.item_id, task.name, started.record.token),
-            change_dir=started.change_dir,
-            previous_summary=worklog_summary(self.ledger.worklog(), task.item_id),
+            attempt=attempt.number,
+            attempts=most,
+            result_path=result_path(root, task.item_id, task.name, attempt.token),
+            change_dir=change_dir,
+            previous_summary=last_summary(self.book.worklog(), task.item_id),
             failure=failure,
-            salvage_ref=salvaged or self.ledger.last_salvage(task.item_id, task.name),
-            documents=_documents(started.change_dir, root),
-            backlog=self.coordinator.backlog,
+            salvage_ref=salvaged or self.book.last_salvage(task),
+            documents=documents_in(change_dir, root),
+            backlog=self.backlog,
         )
         return AttemptSpec(
-            run_id=self.ledger.journal.run_id,
+            run_id=self.run_id,
             task=task,
-            attempt=started.attempt,
-            token=started.record.token,
+            attempt=attempt.number,
+            token=attempt.token,
             root=root,
             prompt=prompt,
-            change_dir=started.change_dir,
+            change_dir=change_dir,
             settings=settings,
             timeout_s=phase_timeout_s(self.config, task.phase),
             idle_timeout_s=idle_timeout_s(self.config, settings),
@@ -6705,7 +5844,65 @@ class Scheduler:
             budget_usd=self._budget(),
         )
 
-    # -- counting ----------------------------------------------------------------------------------
+    # -- agents that rest --------------------------------------------------------------------------
+
+    def _now(self) -> float:
+        return self.book.clock().timestamp()
+
+    def _resting(self) -> set[str]:
+        """The agents that may not be started just now.
+
+        Their breaker is open, or its probe is under way; or they must start alone and one of them
+        has not begun to work yet.
+        """
+        busy = {agent_of(self.config, one.task.phase) for one in self.running.values()} - {""}
+        waking = {agent for agent in busy - self.awake if PROFILES[agent].starts_alone}
+        now, pauses = self._now(), self.book.pauses()
+        return waking | {a for a, pause in pauses.items() if now < pause.until or a in busy}
+
+    async def _rest(self, task: Task, outcome: AgentOutcome) -> None:
+        """Open the breaker of a task's agent; or halt, if so configured or if waiting is no use."""
+        agent = agent_of(self.config, task.phase)
+        pause, told, goes_on = await self.do(self._pause, agent, outcome)
+        if not goes_on:
+            again = f" ({pause.strikes} times in a row)" if pause.strikes > 1 else ""
+            return self._trip(task, outcome.error + again)
+        self.totals.phases -= 1  # it is started again, and did nothing
+        if not told:
+            text = f"{outcome.error}; {agent} {self._rest_text(pause)}, no attempt is charged"
+            self._tell(task, text)
+        return None
+
+    def _pause(self, agent: str, outcome: AgentOutcome) -> tuple[AgentPause, bool, bool]:
+        """The rest, whether it was told for a neighbour already, and whether waiting is of use.
+
+        For the coordinator: two agents may meet a limit at once.
+        """
+        before, now = self.book.pauses().get(agent), self._now()
+        pause = pause_after(outcome, agent, before, self.config, now)
+        if outcome.kind == "limited":
+            goes_on = self.config.execution.on_usage_limit == "wait"
+            goes_on &= pause.kind != "reset" or pause.strikes <= LIMITS_IN_A_ROW
+        else:
+            goes_on = pause.strikes < FREE_ENDS_IN_A_ROW
+        if goes_on:
+            self.book.rest(agent, pause)
+        told = before is not None and now < before.until >= pause.until - SAME_REST_S
+        return pause, told, goes_on
+
+    def _rest_text(self, pause: AgentPause) -> str:
+        left = human_duration(pause.until - self._now())
+        return f"rests for {left}, until {_local_text(pause.until)}"
+
+    def _trip(self, task: Task, why: str) -> None:
+        if not self.breaker:
+            log().error("%s", phase_line(task.item_id, task.name, why))
+        self.breaker = self.breaker or why
+
+    # -- counting and telling ----------------------------------------------------------------------
+
+    def _tell(self, task: Task, text: str) -> None:
+        log().warning("%s", phase_line(task.item_id, task.name, text))
 
     def _count(self, applied: Applied) -> None:
         """Add an outcome to the totals and say what it was."""
@@ -6725,18 +5922,29 @@ class Scheduler:
         elif applied.state == "advanced":
             log().info("%s is %s now", item_id, _where(applied.item))
 
+    def _note_progress(self, task: Task, seen: Progress) -> None:
+        """Show what an agent does; the log gets a line of it every few minutes."""
+        self.live.note(task.item_id, seen)
+        self.awake.add(agent_of(self.config, task.phase))
+        running, now = self.running[task.item_id], time.monotonic()
+        if now - running.told >= PROGRESS_LOG_S:
+            self.running[task.item_id] = running._replace(told=now)
+            spent = usage_text(seen.usage)
+            parts = (human_duration(now - running.since), spent, one_line(seen.last, 160))
+            text = ", ".join(part for part in parts if part)
+            log().info("%s", phase_line(task.item_id, task.name, f"at work: {text}"))
+
     def _live_text(self) -> str:
-        now = time.monotonic()
+        now, totals = time.monotonic(), self.totals
         doing = [
             f"{item_id} {one.task.name} {human_duration(now - one.since)}"
             for item_id, one in self.running.items()
         ]
         doing += [
             f"{pause.agent} rests, {human_duration(pause.until - self._now())} left"
-            for pause in self.ledger.journal.pauses.values()
+            for pause in self.book.pauses().values()
             if pause.until > self._now()
         ]
-        totals = self.totals
         under_way = (one.usage for one in self.live.seen.values())
         spent = sum_usage([*totals.spent.values(), *under_way])
         so_far = f" · {spent.tokens:,} tokens" if spent.tokens else ""
@@ -6752,7 +5960,7 @@ def _where(item: Item) -> str:
     return f"{item['status']}, {phase} next" if phase else item["status"]
 
 
-def _documents(change_dir: Path, root: Path) -> list[str]:
+def documents_in(change_dir: Path, root: Path) -> list[str]:
     """The documents of earlier phases, relative to the project root."""
     return [str(p.relative_to(root)) for p in sorted(change_dir.rglob("*")) if p.is_file()][:200]
 
@@ -6788,7 +5996,7 @@ class RunLock:
             os.close(handle)
             raise RunActive(
                 f"another run is at work here ({self.holder() or 'it has just begun'}). Wait for"
-                f" it, or ask it to stop with `{PROGRAM} stop`."
+                f" it, or ask it to stop with `{program_name()} stop`."
             ) from None
         since = f"{datetime.now():%Y-%m-%d %H:%M:%S}"
         os.ftruncate(handle, 0)
@@ -6816,12 +6024,9 @@ class Workspace(NamedTuple):
     def run_lock(self, owner: str = "a command") -> RunLock:
         return RunLock(self.repo.state_dir / "run.lock", owner)
 
-    @property
-    def journal_path(self) -> Path:
-        return self.repo.state_dir / "run.json"
-
-    def ledger(self, journal: Journal) -> Ledger:
-        return Ledger(self.repo, self.store, self.config, journal, utc_now)
+    def journal(self) -> Journal | None:
+        """What an active run, or one that left something unfinished, has noted."""
+        return Journal.read(self.store.journal_path, self.store.path.name)
 
 
 def open_workspace(root: Path, config_path: Path | None) -> Workspace:
@@ -6835,10 +6040,25 @@ def open_workspace(root: Path, config_path: Path | None) -> Workspace:
             f"{repo.root} holds no {path.name}; the project is {above}. Go there, or name it with"
             " --root."
         )
+
+    def at_home(run: Mapping[str, Any]) -> bool:
+        return repo.branch() == run["branch"] and repo.operation() is None
+
+    def versions(run: Mapping[str, Any]) -> Iterable[bytes]:
+        return repo.old_versions(repo.relative(path), run["head"]) if run["head"] else ()
+
+    def committed() -> tuple[str | None, bytes]:
+        commit = repo.head().commit
+        return commit, repo.committed(commit, repo.relative(path)) or b""
+
     store = Store(
         path,
-        repo.state_dir / "backlog.lock",
+        repo.state_dir,
+        repo.root / WORK_DIR,
+        Outside(at_home, versions, committed),
+        prefix=config.prefix,
         warn=lambda text: log().warning("%s", text),
+        clock=utc_now,
     )
     if path.is_relative_to(repo.top):
         # Large, ours, and another command may save it at any moment: no part of a phase's work.
@@ -6883,33 +6103,40 @@ def new_run_id() -> str:
     return f"{utc_now():%Y%m%dT%H%M%S}-{secrets.token_hex(3)}"
 
 
-def begin_run(space: Workspace, run_id: str, *, allow_dirty: bool) -> Ledger:
+def begin_run(space: Workspace, run_id: str, *, allow_dirty: bool, overridden: str = "") -> Ledger:
     """Recover what the last run left, check everything, and open the journal of a new run.
 
-    The run lock is held by the caller. Raises OrchestratorError with every problem at once.
+    The run lock is held by the caller. `overridden` is an item whose guardrails are overridden.
+    Raises OrchestratorError with every problem at once.
     """
-    last = Journal.read(space.journal_path)
-    _refuse(_head_problems(space, last))
-    if last is not None and not last.settled:
-        records = last.attempts.values()
-        end_leftovers(last.run_id, dict(one for record in records for one in record.processes))
-    deleted_by_agent = last is not None and last.attempts
-    space.store.load(space.store.last_copy() if deleted_by_agent else None)
-    space.repo.clean_leftovers()
-    space.repo.bring_out(f"{space.repo.prefix}{WORKLOG_DIR}/")
-    if last is not None and not last.settled:
-        space.ledger(last).recover()
-    journal = Journal(space.journal_path, run_id, space.repo.head().branch)
-    ledger = space.ledger(journal)
+    repo, store, last = space.repo, space.store, space.journal()
+    head = repo.head()
+    _refuse(_head_problems(space, head, last))
     if last is not None:
-        journal.spent = last.spent
-        if space.config.execution.on_usage_limit == "wait":  # else somebody starts it to try again
-            journal.pauses = last.pauses
-    ledger.take_up_parked(last)
+        pairs = [pair for line in last.attempts.values() for pair in line.get("processes", ())]
+        end_leftovers(last.run["id"], dict(pairs))
+    repo.clean_leftovers()
+    repo.bring_out(f"{repo.prefix}{WORKLOG_DIR}/")
+    store.look()
+    ledger = Ledger(repo, store, space.config, run_id, utc_now)
+    if last is not None:
+        ledger.recover()
+        if space.config.execution.on_usage_limit != "wait":  # somebody starts it to try again
+            store.note({"rests": dict.fromkeys(ledger.journal.rests)})
+        ledger.end(last.run["id"])
+        head = repo.head()
     _refuse(preflight(space, allow_dirty=allow_dirty))
-    make_work_folder(space.repo.root, space.repo.root / WORK_DIR)
-    journal.write()
-    for line in ledger.edit([lambda draft: repair_items(draft, ledger.rules, utc_now())])[0]:
+    make_work_folder(repo.root, repo.root / WORK_DIR)
+    run = {"id": run_id, "branch": head.branch, "head": head.commit}
+    store.begin(run, repo.committed(head.commit, repo.relative(store.path)))
+
+    def prepare(draft: Draft) -> list[str]:
+        if overridden in draft.items:  # who asks for this one step has looked at the item
+            draft.update(overridden, utc_now(), guardrail_override=True)
+        return repair_items(draft, ledger.rules, utc_now())
+
+    ledger.take_in()  # before anything is changed: what was edited since the last commit
+    for line in store.change(prepare):
         log().warning("%s", line)
     return ledger
 
@@ -6920,23 +6147,25 @@ def end_leftovers(run_id: str, known: Mapping[int, int] | None = None) -> None:
         log().warning("ended a process that an agent left behind: %s", line)
 
 
-def _head_problems(space: Workspace, last: Journal | None) -> list[Problem]:
+def _head_problems(space: Workspace, head: Head, last: Journal | None) -> list[Problem]:
     """What forbids even a recovery: it may commit."""
-    problems, head = list(space.repo.head_problems()), space.repo.head()
+    problems = list(space.repo.head_problems(head))
     if head.branch is None:
         return problems
-    if last is not None and not last.settled and last.branch not in (None, head.branch):
-        was = str(last.branch).removeprefix("refs/heads/")
+    branch = head.branch.removeprefix("refs/heads/")
+    if last is not None and last.run["branch"] not in (None, head.branch):
+        was = str(last.run["branch"]).removeprefix("refs/heads/")
         problems.append(
             Problem(
-                f"the last run did not end, and it was on branch {was}",
-                f"Go back to it first: `git switch {was}`.",
+                f"the last run left something unfinished, and it was on branch {was}",
+                f"Go back to it and run there: `git switch {was}`. Or, to give up what that run"
+                f" decided and did not commit: `rm {last.path}`.",
             )
         )
-    elif head.branch.removeprefix("refs/heads/") in space.config.protected_branches:
+    elif branch in space.config.protected_branches:
         problems.append(
             Problem(
-                f"branch {head.branch.removeprefix('refs/heads/')} is protected",
+                f"branch {branch} is protected",
                 "Work on another branch, or change project.protected_branches.",
             )
         )
@@ -6945,8 +6174,8 @@ def _head_problems(space: Workspace, last: Journal | None) -> list[Problem]:
 
 def start_problems(space: Workspace, *, allow_dirty: bool) -> list[Problem]:
     """Everything for which a run would refuse to start now; changes nothing."""
-    last = Journal.read(space.journal_path)
-    found = [*_head_problems(space, last), *preflight(space, allow_dirty=allow_dirty)]
+    found = _head_problems(space, space.repo.head(), space.journal())
+    found += preflight(space, allow_dirty=allow_dirty)
     return list(dict.fromkeys(found))  # both look at HEAD
 
 
@@ -6963,6 +6192,8 @@ def preflight(space: Workspace, *, allow_dirty: bool) -> list[Problem]:
 
 
 def _dirty_problems(space: Workspace) -> list[Problem]:
+    import shlex
+
     prefix = space.repo.prefix
     own = {
         os.path.relpath(space.store.path, space.repo.top),
@@ -6971,15 +6202,37 @@ def _dirty_problems(space: Workspace) -> list[Problem]:
     }
     folders = tuple(f"{prefix}{name}/" for name in (CHANGES_DIR, IDEAS_DIR, WORKLOG_DIR, WORK_DIR))
     dirty = [p for p in space.repo.dirty_paths() if p not in own and not p.startswith(folders)]
+    left = _left_by_a_run(space, dirty)
+    dirty = [path for path in dirty if path not in left]
     if not dirty:
         return []
     shown = ", ".join(dirty[:5]) + (f" and {len(dirty) - 5} more" if len(dirty) > 5 else "")
+    paths = " ".join(shlex.quote(f":/{path}") for path in dirty)
     return [
         Problem(
             f"the work tree has uncommitted changes: {one_line(shown, 300)}",
-            "Commit them or set them aside, or run with --allow-dirty.",
+            "Commit them, or run with --allow-dirty, or set them aside:"
+            f" git stash push --include-untracked -- {paths}",
         )
     ]
+
+
+def _left_by_a_run(space: Workspace, dirty: Collection[str]) -> set[str]:
+    """Those of the paths that an unfinished run left, for the next start to recover."""
+    journal, left = space.journal(), set[str]()
+    for line in journal.outcomes.values() if journal else ():
+        left |= {entry["path"] for entry in line["entries"]}
+    for attempt in map(Attempt.from_line, journal.attempts.values() if journal else ()):
+        before, prefix = attempt.before, space.repo.prefix
+        if attempt.destructive:
+            old = before.head.commit
+            theirs = space.repo.changes(old, before.tree) if old else []
+            left |= set(dirty) - {change.after.path for change in theirs}
+        else:
+            outputs, item_id = attempt.task.phase.outputs, attempt.task.item_id
+            below = (path for path in dirty if path.startswith(prefix))
+            left |= {p for p in below if matches_output(p.removeprefix(prefix), outputs, item_id)}
+    return left
 
 
 def configured_agents(config: Config) -> list[AgentSettings]:
@@ -7016,165 +6269,43 @@ def ending_signals() -> list[signal.Signals]:
     return numbers if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN else numbers[:2]
 
 
-@contextmanager
-def signals_noted() -> Iterator[list[int]]:
-    """Note signals that arrive while a run is prepared; the run acts on them once it has begun.
-
-    Two of them, as many as have a meaning. A third one is not held back: a start that hangs can be
-    ended, and the next one goes on from wherever that was.
-    """
-    noted: list[int] = []
-    handlers = {number: signal.getsignal(number) for number in ending_signals()}
-
-    def restore() -> None:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-
-    def note(number: int, _frame: object) -> None:
-        noted.append(number)
-        if len(noted) == 2:
-            restore()
-
-    for number in handlers:
-        signal.signal(number, note)
-    try:
-        yield noted
-    finally:
-        restore()
-
-
-class Session:
-    """One run from its first turn to its halt commit; `_shut_down` is the only way out of it."""
-
-    def __init__(
-        self, ledger: Ledger, options: RunOptions, live: LiveLine, early: Sequence[int] = ()
-    ) -> None:
-        self.ledger = ledger
-        self.options = options
-        self.live = live
-        self.early = early  # signals that came while the run was being prepared
-        self.stop = StopSwitch()
-        self.coordinator = Coordinator(ledger)
-        self.scheduler = Scheduler(self.coordinator, options, self.stop, live)
-        self.reason: HaltReason | None = None  # None: an error ended the run
-        self.saved = False
-        self.state_commit: StateCommit | None = None
-
-    async def run(self) -> None:
-        """Run until a halt; raises what the run raised, after the shutdown path was taken."""
-        import asyncio
-
-        self.coordinator.start()
-        try:
-            self._watch_signals(asyncio.get_running_loop())
-            self.reason = await self.scheduler.run()
-        except BaseException:
-            self.stop.agents.set()
-            raise
-        finally:
-            await self._shut_down()
-
-    async def _shut_down(self) -> None:
-        """Agents, their results, the batch, the coordinator, and only then the halt commit."""
-        import asyncio
-
-        try:
-            await self.scheduler.drain()
-            if self.stop.signal is not None and self.reason is not None:
-                self.reason = HaltReason.SHUTDOWN_REQUESTED
-        except BaseException:
-            self.reason = None
-            raise
-        finally:
-            self.live.close()
-            try:
-                await asyncio.to_thread(end_leftovers, self.ledger.journal.run_id)
-                await self.coordinator.do(self.ledger.flush)
-            finally:
-                self.saved = await self.coordinator.close()
-                if self.saved:
-                    await asyncio.to_thread(self._halt_commit)
-                await asyncio.to_thread(self._end_journal)
-                signal.set_wakeup_fd(-1)  # the loop closes its pipe before it lets go of signals
-
-    def warnings(self) -> list[str]:
-        """Git trouble at the halt: what is not in history yet, and what becomes of it."""
-        texts = []
-        if self.ledger.journal.pending:
-            names = ", ".join(f"[{p.item}][{p.phase}]" for p in self.ledger.journal.pending)
-            texts.append(f"not committed yet, but kept in the journal for the next run: {names}")
-        if self.state_commit is not None and self.state_commit.warning:
-            texts.append(self.state_commit.warning)
-        return texts
-
-    def _halt_commit(self) -> None:
-        """Commit BACKLOG.yaml if it is dirty, alone; git trouble is a warning, never an error."""
-        try:
-            done = self.ledger.commit_state(halt_message(self.reason))
-        except SaveError as error:
-            log().warning("no halt commit: %s", error)
-            return
-        self.state_commit = done
-        self.ledger.tell_state_commit(done, "saved the backlog state")
-
-    def _end_journal(self) -> None:
-        try:
-            self.ledger.end()
-        except (OSError, GitError) as error:
-            log().warning("%s", error)
-
-    def _watch_signals(self, loop: asyncio.AbstractEventLoop) -> None:
-        for number in ending_signals():
-            loop.add_signal_handler(number, self._on_signal, number)
-        for early in self.early:
-            self._on_signal(early)
-
-    def _on_signal(self, number: int) -> None:
-        first = self.stop.signal is None
-        self.stop.on_signal(number)
-        log().warning(
-            "%s",
-            "stopping: ending the agents, then saving (once more: without waiting for them)"
-            if first
-            else "ending the agents at once",
-        )
-
-
 # ==== 11. Commands ================================================================================
 
 
 def cmd_run(args: argparse.Namespace) -> int:
-    """`run`, `triage` and `step`: see `Session`."""
+    """`run`, `triage` and `step`: see `Run`."""
     space = open_workspace(args.root, args.config)
     options = run_options(args, space)
     if args.dry_run:
         return _dry_run(space, options, args)
+    step = options.targets[0] if args.command == "step" else ""
     if options.targets:
         backlog = space.store.look()
         for target in options.targets:
             _item(backlog, target)
-        if args.command == "step":
-            _check_step(backlog.items[options.targets[0]], backlog)
+        if step:
+            _check_step(backlog.items[step], backlog)
     run_id = new_run_id()
-    with space.run_lock(f"run {run_id}"), signals_noted() as early:
+    import_asyncio()
+    with space.run_lock(f"run {run_id}"):
         become_subreaper()
         live = LiveLine(sys.stderr.isatty() and not args.quiet)
         set_up_logging(args, live)
-        ledger = begin_run(space, run_id, allow_dirty=args.allow_dirty)
-        if args.command == "step":
-            _override_guardrails(ledger, options.targets[0])
-        session = Session(ledger, options, live, early)
-        failed = _conduct(session)
-    return _report(session, args, failed)
+        start = partial(
+            begin_run, space, run_id, allow_dirty=args.allow_dirty, overridden=step
+        )
+        run = Run(space, options, live, run_id, start)
+        failed = _conduct(run)
+    return _report(space, run, args, failed)
 
 
-def _conduct(session: Session) -> bool:
-    """Run the session; whether it ended in an error, which has been logged then."""
-    import asyncio
-
+def _conduct(run: Run) -> bool:
+    """Conduct the run; whether it ended in an error, which has been logged then."""
     try:
-        asyncio.run(session.run())
+        asyncio.run(run.conduct())
     except (OrchestratorError, BacklogError, GitError, YamlError, OSError) as error:
+        if run.ledger is None:  # it has not begun
+            raise
         log().error("%s", error)
         return True
     except Exception:
@@ -7183,22 +6314,22 @@ def _conduct(session: Session) -> bool:
     return False
 
 
-def _report(session: Session, args: argparse.Namespace, failed: bool) -> int:
-    totals, code = session.scheduler.totals, EXIT_ERROR
-    if not failed and session.saved and session.reason is not None:
-        number = session.stop.signal
-        code = exit_code(session.reason, number, totals.completed, tuple(totals.blocked))
-    if args.strict and session.warnings():
+def _report(space: Workspace, run: Run, args: argparse.Namespace, failed: bool) -> int:
+    totals, code = run.totals, EXIT_ERROR
+    if not failed and run.saved and run.reason is not None:
+        number = run.signal
+        code = exit_code(run.reason, number, totals.completed, tuple(totals.blocked))
+    if args.strict and run.warnings():
         code = EXIT_ERROR
-    facts = summary_facts(session, code, command_prefix(args))
+    told = summary_of(space, run, code)
     with suppress(OSError):  # nobody may be listening any more
         if args.json:
-            print(_dumps(summary_json(facts)))
+            print(_dumps(told))
             flush_output()
         elif code or not args.quiet:
-            text = render_summary(facts, output_width(sys.stderr))
+            text = render_summary(told, program_name(), output_width(sys.stderr))
             print(f"\n{tint(text) if coloured(args, sys.stderr) else text}", file=sys.stderr)
-    _notify(session.ledger.config, facts)
+    _notify(run.config, told)
     return code
 
 
@@ -7231,7 +6362,7 @@ def _check_step(item: Item, backlog: Backlog) -> None:
     item_id, needs = item["id"], waits_for(item, backlog)
     if item["status"] == "blocked":
         raise OrchestratorError(
-            f"{item_id} is blocked: {block_reason(item)}. First: {PROGRAM} unblock {item_id}"
+            f"{item_id} is blocked: {block_reason(item)}. First: {program_name()} unblock {item_id}"
         )
     if item["status"] == "done":
         raise OrchestratorError(f"{item_id} is done: there is no phase left to run")
@@ -7239,52 +6370,61 @@ def _check_step(item: Item, backlog: Backlog) -> None:
         raise OrchestratorError(f"{item_id} waits for {', '.join(needs)}")
 
 
-def _override_guardrails(ledger: Ledger, item_id: str) -> None:
-    """Who asks for this one step has looked at the item; for good, as `unblock` does it."""
-    now = ledger.clock()
+def summary_of(space: Workspace, run: Run, code: int) -> dict[str, Any]:
+    """All that is to be said of a run that is over, for people and machines; see `json_form`."""
+    totals, options, done, items = run.totals, run.options, run.state_commit, run.backlog.items
+    rows = read_log(space, 2 * totals.phases + 10) if totals.spent else []
+    log_rows = [row for row in rows if row.run_id == run.run_id]
+    finished = {(row.item, row.phase) for row in log_rows if row.outcome == "complete"}
+    failed = [pair for pair in totals.spent if pair not in finished]
+    commits = {row.item: row.commit for row in reversed(log_rows)}
+    titles = totals.titles | {item_id: item["title"] for item_id, item in items.items()}
+    detail = run.cap_reached() if run.reason is HaltReason.CAP_REACHED else run.breaker
+    return {
+        "schema": 1,
+        "run_id": run.run_id,
+        "halt_reason": run.reason and str(run.reason),
+        "halt": halt_line(run.reason, detail, options.only_triage),
+        "detail": detail,
+        "exit_code": code,
+        "phases": totals.phases,
+        "cap": options.cap,
+        "seconds": round(time.monotonic() - totals.began, 3),
+        "completed": [
+            {"id": id, "title": titles.get(id, ""), "commit": commits.get(id)}
+            for id in totals.completed
+        ],
+        "blocked": [
+            {"id": id, "title": titles.get(id, ""), "reason": why}
+            for id, why in totals.blocked.items()
+        ],
+        "needs_you": needs_you(items, totals.blocked, program_name()),
+        "follow_ups": totals.follow_ups,
+        **usage_json(sum_usage(totals.spent.values())),
+        "spent": [
+            {"item": item_id, "phase": phase, **usage_json(usage)}
+            for (item_id, phase), usage in totals.spent.items()
+        ],
+        "filters": [str(one) for one in options.filters],
+        "targets": list(options.targets),
+        "state_commit": done.commit if done and done.outcome == "committed" else None,
+        "kept": [one._asdict() for one in newest_salvages(space, failed)],
+        "warnings": run.warnings(),
+        "counts": count_by_status(items.values()),
+        "next": next_steps(run.reason, items, options.targets, program_name()),
+    }
 
-    def override(draft: Draft) -> None:
-        if item_id in draft.items:
-            draft.update(item_id, now, guardrail_override=True)
 
-    ledger.edit_one(override)
-
-
-def summary_facts(session: Session, code: int, program: str) -> SummaryFacts:
-    totals, options, done = session.scheduler.totals, session.options, session.state_commit
-    return SummaryFacts(
-        run_id=session.ledger.journal.run_id,
-        reason=session.reason,
-        exit_code=code,
-        backlog=session.ledger.store.backlog,
-        detail=session.scheduler.breaker,
-        phases=totals.phases,
-        cap=options.cap,
-        seconds=time.monotonic() - session.scheduler.began,
-        completed=tuple(totals.completed),
-        blocked=totals.blocked,
-        follow_ups=tuple(totals.follow_ups),
-        titles=totals.titles,
-        spent=totals.spent,
-        filters=tuple(str(one) for one in options.filters),
-        targets=options.targets,
-        state_commit=done.commit if done and done.outcome == "committed" else None,
-        warnings=tuple(session.warnings()),
-        program=program,
-        only_triage=options.only_triage,
-    )
-
-
-def _notify(config: Config, facts: SummaryFacts) -> None:
+def _notify(config: Config, told: Mapping[str, Any]) -> None:
     """Run `notify.command` with the summary on stdin; its failure is a warning."""
     import subprocess
 
-    if not config.notify_command:
+    if not config.notify.command:
         return
     try:
         done = subprocess.run(
-            config.notify_command,
-            input=_dumps(summary_json(facts)).encode(),
+            config.notify.command,
+            input=_dumps(told).encode(),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             timeout=60,
@@ -7305,11 +6445,34 @@ def _dry_run(space: Workspace, options: RunOptions, args: argparse.Namespace) ->
         _item(backlog, target)
     rows = plan_rows(backlog, space.config, options)
     problems = start_problems(space, allow_dirty=args.allow_dirty)
-    if args.json:
-        print(_dumps(plan_json(rows, problems)))
-    else:
-        say(args, render_plan(rows, problems, output_width(sys.stdout)))
+    runs = run_facts(space)
+    facts = {**runs, "items": rows, "problems": [problem._asdict() for problem in problems]}
+
+    def text(width: int) -> str:
+        begin = render_runs(runs, width)
+        return "\n".join([*begin, *[""] * bool(begin), render_plan(rows, problems, width)])
+
+    answer(args, facts, text)
     return EXIT_OK
+
+
+def answer(
+    args: argparse.Namespace, facts: Mapping[str, object], text: Callable[[int], str]
+) -> None:
+    """Print what a command found out: with --json the facts, else a text for that many columns."""
+    if args.json:
+        print(_dumps({"schema": 1, **facts}))
+    else:
+        say(args, text(output_width(sys.stdout)))
+
+
+def output_width(stream: TextIO) -> int:
+    """The columns of the terminal; where there is none, lines stay whole."""
+    given = os.environ.get("COLUMNS", "")
+    columns = int(given) if given.isdecimal() else WHOLE_LINES
+    with suppress(OSError, ValueError):
+        columns = os.get_terminal_size(stream.fileno()).columns or columns
+    return max(40, columns)
 
 
 def cmd_status(args: argparse.Namespace) -> int:
@@ -7317,29 +6480,121 @@ def cmd_status(args: argparse.Namespace) -> int:
     backlog = space.store.look()
     filters = filters_of(args)
     only = matching(backlog, filters) if filters else None
-    if args.graph:
-        graph = dependency_graph(backlog, only)
-        print(_dumps(graph_json(graph)) if args.json else render_graph(graph))
+    if args.graph and not args.json:
+        say(args, render_graph(backlog, only))
         return EXIT_OK
-    kept = salvages(space)
-    if args.json:
-        told = status_json(backlog, only, item_costs(space))
-        print(_dumps({**told, "salvage": salvage_json(kept)}))
-    else:
-        shown = [one for one in kept if only is None or one.item in map(safe_name, only)]
-        table = render_status(backlog, only, output_width(sys.stdout))
-        say(args, "\n".join([table, *render_salvage(shown)]))
+    if args.done:
+        return _show_finished(space, args)
+    rows = status_rows(backlog, only, item_costs(space))
+    runs, kept = run_facts(space), [one._asdict() for one in salvages(space)]
+    shown = [one for one in kept if only is None or one["item"] in map(safe_name, only)]
+
+    def text(width: int) -> str:
+        parts = render_runs(runs, width)
+        parts += [""] if parts else []
+        if rows:
+            parts.append(render_status(rows, width, program_name()))
+        else:
+            parts.append("No items." if only is None else "No item matches.")
+        return "\n".join([*parts, *render_salvage(shown, width)])
+
+    facts = {**runs, "counts": count_by_status(rows), "items": rows, "salvage": kept}
+    answer(args, facts, text)
     return EXIT_OK
+
+
+def _show_finished(space: Workspace, args: argparse.Namespace) -> int:
+    """`status --done`."""
+    if args.only:
+        raise UsageError("--done and --only cannot be combined: a finished item has no keys left")
+    rows, none = finished(space), "No item has been finished yet."
+    answer(args, {"items": rows}, lambda width: "\n".join(table(DONE_COLUMNS, rows, width)) or none)
+    return EXIT_OK
+
+
+def finished(space: Workspace, item_id: str | None = None) -> list[dict[str, Any]]:
+    """The items that are finished, newest first, or that one; see `finished_rows`."""
+    entries = [one for one in worklog_entries(space) if item_id in (None, one["item"])]
+    return finished_rows(entries, read_log(space, item_id=item_id))
+
+
+def worklog_entries(space: Workspace) -> list[dict[str, str]]:
+    """What the worklogs on disk tell, oldest first; see `read_worklog`."""
+    months = sorted((space.repo.root / WORKLOG_DIR).glob("*.md"))
+    texts = [month.read_text(errors="replace") for month in months]
+    return [entry for text in texts for entry in read_worklog(text)]
 
 
 def item_costs(space: Workspace) -> dict[str, Usage]:
     """What every item has cost so far: as the worklog tells, and what is not in it yet."""
-    months = (space.repo.root / WORKLOG_DIR).glob("*.md")
-    costs = worklog_costs(month.read_text(errors="replace") for month in months)
-    last = Journal.read(space.journal_path)
-    for item_id, usage in last.spent.items() if last else ():
-        costs[item_id] = costs.get(item_id, NOTHING_SPENT).plus(usage)
+    costs = worklog_costs(worklog_entries(space))
+    journal = space.journal()
+    for item_id, usage in journal.spent.items() if journal else ():
+        costs[item_id] = costs.get(item_id, NOTHING_SPENT).plus(Usage(**usage))
     return costs
+
+
+def active_run(space: Workspace) -> dict[str, Any] | None:
+    """The run that holds the lock just now, and what its agents do; see `json_form`."""
+    import fcntl
+
+    lock = space.run_lock()
+    try:
+        handle = os.open(lock.path, os.O_RDONLY)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        told = re.match(r"run (\S+), pid (\d+), since ([\d-]+ [\d:]+)", lock.holder())
+    else:
+        return None
+    finally:
+        os.close(handle)
+    journal, phases = space.journal(), []
+    for one in journal.attempts.values() if journal else ():
+        item_id, phase = one["item"], one["phase"]["name"]
+        doing = last_act(space.repo.root, one["cli"], item_id, phase)
+        row = {"item": item_id, "phase": phase, "attempt": one["number"]}
+        phases.append({**row, "since": _local(one["since"]), "doing": doing})
+    if told is None:
+        return None
+    return {
+        "run_id": told[1],
+        "pid": int(told[2]),
+        "since": _local(told[3]),
+        "phases": phases,
+    }
+
+
+def _local(when: str) -> str:
+    """A time with the zone of this machine."""
+    return datetime.fromisoformat(when).astimezone().isoformat()
+
+
+def unfinished_run(space: Workspace) -> dict[str, Any] | None:
+    """What the last run left for the next start to finish, while none is active."""
+    journal = space.journal()
+    if journal is None:
+        return None
+    return {
+        "run_id": journal.run["id"],
+        "cut_off": [f"{one['item']} {one['phase']['name']}" for one in journal.attempts.values()],
+        "to_commit": [f"{one['item']} {one['phase']}" for one in journal.outcomes.values()],
+    }
+
+
+def run_facts(space: Workspace) -> dict[str, Any]:
+    """What commands tell of runs: the one at work, or else what the last one left unfinished."""
+    active = active_run(space)
+    return {"active": active, "unfinished": None if active else unfinished_run(space)}
+
+
+def render_runs(facts: Mapping[str, Any], width: int) -> list[str]:
+    """What `run_facts` found; no lines if there is nothing to say."""
+    if facts["active"]:
+        return render_active(facts["active"], datetime.now().astimezone(), width)
+    return render_unfinished(facts["unfinished"], width) if facts["unfinished"] else []
 
 
 def salvages(space: Workspace) -> list[Salvage]:
@@ -7359,6 +6614,17 @@ def salvages(space: Workspace) -> list[Salvage]:
     return found
 
 
+def newest_salvages(space: Workspace, phases: Iterable[tuple[str, str]]) -> Iterator[Salvage]:
+    """What the last failed attempt at each of these phases left, by item and phase."""
+    wanted = {(safe_name(item_id), safe_name(phase)) for item_id, phase in phases}
+    newest: dict[tuple[str, str], Salvage] = {}
+    for one in salvages(space) if wanted else ():
+        last = newest.setdefault((one.item, one.phase), one)
+        if len(one.ref) > len(last.ref) or (one.ref > last.ref and len(one.ref) == len(last.ref)):
+            newest[one.item, one.phase] = one
+    return (one for pair, one in newest.items() if pair in wanted)
+
+
 def _is_of_this_branch(repo: Repo, commit: str) -> bool:
     """Whether the attempt whose remains `commit` holds began on a commit of this branch."""
     try:
@@ -7369,253 +6635,221 @@ def _is_of_this_branch(repo: Repo, commit: str) -> bool:
 
 def cmd_show(args: argparse.Namespace) -> int:
     space = open_workspace(args.root, args.config)
-    backlog = space.store.look()
-    item = _item(backlog, args.id)
-    everything = salvages(space)
-    kept = [one for one in everything if one.item == safe_name(args.id)]
-    documents = _documents(item_folder(space.repo.root, item), space.repo.root)
-    commits = commits_of(space.repo, args.id)
-    if args.json:
-        rows = [{"commit": commit, "subject": subject} for commit, subject in commits]
-        facts = {"item": item, "documents": documents, "commits": rows}
-        print(_dumps({"schema": 1, **facts, "salvage": salvage_json(kept)}))
-        return EXIT_OK
-    lines = [render_item(item, [f"{commit[:10]} {subject}" for commit, subject in commits])]
-    if documents:
-        lines += ["", "Documents:", *(f"  {one_line(path)}" for path in documents)]
-    say(args, "\n".join([*lines, *render_salvage(kept)]))
+    item = space.store.look().items.get(args.id)
+    gone = None if item else next(iter(finished(space, args.id)), None)
+    known = gone or _item(space.store.backlog, args.id)
+    place = item_folder(space.repo.root, Item(id=args.id, title=known["title"]))
+    documents = documents_in(place, space.repo.root)
+    rows = [row._asdict() for row in read_log(space, item_id=args.id)]
+    kept = [one._asdict() for one in salvages(space) if one.item == safe_name(args.id)]
+    spent = item_costs(space).get(args.id, NOTHING_SPENT)
+
+    def text(width: int) -> str:
+        lines = render_item(item, spent, width) if item else render_finished(known, spent, width)
+        columns = [column._replace(heading="") for column in LOG_COLUMNS if column.key != "item"]
+        lines += ["", "History:", *table(columns, rows, width, "  ")] if rows else []
+        listed = [f"  {one_line(path)}" for path in documents]
+        lines += ["", "Documents:", *listed] if listed else []
+        return "\n".join([*lines, *render_salvage(kept, width)])
+
+    facts = {"item": known, "documents": documents, "commits": rows, "salvage": kept}
+    answer(args, {**facts, **usage_json(spent)}, text)
     return EXIT_OK
 
 
 def cmd_log(args: argparse.Namespace) -> int:
-    """Every decision from git history alone."""
     space = open_workspace(args.root, args.config)
-    history = read_history(space.repo, space.store.path)
-    rows = log_rows(history, departures(worklog_text(space.repo)), args.id)
-    if args.id is not None and not rows:
-        known = {decision.item_id for decision in history.decisions}
-        raise UsageError(f"{args.id}: history knows no such item{did_you_mean(args.id, known)}")
-    if args.json:
-        print(_dumps(log_json(rows)))
-    else:
-        text = render_log(rows, output_width(sys.stdout))
-        say(args, text or "No decision has been committed yet.")
+    rows = [row._asdict() for row in read_log(space, args.n, args.since, args.id)]
+    if args.id is not None and not rows and not args.since:
+        _item(space.store.look(), args.id)
+    none = "Nothing that the orchestrator did has been committed yet."
+    answer(args, {"log": rows}, lambda width: "\n".join(table(LOG_COLUMNS, rows, width)) or none)
     return EXIT_OK
 
 
-def read_history(repo: Repo, path: Path) -> History:
-    """Read all versions of the backlog file that HEAD's history holds; two git processes."""
-    history = History(path.name)
-    versions = repo.file_versions(repo.relative(path))
-    wanted, last = [], ABSENT_OID
-    for version in versions:
-        wanted += [oid for oid in version.before if oid not in (last, ABSENT_OID)]
-        wanted += [version.after] if version.after != ABSENT_OID else []
-        last = version.after
-    blobs = repo.read_blobs(wanted)
-    last, data = ABSENT_OID, b""
-    for version in versions:
-        before = [
-            data if oid == last else b"" if oid == ABSENT_OID else next(blobs)
-            for oid in version.before
-        ]
-        data = b"" if version.after == ABSENT_OID else next(blobs)
-        last = version.after
-        history.add(version, before, data)
-    return history
+def read_log(
+    space: Workspace, most: int | None = None, since: str | None = None, item_id: str | None = None
+) -> list[LogRow]:
+    """What the commits of HEAD's history say that the orchestrator did here, newest first.
 
-
-def worklog_text(repo: Repo) -> str:
-    """All worklogs: what HEAD holds, and what is on disk but not committed yet."""
-    on_disk = {path.name: path.read_bytes() for path in (repo.root / WORKLOG_DIR).glob("*.md")}
-    committed = repo.files_under(f"{repo.prefix}{WORKLOG_DIR}/")
-    return b"\n".join([*committed, *on_disk.values()]).decode(errors="replace")
-
-
-def output_width(stream: TextIO) -> int:
-    """The columns of the terminal; where there is none, lines stay whole."""
-    given = os.environ.get("COLUMNS", "")
-    columns = int(given) if given.isdecimal() else WHOLE_LINES
-    with suppress(OSError, ValueError):
-        columns = os.get_terminal_size(stream.fileno()).columns or columns
-    return max(40, columns)
-
-
-def commits_of(repo: Repo, item_id: str) -> list[tuple[str, str]]:
-    """Id and subject of every commit on the branch that names the item, newest first."""
+    `most` rows; `since` as git reads a time. One git process.
+    """
+    repo = space.repo
     if repo.head().commit is None:
         return []
-    trailer = f"--grep=^Orchestrator-Item: {re.escape(item_id)}$"
-    rows = repo.git("log", "-E", trailer, "--format=%H %s").decode(errors="replace").splitlines()
-    return [(row[:40], row[41:]) for row in rows]
+    wanted = re.escape(item_id) + "$" if item_id else ""
+    options = ["-z", "-E", f"--grep=^{TRAILER}Item: {wanted}", "--no-show-signature", LOG_FORMAT]
+    options += [f"--max-count={most}"] if most is not None else []
+    options += [f"--since={since}"] if since else []
+    options += ["--full-history", "--", repo.prefix] if repo.prefix else []
+    output = repo.git("-c", "trailer.separators=:", "log", *options)
+    rows = log_rows(output.decode(errors="replace"))
+    return [row for row in rows if item_id in (None, row.item)][:most]
 
 
 def _item(backlog: Backlog, item_id: str) -> Item:
     if item_id in backlog.items:
         return backlog.items[item_id]
-    written = re.fullmatch(r"[A-Z][A-Z0-9]*-([0-9]{3,9})", item_id)
-    number = int(written[1]) if written else 0
-    if item_id.endswith(f"-{number:03}") and 0 < number <= backlog.next_item_id:
+    if has_left(item_id, backlog):
         raise UsageError(
             f"{item_id}: it is not in the backlog any more; what became of it:"
-            f" {PROGRAM} log {item_id}"
+            f" {program_name()} show {item_id}"
         )
     raise UsageError(f"{item_id}: there is no such item{did_you_mean(item_id, backlog.items)}")
 
 
-def cmd_add(args: argparse.Namespace) -> int:
-    space = open_workspace(args.root, args.config)
-    if not args.title.strip():
-        raise UsageError("the title is empty")
-    pipeline = args.pipeline
-    if pipeline is not None and pipeline not in space.config.pipelines:
-        hint = did_you_mean(pipeline, space.config.pipelines)
-        raise UsageError(f"--pipeline {pipeline}: there is no such pipeline{hint}")
+def has_left(item_id: str, backlog: Backlog) -> bool:
+    """Whether an id was handed out, as far as the counter tells, and is in use no longer."""
+    written = re.fullmatch(r"[A-Z][A-Z0-9]*-([0-9]{3,9})", item_id)
+    number = int(written[1]) if written and item_id not in backlog.items else 0
+    return item_id.endswith(f"-{number:03}") and 0 < number <= backlog.next_item_id
+
+
+class Changed(NamedTuple):
+    """What a command did to an item."""
+
+    item_id: str
+    what: str  # "Advance WRK-001 to build": the subject of the commit
+    told: str  # the same for the terminal
+    outcome: str  # for the trailer
+    summary: str = ""
+    worklog: str = ""
+
+
+def cmd_change(args: argparse.Namespace) -> int:
+    """`add` and whatever changes an item or takes it out: one edit, one save; see CHANGES."""
+    space, now = open_workspace(args.root, args.config), utc_now()
     backlog = space.store.look()
-    for other in args.depends_on:
-        _item(backlog, other)
-    now = utc_now()
-
-    def add(draft: Draft) -> Item:
-        for other in args.depends_on:
-            draft.item(other)
-        return draft.add(
-            space.config.prefix,
-            one_line(args.title, 500),
-            now,
-            size=args.size,
-            complexity=args.complexity,
-            risk=args.risk,
-            impact=args.impact,
-            priority=args.priority,
-            pipeline_type=pipeline,
-            tags=args.tag or None,
-            dependencies=args.depends_on or None,
-            description=context_description(args.description),
-        )
-
-    item = _change(space, add)
-    print(f"Added {item['id']}: {item['title']}")
-    return _commit_command(space, args, f"Add {item['id']}: {item['title']}")
+    if args.command != "add":
+        _item(backlog, args.id)
+    if args.command in ("complete", "close"):
+        _refuse_while_running(space, args.id)
+    change = partial(CHANGES[args.command], args, space.config, now)
+    change(Draft(backlog))  # what is refused is refused before anything is touched
+    done = space.store.change(change)
+    if done.worklog:
+        space.repo.bring_out(f"{space.repo.prefix}{WORKLOG_DIR}/")
+        append_worklog(space.repo.root / WORKLOG_DIR, now, done.worklog)
+    print(done.told)
+    entry = MessageEntry(done.item_id, "", done.outcome, done.summary)
+    return _commit_command(space, args, done.what, entry)
 
 
-def _change(space: Workspace, edit: Callable[[Draft], T]) -> T:
-    """One edit of the backlog by a command; raises what it raised."""
-    _settle_last_run(space)
-    _see_past_agents(space)
-    (answer,) = space.store.transact([edit])
-    if isinstance(answer, Exception):
-        raise answer
-    _refuse_waiting(space.store)
-    return cast(T, answer)
+def _add(args: argparse.Namespace, config: Config, now: datetime, draft: Draft) -> Changed:
+    title = _title(" ".join(args.title))
+    values, notes = item_values(args, config, draft.backlog())
+    item_id = draft.add(config.prefix, title, now, **values)["id"]
+    told = "\n".join([f"Added {item_id}: {title}", *notes])
+    return Changed(item_id, f"Add {item_id}: {title}", told, "added", title)
 
 
-def _settle_last_run(space: Workspace) -> None:
-    """Save what a killed run decided and could not save any more, as far as its journal knows.
-
-    Before a command's edit, because it was decided before: the next start could not tell that.
-    """
-    last = Journal.read(space.journal_path)
-    if last is None or not last.unsaved:
-        return
-    try:
-        with space.run_lock():
-            space.store.restore(last.unsaved)
-            space.store.transact([])
-            _refuse_waiting(space.store)
-            last.unsaved = []
-            last.write()
-    except RunActive:
-        return  # the active run sees to its own, and has seen to what was there before
+def _title(text: str) -> str:
+    title = one_line(text, 500)
+    if not title:
+        raise UsageError("the title is empty")
+    return title
 
 
-def _see_past_agents(space: Workspace) -> None:
-    """Edit what was saved last, not what an agent at work set the file back to.
+def item_values(
+    args: argparse.Namespace, config: Config, backlog: Backlog
+) -> tuple[dict[str, object], list[str]]:
+    """The keys of an item that the options of `add` and `edit` give, and what to say about them."""
+    pipeline = args.pipeline_type
+    if pipeline is not None and pipeline not in config.pipelines:
+        hint = did_you_mean(pipeline, config.pipelines)
+        raise UsageError(f"--pipeline {pipeline}: there is no such pipeline{hint}")
+    needs, notes = [], []
+    for other in args.dependencies:
+        if has_left(other, backlog):
+            notes.append(f"{other} has left the backlog already: nothing to wait for")
+        else:
+            needs.append(_item(backlog, other)["id"])
+    values = {key: getattr(args, key) for key, row in ITEM_TABLE.items() if row.option}
+    values |= {"dependencies": needs, "description": context_description(args.description)}
+    return {key: value for key, value in values.items() if value not in (None, [])}, notes
 
-    It may outlive its run, too, until the next one ends it.
-    """
-    journal = Journal.read(space.journal_path)
-    if journal is not None:
-        ledger = space.ledger(journal)
-        for record in journal.attempts.values():
-            ledger.undo_set_back(record)
+
+# What `edit --clear` makes as if nobody had ever said it: by the name of the option, the key.
+CLEARABLE = {row.option: key for key, row in ITEM_TABLE.items() if row.option}
 
 
-def _refuse_waiting(store: Store) -> None:
-    if store.waiting:
-        raise OrchestratorError(f"{store.waiting}. Nothing was changed; mend the file first.")
+def _edit(args: argparse.Namespace, config: Config, now: datetime, draft: Draft) -> Changed:
+    values, notes = item_values(args, config, draft.backlog())
+    if args.title is not None:
+        values["title"] = _title(args.title)
+    values |= {CLEARABLE[name]: None for name in args.clear}
+    if not values:
+        raise UsageError(f"nothing to change; see {program_name()} edit --help")
+    if values.get("description"):  # the option gives one of its texts, the others stay
+        known = draft.item(args.id).get("description") or {}
+        values["description"] = {**known, "context": args.description.strip()}
+    draft.update(args.id, now, **values)
+    for cycle in dependency_cycles(draft.items) if values.get("dependencies") else ():
+        if args.id in cycle:
+            raise UsageError(f"--depends-on: {' → '.join(cycle)} could never start")
+    keys = ", ".join(values)
+    told = "\n".join([f"Edited {args.id}: {keys}", *notes])
+    return Changed(args.id, f"Edit {args.id}: {keys}", told, "edited", keys)
 
 
-def _commit_command(space: Workspace, args: argparse.Namespace, what: str) -> int:
+def _advance(args: argparse.Namespace, config: Config, now: datetime, draft: Draft) -> Changed:
+    item = draft.item(args.id)
+    before, pipeline = item.get("phase"), pipeline_of(config, item)
+    if pipeline is None:
+        raise OrchestratorError(f"{args.id}: pipeline {pipeline_name(item)} is not in the config")
+    names = [phase.name for phase in pipeline.phases]
+    phase = advance(draft, args.id, names, args.to, now).get("phase")
+    told = f"Advanced {args.id}{f' from {before}' if before else ''} to {phase}"
+    return Changed(args.id, f"Advance {args.id} to {phase}", told, "advanced", f"to {phase}")
+
+
+def _unblock(args: argparse.Namespace, config: Config, now: datetime, draft: Draft) -> Changed:
+    item = unblock(draft, args.id, now, notes=args.notes, override=args.override_guardrails)
+    told, notes = f"Unblocked {args.id}: {item['status']} again", one_line(args.notes or "")
+    return Changed(args.id, f"Unblock {args.id}", told, "unblocked", notes)
+
+
+def _take_out(args: argparse.Namespace, config: Config, now: datetime, draft: Draft) -> Changed:
+    """`complete` and `close`: out of the backlog, into the worklog, and whoever waited is told."""
+    close = args.command == "close"
+    why = one_line((args.reason if close else args.summary) or "", 1000)
+    if close and not why:
+        raise UsageError("--reason is blank; say why the item is not wanted any more")
+    gone = take_out(draft, args.id, "Closed" if close else "Done", why, now)
+    verb, title = args.command.capitalize(), one_line(gone.item["title"])
+    told = f"{verb.removesuffix('e')}ed {args.id}: {title}"
+    if gone.dependants:
+        told += f"\nNo longer waiting for it: {', '.join(gone.dependants)}"
+    outcome = "closed" if close else "done"
+    return Changed(args.id, f"{verb} {args.id}: {title}", told, outcome, why, gone.worklog)
+
+
+CHANGES: Mapping[str, Callable[[argparse.Namespace, Config, datetime, Draft], Changed]] = {
+    "add": _add,
+    "edit": _edit,
+    "advance": _advance,
+    "unblock": _unblock,
+    "complete": _take_out,
+    "close": _take_out,
+}
+
+
+def _commit_command(
+    space: Workspace, args: argparse.Namespace, what: str, entry: MessageEntry
+) -> int:
     """Commit BACKLOG.yaml alone after a command, if `--commit` says so and no run is active."""
     if not args.commit:
         return EXIT_OK
     try:
         with space.run_lock():
-            data = space.store.committed_bytes()
-            done = space.repo.commit_state(
-                space.store.path, data, f"[orchestrator] {one_line(what, 72)}"
-            )
+            data = space.store.state.document.to_bytes()
+            done = space.repo.commit_state(space.store.path, data, state_message(what, [entry]))
     except RunActive:
         print("A run is active: its next commit carries the change.")
         return EXIT_OK
     if done.warning:
-        print(done.warning, file=sys.stderr)
+        print(f"{done.warning} The change itself is made.", file=sys.stderr)
     return EXIT_OK
-
-
-def cmd_advance(args: argparse.Namespace) -> int:
-    space = open_workspace(args.root, args.config)
-    item = _item(space.store.look(), args.id)
-    pipeline = pipeline_of(space.config, item)
-    if pipeline is None:
-        raise OrchestratorError(f"{args.id}: pipeline {pipeline_name(item)} is not in the config")
-    names = [phase.name for phase in pipeline.phases]
-    changed = _change(space, lambda draft: advance(draft, args.id, names, args.to, utc_now()))
-    before = f" from {item['phase']}" if item.get("phase") else ""
-    print(f"Advanced {args.id}{before} to {changed['phase']}")
-    return _commit_command(space, args, f"Advance {args.id} to {changed['phase']}")
-
-
-def cmd_unblock(args: argparse.Namespace) -> int:
-    space = open_workspace(args.root, args.config)
-    _item(space.store.look(), args.id)
-    item = _change(
-        space,
-        lambda draft: unblock(
-            draft, args.id, utc_now(), notes=args.notes, override=args.override_guardrails
-        ),
-    )
-    print(f"Unblocked {args.id}: {item['status']} again")
-    return _commit_command(space, args, f"Unblock {args.id}")
-
-
-def cmd_complete(args: argparse.Namespace) -> int:
-    return _take_out(args, "Done", "Complete", one_line(args.summary or "", 1000))
-
-
-def cmd_close(args: argparse.Namespace) -> int:
-    reason = one_line(args.reason, 1000)
-    if not reason:
-        raise UsageError("--reason is blank; say why the item is not wanted any more")
-    return _take_out(args, "Closed", "Close", reason)
-
-
-def _take_out(
-    args: argparse.Namespace, status: Literal["Done", "Closed"], verb: str, why: str
-) -> int:
-    """`complete` and `close`: out of the backlog, into the worklog, and whoever waited is told."""
-    space, now = open_workspace(args.root, args.config), utc_now()
-    _item(space.store.look(), args.id)
-    _refuse_while_running(space, args.id)
-    space.repo.bring_out(f"{space.repo.prefix}{WORKLOG_DIR}/")
-    gone = _change(space, lambda draft: take_out(draft, args.id, status, why, now))
-    append_worklog(space.repo.root / WORKLOG_DIR, now, gone.worklog)
-    title = one_line(gone.item["title"])
-    print(f"{verb.removesuffix('e')}ed {args.id}: {title}")
-    if gone.dependants:
-        print(f"No longer waiting for it: {', '.join(gone.dependants)}")
-    return _commit_command(space, args, f"{verb} {args.id}: {title}")
 
 
 def _refuse_while_running(space: Workspace, item_id: str) -> None:
@@ -7624,39 +6858,53 @@ def _refuse_while_running(space: Workspace, item_id: str) -> None:
         with space.run_lock():
             return
     except RunActive:
-        journal = Journal.read(space.journal_path)
+        journal = space.journal()
     for attempt in journal.attempts.values() if journal else ():
-        if attempt.item == item_id:
+        if attempt["item"] == item_id:
+            phase = attempt["phase"]["name"]
             raise OrchestratorError(
-                f"{item_id}: its phase {attempt.phase} is running just now. Wait for it, or ask the"
-                f" run to halt when it is through: {PROGRAM} stop"
+                f"{item_id}: its phase {phase} is running just now. Wait for it, or ask the"
+                f" run to halt when it is through: {program_name()} stop"
             )
+
+
+PROBE_COLUMNS = (
+    Column("AGENT", "agent"),
+    Column("MODEL", "model"),
+    Column("RESULT", "works", show=lambda works: "works" if works else "does not work"),
+    Column("TIME", "seconds", show=human_duration),
+    Column("COST", "cost_usd", show="${:.4f}".format),
+)
 
 
 def cmd_check(args: argparse.Namespace) -> int:
     """Everything that `run` would refuse for, and what it would remark; changes nothing.
 
-    With `--probe` each agent's real command line is run once, which may cost a little.
+    With `--probe` each agent's real command line is run once, which may cost a little. The work of
+    a run that is active, or that the next start recovers, is nothing to complain of.
     """
     space = open_workspace(args.root, args.config)
     space.store.look()
-    problems = start_problems(space, allow_dirty=False)
+    runs = run_facts(space)
+    problems = [] if runs["active"] else start_problems(space, allow_dirty=False)
     probes = probe_agents(space.config, space.repo.root) if args.probe else []
     problems += [probe.problem for probe in probes if probe.problem]
-    remarks = [text for look in REMARKS for text in look(space)]
+    remarks = space.repo.remarks(space.store.path)
     kept = salvages(space)
-    if args.json:
-        facts = {"problems": [p._asdict() for p in problems], "remarks": remarks}
-        asked = {"probes": [probe.as_json() for probe in probes]}
-        print(_dumps({"schema": 1, **facts, "salvage": salvage_json(kept), **asked}))
-        return EXIT_ERROR if problems else EXIT_OK
-    lines = [probe.line() for probe in probes]
-    lines += [f"problem: {problem.what}\n  {problem.remedy}" for problem in problems]
-    lines += [f"note: {remark}" for remark in (*remarks, *_salvage_remarks(kept))]
-    lines.append(plural(len(problems), "problem") if problems else "ready to run")
-    width = output_width(sys.stdout)
-    whole = "\n".join(lines).split("\n")
-    say(args, "\n".join(part for line in whole for part in _wrapped(line, width)))
+    tried = [probe.as_json() for probe in probes]
+
+    def text(width: int) -> str:
+        lines = table(PROBE_COLUMNS, tried, width)
+        for problem in problems:
+            lines += [*wrap(f"problem: {problem.what}", width, "  "), f"  {problem.remedy}"]
+        # Remarks, like remedies, hold commands to be copied: they stay whole.
+        lines += [f"note: {remark}" for remark in (*remarks, *_salvage_remarks(kept))]
+        lines += render_runs(runs, width) or ([] if problems else ["ready to run"])
+        return "\n".join([*lines, plural(len(problems), "problem")] if problems else lines)
+
+    facts = {**runs, "problems": [one._asdict() for one in problems], "remarks": remarks}
+    facts |= {"salvage": [one._asdict() for one in kept], "probes": tried}
+    answer(args, facts, text)
     return EXIT_ERROR if problems else EXIT_OK
 
 
@@ -7670,55 +6918,6 @@ def _salvage_remarks(kept: Sequence[Salvage]) -> list[str]:
         drop = f"printf 'delete %s\\n' {' '.join(finished)} | git update-ref --stdin"
         texts.append(f"{count} of these {whose}; to drop {'it' if count == 1 else 'them'}: {drop}")
     return texts
-
-
-def _git_remarks(space: Workspace) -> Iterable[str]:
-    return space.repo.remarks(space.store.path)
-
-
-def _orphaned_folders(space: Workspace) -> Iterator[str]:
-    """Folders of documents that belong to no item, neither an open one nor one that is done."""
-    backlog = space.store.backlog
-    issued = IssuedIds(space.config.prefix, backlog)
-    for folder in sorted((space.repo.root / CHANGES_DIR).glob("*/")):
-        item_id = folder.name.partition("_")[0]
-        if item_id not in backlog.items and item_id not in issued:
-            path = f"{CHANGES_DIR}/{one_line(folder.name)}/"
-            yield f"{path} belongs to no item that ever was; move it away or rename it"
-
-
-def _leftover_refs(space: Workspace) -> Iterator[str]:
-    """Refs of runs that are over; what an unfinished or active run needs is none."""
-    journals = [Journal.read(folder / space.journal_path.name) for folder in space.repo.state_dirs]
-    kept = {journal.run_id for journal in journals if journal and not journal.settled}
-    runs: dict[str, int] = {}
-    for ref in space.repo.refs("refs/orchestrator/snapshots/"):
-        run_id = ref.split("/")[3]
-        runs[run_id] = runs.get(run_id, 0) + (run_id not in kept)
-    for run_id, count in runs.items():
-        if count:
-            refs = f"refs/orchestrator/snapshots/{run_id}"
-            yield (
-                f"{plural(count, 'snapshot')} of run {run_id}, which is over, under {refs}/; to"
-                f" drop them: git for-each-ref --format='delete %(refname)' {refs} | git update-ref"
-                " --stdin"
-            )
-    parked = space.repo.parked(space.store.path)
-    if parked is not None:
-        branch = space.repo.parked_for(parked[0])
-        where = f" on {branch.removeprefix('refs/heads/')}" if branch else ""
-        yield (
-            f"a backlog state is parked on {space.repo.parked_ref} ({parked[0][:10]}); the next run"
-            f"{where} takes it up"
-        )
-
-
-# What `check` remarks beside the problems: each looks at one thing and gives lines.
-REMARKS: Sequence[Callable[[Workspace], Iterable[str]]] = (
-    _git_remarks,
-    _orphaned_folders,
-    _leftover_refs,
-)
 
 
 def cmd_stop(args: argparse.Namespace) -> int:
@@ -7751,7 +6950,7 @@ def cmd_init(args: argparse.Namespace) -> int:
     if above is not None and args.root == Path():
         raise OrchestratorError(
             f"{above} is a project already, and this folder is inside it. For one more, of this"
-            f" folder alone: {PROGRAM} --root {shlex.quote(str(repo.root))} init"
+            f" folder alone: {SCRIPT} --root {shlex.quote(str(repo.root))} init"
         )
     config = load_config(repo.root, None)  # the one that is there already, or the defaults
     wanted = {
@@ -7763,7 +6962,7 @@ def cmd_init(args: argparse.Namespace) -> int:
     made = [path for path in wanted if not os.path.lexists(path)]
     head = repo.head().commit
     for path in made:
-        if head is not None and repo.entry(head, repo.relative(path)) is not None:
+        if repo.committed(head, repo.relative(path)) is not None:
             raise OrchestratorError(
                 f"{path.name} is in git but not on disk; a new one would not know what it held."
                 f" Bring it back first: git restore {path.name}"
@@ -7775,7 +6974,7 @@ def cmd_init(args: argparse.Namespace) -> int:
         print("nothing to do: the files are there already")
     elif not args.no_commit:
         _commit_init(repo, made)
-    program = command_prefix(args)
+    program = program_name()
     print(f'Next: {program} add "What shall be done", then {program} run')
     if args.hook:
         install_hook(open_workspace(args.root, args.config))
@@ -7987,8 +7186,6 @@ def install_hook(space: Workspace) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_file(path, wanted, 0o755)
         print(f"{'installed' if found is None else 'updated'} {path}")
-    for note in _hook_notes(space.repo, path):
-        print(f"note: {note}")
 
 
 def uninstall_hook(space: Workspace) -> None:
@@ -8001,26 +7198,6 @@ def uninstall_hook(space: Workspace) -> None:
     else:
         path.unlink()
         print(f"removed {path}")
-
-
-def _hook_notes(repo: Repo, path: Path) -> list[str]:
-    """Who else is concerned by a hook in this place."""
-    setting = repo.hooks_setting()
-    if setting is None:
-        linked = repo.git_dir != repo.common_dir
-        return ["all work trees of this repository share their hooks"] if linked else []
-    scope, value = setting
-    if scope in ("global", "system"):
-        return [
-            f"core.hooksPath is {value} in your {scope} configuration: every repository that has"
-            " no setting of its own uses these hooks, too"
-        ]
-    if path.is_relative_to(repo.top) and not path.is_relative_to(repo.common_dir):
-        return [
-            f"core.hooksPath is {value}, inside the work tree: commit the hook or ignore it, for"
-            " `run` wants a clean tree"
-        ]
-    return [f"core.hooksPath is {value}: other repositories may use it, too"]
 
 
 # ---- The single file -----------------------------------------------------------------------------
@@ -8053,76 +7230,86 @@ OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE
 SOFTWARE.
 """
 
-SINGLE_FILE = (
-    rb"#!/usr/bin/env python3\n(?:# .*\n){2}"
-    rb"# source-sha256: ([0-9a-f]{64})\n# below-sha256: ([0-9a-f]{64})\n"
-)
-
-
-class SingleFile(NamedTuple):
-    """What a single file says about itself."""
-
-    source: str  # digest of the modules that it was made of
-    modified: bool
+SINGLE_FILE = rb"#!/usr/bin/env python3\n(?:# .*\n){2}# sha256 of all below: ([0-9a-f]{64})\n"
+FUTURE = "from __future__ import annotations\n"
 
 
 def cmd_vendor(args: argparse.Namespace) -> int:
     """Write the single file; what is there is only replaced if it is an untouched one, too."""
     path = Path(args.path)
-    if path.is_dir() or args.path.endswith("/"):  # a folder, be it one that is yet to be made
-        path /= "orchestrator.py"
+    if path.is_dir() or not (path.is_file() or args.path.endswith(".py")):
+        path /= "orchestrator.py"  # a folder, be it one that is yet to be made
     path = Path(os.path.realpath(path))
     if path.exists() and not path.is_file():
         raise UsageError(f"{path} is no file; name another path")
-    data = single_file(Path(__file__))
-    old = path.read_bytes() if path.exists() else data
-    known = read_single_file(old)
-    if not args.force and (known is None or known.modified):
-        was = "is not a single file of the orchestrator" if known is None else "was changed by hand"
+    data = single_file()
+    if single_file_state(data) == "MODIFIED":
+        raise OrchestratorError(f"{__file__} was changed by hand; take an untouched one")
+    state = single_file_state(path.read_bytes()) if path.exists() else "unmodified"
+    if state != "unmodified" and not args.force:
+        was = "was changed by hand" if state else "is not a single file of the orchestrator"
         raise OrchestratorError(f"{path} {was}; --force writes over it all the same")
     replace_file(path, data, 0o755)
-    made = cast(SingleFile, read_single_file(data))
     size = f"{len(data.splitlines())} lines, {len(data) // 1024} KiB"
-    print(f"wrote {path}: orchestrator {__version__}, source {made.source[:12]}, {size}")
+    print(f"wrote {path}: orchestrator {__version__}, source {_stated(data)[:12]}, {size}")
     return EXIT_OK
 
 
-def single_file(program: Path) -> bytes:
-    """The single file that `program` is, or that is made of it and the modules beside it."""
-    data = program.read_bytes()
-    known = read_single_file(data)
-    if known is None:
-        return build_single_file(read_sources(program)).encode()
-    if known.modified:
-        raise OrchestratorError(
-            f"{program} was changed by hand; take an untouched one, or the modules"
-        )
-    return data
+def single_file() -> bytes:
+    """The single file that this program is, or that is made of it and the modules beside it."""
+    origin = Path(__file__)
+    data = origin.read_bytes()
+    if _stated(data):
+        return data
+    sources = {name: origin.with_name(f"{name}.py").read_text("utf-8") for name in MODULE_ORDER}
+    return build_single_file(sources).encode()
 
 
-def read_sources(program: Path) -> dict[str, str]:
-    """The text of every module, in order; they are beside `program`."""
-    return {name: program.with_name(f"{name}.py").read_text("utf-8") for name in MODULE_ORDER}
+def build_single_file(sources: Mapping[str, str]) -> str:
+    """The modules one behind the other, between marks, as they are but for what cannot stand twice
+    or has no meaning in one file: `#!`, the import from the future, imports from one another.
+
+    `sources` are texts by module name, in order. Names must not clash: a test sees to that.
+    """
+    ours = re.compile(rf"^from (?:{'|'.join(sources)}) import (?:\([^)]*\)|.*)\n", re.M)
+    below = FUTURE
+    for name, text in sources.items():
+        begin, end = (f"# #### {word} {name}.py ".ljust(100, "#") for word in ("begin", "end"))
+        code = ours.sub("", re.sub(r"\A#!.*\n", "", text).replace(FUTURE, "", 1))
+        below += f"\n{begin}\n\n{code.strip()}\n\n{end}\n"
+    head = (
+        "#!/usr/bin/env python3\n"
+        f"# orchestrator {__version__} in a single file, made by `orchestrator.py vendor` of\n"
+        f"# {', '.join(f'{name}.py' for name in sources)}; MIT licence, its text is LICENCE_TEXT.\n"
+        f"# sha256 of all below: {digest(below.encode())}\n"
+    )
+    return head + below
 
 
-def read_single_file(data: bytes) -> SingleFile | None:
-    """What a file says about itself, or None if it is no single file of ours."""
+def _stated(data: bytes) -> str:
+    """The digest that a single file holds of itself; "" if it is no single file of ours."""
+    found = re.match(SINGLE_FILE, data)
+    return found[1].decode() if found else ""
+
+
+def single_file_state(data: bytes) -> str:
+    """`unmodified` or `MODIFIED`; "" if it is no single file of ours."""
     found = re.match(SINGLE_FILE, data)
     if found is None:
-        return None
-    return SingleFile(found[1].decode(), digest(data[found.end() :]) != found[2].decode())
+        return ""
+    return "unmodified" if digest(data[found.end() :]) == _stated(data) else "MODIFIED"
 
 
-def version_text(program: Path) -> str:
+def version_text() -> str:
     """Version and origin of this program."""
     try:
-        known = read_single_file(program.read_bytes())
-        source = source_digest(read_sources(program)) if known is None else known.source
+        data, here = single_file(), Path(__file__).read_bytes()
     except OSError:  # imported from an archive
         return f"orchestrator {__version__} (source unreadable)"
-    origin = "three modules" if known is None else "single file"
-    state = "" if known is None else (", MODIFIED" if known.modified else ", unmodified")
-    return f"orchestrator {__version__} ({origin}, source {source[:12]}{state})"
+    state = single_file_state(here)
+    kind = "single file" if state else "three modules"
+    said = [kind, f"source {_stated(data)[:12]}", *filter(None, [state])]
+    return f"orchestrator {__version__} ({', '.join(said)})"
 
 
 def digest(data: bytes) -> str:
@@ -8131,155 +7318,11 @@ def digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def source_digest(sources: Mapping[str, str]) -> str:
-    texts = ((name, text.encode()) for name, text in sources.items())
-    return digest(b"".join(f"{name}.py {len(data)}\n".encode() + data for name, data in texts))
-
-
-def build_single_file(sources: Mapping[str, str]) -> str:
-    """One file that does what the modules do; the text of their code stays as it is.
-
-    `sources` are texts by module name, in order, the last being the program. Raises
-    OrchestratorError with file and line for what would mean something else in one file.
-    """
-    import ast
-
-    trees = {name: ast.parse(text, f"{name}.py") for name, text in sources.items()}
-    _refuse_what_cannot_be_joined(trees)
-    *_, program = trees
-    sections = [
-        _section(name, "" if name == program else _docstring(tree), _code(sources[name], tree))
-        for name, tree in trees.items()
-    ]
-    licence = "".join(f"# {line}".rstrip() + "\n" for line in LICENCE_TEXT.splitlines())
-    docstring = f'"""{_docstring(trees[program])}"""'
-    future = "from __future__ import annotations"
-    top = (f"#\n{licence}", docstring, "", future, "", *_shared_imports(trees), "")
-    below = "\n".join((*top, *sections))
-    return (
-        "#!/usr/bin/env python3\n"
-        f"# orchestrator {__version__} in a single file, made by `orchestrator.py vendor` of\n"
-        f"# {', '.join(f'{name}.py' for name in sources)}: change those and make it again.\n"
-        f"# source-sha256: {source_digest(sources)}\n"
-        f"# below-sha256: {digest(below.encode())}\n{below}"
-    )
-
-
-def _docstring(tree: ast.Module) -> str:
-    import ast
-
-    return ast.get_docstring(tree, clean=False) or ""
-
-
-def _section(name: str, docstring: str, code: str) -> str:
-    """The code of one module between its marks; the docstring becomes a comment."""
-    begin, end = (f"# #### {word} {name}.py ".ljust(100, "#") for word in ("begin", "end"))
-    about = "".join(f"# {line}".rstrip() + "\n" for line in docstring.splitlines())
-    return f"\n{begin}\n{about}\n{code}\n\n\n{end}\n"
-
-
-def _code(text: str, tree: ast.Module) -> str:
-    """A module without its `#!` line, docstring and imports."""
-    gone = {1} if text.startswith("#!") else set()
-    for statement in tree.body[: bool(_docstring(tree))] + _imports_of(tree):
-        gone |= set(range(statement.lineno, cast(int, statement.end_lineno) + 1))
-    lines = enumerate(text.split("\n"), 1)
-    return "\n".join(line for number, line in lines if number not in gone).strip("\n")
-
-
-def _imports_of(tree: ast.Module) -> list[ast.Import | ast.ImportFrom]:
-    """The imports at the top level of a module."""
-    import ast
-
-    return [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
-
-
-def _shared_imports(trees: Mapping[str, ast.Module]) -> Iterator[str]:
-    """One import of everything that the modules take from the standard library."""
-    import ast
-
-    plain: set[str] = set()
-    members: dict[str, set[str]] = {}
-    for statement in itertools.chain.from_iterable(map(_imports_of, trees.values())):
-        names = {alias.name for alias in statement.names}
-        if isinstance(statement, ast.Import):
-            plain |= names
-        elif statement.module not in trees and statement.module != "__future__":
-            members.setdefault(str(statement.module), set()).update(names)
-    yield from (f"import {name}" for name in sorted(plain))
-    for module, names in sorted(members.items()):
-        line = f"from {module} import {', '.join(sorted(names))}"
-        rows = "".join(f"    {name},\n" for name in sorted(names))
-        yield line if len(line) <= 100 else f"from {module} import (\n{rows})"
-
-
-def _refuse_what_cannot_be_joined(trees: Mapping[str, ast.Module]) -> None:
-    import builtins
-
-    known: dict[str, tuple[str, str]] = {}
-    for module, tree in trees.items():
-        _refuse_imports(module, tree, trees)
-        for name, meaning, line in itertools.chain.from_iterable(
-            _bindings(module, statement) for statement in tree.body
-        ):
-            where = f"{module}.py:{line}"
-            first, there = known.setdefault(name, (meaning, where))
-            if first != meaning:
-                raise OrchestratorError(f"{where}: {name} is also {first} ({there}); rename one")
-            if hasattr(builtins, name):
-                raise OrchestratorError(f"{where}: {name} hides a builtin; rename it")
-
-
-def _refuse_imports(module: str, tree: ast.Module, ours: Container[str]) -> None:
-    """Our modules, and names, may only be imported in ways that mean the same in one file."""
-    import ast
-
-    top = _imports_of(tree)
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            wrong = any(alias.name in ours for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            wrong = node.module in ours and node not in top
-        else:
-            continue
-        if wrong:
-            advice = "import names of our modules with `from`, at the top of the file"
-        elif node in top and any(alias.asname or alias.name == "*" for alias in node.names):
-            advice = "import names one by one and as they are"
-        else:
-            continue
-        raise OrchestratorError(f"{module}.py:{node.lineno}: `{ast.unparse(node)}`: {advice}")
-
-
-def _bindings(module: str, node: ast.AST) -> Iterator[tuple[str, str, int]]:
-    """Name, meaning and line of everything that a statement binds at its own level."""
-    import ast
-
-    match node:
-        case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.ClassDef():
-            yield node.name, f"{module}.{node.name}", node.lineno
-        case ast.Assign(targets=[ast.Name("TYPE_CHECKING")], value=ast.Constant(False)):
-            yield "TYPE_CHECKING", "typing.TYPE_CHECKING", node.lineno  # without importing it
-        case ast.Name(ctx=ast.Store()):
-            yield node.id, f"{module}.{node.id}", node.lineno
-        case ast.Import():
-            for alias in node.names:
-                yield alias.name.partition(".")[0], f"module {alias.name}", node.lineno
-        case ast.ImportFrom():
-            for alias in node.names:
-                yield alias.name, f"{node.module}.{alias.name}", node.lineno
-        case ast.Lambda() | ast.ListComp() | ast.SetComp() | ast.DictComp() | ast.GeneratorExp():
-            pass  # a scope of its own
-        case _:
-            for child in ast.iter_child_nodes(node):
-                yield from _bindings(module, child)
-
-
 # ==== 13. Command line ============================================================================
 
 
-def _program() -> str:
-    """How this program was called, for the commands that messages give to copy."""
+def _script() -> str:
+    """How this program was started, for the commands that messages give to copy."""
     import shlex
 
     script = Path(sys.argv[0])
@@ -8292,79 +7335,225 @@ def _program() -> str:
     return f"python3 {shlex.quote(str(path))}"
 
 
-# Texts that are kept, such as the reason of a block, say `orchestrator unblock …` instead: who
-# reads them may call it in another way.
-PROGRAM = _program()
+SCRIPT = _script()
+_project_options: list[str] = []  # --root and --config, as this command got them
 
 
-def command_prefix(args: argparse.Namespace) -> str:
-    """What a command to copy begins with, so that it means the same project."""
+def program_name() -> str:
+    """What a command to copy begins with, so that it means the same program and project.
+
+    Not for texts that are kept, such as the reason of a block: their reader may call it otherwise.
+    """
     import shlex
 
+    return " ".join([SCRIPT, *map(shlex.quote, _project_options)])
+
+
+def project_options(args: argparse.Namespace) -> list[str]:
+    """The options that say which project is meant, as far as they were given."""
     given = {"--root": None if args.root == Path() else args.root, "--config": args.config}
-    options = [f"{name} {shlex.quote(str(path))}" for name, path in given.items() if path]
-    return " ".join([PROGRAM, *options])
+    return [word for name, path in given.items() if path for word in (name, str(path))]
 
 
-COMMANDS: Mapping[str, Callable[[argparse.Namespace], int]] = {
-    "init": cmd_init,
-    "demo": cmd_demo,
-    "run": cmd_run,
-    "triage": cmd_run,
-    "step": cmd_run,
-    "status": cmd_status,
-    "show": cmd_show,
-    "log": cmd_log,
-    "add": cmd_add,
-    "advance": cmd_advance,
-    "unblock": cmd_unblock,
-    "complete": cmd_complete,
-    "close": cmd_close,
-    "check": cmd_check,
-    "stop": cmd_stop,
-    "hook": cmd_hook,
-    "vendor": cmd_vendor,
+class Command(NamedTuple):
+    """A command: what does it, what it is for, and the words of ARGUMENTS that it takes."""
+
+    run: Callable[[argparse.Namespace], int]
+    summary: str
+    takes: str = ""
+
+
+_RUN = "--target --only --cap --auto-advance --allow-dirty --dry-run --strict --json"
+_ITEM = " ".join(f"--{row.option}" for row in ITEM_TABLE.values() if row.option)
+COMMANDS: Mapping[str, Command] = {
+    "init": Command(
+        cmd_init,
+        "make BACKLOG.yaml and orchestrator.toml and commit them",
+        "--prefix --agent --no-commit --hook",
+    ),
+    "demo": Command(cmd_demo, "see a run on a throw-away repository; needs no account", "dir"),
+    "run": Command(cmd_run, "work through the backlog", _RUN),
+    "triage": Command(cmd_run, "only rate and route new items", _RUN),
+    "step": Command(
+        cmd_run,
+        "run exactly one phase of an item, guardrails or not, then halt",
+        "target --allow-dirty --dry-run --strict --json",
+    ),
+    "status": Command(
+        cmd_status, "list the items, the active run first", "--only --done --graph --json"
+    ),
+    "show": Command(
+        cmd_show, "show one item, open or finished, its documents and commits", "id --json"
+    ),
+    "log": Command(
+        cmd_log, "tell what happened, from git history, newest first", "[id] -n --since --json"
+    ),
+    "add": Command(cmd_change, "add an item", f"title {_ITEM} --commit"),
+    "edit": Command(
+        cmd_change, "change what is known of an item", f"id --title --clear {_ITEM} --commit"
+    ),
+    "advance": Command(
+        cmd_change, "move an item to its next phase, or to the one given", "id --to --commit"
+    ),
+    "unblock": Command(
+        cmd_change,
+        "let a blocked item go on where it was",
+        "id --notes --override-guardrails --commit",
+    ),
+    "complete": Command(
+        cmd_change,
+        "take out an item that was done outside of this backlog",
+        "id --summary --commit",
+    ),
+    "close": Command(
+        cmd_change, "take out an item that is not wanted any more", "id --reason --commit"
+    ),
+    "check": Command(cmd_check, "say what would keep a run from working", "--probe --json"),
+    "stop": Command(cmd_stop, "ask the active run to finish what is in flight and halt"),
+    "hook": Command(
+        cmd_hook, "the optional pre-commit hook, which warns of a dirty BACKLOG.yaml", "action"
+    ),
+    "vendor": Command(
+        cmd_vendor, "write this program as one file, to be copied anywhere", "path --force"
+    ),
 }
 
+
+def _argument(kind: Kind) -> Callable[[str], object]:
+    """The type of an argument; words are taken in any case, or by their first letter."""
+
+    def parse(text: str) -> object:
+        value = kind.typed(text)
+        problem = kind.problem(value)
+        if problem:
+            raise argparse.ArgumentTypeError(problem)
+        return value
+
+    return parse
+
+
+def _tag(text: str) -> str:
+    """A tag: one line, not blank, without the comma that separates the values of `--only`."""
+    tag = one_line(text)
+    if not tag or "," in tag:
+        raise argparse.ArgumentTypeError(f"{text!r} is no tag: it is blank or holds a comma")
+    return tag
+
+
+def _flag(meaning: str) -> dict[str, Any]:
+    return {"action": "store_true", "help": meaning}
+
+
+def _several(metavar: str, meaning: str) -> dict[str, Any]:
+    return {"action": "append", "default": [], "metavar": metavar, "help": meaning}
+
+
+def _of_item(key: str, row: ItemKey) -> dict[str, Any]:
+    """The option of `add` and `edit` that sets a key of an item; see `item_values`."""
+    several, words = row.kind is TEXTS, " | ".join(row.kind.words)
+    read = {"tags": _tag, "dependencies": str, "description": str}
+    return {
+        "dest": key,
+        "type": read.get(key, _argument(row.kind)),
+        "action": "append" if several else "store",
+        "default": [] if several else None,
+        "metavar": "WORD" if words else row.option.upper(),
+        "help": f"{row.meaning}: {words}" if words else row.meaning,
+    }
+
+
+# What argparse has to know of the words in COMMANDS.
+ARGUMENTS: Mapping[str, Mapping[str, Any]] = {
+    "id": {},
+    "[id]": {"nargs": "?", "help": "to one item only"},
+    "title": {"nargs": "+", "help": "one word or several"},
+    "target": {"nargs": 1, "metavar": "ID"},
+    "dir": {"nargs": "?", "type": Path, "help": "where to make it (default: a temporary folder)"},
+    "action": {"choices": ("install", "uninstall")},
+    "path": {"help": "the file, NAME.py, or the folder for orchestrator.py"},
+    "--prefix": {"default": "WRK", "help": "of item ids (default: WRK)"},
+    "--agent": {
+        "default": "claude",
+        "choices": AGENT_CLIS,
+        "help": "the agent's CLI (default: claude)",
+    },
+    "--no-commit": _flag("leave the new files uncommitted"),
+    "--hook": _flag("install the git hook as well"),
+    "--target": _several("ID", "work on this item only; may be repeated, in order"),
+    "--only": _several("KEY=VALUE[,VALUE]", "matching items only; may be repeated (and)"),
+    "--cap": {
+        "type": _argument(_COUNT),
+        "metavar": "N",
+        "help": "start at most N phases (default: execution.default_phase_cap)",
+    },
+    "--auto-advance": _flag("go on to the next target when one is blocked"),
+    "--allow-dirty": _flag("start although there are uncommitted changes"),
+    "--dry-run": _flag("only say what would be done, and what not and why"),
+    "--strict": _flag("exit with 1 when the halt commit met trouble"),
+    "--json": _flag("print it as JSON on stdout"),
+    "--done": _flag("the finished and closed items instead, newest first"),
+    "--graph": _flag("what waits for what, and cycles, as a Mermaid chart"),
+    "-n": {"type": _argument(_COUNT), "metavar": "N", "help": "at most N lines"},
+    "--since": {"metavar": "WHEN", "help": 'as git reads it: "yesterday", 2026-11-28'},
+    "--title": {"metavar": "TEXT"},
+    "--clear": {**_several("KEY", "forget it"), "choices": CLEARABLE},
+    "--to": {"metavar": "PHASE"},
+    "--notes": {"help": "what the agents should know now"},
+    "--override-guardrails": _flag("let it pass the guardrails for good"),
+    "--summary": {"help": "what was done, for the worklog and those that waited"},
+    "--reason": {"required": True, "help": "why, for the worklog and those that waited"},
+    "--commit": _flag("commit BACKLOG.yaml, alone"),
+    "--probe": _flag("also run each agent once with a trivial prompt"),
+    "--force": _flag("write over whatever is there"),
+    **{f"--{row.option}": _of_item(key, row) for key, row in ITEM_TABLE.items() if row.option},
+}
+
+# What people try, and what it is called here.
+OTHER_WORDS: Mapping[str, str] = {
+    "retry": "`unblock ID` lets a blocked item go on, `run` tries again what failed",
+    "list": "`status` lists the items",
+    "ls": "`status` lists the items",
+    "resume": "`run` goes on where the last one ended",
+    "reopen": "`unblock ID` lets a blocked item go on, `add` makes a new one of a finished one",
+}
 
 # What `--json` prints, by command. "schema" grows when a key changes its meaning or goes; new keys
 # may come at any time. A value that is not there is null.
-_SALVAGE_FORM = '[{"ref", "item", "phase", "commit", "finished"}]'
-_SPENT_FORM = '"cost_usd", "input_tokens", "output_tokens"'
-JSON_FORMS: Mapping[str, str] = {
-    "status": (
-        '{"schema": 1, "counts": {STATUS: number}, "items": [{"id", "title", "status", "phase",'
-        ' "phase_pool", "pipeline", "size", "complexity", "risk", "impact", "priority", "attempts",'
-        ' "requires_human_review", "guardrail_override", "tags", "dependencies", "waiting_for",'
-        ' "origin", "blocked_reason", "blocked_type", "blocked_from", "description", "created",'
-        f' "updated", {_SPENT_FORM}}}], "salvage": {_SALVAGE_FORM}}};'
-        ' with --graph {"schema": 1, "items": [{"id", "title", "status"}], "edges":'
-        ' [{"needs", "waiting"}], "cycles": [[id]]}'
-    ),
-    "show": (
-        '{"schema": 1, "item": {the keys of the item in BACKLOG.yaml}, "documents": [path],'
-        f' "commits": [{{"commit", "subject"}}], "salvage": {_SALVAGE_FORM}}}, newest commit first'
-    ),
-    "log": (
-        '{"schema": 1, "decisions": [{"commit", "when", "run_id", "subject", "item", "title",'
-        ' "status_from", "phase_from", "status_to", "phase_to", "reason"}]}, oldest first, "" where'
-        " there is nothing"
-    ),
-    "check": (
-        '{"schema": 1, "problems": [{"what", "remedy"}], "remarks": [text],'
-        f' "salvage": {_SALVAGE_FORM}, "probes": [{{"agent", "model", "works",'
-        f' "seconds", {_SPENT_FORM}}}]}}'
-    ),
-    "run": (
-        '{"schema": 1, "run_id", "halt_reason" (null: an error), "detail", "exit_code", "phases",'
-        ' "cap", "seconds", "completed": [{"id", "title"}], "blocked": [{"id", "title", "reason"}],'
-        f' "follow_ups": [id], {_SPENT_FORM}, "spent": [{{"item", "phase",'
-        f' {_SPENT_FORM}}}], "filters", "targets", "state_commit", "warnings": [text],'
-        ' "counts": {STATUS: number}, "next": [{"command", "why"}]};'
-        ' with --dry-run {"schema": 1, "items": [{"id", "title", "runs", "turn", "phase", "text"}],'
-        ' "problems": [{"what", "remedy"}]}'
-    ),
+_FORM_PARTS = {
+    "COST": '"cost_usd", "input_tokens", "output_tokens"',
+    "ITEM": ", ".join(f'"{key}"' for key in ITEM_KEYS),
+    "SALVAGE": '"salvage": [{"ref", "item", "phase", "commit", "finished"}]',
+    "RUNS": """"active": null or {"run_id", "pid", "since", "phases": [{"item", "phase", "attempt",
+        "since", "doing"}]}, "unfinished" (what the next start recovers): null or {"run_id",
+        "cut_off", "to_commit"}""",
+    "FINISHED": '"id", "title", "status", "finished", "summary", "commit", COST',
+    "ROW": '"when", "item", "phase", "outcome", "summary", "commit", "run_id", "subject"',
 }
+_FORMS = {
+    "status": """{"schema": 1, RUNS, "counts": {STATUS: number}, "items": [{ITEM, "waiting_for",
+        COST}], SALVAGE}; with --done {"schema": 1, "items": [{FINISHED}]}, newest first""",
+    "show": """{"schema": 1, "item": {the keys of the item in BACKLOG.yaml; of a finished one
+        FINISHED}, "documents": [path], "commits": [{ROW}], SALVAGE, COST}, newest commit first""",
+    "log": """{"schema": 1, "log": [{ROW}]}, newest first, "" where there is nothing""",
+    "check": """{"schema": 1, RUNS, "problems": [{"what", "remedy"}], "remarks": [text], SALVAGE,
+        "probes": [{"agent", "model", "works", "seconds", COST}]}""",
+    "run": """{"schema": 1, "run_id", "halt_reason" (null: an error), "halt" (a sentence), "detail",
+        "exit_code", "phases", "cap", "seconds", "completed": [{"id", "title", "commit"}], "blocked"
+        (in this run): [{"id", "title", "reason"}], "needs_you" (all that are blocked): [{"id",
+        "title", "question", "command", "waiting": [id]}], "follow_ups": [id], COST, "spent":
+        [{"item", "phase", COST}], "filters", "targets", "state_commit", "kept" (as "salvage"
+        elsewhere), "warnings": [text], "counts": {STATUS: number}, "next": [{"command", "why"}]};
+        with --dry-run {"schema": 1, RUNS, "items": [{"id", "title", "runs", "turn", "phase",
+        "text", "kind" (of reason, where it does not run)}], "problems": [{"what", "remedy"}]}""",
+}
+
+
+def json_form(command: str) -> str:
+    """What `--json` of a command prints, in one line; "" if it has no such option."""
+    form = _FORMS.get("run" if command in ("triage", "step") else command, "")
+    for _ in range(2):  # parts have parts
+        form = re.sub("|".join(_FORM_PARTS), lambda found: _FORM_PARTS[found[0]], form)
+    return one_line(form)
 
 
 class Parser(argparse.ArgumentParser):
@@ -8384,14 +7573,18 @@ class Parser(argparse.ArgumentParser):
             option = f"{name} " if name.startswith("-") else ""
             known = f"use {' or '.join(choices)}"
             rule = "there is no such command" if name == "COMMAND" else known
-            message = f"{option}{word}: {rule}{did_you_mean(word, choices)}"
+            hint = did_you_mean(word, choices)
+            if name == "COMMAND" and word in OTHER_WORDS:
+                hint = f"; {OTHER_WORDS[word]}"
+            message = f"{option}{word}: {rule}{hint}"
         unknown = re.match(r"unrecognized arguments: (--[\w-]+)", message)
         if unknown and unknown[1] in self.known_options:
             message += " (an option of other commands)"
         elif unknown:
             message += did_you_mean(unknown[1], self.known_options)
+        where = f"orchestrator{self.prog.removeprefix(SCRIPT)}"
         advice = f"`{self.prog} --help` shows what there is."
-        self.exit(EXIT_USAGE, f"{self.prog}: {clean_text(message)}. {advice}\n")
+        self.exit(EXIT_USAGE, f"{where}: {clean_text(message)}. {advice}\n")
 
     def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
         flush_output()  # the help that was asked for
@@ -8402,213 +7595,60 @@ class VersionAction(argparse.Action):
     """`--version`; a class, because the origin is only looked up when asked for."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
-        print(version_text(Path(__file__)))
+        print(version_text())
         parser.exit()
 
 
-GLOBAL_HINT = (
-    "Before or after the command also: --root DIR, --config FILE, --log-level, --quiet,"
-    " --color; see `orchestrator --help`."
-)
+# The options accepted before and after the command.
+GLOBAL_OPTIONS: Mapping[str, Mapping[str, Any]] = {
+    "--root": {
+        "default": Path(),
+        "type": Path,
+        "metavar": "DIR",
+        "help": "project folder (default: here)",
+    },
+    "--config": {
+        "type": Path,
+        "metavar": "FILE",
+        "help": f"config file (default: {CONFIG_NAME} in the project folder)",
+    },
+    "--log-level": {"default": "info", "choices": ("error", "warning", "info", "debug")},
+    "--quiet": _flag("log only warnings and errors, and no summary of a run that went well"),
+    "--color": {
+        "default": "auto",
+        "choices": ("auto", "always", "never"),
+        "help": "auto: on a terminal, unless NO_COLOR is set",
+    },
+}
 
 
-def _global_options(parser: argparse.ArgumentParser, *, default: bool) -> None:
-    """The options accepted before and after the command; after it they have no default.
-
-    The help of a command leaves them to GLOBAL_HINT.
-    """
-
-    def add(name: str, value: object, words: str | None = None, **options: Any) -> None:
-        if not default:
-            value, words = argparse.SUPPRESS, argparse.SUPPRESS
-        parser.add_argument(name, default=value, help=words, **options)
-
-    add("--root", Path(), "project folder (default: here)", type=Path, metavar="DIR")
-    add(
-        *("--config", None, f"config file (default: {CONFIG_NAME} in the project folder)"),
-        type=Path,
-        metavar="FILE",
-    )
-    add("--log-level", "info", choices=("error", "warning", "info", "debug"))
-    add(
-        *("--quiet", False),
-        "log only warnings and errors, and no summary of a run that ended with exit code 0",
-        action="store_true",
-    )
-    add(
-        *("--color", "auto", "auto: on a terminal, unless NO_COLOR is set"),
-        choices=("auto", "always", "never"),
-    )
+HIDDEN = {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The whole command line."""
+    """The whole command line, from the tables above."""
     parser = Parser(
-        prog="orchestrator",
-        description="Let coding agents work through a backlog in this git repository.",
+        prog=SCRIPT, description="Let coding agents work through a backlog in this git repository."
     )
     parser.add_argument("--version", action=VersionAction, nargs=0, help="say version and origin")
-    _global_options(parser, default=True)
+    for word, options in GLOBAL_OPTIONS.items():
+        parser.add_argument(word, **options)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-
-    def command(name: str, summary: str) -> argparse.ArgumentParser:
-        form = JSON_FORMS.get("run" if name in ("triage", "step") else name)
-        epilog = GLOBAL_HINT + (f" --json prints {form}.".replace("%", "%%") if form else "")
+    hint = (
+        "Before or after the command also: --root DIR, --config FILE, --log-level, --quiet,"
+        f" --color; see `{SCRIPT} --help`."
+    )
+    for name, (_, summary, takes) in COMMANDS.items():
+        form = json_form(name)
+        epilog = (hint + (f" --json prints {form}." if form else "")).replace("%", "%%")
         sub = commands.add_parser(name, help=summary, description=summary, epilog=epilog)
-        _global_options(sub, default=False)
-        return sub
-
-    init = command("init", "make BACKLOG.yaml and orchestrator.toml and commit them")
-    init.add_argument("--prefix", default="WRK", help="of item ids (default: WRK)")
-    init.add_argument(
-        "--agent", default="claude", choices=AGENT_CLIS, help="the agent's CLI (default: claude)"
-    )
-    init.add_argument("--no-commit", action="store_true", help="leave the new files uncommitted")
-    init.add_argument("--hook", action="store_true", help="install the git hook as well")
-    demo = command("demo", "see a run on a throw-away repository; needs no account")
-    demo.add_argument(
-        "dir", nargs="?", type=Path, help="where to make it (default: a temporary folder)"
-    )
-    for name, summary in (
-        ("run", "work through the backlog"),
-        ("triage", "only rate and route new items"),
-    ):
-        _run_arguments(command(name, summary))
-    step = command("step", "run exactly one phase of an item, guardrails or not, then halt")
-    step.add_argument("target", nargs=1, metavar="ID")
-    step.set_defaults(only=[], cap=1, auto_advance=False)
-    _start_arguments(step)
-    status = command("status", "list the items")
-    status.add_argument("--only", action="append", default=[], metavar="KEY=VALUE[,VALUE]")
-    status.add_argument(
-        "--graph", action="store_true", help="what waits for what, and cycles, as a Mermaid chart"
-    )
-    status.add_argument("--json", action="store_true")
-    show = command("show", "show one item, its documents and commits")
-    show.add_argument("id")
-    show.add_argument("--json", action="store_true")
-    log = command("log", "tell every decision from git history: when, what, and why")
-    log.add_argument("id", nargs="?", help="of one item only")
-    log.add_argument("--json", action="store_true")
-    _edit_arguments(command)
-    check = command("check", "say what would keep a run from working")
-    check.add_argument(
-        "--probe", action="store_true", help="also run each agent once with a trivial prompt"
-    )
-    check.add_argument("--json", action="store_true")
-    command("stop", "ask the active run to finish what is in flight and halt")
-    hook = command("hook", "the optional pre-commit hook, which warns of a dirty BACKLOG.yaml")
-    hook.add_argument("action", choices=("install", "uninstall"))
-    vendor = command("vendor", "write this program as one file, to be copied anywhere")
-    vendor.add_argument("path", help="the file, or the folder for it (a new one ends with a /)")
-    vendor.add_argument("--force", action="store_true", help="write over whatever is there")
+        for word, options in GLOBAL_OPTIONS.items():  # what was given before stands
+            sub.add_argument(word, **{**options, **HIDDEN})
+        for word in takes.split():
+            sub.add_argument(word.strip("[]"), **ARGUMENTS[word])
+        if name == "step":
+            sub.set_defaults(only=[], cap=1, auto_advance=False)
     return parser
-
-
-def _run_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--target",
-        action="append",
-        default=[],
-        metavar="ID",
-        help="work on this item only; may be repeated, in order",
-    )
-    parser.add_argument(
-        "--only",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE[,VALUE]",
-        help="work on matching items only; may be repeated (and)",
-    )
-    parser.add_argument(
-        "--cap",
-        type=_whole(0),
-        metavar="N",
-        help="start at most N phases (default: execution.default_phase_cap)",
-    )
-    parser.add_argument(
-        "--auto-advance", action="store_true", help="go on to the next target when one is blocked"
-    )
-    _start_arguments(parser)
-
-
-def _start_arguments(parser: argparse.ArgumentParser) -> None:
-    """What all commands take that start agents."""
-    parser.add_argument(
-        "--allow-dirty", action="store_true", help="start although there are uncommitted changes"
-    )
-    parser.add_argument(
-        "--dry-run", action="store_true", help="only say what would be done, and what not and why"
-    )
-    parser.add_argument(
-        "--strict", action="store_true", help="exit with 1 when the halt commit met trouble"
-    )
-    parser.add_argument("--json", action="store_true", help="print the summary as JSON on stdout")
-
-
-def _edit_arguments(command: Callable[[str, str], argparse.ArgumentParser]) -> None:
-    add = command("add", "add an item")
-    add.add_argument("title")
-    for name, words in RATING_WORDS.items():
-        add.add_argument(f"--{name}", type=_word(*words), metavar="WORD", help=" | ".join(words))
-    add.add_argument("--priority", type=_whole(-MAX_NUMBER), metavar="N", help="higher goes first")
-    add.add_argument("--pipeline", metavar="NAME", help="default: triage chooses")
-    add.add_argument("--tag", action="append", default=[], type=_tag, help="may be repeated")
-    add.add_argument(
-        "--depends-on", action="append", default=[], metavar="ID", help="may be repeated"
-    )
-    add.add_argument("--description", metavar="TEXT", help="what the agents should know")
-    forward = command("advance", "move an item to its next phase, or to the one given")
-    forward.add_argument("id")
-    forward.add_argument("--to", metavar="PHASE")
-    free = command("unblock", "let a blocked item go on where it was")
-    free.add_argument("id")
-    free.add_argument("--notes", help="what the agents should know now")
-    free.add_argument(
-        "--override-guardrails", action="store_true", help="let it pass the guardrails for good"
-    )
-    done = command("complete", "take out an item that was done outside of this backlog")
-    done.add_argument("id")
-    done.add_argument("--summary", help="what was done, for the worklog and those that waited")
-    close = command("close", "take out an item that is not wanted any more")
-    close.add_argument("id")
-    close.add_argument("--reason", required=True, help="why, for the worklog and those that waited")
-    for parser in (add, forward, free, done, close):
-        parser.add_argument("--commit", action="store_true", help="commit BACKLOG.yaml, alone")
-
-
-def _whole(least: int) -> Callable[[str], int]:
-    """An argument that is a whole number from `least` up."""
-
-    def parse(text: str) -> int:
-        with suppress(ValueError):  # also of thousands of digits
-            if least <= int(text) <= MAX_NUMBER:
-                return int(text)
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is no whole number from {least} to {MAX_NUMBER}"
-        )
-
-    return parse
-
-
-def _tag(text: str) -> str:
-    """A tag: one line, not blank, without the comma that separates the values of `--only`."""
-    tag = one_line(text)
-    if not tag or "," in tag:
-        raise argparse.ArgumentTypeError(f"{text!r} is no tag: it is blank or holds a comma")
-    return tag
-
-
-def _word(*words: str) -> Callable[[str], str]:
-    """An argument that is one of `words`, in any case, or its first letter."""
-
-    def parse(text: str) -> str:
-        for word in words:
-            if text.lower() in (word, word[0]):
-                return word
-        raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(words)}")
-
-    return parse
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -8619,9 +7659,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return demo_agent(os.environ, sys.stdin.read(), Path.cwd())
     args = None
     try:
+        if not words:
+            build_parser().print_help()
+            return EXIT_OK
         args = build_parser().parse_args(words)
+        _project_options[:] = project_options(args)
         set_up_logging(args)
-        code = COMMANDS[args.command](args)
+        code = COMMANDS[args.command].run(args)
         flush_output()
         return code
     except (OrchestratorError, BacklogError, GitError, YamlError) as error:

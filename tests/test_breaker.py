@@ -10,24 +10,23 @@ import sys
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 import orchestrator
-from backlog import worklog_entry
+from backlog import read_worklog, with_cost, worklog_entry
 from orchestrator import (
     AgentOutcome,
     AgentPause,
     Config,
     Execution,
-    Journal,
+    Ledger,
     LiveLine,
     Phase,
     Progress,
+    Run,
     RunOptions,
-    Session,
     Task,
     limit_ends,
     pause_after,
@@ -60,7 +59,7 @@ def test_a_limit_ends_at_its_reset_within_bounds(reset: float | None, strikes: i
 
 
 def refused(kind: Any = "limited", until: float | None = None, seconds: float = 2.0) -> AgentOutcome:
-    return AgentOutcome(kind, detail=f"claude: {kind}", until=until, seconds=seconds)
+    return AgentOutcome(kind, error=f"claude: {kind}", until=until, seconds=seconds)
 
 
 def test_failed_probes_rest_longer_but_attempts_under_way_do_not_count() -> None:
@@ -69,16 +68,26 @@ def test_failed_probes_rest_longer_but_attempts_under_way_do_not_count() -> None
     neighbour = pause_after(refused(seconds=300), "claude", first, config, NOW + 60)
     probe = pause_after(refused(), "claude", neighbour, config, neighbour.until + 2)
 
-    assert first == AgentPause("claude", NOW + 900, 1, "claude: limited")
+    assert first == AgentPause("claude", NOW + 900, 1, "claude: limited", "limit")
     assert neighbour == first._replace(until=NOW + 960)
     assert probe == first._replace(until=neighbour.until + 2 + 1800, strikes=2)
+
+
+def test_a_shorter_rest_does_not_end_a_longer_one_and_another_kind_counts_anew() -> None:
+    config = Config(pipelines={}, execution=Execution(retry_delay_seconds=5))
+    night = pause_after(refused(until=NOW + 7200), "claude", None, config, NOW)
+
+    assert night.kind == "reset"
+    assert pause_after(refused("failed", seconds=30), "claude", night, config, NOW + 9) == night
+    after = pause_after(refused("failed"), "claude", night._replace(strikes=3), config, NOW + 7300)
+    assert after == AgentPause("claude", NOW + 7305, 1, "claude: failed", "busy")
 
 
 def test_a_failing_api_is_tried_again_after_the_retry_delay() -> None:
     config = Config(pipelines={}, execution=Execution(retry_delay_seconds=5))
     waits, pause, now = [], None, NOW
     for _ in range(8):
-        pause = pause_after(refused("transient"), "claude", pause, config, now)
+        pause = pause_after(refused("failed"), "claude", pause, config, now)
         waits.append(pause.until - now)
         now = pause.until + 2  # the probe starts at once and takes two seconds
 
@@ -90,7 +99,7 @@ def test_a_failing_api_is_tried_again_after_the_retry_delay() -> None:
 # ---- In a run ------------------------------------------------------------------------------------
 
 FAKE_CLAUDE = r"""#!/bin/sh
-# Refuses as often as there are files in `refusals`, each an event; then does the work.
+# Refuses as often as there are files in `refusals`, each of an event or more; then does the work.
 # A file is taken by renaming it, so of two agents at once each gets its own.
 here=$(dirname "$0")
 cat > /dev/null
@@ -110,6 +119,7 @@ def limit(reset: float | None = None) -> dict[str, object]:
     return {"type": "rate_limit_event", "rate_limit_info": {"status": "rejected", "resetsAt": reset, "rateLimitType": "five_hour"}}
 
 
+WORKED = {"type": "assistant", "message": {"content": [{"type": "tool_use", "name": "Bash", "input": {"command": "make"}}]}}
 OVERLOADED = {"type": "result", "subtype": "success", "is_error": True, "api_error_status": 529, "result": "API Error: 529"}
 
 
@@ -127,7 +137,8 @@ def claude(project: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[
 
     def refuse(*events: object) -> list[str]:
         for number, event in enumerate(events):
-            (refusals / f"{number:02}").write_text(json.dumps(event) + "\n")
+            rows = event if isinstance(event, list) else [event]
+            (refusals / f"{number:02}").write_text("".join(json.dumps(row) + "\n" for row in rows))
         return log.read_text().splitlines() if log.exists() else []
 
     refusals.mkdir()
@@ -156,22 +167,28 @@ class Clock:
         return datetime.fromtimestamp(self.seconds, UTC)
 
 
-def run_by(clock: Clock, project: Any, monkeypatch: pytest.MonkeyPatch) -> Session:
+def run_by(clock: Clock, project: Any, monkeypatch: pytest.MonkeyPatch) -> Run:
     """A run in this process, by another clock."""
-    monkeypatch.setattr(orchestrator.Scheduler, "POLL_S", 0.01)
+    monkeypatch.setattr(orchestrator, "POLL_S", 0.01)
     space = orchestrator.open_workspace(project.root, None)
-    with space.run_lock("run test"):
+
+    def begin() -> Ledger:
         ledger = orchestrator.begin_run(space, "test", allow_dirty=False)
         ledger.clock = clock
-        session = Session(ledger, RunOptions(cap=10), LiveLine(enabled=False))
-        asyncio.run(session.run())
-    return session
+        return ledger
+
+    orchestrator.import_asyncio()
+    run = Run(space, RunOptions(cap=10), LiveLine(enabled=False), "test", begin)
+    with space.run_lock("run test"):
+        asyncio.run(run.conduct())
+    return run
 
 
-def journal(project: Any) -> Journal:
-    found = Journal.read(project.root / ".git/orchestrator/run.json")
-    assert found is not None
-    return found
+def rest(project: Any, until: float) -> None:
+    """Journal a rest of claude, as if the last run had been one that waits."""
+    space = orchestrator.open_workspace(project.root, None)
+    pause = AgentPause("claude", until, 1, "limit", "limit")
+    space.store.note({"rests": {"claude": pause._asdict()}})
 
 
 @pytest.mark.slow
@@ -188,20 +205,23 @@ def test_wait_lets_one_probe_through_at_the_reset(
     clock = Clock()
 
     with caplog.at_level("INFO", "orchestrator"):
-        session = run_by(clock, project, monkeypatch)
+        run = run_by(clock, project, monkeypatch)
 
     assert sorted(claude()[:2]) == ["WRK-001 plan 1", "WRK-002 plan 1"]
     assert claude()[2] == claude()[3] == "WRK-001 plan 1"  # one alone, and no attempt was charged
     assert sorted(claude()[3:]) == ["WRK-001 plan 1", "WRK-002 plan 1"]
-    assert session.reason == orchestrator.HaltReason.ALL_DONE_OR_BLOCKED
-    assert sorted(session.scheduler.totals.completed) == ["WRK-001", "WRK-002"]
-    assert session.scheduler.totals.phases == 2
-    assert clock.seconds > reset + 1800  # the second refusal named no reset
-    assert journal(project).pauses == {}
-    text = caplog.text
-    assert text.count("claude rests for") >= 4  # halves: 5 h, 2 h 30, 1 h 15 …
-    assert "claude: usage limit reached (five_hour); resets at 1970-01-12T18:46:40+00:00; claude is not started before" in text
-    assert "claude works again" in text
+    assert run.reason == orchestrator.HaltReason.ALL_DONE_OR_BLOCKED
+    assert sorted(run.totals.completed) == ["WRK-001", "WRK-002"]
+    assert run.totals.phases == 2
+    assert clock.seconds > reset + 900  # the probe's refusal named no reset
+    told = [record.getMessage() for record in caplog.records if "usage limit" in record.getMessage()]
+    limited = "[WRK-001][PLAN] claude: usage limit reached (five_hour)"
+    assert told[0].startswith(f"{limited}; resets at 1970-01-12 18:46 UTC; claude rests for 4 h 5")
+    assert told[0].endswith(", until 1970-01-12 18:46 UTC, no attempt is charged")
+    assert told[1].startswith(f"{limited}; claude rests for 1")
+    assert len(told) == 2  # one for both agents that met it at once, one for the probe
+    assert caplog.text.count("claude works again") == 1
+    assert not (project.root / ".git/orchestrator/journal").exists()
 
 
 @pytest.mark.slow
@@ -217,16 +237,12 @@ def test_a_limit_outlives_a_restart(project: Any, claude: Callable[..., list[str
         project.read_until(process, "claude rests for ")
         process.terminate()
         project.finish(process, 143)
-    path = project.root / ".git/orchestrator/run.json"
-    state = json.loads(path.read_text())
-    state["pauses"][0]["until"] = 1.0  # as if the time had passed
-    path.write_text(json.dumps(state))
+    rest(project, 1.0)  # as if the time had passed
     done = project.run("run")
 
     assert claude() == ["WRK-001 plan 1"] * 2
     assert "claude works again" in done.stderr
     assert project.items() == {}
-    assert journal(project).pauses == {}
 
 
 @pytest.mark.slow
@@ -234,18 +250,20 @@ def test_halt_starts_anew_when_somebody_runs_it_again(project: Any, claude: Call
     configure(project)
     project.backlog("WRK-001 in_progress phase=plan phase_pool=main")
     project.commit_all()
-    claude(limit(4_102_444_800))
+    claude(limit(4_102_444_800), limit(4_102_444_800))
 
     halted = project.run("run", code=4)
-    path = project.root / ".git/orchestrator/run.json"
-    state = json.loads(path.read_text())  # as if the run before had been one that waits
-    state["pauses"] = [AgentPause("claude", 4_102_444_800.0, 1, "limit")._asdict()]
-    path.write_text(json.dumps(state))
+    configure(project, WAIT)
+    process = project.start("run")
+    project.read_until(process, "claude rests for ")
+    process.terminate()
+    project.finish(process, 143)
+    configure(project)
     project.run("run")
 
-    limited = "claude: usage limit reached (five_hour); resets at 2100-01-01T00:00:00+00:00"
+    limited = "claude: usage limit reached (five_hour); resets at 2100-01-01 00:00 UTC"
     assert f"(CircuitBreakerTripped): {limited}\n" in halted.stderr
-    assert claude() == ["WRK-001 plan 1"] * 2
+    assert claude() == ["WRK-001 plan 1"] * 3
     assert project.items() == {}
 
 
@@ -275,8 +293,8 @@ def test_an_api_that_fails_for_good_ends_the_run_and_blocks_nothing(
 
     done = project.run("run", code=4)
 
-    assert claude() == ["WRK-001 plan 1"] * orchestrator.PROBES
-    assert "(CircuitBreakerTripped): claude: the API failed: API Error: 529 (8 times in a row)\n" in done.stderr
+    assert claude() == ["WRK-001 plan 1"] * orchestrator.FREE_ENDS_IN_A_ROW
+    assert "(CircuitBreakerTripped): claude: API Error: 529 (8 times in a row)\n" in done.stderr
     assert project.statuses() == {"WRK-001": "in_progress plan"}
     assert "attempts" not in project.text()
 
@@ -289,7 +307,7 @@ def test_a_failure_before_the_interruption_still_counts_and_is_told(
     configure(project, "max_retries = 1")
     project.backlog("WRK-001 in_progress phase=plan phase_pool=main")
     project.commit_all()
-    claude({"type": "result", "is_error": True, "result": "I gave up"}, OVERLOADED)
+    claude([WORKED, {"type": "result", "is_error": True, "result": "I gave up"}], OVERLOADED)
 
     project.run("run")
 
@@ -348,6 +366,145 @@ def test_the_first_opencode_of_a_run_starts_alone(project: Any, monkeypatch: pyt
     assert project.items() == {}
     assert (project.outside / "database").exists()
 
+# ---- Whose fault it is ---------------------------------------------------------------------------
+
+SESSION = {"type": "result", "is_error": True, "api_error_status": 429, "result": "You've hit your session limit · resets 4:10am (America/Sao_Paulo)"}
+UNTIMED = {"type": "result", "is_error": True, "result": "Session limit reached ∙ resets 10am"}
+NO_WORD = {"type": "result", "subtype": "success", "is_error": True, "result": "", "num_turns": 0}
+TOO_LONG = {"type": "result", "is_error": True, "result": "Prompt is too long"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("event", "says"),
+    [
+        (SESSION, r"claude: You've hit your session limit .*; resets at \d{4}-\d\d-\d\d 07:10 UTC\n"),
+        (UNTIMED, r"claude: Session limit reached .*; resets at \d{4}-\d\d-\d\d 10:00 UTC\n"),
+        ({**NO_WORD, "result": "Your organization has been disabled"}, r"claude: Your organization has been disabled\n"),
+    ],
+)
+def test_the_run_halts_in_the_words_of_the_cli(
+    project: Any, claude: Callable[..., list[str]], event: dict[str, object], says: str
+) -> None:
+    configure(project, "max_retries = 0")
+    project.backlog(*(f"WRK-00{n} in_progress phase=plan phase_pool=main" for n in (1, 2)))
+    project.commit_all()
+    claude(event)
+
+    done = project.run("run", code=4)
+
+    assert re.search(r"\(CircuitBreakerTripped\): " + says, done.stderr)
+    assert claude() == ["WRK-001 plan 1"]
+    assert set(project.statuses().values()) == {"in_progress plan"}
+    assert "attempts" not in project.text()
+
+
+@pytest.mark.slow
+def test_an_error_without_a_word_charges_nobody_and_names_the_log(project: Any, claude: Callable[..., list[str]]) -> None:
+    configure(project, "max_retries = 0")
+    project.backlog("WRK-001 in_progress phase=plan phase_pool=main")
+    project.commit_all()
+    claude(NO_WORD)
+
+    done = project.run("run")
+
+    assert "claude gave no reason (exit code 1); its output is in .orchestrator/logs/WRK-001/plan-1.out; claude rests" in done.stderr
+    assert project.items() == {}
+
+
+@pytest.mark.slow
+def test_a_command_that_refuses_an_option_halts_the_run(project: Any) -> None:
+    script = project.outside / "agent.py"
+    script.write_text("import sys\nsys.exit(sys.stderr.write('unknown option --foo\\n') and 3)\n")
+    project.backlog(*(f"WRK-00{n} in_progress phase=plan phase_pool=main" for n in (1, 2)))
+    project.configure(execution="max_retries = 0")
+    project.commit_all()
+
+    done = project.run("run", code=4)
+
+    assert "unknown option --foo\n" in done.stderr.partition("(CircuitBreakerTripped): ")[2]
+    assert set(project.statuses().values()) == {"in_progress plan"}
+
+
+BY_ITEM = FAKE_CLAUDE.replace(
+    "for event in", 'if [ "$ORCHESTRATOR_ITEM_ID" = WRK-001 ]; then cat "$here/bad"; exit 1; fi\nfor event in'
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", ["Prompt is too long", "A wording that nobody has seen"])
+def test_one_bad_prompt_ends_up_blocked_and_the_others_are_done(
+    project: Any, claude: Callable[..., list[str]], words: str
+) -> None:
+    """With one place, too: another item goes first and shows that the agent can work."""
+    (project.outside / "claude").write_text(BY_ITEM)
+    (project.outside / "bad").write_text(json.dumps({**TOO_LONG, "result": words}) + "\n")
+    configure(project, "max_retries = 1")
+    ready = (f"WRK-0{n:02} ready" for n in range(2, 12))
+    project.backlog("WRK-001 in_progress phase=plan phase_pool=main", *ready)
+    project.commit_all()
+
+    log = project.run("run").stderr
+
+    assert ("claude rests" in log) == (words != "Prompt is too long")  # that one is known for the item's
+    assert project.statuses() == {"WRK-001": "blocked plan"}
+    assert words in project.items()["WRK-001"]["blocked_reason"]
+
+
+@pytest.mark.slow
+def test_one_item_with_a_flaky_api_is_never_charged(project: Any, claude: Callable[..., list[str]]) -> None:
+    """Its own work says nothing about another item's."""
+    (project.outside / "claude").write_text(FAKE_CLAUDE.replace(
+        "for event in", 'touch "$here/$ORCHESTRATOR_PHASE.$$"; [ $(ls "$here" | grep -c "^$ORCHESTRATOR_PHASE[.]") = 1 ] && echo "overloaded" >&2 && exit 1\nfor event in'
+    ))
+    configure(project, "max_retries = 0", '{ name = "plan" }, { name = "design" }')
+    project.backlog("WRK-001 in_progress phase=plan phase_pool=main")
+    project.commit_all()
+
+    done = project.run("run")
+
+    assert claude() == [f"WRK-001 {phase} 1" for phase in ("plan", "plan", "design", "design")]
+    assert "failed" not in done.stderr
+    assert project.items() == {}
+
+
+@pytest.mark.slow
+def test_three_limits_after_a_stated_reset_end_the_wait(
+    project: Any, claude: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    configure(project, WAIT)
+    project.backlog("WRK-001 in_progress phase=plan phase_pool=main")
+    project.commit_all()
+    claude(*[limit(NOW)] * 9)
+
+    run = run_by(Clock(), project, monkeypatch)
+
+    assert run.reason == orchestrator.HaltReason.CIRCUIT_BREAKER_TRIPPED
+    assert claude() == ["WRK-001 plan 1"] * 4
+    assert project.statuses() == {"WRK-001": "in_progress plan"}
+
+
+@pytest.mark.slow
+def test_a_limit_in_a_build_keeps_what_it_had_done_and_the_next_attempt_is_told(
+    project: Any, claude: Callable[..., list[str]]
+) -> None:
+    (project.outside / "claude").write_text(FAKE_CLAUDE.replace('        cat "$here', '        echo half > code.txt; cat "$here').replace("echo '{", "echo whole > code.txt; echo '{"))
+    configure(project, phases='{ name = "build", is_destructive = true }')
+    project.backlog("WRK-001 in_progress phase=build phase_pool=main")
+    project.commit_all()
+    claude([WORKED, SESSION])
+
+    project.run("run", code=4)
+    ref = "refs/orchestrator/salvage/WRK-001/build/1"
+    assert project.git("show", f"{ref}:code.txt") == "half\n"
+    assert not (project.root / "code.txt").exists()
+    project.run("run")
+
+    assert claude() == ["WRK-001 build 1"] * 2
+    prompts = [path.read_text() for path in (project.root / ".orchestrator/prompts").iterdir()]
+    assert sum(ref in text for text in prompts) == 1
+    assert project.git("show", "HEAD:code.txt") == "whole\n"
+
 
 # ---- What is shown meanwhile ---------------------------------------------------------------------
 
@@ -356,17 +513,18 @@ def test_the_live_line_tells_what_runs_what_rests_and_what_it_cost(
     project: Any, claude: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     configure(project)
-    session = run_by(Clock(), project, monkeypatch)  # of nothing, to have one
-    scheduler, task = session.scheduler, Task("WRK-001", Phase("plan"), "main")
-    now = time.monotonic()
-    scheduler.running["WRK-001"] = orchestrator.Running(task, now - 65, now)
-    scheduler.totals.add_usage(task, orchestrator.Usage(0.25, 1000, 200))
-    scheduler.live.note("WRK-001", Progress("Bash: make test", orchestrator.Usage(0.5, 30, 4)))
-    scheduler.ledger.clock = lambda: datetime.fromtimestamp(NOW, UTC)
-    scheduler.ledger.journal.pauses = {"codex": AgentPause("codex", NOW + 5400, 1, "why")}
+    run = run_by(Clock(), project, monkeypatch)  # of nothing, to have one
+    task, now = Task("WRK-001", Phase("plan"), "main"), time.monotonic()
+    run.running["WRK-001"] = orchestrator.Running(task, now - 65, now)
+    run.totals.add_usage(task, orchestrator.Usage(0.25, 1000, 200))
+    run.live.note("WRK-001", Progress("Bash: make test", orchestrator.Usage(0.5, 30, 4)))
+    run.book.clock = lambda: datetime.fromtimestamp(NOW, UTC)
+    run.book.store.begin({"id": "again", "branch": "main", "head": None}, None)
+    rest(project, NOW + 5400)
+    run.book.take_in()
 
-    assert scheduler._live_text() == (
-        "phases 0/10 · WRK-001 plan 1 min 05 s, codex rests, 1 h 30 min left · done 0 · blocked 0 · 1,234 tokens · $0.75"
+    assert run._live_text() == (
+        "phases 0/10 · WRK-001 plan 1 min 05 s, claude rests, 1 h 30 min left · done 0 · blocked 0 · 1,234 tokens · $0.75"
     )
 
 
@@ -383,19 +541,7 @@ def test_the_log_tells_now_and_then_what_an_agent_does(
     with caplog.at_level("INFO", "orchestrator"):
         run_by(Clock(), project, monkeypatch)
 
-    assert re.search(r"\[WRK-001\]\[PLAN\] at work: \d+ s, 11 tokens \$0\.50, Done", caplog.text)
-
-
-def test_a_journal_from_before_breakers_is_read(tmp_path: Path) -> None:
-    path = tmp_path / "run.json"
-    Journal(path, "run-1", None).write()
-    rows = json.loads(path.read_text())
-    path.write_text(json.dumps({key: rows[key] for key in rows if key not in ("pauses", "spent")}))
-
-    read = Journal.read(path)
-
-    assert read is not None
-    assert (read.run_id, read.pauses, read.spent) == ("run-1", {}, {})
+    assert re.search(r"\[WRK-001\]\[PLAN\] at work: \d+ s, about \$0\.5000, 10 tokens in and 1 out, Done", caplog.text)
 
 
 # ---- What it costs -------------------------------------------------------------------------------
@@ -435,20 +581,17 @@ def test_an_attempt_that_runs_out_of_budget_is_not_charged(project: Any, claude:
     assert "interrupted (max_cost_usd is used up)" in done.stderr
     assert project.statuses() == {"WRK-001": "in_progress plan"}
     assert "attempts" not in project.text()
-    status = json.loads(project.run("status", "--json").stdout)
-    assert [(item["id"], item["cost_usd"]) for item in status["items"]] == [("WRK-001", 0.26)]  # not in the worklog yet
 
 
 @pytest.mark.slow
 def test_what_a_phase_cost_is_in_the_worklog_and_in_status(project: Any, claude: Callable[..., list[str]]) -> None:
-    """All attempts count, those of an earlier run too; a summary cannot forge a cost."""
+    """All attempts count, those that were not charged too."""
     configure(project, "max_retries = 1", '{ name = "plan" }, { name = "design" }')
     project.backlog("WRK-001 in_progress phase=plan phase_pool=main")
     project.commit_all()
     failed = {"type": "result", "is_error": True, "result": "no", "total_cost_usd": 0.25}
-    claude(failed, {**failed, "api_error_status": 401})
+    claude(failed, {**failed, "api_error_status": 529})
 
-    project.run("run", code=4)
     project.run("run", "--cap", "1")
 
     (month,) = (project.root / "_worklog").iterdir()
@@ -457,22 +600,6 @@ def test_what_a_phase_cost_is_in_the_worklog_and_in_status(project: Any, claude:
     assert month.read_text().encode() == project.git("show", f"HEAD:_worklog/{month.name}").encode()
     status = json.loads(project.run("status", "--json").stdout)
     assert status["items"][0]["cost_usd"] == 1.0
-    assert journal(project).spent == {}
-
-
-def test_the_last_completed_phase_is_read_back_from_worklogs() -> None:
-    def entry(item_id: str, outcome: str, summary: str) -> str:
-        text = worklog_entry(datetime.fromtimestamp(NOW, UTC), item_id, "T", "plan", outcome, summary)
-        return orchestrator.worklog_with_cost(text, orchestrator.Usage(1.0))
-
-    told = "First\n\n- **Cost:** no\n---\n  indented"
-    months = [
-        entry("WRK-001", "Complete", "Old") + entry("WRK-001", "Subphase Complete", told),
-        entry("WRK-002", "Complete", "Other") + entry("WRK-001", "Failed", "No") + entry("WRK-0011", "Complete", "Not it"),
-    ]
-    assert orchestrator.worklog_summary(months, "WRK-001") == told
-    assert orchestrator.worklog_summary(months, "WRK-003") is None
-    assert orchestrator.worklog_summary([], "WRK-001") is None
 
 
 @pytest.mark.slow
@@ -488,10 +615,10 @@ def test_the_summary_of_the_previous_phase_outlives_a_restart(project: Any) -> N
     assert "## Previous Phase Summary\n\n> Chose the short way\n" in prompt
 
 
-def test_costs_are_read_back_from_worklogs(tmp_path: Path) -> None:
+def test_costs_are_read_back_from_worklogs() -> None:
     entry = worklog_entry(datetime.fromtimestamp(NOW, UTC), "WRK-001", "T", "plan", "Complete", "a\n- **Cost:** about $9.00\n---\n## x — WRK-002 (y)")
     parts = [orchestrator.Usage(0.125, 1234, 5), orchestrator.Usage(None, 7, 0), orchestrator.Usage(3.5), orchestrator.Usage()]
-    text = "".join(orchestrator.worklog_with_cost(entry, usage) for usage in parts)
+    text = "".join(with_cost(entry, orchestrator.usage_text(usage)) for usage in parts)
 
-    assert orchestrator.worklog_costs([text, text]) == {"WRK-001": orchestrator.Usage(7.25, 2482, 10)}
-    assert orchestrator.worklog_with_cost(entry, orchestrator.Usage()) == entry
+    assert orchestrator.worklog_costs(read_worklog(text + text)) == {"WRK-001": orchestrator.Usage(7.25, 2482, 10)}
+    assert with_cost(entry, "") == entry

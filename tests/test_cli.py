@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import pytest
 
 import orchestrator
-from backlog import parse_yaml
+from backlog import ITEM_KEYS, parse_yaml
 
 COMMANDS = tuple(orchestrator.COMMANDS)
 
@@ -99,7 +99,7 @@ def test_version(cli: Cli) -> None:
 @pytest.mark.parametrize("command", ["", *COMMANDS])
 def test_help_of_every_command(cli: Cli, command: str) -> None:
     done = cli(*filter(None, [command, "--help"]))
-    assert done.out.startswith(f"usage: {f'orchestrator {command}'.strip()} ")
+    assert done.out.startswith(f"usage: {f'python3 orchestrator.py {command}'.strip()} ")
     assert done.err == ""
     if command:
         assert "--root DIR" in done.out
@@ -111,18 +111,19 @@ def test_help_of_every_command(cli: Cli, command: str) -> None:
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
-        ([], "orchestrator: the following arguments are required: COMMAND. `orchestrator --help` shows what there is."),
+        (["retry"], "orchestrator: retry: there is no such command; `unblock ID` lets a blocked item go on, `run` tries again what failed. `orchestrator --help` shows what there is."),
+        (["list"], "orchestrator: list: there is no such command; `status` lists the items. `orchestrator --help` shows what there is."),
         (["stauts"], 'orchestrator: stauts: there is no such command (did you mean "status"?). `orchestrator --help` shows what there is.'),
         (["xyzzy"], "orchestrator: xyzzy: there is no such command. `orchestrator --help` shows what there is."),
         (["run", "--tagret", "X"], "orchestrator: unrecognized arguments: --tagret X (did you mean \"--target\"?). `orchestrator --help` shows what there is."),
         (["stop", "--json"], "orchestrator: unrecognized arguments: --json (an option of other commands). `orchestrator --help` shows what there is."),
         (["add"], "orchestrator add: the following arguments are required: title. `orchestrator add --help` shows what there is."),
-        (["run", "--cap", "-1"], "orchestrator run: argument --cap: '-1' is no whole number from 0 to 4294967295. `orchestrator run --help` shows what there is."),
-        (["run", "--cap", "x"], "orchestrator run: argument --cap: 'x' is no whole number from 0 to 4294967295. `orchestrator run --help` shows what there is."),
-        (["run", "--cap", "9" * 5000], f"orchestrator run: argument --cap: '{'9' * 5000}' is no whole number from 0 to 4294967295. `orchestrator run --help` shows what there is."),
-        (["add", "x", "--priority", "high"], "orchestrator add: argument --priority: 'high' is no whole number from -4294967295 to 4294967295. `orchestrator add --help` shows what there is."),
-        (["add", "x", "--size", "huge"], "orchestrator add: argument --size: 'huge' is none of small, medium, large. `orchestrator add --help` shows what there is."),
-        (["add", "x", "--risk", ""], "orchestrator add: argument --risk: '' is none of low, medium, high. `orchestrator add --help` shows what there is."),
+        (["run", "--cap", "-1"], 'orchestrator run: argument --cap: must be a whole number from 0 to 4294967295, not "-1". `orchestrator run --help` shows what there is.'),
+        (["run", "--cap", "x"], 'orchestrator run: argument --cap: must be a whole number from 0 to 4294967295, not "x". `orchestrator run --help` shows what there is.'),
+        (["run", "--cap", "9" * 5000], f'orchestrator run: argument --cap: must be a whole number from 0 to 4294967295, not "{"9" * 78}…. `orchestrator run --help` shows what there is.'),
+        (["add", "x", "--priority", "high"], 'orchestrator add: argument --priority: must be a whole number, not "high". `orchestrator add --help` shows what there is.'),
+        (["add", "x", "--size", "huge"], 'orchestrator add: argument --size: must be one of small, medium, large, not "huge". `orchestrator add --help` shows what there is.'),
+        (["add", "x", "--risk", ""], 'orchestrator add: argument --risk: must be one of low, medium, high, not "". `orchestrator add --help` shows what there is.'),
         (["add", "x", "--tag", " "], "orchestrator add: argument --tag: ' ' is no tag: it is blank or holds a comma. `orchestrator add --help` shows what there is."),
         (["hook", "instal"], 'orchestrator hook: instal: use install or uninstall (did you mean "install"?). `orchestrator hook --help` shows what there is.'),
         (["--color", "red", "status"], "orchestrator: --color red: use auto or always or never. `orchestrator --help` shows what there is."),
@@ -132,7 +133,32 @@ def test_help_of_every_command(cli: Cli, command: str) -> None:
 )
 def test_usage_errors_are_one_line_and_exit_2(cli: Cli, argv: list[str], says: str) -> None:
     done = cli(*argv, code=2)
-    assert (done.out, done.err) == ("", says + "\n")
+    assert (done.out, done.err) == ("", says.replace("`orchestrator ", f"`{orchestrator.SCRIPT} ") + "\n")
+
+
+def test_a_bare_call_prints_the_short_help(cli: Cli) -> None:
+    done = cli()
+    assert done.out == cli("--help").out
+    assert done.err == ""
+
+
+@pytest.mark.slow
+def test_messages_call_the_program_as_it_was_started(bare: Path, program: Path) -> None:
+    """From a folder of tools, from a folder below, and with options: every command works as printed."""
+    tools = bare / "tools"
+    tools.mkdir()
+    run = lambda *argv, cwd=bare: subprocess.run(argv, cwd=cwd, capture_output=True, text=True)  # noqa: E731
+    run(sys.executable, str(program), "vendor", "tools")
+    run("python3", "tools/orchestrator.py", "init", "--agent", "demo")
+    add = run("python3", "tools/orchestrator.py", "add", "Fix", "the", "login bug")
+    assert add.stdout == "Added WRK-001: Fix the login bug\n"
+    (bare / "below").mkdir()
+    for cwd, argv in ((bare, ["tools/orchestrator.py"]), (bare / "below", ["../tools/orchestrator.py", "--root", ".."])):
+        run("python3", *argv, "close", "WRK-001", "--reason", "no", cwd=cwd)
+        said = run("python3", *argv, "unblock", "WRK-001", cwd=cwd)
+        command = said.stderr.partition("what became of it: ")[2].strip()
+        assert command == " ".join(["python3", *argv, "show", "WRK-001"])
+        assert run("sh", "-c", command, cwd=cwd).stdout.startswith("WRK-001  Fix the login bug\n\nStatus:   closed\n")
 
 
 @pytest.mark.parametrize(
@@ -505,7 +531,9 @@ def test_impossible_unblocks_change_nothing(project: Any, here: Cli, argv: list[
 
 def test_status_of_an_empty_backlog(here: Cli) -> None:
     assert here("status").out == "No items.\n"
-    assert json.loads(here("status", "--json").out) == {"schema": 1, "counts": {}, "items": [], "salvage": []}
+    assert json.loads(here("status", "--json").out) == {"schema": 1, "active": None, "unfinished": None, "counts": {}, "items": [], "salvage": []}
+    assert here("status", "--done").out == "No item has been finished yet.\n"
+    assert here("log").out == "Nothing that the orchestrator did has been committed yet.\n"
 
 
 def test_d52_status_table(project: Any, here: Cli) -> None:
@@ -514,16 +542,42 @@ def test_d52_status_table(project: Any, here: Cli) -> None:
         "WRK-003 new impact=high", "WRK-004 blocked blocked_reason=Unclear", "WRK-005 ready dependencies=[WRK-002]",
     )
     lines = here("status").out.splitlines()
-    assert lines[0].split() == ["ID", "STATUS", "PHASE", "PIPELINE", "IMPACT", "SIZE", "RISK", "TITLE"]
-    assert [line.split()[:3] for line in lines[2:7]] == [
-        ["WRK-002", "in_progress", "plan"], ["WRK-004", "blocked", "-"], ["WRK-005", "ready", "-"],
-        ["WRK-003", "new", "-"], ["WRK-001", "new", "-"],
+    assert lines == [
+        "ID      STATUS      PHASE IMPACT SIZE  RISK TITLE",
+        "WRK-002 in_progress plan  -      small low  Item WRK-002",
+        "WRK-004 blocked     -     -      -     -    Item WRK-004",
+        "WRK-005 ready       -     -      -     -    Item WRK-005",
+        "WRK-003 new         -     high   -     -    Item WRK-003",
+        "WRK-001 new         -     low    -     -    Item WRK-001",
+        "",
+        "5 items: 1 in_progress, 1 blocked, 1 ready, 2 new",
+        "",
+        "Blocked, each needs you:",
+        "  WRK-004 Unclear",
+        f'  {orchestrator.SCRIPT} --root {project.root} unblock ID --notes "YOUR ANSWER"',
+        "",
+        "Waiting for other items:",
+        "  WRK-005 WRK-002 (in_progress)",
     ]
-    assert lines[7:] == [
-        "", "5 items: 1 in_progress, 1 blocked, 1 ready, 2 new",
-        "", "Blocked, each needs you:", "  WRK-004: Unclear",
-        "", "Waiting for other items:", "  WRK-005: WRK-002 (in_progress)",
+
+
+def test_d52_the_table_is_as_wide_as_the_terminal(project: Any, here: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cells with wide characters; titles get the room that is left, and go on below themselves."""
+    project.backlog("WRK-001 in_progress phase=build size=small", "WRK-002 new priority=3 pipeline_type=feature")
+    long = "日本語の題名 and a title that is too long for one line of a terminal of eighty columns"
+    (project.root / "BACKLOG.yaml").write_text(project.text().replace("title: Item WRK-001", f"title: {long}"))
+    lines = {}
+    for width in (40, 80, 113, 140):
+        monkeypatch.setenv("COLUMNS", str(width))
+        lines[width] = here("status").out.splitlines()
+        assert max(map(orchestrator.cell_width, lines[width])) <= width
+    assert lines[80][:3] == [
+        "ID      STATUS      PHASE PRIO SIZE  TITLE",
+        "WRK-001 in_progress build -    small 日本語の題名 and a title that is too long",
+        "                                     for one line of a terminal of eighty",
     ]
+    assert lines[140][1].endswith(f" {long}")
+    assert "WRK-001 in_progress build -    small" in lines[40]  # the title below it
 
 
 def test_status_json_has_every_key_of_every_item(project: Any, here: Cli) -> None:
@@ -531,11 +585,7 @@ def test_status_json_has_every_key_of_every_item(project: Any, here: Cli) -> Non
     got = json.loads(here("status", "--json").out)
     assert (got["schema"], got["counts"]) == (1, {"blocked": 1, "new": 1})
     assert [row["id"] for row in got["items"]] == ["WRK-002", "WRK-001"]
-    keys = {
-        "id", "title", "status", "phase", "phase_pool", "pipeline", "size", "complexity", "risk", "impact", "priority",
-        "attempts", "requires_human_review", "guardrail_override", "tags", "dependencies", "waiting_for", "origin",
-        "blocked_reason", "blocked_type", "blocked_from", "description", "created", "updated", "cost_usd", "input_tokens", "output_tokens",
-    }
+    keys = {*ITEM_KEYS, "waiting_for", "cost_usd", "input_tokens", "output_tokens"}
     assert [set(row) for row in got["items"]] == [keys, keys]
 
 
@@ -557,7 +607,7 @@ def test_status_only(project: Any, here: Cli, only: list[str], ids: list[str]) -
     [
         ("size", "Filter must be in format KEY=VALUE[,VALUE…] or KEY!=VALUE[,VALUE…], not 'size'"),
         ("foo=1", "Unknown filter field: foo. "),
-        ("size=huge", "Invalid value 'huge' for field 'size'. "),
+        ("size=huge", "Invalid value 'huge' for field 'size': "),
     ],
 )
 def test_bad_filters_are_usage_errors(project: Any, here: Cli, command: str, only: str, says: str) -> None:
@@ -574,10 +624,10 @@ def test_show_tells_everything_with_documents_and_commits(project: Any, here: Cl
     project.run("run", "--cap", "1")
     text = here("show", "WRK-001").out
     assert text.startswith("WRK-001  Item WRK-001\n\nStatus:        in_progress\n")
-    assert re.search(r"\nHistory:\n  [0-9a-f]{10} \[WRK-001\]\[plan\] plan done\n", text)
+    assert re.search(r"\nHistory:\n  [\d-]{10} [\d:]{5} plan complete [0-9a-f]{10} plan done\n", text)
     assert text.endswith("\nDocuments:\n  changes/WRK-001_item-wrk-001/PLAN.md\n")
     got = json.loads(here("show", "WRK-001", "--json").out)
-    assert set(got) == {"schema", "item", "documents", "commits", "salvage"}
+    assert set(got) >= {"schema", "item", "documents", "commits", "salvage"}
     assert (got["schema"], got["item"]["id"], got["documents"]) == (1, "WRK-001", ["changes/WRK-001_item-wrk-001/PLAN.md"])
     assert [row["subject"] for row in got["commits"]] == ["[WRK-001][plan] plan done"]
     assert json.loads(here("show", "WRK-0011", "--json").out)["commits"] == []
@@ -588,7 +638,8 @@ def test_show_of_what_is_not_there(project: Any, here: Cli) -> None:
     assert here("show", "WRK-01", code=2).err == 'orchestrator: WRK-01: there is no such item (did you mean "WRK-001"?)\n'
     project.backlog("WRK-002 new")
     gone = here("show", "WRK-001", code=2).err
-    assert gone == f"orchestrator: WRK-001: it is not in the backlog any more; what became of it: {orchestrator.PROGRAM} log WRK-001\n"
+    again = f"{orchestrator.SCRIPT} --root {project.root} show WRK-001"
+    assert gone == f"orchestrator: WRK-001: it is not in the backlog any more; what became of it: {again}\n"
 
 
 def test_show_on_an_unborn_branch(tmp_path: Path, cli: Cli) -> None:
@@ -656,8 +707,13 @@ def test_commands_that_only_look_write_nothing(project: Any, here: Cli, argv: li
 def test_dry_run_says_what_would_start_and_why_the_rest_would_not(project: Any, here: Cli) -> None:
     project.backlog("WRK-001 ready", "WRK-002 ready", "WRK-003 blocked blocked_reason=Unclear", "WRK-004 new dependencies=[WRK-001]", "WRK-005 done")
     text = here("run", "--dry-run", "--cap", "2").out
-    assert [line.split()[:2] for line in text.splitlines() if line.startswith("  ")] == [
-        ["1.", "WRK-001"], ["WRK-003", "Item"], ["WRK-002", "Item"], ["WRK-004", "Item"],
+    assert text.splitlines()[:6] == [
+        "Would run, if every phase succeeds:",
+        "  1. WRK-001 Item WRK-001 plan → build",
+        "",
+        "Would not run:",
+        "  WRK-003 blocked: Unclear",
+        "  2 items later: the limit of phases for one run is used up: WRK-002, WRK-004",
     ]
     assert text.endswith("\nNothing was started and nothing was written.\n")
     got = json.loads(here("run", "--dry-run", "--cap", "2", "--json").out)
@@ -674,9 +730,9 @@ def test_dry_run_says_what_keeps_a_run_from_starting(project: Any, here: Cli) ->
     text = here("run", "--dry-run").out
     assert text.endswith(
         "\nBut a run cannot start:\n- the work tree has uncommitted changes: README.md\n"
-        "  Commit them or set them aside, or run with --allow-dirty.\n\nNothing was started and nothing was written.\n"
+        "  Commit them, or run with --allow-dirty, or set them aside: git stash push --include-untracked -- :/README.md\n\nNothing was started and nothing was written.\n"
     )
-    assert text.startswith("Would run, if every phase succeeds:\n   1. WRK-001 ")
+    assert text.startswith("Would run, if every phase succeeds:\n  1. WRK-001 ")
     problem, = json.loads(here("run", "--dry-run", "--json").out)["problems"]
     assert problem["what"] == "the work tree has uncommitted changes: README.md"
     assert "cannot start" not in here("run", "--dry-run", "--allow-dirty").out
@@ -708,8 +764,8 @@ def test_bad_targets_are_usage_errors(project: Any, here: Cli, command: str, dry
 
 
 SUMMARY_KEYS = {
-    "schema", "run_id", "halt_reason", "detail", "exit_code", "phases", "cap", "seconds", "completed", "blocked",
-    "follow_ups", "cost_usd", "input_tokens", "output_tokens", "spent", "filters", "targets",
+    "schema", "run_id", "halt", "halt_reason", "detail", "exit_code", "phases", "cap", "seconds", "completed", "blocked",
+    "needs_you", "kept", "follow_ups", "cost_usd", "input_tokens", "output_tokens", "spent", "filters", "targets",
     "state_commit", "warnings", "counts", "next",
 }
 
@@ -723,7 +779,7 @@ def test_run_json_is_the_only_thing_on_stdout(project: Any) -> None:
     got = json.loads(done.stdout)
     assert set(got) == SUMMARY_KEYS
     assert (got["schema"], got["halt_reason"], got["exit_code"]) == (1, "AllDoneOrBlocked", 0)
-    assert got["completed"] == [{"id": "WRK-001", "title": "Item WRK-001"}]
+    assert got["completed"] == [{"id": "WRK-001", "title": "Item WRK-001", "commit": project.git("rev-parse", "HEAD").strip()}]
 
 
 @pytest.mark.slow
@@ -734,22 +790,22 @@ def test_run_prints_its_summary_for_people_on_stderr(project: Any) -> None:
     done = project.run("run", "--log-level", "error")
     assert done.stdout == ""
     assert done.stderr.startswith("\nHalt: nothing is left that can run (AllDoneOrBlocked)\n")
-    assert "\nDone (1):\n  WRK-001    Item WRK-001\n" in done.stderr
+    assert re.search(r"\nDone \(1\):\n  WRK-001 [0-9a-f]{10} Item WRK-001\n", done.stderr)
 
 
 @pytest.mark.slow
 def test_strict_turns_trouble_at_the_halt_commit_into_exit_1(project: Any) -> None:
     project.backlog("WRK-001 ready")
     project.commit_all()
-    # A merge is begun while the phase runs, so the state gets parked.
+    # A merge is begun while the phase runs, so HEAD is left alone.
     project.script({"*": [{"sh": "git rev-parse HEAD > .git/MERGE_HEAD", "result": {"result": "blocked"}}]})
     for strict, code in (([], 3), (["--strict"], 1)):
         done = project.run("run", "--json", *strict, code=code)
         assert json.loads(done.stdout)["exit_code"] == code
-        assert "refs/orchestrator/backlog" in done.stderr
-        assert project.git("show", "refs/orchestrator/backlog:BACKLOG.yaml") == project.text()
+        assert "What was decided is kept in " in done.stderr
         (project.root / ".git" / "MERGE_HEAD").unlink()
         project.run("run", "--cap", "0", code=None)
+        assert project.items()["WRK-001"]["status"] == "blocked"
         assert (project.committed(), project.status()) == (project.text(), "")
         project.run("unblock", "WRK-001")
 

@@ -14,6 +14,7 @@ from orchestrator import (
     ConfigError,
     Execution,
     Guardrails,
+    Notify,
     Phase,
     Pipeline,
     agent_settings,
@@ -117,7 +118,7 @@ def test_every_key_is_read() -> None:
         backlog_path="dev/BACKLOG.yaml",
         protected_branches=("main", "release"),
         guardrails=Guardrails("small", "low", "high"),
-        execution=Execution(1.5, 0, 7, 3, 2, 4, 0.0, 240.0, 12.5, 0.0, 1.0, 600.0, "wait"),
+        execution=Execution(1.5, 0, 0, 4, 7, 240, 12.5, 3, 2, 0, 1, 600, "wait"),
         agent=AgentSettings(
             "command",
             "vendor/model-1.5",
@@ -125,7 +126,7 @@ def test_every_key_is_read() -> None:
             ("--fast",),
             {"TOKEN_FILE": "/x", "EMPTY": ""},
         ),
-        notify_command=("notify-send", "done"),
+        notify=Notify(("notify-send", "done")),
         pipelines={
             "docs": Pipeline(
                 "docs",
@@ -186,7 +187,7 @@ def test_models_that_are_accepted(model: str) -> None:
 @pytest.mark.parametrize("model", ["-m", "--dangerous", "two words", "a;b", "ü"])
 def test_models_that_are_refused(model: str) -> None:
     assert complaints(f'[agent]\nmodel = "{model}"') == [
-        f"agent.model must be letters, digits, . _ / - (no leading -), not {model!r}"
+        f'agent.model must be letters, digits, . _ / - (no leading -), not "{model}"'
     ]
 
 
@@ -226,30 +227,40 @@ def test_what_is_no_toml_is_refused_with_its_name(data: bytes, says: str) -> Non
         ("[execution]\ncircuit_breaker = 0", "execution.circuit_breaker must be a whole number from 1 to 4294967295, not 0"),
         ("[execution]\nmax_retries = -1", "execution.max_retries must be a whole number from 0 to 4294967295, not -1"),
         ("[execution]\nmax_retries = 4294967296", "execution.max_retries must be a whole number from 0 to 4294967295, not 4294967296"),
-        ("[execution]\nmax_wip = true", "execution.max_wip must be a whole number from 1 to 4294967295, not True"),
+        ("[execution]\nmax_wip = true", "execution.max_wip must be a whole number from 1 to 4294967295, not true"),
         ("[execution]\nmax_wip = 1.5", "execution.max_wip must be a whole number from 1 to 4294967295, not 1.5"),
-        ("[execution]\nkill_grace_seconds = nan", "execution.kill_grace_seconds must be a number from 0 to 4294967295, not nan"),
-        ("[execution]\nmax_cost_usd = inf", "execution.max_cost_usd must be a number from 0 to 4294967295, not inf"),
-        ('[execution]\nmax_run_minutes = "2h"', "execution.max_run_minutes must be a number from 0 to 4294967295, not '2h'"),
-        ('[execution]\non_usage_limit = "stop"', "execution.on_usage_limit must be one of halt, wait, not 'stop'"),
-        ('[guardrails]\nmax_size = "huge"', "guardrails.max_size must be one of small, medium, large, not 'huge'"),
-        ('[guardrails]\nmax_risk = "hihg"', 'guardrails.max_risk must be one of low, medium, high, not \'hihg\' (did you mean "high"?)'),
-        ("[project]\nprefix = 7", "project.prefix must be a text in quotes, not 7"),
-        ('[project]\nprefix = ""', "project.prefix must be ASCII letters, digits, - and _, not ''"),
-        ('[project]\nprefix = "A/B"', "project.prefix must be ASCII letters, digits, - and _, not 'A/B'"),
-        ('[project]\nprotected_branches = "main"', "project.protected_branches must be a list of texts such as [\"a\", \"b\"], not 'main'"),
-        ("project = 1", "project must be a table, not 1"),
-        ("[agent]\nenv = { A = 1 }", "agent.env.A must be a text in quotes, not 1"),
-        ('[agent]\nenv = { "A=B" = "1" }', "agent.env.'A=B' is no name for an environment variable"),
-        ('[agent]\ncli = "Claude"', 'agent.cli must be one of claude, codex, opencode, gemini, command, demo, not \'Claude\' (did you mean "claude"?)'),
+        ("[execution]\nkill_grace_seconds = nan", "execution.kill_grace_seconds must be a number from 0 to 4294967295, not NaN"),
+        ("[execution]\nmax_cost_usd = inf", "execution.max_cost_usd must be a number from 0 to 4294967295, not Infinity"),
+        ('[execution]\nmax_run_minutes = "2h"', 'execution.max_run_minutes must be a number from 0 to 4294967295, not "2h"'),
+        ('[execution]\non_usage_limit = "stop"', 'execution.on_usage_limit must be one of halt, wait, not "stop"'),
+        ('[guardrails]\nmax_size = "huge"', 'guardrails.max_size must be one of small, medium, large, not "huge"'),
+        ('[guardrails]\nmax_risk = "hihg"', 'guardrails.max_risk must be one of low, medium, high, not "hihg" (did you mean "high"?)'),
+        ("[project]\nprefix = 7", "project.prefix must be at most 64 ASCII letters, digits, - and _, not 7 (in quotes it is text: '7')"),
+        ('[project]\nprefix = ""', 'project.prefix must be at most 64 ASCII letters, digits, - and _, not ""'),
+        ('[project]\nprefix = "A/B"', 'project.prefix must be at most 64 ASCII letters, digits, - and _, not "A/B"'),
+        ('[project]\nprotected_branches = "main"', 'project.protected_branches must be a list of texts such as ["a", "b"], not "main"'),
+        ("project = 1", "project must be a mapping of keys to values, not 1"),
+        ("[agent]\nenv = { A = 1 }", 'agent.env must be names with texts such as { CI = "1" }, not {"A": 1}'),
+        ('[agent]\nenv = { "A=B" = "1" }', 'agent.env must be names with texts such as { CI = "1" }, not {"A=B": "…"}'),
+        ('[agent]\ncli = "Claude"', 'agent.cli must be one of claude, codex, opencode, gemini, command, demo, not "Claude" (did you mean "claude"?)'),
         ('[agent]\ncli = "command"', "agent.command is missing, but agent.cli asks for it: give the command"),
         ("[notify]\ncommand = []", 'notify.command must be a command such as ["make", "test"], not []'),
-        ('[notify]\ncommand = "make it"', "notify.command must be a command such as [\"make\", \"test\"], not 'make it'"),
-        ("pipelines.p.phases = 1", "pipelines.p.phases must be a list of tables, not 1"),
+        ('[notify]\ncommand = "make it"', 'notify.command must be a command such as ["make", "test"], not "make it"'),
+        ("pipelines.p.phases = 1", "pipelines.p.phases must be a list, not 1"),
     ],
 )
 def test_wrong_values(text: str, complaint: str) -> None:
     assert complaint in complaints(text)
+
+
+def test_a_complaint_about_variables_does_not_tell_what_they_hold() -> None:
+    [complaint] = complaints('[agent]\nenv = { TOKEN = "s3cret", N = 1, A = { B = "s3cret" } }')
+    assert complaint.endswith('not {"TOKEN": "…", "N": 1, "A": "{…}"}')
+
+
+def test_a_number_of_thousands_of_digits_is_not_printed() -> None:
+    [complaint] = complaints("[execution]\nmax_wip = 0x" + "f" * 5000)
+    assert complaint.endswith("not something far too large")
 
 
 @pytest.mark.parametrize(
@@ -278,14 +289,14 @@ def test_d27_unknown_keys_are_errors_with_a_hint(text: str, complaint: str) -> N
         (one_pipeline("{name='a', is_destructive=true, destructive=true}"), "pipelines.p.phases[0].destructive is another name for is_destructive: keep one of the two"),
         (one_pipeline("{}"), "pipelines.p.phases[0].name is missing: every phase needs one"),
         (one_pipeline("{name='a', agent='command'}"), "agent.command is missing, but pipelines.p: the phase a asks for it: give the command"),
-        (one_pipeline("{name='a', run=['make'], agent='demo'}"), "pipelines.p.phases[0].run replaces the agent: remove workflows, agent and model, or remove run"),
-        (one_pipeline("{name='a', run=['']}"), "pipelines.p.phases[0].run must be a command such as [\"make\", \"test\"], not ['']"),
-        (one_pipeline("{name='a', verify=['make']}"), "pipelines.p.phases[0].verify[0] must be a command such as [\"make\", \"test\"], not 'make'"),
-        (one_pipeline("{name='a', verify='make'}"), "pipelines.p.phases[0].verify must be a list of commands such as [[\"make\", \"test\"]], not 'make'"),
-        (one_pipeline("{name='a', outputs=['../x']}"), "pipelines.p.phases[0].outputs must lie below the project root, but '../x' does not"),
-        (one_pipeline("{name='a', outputs=['/x']}"), "pipelines.p.phases[0].outputs must lie below the project root, but '/x' does not"),
+        (one_pipeline("{name='a', run=['make'], agent='demo'}"), "pipelines.p.phases[0].run replaces the agent: remove workflows, agent and model, or this"),
+        (one_pipeline("{name='a', run=['']}"), 'pipelines.p.phases[0].run must be a command such as ["make", "test"], not [""]'),
+        (one_pipeline("{name='a', verify=['make']}"), 'pipelines.p.phases[0].verify must be a list of commands such as [["make", "test"]], not ["make"]'),
+        (one_pipeline("{name='a', verify='make'}"), 'pipelines.p.phases[0].verify must be a list of commands such as [["make", "test"]], not "make"'),
+        (one_pipeline("{name='a', outputs=['../x']}"), 'pipelines.p.phases[0].outputs must be a list of paths below the project root such as ["docs/"], not ["../x"]'),
+        (one_pipeline("{name='a', outputs=['/x']}"), 'pipelines.p.phases[0].outputs must be a list of paths below the project root such as ["docs/"], not ["/x"]'),
         (one_pipeline("{name='a', is_destructive=true, outputs=['x']}"), "pipelines.p.phases[0].outputs means nothing for a destructive phase: remove it"),
-        (one_pipeline("{name='a', workflows=['']}"), "pipelines.p.phases[0].workflows must be a list of texts such as [\"a\", \"b\"], not ['']"),
+        (one_pipeline("{name='a', workflows=['']}"), 'pipelines.p.phases[0].workflows must be a list of texts such as ["a", "b"], not [""]'),
     ],
 )
 def test_wrong_pipelines(text: str, complaint: str) -> None:
@@ -301,7 +312,7 @@ def test_d15_the_phase_name_triage_is_reserved() -> None:
 @pytest.mark.parametrize("name", ["a/b", "../x", "a b", "ä", "-x", "a.lock", "x" * 65])
 def test_d45_phase_names_are_safe_in_paths_and_refs(name: str) -> None:
     assert complaints(one_pipeline(f"{{name='{name}'}}")) == [
-        f"pipelines.p.phases[0].name must be at most 64 ASCII letters, digits, - and _, not {name!r}"
+        f'pipelines.p.phases[0].name must be at most 64 ASCII letters, digits, - and _, not "{name}"'
     ]
 
 
@@ -340,11 +351,11 @@ def test_a_prefix_cannot_break_out_of_the_template(prefix: str) -> None:
 def test_the_commented_keys_of_the_template_are_real() -> None:
     """Whoever removes a `# ` in front of a key gets a valid file."""
     lines = config_template("WRK", "claude").splitlines()
-    keys = ("# max_", "# idle_", "# args", "# env", "# [notify]", "# command = [\"notify")
+    keys = ("# max_", "# idle_", "# args", "# env", "# command = [\"notify")
     text = "\n".join(line[2:] if line.startswith(keys) else line for line in lines)
     config = read(text)
     assert (config.execution.max_run_minutes, config.execution.max_cost_usd) == (240, 20)
-    assert config.notify_command == ("notify-send", "orchestrator")
+    assert config.notify.command == ("notify-send", "orchestrator")
 
 
 # ---- What the config says about items and phases --------------------------------------------------

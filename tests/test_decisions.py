@@ -78,6 +78,11 @@ def at(item_id: str, phase: str, **fields: Any) -> Item:
     return item(item_id, status, phase=phase, phase_pool=pool, **fields)
 
 
+def settled(item: Item) -> Item:
+    """An item with whole seconds: several changes in one act count up the microseconds."""
+    return {**item, "updated": item["updated"].partition(".")[0].removesuffix("+00:00") + "+00:00"}
+
+
 def task(item_id: str, phase: str, config: Config = DEFAULTS) -> Task:
     if phase == "triage":
         return Task(item_id, TRIAGE_PHASE, "triage")
@@ -451,7 +456,7 @@ def test_d30_a_signal_decides_the_exit_code_of_a_shutdown(signal: int | None, co
 
 # ---- Guardrails -----------------------------------------------------------------------------------
 
-ACCEPT = "accept it with: orchestrator unblock A-1 --override-guardrails"
+ACCEPT = "a human has to accept it"
 
 
 @pytest.mark.parametrize(
@@ -522,11 +527,12 @@ class Case:
     ) -> None:
         present = [] if removed else [edited or started]
         self.draft = Draft(backlog(*present, *others))
-        self.applied: Applied = apply_result(self.draft, started, reported, rules_of(config), NOW)
+        applied = apply_result(self.draft, started, reported, rules_of(config), NOW)
+        self.applied = applied._replace(item=settled(applied.item))
 
     @property
     def item(self) -> Item:
-        return self.draft.items["A-1"]
+        return settled(self.draft.items["A-1"])
 
     def entry(self, phase: str, outcome: str, summary: str) -> str:
         return worklog_entry(NOW, "A-1", "Title of A-1", phase, outcome, summary)
@@ -744,40 +750,11 @@ def test_an_item_that_vanished_is_recorded_and_dropped(code: str, outcome: str) 
     assert case.applied == Applied("dropped", started, reason, ("WRK-010",), worklog=entry)
 
 
-def test_what_we_own_wins_over_an_edit_with_a_warning() -> None:
-    started = at("A-1", "prd")
-    edited = item("A-1", "blocked", phase="build", phase_pool="main", blocked_reason="wait!", title="Better title")
-    case = Case(started, result("prd"), edited=edited)
-    expected = at("A-1", "design", title="Better title", updated=STAMP)
-    assert case.item == expected
-    assert case.applied.warnings == (
-        "A-1: status was set to 'blocked' while prd ran; the run has the last word: 'in_progress'",
-        "A-1: phase was set to 'build' while prd ran; the run has the last word: 'design'",
-        "A-1: blocked_reason was set to 'wait!' while prd ran; the run has the last word: None",
-    )
-
-
-def test_an_edit_that_says_the_same_as_the_result_needs_no_warning() -> None:
-    case = Case(at("A-1", "prd"), result("prd"), edited=at("A-1", "design"))
-    assert (case.item["phase"], case.applied.warnings) == ("design", ())
-
-
 def test_edits_of_other_keys_stay() -> None:
     edited = at("A-1", "prd", tags=["x"], priority=3, dependencies=["A-2"])
     case = Case(at("A-1", "prd"), result("prd"), edited=edited)
     assert (case.item["tags"], case.item["priority"], case.item["dependencies"]) == (["x"], 3, ["A-2"])
     assert case.applied.warnings == ()
-
-
-def test_a_triage_wins_over_a_status_set_meanwhile() -> None:
-    case = Case(item("A-1"), result("triage", ratings={"size": "small"}), edited=item("A-1", "ready"))
-    assert case.item["status"] == "ready"
-    assert case.applied.warnings == ()
-    case = Case(item("A-1"), result("triage", ratings={"size": "medium"}), edited=item("A-1", "ready"))
-    assert (case.item["status"], case.item["phase"]) == ("scoping", "research")
-    assert case.applied.warnings == (
-        "A-1: status was set to 'ready' while triage ran; the run has the last word: 'scoping'",
-    )
 
 
 def test_applying_twice_to_fresh_drafts_gives_the_same() -> None:
@@ -790,15 +767,12 @@ def test_applying_twice_to_fresh_drafts_gives_the_same() -> None:
 
 
 def test_exhausted_attempts_block_with_the_reason() -> None:
-    started = at("A-1", "prd")
-    draft = Draft(backlog(at("A-1", "prd", attempts=2)))
-    failed = PhaseResult("A-1", "prd", "failed", "3 attempts: no result")
-    applied = apply_result(draft, started, failed, RULES, NOW)
+    case = Case(at("A-1", "prd", attempts=2), result("prd", "failed", context="3 attempts: no result"))
     expected = at("A-1", "prd", blocked_from_status="in_progress", blocked_reason="3 attempts: no result", updated=STAMP)
     expected["status"] = "blocked"
-    assert draft.items == {"A-1": expected}
-    entry = worklog_entry(NOW, "A-1", "Title of A-1", "prd", "Failed", "3 attempts: no result")
-    assert applied == Applied("blocked", expected, "3 attempts: no result", worklog=entry)
+    entry = case.entry("prd", "Failed", "3 attempts: no result")
+    assert case.item == expected
+    assert case.applied == Applied("blocked", expected, "3 attempts: no result", worklog=entry)
 
 
 def test_d35_a_failed_result_still_gives_ratings_and_follow_ups() -> None:
@@ -819,7 +793,7 @@ def test_failed_attempts_are_counted_on_the_item() -> None:
     draft = Draft(backlog(at("A-1", "prd")))
     counts = [charge_attempt(draft, at("A-1", "prd"), NOW) for _ in range(2)]
     assert counts == [1, 2]
-    assert draft.items["A-1"] == at("A-1", "prd", attempts=2, updated=STAMP)
+    assert settled(draft.items["A-1"]) == at("A-1", "prd", attempts=2, updated=STAMP)
 
 
 def test_a_failed_attempt_on_an_item_that_vanished_is_harmless() -> None:
@@ -954,10 +928,7 @@ def test_triage_takes_the_description_field_by_field(
 
 # ---- Duplicates -----------------------------------------------------------------------------------
 
-QUESTION = (
-    "it seems to be a duplicate of A-3 (Title of A-3); if it is: orchestrator close A-1 --reason"
-    " duplicate, else: orchestrator unblock A-1 --notes 'no duplicate'"
-)
+QUESTION = "it seems to be a duplicate of A-3 (Title of A-3); if it is, `close` it, else `unblock` it with a note"
 
 
 def test_a_suspected_duplicate_blocks_with_that_question() -> None:
@@ -997,8 +968,8 @@ def test_d33_promotion_is_one_edit() -> None:
     draft = Draft(backlog(item("A-1", "ready", attempts=1, unblock_context="notes")))
     applied = promote(draft, "A-1", RULES, NOW)
     expected = at("A-1", "prd", unblock_context="notes", updated=STAMP)
-    assert draft.items == {"A-1": expected}
-    assert applied == Applied("advanced", expected)
+    assert settled(draft.items["A-1"]) == expected
+    assert applied == Applied("advanced", draft.items["A-1"])
 
 
 def test_d24_promotion_with_an_unknown_pipeline_blocks_the_item() -> None:

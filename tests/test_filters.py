@@ -21,6 +21,7 @@ def error_of(text: str) -> str:
     ("text", "expected"),
     [
         ("status=ready", Filter("status", ("ready",))),
+        ("status=i", Filter("status", ("in_progress",))),
         ("status=IN_PROGRESS", Filter("status", ("in_progress",))),
         ("impact=high", Filter("impact", ("high",))),
         ("impact=HIGH", Filter("impact", ("high",))),
@@ -63,25 +64,37 @@ def test_without_key_or_value_the_form_is_explained(text: str) -> None:
     [
         (
             "foo=bar",
-            "Unknown filter field: foo. Supported: status, impact, size, risk, complexity, tag,"
-            " pipeline_type, id, origin, priority",
+            "Unknown filter field: foo. Supported: id, status, size, complexity, risk, impact,"
+            " origin, tag, pipeline_type, priority",
         ),
         (
             "size=huge",
-            "Invalid value 'huge' for field 'size'. Valid values: small, medium, large",
+            "Invalid value 'huge' for field 'size': it must be one of small, medium, large,"
+            ' not "huge"',
         ),
-        ("impact=big", "Invalid value 'big' for field 'impact'. Valid values: low, medium, high"),
+        (
+            "impact=hihg",
+            "Invalid value 'hihg' for field 'impact': it must be one of low, medium, high,"
+            ' not "hihg" (did you mean "high"?)',
+        ),
         (
             "status=open",
-            "Invalid value 'open' for field 'status'. Valid values:"
-            " new, scoping, ready, in_progress, done, blocked",
+            "Invalid value 'open' for field 'status': it must be one of new, scoping, ready,"
+            ' in_progress, done, blocked, not "open"',
         ),
         (
             "impact=high,bad,worse",
-            "Invalid value 'bad' for field 'impact'. Valid values: low, medium, high",
+            "Invalid value 'bad' for field 'impact': it must be one of low, medium, high, not"
+            ' "bad"',
         ),
-        ("priority=1.5", "Invalid value '1.5' for field 'priority': no whole number"),
-        ("priority=²", "Invalid value '²' for field 'priority': no whole number"),
+        (
+            "priority=1.5",
+            "Invalid value '1.5' for field 'priority': it must be a whole number, not \"1.5\"",
+        ),
+        (
+            "priority=²",
+            "Invalid value '²' for field 'priority': it must be a whole number, not \"²\"",
+        ),
         ("tag=a,,b", "Empty value in comma-separated list: 'tag=a,,b'"),
         ("tag=,a", "Empty value in comma-separated list: 'tag=,a'"),
         ("tag=a,", "Empty value in comma-separated list: 'tag=a,'"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -16,15 +17,45 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import gitutil
-from gitutil import Change, Entry, GitError, Head, HeadBusy, HookResult, Problem, Repo, Snapshot
+from gitutil import (
+    ABSENT_MODE,
+    ABSENT_OID,
+    Change,
+    Entry,
+    GitError,
+    Head,
+    HeadBusy,
+    HookResult,
+    Problem,
+    Repo,
+    Snapshot,
+)
 from tests.conftest import IDENTITY, sh
 
 NAME = "BACKLOG.yaml"
 Act = Callable[[Path], object]
+
+
+def made(repo: Repo, path: Path, data: bytes) -> Entry:
+    """The entry of a file with this content, which need not be there."""
+    return repo.blobs({path: data})[0]
+
+
+def content(repo: Repo, oid: str) -> bytes:
+    (data,) = repo.read_blobs([oid])
+    return data
+
+
+def entry_of(repo: Repo, tree: str, path: str) -> Entry | None:
+    """What a tree or commit holds at a path."""
+    rows = repo.git("ls-tree", "-z", tree, "--", path).decode(errors="surrogateescape").split("\0")
+    found = [re.match(r"(\d+) \w+ (\w+)\t(.*)", row, re.S) for row in rows if row]
+    return next((Entry(match[3], match[1], match[2]) for match in found if match and match[3] == path), None)
 
 
 @pytest.fixture(scope="session")
@@ -374,9 +405,9 @@ def test_d04_a05_a21_names_are_never_mangled(project: Path, repo: Repo) -> None:
     assert repo.changes(head, commit) == changes
     assert git(project, "status", "--porcelain") == ""
     for name in HARD_NAMES:
-        entry = repo.entry("HEAD", name)
+        entry = entry_of(repo, "HEAD", name)
         assert entry is not None
-        assert repo.read_blob(entry.oid) == os.fsencode(name)
+        assert content(repo, entry.oid) == os.fsencode(name)
 
 
 def test_d04_a03_a04_renames_and_deletions_are_plain_changes(project: Path, repo: Repo) -> None:
@@ -410,8 +441,7 @@ def test_blob_stores_what_git_add_would(project: Path, repo: Repo) -> None:
     staged = git(project, "ls-files", "-s", "-z", *names).split("\0")[:-1]
     assert sorted(f"{e.mode} {e.oid} 0\t{e.path}" for e in entries) == sorted(staged)
     assert repo.blob(project / "gone/f") == Entry("gone/f", "000000", "0" * 40)
-    assert repo.read_blob(repo.blob(project / "a.txt", b"other\n").oid) == b"other\n"
-    assert repo.blob(project / "not-yet", b"x").mode == "100644"
+    assert content(repo, made(repo, project / "a.txt", b"other\n").oid) == b"other\n"
     with pytest.raises(GitError, match="neither a file"):
         repo.blob(project / "src")
     with pytest.raises(GitError, match="outside of the repository"):
@@ -424,13 +454,13 @@ def test_file_modes_that_the_file_system_does_not_keep(project: Path) -> None:
     git(project, "config", "core.fileMode", "false")
     (project / "a.txt").chmod(0o755)
     repo = Repo.open(project)
-    assert [repo.blob(project / name).mode for name in ("a.txt", "run.sh")] == ["100644", "100755"]
+    assert [entry_of(repo, repo.snapshot().tree, name).mode for name in ("a.txt", "run.sh")] == ["100644", "100755"]  # type: ignore[union-attr]
 
 
 def test_entry_of_a_folder_or_of_nothing(repo: Repo) -> None:
-    assert repo.entry("HEAD", "src") is None
-    assert repo.entry("HEAD", "src/none") is None
-    assert repo.entry("HEAD", "link") == Entry("link", "120000", repo.blob(repo.top / "link").oid)
+    assert repo.committed("HEAD", "src/none") is None
+    assert repo.committed(None, "a.txt") is None
+    assert entry_of(repo, "HEAD", "link") == Entry("link", "120000", repo.blob(repo.top / "link").oid)
 
 
 def test_refs(project: Path, repo: Repo) -> None:
@@ -479,7 +509,7 @@ def test_a_file_that_vanishes_while_git_looks_is_looked_for_again(project: Path,
     repo = Repo.open(project)
     if times == 1:
         (project / "new.txt").write_text("new\n")
-        assert repo.entry(repo.snapshot().tree, "new.txt") is not None
+        assert entry_of(repo, repo.snapshot().tree, "new.txt") is not None
     else:
         with pytest.raises(GitError, match="exited 128: fatal: unable to stat 'x'"):
             repo.snapshot()
@@ -517,14 +547,14 @@ def test_what_is_apart_stays_as_the_index_has_it(messy: Path, gone: bool) -> Non
     """Our own state is not read; and files beside it whose names look like patterns are."""
     repo = Repo.open(messy)
     repo.apart = NAME, f".{NAME}.tmp", "docs/[x].md"
-    before = repo.entry("HEAD", NAME)
+    before = entry_of(repo, "HEAD", NAME)
     (messy / NAME).unlink() if gone else (messy / NAME).write_text("v: 2\n")
     (messy / f".{NAME}.tmp").write_text("half")
     (messy / "docs/x.md").write_text("new\n")
     taken = repo.snapshot()
-    assert repo.entry(taken.tree, NAME) == before
-    assert repo.entry(taken.tree, f".{NAME}.tmp") is None
-    assert repo.read_blob(str(repo.entry(taken.tree, "docs/x.md").oid)) == b"new\n"  # type: ignore[union-attr]
+    assert entry_of(repo, taken.tree, NAME) == before
+    assert entry_of(repo, taken.tree, f".{NAME}.tmp") is None
+    assert content(repo, str(entry_of(repo, taken.tree, "docs/x.md").oid)) == b"new\n"  # type: ignore[union-attr]
 
 
 def test_a_snapshot_of_an_unborn_branch(project: Path, repo: Repo) -> None:
@@ -628,7 +658,7 @@ def test_objects_that_cannot_be_written_are_a_problem(project: Path) -> None:
             if path.is_dir():
                 path.chmod(0o500)
         [problem] = Repo.open(where).problems(where / NAME)
-        assert "cannot be written: Permission denied" in problem.what
+        assert "insufficient permission for adding an object" in problem.what
         (where / NAME).write_text("v: 2\n")
         made = Repo.open(where).commit_state(where / NAME, b"v: 2\n", "m")
         assert made.outcome == "skipped"
@@ -923,6 +953,7 @@ def test_which_hooks_count(project: Path, repo: Repo, entries: list[Entry]) -> N
     assert repo.run_hooks(entries, "x") == nothing
     put_hook(project, "pre-commit", "echo without a shebang; exit 1", folder="my hooks", line="")
     git(project, "config", "core.hooksPath", "my hooks")
+    repo.head()
     assert repo.run_hooks(entries, "x").output == "without a shebang"
     put_hook(project, "pre-commit", "", folder="my hooks", line="#!/nonexistent\n")
     assert "cannot be run" in repo.run_hooks(entries, "x").output
@@ -1002,7 +1033,6 @@ def test_backlog_outside_of_the_repository(project: Path, repo: Repo) -> None:
 
 
 REMARKS: Mapping[str, tuple[Act, str]] = {
-    "unborn": (run("git update-ref -d HEAD"), "no commit yet"),
     "squash": (run("echo x > .git/SQUASH_MSG"), "squashed merge"),
     "untracked": (run(f"git rm -q --cached {NAME} && git commit -q -m x"), "not tracked"),
     "filter": (run(f"echo '{NAME} filter=lfs' > .gitattributes"), "filter=lfs"),
@@ -1027,5 +1057,153 @@ def test_remarks_on_the_surroundings(project: Path, repo: Repo, monkeypatch: pyt
     found = " | ".join(repo.remarks(project / NAME))
     for what in ("older than 2.36", "GIT_DIR is set", "no name and e-mail"):
         assert what in found
-    shutil.rmtree(project / ".git")
-    assert "not a git repository" in " ".join(repo.remarks(project / NAME))
+
+
+# ==== What is asked once, and what of git is not trusted ==========================================
+
+
+def test_what_is_staged_is_known_after_commits_as_before(project: Path) -> None:
+    """Concluded, not asked again; a repository opened anew finds the same."""
+    repo = Repo.open(project)
+    (project / "a.txt").write_text("staged\n")
+    (project / "later").write_text("meant to come\n")
+    git(project, "add", "a.txt")
+    git(project, "add", "-N", "later")
+    git(project, "rm", "-q", "--cached", "b.txt")
+    for n in range(3):
+        assert repo.snapshot() == Repo.open(project).snapshot()
+        assert repo.commit([made(repo, project / "state", b"%d\n" % n)], "state")
+        if n == 1:
+            git(project, "add", "later")
+    assert [row.split("\t")[1] for row in repo.snapshot().staging] == ["a.txt", "later", "b.txt"]
+
+
+def test_what_is_staged_during_a_commit_is_seen(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    repo, update = Repo.open(project), Repo.git
+    (project / "b.txt").write_text("theirs\n")
+    assert repo.snapshot().staging == []
+
+    def beside(self: Repo, *args: str, **rest: Any) -> bytes:
+        if args[0] == "update-ref":
+            git(project, "add", "b.txt")
+        return update(self, *args, **rest)
+
+    monkeypatch.setattr(Repo, "git", beside)
+    assert repo.commit([made(repo, project / "state", b"1\n")], "state")
+    assert [row.split("\t")[1] for row in repo.snapshot().staging] == ["b.txt"]
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        {"d/y/new": "n", "new/folder/file": "f"},
+        {"b.txt": None, "d/x": None, "none/none": None},
+        {"b.txt": None, "b.txt/b": "inside"},
+        {"d/x": None, "d/y/z": None, "d": "a file"},
+        {"b.txt": None, "d/x": None, "d/y/z": None, "n\nl": None},
+        {"n\nl": "x", "b.txt-": "1", '"quoted"': "q", "-dash": "d", ":(top)x": "t", "*": "s"},
+    ],
+)
+def test_files_and_folders_may_change_places_in_a_commit(project: Path, wanted: dict[str, str | None]) -> None:
+    (project / "d/y").mkdir(parents=True)
+    for name in ("d/x", "d/y/z", "n\nl"):
+        (project / name).write_text(name)
+    git(project, "add", "-A")
+    git(project, "commit", "-q", "-m", "Files")
+    before = set(git(project, "ls-files", "-z").split("\0"))
+    repo = Repo.open(project)
+    oids = {path: made(repo, project / "any", text.encode()).oid for path, text in wanted.items() if text}
+    entries = [
+        Entry(path, "100644", oids[path]) if path in oids else Entry(path, ABSENT_MODE, ABSENT_OID) for path in wanted
+    ]
+    assert repo.commit(entries, "text")
+    now = set(git(project, "ls-tree", "-r", "-z", "--name-only", "HEAD").split("\0"))
+    assert now - {""} == (before - {""} - wanted.keys()) | oids.keys()
+    assert git(project, "diff", "--cached", "HEAD") == ""
+    assert git(project, "fsck", "--strict", "--no-dangling", "--no-progress") == ""
+
+
+def test_a_commit_of_a_file_in_the_place_of_a_folder_takes_nothing_along(project: Path) -> None:
+    (project / "d").mkdir()
+    (project / "d/x").write_text("in HEAD\n")
+    git(project, "add", "-A")
+    git(project, "commit", "-q", "-m", "Files")
+    repo, head = Repo.open(project), git(project, "rev-parse", "HEAD")
+    with pytest.raises(GitError, match="changes d/x"):
+        repo.commit([Entry("d", "100644", made(repo, project / "any", b"1\n").oid)], "text")
+    assert git(project, "rev-parse", "HEAD") == head
+    assert git(project, "status", "-s") == ""
+
+
+@pytest.mark.parametrize("damage", ["gone", "empty"])
+def test_what_git_does_not_hold_is_not_committed(project: Path, damage: str) -> None:
+    """As when an agent's `git gc --prune=now`, or a power cut, took the recorded bytes of a document."""
+    repo, head = Repo.open(project), git(project, "rev-parse", "HEAD")
+    entry = made(repo, project / "new", b"new\n")
+    place = project / ".git/objects" / entry.oid[:2] / entry.oid[2:]
+    place.unlink()
+    if damage == "empty":
+        place.touch()
+    with pytest.raises(GitError, match=f"object {entry.oid} is missing or damaged.*{place}, remove it"):
+        repo.commit([entry], "text")
+    assert git(project, "rev-parse", "HEAD") == head
+    assert git(project, "status", "-s") == ""
+    place.unlink(missing_ok=True)  # as the message says
+    assert repo.commit([made(repo, project / "new", b"new\n")], "text")
+
+
+def test_an_edit_in_the_tick_of_the_staging_stays_seen(project: Path) -> None:
+    """An entry as young as its index file is one that git reads the file for."""
+    repo, index = Repo.open(project), project / ".git/index"
+    git(project, "config", "core.trustctime", "false")
+    (project / "b.txt").write_text("one\n")
+    git(project, "add", "b.txt")
+    (project / "b.txt").write_text("two\n")
+    moment = index.stat().st_mtime_ns
+    os.utime(project / "b.txt", ns=(moment, moment))
+    assert content(repo, str(entry_of(repo, repo.snapshot().tree, "b.txt").oid)) == b"two\n"  # type: ignore[union-attr]
+    assert repo.commit([made(repo, project / "state", b"1\n")], "state")
+    assert git(project, "status", "--porcelain", "b.txt") == "MM b.txt\n"
+
+
+def test_a_filter_that_comes_later_is_heeded(project: Path) -> None:
+    repo, path = Repo.open(project), project / "b.txt"
+    git(project, "config", "filter.loud.clean", "tr a-z A-Z")
+    path.write_text("text\n")
+    assert content(repo, repo.blobs({path: b"text\n"})[0].oid) == b"text\n"
+    (project / ".gitattributes").write_text("b.txt filter=loud\n")
+    assert content(repo, repo.blobs({path: b"text\n"})[0].oid) == b"TEXT\n"
+    assert content(repo, repo.blobs({path: b"other\n"})[0].oid) == b"OTHER\n"  # somebody edits it
+
+
+def test_a_conflict_in_our_own_file_keeps_no_snapshot_from_being_taken(project: Path) -> None:
+    repo, blob = Repo.open(project), git(project, "rev-parse", f"HEAD:{NAME}").strip()
+    repo.apart = (NAME,)
+    rows = f"0 {ABSENT_OID}\t{NAME}\n" + "".join(f"100644 {blob} {stage}\t{NAME}\n" for stage in "123")
+    subprocess.run(["git", "update-index", "--index-info"], cwd=project, input=rows, text=True, check=True)
+    (project / "a.txt").write_text("edited\n")
+    before = repo.snapshot()
+    assert {c.after.path for c in repo.changes(before.head.commit, before.tree)} == {"a.txt", NAME}
+    (project / "a.txt").write_text("edited again\n")
+    repo.restore(before, repo.changes(before.tree, repo.snapshot().tree))
+    assert (project / "a.txt").read_text() == "edited\n"
+    assert len(git(project, "ls-files", "-u").splitlines()) == 3
+
+
+def test_a_commit_asks_git_for_little_and_for_nothing_twice(project: Path) -> None:
+    repo, seen = Repo.open(project), list[list[str]]()
+    asking = repo.git_dir
+
+    def watch(event: str, args: tuple[Any, ...]) -> None:
+        if event == "subprocess.Popen" and args[1][0] == "git" and asking:
+            seen.append(list(args[1]))
+
+    repo.snapshot()
+    sys.addaudithook(watch)
+    before = repo.snapshot("refs/orchestrator/snapshots/1")
+    (project / "new").write_text("1\n")
+    after = repo.snapshot()
+    entries = [change.after for change in repo.changes(before.tree, after.tree)]
+    assert repo.commit(entries, "text")
+    asking = None  # type: ignore[assignment]  # a hook stays for good
+    assert len(seen) <= 18, seen

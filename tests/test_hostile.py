@@ -86,11 +86,6 @@ def test_what_an_agent_does_to_our_state_is_undone(project: Any, outcome: str, h
     assert project.text().count("# by an agent") == ("edit the backlog" in acts)
     assert project.status() == ""
     for act, one in zip(acts, ids, strict=True):
-        told = f"[{one}][BUILD] put back or removed BACKLOG.yaml" in log
-        if act == "checkout of the backlog":
-            assert told, act
-        if act in ("nothing", "stash and pop", "add", "edit the backlog", "commit everything"):
-            assert not told, act
         large = outcome == "phase_complete" and act == "a large file"
         assert (f"[{one}][BUILD] commits large files: large.bin (50 MB); is that meant?" in log) == large
 
@@ -111,9 +106,9 @@ def test_a_branch_that_an_agent_rewound_stays_there_and_the_run_stops(project: A
     assert project.subjects()[1] == ("Mine" if "amend" in act else "Set up")
     assert project.committed() == project.text()
     assert "Added meanwhile" in project.text()
-    again = project.run("run", code=1).stderr
-    assert f"kept on {ref}" in again
+    assert "the work tree has uncommitted changes: a.txt" in project.run("run", code=1).stderr
     sh(project.root, "sh", "-c", log.partition("this goes back: ")[2].splitlines()[0])
+    (project.root / "a.txt").unlink()
     project.run("run", "--target", "WRK-001")
     assert "The newest" in project.subjects()
     assert "WRK-001" not in project.items()
@@ -148,7 +143,6 @@ def test_the_same_after_a_kill_for_the_agent_may_live_on(project: Any) -> None:
     project.git("checkout", "-q", "--", ".")
     again = project.run("add", "Added 2")
     assert again.stdout == "Added WRK-003: Added 2\n"
-    assert "BACKLOG.yaml was put back to an older state; it is merged in again" in again.stderr
     project.run("run", "--cap", "0")
     assert [row["title"] for row in project.items().values()] == ["Item WRK-001", "Added 1", "Added 2"]
     assert project.committed() == project.text()
@@ -170,8 +164,6 @@ def test_a_backlog_set_back_while_the_agent_goes_on_is_no_edit_by_hand(project: 
         (project.outside / "go").write_text("")
     log = project.finish(process, 3)
     assert project.statuses() == dict.fromkeys(("WRK-001", "WRK-002", "WRK-003"), "blocked build")
-    for one in ("WRK-002", "WRK-003"):
-        assert log.count(f"[{one}][BUILD] put back or removed BACKLOG.yaml; it is written again from memory") == 1
     assert "by hand" not in log
     assert project.committed() == project.text()
 
@@ -204,7 +196,7 @@ def test_hostile_result_files_fail_the_attempt_and_nothing_else(project: Any, tm
         "nul": "JSON", "deep": "nested too deeply", "nan": "", "digits": "JSON", "twice": "WRK-999", "outside": "expected", "types": "",
     }.items()}
     acts |= {
-        "huge": ("truncate -s 50M $R", "was refused: 52428800 bytes"), "link": ("ln -s /etc/passwd $R", "symbolic link"),
+        "huge": ("truncate -s 50M $R", "was refused: more than 5000000 bytes"), "link": ("ln -s /etc/passwd $R", "symbolic link"),
         "dangling": ("ln -s nowhere $R", "symbolic link"), "fifo": ("mkfifo $R", "no regular file"), "folder": ("mkdir $R", "no regular file"),
         "no folder": ("rm -rf .orchestrator/results", "no result file"), "elsewhere": ("ln -s /etc .orchestrator/x; rm -rf .orchestrator/results; ln -s /tmp .orchestrator/results", "no result file"),
         "log of 100 MB": ("head -c 100000000 /dev/zero; yes x | head -c 20000000 >&2", "no result file"),
@@ -249,7 +241,7 @@ def test_texts_of_agents_stay_texts_and_follow_ups_have_a_limit(project: Any) ->
         assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e]", text), text[:2000]
     items = project.items()
     assert len(items) == 2 + 200
-    assert "follow_ups: 2813 of 3013 dropped" in done.stderr
+    assert "follow_ups are too many: 2813 of 3013 dropped" in done.stderr
     got = [row["title"] for row in items.values()][2:]
     assert got[0] == "Badred second: line # not a comment"
     assert got[1:5] == titles[1:5]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 from pathlib import Path
@@ -14,11 +15,11 @@ import pytest
 
 from backlog import (
     ITEM_KEYS,
-    OWNED_KEYS,
     Backlog,
     BacklogError,
     Draft,
-    Item,
+    Outside,
+    State,
     Store,
     archive,
     block,
@@ -376,23 +377,26 @@ def decision(rng: random.Random, ids: list[str], now: datetime) -> Edit:
 
 
 class Desk:
-    """One file that a store and a human work on in turn."""
+    """One file that a run's store and a human work on in turn."""
 
     def __init__(self, folder: Path, seed: int) -> None:
         self.rng = random.Random(seed)
         self.human = Human(self.rng)
-        self.path = folder / f"{seed}.yaml"
+        self.path = folder / str(seed) / "BACKLOG.yaml"
+        (folder / str(seed) / "state").mkdir(parents=True)
         self.crlf, self.final = self.rng.random() < 0.3, self.rng.random() < 0.7
         self.mode = self.rng.choice((0o644, 0o600, 0o664))
         self.now = NOW
-        self.warnings: list[str] = []
         self.write(TEXT)
         self.path.chmod(self.mode)
-        self.store = self.other_store(self.warnings.append)
-        self.store.load()
+        self.store = self.another_store()
+        self.store.look()
+        self.store.begin({"id": "1", "branch": "main", "head": None}, self.path.read_bytes())
 
-    def other_store(self, warn: Callable[[str], None]) -> Store:
-        return Store(self.path, self.path.with_suffix(".lock"), warn=warn)
+    def another_store(self) -> Store:
+        outside = Outside(lambda run: True, lambda run: (), lambda: (None, b""))
+        here = self.path.parent
+        return Store(self.path, here / "state", here, outside, prefix="WRK", warn=lambda _: None, clock=lambda: self.now)
 
     def write(self, text: str) -> None:
         text = text if self.final else text.removesuffix("\n")
@@ -406,9 +410,6 @@ class Desk:
         assert self.path.stat().st_mode & 0o777 == self.mode
         return data.decode().replace("\r\n", "\n") + ("" if self.final else "\n")
 
-    def look(self) -> Backlog:
-        return self.other_store(lambda _: None).look()
-
     def work_by_hand(self, text: str) -> str:
         for _ in range(self.rng.randint(0, 3)):
             text = self.human.edit(text)
@@ -420,40 +421,41 @@ class Desk:
         ids = list(self.store.backlog.items)
         return [decision(self.rng, ids, self.now) for _ in range(self.rng.choice((1, 1, 2)))]
 
+    def change(self, edits: list[Edit]) -> None:
+        for edit in edits:
+            with suppress(BacklogError):
+                self.store.change(edit)
+
     def step(self) -> None:
         """The human works, then the orchestrator decides."""
-        theirs = self.work_by_hand(self.text())
-        base, edits = self.look(), self.decide()
-        self.store.transact(edits)
-        self.check(theirs, carried_out(base, edits))
+        theirs, edits = self.work_by_hand(self.text()), self.decide()
+        merged = self.another_store().look()
+        self.change([*edits, lambda draft: None])
+        self.check(theirs, carried_out(merged, edits))
 
     def step_while_broken(self) -> None:
         """The orchestrator decides while the file is broken; it is mended with further changes."""
-        before, base, edits = self.text(), self.store.backlog, self.decide()
+        before, edits = self.text(), self.decide()
         self.path.write_bytes(b"items: [\r\n")
         self.path.chmod(self.mode)
-        self.store.transact(edits)
+        self.change(edits)
         assert self.path.read_bytes() == b"items: [\r\n"
-        self.warnings.clear()
         theirs = self.work_by_hand(before)
-        disk, ours = self.look(), carried_out(base, edits)
-        self.store.transact([])
-        merged, conflicts = slow_merge(base, ours[-1], disk)
-        self.check(theirs, [disk, merged])
-        assert sorted(self.warnings) == sorted(conflicts)
+        merged = self.another_store().look()
+        self.change([lambda draft: None])
+        self.check(theirs, [merged])
 
     def check(self, before: str, states: list[Backlog]) -> None:
         """The file went from `before` through `states`, and only what differs between two changed."""
-        after, found, old = self.text(), self.look(), states[0]
-        assert found == states[-1] == self.store.backlog
+        after, found, old = self.text(), self.store.backlog, State.read(before.encode(), "before").backlog
+        states = [old, *states]
+        assert found == states[-1] == State.read(self.path.read_bytes(), "after").backlog
         named = {name for one, other in pairwise(states) for name in names(one, other)}
         assert {key for _, key in named} <= {*ITEM_KEYS, "next_item_id"}
         come_or_gone = old.items.keys() ^ found.items.keys()
         assert is_untouched(before, after, named, come_or_gone), f"{named} {come_or_gone}\n{before}"
-        if found == old and len(states) == 1:
-            assert after == before
         for item_id, key in named - {("", "next_item_id")}:
-            if item_id in found.items and len(states) == 2 and found.items[item_id].get(key) is not None:
+            if item_id in found.items and len(states) == 3 and found.items[item_id].get(key) is not None:
                 comment = comment_behind(before, item_id, key)
                 assert comment in ("", comment_behind(after, item_id, key))
                 kept = {f"- {tag}  # mine" for tag in found.items[item_id].get("tags", ())}
@@ -480,38 +482,6 @@ def names(old: Backlog, new: Backlog) -> set[tuple[str, str]]:
         one, other = dict(old.items[item_id]), dict(new.items[item_id])
         named |= {(item_id, key) for key in one.keys() | other.keys() if one.get(key) != other.get(key)}
     return named
-
-
-def slow_merge(base: Backlog, ours: Backlog, theirs: Backlog) -> tuple[Backlog, list[str]]:
-    """Key by key: who alone changed it wins; of two who did, whoever owns the key."""
-    merged: dict[str, Item] = {}
-    warnings: list[str] = []
-    nothing: Mapping[str, object] = {}
-    for item_id in [*theirs.items, *(item_id for item_id in ours.items if item_id not in base.items)]:
-        if item_id not in theirs.items:
-            merged[item_id] = ours.items[item_id]
-            continue
-        was, mine, hand = (dict(each.items.get(item_id, nothing)) for each in (base, ours, theirs))
-        result: dict[str, object] = {}
-        if item_id not in ours.items:  # finished meanwhile
-            edits = [key for key in dict.fromkeys([*was, *hand]) if was.get(key) != hand.get(key)]
-            warnings += [
-                f"{item_id}: {key} was changed by hand from {was.get(key)!r} to {hand.get(key)!r}, but the item is"
-                " finished and has left the backlog"
-                for key in edits
-            ]
-            continue
-        for key in dict.fromkeys([*hand, *mine]):
-            one, our, their = was.get(key), mine.get(key), hand.get(key)
-            result[key] = our if their == one else their
-            if our != one and their not in (one, our):
-                result[key] = our if key in OWNED_KEYS else their
-                warnings.append(
-                    f"{item_id}: {key} was changed by hand to {their!r} and by the orchestrator to"
-                    f" {our!r}; kept {result[key]!r}"
-                )
-        merged[item_id] = {key: value for key, value in result.items() if value is not None}  # type: ignore[assignment]
-    return Backlog(merged, max(ours.next_item_id, theirs.next_item_id)), warnings
 
 
 def work(folder: Path, seeds: range) -> None:

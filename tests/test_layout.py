@@ -6,7 +6,6 @@ import ast
 import re
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -39,25 +38,6 @@ def test_chapters_are_numbered_in_order_and_banners_are_of_one_width(name: str) 
     assert {len(match[0]) for match in BANNER.finditer(TEXTS[name])} <= {100}
 
 
-def top_level_names(tree: ast.Module) -> list[str]:
-    """What a module itself defines, imports left out; overloads of a condition count once."""
-    names = []
-    for node in tree.body:
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
-            names.append(node.name)
-        elif isinstance(node, ast.Assign):
-            names += [t.id for target in node.targets for t in ast.walk(target) if isinstance(t, ast.Name)]
-        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-            names.append(node.target.id)
-    return names
-
-
-def test_no_two_modules_define_the_same_top_level_name() -> None:
-    """Else they could not be put into one file."""
-    found = Counter(name for tree in TREES.values() for name in top_level_names(tree))
-    assert [name for name, count in found.items() if count > 1] == []
-
-
 @pytest.mark.parametrize("name", MODULES)
 def test_imports_are_the_standard_library_and_our_modules_to_the_left(name: str) -> None:
     allowed = sys.stdlib_module_names | set(MODULES[: MODULES.index(name)])
@@ -73,11 +53,11 @@ def test_imports_are_the_standard_library_and_our_modules_to_the_left(name: str)
     assert found - allowed == set()
 
 
-def test_importing_the_backlog_does_not_import_what_only_type_checkers_need() -> None:
-    code = "import sys; sys.path.insert(0, sys.argv[1]); import backlog; print(*sys.modules)"
+def test_a_start_loads_nothing_that_only_a_run_needs() -> None:
+    code = "import sys; sys.path.insert(0, sys.argv[1]); import orchestrator; print(*sys.modules)"
     argv = [sys.executable, "-E", "-S", "-c", code, str(HERE)]
     loaded = set(subprocess.run(argv, capture_output=True, check=True, text=True, timeout=60).stdout.split())
-    assert loaded & {"typing", "datetime", "pathlib", "json", "subprocess"} == set()
+    assert loaded & {"asyncio", "concurrent.futures", "logging", "subprocess", "tomllib", "unicodedata"} == set()
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -1,228 +1,205 @@
-"""`log`: every decision from git history alone."""
+"""`log`, `status --done` and `show`: what happened, from trailers in git history and the worklog."""
 
 from __future__ import annotations
 
-import io
 import json
-from collections.abc import Callable
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-import backlog
-import orchestrator
-from backlog import item_texts, read_item_text
-from gitutil import ABSENT_OID, GitError, Repo
+from backlog import (
+    archive_entry,
+    last_summary,
+    read_worklog,
+    with_cost,
+    worklog_entry,
+)
+from gitutil import GitError, Repo
+from orchestrator import Usage, usage_in, usage_text, utc_now
 from tests.conftest import Project, sh
+from tests.test_cli import Cli, cli, here
 
-WORKLOG = "## 2026-01-01T00:00:00+00:00 — {} (Item)\n\n- **{}:** {}\n- **Summary:** It works\n\n---\n\n"
-
-
-def commit(project: Project, message: str, *items: str) -> str:
-    """Commit a backlog of these items (see `Project.backlog`); returns the commit."""
-    project.backlog(*items)
-    project.commit_all(message)
-    return project.git("rev-parse", "HEAD").strip()
+__all__ = ["cli", "here"]  # fixtures
 
 
-def tell(project: Project, *args: str, code: int = 0) -> tuple[str, str]:
-    """Run `log` in this process; returns both streams."""
-    out, err = io.StringIO(), io.StringIO()
-    with redirect_stdout(out), redirect_stderr(err):
-        assert orchestrator.main(["--root", str(project.root), "log", *args]) == code
-    return out.getvalue(), err.getvalue()
+def log(here: Cli, *args: str) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = json.loads(here("log", "--json", *args).out)["log"]
+    return rows
 
 
-def log(project: Project, *args: str, code: int = 0) -> dict[str, Any]:
-    got: dict[str, Any] = json.loads(tell(project, "--json", *args, code=code)[0])
-    return got
+def told(rows: list[dict[str, Any]]) -> list[tuple[str, ...]]:
+    return [tuple(row[key] for key in ("item", "phase", "outcome", "summary")) for row in rows]
 
 
-def moves(project: Project, *args: str) -> list[tuple[str, str, str]]:
-    """(item, from, to) of each decision."""
-    return [
-        (
-            row["item"],
-            f"{row['status_from']} {row['phase_from']}".strip(),
-            f"{row['status_to']} {row['phase_to']}".strip(),
-        )
-        for row in log(project, *args)["decisions"]
-    ]
+def commit(project: Project, *paragraphs: str) -> None:
+    args = [word for text in paragraphs for word in ("-m", text)]
+    project.git("commit", "-q", "--allow-empty", *args)
+
+
+def trailers(*lines: str) -> str:
+    return "\n".join(f"Orchestrator-{line}" for line in lines)
 
 
 # -- a run -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
-def test_a_run_can_be_told_again_from_its_history(project: Project) -> None:
-    project.script({"WRK-001/build": [{"write": {"code.py": "1\n"}}], "WRK-002/build": [{"result": {"result": "blocked", "context": "Which colour?"}}]})
+def test_a_run_can_be_told_again_from_its_history(project: Project, here: Cli) -> None:
+    project.script({
+        "WRK-001/build": [{"write": {"code.py": "1\n"}}],
+        "WRK-002/build": [{"result": {"result": "blocked", "context": "Which colour?"}}],
+    })  # fmt: skip
     project.backlog("WRK-001 new", "WRK-002 ready")
     project.commit_all()
-    project.run("run")
+    run_id = json.loads(project.run("run", "--json").stdout)["run_id"]
     project.run("unblock", "WRK-002", "--notes", "Blue", "--commit")
-    rows = log(project)["decisions"]
-    journal = json.loads((project.root / ".git/orchestrator/run.json").read_text())
-    of_two = [(r["status_from"], r["status_to"], r["reason"]) for r in rows if r["item"] == "WRK-002"]
-    assert of_two[-2:] == [("in_progress", "blocked", "Which colour?"), ("blocked", "in_progress", "Blue")]
-    done = next(r for r in rows if r["item"] == "WRK-001" and r["status_to"] == "done")
-    assert (done["phase_from"], done["reason"], done["run_id"]) == ("build", "build done", journal["run_id"])
-    assert "/".join(r["status_to"] for r in rows if r["item"] == "WRK-001").startswith("new/ready")
+    rows = log(here)
+    assert told(rows)[0] == ("WRK-002", "", "unblocked", "Blue")
+    assert ("WRK-001", "build", "complete", "build done") in told(rows)
+    assert ("WRK-002", "build", "blocked", "Which colour?") in told(rows)
+    assert {row["run_id"] for row in rows[1:]} == {run_id}
+    assert told(log(here, "WRK-001")) == [("WRK-001", phase, "complete", f"{phase} done") for phase in ("build", "plan", "triage")]
+    (done,) = json.loads(here("status", "--done", "--json").out)["items"]
+    built = next(row["commit"] for row in rows if (row["item"], row["phase"]) == ("WRK-001", "build"))
+    assert (done["id"], done["status"], done["commit"], done["summary"]) == ("WRK-001", "done", built, "build done")
+    assert [row["id"] for row in json.loads(here("status", "--json").out)["items"]] == ["WRK-002"]
+    shown = json.loads(here("show", "WRK-001", "--json").out)
+    assert shown["documents"] == []
+    assert shown["item"] == done
+    assert [row["phase"] for row in shown["commits"]] == ["build", "plan", "triage"]
 
 
-# -- how it reads ----------------------------------------------------------------------------------
+def test_a_state_commit_tells_of_each_item_that_it_changes(project: Project, here: Cli) -> None:
+    project.backlog("WRK-001 blocked blocked_reason=Why", "WRK-002 new")
+    project.commit_all()
+    project.backlog("WRK-001 ready", "WRK-002 new", "WRK-003 new")  # by hand
+    project.run("run", "--cap", "0")
+    assert sorted(told(log(here))) == [
+        ("WRK-001", "", "unblocked", "Save backlog state on halt (CapReached)"),
+        ("WRK-003", "", "added", "Item WRK-003"),
+    ]
 
 
-def test_the_text_groups_decisions_by_commit_and_gives_reasons(project: Project) -> None:
-    commit(project, "Plan the year", "WRK-001 new", "WRK-002 ready origin=WRK-009/prd")
-    message = "[WRK-001][triage] Rated | [WRK-002][plan] Written\n\nOrchestrator-Run: run-7"
-    commit(project, message, "WRK-001 blocked blocked_reason=Too_big", "WRK-002 in_progress phase=plan")
-    first, second = project.git("log", "--format=%cI %H", "--reverse", "-2").splitlines()
-    times = [line[:16].replace("T", " ") + "  " + line.split()[1][:10] for line in (first, second)]
-    assert tell(project)[0] == (
-        f"{times[0]}  Plan the year\n"
-        "  WRK-001    added as new: Item WRK-001\n"
-        "  WRK-002    added as ready: Item WRK-002\n"
-        "      from WRK-009/prd\n"
-        "\n"
-        f"{times[1]}  run run-7\n"
-        "  WRK-001    new → blocked\n"
-        "      Too_big\n"
-        "  WRK-002    ready → in_progress plan\n"
-        "      Written\n"
+# -- the command -----------------------------------------------------------------------------------
+
+
+def test_the_log_is_newest_first_and_can_be_limited(project: Project, here: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    for day, n in (("2026-01-01", 1), ("2026-02-01", 2)):
+        monkeypatch.setenv("GIT_COMMITTER_DATE", f"{day}T12:00:00Z")
+        commit(project, f"[orchestrator] Add WRK-00{n}: x", trailers(f"Item: WRK-00{n}", "Outcome: added"))
+    commit(project, "By somebody else")
+    assert [row["item"] for row in log(here)] == ["WRK-002", "WRK-001"]
+    assert [row["item"] for row in log(here, "-n", "1")] == ["WRK-002"]
+    assert [row["item"] for row in log(here, "--since", "2026-01-15")] == ["WRK-002"]
+    assert log(here, "-n", "0") == []
+    assert log(here, "WRK-001", "--since", "2026-01-15") == []
+    hashes = project.git("log", "--format=%h", "--abbrev=10", "--grep=Add").split()
+    assert here("log").out == (
+        "WHEN             ITEM    OUTCOME COMMIT     SUMMARY\n"
+        f"2026-02-01 12:00 WRK-002 added   {hashes[0]} Add WRK-002: x\n"
+        f"2026-01-01 12:00 WRK-001 added   {hashes[1]} Add WRK-001: x\n"
     )
 
 
-def test_one_item_alone(project: Project) -> None:
-    commit(project, "One", "WRK-001 new", "XYZ-002 new")
-    commit(project, "Two", "WRK-001 scoping phase=plan", "XYZ-002 ready")
-    assert moves(project, "WRK-001") == [("WRK-001", "", "new"), ("WRK-001", "new", "scoping plan")]
-    wrong = 'orchestrator: WRK-01: history knows no such item (did you mean "WRK-001"?)\n'
-    assert tell(project, "WRK-01", code=2) == ("", wrong)
+def test_each_item_of_a_batch_is_told_with_its_own_words(project: Project, here: Cli) -> None:
+    commit(
+        project, "[WRK-001][plan] First, long and c… | [WRK-002][plan] Blocked: Second", "[WRK-001][plan] First, long and cut\n[WRK-002][plan] Blocked: Second",
+        trailers("Run: r-1", "Item: WRK-001", "Phase: plan", "Outcome: complete", "Item: WRK-002", "Phase: plan", "Outcome: blocked")
+        + "\nSigned-off-by: Operator <o@example.invalid>",
+    )  # fmt: skip
+    assert told(log(here)) == [("WRK-001", "plan", "complete", "First, long and cut"), ("WRK-002", "plan", "blocked", "Second")]
+    assert told(log(here, "WRK-002")) == [("WRK-002", "plan", "blocked", "Second")]
 
 
-def test_lines_fit_the_terminal_and_hold_no_control_characters(
-    project: Project, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_lines_fit_the_terminal_and_hold_no_control_characters(project: Project, here: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "60")
-    text = (project.root / "BACKLOG.yaml").read_text()
-    long = ("x" * 90, "why " * 60)
-    item = '- id: WRK-001\n  title: "\\e[31mRed {}"\n  status: blocked\n  blocked_reason: "{}"\n'.format(*long)
-    (project.root / "BACKLOG.yaml").write_text(text.replace("items: []", f"items:\n{item}".rstrip()))
-    project.commit_all("A long \x1b[31m subject " + "y" * 80)
-    out = tell(project)[0]
+    commit(project, "A long \x1b[31m subject " + "y" * 80, trailers("Item: WRK-001", "Outcome: \x1b[2Jadded"))
+    out = here("log").out
     assert max(len(line) for line in out.splitlines()) <= 60
     assert "\x1b" not in out
 
 
-def test_a_history_without_decisions_says_so(project: Project, make_repo: Callable[..., Path]) -> None:
-    assert tell(project)[0] == "No decision has been committed yet.\n"
+def test_the_operators_configuration_of_git_changes_nothing(project: Project, here: Cli) -> None:
+    commit(project, "[orchestrator] Add", trailers("Item: WRK-001", "Outcome: added"))
+    for key, value in {"log.showSignature": "true", "trailer.separators": "=", "log.decorate": "full", "i18n.logOutputEncoding": "latin1"}.items():
+        project.git("config", key, value)
+    assert told(log(here)) == [("WRK-001", "", "added", "Add")]
 
 
-def test_a_repository_without_commits_has_no_decisions(tmp_path: Path) -> None:
-    repo = Repo.init(tmp_path)
-    assert (repo.file_versions("BACKLOG.yaml"), repo.files_under("_worklog/")) == ([], [])
+def test_a_project_below_the_top_tells_of_itself_alone(project: Project, cli: Cli) -> None:
+    for name in ("a", "b"):
+        folder = project.root / name
+        folder.mkdir()
+        cli("--root", folder, "init")
+        cli("--root", folder, "add", f"Of {name}", "--commit")
+    rows = json.loads(cli("--root", project.root / "b", "log", "--json").out)["log"]
+    assert told(rows) == [("WRK-001", "", "added", "Of b")]
 
 
-# -- whose history ---------------------------------------------------------------------------------
+def test_history_that_is_short_or_missing_is_no_error(project: Project, cli: Cli, tmp_path: Path) -> None:
+    commit(project, "[orchestrator] Add", trailers("Item: WRK-001", "Outcome: added"))
+    commit(project, "Later")
+    sh(tmp_path, "git", "clone", "-q", "--depth=1", f"file://{project.root}", str(tmp_path / "shallow"))
+    assert cli("--root", tmp_path / "shallow", "log").out == "Nothing that the orchestrator did has been committed yet.\n"
 
 
-def test_the_file_is_followed_through_a_rename(project: Project) -> None:
-    commit(project, "One", "WRK-001 new", "WRK-002 new", "WRK-003 new")
-    project.git("mv", "BACKLOG.yaml", "tasks.yaml")
-    (project.root / "orchestrator.toml").write_text('[project]\nbacklog_path = "tasks.yaml"\n')
-    project.commit_all("Move it")
-    file = project.root / "tasks.yaml"
-    file.write_text(file.read_text().replace("status: new", "status: ready", 1))
-    project.commit_all("Two")
-    assert moves(project, "WRK-001") == [("WRK-001", "", "new"), ("WRK-001", "new", "ready")]
+# -- finished items --------------------------------------------------------------------------------
 
 
-def test_decisions_of_a_merged_branch_are_told_once_and_by_their_own_commit(project: Project) -> None:
-    commit(project, "Base", "WRK-001 new", "WRK-002 new", "WRK-003 new", "WRK-004 new", "WRK-005 new")
-    project.git("switch", "-q", "-c", "side")
-    side = commit(project, "Side", "WRK-001 ready", "WRK-002 new", "WRK-003 new", "WRK-004 new", "WRK-005 new")
-    project.git("switch", "-q", "main")
-    commit(project, "Main", "WRK-001 new", "WRK-002 new", "WRK-003 new", "WRK-004 new", "WRK-005 ready")
-    project.git("merge", "-q", "--no-ff", "--no-commit", "side")
-    text = project.text().replace("Item WRK-003\n  status: new", "Item WRK-003\n  status: ready")
-    (project.root / "BACKLOG.yaml").write_text(text)
-    project.commit_all("Merge, and decide one thing more")
-    rows = log(project)["decisions"]
-    assert [(r["item"], r["subject"]) for r in rows if r["status_to"] == "ready"] == [
-        *sorted([("WRK-001", "Side"), ("WRK-005", "Main")], key=lambda pair: pair[1] == "Main"),
-        ("WRK-003", "Merge, and decide one thing more"),
-    ]
-    assert next(r["commit"] for r in rows if r["subject"] == "Side") == side
+def test_finished_items_come_from_the_worklog_newest_first(project: Project, here: Cli) -> None:
+    project.backlog("WRK-001 new", "WRK-002 in_progress phase=plan", "WRK-003 new")
+    project.commit_all()
+    here("complete", "WRK-002", "--summary", "By hand", "--commit")
+    here("close", "WRK-001", "--reason", "Not wanted")
+    rows = json.loads(here("status", "--done", "--json").out)["items"]
+    assert [(row["id"], row["title"], row["status"], row["summary"]) for row in rows] == [
+        ("WRK-001", "Item WRK-001", "closed", "Not wanted"), ("WRK-002", "Item WRK-002", "done", "By hand"),
+    ]  # fmt: skip
+    assert [row["commit"] for row in rows] == [None, project.git("rev-parse", "HEAD").strip()]
+    lines = here("status", "--done").out.splitlines()
+    assert lines[0].split() == ["FINISHED", "ID", "STATUS", "COMMIT", "TITLE"]
+    assert lines[1].endswith(" WRK-001 closed -          Item WRK-001")
+    assert here("show", "WRK-001").out.splitlines()[:3] == ["WRK-001  Item WRK-001", "", "Status:   closed"]
+    assert "Reason:   Not wanted\n" in here("show", "WRK-001").out
+    assert here("status", "--done", "--only", "id=WRK-001", code=2).err.startswith("orchestrator: --done and --only cannot")
 
 
-def test_a_truncated_history_is_told_as_far_as_it_goes(project: Project, tmp_path: Path) -> None:
-    commit(project, "One", "WRK-001 new")
-    commit(project, "Two", "WRK-001 ready")
-    shallow = tmp_path / "shallow"
-    sh(tmp_path, "git", "clone", "-q", "--depth=1", f"file://{project.root}", str(shallow))
-    project.root = shallow
-    assert moves(project) == [("WRK-001", "", "ready")]
+def test_without_a_worklog_the_trailers_tell_what_has_left(project: Project, here: Cli) -> None:
+    commit(project, "[orchestrator] Close WRK-001: Old", "[WRK-001] Not wanted", trailers("Item: WRK-001", "Outcome: closed"))
+    (row,) = json.loads(here("status", "--done", "--json").out)["items"]
+    assert (row["id"], row["status"], row["summary"]) == ("WRK-001", "closed", "Not wanted")
 
 
-@pytest.mark.parametrize(("word", "told"), [("Status|Done", "done"), ("Status|Closed", "closed")])
-def test_the_worklog_tells_how_an_item_left(project: Project, word: str, told: str) -> None:
-    commit(project, "One", "WRK-001 in_progress phase=build")
-    (project.root / "_worklog").mkdir()
-    (project.root / "_worklog/2026-01.md").write_text(WORKLOG.format("WRK-001", *word.split("|")))
-    commit(project, "Two")
-    assert moves(project)[-1] == ("WRK-001", "in_progress build", told)
-    assert log(project)["decisions"][-1]["reason"] == "It works"
+# -- the worklog -----------------------------------------------------------------------------------
 
 
-def test_a_version_that_cannot_be_read_is_stepped_over(project: Project) -> None:
-    commit(project, "One", "WRK-001 new", "WRK-002 new")
-    text = project.text()
-    (project.root / "BACKLOG.yaml").write_text(text.replace("title: Item WRK-002", "title: [half"))
-    project.commit_all("Break it")
-    commit(project, "Mend it", "WRK-001 new", "WRK-002 ready")
-    assert moves(project)[2:] == [("WRK-002", "new", "ready")]
+def test_what_the_worklog_says_is_read_as_it_was_written() -> None:
+    now = utc_now()
+    item: Any = {"id": "WRK-001", "title": "Fix (it)", "phase": "build"}
+    cost = usage_text(Usage(1.25, 1200, 30))
+    text = "# By hand\n\n" + with_cost(worklog_entry(now, "WRK-001", "Fix (it)", "build", "Complete", "One\n\n---\n## two\n- **Cost:** no"), cost)
+    text += "A note of the operator\n\n" + archive_entry(now, item) + archive_entry(now, item, "Closed", "Not wanted")
+    phase, done, closed = read_worklog(text)
+    assert phase == {
+        "when": now.isoformat(), "item": "WRK-001", "title": "Fix (it)", "phase": "build", "outcome": "Complete",
+        "summary": "One\n\n---\n## two\n- **Cost:** no", "cost": cost,
+    }  # fmt: skip
+    assert usage_in(phase["cost"]) == Usage(1.25, 1200, 30)
+    assert (done["status"], closed["status"], closed["reason"]) == ("Done", "Closed", "Not wanted")
+    assert last_summary(read_worklog(text), "WRK-001") == phase["summary"]
+    assert last_summary(read_worklog(text), "WRK-002") is None
 
 
-# -- the parts -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "items:\n- id: A\n  status: new\n- id: B\n  status: new\nnext_item_id: 2\n",
-        "schema_version: 3\nitems:  # all\n\n  # first\n  - id: A\n    status: new\n\n  # second\n  - id: B\n    status: new\n",
-        "items:\r\n- id: A\r\n  status: new\r\n- id: B\r\n  status: new\r\n",
-        "items:\n-   id: A\n    status: new\n    description:\n      context: |\n        - id: C\n        x\n-   status: new\n    id: B",
-        "\ufeffitems:\n- id: A\n  status: new\n  tags:\n  - id\n  - x\n- id: B\n  status: new\nother:\n- id: C\n",
-    ],
-)
-def test_items_are_cut_as_the_reader_sees_them(text: str) -> None:
-    found = [read_item_text(piece, "x") for piece in item_texts(text.encode())]
-    assert found == parse(text)
-    assert [item["id"] for item in found] == ["A", "B"]
-
-
-def parse(text: str) -> list[Any]:
-    root: Any = backlog.parse_yaml(text.encode())
-    return list(root["items"])
-
-
-@pytest.mark.parametrize("text", ["", "items: []\nnext_item_id: 0\n", "items:\n", "other: 1\n"])
-def test_no_items_give_no_texts(text: str) -> None:
-    assert item_texts(text.encode()) == []
-
-
-def test_this_projects_own_backlog_is_cut_as_it_is_read() -> None:
-    data = (Path(__file__).resolve().parent.parent / "BACKLOG.yaml").read_bytes()
-    assert [read_item_text(piece, "x") for piece in item_texts(data)] == parse(data.decode())
+@pytest.mark.parametrize("usage", [Usage(), Usage(0.0123), Usage(None, 5, 0), Usage(12.5, 1_234_567, 89)])
+def test_a_cost_survives_its_text(usage: Usage) -> None:
+    assert usage_in(usage_text(usage)) == usage
 
 
 def test_blobs_come_one_by_one_and_a_missing_one_is_an_error(project: Project) -> None:
     repo = Repo.open(project.root)
-    big = repo.blob(project.root / "x", b"\0\n" * 3_000_000).oid
-    small = repo.blob(project.root / "y", b"").oid
+    files = {project.root / "x": b"\0\n" * 3_000_000, project.root / "y": b""}
+    big, small = (entry.oid for entry in repo.blobs(files))
     blobs = repo.read_blobs([big, small, "1" * 40])
     assert (len(next(blobs)), next(blobs)) == (6_000_000, b"")
     with pytest.raises(GitError, match=r"object 1+ is missing"):
@@ -233,22 +210,13 @@ def test_blobs_come_one_by_one_and_a_missing_one_is_an_error(project: Project) -
     assert list(repo.read_blobs([])) == []
 
 
-def test_a_symlink_in_history_is_no_file(make_repo: Callable[..., Path]) -> None:
-    root = make_repo()
-    (root / "B.yaml").symlink_to("elsewhere")
-    sh(root, "git", "add", "-A")
-    sh(root, "git", "commit", "-q", "-m", "Link")
-    (version,) = Repo.open(root).file_versions("B.yaml")
-    assert (version.before, version.after) == ((ABSENT_OID,), ABSENT_OID)
-
-
 @pytest.mark.slow
 def test_the_number_of_git_processes_does_not_grow_with_the_history(project: Project) -> None:
     counts = []
     log_file = project.outside / "processes"
     project.inject(f"def watch(event, args):\n    if event == 'subprocess.Popen':\n        open({str(log_file)!r}, 'a').write('x')")
-    for status in ("new", "scoping", "ready", "in_progress"):
-        commit(project, status, f"WRK-001 {status}")
+    for n in range(3):
+        commit(project, f"[orchestrator] Add {n}", trailers(f"Item: WRK-00{n}", "Outcome: added"))
         log_file.write_text("")
         project.run("log")
         counts.append(len(log_file.read_text()))

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-import gitutil
 import orchestrator
 from backlog import parse_filter, parse_yaml
 
@@ -78,6 +77,15 @@ def test_every_option_of_a_command_is_documented_and_the_other_way_round(name: s
     assert shown == options(parsers()[name]) - GLOBAL
 
 
+@pytest.mark.parametrize("name", ["status", "run", "log"])
+def test_the_keys_of_json_are_those_of_its_form(name: str) -> None:
+    said = re.search(rf"^\* `{name}`: (.*?)(?=^\* |^$)", section("Commands"), re.M | re.S)
+    assert said
+    named = set(re.findall(r"`([a-z_]+)`", said[1]))
+    assert named
+    assert named <= set(re.findall(r'"(\w+)"', orchestrator.json_form(name)))
+
+
 def test_positional_arguments_are_documented() -> None:
     for name, parser in parsers().items():
         for action in parser._actions:
@@ -134,15 +142,13 @@ def test_the_config_block_is_what_init_writes() -> None:
 def test_every_key_of_the_config_is_in_the_block_and_means_its_default() -> None:
     text = between("config")
     base = Path("/nowhere")
-    shown = orchestrator.parse_config(text.encode(), "x", base)
-    assert shown == orchestrator.default_config(base)._replace(source="x")
-    tables = {"execution": orchestrator.Execution, "guardrails": orchestrator.Guardrails}
-    for name, kind in tables.items():
-        part = text.partition(f"[{name}]")[2].partition("\n[")[0]
-        assert set(re.findall(r"^(?:# )?([a-z_]+) = ", part, re.M)) == set(kind._fields), name
-    for key in ("workflows", "agent", "model", "timeout_minutes", "run", "verify", "outputs", "allow_empty"):
-        assert re.search(rf"^#   .*\b{key}\b", text, re.M), f"the phase key {key} is not explained"
-    assert set(tomllib.loads(text)) == {"project", "guardrails", "execution", "agent", "pipelines"}
+    assert orchestrator.parse_config(text.encode(), "x", base) == orchestrator.default_config(base)._replace(source="x")
+    for name, keys in orchestrator.CONFIG_KEYS.items():
+        part = text.partition("may also have\n" if name == "phase" else f"[{name}]\n")[2]
+        part = re.split(r"\n\n|\n\[", part)[0]
+        shown = re.findall(r"^(?:#   |# )?([a-z_]+) = ", part, re.M)
+        assert shown == [key.name or field for field, key in keys.items()], name
+    assert set(tomllib.loads(text)) == {"project", "guardrails", "execution", "agent", "notify", "pipelines"}
 
 
 def test_the_test_command_is_what_ci_runs() -> None:
@@ -180,7 +186,7 @@ def test_the_agents_of_recipes_are_valid_config() -> None:
 
 def test_symptoms_are_quoted_as_they_are_printed() -> None:
     code = "".join((HERE / f"{name}.py").read_text() for name in ("gitutil", "backlog", "orchestrator"))
-    code = re.sub(r'"\s+f?"', "", code).replace("{PARKED_REF}", gitutil.PARKED_REF).replace("{self.parked_ref}", gitutil.PARKED_REF)
+    code = re.sub(r'"\s+f?"', "", code)
     quoted = re.findall(r"^\| `([^`]+)`", section("Trouble"), re.M)
     assert len(quoted) > 5
     for symptom in set(quoted) - {"BACKLOG.yaml:12:3: …"}:

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from backlog import Journal
+
 HANG = {"announce": True, "hang": True}
 IN_BUILD = "in_progress phase=build phase_pool=main"
 RECOVERED = "[orchestrator] Recover backlog state"
@@ -132,7 +134,7 @@ def test_a_decision_by_hand_between_a_crash_and_the_next_start_is_merged(project
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("then", "by_hand"), [("", False), ("run.json", False), ("run.json", True)],
+    ("then", "by_hand"), [("", False), ("journal", False), ("journal", True)],
     ids=["before-the-save", "after-it", "after-it-in-an-editor"],
 )
 def test_what_is_unblocked_after_a_crash_stays_so(project: Any, then: str, by_hand: bool) -> None:
@@ -160,13 +162,16 @@ def test_a_damaged_journal_is_refused_with_a_remedy(project: Any) -> None:
     project.announced()
     process.kill()
     process.wait()
-    journal = project.root / ".git/orchestrator/run.json"
+    journal = project.root / ".git/orchestrator/journal"
     whole = journal.read_bytes()
     before = project.text()
-    for damaged in (b"", whole[:100], b"[]", b'{"version": 99}'):
+    for torn in (b"", whole[:100]):
+        journal.write_bytes(torn)
+        assert Journal.read(journal, "BACKLOG.yaml") is None
+    for damaged in (b"{\n" + whole, whole + b"[]\n", b'{"version": 99}\n'):
         journal.write_bytes(damaged)
         err = project.run("run", code=1).stderr
-        assert "run.json" in err
+        assert str(journal) in err
         assert "delete that file" in err
         assert "Traceback" not in err
     assert project.text() == before

@@ -95,10 +95,10 @@ def test_d59_null_counts_as_absent_in_every_optional_field(key: str) -> None:
     [
         (b"", "the result file is empty"),
         (b" \n\t", "the result file is empty"),
-        (b"[1]", "the result file must hold one JSON object, not a list"),
-        (b"null", "the result file must hold one JSON object, not nothing"),
-        (b"17", "the result file must hold one JSON object, not a number"),
-        (b'"text"', "the result file must hold one JSON object, not a text"),
+        (b"[1]", "the result file must hold one JSON object, not [1]"),
+        (b"null", "the result file must hold one JSON object, not null"),
+        (b"17", "the result file must hold one JSON object, not 17"),
+        (b'"text"', 'the result file must hold one JSON object, not "text"'),
         (b"[" * 200_000, "the result file is nested too deeply"),
         (b'{"item_id": ' + b'{"a":' * 200_000, "the result file is nested too deeply"),
     ],
@@ -130,11 +130,11 @@ def test_d15_another_items_result_is_refused_with_both_values_in_one_message() -
 @pytest.mark.parametrize("missing", ["item_id", "phase"])
 def test_a_result_without_identity_is_refused(missing: str) -> None:
     row = {key: value for key, value in MINIMAL.items() if key != missing}
-    assert f"{missing} is nothing, expected" in refusal(json.dumps(row).encode())
+    assert f"{missing} is null, expected" in refusal(json.dumps(row).encode())
 
 
 @pytest.mark.parametrize(
-    ("code", "shown"), [("done", '"done"'), (None, "nothing"), (True, "true or false"), (["failed"], "a list")]
+    ("code", "shown"), [("done", '"done"'), (None, "null"), (True, "true"), (["failed"], '["failed"]')]
 )
 def test_an_unknown_result_code_is_refused(code: object, shown: str) -> None:
     assert refusal(json.dumps({**MINIMAL, "result": code}).encode()) == (
@@ -148,32 +148,33 @@ def test_an_unknown_result_code_is_refused(code: object, shown: str) -> None:
 
 def test_a_missing_summary_gets_a_text_so_that_no_reason_is_ever_empty() -> None:
     result = parse(without="summary")
-    assert (result.summary, result.warnings) == ("(the agent gave no summary)", ("summary: missing",))
+    assert (result.summary, result.warnings) == ("(the agent gave no summary)", ("summary is missing",))
 
 
 @pytest.mark.parametrize(
     ("changes", "warning"),
     [
-        ({"context": 5}, "context: a number dropped, expected a text"),
-        ({"context": ["a", "b"]}, "context: a list dropped, expected a text"),
-        ({"updated_assessments": "large"}, 'updated_assessments: "large" dropped, expected an object'),
-        ({"updated_assessments": {"size": "huge"}}, 'size: "huge" dropped, expected small or medium or large'),
-        ({"updated_assessments": {"risk": 3}}, "risk: a number dropped, expected low or medium or high"),
-        ({"follow_ups": "do it"}, 'follow_ups: "do it" dropped, expected a list'),
-        ({"duplicates": "WRK-2"}, 'duplicates: "WRK-2" dropped, expected a list'),
-        ({"duplicates": [{"id": 1}]}, "duplicates: an object dropped, expected an item id"),
-        ({"description": 7}, "description: a number dropped, expected an object"),
-        ({"requires_human_review": "perhaps"}, 'requires_human_review: "perhaps" dropped, expected true or false'),
-        ({"requires_human_review": 1}, "requires_human_review: a number dropped, expected true or false"),
-        ({"block_type": "other"}, 'block_type: "other" dropped, expected clarification or decision'),
-        ({"context": "<why>"}, "context: the placeholder <why> was left in; dropped"),
+        ({"context": 5}, "context must be text, not 5 (in quotes it is text: '5')"),
+        ({"context": ["a", "b\u202e"]}, 'context must be text, not ["a", "b\\u202e"]'),
+        ({"updated_assessments": "large"}, 'updated_assessments must be a mapping of keys to values, not "large"'),
+        ({"updated_assessments": {"size": "huge"}}, 'updated_assessments.size must be one of small, medium, large, not "huge"'),
+        ({"updated_assessments": {"risk": 3}}, "updated_assessments.risk must be one of low, medium, high, not 3"),
+        ({"follow_ups": "do it"}, 'follow_ups must be a list, not "do it"'),
+        ({"duplicates": "WRK-2"}, 'duplicates must be a list, not "WRK-2"'),
+        ({"duplicates": [{"id": 1}]}, "duplicates must hold ids of items; the rest is"),
+        ({"description": 7}, "description must be a mapping of keys to values, not 7"),
+        ({"requires_human_review": "perhaps"}, 'requires_human_review must be true or false, not "perhaps"'),
+        ({"requires_human_review": 1}, "requires_human_review must be true or false, not 1"),
+        ({"block_type": "other"}, 'block_type must be one of clarification, decision, not "other"'),
+        ({"context": "<why>"}, "context still holds the placeholder <why>"),
     ],
 )
 def test_d59_a_field_that_does_not_fit_is_dropped_with_a_warning_and_the_rest_kept(
     changes: dict[str, Any], warning: str
 ) -> None:
+    told = f"{warning} dropped" if warning.endswith("is") else f"{warning}; dropped"
     result = parse({**changes, "commit_summary": "Kept"})
-    assert result == parse({"commit_summary": "Kept"})._replace(warnings=(warning,))
+    assert result == parse({"commit_summary": "Kept"})._replace(warnings=(told,))
 
 
 def test_a_bad_rating_does_not_cost_the_good_ones() -> None:
@@ -204,12 +205,13 @@ def test_d35_follow_ups_may_be_titles_or_objects_and_a_bad_one_does_not_cost_the
         FollowUp("Two lines"),
     )
     assert result.warnings == (
-        'suggested_size: "gigantic" dropped, expected small or medium or large',
-        "follow_ups: an entry without a title was dropped",
-        "follow_ups: an entry without a title was dropped",
-        "follow_ups: a number dropped, expected a title or an object with a title",
-        "title: the placeholder <one line> was left in; dropped",
-        "follow_ups: an entry without a title was dropped",
+        "follow_ups[5] must be a mapping of keys to values, not 12; dropped",
+        'follow_ups[1].suggested_size must be one of small, medium, large, not "gigantic"; dropped',
+        "follow_ups[3].title is missing; the entry is dropped",
+        "follow_ups[4].title is missing; the entry is dropped",
+        "follow_ups[5].title is missing; the entry is dropped",
+        "follow_ups[6].title still holds the placeholder <one line>; dropped",
+        "follow_ups[6].title is missing; the entry is dropped",
     )
 
 
@@ -278,7 +280,7 @@ def test_nothing_that_a_terminal_or_yaml_takes_for_more_than_text_gets_through()
 def test_an_enormous_text_is_cut_with_a_warning() -> None:
     result = parse({"summary": "x" * 30_000})
     assert result.summary == "x" * 20_000 + "…"
-    assert result.warnings == ("summary: cut to 20000 characters",)
+    assert result.warnings == ("summary is cut to 20000 characters",)
 
 
 # -- why an attempt failed -------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""What failed, interrupted and parked work leaves, and what becomes of the operator's own files."""
+"""What failed and interrupted work leaves, and what becomes of the operator's own files."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 FAILS = {"result": {"result": "failed", "summary": "cannot"}}
-BLOCKS = {"result": {"result": "blocked", "summary": "needs a decision"}}
 BUILDING = "WRK-001 in_progress phase=build phase_pool=main"
 PLANNING = "WRK-001 in_progress phase=plan phase_pool=main"
 
@@ -38,54 +37,6 @@ def test_operator_files_survive_an_agent_that_commits_and_reverts_them(project: 
     assert project.git("show", "refs/orchestrator/salvage/WRK-001/build/1:half.txt") == "half\n"
     assert project.status() == " M notes.txt\n?? opfile.txt\n"
     assert "refs/orchestrator/salvage/WRK-001/build/1" in project.text()
-
-
-def parked_by_a_merge(project: Any) -> None:
-    """A run that blocked WRK-001 while its agent left a merge open: the state is parked."""
-    merge = "git merge -q --no-ff --no-commit other"
-    project.configure(execution="max_retries = 0")
-    project.backlog(PLANNING)
-    project.commit_all()
-    project.git("switch", "-q", "-c", "other")
-    project.git("commit", "-q", "--allow-empty", "-m", "other")
-    project.git("switch", "-q", "main")
-    project.git("commit", "-q", "--allow-empty", "-m", "main")
-    project.script({"*/plan": [{"sh": f"cd {project.root} && {merge}", **BLOCKS}]})
-    project.run("run", code=3)
-    assert project.git("for-each-ref", "refs/orchestrator/backlog") != ""
-
-
-@pytest.mark.slow
-def test_what_was_done_since_a_state_was_parked_is_not_undone(project: Any) -> None:
-    parked_by_a_merge(project)
-    project.git("merge", "--abort")
-    project.run("unblock", "WRK-001")
-    project.run("run", "--cap", "0")
-    assert project.statuses() == {"WRK-001": "in_progress plan"}
-    assert project.committed() == project.text()
-    assert project.git("for-each-ref", "refs/orchestrator/backlog") == ""
-
-
-@pytest.mark.slow
-def test_a_parked_state_that_git_set_back_is_merged_in_again(project: Any) -> None:
-    parked_by_a_merge(project)
-    project.git("reset", "-q", "--hard")
-    assert project.statuses() == {"WRK-001": "in_progress plan"}
-    (project.root / "dirt.txt").write_text("keeps the run from starting\n")
-    project.run("run", code=1)
-    assert project.statuses() == {"WRK-001": "blocked plan"}
-    assert project.committed() == project.text()
-    assert project.git("for-each-ref", "refs/orchestrator/backlog") == ""
-
-
-@pytest.mark.slow
-def test_a_parked_state_that_git_set_back_is_merged_in_although_the_file_was_edited_since(project: Any) -> None:
-    parked_by_a_merge(project)
-    project.git("reset", "-q", "--hard")
-    project.run("add", "Since then")
-    project.run("run", "--cap", "0")
-    assert project.statuses() == {"WRK-001": "blocked plan", "WRK-002": "new"}
-    assert project.committed() == project.text()
 
 
 @pytest.mark.slow

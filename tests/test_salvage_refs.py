@@ -179,23 +179,25 @@ def kept(project: Any, capsys: pytest.CaptureFixture[str]) -> tuple[Any, Cli, di
 def test_salvage_is_listed(kept: tuple[Any, Cli, dict[str, str]]) -> None:
     _, cli, refs = kept
     names = {ref: ref.removeprefix("refs/orchestrator/salvage/").split("/") for ref in refs}
-    lines = [f"  [{item}][{phase}] {ref}" for ref, (item, phase, _) in names.items()]
-    assert cli("status")[1].endswith("(`git show --stat REF`):\n" + "\n".join(lines) + "\n")
-    assert cli("status", "--only", "status=blocked")[1].endswith(f":\n{lines[0]}\n")
-    assert cli("show", "WRK-001")[1].endswith(f"\n\nLeft by attempts that did not complete, and kept (`git show --stat REF`):\n{lines[0]}\n")
-    rows = [
+    rows = [f"  {item} {phase:5} {ref}" for ref, (item, phase, _) in names.items()]
+    lines = cli("status")[1].splitlines()
+    assert lines[-len(rows) - 1].endswith("(`git show --stat REF`):")
+    assert lines[-len(rows) :] == rows
+    assert cli("status", "--only", "status=blocked")[1].endswith(f":\n{rows[0]}\n")
+    assert cli("show", "WRK-001")[1].endswith(f"\n\nLeft by attempts that did not complete, and kept (`git show --stat REF`):\n{rows[0]}\n")
+    known = [
         {"ref": ref, "item": item, "phase": phase, "commit": refs[ref], "finished": item in ("WRK-002", "WRK-003")}
         for ref, (item, phase, _) in names.items()
     ]
-    assert json.loads(cli("status", "--json")[1])["salvage"] == rows
-    assert json.loads(cli("show", "WRK-002", "--json")[1])["salvage"] == rows[1:3]
+    assert json.loads(cli("status", "--json")[1])["salvage"] == known
+    assert json.loads(cli("show", "WRK-002", "--json")[1])["salvage"] == known[1:3]
     code, out, _ = cli("check")
     assert code == 0
     assert [line for line in out.splitlines() if "keeps what" in line] == [
         f"note: {ref} keeps what [{item}][{phase}] left" for ref, (item, phase, _) in names.items()
     ]
     assert "note: 3 of these belong to finished items; to drop them: printf " in out
-    assert json.loads(cli("check", "--json")[1])["salvage"] == rows
+    assert json.loads(cli("check", "--json")[1])["salvage"] == known
 
 
 def test_check_gives_the_command_that_drops_the_refs_of_finished_items(kept: tuple[Any, Cli, dict[str, str]]) -> None:

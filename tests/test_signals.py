@@ -167,7 +167,7 @@ def interrupting(project: Any) -> Any:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("act", "reason"), [("commit-tree", "CapReached"), ("/refs/heads/main", "CapReached"), ("/BACKLOG.yaml", "ShutdownRequested")],
+    ("act", "reason"), [("commit-tree", "CapReached"), ("update-ref", "CapReached"), ("/BACKLOG.yaml", "ShutdownRequested")],
     ids=["commit", "branch", "save"],
 )
 def test_e1_e2_ctrl_c_while_a_save_or_the_halt_commit_is_being_made(project: Any, act: str, reason: str, interrupting: Any) -> None:
@@ -179,13 +179,14 @@ def test_e1_e2_ctrl_c_while_a_save_or_the_halt_commit_is_being_made(project: Any
     assert (project.outside / "interrupted").exists()
     assert project.subjects()[:2] == [HALT.replace("ShutdownRequested", reason), "Set up"], log
     assert project.paths() == ["BACKLOG.yaml"]
+    assert f"({reason})" in log
     ended_well(project, {"WRK-001": "in_progress plan"})
 
 
 def test_a_signal_while_a_run_is_being_prepared_ends_it_in_order(project: Any, interrupting: Any) -> None:
     """The journal of the run is written by then, and a repair of the backlog may be saved."""
     prepare(project, "WRK-001 in_progress")
-    interrupting("run.json")
+    interrupting("orchestrator/journal")
     process = project.start("run")
     project.finish(process, 130)
     assert project.agent_log() == []

@@ -79,7 +79,7 @@ def test_nothing_survives(project: Any, tmp_path: Path, ending: str) -> None:
     if ending == "signal":
         process.send_signal(signal.SIGTERM)
     if ending == "kill":
-        journal = project.root / ".git/orchestrator/run.json"
+        journal = project.root / ".git/orchestrator/journal"
         unmarked = [pid for kind, (pid, _) in born.items() if "empty" in kind]
         wait_for("not journalled", lambda: all(f"{pid}" in journal.read_text() for pid in unmarked))
         process.kill()

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import re
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +14,18 @@ import pytest
 import orchestrator
 from backlog import Backlog, Item, parse_filter
 from orchestrator import (
+    Column,
     Config,
     HaltReason,
     MessageEntry,
     Phase,
     Pipeline,
     RunOptions,
-    SummaryFacts,
     Task,
     Usage,
     build_prompt,
     change_dir_name,
     clean_text,
-    commit_message,
     did_you_mean,
     fit,
     halt_message,
@@ -34,14 +33,15 @@ from orchestrator import (
     matches_output,
     one_line,
     phase_line,
-    render_halt_line,
+    phase_message,
+    render_active,
     render_item,
     render_plan,
     render_status,
     render_summary,
     safe_name,
-    status_json,
-    summary_json,
+    status_rows,
+    table,
 )
 
 NOW = "2026-11-22T10:00:00+00:00"
@@ -244,6 +244,7 @@ def trailers(*entries: MessageEntry) -> str:
     rows = ["Orchestrator-Run: run-1"]
     for one in entries:
         rows += [f"Orchestrator-Item: {one.item_id}", f"Orchestrator-Phase: {one.phase}", f"Orchestrator-Attempt: {one.token}"]
+        rows.append(f"Orchestrator-Outcome: {one.outcome}")
     return "\n".join(rows) + "\n"
 
 
@@ -253,59 +254,69 @@ def trailers(*entries: MessageEntry) -> str:
         ("complete", "Add the login", "[WRK-1][prd] Add the login"),
         ("complete", "[WRK-1][prd]  Add the login", "[WRK-1][prd] Add the login"),
         ("complete", "[WRK-2][prd] Other prefix stays", "[WRK-1][prd] [WRK-2][prd] Other prefix stays"),
-        ("complete", " \n ", "[WRK-1][prd] Phase output"),
+        ("complete", " \n ", "[WRK-1][prd] Phase outputs"),
         ("complete", "Two\nlines \x1b[31mred", "[WRK-1][prd] Two lines red"),
         ("blocked", "Which colour?", "[WRK-1][prd] Blocked: Which colour?"),
-        ("failed", "tests fail", "[WRK-1][prd] Failed: tests fail"),
         ("failed", "", "[WRK-1][prd] Failed: no reason given"),
     ],
 )
 def test_the_message_of_one_phase(outcome: str, summary: str, subject: str) -> None:
     one = entry(outcome=outcome, summary=summary)
-    assert commit_message([one], "run-1") == f"{subject}\n\n{trailers(one)}"
+    assert phase_message([one], "run-1") == f"{subject}\n\n{trailers(one)}"
 
 
 def test_a_long_summary_is_cut_in_the_subject_and_whole_in_the_body() -> None:
     one = entry(summary="word " * 40)
     whole = ("word " * 40).strip()
-    subject, body, rest = commit_message([one], "run-1").split("\n\n")
-    assert subject == "[WRK-1][prd] " + one_line(whole, 100)
-    assert body == f"[WRK-1][prd] {whole}"
-    assert rest == trailers(one)
+    assert phase_message([one], "run-1").split("\n\n") == [
+        f"[WRK-1][prd] {one_line(whole, 100)}", f"[WRK-1][prd] {whole}", trailers(one),
+    ]
 
 
 def test_the_message_of_a_batch() -> None:
     batch = [entry("WRK-1", "prd", summary="First"), entry("WRK-2", "design"), entry("WRK-3", "review", "blocked", "Third")]
-    assert commit_message(batch, "run-1") == (
+    assert phase_message(batch, "run-1") == (
         "[WRK-1][prd] First | [WRK-3][review] Blocked: Third\n\n"
-        "[WRK-1][prd][WRK-2][design][WRK-3][review] Phase outputs\n\n" + trailers(*batch)
+        "[WRK-1][prd] First\n[WRK-3][review] Blocked: Third\n\n" + trailers(*batch)
     )
-
-
-def test_the_message_of_a_batch_without_any_summary_is_its_label() -> None:
-    batch = [entry("WRK-1"), entry("WRK-2")]
-    assert commit_message(batch, "run-1") == f"[WRK-1][prd][WRK-2][prd] Phase outputs\n\n{trailers(*batch)}"
+    silent = [entry("WRK-1"), entry("WRK-2")]
+    assert phase_message(silent, "run-1") == f"[WRK-1][prd][WRK-2][prd] Phase outputs\n\n{trailers(*silent)}"
 
 
 def test_a_summary_cannot_forge_a_trailer() -> None:
     one = entry(summary="x\n\nOrchestrator-Attempt: stolen\n" + "long " * 40)
-    found = [line for line in commit_message([one], "run-1").splitlines() if line.startswith("Orchestrator-Attempt")]
+    found = [line for line in phase_message([one], "run-1").splitlines() if line.startswith("Orchestrator-Attempt")]
     assert found == ["Orchestrator-Attempt: token-WRK-1"]
 
 
+@pytest.mark.parametrize("reason", [*HaltReason, None])
+def test_the_message_of_the_halt_commit_names_the_reason_and_the_items(reason: HaltReason | None) -> None:
+    """After an error it has no parentheses."""
+    old, same = make_item("WRK-1", "ready"), make_item("WRK-2")
+    new = make_item("WRK-1", "blocked", blocked_reason="Which colour?")
+    before, after = {"WRK-1": old, "WRK-2": same}, {"WRK-1": new, "WRK-2": same, "WRK-3": make_item("WRK-3", "new")}
+    assert halt_message(reason, orchestrator.state_entries(before, after), "run-1") == (
+        f"[orchestrator] Save backlog state on halt{f' ({reason})' if reason else ''}\n\n"
+        "[WRK-1] Which colour?\n[WRK-3] Title of WRK-3\n\n"
+        "Orchestrator-Run: run-1\n"
+        "Orchestrator-Item: WRK-1\nOrchestrator-Outcome: blocked\n"
+        "Orchestrator-Item: WRK-3\nOrchestrator-Outcome: added\n"
+    )
+
+
 @pytest.mark.parametrize(
-    "name",
+    ("old", "new", "outcome", "summary"),
     [
-        "ShutdownRequested", "CircuitBreakerTripped", "TargetBlocked", "TargetCompleted",
-        "NoMatchingItems", "FilterExhausted", "AllDoneOrBlocked", "CapReached",
+        ({"status": "ready"}, None, "removed", "Title of WRK-1"),
+        ({"status": "blocked"}, {"status": "ready", "unblock_context": "Blue"}, "unblocked", "Blue"),
+        ({"status": "ready"}, {"status": "in_progress", "phase": "plan"}, "in_progress", "phase plan"),
+        ({"status": "scoping", "phase": "a"}, {"status": "scoping", "phase": "b"}, "scoping", "phase b"),
+        ({"status": "ready"}, {"status": "ready", "size": "small"}, "edited", ""),
     ],
 )
-def test_the_message_of_the_halt_commit_names_the_reason(name: str) -> None:
-    assert halt_message(HaltReason(name)) == f"[orchestrator] Save backlog state on halt ({name})"
-
-
-def test_the_message_of_the_halt_commit_after_an_error_has_no_parentheses() -> None:
-    assert halt_message(None) == "[orchestrator] Save backlog state on halt"
+def test_what_a_state_commit_says_of_an_item(old: Any, new: Any, outcome: str, summary: str) -> None:
+    before, after = ({"WRK-1": make_item("WRK-1", **one)} if one else {} for one in (old, new))
+    assert orchestrator.state_entries(before, after) == [MessageEntry("WRK-1", "", outcome, summary)]
 
 
 # -- prompts: sections -----------------------------------------------------------------------------
@@ -593,92 +604,44 @@ def test_triage_may_choose_among_all_pipelines() -> None:
     assert text == "- `bugfix`: fix\n- `feature`: research → build"
 
 
-# -- status ----------------------------------------------------------------------------------------
+# -- tables, status --------------------------------------------------------------------------------
 
 
-def test_d52_the_status_table() -> None:
-    backlog = make_backlog(
-        make_item("WRK-001", "new", title="Later", dependencies=["WRK-003"]),
-        make_item("WRK-002", "done"),
-        make_item("WRK-003", "blocked", dependencies=["WRK-006"], title="Größe 日本語 " + "x" * 40, blocked_reason="Which\nsize?"),
-        make_item("WRK-004", "in_progress", title="Now\x1b[2J", phase="an-overlong-phase", pipeline_type="enterprise-grade", size="small"),
-        make_item("WRK-005", "new", title="High impact", impact="high"),
-        make_item("WRK-006", "ready", risk="low"),
-        make_item("WRK-007", "scoping"),
-    )
-    assert render_status(backlog).splitlines() == [
-        "ID           STATUS       PHASE        PIPELINE   IMPACT   SIZE     RISK     TITLE",
-        "-" * 113,
-        "WRK-004      in_progress  an-overlong… enterpris… -        small    -        Now",
-        "WRK-003      blocked      -            -          -        -        -        Größe 日本語 xxxxxxxxxxxxxxxxxxxxxx…",
-        "WRK-006      ready        -            -          -        -        low      Title of WRK-006",
-        "WRK-007      scoping      -            -          -        -        -        Title of WRK-007",
-        "WRK-005      new          -            -          high     -        -        High impact",
-        "WRK-001      new          -            -          -        -        -        Later",
-        "WRK-002      done         -            -          -        -        -        Title of WRK-002",
-        "",
-        "7 items: 1 in_progress, 1 blocked, 1 ready, 1 scoping, 2 new, 1 done",
-        "",
-        "Blocked, each needs you:",
-        "  WRK-003: Which size?",
-        "",
-        "Waiting for other items:",
-        "  WRK-001: WRK-003 (blocked)",
+def test_d52_a_table_wraps_its_last_column_and_leaves_out_empty_ones() -> None:
+    columns = (Column("ID", "id"), Column("GONE", "gone"), Column("N", "n", 4), Column("TEXT", "text"))
+    rows = [{"id": "A-1", "n": 0, "text": "some words that go on"}, {"id": "日本", "n": "too long", "text": "語" * 9}, {"id": "B"}]
+    assert table(columns, rows, 34, "  ") == [
+        "  ID   N    TEXT",
+        "  A-1  0    some words that go on",
+        "  日本 too… 語語語語語語語語語",
+        "  B    -    -",
     ]
+    assert table(columns, rows, 22, "  ") == [
+        "  ID   N    TEXT", "  A-1  0", "      some words that", "      go on", "  日本 too…", "      語語語語語語語語",
+        "      語", "  B    -    -",
+    ]
+    assert table(columns, [{"id": ""}], 80) == []
 
 
-def test_priority_comes_before_impact_and_shows_when_used() -> None:
+def test_the_status_for_machines_and_the_order_of_items() -> None:
     backlog = make_backlog(
-        make_item("WRK-001", "new", impact="high"),
-        make_item("WRK-002", "new", priority=5),
-        make_item("WRK-003", "new", priority=10),
-        make_item("WRK-004", "new", priority=-1, impact="high"),
-        make_item("WRK-005", "new", impact="low"),
-    )
-    lines = render_status(backlog).splitlines()
-    assert "PRIORITY" in lines[0]
-    assert [line.split()[0] for line in lines[2:7]] == ["WRK-003", "WRK-002", "WRK-001", "WRK-005", "WRK-004"]
-
-
-def test_a_long_id_widens_its_column_because_people_copy_it() -> None:
-    lines = render_status(make_backlog(make_item("ENTERPRISE-PLATFORM-001", "new"), make_item("A-1", "new"))).splitlines()
-    assert lines[0].startswith("ID                      STATUS ")
-    assert lines[2].startswith("ENTERPRISE-PLATFORM-001 new ")
-    assert lines[3].startswith("A-1                     new ")
-
-
-def test_d21_a_selection_limits_rows_but_not_dependencies() -> None:
-    backlog = make_backlog(make_item("WRK-001", "new", dependencies=["WRK-002"]), make_item("WRK-002", "ready"))
-    text = render_status(backlog, only={"WRK-001"})
-    assert "WRK-002      ready" not in text
-    assert "1 item: 1 new" in text
-    assert "  WRK-001: WRK-002 (ready)" in text
-
-
-def test_an_empty_status_is_one_line() -> None:
-    assert render_status(make_backlog()) == "No items."
-    assert render_status(make_backlog(make_item()), only=()) == "No item matches."
-
-
-def test_the_status_for_machines() -> None:
-    backlog = make_backlog(
-        make_item("WRK-001", "new", dependencies=["WRK-002"], priority=3),
+        make_item("WRK-001", "new", dependencies=["WRK-002"], priority=3), make_item("WRK-003", "new", impact="high"),
         make_item("WRK-002", "blocked", blocked_reason="why", blocked_type="decision", blocked_from_status="ready"),
+        make_item("WRK-004", "new", priority=-1, impact="high"), make_item("WRK-005", "in_progress"),
     )
-    status = status_json(backlog)
-    assert json.loads(json.dumps(status)) == status
-    assert status["schema"] == 1
-    assert status["counts"] == {"blocked": 1, "new": 1}
-    blocked, new = status["items"]  # type: ignore[misc]
-    assert new == {
-        "id": "WRK-001", "title": "Title of WRK-001", "status": "new", "phase": None, "phase_pool": None,
-        "pipeline": "feature", "size": None, "complexity": None, "risk": None, "impact": None, "priority": 3,
-        "attempts": 0, "requires_human_review": False, "guardrail_override": False, "tags": [],
-        "dependencies": ["WRK-002"], "waiting_for": ["WRK-002 (blocked)"], "origin": None,
-        "blocked_reason": None, "blocked_type": None, "blocked_from": None, "description": None,
-        "cost_usd": None, "input_tokens": None, "output_tokens": None, "created": NOW, "updated": NOW,
+    rows = status_rows(backlog)
+    assert json.loads(json.dumps(rows)) == rows
+    assert [row["id"] for row in rows] == ["WRK-005", "WRK-002", "WRK-001", "WRK-003", "WRK-004"]
+    assert rows[2] == {
+        "id": "WRK-001", "title": "Title of WRK-001", "status": "new", "phase": None, "size": None, "complexity": None,
+        "risk": None, "impact": None, "requires_human_review": False, "origin": None, "blocked_from_status": None,
+        "blocked_reason": None, "blocked_type": None, "unblock_context": None, "tags": [], "dependencies": ["WRK-002"],
+        "created": NOW, "updated": NOW, "pipeline_type": "feature", "description": None, "phase_pool": None,
+        "guardrail_override": False, "priority": 3, "attempts": 0, "waiting_for": ["WRK-002 (blocked)"],
+        "cost_usd": None, "input_tokens": None, "output_tokens": None,
     }
-    assert (blocked["blocked_reason"], blocked["blocked_type"], blocked["blocked_from"]) == ("why", "decision", "ready")
+    assert (rows[1]["blocked_reason"], rows[1]["blocked_type"], rows[1]["blocked_from_status"]) == ("why", "decision", "ready")
+    assert status_rows(backlog, only={"WRK-001"}) == [rows[2]]  # dependencies are those of the whole backlog
 
 
 def test_everything_about_one_item() -> None:
@@ -687,31 +650,26 @@ def test_everything_about_one_item() -> None:
         blocked_reason="Which\ncolour?", description={"context": "one\ntwo", "problem": ""}, unblock_context="Blue.",
         requires_human_review=True, tags=["ui"], dependencies=["WRK-002"],
     )
-    assert render_item(item, ["abc1234 Block it"]).splitlines() == [
-        "WRK-001  Fix it",
-        "",
-        "Status:        blocked",
-        "Blocked:       Which colour?",
-        "Blocked from:  in_progress",
-        "Phase:         build (main)",
-        "Attempts:      2 failed",
-        "Pipeline:      feature",
-        "Size:          small",
-        "Review:        a human must approve it",
-        "Tags:          ui",
-        "Depends on:    WRK-002",
-        f"Created:       {NOW}",
-        f"Updated:       {NOW}",
-        "",
-        "Context:",
-        "  one",
-        "  two",
-        "",
-        "Your notes for the next phase:",
-        "  Blue.",
-        "",
-        "History:",
-        "  abc1234 Block it",
+    assert render_item(item, Usage(0.5), 80) == [
+        "WRK-001  Fix it", "", "Status:                blocked", "Phase:                 build",
+        "Size:                  small", "Requires human review: yes", "Blocked from status:   in_progress",
+        "Blocked reason:        Which colour?", "Tags:                  ui", "Dependencies:          WRK-002",
+        f"Created:               {NOW}", f"Updated:               {NOW}", "Pipeline type:         feature",
+        "Attempts:              2", "Cost:                  about $0.5000", "", "Context:", "  one", "  two", "",
+        "Your notes for the next phase:", "  Blue.",
+    ]
+
+
+def test_the_active_run_tells_what_each_agent_does() -> None:
+    phases = [
+        {"item": "WRK-1", "phase": "build", "since": "2026-11-28T05:03:00+00:00", "doing": "Bash: make\x1b[2J test"},
+        {"item": "WRK-12", "phase": "prd", "since": "2026-11-28T05:00:00+00:00", "doing": ""},
+    ]
+    run = {"pid": 4242, "since": "2026-11-28T05:00:00+00:00", "phases": phases}
+    assert render_active(run, datetime(2026, 11, 28, 5, 5, tzinfo=UTC), 80) == [
+        "A run is active: pid 4242, since 2026-11-28 05:00 (5 min)",
+        "  WRK-1  build 2 min Bash: make test",
+        "  WRK-12 prd   5 min",
     ]
 
 
@@ -730,13 +688,9 @@ def plan_backlog() -> Backlog:
     )
 
 
-def plan_lines(text: str) -> list[str]:
-    return [" ".join(line.split()) for line in text.splitlines()]
-
-
 def plan(backlog: Backlog, *, cap: int = 100, config: Config | None = None, **options: Any) -> list[str]:
     rows = orchestrator.plan_rows(backlog, config or make_config(), RunOptions(cap, **options))
-    return [" ".join(line.split()) for line in render_plan(rows).splitlines()]
+    return [" ".join(line.split()) for line in render_plan(rows, (), 200).splitlines()]
 
 
 def test_the_plan_gives_the_phases_in_order_and_why_the_rest_does_not_run() -> None:
@@ -747,9 +701,26 @@ def test_the_plan_gives_the_phases_in_order_and_why_the_rest_does_not_run() -> N
         "6. WRK-002 Title of WRK-002 prd → design → build → review",
         "",
         "Would not run:",
-        "WRK-003 Title of WRK-003 blocked: Which size?",
-        'WRK-006 Title of WRK-006 its pipeline "odd" is not in orchestrator.toml',
-        "WRK-004 Title of WRK-004 waits for WRK-003 (blocked)",
+        "WRK-003 blocked: Which size?",
+        'WRK-006 its pipeline "odd" is not in orchestrator.toml',
+        "WRK-004 waits for WRK-003 (blocked)",
+        "",
+        "Nothing was started and nothing was written.",
+    ]
+
+
+def test_the_plan_of_sixty_items_fits_a_screen() -> None:
+    """One line for each reason says how many wait."""
+    new = [make_item(f"WRK-{n:03}", "ready") for n in range(1, 41)]
+    waiting = [make_item(f"WRK-{n:03}", "new", dependencies=["WRK-061"]) for n in range(41, 61)]
+    asking = make_item("WRK-061", "blocked", blocked_reason="Which?")
+    text = plan(make_backlog(*new, *waiting, asking), cap=8)
+    assert len(text) < 10
+    assert text[4:] == [
+        "Would not run:",
+        "WRK-061 blocked: Which?",
+        "58 items later: the limit of phases for one run is used up: WRK-003, WRK-004, WRK-005, WRK-006, WRK-007,"
+        " WRK-008, WRK-009, WRK-010 and 50 more",
         "",
         "Nothing was started and nothing was written.",
     ]
@@ -771,19 +742,16 @@ def test_the_plan_ends_with_the_cap_and_foresees_the_guardrails() -> None:
     risky = make_item("WRK-002", "ready", risk="high")
     text = plan(make_backlog(make_item("WRK-001", "in_progress", phase="prd"), risky), cap=2)
     assert text[:2] == ["Would run, if every phase succeeds:", "1. WRK-001 Title of WRK-001 prd → design"]
-    assert text[4:6] == [
-        "WRK-001 Title of WRK-001 then later: the limit of phases for one run is used up",
-        "WRK-002 Title of WRK-002 later: the limit of phases for one run is used up",
-    ]
+    assert text[4] == "2 items later: the limit of phases for one run is used up: WRK-001, WRK-002"
     (line,) = [line for line in plan(make_backlog(risky)) if line.startswith("WRK-002")]
-    assert line.startswith("WRK-002 Title of WRK-002 blocked: the guardrails are exceeded by risk high (limit low)")
+    assert line.startswith("WRK-002 blocked: the guardrails are exceeded by risk high (limit low)")
     assert plan(make_backlog(risky), cap=0)[0] == "Nothing would start."
 
 
 def test_the_plan_of_targets_takes_them_in_order() -> None:
     text = plan(plan_backlog(), targets=("WRK-007", "WRK-001", "WRK-005"))
     assert text[1:3] == ["1. WRK-001 Title of WRK-001 prd → design → build → review", "5. WRK-005 Title of WRK-005 triage"]
-    assert "WRK-002 Title of WRK-002 left out by --target or --only" in text
+    assert any("left out by --target or --only" in line and "WRK-002" in line for line in text)
 
 
 def test_the_plan_of_a_blocked_target() -> None:
@@ -796,29 +764,19 @@ def test_the_plan_of_a_blocked_target() -> None:
 def test_d21_the_plan_of_a_filter_still_judges_dependencies_on_the_whole_backlog() -> None:
     text = plan(plan_backlog(), filters=[parse_filter("status=new")])
     assert text[:2] == ["Would run, if every phase succeeds:", "1. WRK-005 Title of WRK-005 triage"]
-    assert "WRK-004 Title of WRK-004 waits for WRK-003 (blocked)" in text
-    assert "WRK-001 Title of WRK-001 left out by --target or --only" in text
-
-
-def test_the_plan_puts_below_an_item_what_has_no_room_beside_it() -> None:
-    rows = orchestrator.plan_rows(plan_backlog(), make_config(), RunOptions(100))
-    text = render_plan(rows, width=60)
-    assert max(map(len, text.splitlines())) <= 60
-    assert "   1. WRK-001    Title of WRK-001\n        prd → design → build → review\n" in text
+    assert "WRK-004 waits for WRK-003 (blocked)" in text
+    assert any("left out by --target or --only" in line and "WRK-001" in line for line in text)
 
 
 def test_the_plan_for_machines() -> None:
     rows = orchestrator.plan_rows(make_backlog(make_item("WRK-001", "ready"), make_item("WRK-002", "blocked")), make_config(), RunOptions(1))
-    assert orchestrator.plan_json(rows) == {
-        "schema": 1,
-        "items": [
-            {"id": "WRK-001", "title": "Title of WRK-001", "runs": True, "turn": 1, "phase": "prd", "text": "prd (1/4, main)"},
-            {"id": "WRK-001", "title": "Title of WRK-001", "runs": False, "turn": None, "phase": None,
-             "text": "then later: the limit of phases for one run is used up"},
-            {"id": "WRK-002", "title": "Title of WRK-002", "runs": False, "turn": None, "phase": None, "text": "blocked: no reason recorded"},
-        ],
-        "problems": [],
-    }
+    capped = "later: the limit of phases for one run is used up"
+    assert [tuple(row.values()) for row in rows] == [
+        ("WRK-001", "Title of WRK-001", True, 1, "prd", "prd (1/4, main)", None),
+        ("WRK-001", "Title of WRK-001", False, None, None, f"then {capped}", capped),
+        ("WRK-002", "Title of WRK-002", False, None, None, "blocked: no reason recorded", "blocked, each needs you"),
+    ]
+    assert list(rows[0]) == ["id", "title", "runs", "turn", "phase", "text", "kind"]
 
 
 # -- the graph -------------------------------------------------------------------------------------
@@ -832,9 +790,8 @@ def test_the_graph_is_mermaid_with_cycles_and_what_waits_for_what() -> None:
         make_item("A-4", "done"),
         make_item("A-5", "new", dependencies=["A-3"]),
     )
-    graph = orchestrator.dependency_graph(backlog)
     styles = [f"  classDef {kind} {style}" for kind, style in orchestrator.GRAPH_STYLES.items()]
-    assert orchestrator.render_graph(graph).splitlines() == [
+    assert orchestrator.render_graph(backlog).splitlines() == [
         "%% cycle, none of these can start: A-3 → A-5 → A-3",
         "%% A-2 waits for A-1",
         "%% A-3 waits for A-5",
@@ -849,159 +806,112 @@ def test_the_graph_is_mermaid_with_cycles_and_what_waits_for_what() -> None:
         "  n3 --> n4",
         *styles,
     ]
-    assert orchestrator.graph_json(orchestrator.dependency_graph(backlog, {"A-2"})) == {
-        "schema": 1,
-        "items": [
-            {"id": "A-1", "title": 'Say "x" #1 <b>', "status": "in_progress"},
-            {"id": "A-2", "title": "Title of A-2", "status": "new"},
-        ],
-        "edges": [{"needs": "A-1", "waiting": "A-2"}],
-        "cycles": [],
-    }
+    part = orchestrator.render_graph(backlog, {"A-2"}).splitlines()
+    assert [line.split("<br/>")[0] for line in part] == [
+        "%% A-2 waits for A-1", "flowchart LR", '  n1["A-2 Title of A-2', '  n2["A-1 Say #quot;x#quot; #35;1 #lt;b#gt;', "  n2 --> n1", *styles,
+    ]
 
 
 # -- the end of a run ------------------------------------------------------------------------------
 
 
-def some_facts(**changes: Any) -> SummaryFacts:
-    backlog = make_backlog(
+def ended(items: Sequence[Item] = (), **changes: Any) -> dict[str, Any]:
+    """What `run --json` tells of a run; `items`: of the backlog at its end."""
+    backlog = make_backlog(*items)
+    return {
+        "halt": "Halt: nothing is left that can run (AllDoneOrBlocked)", "phases": 7, "cap": 100, "seconds": 4325.1,
+        "completed": [{"id": "WRK-001", "title": "Login", "commit": "a" * 40}],
+        "needs_you": orchestrator.needs_you(backlog.items, ["WRK-003"], "orchestrator"), "follow_ups": ["WRK-004"],
+        "cost_usd": 4.2, "input_tokens": 120_000, "output_tokens": 8_000, "filters": [], "state_commit": "0123456789abcdef",
+        "kept": [{"item": "WRK-002", "phase": "build", "ref": "refs/orchestrator/salvage/WRK-002/build/1"}],
+        "warnings": ["the index is locked"], "counts": orchestrator.count_by_status(backlog.items.values()),
+        "next": orchestrator.next_steps(HaltReason.ALL_DONE_OR_BLOCKED, backlog.items, (), "orchestrator"), **changes,
+    }
+
+
+def test_the_summary_answers_what_was_done_what_needs_you_what_it_cost_and_what_next() -> None:
+    items = (
         make_item("WRK-002", "blocked", title="Pay", blocked_reason="Which provider?"),
         make_item("WRK-003", "blocked", title="Big", blocked_reason="the guardrails are exceeded by size large (limit medium)"),
         make_item("WRK-004", "new", title="Wait", dependencies=["WRK-002"]),
     )
-    facts = SummaryFacts(
-        run_id="run-1", reason=HaltReason.ALL_DONE_OR_BLOCKED, exit_code=0, backlog=backlog, phases=7, cap=100,
-        seconds=4325, completed=("WRK-001",), blocked={"WRK-003": "the guardrails are exceeded"}, follow_ups=("WRK-004",),
-        titles={"WRK-001": "Login"}, spent={("WRK-001", "build"): Usage(4.2, 120_000, 8_000), ("WRK-003", "triage"): Usage()},
-        state_commit="0123456789abcdef", warnings=("the index is locked",),
-    )
-    return facts._replace(**changes)
-
-
-def test_the_summary_answers_what_was_done_what_is_blocked_what_it_cost_and_what_next() -> None:
-    assert render_summary(some_facts()).splitlines() == [
+    assert render_summary(ended(items), "orchestrator").splitlines() == [
         "Halt: nothing is left that can run (AllDoneOrBlocked)",
-        "  7 phases (limit 100), 1 h 12 min, about $4.20, 120,000 tokens in and 8,000 out, backlog saved in commit 0123456789ab",
+        "  7 phases (limit 100), 1 h 12 min, about $4.20, 120,000 tokens in and 8,000 out, backlog saved in commit 0123456789",
         "",
         "Done (1):",
-        "  WRK-001    Login",
+        "  WRK-001 aaaaaaaaaa Login",
         "",
-        "Blocked (1), each needs you:",
-        "  WRK-003    Big",
-        "             the guardrails are exceeded",
+        "Needs you (2):",
+        "  WRK-003 the guardrails are exceeded by size large (limit medium) (Big)",
+        "          orchestrator unblock WRK-003 --override-guardrails",
+        "  WRK-002 Which provider? (Pay)",
+        '          orchestrator unblock WRK-002 --notes "YOUR ANSWER"',
+        "          waiting for it: WRK-004",
         "",
+        "Failed, and what it left is kept (1):",
+        "  WRK-002 build refs/orchestrator/salvage/WRK-002/build/1",
         "New items (1): WRK-004",
-        "Blocked before (1): WRK-002",
-        "Waiting for other items (1): WRK-004",
         "Backlog: 3 items: 2 blocked, 1 new",
         "",
         "Warning: the index is locked",
         "",
-        "Next:",
-        "  orchestrator unblock WRK-003 --override-guardrails  # approves it as it is",
-        '  orchestrator unblock WRK-002 --notes "YOUR ANSWER"  # tells the agent and lets it go on',
-        "  orchestrator run                                    # goes on with whatever can run then",
+        "Next: orchestrator run  # goes on with whatever can run then",
     ]
+
+
+def test_the_summary_of_a_night_of_forty_phases_fits_a_screen() -> None:
+    done = [{"id": f"WRK-{n:03}", "title": f"A title of the usual length, number {n}", "commit": "b" * 40} for n in range(1, 11)]
+    asking = [make_item(f"WRK-{n:03}", "blocked", blocked_reason="Which of the two do you want?") for n in range(11, 18)]
+    waiting = [make_item(f"WRK-{n:03}", "new", dependencies=["WRK-011"]) for n in range(18, 30)]
+    kept = [{"item": f"WRK-{n:03}", "phase": "build", "ref": f"refs/orchestrator/salvage/WRK-{n:03}/build/1"} for n in range(11, 15)]
+    told = ended([*asking, *waiting], completed=done, phases=40, kept=kept, warnings=[])
+    lines = render_summary(told, "python3 tools/orchestrator.py", 80).splitlines()
+    assert max(map(len, lines)) <= 80
+    assert len(lines) <= 24
+    assert "Done (10; all: python3 tools/orchestrator.py status --done):" in lines
+    assert "Needs you (7; all: python3 tools/orchestrator.py status --only status=blocked):" in lines
 
 
 def test_the_summary_of_a_run_that_did_nothing_is_short() -> None:
-    facts = SummaryFacts("run-1", HaltReason.ALL_DONE_OR_BLOCKED, 0, make_backlog())
-    assert render_summary(facts).splitlines() == [
-        "Halt: nothing is left that can run (AllDoneOrBlocked)",
-        "  0 phases, cost not reported",
-        "",
-        "Done: no item was finished",
-        "",
-        "Backlog: no items",
-        "",
-        "Next:",
-        '  orchestrator add "TITLE"  # adds work: nothing is left',
+    nothing: dict[str, Any] = dict.fromkeys(("cost_usd", "input_tokens", "output_tokens", "state_commit"))
+    told = ended(phases=0, cap=9, seconds=0, completed=[], follow_ups=[], kept=[], warnings=[], **nothing)
+    assert render_summary(told, "o").splitlines() == [
+        "Halt: nothing is left that can run (AllDoneOrBlocked)", "  0 phases (limit 9), 0 s, cost not reported", "",
+        "Done: no item was finished", "", "Backlog: no items", "", 'Next: orchestrator add "TITLE"  # adds work: nothing is left',
     ]
-
-
-def next_commands(facts: SummaryFacts) -> list[str]:
-    return [step.command for step in orchestrator.next_steps(facts)]
 
 
 def test_what_to_do_next_depends_on_why_the_run_ended() -> None:
-    quiet = some_facts(backlog=make_backlog(make_item("WRK-001", "new")), blocked={}, program="python orchestrator.py")
-    run, check = "python orchestrator.py run", "python orchestrator.py check"
-    assert next_commands(quiet._replace(reason=HaltReason.CAP_REACHED)) == [run]
-    assert next_commands(quiet._replace(reason=HaltReason.SHUTDOWN_REQUESTED)) == [run]
-    assert next_commands(quiet._replace(reason=HaltReason.CIRCUIT_BREAKER_TRIPPED)) == [check, run]
-    assert next_commands(quiet._replace(reason=None)) == [check, run]
-    assert next_commands(quiet._replace(reason=HaltReason.NO_MATCHING_ITEMS)) == ["python orchestrator.py status", run]
+    def commands(reason: HaltReason | None, *targets: str) -> list[str]:
+        steps = orchestrator.next_steps(reason, {"WRK-001": make_item("WRK-001", "new")}, targets, "python3 o.py")
+        return [step["command"].removeprefix("python3 o.py ") for step in steps]
 
-
-def test_after_a_blocked_target_the_others_can_go_on() -> None:
-    facts = some_facts(reason=HaltReason.TARGET_BLOCKED, targets=("WRK-003", "WRK-004"))
-    assert next_commands(facts)[-1] == "orchestrator run --target WRK-003 --target WRK-004 --auto-advance"
-
-
-def test_of_many_blocked_items_the_first_few_get_a_command() -> None:
-    items = [make_item(f"WRK-{n:03}", "blocked") for n in range(1, 9)]
-    facts = some_facts(backlog=make_backlog(*items), blocked={"WRK-008": "x"})
-    assert next_commands(facts) == [
-        *(f'orchestrator unblock WRK-{n:03} --notes "YOUR ANSWER"' for n in (8, 1, 2, 3, 4)),
-        "orchestrator status --only status=blocked",
-        "orchestrator run",
-    ]
-
-
-def test_the_summary_for_machines() -> None:
-    facts = some_facts(filters=("status=new",))
-    summary = summary_json(facts)
-    assert json.loads(json.dumps(summary)) == summary
-    assert summary == {
-        "schema": 1, "run_id": "run-1", "halt_reason": "AllDoneOrBlocked", "detail": "", "exit_code": 0, "phases": 7,
-        "cap": 100, "seconds": 4325, "completed": [{"id": "WRK-001", "title": "Login"}],
-        "blocked": [{"id": "WRK-003", "title": "Big", "reason": "the guardrails are exceeded"}],
-        "follow_ups": ["WRK-004"], "cost_usd": 4.2, "input_tokens": 120_000,
-        "output_tokens": 8_000,
-        "spent": [
-            {"item": "WRK-001", "phase": "build", "cost_usd": 4.2, "input_tokens": 120_000, "output_tokens": 8_000},
-            {"item": "WRK-003", "phase": "triage", "cost_usd": None, "input_tokens": None, "output_tokens": None},
-        ],
-        "filters": ["status=new"], "targets": [], "state_commit": "0123456789abcdef",
-        "warnings": ["the index is locked"], "counts": {"blocked": 2, "new": 1},
-        "next": [step._asdict() for step in orchestrator.next_steps(facts)],
-    }
-    assert summary_json(facts._replace(reason=None))["halt_reason"] is None
+    assert commands(HaltReason.CAP_REACHED) == commands(HaltReason.SHUTDOWN_REQUESTED) == ["run"]
+    assert commands(HaltReason.CIRCUIT_BREAKER_TRIPPED) == commands(None) == ["check", "run"]
+    assert commands(HaltReason.NO_MATCHING_ITEMS) == ["status", "run"]
+    goes_on = commands(HaltReason.TARGET_BLOCKED, "WRK-003", "WRK-004")
+    assert goes_on == ["run --target WRK-003 --target WRK-004 --auto-advance"]
 
 
 def test_every_halt_reason_has_its_line() -> None:
-    lines = {render_halt_line(reason) for reason in HaltReason}
-    assert len(lines) == 8
-    assert all(f"({reason})" in render_halt_line(reason) for reason in HaltReason)
-    assert render_halt_line(HaltReason.CIRCUIT_BREAKER_TRIPPED, "claude: not\nlogged in").endswith(": claude: not logged in")
-    assert render_halt_line(None, "disk full") == "Ended by an error: disk full"
-    assert render_halt_line(None) == "Ended by an error: see above"
+    line = orchestrator.halt_line
+    assert len({line(reason, "") for reason in HaltReason}) == 8
+    assert all(f"({reason})" in line(reason, "") for reason in HaltReason)
+    assert line(HaltReason.CIRCUIT_BREAKER_TRIPPED, "claude: not\nlogged in").endswith(": claude: not logged in")
+    assert line(None, "disk full") == "Ended by an error: disk full"
+    assert line(None, "") == "Ended by an error: see above"
 
 
-def test_nothing_in_a_summary_can_paint_on_the_terminal() -> None:
+def test_nothing_that_is_shown_can_paint_on_the_terminal() -> None:
     nasty = "\x1b[2J\x1b]0;x\x07\nHalt: all is well"
     backlog = make_backlog(make_item("WRK-002", "blocked", title=nasty, blocked_reason=nasty))
-    facts = some_facts(backlog=backlog, blocked={"WRK-002": nasty}, titles={"WRK-001": nasty}, detail=nasty, warnings=(nasty,), filters=(nasty,))
-    text = "\n".join((render_summary(facts), render_status(backlog), render_plan(orchestrator.plan_rows(backlog, make_config(), RunOptions(9))), render_item(backlog.items["WRK-002"])))
+    done = [{"id": "WRK-001", "title": nasty, "commit": None}]
+    halt = orchestrator.halt_line(None, nasty)
+    told = ended(list(backlog.items.values()), halt=halt, completed=done, warnings=[nasty], filters=[nasty])
+    plan_text = render_plan(orchestrator.plan_rows(backlog, make_config(), RunOptions(9)), (), 80)
+    item_text = "\n".join(render_item(backlog.items["WRK-002"], Usage(), 80))
+    text = "\n".join((render_summary(told, "o"), render_status(status_rows(backlog), 80, "o"), plan_text, item_text))
     assert "\x1b" not in text
     assert "\x07" not in text
     assert [line for line in text.splitlines() if line.startswith("Halt: all is well")] == []
-
-
-# -- house rules -----------------------------------------------------------------------------------
-
-
-def test_the_chapter_has_no_effects() -> None:
-    source = Path(str(orchestrator.__file__)).read_text()
-    start = source.index("# ==== 5. Texts (pure) ")
-    end = source.find("# ==== 6. ", start)
-    tree = ast.parse(source[start : end if end > 0 else None])
-    names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
-    imported = {
-        name
-        for node in ast.walk(tree)
-        if isinstance(node, (ast.Import, ast.ImportFrom))
-        for name in [getattr(node, "module", None) or "", *(alias.name for alias in node.names)]
-    }
-    assert not (names | imported) & {"asyncio", "subprocess", "os", "time", "sys", "print", "open", "datetime"}
-    assert not [node for node in ast.walk(tree) if isinstance(node, ast.AsyncFunctionDef)]

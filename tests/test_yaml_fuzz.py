@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
-from backlog import Document, YamlError, parse_yaml
+from backlog import Document, YamlError, parse_yaml, read_chunk
 
 Scalar = tuple[list[str], object]  # the texts of its lines, without indentation, and its value
 
@@ -183,7 +183,7 @@ def check_documents(seeds: range) -> None:
         backlog = b"items:\n" + data.removeprefix(b"\xef\xbb\xbf")
         if isinstance(value, list) and b"\r" not in data and b"\n---" not in backlog:
             document = Document.parse(backlog, "x")
-            assert same(document.items, value), f"seed {seed}\n{backlog.decode()}"
+            assert same([*document.items], value), f"seed {seed}\n{backlog.decode()}"
             assert document.to_bytes() == backlog
 
 
@@ -195,6 +195,63 @@ def test_documents_of_the_grammar_mean_what_it_says() -> None:
 def test_twenty_thousand_documents_of_the_grammar_mean_what_it_says() -> None:
     check_documents(range(1_500, 21_500))
 
+
+# ---- chunks --------------------------------------------------------------------------------------
+
+
+def backlog_text(made: Maker) -> str:
+    """A backlog of random items with comments, gaps and line ends of all kinds around them."""
+    rng, column = made.rng, made.rng.choice((0, 0, 2, 4))
+    pad, lines = " " * column, []
+    for number in range(rng.choice((0, 1, 2, 3, 4))):
+        lines += rng.choice(([], [], [" " * rng.randint(0, column) + "# lead"]))
+        if made.some(0.8):
+            fields, _ = made.mapping(column + 2, 2)
+            lines += [f"{pad}- id: {rng.randrange(10**9)}-{number}", *fields]
+        else:
+            lines += made.entry(f"{pad}-", column, 2, column + 1)[0]
+        lines += rng.choice(([], [], [""], ["", ""], ["", "# free", ""], [f"{pad}   # own"], ["", f"{pad}   # deep"]))
+    head = rng.choice((["schema_version: 3"], ["# top", "", "schema_version: 3"], []))
+    tail = rng.choice((["next_item_id: 3"], ["", "next_item_id: 3"], ["# t", "next_item_id: 3"], ["", f"{pad}   # end"], []))
+    items = rng.choice((["items:"], ["items:  # i"], ["items:", "# c", ""])) if lines else ["items: []  # none"]
+    return "\n".join([*head, *items, *lines, *tail]) + rng.choice(("\n", "\n\n", "" if "next_item_id: 3" in tail else "\n"))
+
+
+def check_chunks(seeds: range) -> None:
+    """Chunks of two documents in any order and frame read as before; what is left is as it was."""
+    for seed in seeds:
+        made = Maker(seed)
+        one, other = (Document.parse(backlog_text(made).encode(), "x") for _ in range(2))
+        pool = [*one.chunks, *(other.chunks if made.some(0.5) else ())]
+        made.rng.shuffle(pool)
+        pool = pool[: made.rng.randint(0, len(pool))]
+        if made.some(0.3):
+            pool.append(one.render_chunk({"id": f"new-{seed}", "tags": ["x", {"a": "b\nc"}], "none": None}))
+        frame = other if made.some(0.2) else one
+        done = one.with_chunks(pool, frame.head, frame.tail)
+        again = Document.parse(done.to_bytes(), "x")
+        told = f"seed {seed}\n{one.to_bytes().decode()}\n{pool}\n{done.to_bytes().decode()}"
+        for document in (done, again):
+            assert same([*document.items], [read_chunk(chunk) for chunk in pool]), told
+            assert document.top == frame.top, told
+        assert frame is not one or done.to_bytes().count(b"# free") >= one.to_bytes().count(b"# free"), told
+        lines = done.to_bytes().decode().split("\n")
+        for index, item in enumerate(done.items):
+            assert lines[done.line_of(index) - 1].lstrip(" ")[:1] == "-", told
+            for key in item if isinstance(item, dict) else ():
+                assert lines[done.line_of(index, key) - 1].lstrip(" -'\"").startswith(key), told
+
+
+def test_chunks_in_another_order_or_document_mean_the_same() -> None:
+    check_chunks(range(600))
+
+
+@pytest.mark.slow
+def test_ten_thousand_documents_made_of_chunks_of_others_mean_the_same() -> None:
+    check_chunks(range(600, 10_600))
+
+
+# ---- faults --------------------------------------------------------------------------------------
 
 # One wrong entry of a mapping, and what its refusal names; all of them in the line of the entry.
 FAULTS: dict[str, str] = {

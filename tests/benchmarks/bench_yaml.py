@@ -87,7 +87,8 @@ def save_one(data: bytes, where: Path) -> Callable[[], object]:
 
     def save() -> None:
         stamp = f"2026-03-01T00:00:00.{next(turn):09}+00:00"
-        document.update(index, {"status": "ready", "updated": stamp})
+        nonlocal document
+        document = document.with_item(index, {"status": "ready", "updated": stamp})
         temporary = where.with_suffix(".tmp")
         with temporary.open("wb") as file:
             file.write(document.to_bytes())

@@ -55,8 +55,8 @@ def documents(texts: list[str]) -> Iterator[tuple[str, object]]:
     document = Document.parse(("items:\n" + "\n".join(lines) + "\n").encode(), "edited")
     for number, text in enumerate(texts):
         new: object = [text, "x"] if STYLES[number % len(STYLES)] == "[flow]" else text
-        document.update(number, {"a": new, "b": ["x", text]})
-    yield document.to_bytes().decode(), {"items": document.items}
+        document = document.with_item(number, {"a": new, "b": ["x", text]})
+    yield document.to_bytes().decode(), {"items": [*document.items]}
 
 
 def own_reader() -> Readers:
