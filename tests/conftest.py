@@ -88,21 +88,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )  # fmt: skip
 
 
-# They still speak of the journal that was before, or of its wordings: WRK-017 in BACKLOG.yaml.
-NOT_ADAPTED = (
-    "test_human_edits.py::test_only_the_lines_of_decided_keys_change_two_hundred_files",
-    "test_git_trouble.py::test_fault[objects_cannot_be_written]",
-    "test_git_trouble.py::test_a_save_that_fails",
-    "test_hostile.py::test_a_backlog_set_back_while_the_agent_goes_on_is_no_edit_by_hand",
-    "test_hostile.py::test_hostile_result_files_fail_the_attempt_and_nothing_else",
-)
-
-
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """With --vendored, tests of functions are left out: they import the modules."""
-    for one in items:
-        if one.nodeid.removeprefix("tests/").startswith(NOT_ADAPTED):
-            one.add_marker(pytest.mark.skip(reason="not adapted to the journal yet: WRK-017"))
     if config.getoption("vendored"):
         others = [one for one in items if "program" not in getattr(one, "fixturenames", ())]
         config.hook.pytest_deselected(items=others)
