@@ -1255,7 +1255,6 @@ class Document:
             if chunk in places or name in ids:
                 place = places.get(chunk, ids.get(name, place))
             elif rest := "".join(chunk.splitlines(True)[_yaml_own_lines(chunk) :]).strip("\n"):
-                rest = re.sub(r"(?m)^ +", "", rest)  # lest a block scalar takes it for its text
                 found[place] = f"{found.get(place, '')}{rest}\n\n"
         return found
 
@@ -1364,12 +1363,17 @@ def _yaml_joined(
             continue
         text = piece if piece.endswith("\n") else piece + "\n"
         body = text[: text.index("\n", len(text.rstrip(" \n"))) + 1]  # without blank lines behind
-        had, loose = body != text, free.get(number, "")
-        if had or apart or loose if following else loose or (had and tail[:1] == "#"):
-            body += "\n"
-        body += loose if following or tail[:1] not in ("", "\n") else loose[:-1]
-        options = (body, text + loose)
+        had, options = body != text, []
+        # Flush left where a block scalar in front would take the comment for its text.
+        for loose in dict.fromkeys((comment := free.get(number, ""), _yaml_flush(comment))):
+            gap = had or apart or loose if following else loose or (had and tail[:1] == "#")
+            behind = loose if following or tail[:1] not in ("", "\n") else loose[:-1]
+            options += [body + "\n" * bool(gap) + behind, text + loose]
         yield next((each for each in options if _yaml_reads(each, read_chunk(piece))), text)
+
+
+def _yaml_flush(text: str) -> str:
+    return re.sub(r"(?m)^ +", "", text)
 
 
 # ==== 8. Fields ===================================================================================
