@@ -215,6 +215,7 @@ class Human:
     def __init__(self, rng: random.Random) -> None:
         self.rng = rng
         self.number = 0
+        self.orders: set[tuple[str, ...]] = set()  # nobody can tell one that was there before from an old copy
 
     def edit(self, text: str) -> str:
         edits = (
@@ -288,7 +289,15 @@ class Human:
         starts = [n for n in starts if texts[n].lstrip(" ").startswith("-")]
         ends = [*starts[1:], max(n for n, line in enumerate(texts) if line.startswith("# numbers"))]
         chunks = [texts[start:end] for start, end in zip(starts, ends, strict=True)]
-        self.rng.shuffle(chunks)
+        items = [lines[start].item for start in starts]
+        self.orders.add(tuple(items))
+        order = list(range(len(chunks)))
+        self.rng.shuffle(order)
+        wanted = tuple(items[n] for n in order)
+        if wanted in self.orders:
+            return text
+        self.orders.add(wanted)
+        chunks = [chunks[n] for n in order]
         return "\n".join([*texts[: starts[0]], *(line for chunk in chunks for line in chunk), *texts[ends[-1] :]])
 
     def describe(self, text: str) -> str:
