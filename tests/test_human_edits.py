@@ -222,7 +222,12 @@ class Human:
             self.comment, self.tail, self.blank, self.swap, self.requote, self.own, self.shift, self.retitle, self.tag, self.decide,
             self.reorder, self.describe, self.describe,
         )  # fmt: skip
+        self.orders.add(self.order(text))
         return self.rng.choice(edits)(text)
+
+    @staticmethod
+    def order(text: str) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(line.item for line in labelled(text) if line.item))
 
     def sign(self) -> str:
         self.number += 1
@@ -289,16 +294,9 @@ class Human:
         starts = [n for n in starts if texts[n].lstrip(" ").startswith("-")]
         ends = [*starts[1:], max(n for n, line in enumerate(texts) if line.startswith("# numbers"))]
         chunks = [texts[start:end] for start, end in zip(starts, ends, strict=True)]
-        items = [lines[start].item for start in starts]
-        self.orders.add(tuple(items))
-        order = list(range(len(chunks)))
-        self.rng.shuffle(order)
-        wanted = tuple(items[n] for n in order)
-        if wanted in self.orders:
-            return text
-        self.orders.add(wanted)
-        chunks = [chunks[n] for n in order]
-        return "\n".join([*texts[: starts[0]], *(line for chunk in chunks for line in chunk), *texts[ends[-1] :]])
+        self.rng.shuffle(chunks)
+        new = "\n".join([*texts[: starts[0]], *(line for chunk in chunks for line in chunk), *texts[ends[-1] :]])
+        return text if self.order(new) in self.orders else new
 
     def describe(self, text: str) -> str:
         """Write on, or add a line or a key, inside of a description that has lines of its own."""
