@@ -215,19 +215,14 @@ class Human:
     def __init__(self, rng: random.Random) -> None:
         self.rng = rng
         self.number = 0
-        self.orders: set[tuple[str, ...]] = set()  # nobody can tell one that was there before from an old copy
+        self.reordered = False  # once: nobody can tell an order that was there before from an old copy
 
     def edit(self, text: str) -> str:
         edits = (
             self.comment, self.tail, self.blank, self.swap, self.requote, self.own, self.shift, self.retitle, self.tag, self.decide,
             self.reorder, self.describe, self.describe,
         )  # fmt: skip
-        self.orders.add(self.order(text))
         return self.rng.choice(edits)(text)
-
-    @staticmethod
-    def order(text: str) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(line.item for line in labelled(text) if line.item))
 
     def sign(self) -> str:
         self.number += 1
@@ -289,14 +284,16 @@ class Human:
 
     def reorder(self, text: str) -> str:
         """Put the items into another order, each with what stands below it."""
+        if self.reordered:
+            return text
+        self.reordered = True
         lines, texts = labelled(text), text.split("\n")
         starts = [n for n, line in enumerate(lines) if line.key and line.item and line.item != lines[n - 1].item]
         starts = [n for n in starts if texts[n].lstrip(" ").startswith("-")]
         ends = [*starts[1:], max(n for n, line in enumerate(texts) if line.startswith("# numbers"))]
         chunks = [texts[start:end] for start, end in zip(starts, ends, strict=True)]
         self.rng.shuffle(chunks)
-        new = "\n".join([*texts[: starts[0]], *(line for chunk in chunks for line in chunk), *texts[ends[-1] :]])
-        return text if self.order(new) in self.orders else new
+        return "\n".join([*texts[: starts[0]], *(line for chunk in chunks for line in chunk), *texts[ends[-1] :]])
 
     def describe(self, text: str) -> str:
         """Write on, or add a line or a key, inside of a description that has lines of its own."""
