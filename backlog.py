@@ -3070,6 +3070,7 @@ class Journal:
         self.spent: dict[str, dict[str, Any]] = {}
         self._first: dict[str, Any] = {}
         self._steps: list[dict[str, Any]] = []
+        self._begin = b""  # of the file, to tell another run's from it
         self._read = 0  # bytes that have been taken in
         self._lines = 0
 
@@ -3084,8 +3085,15 @@ class Journal:
         return journal if journal._lines else None
 
     def catch_up(self) -> bool:
-        """Take in the lines that were added since; whether one of them changed the backlog."""
+        """Take in the lines that were added since; whether one of them changed the backlog.
+
+        FileNotFoundError if the run has ended and dropped it, be there another run's by now.
+        """
         with self.path.open("rb") as file:
+            begin = file.read(80)  # the id of the run that began it is in there
+            if self._read and begin != self._begin:
+                raise FileNotFoundError(self.path)
+            self._begin = begin
             file.seek(self._read)
             data = file.read()
         steps = len(self._steps)
@@ -3443,16 +3451,16 @@ class Store:
 
     def _catch_up(self) -> None:
         """Learn what other processes decided."""
-        if self.journal is None:
-            self.journal = Journal.read(self.journal_path, self.path.name)
+        try:
             if self.journal is not None:
-                self._state = self.journal.state()
-        else:
-            try:
                 if self.journal.catch_up():
                     self._state = self.journal.state()
-            except FileNotFoundError:  # the run has ended
-                self.journal = self._written = None
+                return
+        except FileNotFoundError:
+            self._written = None
+        self.journal = Journal.read(self.journal_path, self.path.name)
+        if self.journal is not None:
+            self._state = self.journal.state()
 
     def _take_in(self, patient: bool, before: State | None = None) -> bytes | None:
         """Merge the file into the decided state; returns what it holds (None: it is missing).

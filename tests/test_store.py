@@ -491,6 +491,19 @@ def test_the_journal_tells_every_state_and_what_is_left_to_do(running: Bench) ->
     assert not running.store.journal_path.exists()
 
 
+def test_a_run_that_ends_while_a_command_looks_and_another_that_begins(running: Bench) -> None:
+    """The command does not go on in the middle of the other journal."""
+    command = running.fresh()
+    running.store.change(lambda draft: draft.update("WRK-001", NOW, status="scoping"))
+    assert running.store.settle(running.path.read_bytes())
+    other = running.fresh()
+    other.begin({**RUN, "id": "run-2", "more": "x" * 5000}, running.path.read_bytes())
+    command.change(lambda draft: draft.add("WRK", "Added", NOW))
+    other.change(lambda draft: None)
+    assert other.backlog.items["WRK-001"]["status"] == "scoping"
+    assert other.backlog.items["WRK-004"]["title"] == "Added"
+
+
 def test_a_line_that_was_cut_off_does_not_count(running: Bench) -> None:
     path, before = running.store.journal_path, running.store.journal_path.read_bytes()
     running.add()
