@@ -3233,7 +3233,7 @@ class SaveError(BacklogError):
 class Outside(NamedTuple):
     """What a store asks of git, never while it holds the lock."""
 
-    # Both get what the journal holds of the run: its id, branch and first commit.
+    # The first two get what the journal holds of the run: its id, branch and first commit.
     at_home: Callable[[Mapping[str, Any]], bool]  # on its branch, no merge or the like is open
     versions: Callable[[Mapping[str, Any]], Iterable[bytes]]  # as it began, oldest first
     committed: Callable[[], tuple[str | None, bytes]]  # HEAD, and the file in it (b"": none)
@@ -3566,10 +3566,10 @@ class Store:
             file.flush()
             os.fsync(file.fileno())
 
-    def _read(self, path: Path | None = None) -> bytes | None:
+    def _read(self) -> bytes | None:
         """The file's bytes, None if there is no file; SaveError if it is none that we replace."""
         flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK  # a named pipe must not hold us up
-        path = path or self.path
+        path = self.path
         try:
             mode = path.lstat().st_mode
             if stat.S_ISLNK(mode):

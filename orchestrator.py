@@ -6098,8 +6098,6 @@ def utc_now() -> datetime:
 
 
 def new_run_id() -> str:
-    import secrets
-
     return f"{utc_now():%Y%m%dT%H%M%S}-{secrets.token_hex(3)}"
 
 
