@@ -459,16 +459,16 @@ def shrink(history: History) -> History:
     return history
 
 
-def histories(seed: int, number: int) -> Iterable[History]:
+def histories(seed: int, number: int, length: int) -> Iterable[History]:
     dice, names = random.Random(seed), list(EVENTS)
     for _ in range(number):
-        yield [(dice.choice(names), dice.randrange(1000)) for _ in range(LENGTH)]
+        yield [(dice.choice(names), dice.randrange(1000)) for _ in range(length)]
 
 
-def fail_if_any(seed: int, number: int) -> None:
+def fail_if_any(seed: int, number: int, length: int = LENGTH) -> None:
     """Play them all, but stop after five kinds of failures, which are told as short as can be."""
     found: dict[tuple[str, ...], str] = {}
-    for history in histories(seed, number):
+    for history in histories(seed, number, length):
         if failed := play(history):
             short = shrink(history[: failed[0] + 1])
             problem = play(short)
@@ -483,6 +483,13 @@ def test_random_histories() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(2, 82))
-def test_twenty_thousand_random_histories(seed: int) -> None:
+@pytest.mark.parametrize("seed", range(2, 10))
+def test_two_thousand_random_histories(seed: int) -> None:
     fail_if_any(seed, 250)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(10, 28))
+def test_eighteen_thousand_short_ones(seed: int) -> None:
+    """What was found so far fails within five events once it is shrunk."""
+    fail_if_any(seed, 1000, 6)
