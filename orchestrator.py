@@ -5165,8 +5165,10 @@ class Ledger:
 
     def end(self, run_id: str) -> None:
         """Drop the journal and the run's snapshots, if nothing is left to do."""
-        if self.repo.branch() == self.branch and self.store.settle(self.committed):
-            self.repo.drop_refs(self.repo.refs(f"{SNAPSHOT_REFS}{run_id}/"))
+        if self.repo.branch() == self.branch and self.committed is not None:
+            if self.journal.settled:  # the refs first: without a journal nobody would drop them
+                self.repo.drop_refs(self.repo.refs(f"{SNAPSHOT_REFS}{run_id}/"))
+            self.store.settle(self.committed)
         if stop_requested(self.repo.state_dir, run_id):  # not one that is for another run
             (self.repo.state_dir / "stop").unlink(missing_ok=True)
 

@@ -127,6 +127,7 @@ def test_an_older_state_that_an_agent_brings_back_undoes_nothing(project: Any, p
     assert titles(project) == {"WRK-003": "Edited" if "Edited" in WAYS[way] else "Item WRK-003", "WRK-004": "Added meanwhile"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", quick([way for way in WAYS if way.startswith(("checked", "stashed", "deleted"))], "checked out and edited"))
 def test_an_older_state_that_the_operator_brings_back_undoes_nothing(project: Any, way: str) -> None:
     prepare(project, {"WRK-002/prd": pausing(document="prd.md")})
@@ -201,6 +202,7 @@ def test_a_stale_buffer_that_is_saved_during_a_run_gives_its_edit_alone(project:
     assert len(warnings(log, "WRK-001")) == 1, log
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loaded", quick(["before the run", "during the run"], "before the run"))
 def test_a_stale_buffer_that_is_saved_in_the_morning_gives_its_edit_alone(project: Any, loaded: str) -> None:
     prepare(project, {"WRK-001/review": pausing(document="review.md")})
@@ -218,6 +220,7 @@ def test_a_stale_buffer_that_is_saved_in_the_morning_gives_its_edit_alone(projec
     assert len(warnings(log, "WRK-001")) == 1, log
 
 
+@pytest.mark.slow
 def test_what_is_committed_by_hand_in_the_morning_is_meant(project: Any) -> None:
     prepare(project, {})
     project.run("run", "--cap", "4")
@@ -248,6 +251,7 @@ def test_the_latest_decision_stands_after_a_halt_under_a_stale_lock(project: Any
     check(project, {"WRK-002": "ready", "WRK-003": "ready"}, log, again="WRK-001 prd")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end", quick(["abort", "commit"], "abort"))
 def test_the_latest_decision_stands_after_a_halt_during_an_open_merge(project: Any, end: str) -> None:
     merge = "git merge -q --no-ff --no-commit other"
@@ -327,6 +331,7 @@ def watch(event, args): pass
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wreck", quick(["empty", "conflict markers"], "conflict markers"))
 def test_a_wreck_in_the_middle_of_a_run_is_set_aside_after_a_minute(project: Any, wreck: str) -> None:
     """The run's clock is made to go sixty times as fast; nobody mends the file, and it goes on."""
@@ -340,6 +345,7 @@ def test_a_wreck_in_the_middle_of_a_run_is_set_aside_after_a_minute(project: Any
     assert any(len(warnings(log, path.name)) == 1 for path in kept), log
 
 
+@pytest.mark.slow
 def test_commands_decide_while_the_file_does_not_parse(project: Any) -> None:
     """The operator is in the middle of an edit: nothing is written over it, nothing is lost by it."""
     prepare(project, {"WRK-001/prd": pausing(document="prd.md"), "WRK-001/build": pausing("echo code > code.py")})
@@ -391,6 +397,7 @@ def test_a_branch_that_is_switched_during_a_run_gets_nothing_of_ours(project: An
     assert project.git("show", "other:BACKLOG.yaml") == others
 
 
+@pytest.mark.slow
 def test_a_rebase_that_is_opened_during_a_run_is_left_alone(project: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     prepare(project, {"WRK-001/review": pausing(document="review.md")})
     monkeypatch.setenv("GIT_SEQUENCE_EDITOR", "sed -i.bak s/^pick/edit/")
@@ -431,6 +438,7 @@ def kill_in_build(project: Any, by_hook: bool = False) -> None:
         hook.unlink()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("when", quick(["while the agent works", "while its work is committed"], "while its work is committed"))
 def test_a_colleagues_work_that_is_pulled_after_a_kill_stays(project: Any, tmp_path: Path, when: str) -> None:
     shell(tmp_path, "git init -q --bare -b main origin")
@@ -490,6 +498,7 @@ def test_a_journal_that_cannot_be_read_gets_one_message_with_the_way_out(project
     check(project, {"WRK-002": "ready", "WRK-003": "ready", "WRK-004": "new"}, log, again="WRK-001 build")
 
 
+@pytest.mark.slow
 def test_a_journal_of_another_branch_names_two_ways_out(project: Any) -> None:
     kill_in_build(project)
     [journal] = journals(project)
@@ -505,6 +514,7 @@ def test_a_journal_of_another_branch_names_two_ways_out(project: Any) -> None:
     check(project, {"WRK-002": "ready", "WRK-003": "ready", "WRK-004": "new"}, log, again="WRK-001 build")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cut", quick([1, 2, 20], 20))
 def test_a_torn_last_line_counts_as_not_written(project: Any, cut: int) -> None:
     kill_in_build(project)

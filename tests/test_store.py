@@ -233,10 +233,10 @@ def racing(bench: Bench, *edits: Callable[[], object]) -> Item:
     todo: Iterator[Callable[[], object]] = iter(edits)
     read = bench.store._read
 
-    def edited(path: Path | None = None) -> bytes | None:
+    def edited() -> bytes | None:
         if bench.store.temporary.exists():
             next(todo, lambda: None)()
-        return read(path)
+        return read()
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bench.store, "_read", edited)
