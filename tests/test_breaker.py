@@ -191,6 +191,12 @@ def rest(project: Any, until: float) -> None:
     space.store.note({"rests": {"claude": pause._asdict()}})
 
 
+def hear(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let caplog hear each line once, whatever handlers an earlier command in this process set up."""
+    monkeypatch.setattr(orchestrator.log(), "handlers", [])
+    monkeypatch.setattr(orchestrator.log(), "propagate", True)
+
+
 @pytest.mark.slow
 def test_wait_lets_one_probe_through_at_the_reset(
     project: Any, claude: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
@@ -201,7 +207,7 @@ def test_wait_lets_one_probe_through_at_the_reset(
     project.commit_all()
     reset = NOW + 5 * 3600
     claude(limit(reset), limit(reset), limit())  # both refused, then the probe is
-    orchestrator.log().propagate = True
+    hear(monkeypatch)
     clock = Clock()
 
     with caplog.at_level("INFO", "orchestrator"):
@@ -537,7 +543,7 @@ def test_the_log_tells_now_and_then_what_an_agent_does(
     project.backlog("WRK-001 in_progress phase=plan phase_pool=main")
     project.commit_all()
     monkeypatch.setattr(orchestrator, "PROGRESS_LOG_S", 0.0)
-    orchestrator.log().propagate = True
+    hear(monkeypatch)
 
     with caplog.at_level("INFO", "orchestrator"):
         run_by(Clock(), project, monkeypatch)
