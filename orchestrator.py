@@ -919,8 +919,8 @@ def select_actions(
 ) -> list[Action]:
     """What could be started now, best first: promotions, then tasks for the free slots.
 
-    `only` and `target` limit which items may be acted on; dependencies and the work in progress
-    are judged on the whole backlog all the same. A target is not held back by max_wip and
+    `only` and `target` limit which items may be acted on, and whose work in progress counts;
+    dependencies are judged on the whole backlog. A target is not held back by max_wip and
     max_concurrent. Tasks for the agents in `resting` are passed over. `last` are ids on which an
     agent could not work: others go first, for which one place more is made, so that it shows
     whether it is the agent's fault or the item's.
@@ -928,29 +928,55 @@ def select_actions(
     if any(task.phase.destructive for task in running.values()):
         return []
     items, limits = backlog.items, config.execution
+    scope = list(_considered(items, only))
     able = [
         item
-        for item in _considered(items, only)
+        for item in scope
         if item["status"] not in ("blocked", "done")
         and item["id"] not in running
         and not ("dependencies" in item and unmet_dependencies(items, item))
     ]
-    at_work = [item["id"] for item in items.values() if item["status"] == "in_progress"]
+    at_work = [item["id"] for item in scope if item["status"] == "in_progress"]
     room = limits.max_wip - len(at_work) + any(item_id in last for item_id in at_work)
     free = limits.max_concurrent - len(running)
     if target is not None:
         able, room, free = [item for item in able if item["id"] == target], 1, 1
     if free <= 0:
         return []
-    ready = sorted((item for item in able if item["status"] == "ready"), key=_promotion_key)
+    ready = sorted((item for item in able if item["status"] == "ready"), key=_urgency)
     due: Iterable[Task] = _due(able, config)
     due = (task for task in due if agent_of(config, task.phase) not in resting)
     if last:
         due = sorted(due, key=lambda task: task.item_id in last)
-    return [
-        *(Promote(item["id"]) for item in ready[: max(0, room)]),
-        *_fill_slots(itertools.islice(due, free), bool(running)),
-    ]
+    chosen: list[Action] = []
+    for task in itertools.islice(due, free):
+        if not task.phase.destructive:
+            chosen.append(task)
+            continue
+        # It runs alone. One that cannot start yet keeps everything behind it back, so that the
+        # running work ends and it is not starved.
+        if not chosen and not running:
+            chosen.append(task)
+        break
+    return [*(Promote(item["id"]) for item in ready[: max(0, room)]), *chosen]
+
+
+def _considered(items: Mapping[str, Item], only: Container[str] | None) -> Iterable[Item]:
+    """The items with an id in `only`; None: all of them."""
+    if only is None:
+        return items.values()
+    return (item for item_id, item in items.items() if item_id in only)
+
+
+def _urgency(item: Item) -> tuple[int, int, str]:
+    """How ready items are sorted."""
+    return -(item.get("priority") or 0), -_impact(item), item["created"]
+
+
+def _impact(item: Item) -> int:
+    """The higher the more important; an item without a rating comes last."""
+    word = item.get("impact")
+    return LEVEL_WORDS.index(word) if word in LEVEL_WORDS else -1
 
 
 def _due(able: Sequence[Item], config: Config) -> Iterator[Task]:
@@ -970,7 +996,8 @@ def _due(able: Sequence[Item], config: Config) -> Iterator[Task]:
         ]
         for *_, item_id, place in sorted(found, key=lambda one: one[:3]):
             yield Task(item_id, place.phase, place.pool)
-    for item in sorted((item for item in able if item["status"] == "new"), key=_triage_key):
+    new = (item for item in able if item["status"] == "new")
+    for item in sorted(new, key=lambda item: (-(item.get("priority") or 0), item["created"])):
         yield Task(item["id"], TRIAGE_PHASE, "triage")
 
 
@@ -996,66 +1023,25 @@ def actions_for(
 ) -> list[Action]:
     """`select_actions` for what a run was asked to do.
 
-    `only` are the ids that its filters leave, `completed` those that it has finished.
+    `only` are the ids that its filters leave, `completed` those that it has finished. `triage`
+    leaves every item alone that is not new.
     """
-    target = None
+    target, targets = None, options.targets
     if options.only_triage:
-        only = to_triage(backlog.items, options.targets, only)
-    elif options.targets:
-        target = next_target(options.targets, backlog.items, completed, options.auto_advance)
+        only = {
+            item_id
+            for item_id, item in backlog.items.items()
+            if item["status"] == "new"
+            and (not targets or item_id in targets)
+            and (only is None or item_id in only)
+        }
+    elif targets:
+        target = next_target(targets, backlog.items, completed, options.auto_advance)
         if target is None:
             return []
     return select_actions(
         backlog, running, config, only=only, target=target, resting=resting, last=last
     )
-
-
-def to_triage(
-    items: Mapping[str, Item], targets: Collection[str], only: Container[str] | None
-) -> set[str]:
-    """The ids that `triage` may act on: it leaves every item alone that is not new."""
-    return {
-        item_id
-        for item_id, item in items.items()
-        if item["status"] == "new"
-        and (not targets or item_id in targets)
-        and (only is None or item_id in only)
-    }
-
-
-def _considered(items: Mapping[str, Item], only: Container[str] | None) -> Iterable[Item]:
-    """The items with an id in `only`; None: all of them."""
-    if only is None:
-        return items.values()
-    return (item for item_id, item in items.items() if item_id in only)
-
-
-def _promotion_key(item: Item) -> tuple[int, int, str]:
-    return -(item.get("priority") or 0), -_impact(item), item["created"]
-
-
-def _impact(item: Item) -> int:
-    """The higher the more important; an item without a rating comes last."""
-    word = item.get("impact")
-    return LEVEL_WORDS.index(word) if word in LEVEL_WORDS else -1
-
-
-def _triage_key(item: Item) -> tuple[int, str]:
-    return -(item.get("priority") or 0), item["created"]
-
-
-def _fill_slots(candidates: Iterable[Task], running: bool) -> list[Action]:
-    """Give the free slots to as many candidates, in order; a destructive phase runs alone.
-
-    One that cannot start yet keeps everything behind it back, so that the running work ends and
-    the destructive phase is not starved.
-    """
-    chosen: list[Action] = []
-    for task in candidates:
-        if task.phase.destructive:
-            return chosen if chosen or running else [task]
-        chosen.append(task)
-    return chosen
 
 
 # ---- When an agent's account or API says no ------------------------------------------------------
@@ -1081,9 +1067,8 @@ def pause_after(
     strikes = 1
     if before is not None and before.kind == kind:
         strikes = before.strikes + (now - outcome.seconds >= before.until)
-    if kind == "busy":
-        until = now + retry_delay_s(config, strikes)
-    else:
+    until = now + retry_delay_s(config, strikes)
+    if kind != "busy":
         until = limit_ends(outcome.until, strikes, now)
     if before is not None and before.until > until:
         return before
@@ -1111,13 +1096,9 @@ def next_target(
     Finished are targets that are done or have left the backlog, and with `--auto-advance` also
     blocked ones. None: all are finished.
     """
-    for target in targets:
-        if target in completed or target not in items:
-            continue
-        status = items[target]["status"]
-        if status != "done" and not (auto_advance and status == "blocked"):
-            return target
-    return None
+    over = ("done", "blocked") if auto_advance else ("done",)
+    left = (target for target in targets if target not in completed and target in items)
+    return next((target for target in left if items[target]["status"] not in over), None)
 
 
 def halt_reason(view: RunView) -> HaltReason | None:
@@ -1131,38 +1112,26 @@ def halt_reason(view: RunView) -> HaltReason | None:
         return HaltReason.SHUTDOWN_REQUESTED
     if view.breaker_open:
         return HaltReason.CIRCUIT_BREAKER_TRIPPED
-    reason = _target_reason(view) or _filter_reason(view)
-    if reason or view.running:
-        return reason
+    if view.targets and not any(target in view.running for target in view.targets):
+        target = next_target(view.targets, view.backlog, view.completed, view.auto_advance)
+        if target is None:
+            return HaltReason.TARGET_COMPLETED
+        if view.backlog[target]["status"] == "blocked":  # in this run, before it, or by hand
+            return HaltReason.TARGET_BLOCKED
+    if view.filters_given:
+        if not view.matched:
+            return HaltReason.NO_MATCHING_ITEMS
+        left = [view.backlog[item_id] for item_id in view.matched if item_id in view.backlog]
+        open_ones = [item for item in left if item["status"] not in ("done", "blocked")]
+        if not open_ones and not view.running.keys() & view.matched:
+            return HaltReason.FILTER_EXHAUSTED
+    if view.running:
+        return None
     if not view.actions:
         return HaltReason.ALL_DONE_OR_BLOCKED
     # Promotions cost nothing, so they are still made; only then is there nothing left to do.
     if view.cap_reached and not any(isinstance(action, Promote) for action in view.actions):
         return HaltReason.CAP_REACHED
-    return None
-
-
-def _target_reason(view: RunView) -> HaltReason | None:
-    """Blocked counts however the target came to be so: in this run, before it, or by hand."""
-    if not view.targets or any(target in view.running for target in view.targets):
-        return None
-    target = next_target(view.targets, view.backlog, view.completed, view.auto_advance)
-    if target is None:
-        return HaltReason.TARGET_COMPLETED
-    return HaltReason.TARGET_BLOCKED if view.backlog[target]["status"] == "blocked" else None
-
-
-def _filter_reason(view: RunView) -> HaltReason | None:
-    """An item that matched and has left the backlog counts as done."""
-    if not view.filters_given:
-        return None
-    if not view.matched:
-        return HaltReason.NO_MATCHING_ITEMS
-    left = (view.backlog[item_id] for item_id in view.matched if item_id in view.backlog)
-    if all(
-        item["status"] in ("done", "blocked") and item["id"] not in view.running for item in left
-    ):
-        return HaltReason.FILTER_EXHAUSTED
     return None
 
 
@@ -1172,7 +1141,7 @@ def exit_code(
     completed: Collection[str],
     blocked: Collection[str],
 ) -> int:
-    """The exit code of a run; `completed` and `blocked` are the ids of this run only.
+    """The exit code of a run, which finished `completed`; `blocked` is so now, in its scope.
 
     `reason` None means that an exception ended it. `signal` is the number of the signal that asked
     for the shutdown, None for `orchestrator stop`. A run with targets that completed none of them
@@ -4400,7 +4369,6 @@ def _demo_build(title: str, item_id: str, root: Path, *, flaky: bool) -> dict[st
 
 # ==== 7. The ledger ===============================================================================
 
-LARGE_FILE = 50_000_000  # bytes; hosts refuse files of 100 MB
 COMMIT_PAUSE_S = 30.0  # between tries of a phase commit that met trouble
 
 Clock = Callable[[], datetime]
@@ -4420,7 +4388,18 @@ def set_up_logging(args: argparse.Namespace, live: LiveLine | None = None) -> No
     """Log to stderr as the options say; a live line is wiped before each log line."""
     import logging
 
+    tinted = coloured(args, sys.stderr)
+
     class Handler(logging.StreamHandler[Any]):
+        def format(self, record: logging.LogRecord) -> str:
+            clock = time.strftime("%H:%M:%S", time.localtime(record.created))
+            tag = "" if record.levelno == logging.INFO else f"{record.levelname.lower()}: "
+            text = record.getMessage()
+            if record.exc_info:
+                text += f"\n{logging.Formatter().formatException(record.exc_info)}"
+            text = f"{clock} {tag}{clean_text(text)}"
+            return tint(text) if tinted else text
+
         def emit(self, record: logging.LogRecord) -> None:
             if live is not None:
                 live.wipe()
@@ -4429,9 +4408,7 @@ def set_up_logging(args: argparse.Namespace, live: LiveLine | None = None) -> No
                 live.draw()
 
     logging.raiseExceptions = False  # a closed stderr must not disturb a shutdown
-    handler = Handler(sys.stderr)
-    handler.setFormatter(_formatter(coloured(args, sys.stderr)))
-    log().handlers = [handler]
+    log().handlers = [Handler(sys.stderr)]
     log().propagate = False
     level = logging.getLevelNamesMapping()[args.log_level.upper()]
     log().setLevel(max(level, logging.WARNING) if args.quiet else level)
@@ -4450,59 +4427,31 @@ def say(args: argparse.Namespace, text: str) -> None:
     print(tint(text) if coloured(args, sys.stdout) else text)
 
 
-def _formatter(tinted: bool) -> logging.Formatter:
-    import logging
-
-    class Text(logging.Formatter):
-        def format(self, record: logging.LogRecord) -> str:
-            clock = time.strftime("%H:%M:%S", time.localtime(record.created))
-            tag = "" if record.levelno == logging.INFO else f"{record.levelname.lower()}: "
-            trace = f"\n{self.formatException(record.exc_info)}" if record.exc_info else ""
-            text = f"{clock} {tag}{clean_text(record.getMessage() + trace)}"
-            return tint(text) if tinted else text
-
-    return Text()
-
-
 class LiveLine:
     """The one line at the bottom of a terminal that tells what a run is doing; else nothing."""
 
     def __init__(self, enabled: bool) -> None:
         self.enabled = enabled
-        self.text: Callable[[], str] | None = None
-        self.seen: dict[str, Progress] = {}
+        self.text: Callable[[], str] | None = None  # None: nothing is shown
 
-    def show(self, text: Callable[[], str]) -> None:
+    def show(self, text: Callable[[], str] | None) -> None:
         self.text = text
         self.wipe()
         self.draw()
 
-    def note(self, item_id: str, progress: Progress) -> None:
-        self.seen[item_id] = progress
-
-    def forget(self, item_id: str) -> None:
-        self.seen.pop(item_id, None)
-
     def wipe(self) -> None:
-        self._write("\r\x1b[K")
-
-    def _write(self, text: str) -> None:
         if self.enabled:
             with suppress(OSError):  # the terminal may be gone: that is what SIGHUP means
-                sys.stderr.write(text)
+                sys.stderr.write("\r\x1b[K")
                 sys.stderr.flush()
 
     def draw(self) -> None:
         if self.enabled and self.text is not None:
             import shutil
 
-            width = shutil.get_terminal_size().columns - 1
-            last = "; ".join(p.last for p in self.seen.values() if p.last)
-            self._write(one_line(f"{self.text()}  {last}", width))
-
-    def close(self) -> None:
-        self.wipe()
-        self.text = None
+            with suppress(OSError):
+                sys.stderr.write(one_line(self.text(), shutil.get_terminal_size().columns - 1))
+                sys.stderr.flush()
 
 
 # ---- What a run writes ---------------------------------------------------------------------------
@@ -4565,10 +4514,9 @@ class Outcome(NamedTuple):
     parent: str | None  # HEAD as the attempt began: where a search for the token may stop
     item: str
     phase: str
-    outcome: str  # complete, blocked, failed or interrupted
+    outcome: str  # complete (BACKLOG.yaml goes along), blocked, failed or interrupted
     summary: str
-    entries: tuple[Entry, ...]  # what the phase leaves, with the bytes it had when it ended
-    with_state: bool  # BACKLOG.yaml goes along
+    entries: tuple[Entry, ...] = ()  # what the phase leaves, with the bytes it had when it ended
     worklog: str = ""  # text that belongs into the worklog, appended once
     was: Item | None = None  # the item as the phase began
 
@@ -4589,7 +4537,7 @@ class Aftermath(NamedTuple):
 
     after: Snapshot
     changes: list[Change]
-    theirs: frozenset[str]  # paths that differed from HEAD before the phase began
+    theirs: Mapping[str, Entry]  # what differed from HEAD before the phase, as HEAD has it
 
     @property
     def paths(self) -> list[str]:
@@ -4603,15 +4551,14 @@ class Ledger:
     every crash point one that `recover` can finish; `conclude` has it.
     """
 
-    def __init__(self, repo: Repo, store: Store, config: Config, run_id: str, clock: Clock) -> None:
-        self.repo = repo
-        self.store = store
-        self.config = config
-        self.rules = rules_of(config)
+    def __init__(self, space: Workspace, run_id: str, clock: Clock) -> None:
+        self.space = space
+        self.repo, self.config, self.store = space
+        self.rules = rules_of(self.config)
         self.run_id = run_id
         self.clock = clock
-        self.branch = repo.branch()
-        self.worklog_dir = repo.root / WORKLOG_DIR
+        self.branch = self.repo.branch()
+        self.worklog_dir = self.repo.root / WORKLOG_DIR
         self.ground: Snapshot | None = None  # the last one that was taken while no agent worked
         self.committed: bytes | None = None  # what HEAD holds of the file after a state commit
         self.salvaged: Collection[str] | None = None  # the salvage refs; None: to be asked
@@ -4636,37 +4583,39 @@ class Ledger:
 
     # -- decisions ---------------------------------------------------------------------------------
 
-    def take_in(self) -> None:
+    def take_in(self, *, patient: bool = True) -> None:
         """Take up what others have written to the file or to the journal."""
-        self.store.change(lambda _: None)
+        self.store.change(lambda _: None, patient=patient)
 
-    def promote(self, item_ids: Sequence[str]) -> list[Applied]:
-        """Move ready items to their first phase, or block them where they may not start."""
-        now, since = self.clock(), self.journal.run["head"]
-        made = []
-        for item_id in item_ids:
-            applied = self.store.change(
-                partial(promote, item_id=item_id, rules=self.rules, now=now),
-                lambda applied: {"outcome": _of_a_block(applied, since)} if applied.worklog else {},
-            )
-            self.write_worklog(applied.worklog)
-            made.append(applied)
-        return made
+    def promote(self, item_id: str) -> Applied:
+        """Move a ready item to its first phase, or block it where it may not start."""
+
+        def note(applied: Applied) -> dict[str, Any]:
+            if not applied.worklog:
+                return {}
+            told = item_id, "promotion", "blocked", applied.reason
+            made = Outcome(secrets.token_hex(8), self.journal.run["head"], *told)
+            return {"outcome": made._replace(worklog=applied.worklog).line()}
+
+        applied = self.store.change(
+            partial(promote, item_id=item_id, rules=self.rules, now=self.clock()), note
+        )
+        self.write_worklog(applied.worklog)
+        return applied
 
     def decide(
         self,
         attempt: Attempt,
-        entries: Sequence[Entry],
+        entries: Iterable[Entry],
         outcome: str,
         summary: str,
-        apply: Callable[[Draft], Applied],
+        result: PhaseResult,
     ) -> Applied:
         """Decision and outcome of a phase: one line of the journal, then the file, the worklog."""
-        spent = self._spent(attempt)
-        item_id = attempt.task.item_id
+        item_id, spent = attempt.task.item_id, self._spent(attempt)
 
         def edit(draft: Draft) -> Applied:
-            applied = apply(draft)
+            applied = apply_result(draft, attempt.item, result, self.rules, self.clock())
             return applied._replace(worklog=with_cost(applied.worklog, usage_text(spent)))
 
         def note(applied: Applied) -> dict[str, Any]:
@@ -4678,9 +4627,8 @@ class Ledger:
                 outcome,
                 summary,
                 tuple(entries),
-                with_state=outcome == "complete",
-                worklog=applied.worklog,
-                was=attempt.item,
+                applied.worklog,
+                attempt.item,
             )
             return {"ended": [attempt.token], "outcome": made.line(), "spent": {item_id: None}}
 
@@ -4693,9 +4641,18 @@ class Ledger:
         before = self.journal.spent.get(attempt.task.item_id, {})
         return Usage(**before).plus(attempt.usage)
 
+    def _costs(self, attempt: Attempt) -> dict[str, Any]:
+        spent = self._spent(attempt)
+        return {"spent": {attempt.task.item_id: spent._asdict()}} if spent != NOTHING_SPENT else {}
+
     def write_worklog(self, text: str) -> None:
         """Append to this month's worklog; text that is there already is not repeated."""
         append_worklog(self.worklog_dir, self.clock(), text)
+
+    def worklog(self) -> list[dict[str, str]]:
+        """The entries of the last two months, oldest first."""
+        texts = [path.read_text(errors="replace") for path in recent_worklogs(self.worklog_dir)]
+        return [entry for text in texts for entry in read_worklog(text)]
 
     def rest(self, agent: str, pause: AgentPause | None) -> None:
         """Journal an agent's breaker (None: it works again), which a restart is to honour."""
@@ -4739,10 +4696,9 @@ class Ledger:
         item = self.store.change(due, note)
         if item is None:
             return None
-        attempt = Attempt(task, number, token, item, before)
         if task.pool != TRIAGE:
             item_folder(self.repo.root, item).mkdir(parents=True, exist_ok=True)
-        return attempt
+        return Attempt(task, number, token, item, before)
 
     def note_process(self, attempt: Attempt, pid: int, since: int) -> None:
         """Journal a process of an attempt (and its start time), for a start that has to end it."""
@@ -4759,8 +4715,8 @@ class Ledger:
         outcome, summary = "complete", result.commit_summary or result.summary
         entries = self._documents(attempt, seen)
         if result.result == "blocked":
-            ref = self._salvage(attempt, seen)
-            summary = _with_salvage_note(result.context or result.summary, ref)
+            summary = result.context or result.summary
+            summary = _with_salvage_note(summary, self._salvage(attempt, seen))
             outcome, result = "blocked", result._replace(context=summary)
         elif attempt.destructive:
             refusal = self._objection(attempt, result, seen)
@@ -4769,13 +4725,7 @@ class Ledger:
                 return passed
             entries = passed
             self.repo.restage(attempt.before, seen.after)
-        applied = self.decide(
-            attempt,
-            entries,
-            outcome,
-            summary,
-            lambda draft: apply_result(draft, attempt.item, result, self.rules, self.clock()),
-        )
+        applied = self.decide(attempt, entries, outcome, summary, result)
         batched = result.result == "phase_complete" and attempt.task.pool != TRIAGE
         if outcome == "complete" and (attempt.destructive or not batched):
             self.commit()
@@ -4797,16 +4747,9 @@ class Ledger:
         seen = self.look(attempt)
         entries = self._documents(attempt, seen)
         reason = _with_salvage_note(reason, self._salvage(attempt, seen))
-        item_id, phase = attempt.task.item_id, attempt.task.name
-        failed = result or PhaseResult(item_id, phase, "failed", reason)
+        failed = result or PhaseResult(attempt.task.item_id, attempt.task.name, "failed", reason)
         failed = failed._replace(result="failed", context=reason)
-        return self.decide(
-            attempt,
-            entries,
-            "failed",
-            reason,
-            lambda draft: apply_result(draft, attempt.item, failed, self.rules, self.clock()),
-        )
+        return self.decide(attempt, entries, "failed", reason, failed)
 
     def cancel(self, attempt: Attempt) -> str | None:
         """An attempt was interrupted: nothing is charged, nothing it left is lost.
@@ -4818,33 +4761,27 @@ class Ledger:
         seen = self.look(attempt)
         ref = self._salvage(attempt, seen)
         line: dict[str, Any] = {"ended": [attempt.token], **self._costs(attempt)}
-        if entries := self._outputs(attempt, seen):
-            parent, text = seen.after.head.commit, "its documents so far"
-            item_id, phase = attempt.task.item_id, attempt.task.name
-            outcome = Outcome(
-                *(attempt.token, parent, item_id, phase, "interrupted", text),
-                *(tuple(entries), False),
-            )
-            line["outcome"] = outcome.line()
+        documents, _ = self._outputs(attempt, seen)
+        if documents:
+            task, parent = attempt.task, seen.after.head.commit
+            told = task.item_id, task.name, "interrupted", "its documents so far"
+            line["outcome"] = Outcome(attempt.token, parent, *told, tuple(documents)).line()
         self.store.note(line)
         return ref
-
-    def _costs(self, attempt: Attempt) -> dict[str, Any]:
-        spent = self._spent(attempt)
-        return {"spent": {attempt.task.item_id: spent._asdict()}} if spent != NOTHING_SPENT else {}
 
     # -- what a phase left in the work tree --------------------------------------------------------
 
     def look(self, attempt: Attempt) -> Aftermath:
         """Compare the work tree with the snapshot taken before an attempt.
 
-        What an agent's git command took away from the operator is put back. OrchestratorError when
-        the branch was switched or rewound.
+        What an agent's git command took away from the operator, the only copy of it, is put back;
+        what an agent beside it had left by then is not the operator's. OrchestratorError when the
+        branch was switched or rewound.
         """
         before, after = attempt.before, self.repo.snapshot()
-        changes = self.repo.changes(before.tree, after.tree)
-        changes = [change for change in changes if not self.is_own(change.after.path)]
-        theirs = self._operators(before)
+        changes = self._changes(before.tree, after.tree)
+        ground = self._dirt(self.ground or before)
+        theirs = {path: entry for path, entry in self._dirt(before).items() if path in ground}
         taken = [
             change
             for change in changes
@@ -4852,60 +4789,70 @@ class Ledger:
             and (change.after.absent or change.after == theirs[change.after.path])
         ]
         if taken and after.head.branch == before.head.branch:
-            self._give_back(attempt, taken)
+            self.repo.restore(before, taken)
+            log().warning(
+                "%s took away what you had not committed; it is there again: %s",
+                *(attempt.tag, one_line(", ".join(change.after.path for change in taken), 300)),
+            )
             after, changes = self.repo.snapshot(), [c for c in changes if c not in taken]
         self._refuse_lost_branch(attempt, after.head)
-        self._name_foreign_commits(attempt, after.head.commit)
-        return Aftermath(after, changes, frozenset(theirs))
+        old, new = before.head.commit, after.head.commit
+        commits = self.repo.commits_between(old, new) if old and new and old != new else []
+        if foreign := [commit[:10] for commit in commits if commit not in self.own_commits]:
+            log().info("%s commits made meanwhile: %s", attempt.tag, ", ".join(foreign))
+        return Aftermath(after, changes, theirs)
 
-    def _operators(self, before: Snapshot) -> dict[str, Entry]:
-        """The paths that differed from HEAD before a phase began, as HEAD has them.
+    def _changes(self, old: str, new: str) -> list[Change]:
+        """The difference of two trees, without what is no part of anybody's work."""
+        changes = self.repo.changes(old, new)
+        return [change for change in changes if not self.space.is_ours(change.after.path)]
 
-        What an agent beside it had left by then is not the operator's.
-        """
-
-        def dirt(seen: Snapshot) -> dict[str, Entry]:
-            changes = self.repo.changes(seen.head.commit, seen.tree) if seen.head.commit else []
-            return {c.after.path: c.before for c in changes if not self.is_own(c.after.path)}
-
-        ground = dirt(self.ground or before)
-        return {path: entry for path, entry in dirt(before).items() if path in ground}
-
-    def _give_back(self, attempt: Attempt, taken: Sequence[Change]) -> None:
-        """Put back what an agent's git command took away from the operator, the only copy of it."""
-        self.repo.restore(attempt.before, taken)
-        log().warning(
-            "%s took away what you had not committed; it is there again: %s",
-            *(attempt.tag, one_line(", ".join(change.after.path for change in taken), 300)),
-        )
+    def _dirt(self, seen: Snapshot) -> dict[str, Entry]:
+        """What differed from HEAD at a snapshot, as HEAD has it, by path."""
+        changes = self._changes(seen.head.commit, seen.tree) if seen.head.commit else []
+        strays = self.space.strays()
+        return {c.after.path: c.before for c in changes if c.after.path not in strays}
 
     def left_nothing(self, attempt: Attempt) -> bool:
         """Whether an attempt changed nothing in the repository; others may have, beside it."""
         seen = self.look(attempt)
         if seen.after.head.commit not in (attempt.before.head.commit, *self.own_commits):
             return False
-        if attempt.destructive:
-            return not seen.changes
-        return not (self._outputs(attempt, seen) or self._elsewhere(attempt, seen))
+        return not (seen.changes if attempt.destructive else any(self._outputs(attempt, seen)))
 
-    def _name_foreign_commits(self, attempt: Attempt, new: str | None) -> None:
-        old = attempt.before.head.commit
-        if old is None or new is None or new == old:
-            return
-        commits = self.repo.commits_between(old, new)
-        foreign = [commit[:10] for commit in commits if commit not in self.own_commits]
-        if foreign:
-            log().info("%s commits made meanwhile: %s", attempt.tag, ", ".join(foreign))
+    def _outputs(self, attempt: Attempt, seen: Aftermath) -> tuple[list[Entry], list[str]]:
+        """The documents that an attempt made, and the paths it changed beside everybody's.
 
-    def is_own(self, path: str) -> bool:
-        """Whether a path is state of ours, never part of a phase's changes."""
-        own = map(self.repo.relative, (self.store.path, self.store.temporary))
-        folders = (f"{self.repo.prefix}{name}/" for name in (WORKLOG_DIR, WORK_DIR))
-        return path in own or path.startswith(tuple(folders))
+        A destructive phase has no outputs.
+        """
+        prefix, phase, item_id = self.repo.prefix, attempt.task.phase, attempt.task.item_id
+        neighbours = tuple(f"{prefix}{name}/" for name in (CHANGES_DIR, IDEAS_DIR))
+        made: list[Entry] = []
+        elsewhere = []
+        for entry in (change.after for change in seen.changes):
+            inside, below = entry.path.startswith(prefix), entry.path.removeprefix(prefix)
+            if inside and matches_output(below, phase.outputs, item_id):
+                made.append(entry)
+            elif not entry.path.startswith(neighbours):
+                elsewhere.append(entry.path)
+        return made, elsewhere
+
+    def _documents(self, attempt: Attempt, seen: Aftermath) -> list[Entry]:
+        """What a document phase may commit; anything else it touched is named and left alone."""
+        made, elsewhere = self._outputs(attempt, seen)
+        if elsewhere and not attempt.destructive:
+            log().warning(
+                "%s touched files outside its outputs; they are left as they are, not committed:"
+                " %s",
+                *(attempt.tag, one_line(", ".join(sorted(elsewhere)), 300)),
+            )
+            self.space.add_strays(elsewhere)
+        return made
 
     def _objection(self, attempt: Attempt, result: PhaseResult, seen: Aftermath) -> str:
         """Why what a destructive phase did may not be committed; "" if it may."""
-        clash = [path for path in seen.paths if path in seen.theirs]
+        config = self.repo.prefix + CONFIG_NAME  # ours: may be changed by both
+        clash = [path for path in seen.paths if path in seen.theirs and path != config]
         if clash:
             return (
                 f"changed {one_line(', '.join(clash), 200)}, which the operator had uncommitted"
@@ -4915,25 +4862,9 @@ class Ledger:
         empty = not (seen.changes or moved or attempt.task.phase.allow_empty)
         if empty and result.result == "phase_complete":
             return "reported completion, but nothing in the repository changed"
-        self._warn_of_large_files(attempt, seen)
         return ""
 
-    def _warn_of_large_files(self, attempt: Attempt, seen: Aftermath) -> None:
-        large = []
-        for path in seen.paths:
-            with suppress(OSError):
-                size = (self.repo.top / path).lstat().st_size
-                if size > LARGE_FILE:
-                    large.append(f"{path} ({size // 10**6} MB)")
-        if large:
-            log().warning(
-                "%s commits large files: %s; is that meant? What is not belongs into .gitignore.",
-                *(attempt.tag, one_line(", ".join(large), 200)),
-            )
-
-    def _pass_hooks(
-        self, attempt: Attempt, summary: str, seen: Aftermath
-    ) -> list[Entry] | str:
+    def _pass_hooks(self, attempt: Attempt, summary: str, seen: Aftermath) -> list[Entry] | str:
         """Run the operator's commit hooks; a hook that mended files gets a second look.
 
         Returns what is to be committed, or why the attempt has failed.
@@ -4958,37 +4889,12 @@ class Ledger:
                 verdict = self.repo.run_hooks(entries, message, limit_s=limit)
         if verdict.outcome == "ok":
             return entries
+        did = "rejected the commit"
         if verdict.outcome == "timeout":
             did = f"did not end within {limit:g} s (execution.hook_timeout_seconds)"
-            return f"the repository's {verdict.hook} hook {did}:\n{verdict.output}"
-        return f"the repository's {verdict.hook} hook rejected the commit:\n{verdict.output}"
+        return f"the repository's {verdict.hook} hook {did}:\n{verdict.output}"
 
-    def _documents(self, attempt: Attempt, seen: Aftermath) -> list[Entry]:
-        """What a document phase may commit; anything else it touched is named and left alone."""
-        others = [] if attempt.destructive else self._elsewhere(attempt, seen)
-        if others:
-            log().warning(
-                "%s touched files outside its outputs; they are left as they are, not committed:"
-                " %s",
-                *(attempt.tag, one_line(", ".join(others), 300)),
-            )
-        return self._outputs(attempt, seen)
-
-    def _elsewhere(self, attempt: Attempt, seen: Aftermath) -> list[str]:
-        """The paths that a document phase changed beside its outputs and others' documents."""
-        known = {entry.path for entry in self._outputs(attempt, seen)}
-        neighbours = tuple(f"{self.repo.prefix}{name}/" for name in (CHANGES_DIR, IDEAS_DIR))
-        return [p for p in seen.paths if p not in known and not p.startswith(neighbours)]
-
-    def _outputs(self, attempt: Attempt, seen: Aftermath) -> list[Entry]:
-        """The documents that an attempt made; a destructive phase has no outputs."""
-        prefix, phase, item_id = self.repo.prefix, attempt.task.phase, attempt.task.item_id
-        return [
-            change.after
-            for change in seen.changes
-            if change.after.path.startswith(prefix)
-            and matches_output(change.after.path[len(prefix) :], phase.outputs, item_id)
-        ]
+    # -- what is kept on refs ----------------------------------------------------------------------
 
     def _salvage(self, attempt: Attempt, seen: Aftermath) -> str | None:
         """Keep what a destructive attempt left on a ref, then put the work tree back.
@@ -5004,38 +4910,41 @@ class Ledger:
         theirs = [c for c in seen.changes if c.after.path in seen.theirs]
         mine, base = [c for c in seen.changes if c not in theirs], before
         if head is not None and head != before.head.commit:
-            base = before._replace(tree=head)
-            changes = self.repo.changes(head, seen.after.tree)
-            ours = [c for c in changes if not self.is_own(c.after.path)]
+            base, ours = before._replace(tree=head), self._changes(head, seen.after.tree)
             mine = [c for c in ours if c.after.path not in seen.theirs]
         if not (mine or theirs):
             return None
-        ref = self._next_salvage_ref(attempt.task.item_id, attempt.task.name)
+        ref = self._salvage_refs(attempt.task)[1]
         self.repo.salvage(ref, seen.after, f"{attempt.label} Salvaged changes")
         self.repo.restore(base, mine)
         self.repo.restore(before, theirs)
         paths = one_line(", ".join(change.after.path for change in (*mine, *theirs)), 200)
         log().info("%s what it left is kept on %s: %s", attempt.tag, ref, paths)
+        self.salvaged = None
         return ref
-
-    def _next_salvage_ref(self, item_id: str, phase: str) -> str:
-        stem, self.salvaged = salvage_stem(item_id, phase), None
-        return f"{stem}{_highest(self.repo.refs(stem), stem) + 1}"
 
     def last_salvage(self, task: Task) -> str | None:
         """The newest salvage ref of a phase of an item."""
+        return self._salvage_refs(task)[0]
+
+    def _salvage_refs(self, task: Task) -> tuple[str | None, str]:
+        """The newest salvage ref of a phase of an item, and the next to be made."""
         if self.salvaged is None:
             self.salvaged = self.repo.refs(SALVAGE_REFS)
         stem = salvage_stem(task.item_id, task.name)
-        number = _highest(self.salvaged, stem)
-        return f"{stem}{number}" if number else None
+        ends = (ref.removeprefix(stem) for ref in self.salvaged if ref.startswith(stem))
+        last = max((int(end) for end in ends if end.isdigit()), default=0)
+        return f"{stem}{last}" if last else None, f"{stem}{last + 1}"
 
     def _refuse_lost_branch(self, attempt: Attempt, head: Head) -> None:
         """Stop where an agent switched the branch or took commits off it; what it held is kept.
 
         The branch is never moved back. Raises OrchestratorError with the command that restores it.
         """
-        before, tip = attempt.before.head, self._tip_since(attempt)
+        before, own = attempt.before.head, self.own_commits[-1:]
+        tip = before.commit  # the newest commit that the branch is known to have had since
+        if tip and own and not self.repo.commits_between(own[0], tip):
+            tip = own[0]
         if head.branch != before.branch:
             name = _branch_name(before)
             did, remedy = f"switched from {name} to {_branch_name(head)}", f"git switch {name}"
@@ -5061,16 +4970,9 @@ class Ledger:
         for ref, commit in kept.items():
             if commit == tip:
                 return ref
-        ref = self._next_salvage_ref(attempt.task.item_id, attempt.task.name)
+        ref, self.salvaged = self._salvage_refs(attempt.task)[1], None
         self.repo.keep_commit(ref, tip, f"{attempt.label} What was there before")
         return ref
-
-    def _tip_since(self, attempt: Attempt) -> str | None:
-        """The newest commit that the branch is known to have had since the attempt began."""
-        base, own = attempt.before.head.commit, self.own_commits[-1:]
-        if base is None or not own or self.repo.commits_between(own[0], base):
-            return base
-        return own[0]
 
     # -- commits -----------------------------------------------------------------------------------
 
@@ -5083,9 +4985,15 @@ class Ledger:
         early = patient and time.monotonic() < self.commit_again
         if not pending or self.store.trouble or early:
             return
-        message = self._message(pending)
+        rows = [MessageEntry(p.item, p.phase, p.outcome, p.summary, p.token) for p in pending]
+        message = phase_message(rows, self.run_id)
+        entries = {entry.path: entry for outcome in pending for entry in outcome.entries}
         try:
-            commit = self.repo.commit(self._entries(pending), message, expect_branch=self.branch)
+            files = {path: path.read_bytes() for path in recent_worklogs(self.worklog_dir)}
+            if any(outcome.outcome == "complete" for outcome in pending):
+                files[self.store.path] = self.store.state.document.to_bytes()
+            entries |= {entry.path: entry for entry in self.repo.blobs(files)}
+            commit = self.repo.commit(list(entries.values()), message, expect_branch=self.branch)
         except (GitError, SaveError) as error:
             names = ", ".join(outcome.label for outcome in pending)
             trouble = f"{names} not committed yet: {error}"
@@ -5099,22 +5007,6 @@ class Ledger:
             log().info("committed %s %s", commit[:10], message.split("\n")[0])
         tokens = [outcome.token for outcome in pending]
         self.store.note({"committed": tokens}, flush=False)  # a start finds it in history
-
-    def _entries(self, pending: Sequence[Outcome]) -> list[Entry]:
-        entries = {entry.path: entry for outcome in pending for entry in outcome.entries}
-        files = {path: path.read_bytes() for path in recent_worklogs(self.worklog_dir)}
-        if any(outcome.with_state for outcome in pending):
-            files[self.store.path] = self.store.state.document.to_bytes()
-        return list({**entries, **{e.path: e for e in self.repo.blobs(files)}}.values())
-
-    def _message(self, pending: Sequence[Outcome]) -> str:
-        rows = [MessageEntry(p.item, p.phase, p.outcome, p.summary, p.token) for p in pending]
-        return phase_message(rows, self.run_id)
-
-    def worklog(self) -> list[dict[str, str]]:
-        """The entries of the last two months, oldest first."""
-        texts = [path.read_text(errors="replace") for path in recent_worklogs(self.worklog_dir)]
-        return [entry for text in texts for entry in read_worklog(text)]
 
     def commit_state(
         self, told: str, message: Callable[[Sequence[MessageEntry], str], str]
@@ -5148,7 +5040,7 @@ class Ledger:
         """Write whatever is not on disk yet; whether the file now holds the decided state."""
         late = bool(self.store.trouble)  # so `commit` has had to wait, too
         try:
-            self.store.change(lambda _: None, patient=False)
+            self.take_in(patient=False)
         except (SaveError, YamlError, OSError) as error:
             trouble: str | Exception = error
         else:
@@ -5165,12 +5057,15 @@ class Ledger:
 
     def end(self, run_id: str) -> None:
         """Drop the journal and the run's snapshots, if nothing is left to do."""
-        if self.repo.branch() == self.branch and self.committed is not None:
-            if self.journal.settled:  # the refs first: without a journal nobody would drop them
-                self.repo.drop_refs(self.repo.refs(f"{SNAPSHOT_REFS}{run_id}/"))
-            self.store.settle(self.committed)
-        if stop_requested(self.repo.state_dir, run_id):  # not one that is for another run
-            (self.repo.state_dir / "stop").unlink(missing_ok=True)
+        try:
+            if self.repo.branch() == self.branch and self.committed is not None:
+                if self.journal.settled:  # the refs first: without a journal nobody would drop them
+                    self.repo.drop_refs(self.repo.refs(f"{SNAPSHOT_REFS}{run_id}/"))
+                self.store.settle(self.committed)
+            if stop_requested(self.repo.state_dir, run_id):  # not one that is for another run
+                (self.repo.state_dir / "stop").unlink(missing_ok=True)
+        except (OSError, GitError, SaveError) as error:
+            log().warning("%s", error)
 
     # -- recovery ----------------------------------------------------------------------------------
 
@@ -5181,7 +5076,7 @@ class Ledger:
         it again. Raises OrchestratorError when something has to be mended by hand first; nothing
         is lost then.
         """
-        self.store.change(lambda _: None, patient=False)
+        self.take_in(patient=False)
         for attempt in map(Attempt.from_line, list(self.journal.attempts.values())):
             log().info("%s was cut off; it starts again", attempt.tag)
             if ref := self.cancel(attempt):
@@ -5217,15 +5112,14 @@ class Ledger:
 
     def _take_back(self, outcome: Outcome, paths: Sequence[str]) -> None:
         """A phase whose files are somebody else's by now: kept on a ref, and to be run again."""
-        ref = self._next_salvage_ref(outcome.item, outcome.phase)
-        self.repo.keep_entries(
-            ref, outcome.parent, outcome.entries, f"{outcome.label} Salvaged changes"
-        )
-        now = self.clock()
+        phase = Task(outcome.item, Phase(outcome.phase), "main")
+        ref, self.salvaged = self._salvage_refs(phase)[1], None
+        why = f"{outcome.label} Salvaged changes"
+        self.repo.keep_entries(ref, outcome.parent, outcome.entries, why)
 
         def undo(draft: Draft) -> None:
             if outcome.was is not None and outcome.outcome != "interrupted":
-                draft.put(outcome.was, now)
+                draft.put(outcome.was, self.clock())
 
         self.store.change(undo, lambda _: {"committed": [outcome.token]})
         log().warning(
@@ -5235,23 +5129,9 @@ class Ledger:
         )
 
 
-def _of_a_block(applied: Applied, parent: str | None) -> dict[str, Any]:
-    """The outcome for a block that no attempt led to: its worklog is to be committed."""
-    return Outcome(
-        *(secrets.token_hex(8), parent, applied.item["id"], "promotion", "blocked"),
-        *(applied.reason, (), False, applied.worklog),
-    ).line()
-
-
 def salvage_stem(item_id: str, phase: str) -> str:
     """What the names of the refs begin with that keep what attempts at a phase left."""
     return f"{SALVAGE_REFS}{safe_name(item_id)}/{safe_name(phase)}/"
-
-
-def _highest(refs: Iterable[str], stem: str) -> int:
-    """The highest number of a ref that begins like this; 0 if there is none."""
-    ends = (ref.removeprefix(stem) for ref in refs if ref.startswith(stem))
-    return max((int(end) for end in ends if end.isdigit()), default=0)
 
 
 def item_folder(root: Path, item: Item) -> Path:
@@ -5344,6 +5224,10 @@ def _log_error(answer: asyncio.Future[Any]) -> None:
 
 # ==== 9. The run ==================================================================================
 
+PROGRESS_LOG_S = 120.0  # how often the log tells what an agent does
+SAME_REST_S = 60.0  # two ends of a rest that differ by less are told once
+POLL_S = 1.0  # how often the disk is looked at while agents work
+
 
 class Totals:
     """What a run did so far."""
@@ -5363,21 +5247,15 @@ class Totals:
         key = (task.item_id, task.name)
         self.spent[key] = self.spent.get(key, NOTHING_SPENT).plus(usage)
 
-    @property
-    def cost_usd(self) -> float | None:
-        """What the run cost so far; None: no agent said."""
-        return sum_usage(self.spent.values()).cost_usd
 
+@dataclass
+class Running:
+    """A phase at work."""
 
-class Running(NamedTuple):
     task: Task
     since: float  # monotonic seconds
     told: float  # when the log last had a line about it
-
-
-PROGRESS_LOG_S = 120.0  # how often the log tells what an agent does
-SAME_REST_S = 60.0  # two ends of a rest that differ by less are told once
-POLL_S = 1.0  # how often the disk is looked at while agents work
+    seen: Progress | None = None  # what its agent does; None: it has said nothing yet
 
 
 class Run:
@@ -5439,16 +5317,15 @@ class Run:
 
     def _on_signal(self, number: int) -> None:
         """First signal: stop; any further one: do not wait for agents to tidy up."""
-        log().warning(
-            "%s",
-            "ending the agents at once"
-            if self.stopping.is_set()
-            else "stopping: ending the agents, then saving (once more: without waiting for them)",
-        )
         if self.stopping.is_set():
+            log().warning("ending the agents at once")
             self.hurry.set()
             if self.ledger is None:  # a start that hangs: a third signal ends it
                 asyncio.get_running_loop().remove_signal_handler(number)
+        else:
+            log().warning(
+                "stopping: ending the agents, then saving (once more: without waiting for them)"
+            )
         self.signal = self.signal or number
         self.stop_requested = True
         self.stopping.set()
@@ -5467,15 +5344,16 @@ class Run:
             self.reason = None
             raise
         finally:
-            self.live.close()
+            self.live.show(None)
             try:
                 await asyncio.to_thread(end_leftovers, self.run_id)
                 await self.do(ledger.commit)
             finally:
                 self.saved = await self.coordinator.close(ledger.closing_save)
                 if self.saved:
-                    await asyncio.to_thread(self._halt_commit, ledger)
-                await asyncio.to_thread(self._end, ledger)
+                    told, message = "saved the backlog state", partial(halt_message, self.reason)
+                    self.state_commit = await asyncio.to_thread(ledger.commit_state, told, message)
+                await asyncio.to_thread(ledger.end, self.run_id)
 
     async def _drain(self) -> None:
         """Wait for everything in flight; start nothing. Raises the first error that occurred."""
@@ -5488,17 +5366,6 @@ class Run:
             log().error("%s", error)
         if errors:
             raise errors[0]
-
-    def _halt_commit(self, ledger: Ledger) -> None:
-        """Commit BACKLOG.yaml if it is dirty, alone; git trouble is a warning, never an error."""
-        message = partial(halt_message, self.reason)
-        self.state_commit = ledger.commit_state("saved the backlog state", message)
-
-    def _end(self, ledger: Ledger) -> None:
-        try:
-            ledger.end(self.run_id)
-        except (OSError, GitError, SaveError) as error:
-            log().warning("%s", error)
 
     def warnings(self) -> list[str]:
         """Git trouble at the halt: what is not in history yet, and what becomes of it."""
@@ -5529,7 +5396,10 @@ class Run:
             if pause.until > self._now():
                 log().info("%s %s (%s)", agent, self._rest_text(pause), pause.reason)
         while True:
-            await self._take_in()
+            await self.do(self.book.take_in)
+            self._look_for_stop()
+            if self.options.filters:
+                self.matched |= matching(self.backlog, self.options.filters)
             offered = self._offered()
             reason = halt_reason(self._view(offered))
             if reason is not None:
@@ -5539,12 +5409,6 @@ class Run:
             if not await self._start(offered):
                 await self._wait()
             await self.do(self.book.commit, patient=True)
-
-    async def _take_in(self) -> None:
-        await self.do(self.book.take_in)
-        self._look_for_stop()
-        if self.options.filters:
-            self.matched |= matching(self.backlog, self.options.filters)
 
     def _look_for_stop(self) -> bool:
         """Whether the run is to end, be it by a signal or by `orchestrator stop`."""
@@ -5568,17 +5432,17 @@ class Run:
         return {item_id: running.task for item_id, running in self.running.items()}
 
     def _view(self, offered: Sequence[Action]) -> RunView:
-        totals, execution = self.totals, self.config.execution
-        exhausted = totals.exhausted_in_a_row >= execution.circuit_breaker
+        totals, options = self.totals, self.options
+        exhausted = totals.exhausted_in_a_row >= self.config.execution.circuit_breaker
         return RunView(
             backlog=self.backlog.items,
             running=self._running_tasks(),
             actions=tuple(offered),
             stop_requested=self.stop_requested,
             breaker_open=bool(self.breaker) or exhausted,
-            targets=() if self.options.only_triage else self.options.targets,
-            auto_advance=self.options.auto_advance,
-            filters_given=bool(self.options.filters),
+            targets=() if options.only_triage else options.targets,
+            auto_advance=options.auto_advance,
+            filters_given=bool(options.filters),
             matched=frozenset(self.matched),
             completed=tuple(totals.completed),
             cap_reached=bool(self.cap_reached()),
@@ -5599,39 +5463,42 @@ class Run:
     def _budget(self) -> float | None:
         """What is left of max_cost_usd; None: no limit."""
         most = self.config.execution.max_cost_usd
-        return None if most is None else most - (self.totals.cost_usd or 0)
+        spent = sum_usage(self.totals.spent.values()).cost_usd
+        return None if most is None else most - (spent or 0)
+
+    def blocked_now(self) -> list[str]:
+        """The items in this run's scope that wait for a human, whenever they were blocked."""
+        options = self.options
+        scope = self.matched if options.filters else options.targets or self.backlog.items
+        blocked = (i for i, item in self.backlog.items.items() if item["status"] == "blocked")
+        return [item_id for item_id in blocked if item_id in scope]
 
     async def _start(self, offered: Sequence[Action]) -> bool:
-        """Start what may start; whether that changed the backlog, so that it pays to look again."""
+        """Start what may start; whether that changed the backlog, so that it pays to look again.
+
+        A phase that changes code starts from committed ground: first what is pending goes in.
+        """
         if self.book.store.trouble:
             return False
         promotions = [action.item_id for action in offered if isinstance(action, Promote)]
-        for applied in await self.do(self.book.promote, promotions) if promotions else ():
+        for item_id in promotions:
+            applied = await self.do(self.book.promote, item_id)
             if applied.state == "blocked":
                 self._count(applied)
-        for action in offered:
-            if isinstance(action, Task) and not self.cap_reached() and not self._held(action):
-                self._start_task(action)
+        for task in offered:
+            if isinstance(task, Promote) or self.cap_reached():
+                continue
+            uncommitted = task.phase.destructive and bool(self.book.pending)
+            rests = agent_of(self.config, task.phase) in self._resting()
+            item = self.backlog.items.get(task.item_id)  # None: deleted by hand since the choice
+            if item is None or uncommitted or rests:
+                continue
+            self.totals.phases += 1
+            now = time.monotonic()
+            self.running[task.item_id] = Running(task, now, now)
+            self._say(task, f"starts: {one_line(item['title'], 80)}")
+            self.workers.add(asyncio.create_task(self._phase(task)))
         return bool(promotions)
-
-    def _held(self, task: Task) -> bool:
-        """A phase that changes code starts from committed ground: first what is pending goes in.
-
-        And an agent whose breaker is open does not start, but for one probe at the end of it.
-        """
-        uncommitted = task.phase.destructive and bool(self.book.pending)
-        return uncommitted or agent_of(self.config, task.phase) in self._resting()
-
-    def _start_task(self, task: Task) -> None:
-        item = self.backlog.items.get(task.item_id)
-        if item is None:  # deleted by hand since the choice
-            return
-        self.totals.phases += 1
-        now = time.monotonic()
-        self.running[task.item_id] = Running(task, now, now)
-        text = f"starts: {one_line(item['title'], 80)}"
-        log().info("%s", phase_line(task.item_id, task.name, text))
-        self.workers.add(asyncio.create_task(self._phase(task)))
 
     async def _wait(self) -> None:
         """Until a phase ends, the run is stopped, or it is time to look at the disk again."""
@@ -5648,11 +5515,8 @@ class Run:
     # -- one phase ---------------------------------------------------------------------------------
 
     async def _phase(self, task: Task) -> None:
-        try:
-            applied = await self._attempts(task)
-            del self.running[task.item_id]  # after an error it stays, so that it is not begun again
-        finally:
-            self.live.forget(task.item_id)
+        applied = await self._attempts(task)
+        del self.running[task.item_id]  # after an error it stays, so that it is not begun again
         if applied is not None:
             self._count(applied)
 
@@ -5682,13 +5546,14 @@ class Run:
             failure = verdict
             try:
                 if number >= most:
-                    return await self._give_up(attempt, most, failure, outcome.result)
+                    self.totals.exhausted_in_a_row += 1
+                    reason = f"{task.name} failed after {plural(most, 'attempt')}: {failure}"
+                    return await self.do(book.give_up, attempt, reason, outcome.result)
                 salvaged = await self.do(book.fail, attempt)
             finally:  # said once it is charged: nobody is told what a crash would take back
                 text = f"attempt {number} of {most} failed: {one_line(failure, 300)}"
                 self._tell(task, text)
-            delay = retry_delay_s(self.config, number)
-            if await self._stopped_within(delay) or self._put_off(task):
+            if await self._put_off(task, retry_delay_s(self.config, number)):
                 self.failures[task.item_id] = failure
                 await self.do(book.cancel, attempt)
                 return None
@@ -5698,7 +5563,7 @@ class Run:
         self, attempt: Attempt, most: int, failure: str, salvaged: str | None
     ) -> AgentOutcome:
         """The agent, and the checks on what it says is complete."""
-        task = attempt.task
+        task, running = attempt.task, self.running[attempt.task.item_id]
         spec = await self.do(self._spec, attempt, most, failure, salvaged)
         outcome = await run_attempt(
             spec,
@@ -5707,20 +5572,22 @@ class Run:
             started=lambda pid, since: self.coordinator.post(
                 self.book.note_process, attempt, pid, since
             ),
-            progress=lambda seen: self._note_progress(task, seen),
+            progress=lambda seen: self._note_progress(running, seen),
         )
-        self.live.forget(task.item_id)  # what it cost is in the totals from now on
+        running.seen = None  # what it cost is in the totals from now on
         attempt.usage = outcome.usage
         self.totals.add_usage(task, outcome.usage)
         completed = outcome.result is not None and outcome.result.result == "phase_complete"
         if completed and task.phase.verify:
-            trouble = await run_verify(
-                spec, task.phase.verify, stop=self.stopping, hurry=self.hurry
-            )
+            checks = task.phase.verify
+            trouble = await run_verify(spec, checks, stop=self.stopping, hurry=self.hurry)
             if trouble is not None:
-                kind: Literal["cancelled", "failed"]
-                kind = "cancelled" if self.stopping.is_set() else "failed"
-                return outcome._replace(kind=kind, result=None, detail=trouble)
+                outcome = outcome._replace(kind="failed", result=None, detail=trouble)
+                if isinstance(trouble, CannotRun):  # nobody's failure but the config's
+                    self._trip(task, trouble)
+                if isinstance(trouble, CannotRun) or self.stopping.is_set():
+                    outcome = outcome._replace(kind="cancelled")
+                return outcome
         left = self._budget()
         if left is not None and left <= 0 and outcome.kind not in ("result", "cancelled"):
             # It ended for want of money: it has not failed, the run ends instead.
@@ -5735,8 +5602,7 @@ class Run:
         task, agent = attempt.task, agent_of(self.config, attempt.task.phase)
         if outcome.kind == "cancelled":
             await self.do(self.book.cancel, attempt)
-            text = f"interrupted ({outcome.detail}); the next run starts it again"
-            log().info("%s", phase_line(task.item_id, task.name, text))
+            self._say(task, f"interrupted ({outcome.detail}); the next run starts it again")
         elif outcome.kind == "limited":
             await self.do(self.book.cancel, attempt)
             await self._rest(task, outcome)
@@ -5790,25 +5656,14 @@ class Run:
             self.totals.exhausted_in_a_row = 0
         return verdict
 
-    async def _give_up(
-        self, attempt: Attempt, most: int, failure: str, result: PhaseResult | None
-    ) -> Applied:
-        reason = f"{attempt.task.name} failed after {plural(most, 'attempt')}: {failure}"
-        self.totals.exhausted_in_a_row += 1
-        return await self.do(self.book.give_up, attempt, reason, result)
-
-    def _put_off(self, task: Task) -> bool:
-        """Whether a retry has to wait: for the next run, or until its agent may start again."""
+    async def _put_off(self, task: Task, delay: float) -> bool:
+        """Wait before a retry; whether it has to wait longer: for the next run, or its agent."""
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self.stopping.wait(), delay)
+            return True
         if agent_of(self.config, task.phase) not in self.book.pauses():
             return self._look_for_stop()
         self.totals.phases -= 1  # it goes on where it is now
-        return True
-
-    async def _stopped_within(self, seconds: float) -> bool:
-        try:
-            await asyncio.wait_for(self.stopping.wait(), seconds)
-        except TimeoutError:
-            return False
         return True
 
     def _spec(
@@ -5865,23 +5720,26 @@ class Run:
     async def _rest(self, task: Task, outcome: AgentOutcome) -> None:
         """Open the breaker of a task's agent; or halt, if so configured or if waiting is no use."""
         agent = agent_of(self.config, task.phase)
-        pause, told, goes_on = await self.do(self._pause, agent, outcome)
+        before, pause, goes_on = await self.do(self._pause, agent, outcome)
         if not goes_on:
             again = f" ({pause.strikes} times in a row)" if pause.strikes > 1 else ""
             return self._trip(task, outcome.error + again)
         self.totals.phases -= 1  # it is started again, and did nothing
-        if not told:
+        told = before is not None and self._now() < before.until >= pause.until - SAME_REST_S
+        if not told:  # for a neighbour that met the same limit
             text = f"{outcome.error}; {agent} {self._rest_text(pause)}, no attempt is charged"
             self._tell(task, text)
         return None
 
-    def _pause(self, agent: str, outcome: AgentOutcome) -> tuple[AgentPause, bool, bool]:
-        """The rest, whether it was told for a neighbour already, and whether waiting is of use.
+    def _pause(
+        self, agent: str, outcome: AgentOutcome
+    ) -> tuple[AgentPause | None, AgentPause, bool]:
+        """The rest before, the one now, and whether waiting is of use.
 
         For the coordinator: two agents may meet a limit at once.
         """
-        before, now = self.book.pauses().get(agent), self._now()
-        pause = pause_after(outcome, agent, before, self.config, now)
+        before = self.book.pauses().get(agent)
+        pause = pause_after(outcome, agent, before, self.config, self._now())
         if outcome.kind == "limited":
             goes_on = self.config.execution.on_usage_limit == "wait"
             goes_on &= pause.kind != "reset" or pause.strikes <= LIMITS_IN_A_ROW
@@ -5889,8 +5747,7 @@ class Run:
             goes_on = pause.strikes < FREE_ENDS_IN_A_ROW
         if goes_on:
             self.book.rest(agent, pause)
-        told = before is not None and now < before.until >= pause.until - SAME_REST_S
-        return pause, told, goes_on
+        return before, pause, goes_on
 
     def _rest_text(self, pause: AgentPause) -> str:
         left = human_duration(pause.until - self._now())
@@ -5903,12 +5760,15 @@ class Run:
 
     # -- counting and telling ----------------------------------------------------------------------
 
+    def _say(self, task: Task, text: str) -> None:
+        log().info("%s", phase_line(task.item_id, task.name, text))
+
     def _tell(self, task: Task, text: str) -> None:
         log().warning("%s", phase_line(task.item_id, task.name, text))
 
     def _count(self, applied: Applied) -> None:
         """Add an outcome to the totals and say what it was."""
-        item_id, totals = applied.item["id"], self.totals
+        item_id, totals, title = applied.item["id"], self.totals, applied.item["title"]
         for warning in applied.warnings:
             log().warning("%s: %s", item_id, warning)
         totals.follow_ups += applied.follow_ups
@@ -5916,27 +5776,27 @@ class Run:
             log().info("%s: new items from it: %s", item_id, ", ".join(applied.follow_ups))
         if applied.state == "completed":
             totals.completed.append(item_id)
-            totals.titles[item_id] = applied.item["title"]
-            log().info("%s is done: %s", item_id, one_line(applied.item["title"], 80))
+            totals.titles[item_id] = title
+            log().info("%s is done: %s", item_id, one_line(title, 80))
         elif applied.state == "blocked":
             totals.blocked[item_id] = applied.reason
             log().warning("%s is blocked: %s", item_id, one_line(applied.reason, 300))
         elif applied.state == "advanced":
-            log().info("%s is %s now", item_id, _where(applied.item))
+            status, phase = applied.item["status"], applied.item.get("phase")
+            log().info("%s is %s now", item_id, f"{status}, {phase} next" if phase else status)
 
-    def _note_progress(self, task: Task, seen: Progress) -> None:
+    def _note_progress(self, running: Running, seen: Progress) -> None:
         """Show what an agent does; the log gets a line of it every few minutes."""
-        self.live.note(task.item_id, seen)
-        self.awake.add(agent_of(self.config, task.phase))
-        running, now = self.running[task.item_id], time.monotonic()
+        running.seen, now = seen, time.monotonic()
+        self.awake.add(agent_of(self.config, running.task.phase))
         if now - running.told >= PROGRESS_LOG_S:
-            self.running[task.item_id] = running._replace(told=now)
+            running.told = now
             spent = usage_text(seen.usage)
             parts = (human_duration(now - running.since), spent, one_line(seen.last, 160))
-            text = ", ".join(part for part in parts if part)
-            log().info("%s", phase_line(task.item_id, task.name, f"at work: {text}"))
+            self._say(running.task, f"at work: {', '.join(part for part in parts if part)}")
 
     def _live_text(self) -> str:
+        """Phases used, what runs and rests, done, blocked, cost, and what the agents last did."""
         now, totals = time.monotonic(), self.totals
         doing = [
             f"{item_id} {one.task.name} {human_duration(now - one.since)}"
@@ -5947,19 +5807,15 @@ class Run:
             for pause in self.book.pauses().values()
             if pause.until > self._now()
         ]
-        under_way = (one.usage for one in self.live.seen.values())
-        spent = sum_usage([*totals.spent.values(), *under_way])
+        seen = [one.seen for one in self.running.values() if one.seen]
+        spent = sum_usage([*totals.spent.values(), *(one.usage for one in seen)])
         so_far = f" · {spent.tokens:,} tokens" if spent.tokens else ""
         so_far += f" · ${spent.cost_usd:.2f}" if spent.cost_usd is not None else ""
+        last = "; ".join(one.last for one in seen if one.last)
         return (
             f"phases {totals.phases}/{self.options.cap} · {', '.join(doing) or 'waiting'} ·"
-            f" done {len(totals.completed)} · blocked {len(totals.blocked)}{so_far}"
+            f" done {len(totals.completed)} · blocked {len(totals.blocked)}{so_far}  {last}"
         )
-
-
-def _where(item: Item) -> str:
-    phase = item.get("phase")
-    return f"{item['status']}, {phase} next" if phase else item["status"]
 
 
 def documents_in(change_dir: Path, root: Path) -> list[str]:
@@ -6016,12 +5872,45 @@ class RunLock:
         return ""
 
 
+# What vim, Emacs and their like keep beside a file that is open in them.
+EDITORS_FILE = re.compile(r"(.*/)?(\..*\.sw[a-p]|.*~|\.#.*|#.*#|4913)", re.DOTALL)
+
+
 class Workspace(NamedTuple):
     """What every command works on."""
 
     repo: Repo
     config: Config
     store: Store
+
+    def is_ours(self, path: str) -> bool:
+        """Whether a path (from the top) is no part of anybody's work.
+
+        State that the orchestrator writes itself, an editor's own files, and the file that the
+        output of this process goes to.
+        """
+        own = map(self.repo.relative, (self.store.path, self.store.temporary))
+        folders = (f"{self.repo.prefix}{name}/" for name in (WORKLOG_DIR, WORK_DIR))
+        if path in own or path.startswith(tuple(folders)) or EDITORS_FILE.fullmatch(path):
+            return True
+        with suppress(OSError):
+            found = (self.repo.top / path).lstat()
+            return any(os.path.samestat(found, os.fstat(fd)) for fd in (1, 2))
+        return False
+
+    def strays(self) -> set[str]:
+        """The paths that document phases changed beside their outputs, until they are gone."""
+        with suppress(OSError):
+            known = os.fsdecode((self.repo.state_dir / "strays").read_bytes()).split("\0")
+            return {path for path in known if os.path.lexists(self.repo.top / path)}
+        return set()
+
+    def add_strays(self, paths: Collection[str]) -> None:
+        """Remember paths as strays: never committed by us, and never taken for the operator's."""
+        known = self.strays()
+        if not known.issuperset(paths):
+            data = os.fsencode("\0".join(sorted({*known, *paths})))
+            replace_file(self.repo.state_dir / "strays", data)
 
     def run_lock(self, owner: str = "a command") -> RunLock:
         return RunLock(self.repo.state_dir / "run.lock", owner)
@@ -6070,14 +5959,12 @@ def open_workspace(root: Path, config_path: Path | None) -> Workspace:
 
 def project_above(repo: Repo) -> Path | None:
     """The project that the folder lies in without being one itself, within its repository."""
-    if _is_project(repo.root):
-        return None
+
+    def is_project(folder: Path) -> bool:
+        return any((folder / name).is_file() for name in (CONFIG_NAME, BACKLOG_NAME))
+
     parents = (folder for folder in repo.root.parents if folder.is_relative_to(repo.top))
-    return next((folder for folder in parents if _is_project(folder)), None)
-
-
-def _is_project(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in (CONFIG_NAME, BACKLOG_NAME))
+    return None if is_project(repo.root) else next(filter(is_project, parents), None)
 
 
 def load_config(root: Path, path: Path | None) -> Config:
@@ -6118,7 +6005,7 @@ def begin_run(space: Workspace, run_id: str, *, allow_dirty: bool, overridden: s
     repo.clean_leftovers()
     repo.bring_out(f"{repo.prefix}{WORKLOG_DIR}/")
     store.look()
-    ledger = Ledger(repo, store, space.config, run_id, utc_now)
+    ledger = Ledger(space, run_id, utc_now)
     if last is not None:
         ledger.recover()
         if space.config.execution.on_usage_limit != "wait":  # somebody starts it to try again
@@ -6192,16 +6079,18 @@ def preflight(space: Workspace, *, allow_dirty: bool) -> list[Problem]:
 
 
 def _dirty_problems(space: Workspace) -> list[Problem]:
+    """What the operator has not committed in this project; a sibling project is not in the way."""
     import shlex
 
     prefix = space.repo.prefix
-    own = {
-        os.path.relpath(space.store.path, space.repo.top),
-        space.repo.relative(space.store.temporary),  # while another command saves
-        prefix + CONFIG_NAME,
-    }
-    folders = tuple(f"{prefix}{name}/" for name in (CHANGES_DIR, IDEAS_DIR, WORKLOG_DIR, WORK_DIR))
-    dirty = [p for p in space.repo.dirty_paths() if p not in own and not p.startswith(folders)]
+    folders = tuple(f"{prefix}{name}/" for name in (CHANGES_DIR, IDEAS_DIR))
+    known = {prefix + CONFIG_NAME, *space.strays()}
+    dirty = [
+        path
+        for path in space.repo.dirty_paths()
+        if path.startswith(prefix)
+        and not (path in known or path.startswith(folders) or space.is_ours(path))
+    ]
     left = _left_by_a_run(space, dirty)
     dirty = [path for path in dirty if path not in left]
     if not dirty:
@@ -6317,8 +6206,7 @@ def _conduct(run: Run) -> bool:
 def _report(space: Workspace, run: Run, args: argparse.Namespace, failed: bool) -> int:
     totals, code = run.totals, EXIT_ERROR
     if not failed and run.saved and run.reason is not None:
-        number = run.signal
-        code = exit_code(run.reason, number, totals.completed, tuple(totals.blocked))
+        code = exit_code(run.reason, run.signal, totals.completed, run.blocked_now())
     if args.strict and run.warnings():
         code = EXIT_ERROR
     told = summary_of(space, run, code)

@@ -522,9 +522,9 @@ def test_the_live_line_tells_what_runs_what_rests_and_what_it_cost(
     configure(project)
     run = run_by(Clock(), project, monkeypatch)  # of nothing, to have one
     task, now = Task("WRK-001", Phase("plan"), "main"), time.monotonic()
-    run.running["WRK-001"] = orchestrator.Running(task, now - 65, now)
+    seen = Progress("Bash: make test", orchestrator.Usage(0.5, 30, 4))
+    run.running["WRK-001"] = orchestrator.Running(task, now - 65, now, seen)
     run.totals.add_usage(task, orchestrator.Usage(0.25, 1000, 200))
-    run.live.note("WRK-001", Progress("Bash: make test", orchestrator.Usage(0.5, 30, 4)))
     run.book.clock = lambda: datetime.fromtimestamp(NOW, UTC)
     run.book.store.begin({"id": "again", "branch": "main", "head": None}, None)
     rest(project, NOW + 5400)
@@ -532,6 +532,7 @@ def test_the_live_line_tells_what_runs_what_rests_and_what_it_cost(
 
     assert run._live_text() == (
         "phases 0/10 · WRK-001 plan 1 min 05 s, claude rests, 1 h 30 min left · done 0 · blocked 0 · 1,234 tokens · $0.75"
+        "  Bash: make test"
     )
 
 

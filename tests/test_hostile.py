@@ -25,7 +25,6 @@ ACTS = {
     "checkout": "git checkout -q -- .",
     "checkout of the backlog": "git checkout -q HEAD -- BACKLOG.yaml",
     "reset": "git reset -q --hard",
-    "a large file": "truncate -s 50000001 large.bin",
     "clean": f"git clean -qfdx; {RESULTS}",
     "remove the work folder": f"rm -rf .orchestrator; {RESULTS}",
     "commit everything": "git commit -qam 'by the agent'",
@@ -85,9 +84,6 @@ def test_what_an_agent_does_to_our_state_is_undone(project: Any, outcome: str, h
     assert project.committed() == project.text()
     assert project.text().count("# by an agent") == ("edit the backlog" in acts)
     assert project.status() == ""
-    for act, one in zip(acts, ids, strict=True):
-        large = outcome == "phase_complete" and act == "a large file"
-        assert (f"[{one}][BUILD] commits large files: large.bin (50 MB); is that meant?" in log) == large
 
 
 @pytest.mark.slow
