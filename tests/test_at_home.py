@@ -1,0 +1,93 @@
+"""Promise P6: the repository's own files, tools and habits are left alone."""
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+
+@pytest.mark.parametrize("name", [".BACKLOG.yaml.swp", "BACKLOG.yaml~", ".#BACKLOG.yaml", "sub/.x.py.swo"])
+def test_an_editors_own_files_are_in_no_commit_and_in_nobodys_way(project: Any, name: str) -> None:
+    """One is there when the run starts, changes while a build runs, and is there afterwards."""
+    project.configure()
+    project.backlog("WRK-001 in_progress phase=build phase_pool=main")
+    (project.root / "sub").mkdir()
+    (project.root / "sub/keep").touch()
+    project.commit_all()
+    (project.root / name).write_text("before")
+    project.script({"*": [{"write": {"code.txt": "x\n"}, "sh": f"echo after > '{name}'; touch .new.txt.swp"}]})
+
+    project.run("run")
+
+    assert project.items() == {}
+    assert project.paths("HEAD") == ["BACKLOG.yaml", f"_worklog/{project.git('log', '-1', '--format=%cs')[:7]}.md", "code.txt"]
+    assert (project.root / name).read_text() == "after\n"
+    assert name not in project.git("log", "--name-only", "--format=")
+
+
+def test_the_file_that_our_output_goes_to_is_in_no_commit_and_in_nobodys_way(project: Any) -> None:
+    project.configure("build!")
+    project.backlog("WRK-001 in_progress phase=build phase_pool=main")
+    project.commit_all()
+    project.script({"*": [{"write": {"code.txt": "x\n"}}]})
+    argv = [sys.executable, str(project.program), "run"]
+
+    for name in ("run.log", "again.log"):
+        with (project.root / name).open("w") as out:
+            done = subprocess.run(argv, cwd=project.root, stdin=subprocess.DEVNULL, stdout=out, stderr=out, timeout=60)
+        assert done.returncode == 0, (project.root / name).read_text()
+        (project.root / name).rename(project.outside / name)
+
+    assert project.items() == {}
+    assert "run.log" not in project.git("log", "--name-only", "--format=")
+    assert "WRK-001 is done" in (project.outside / "run.log").read_text()
+
+
+def test_what_a_document_phase_leaves_elsewhere_is_a_stray_until_it_is_gone(project: Any) -> None:
+    project.configure()
+    project.backlog("WRK-001 in_progress phase=plan phase_pool=main")
+    project.commit_all()
+    project.script({"*/plan": [{"sh": "echo note > scratch.txt"}], "*/build": [{"write": {"code.txt": "x\n"}}]})
+
+    first = project.run("run", "--cap", "1")
+    second = project.run("run")
+
+    assert "touched files outside its outputs" in first.stderr
+    assert "scratch.txt" not in second.stderr
+    assert project.items() == {}
+    assert project.status() == "?? scratch.txt\n"
+    assert "scratch.txt" not in project.git("log", "--name-only", "--format=")
+    (project.root / "scratch.txt").unlink()
+    (project.root / "other.txt").write_text("the operator's\n")
+    assert "uncommitted changes: other.txt" in project.run("run", code=1).stderr
+
+
+def test_a_dirty_file_of_a_sibling_project_is_in_nobodys_way(project: Any) -> None:
+    """In a monorepo a run works in its own project; the neighbour's edits stay as they are."""
+    below = project.root / "app"
+    below.mkdir()
+    project.configure("build!")
+    project.backlog("WRK-001 in_progress phase=build phase_pool=main")
+    for name in ("BACKLOG.yaml", "orchestrator.toml"):
+        (project.root / name).rename(below / name)
+    (project.root / "lib").mkdir()
+    (project.root / "lib/a.py").write_text("1\n")
+    project.commit_all()
+    (project.root / "lib/a.py").write_text("2\n")
+    project.script({"*": [{"write": {"code.txt": "x\n"}}]})
+
+    argv = [sys.executable, str(project.program), "--root", str(below), "run"]
+    done = subprocess.run(argv, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=60)
+
+    assert done.returncode == 0, done.stderr
+    assert project.git("show", "HEAD:app/code.txt") == "x\n"
+    assert project.status() == " M lib/a.py\n"
+
+
+@pytest.mark.parametrize("more", [(), ("--only", "id=WRK-001")])
+def test_a_night_in_which_everything_waits_for_a_human_is_not_green(project: Any, more: tuple[str, ...]) -> None:
+    project.backlog("WRK-001 blocked blocked_reason=why blocked_type=decision blocked_from_status=ready")
+    project.commit_all()
+
+    project.run("run", *more, code=3)
