@@ -66,7 +66,7 @@ def test_what_an_agent_does_to_our_state_is_undone(project: Any, outcome: str, h
     set_up(project, *(f"{one} {BUILDING}" for one in ids), script=script, execution="max_wip = 99")
     project.git("commit", "-q", "--allow-empty", "-m", "There is something to go back to")
     process = project.start("run", *(word for one in ids for word in ("--target", one)), "--auto-advance")
-    log = project.finish(process, 3 if outcome == "blocked" else 0)
+    project.finish(process, 3 if outcome == "blocked" else 0)
     titles = sorted(row["title"] for row in project.items().values())
     expected = [f"{start} {one}{end}" for one in ids for start, end in (("Added while", " was built"), ("Follow-up of", ""))]
     if outcome == "blocked":
