@@ -588,6 +588,21 @@ class Repo:
         fields = {"1": 8, "u": 10, "?": 1}  # how many fields precede the path
         return sorted(row.split(" ", fields[row[0]])[-1] for row in rows if row[0] in fields)
 
+    def unshared(self, changes: Iterable[Change]) -> list[str]:
+        """The paths of changes that no commit can hold in a way that is of use to anybody else.
+
+        That is nested repositories, and submodules at a commit that none of their remotes is known
+        to have.
+        """
+        found = []
+        for old, new in changes:
+            asked = ("-C", new.path, "for-each-ref", "--count=1", "--contains", new.oid)
+            if new.mode == GITLINK_MODE and not (
+                old.mode == GITLINK_MODE and self.git(*asked, "refs/remotes")
+            ):
+                found.append(new.path)
+        return found
+
     def committed(self, commit: str | None, path: str) -> bytes | None:
         """What a commit holds of a file of ours; None when it holds none."""
         name = f"{commit}:{path}"

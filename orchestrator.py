@@ -4723,7 +4723,8 @@ class Ledger:
             passed = refusal or self._pass_hooks(attempt, summary, seen)
             if isinstance(passed, str):
                 return passed
-            entries = passed
+            alone = self._name_unshared(attempt, seen)
+            entries = [entry for entry in passed if entry.path not in alone]
             self.repo.restage(attempt.before, seen.after)
         applied = self.decide(attempt, entries, outcome, summary, result)
         batched = result.result == "phase_complete" and attempt.task.pool != TRIAGE
@@ -4863,6 +4864,19 @@ class Ledger:
         if empty and result.result == "phase_complete":
             return "reported completion, but nothing in the repository changed"
         return ""
+
+    def _name_unshared(self, attempt: Attempt, seen: Aftermath) -> list[str]:
+        """Warn of repositories in the tree whose commits nobody else would get; their paths."""
+        alone = self.repo.unshared(seen.changes)
+        if alone:
+            log().warning(
+                "%s left a git repository in the tree, or a submodule at a commit that none of its"
+                " remotes has: %s. No commit of this repository can hold that: push it from there,"
+                " add it as a submodule, or remove it.",
+                *(attempt.tag, one_line(", ".join(alone), 200)),
+            )
+            self.space.add_strays(alone)
+        return alone
 
     def _pass_hooks(self, attempt: Attempt, summary: str, seen: Aftermath) -> list[Entry] | str:
         """Run the operator's commit hooks; a hook that mended files gets a second look.
@@ -6089,7 +6103,7 @@ def _dirty_problems(space: Workspace) -> list[Problem]:
         path
         for path in space.repo.dirty_paths()
         if path.startswith(prefix)
-        and not (path in known or path.startswith(folders) or space.is_ours(path))
+        and not (path.rstrip("/") in known or path.startswith(folders) or space.is_ours(path))
     ]
     left = _left_by_a_run(space, dirty)
     dirty = [path for path in dirty if path not in left]

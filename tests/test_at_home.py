@@ -91,3 +91,25 @@ def test_a_night_in_which_everything_waits_for_a_human_is_not_green(project: Any
     project.commit_all()
 
     project.run("run", *more, code=3)
+
+
+@pytest.mark.parametrize("kind", ["clone", "submodule"])
+def test_a_repository_that_an_agent_leaves_in_the_tree_is_named(project: Any, make_repo: Any, kind: str) -> None:
+    """A commit that nobody else has is not pointed to; what else the build did is committed."""
+    library, path = make_repo("library"), "vendor/lib"
+    project.configure("build!")
+    project.backlog(*(f"WRK-00{n} in_progress phase=build phase_pool=main" for n in (1, 2)))
+    act = f"git clone -q {library} {path}"
+    if kind == "submodule":
+        project.git("-c", "protocol.file.allow=always", "submodule", "--quiet", "add", str(library), path)
+        act = f"git -C {path} commit -q --allow-empty -m 'Only here'"
+    project.commit_all()
+    project.script({"*": [{"sh": f"{act}; date +%N > code.txt"}, {"sh": "date +%N > code.txt"}], "WRK-002/*": [{"write": {"b.txt": "b\n"}}]})
+
+    first, second = project.run("run", "--cap", "1"), project.run("run")
+
+    assert f"a submodule at a commit that none of its remotes has: {path}. No commit" in first.stderr
+    assert path not in second.stderr
+    assert project.items() == {}
+    assert project.git("log", "--format=", "--name-only", "-2", "--", "code.txt", "b.txt", "vendor") == "b.txt\ncode.txt\n"
+    assert project.status() == (f"?? {path}/\n" if kind == "clone" else f" M {path}\n").replace("vendor/lib/", "vendor/")
