@@ -588,6 +588,16 @@ class Repo:
         fields = {"1": 8, "u": 10, "?": 1}  # how many fields precede the path
         return sorted(row.split(" ", fields[row[0]])[-1] for row in rows if row[0] in fields)
 
+    def stash_with(self, path: str) -> str:
+        """The newest stash that holds changes of a path, "" if there is none."""
+        for name in self._line("stash", "list", "--format=%gd").split():
+            tracked = self._call(("diff", "--quiet", f"{name}^1", name, "--", path), ok=(0, 1))
+            if tracked.status or not self._call(
+                ("cat-file", "-e", f"{name}^3:{path}"), ok=(0, 1, 128)
+            ).status:
+                return name
+        return ""
+
     def unshared(self, changes: Iterable[Change]) -> list[str]:
         """The paths of changes that no commit can hold in a way that is of use to anybody else.
 

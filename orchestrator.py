@@ -6039,6 +6039,11 @@ def begin_run(space: Workspace, run_id: str, *, allow_dirty: bool, overridden: s
     ledger.take_in()  # before anything is changed: what was edited since the last commit
     for line in store.change(prepare):
         log().warning("%s", line)
+    if not store.backlog.items and (stash := repo.stash_with(repo.relative(store.path))):
+        log().warning(
+            "there are no items, but %s holds changes of %s; to have them back: git stash pop %s",
+            *(stash, store.path.name, stash),
+        )
     return ledger
 
 

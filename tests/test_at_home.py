@@ -113,3 +113,19 @@ def test_a_repository_that_an_agent_leaves_in_the_tree_is_named(project: Any, ma
     assert project.items() == {}
     assert project.git("log", "--format=", "--name-only", "-2", "--", "code.txt", "b.txt", "vendor") == "b.txt\ncode.txt\n"
     assert project.status() == (f"?? {path}/\n" if kind == "clone" else f" M {path}\n").replace("vendor/lib/", "vendor/")
+
+
+@pytest.mark.parametrize("tracked", [True, False])
+def test_a_start_without_items_tells_of_a_stash_that_holds_the_backlog(project: Any, tracked: bool) -> None:
+    empty = project.text()
+    if not tracked:
+        project.git("rm", "-q", "BACKLOG.yaml")
+        project.commit_all()
+        (project.root / "BACKLOG.yaml").write_text(empty)
+    project.run("add", "Something to do")
+    project.git("stash", "push", "-q", "--include-untracked")
+    (project.root / "BACKLOG.yaml").write_text(empty)
+
+    told = project.run("run").stderr
+
+    assert "there are no items, but stash@{0} holds changes of BACKLOG.yaml; to have them back: git stash pop stash@{0}" in told
