@@ -319,6 +319,7 @@ class RunOptions(NamedTuple):
     filters: tuple[Filter, ...] = ()
     auto_advance: bool = False
     only_triage: bool = False
+    overridden: str = ""  # an item whose guardrails are overridden
 
 
 class RunView(NamedTuple):
@@ -4583,6 +4584,28 @@ class Ledger:
 
     # -- decisions ---------------------------------------------------------------------------------
 
+    def take_up(self, overridden: str) -> None:
+        """The first decisions of a run: items are put in order that no phase could start from.
+
+        `overridden` is an item whose guardrails are overridden.
+        """
+
+        def prepare(draft: Draft) -> list[str]:
+            if overridden in draft.items:  # who asks for this one step has looked at the item
+                draft.update(overridden, self.clock(), guardrail_override=True)
+            return repair_items(draft, self.rules, self.clock())
+
+        self.take_in()  # before anything is changed: what was edited since the last commit
+        for line in self.store.change(prepare):
+            log().warning("%s", line)
+        name = self.repo.relative(self.store.path)
+        if not self.store.backlog.items and (stash := self.repo.stash_with(name)):
+            log().warning(
+                "there are no items, but %s holds changes of %s; to have them back:"
+                " git stash pop %s",
+                *(stash, self.store.path.name, stash),
+            )
+
     def take_in(self, *, patient: bool = True) -> None:
         """Take up what others have written to the file or to the journal."""
         self.store.change(lambda _: None, patient=patient)
@@ -5319,6 +5342,7 @@ class Run:
         self.coordinator.start()
         try:
             self.ledger = await self.do(self.begin)
+            await self.do(self.ledger.take_up, self.options.overridden)
             self.reason = await self._work()
         except BaseException:
             self.stopping.set()
@@ -6004,10 +6028,10 @@ def new_run_id() -> str:
     return f"{utc_now():%Y%m%dT%H%M%S}-{secrets.token_hex(3)}"
 
 
-def begin_run(space: Workspace, run_id: str, *, allow_dirty: bool, overridden: str = "") -> Ledger:
+def begin_run(space: Workspace, run_id: str, *, allow_dirty: bool) -> Ledger:
     """Recover what the last run left, check everything, and open the journal of a new run.
 
-    The run lock is held by the caller. `overridden` is an item whose guardrails are overridden.
+    The run lock is held by the caller. From here on the run ends with a halt commit.
     Raises OrchestratorError with every problem at once.
     """
     repo, store, last = space.repo, space.store, space.journal()
@@ -6030,20 +6054,6 @@ def begin_run(space: Workspace, run_id: str, *, allow_dirty: bool, overridden: s
     make_work_folder(repo.root, repo.root / WORK_DIR)
     run = {"id": run_id, "branch": head.branch, "head": head.commit}
     store.begin(run, repo.committed(head.commit, repo.relative(store.path)))
-
-    def prepare(draft: Draft) -> list[str]:
-        if overridden in draft.items:  # who asks for this one step has looked at the item
-            draft.update(overridden, utc_now(), guardrail_override=True)
-        return repair_items(draft, ledger.rules, utc_now())
-
-    ledger.take_in()  # before anything is changed: what was edited since the last commit
-    for line in store.change(prepare):
-        log().warning("%s", line)
-    if not store.backlog.items and (stash := repo.stash_with(repo.relative(store.path))):
-        log().warning(
-            "there are no items, but %s holds changes of %s; to have them back: git stash pop %s",
-            *(stash, store.path.name, stash),
-        )
     return ledger
 
 
@@ -6193,15 +6203,14 @@ def cmd_run(args: argparse.Namespace) -> int:
             _item(backlog, target)
         if step:
             _check_step(backlog.items[step], backlog)
+            options = options._replace(overridden=step)
     run_id = new_run_id()
     import_asyncio()
     with space.run_lock(f"run {run_id}"):
         become_subreaper()
         live = LiveLine(sys.stderr.isatty() and not args.quiet)
         set_up_logging(args, live)
-        start = partial(
-            begin_run, space, run_id, allow_dirty=args.allow_dirty, overridden=step
-        )
+        start = partial(begin_run, space, run_id, allow_dirty=args.allow_dirty)
         run = Run(space, options, live, run_id, start)
         failed = _conduct(run)
     return _report(space, run, args, failed)
