@@ -6984,7 +6984,8 @@ def cmd_init(args: argparse.Namespace) -> int:
 def _commit_init(repo: Repo, made: Sequence[Path]) -> None:
     try:
         commit = repo.commit(
-            [repo.blob(path) for path in made], "[orchestrator] Set up the backlog"
+            repo.blobs({path: path.read_bytes() for path in made}),
+            "[orchestrator] Set up the backlog",
         )
     except HeadBusy as error:
         print(f"not committed: {error}", file=sys.stderr)
@@ -7021,7 +7022,10 @@ def make_demo(where: Path) -> None:
     }
     for name, text in files.items():
         (where / name).write_text(text)
-    repo.commit([repo.blob(where / name) for name in files], "A small project to work on")
+    repo.commit(
+        repo.blobs({where / name: text.encode() for name, text in files.items()}),
+        "A small project to work on",
+    )
 
 
 DEMO_README = "# Demo\n\nA project that exists to show a run.\n"
