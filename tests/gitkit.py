@@ -7,7 +7,7 @@ import re
 import shutil
 import stat
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 import pytest
@@ -20,9 +20,9 @@ OLD, NEW = b"v: 1\n", b"v: 2\n"
 Act = Callable[[Path], object]
 
 
-def table(rows: Mapping[str, object], slow: str = "") -> list[object]:
+def table(rows: Mapping[str, object], slow: str | Collection[str] = "") -> list[object]:
     """Parameters named by their keys; those named in `slow` run only when asked for."""
-    marks = dict.fromkeys(slow.split(), pytest.mark.slow)
+    marks = dict.fromkeys(slow.split() if isinstance(slow, str) else slow, pytest.mark.slow)
     assert marks.keys() <= rows.keys()
     return [
         pytest.param(*(row if isinstance(row, tuple) else (row,)), id=name, marks=marks.get(name, ()))
