@@ -4,8 +4,9 @@ Git is used as plumbing, never as `git commit`: a commit is built beside the ope
 (private index, tree, commit object), checked to hold exactly the paths it should, entered into the
 real index path by path, and only then the branch is moved by compare-and-swap. The order "index
 entry first, branch second" makes every crash point harmless: the worst that a killed process leaves
-is what `git add` of our own file would leave. Hooks, signing, editors, filters of other files and
-the operator's staging never come into it.
+is what `git add` of our own file would leave. Editors, filters of other files and the operator's
+staging never come into it. The repository's own rules do where the caller asks for
+them: `run_hooks` before a commit, signatures and sign-off by `Repo.sign` and `Repo.signoff`.
 
 A git process costs some milliseconds, so nothing is asked twice: what is named by an object id is
 remembered, what the index holds is asked again when its file was replaced, facts of the repository
@@ -39,10 +40,12 @@ FSYNC_GIT = (2, 36)  # first with core.fsync
 STEP_LIMIT_S = 10.0  # one git process of a commit
 TREE_LIMIT_S = 300.0  # a process that reads the whole work tree, or all of history
 HOOK_LIMIT_S = 120.0  # one hook of the operator
+TERMINAL_LIMIT_S = 60.0  # a trial of signing, in which a passphrase is typed
 KILL_GRACE_S = 2.0  # TERM to KILL
 LOCK_PAUSE_S = 0.05
 LOCK_TRIES = 60  # so a lock is waited for 3 s
 RETRY_DELAYS_S = (0.02, 0.04, 0.08)  # between the four tries to move the branch
+HOOK_ROUNDS = 4  # of a pre-commit hook that rejects and mends
 ADD_TRIES = 3  # a file that vanishes while the work tree is read makes a try incomplete
 
 ABSENT_MODE = "000000"
@@ -95,6 +98,9 @@ _GIT_IDENTITY = {
     for key, value in (("NAME", "orchestrator"), ("EMAIL", "orchestrator@localhost"))
 }
 _GIT_HOOKS = ("--git-path", "hooks")
+_GIT_HOOK_NAMES = ("pre-commit", "prepare-commit-msg", "commit-msg")
+_GIT_ENDINGS: Mapping[int | None, Literal["passed", "broken"]]  # of hooks; others reject
+_GIT_ENDINGS = {0: "passed", 126: "broken", 127: "broken", None: "broken"}
 _GIT_EMPTY = {  # tree and blob, by the length of ids
     40: ("4b825dc642cb6eb9a060e54bf8d69288fbee4904", "e69de29bb2d1d6434b8b29ae775ad8c2e48c5391"),
     64: (
@@ -194,17 +200,17 @@ class StateCommit(NamedTuple):
 
 
 class HookResult(NamedTuple):
-    """What the operator's hooks said about a commit."""
+    """What the repository's hooks made of a commit.
 
-    outcome: Literal["ok", "rejected", "timeout"]
-    hook: str  # the one that decided; "" when none exists
+    They passed it; rejected its files; rejected its message; or one could not do its work: it
+    cannot be run, or did not end in time.
+    """
+
+    outcome: Literal["passed", "files", "message", "broken"]
+    hook: str  # the last one that ran, so the one that decided; "" when there is none
     output: str  # the tail of what it printed
-    changed: bool  # a hook changed files of the commit, in the work tree or in the index it saw
-
-    @property
-    def ok(self) -> bool:
-        """Whether the entries may be committed just as they were given."""
-        return self.outcome == "ok" and not self.changed
+    entries: list[Entry]  # the commit as the hooks left it
+    message: str
 
 
 class Problem(NamedTuple):
@@ -258,8 +264,11 @@ def _git_child(
     limit_s: float,
     stdin: bytes = b"",
     out: IO[bytes] | None = None,
+    terminal: bool = False,
 ) -> _GitEnded:
     """Run a child to its end, in a session of its own; OSError when it cannot be started.
+
+    With `terminal` it keeps ours, so that it can ask for a passphrase.
 
     Standard input and output are files, so a grandchild that keeps them open delays nobody; with
     `out`, the output goes to that file alone. Whatever ends the wait early (the limit, an exception
@@ -280,17 +289,20 @@ def _git_child(
             # Between fork and setsid a child is in our foreground group: a Ctrl-C would end it.
             held = signal.pthread_sigmask(signal.SIG_BLOCK, _GIT_HELD_SIGNALS)
             try:
-                process = subprocess.Popen(argv, cwd=cwd, env=env, start_new_session=True, **files)
+                process = subprocess.Popen(
+                    argv, cwd=cwd, env=env, start_new_session=not terminal, **files
+                )
             finally:
                 signal.pthread_sigmask(signal.SIG_SETMASK, held)  # may raise what a handler raises
             ended = _git_wait(process.pid, process.wait, limit_s)
         finally:
             if process is not None and not ended:
+                end = os.kill if terminal else os.killpg  # whatever is left of the group
                 with suppress(ProcessLookupError, PermissionError):
-                    os.killpg(process.pid, signal.SIGTERM)
+                    end(process.pid, signal.SIGTERM)
                 _git_wait(process.pid, process.wait, KILL_GRACE_S)
                 with suppress(ProcessLookupError, PermissionError):
-                    os.killpg(process.pid, signal.SIGKILL)  # whatever is left of the group
+                    end(process.pid, signal.SIGKILL)
                 process.wait()
         for file in (out or kept, err):
             file.seek(0)
@@ -371,6 +383,9 @@ class Repo:
         self._limit_s = limit_s
         self._null = ABSENT_OID  # as long as this repository's object ids
         self._empty_tree, self._empty_blob = _GIT_EMPTY[len(self._null)]
+        self.sign = self.signoff = False  # what the commits on the branch carry
+        self.sign_trouble = ""  # why no commit is signed any more, for the rest of the run
+        self.unsigned: list[str] = []  # commits that were made without a signature since
         self.apart: tuple[str, ...] = ()  # paths that snapshots take from the index: not to be read
         self._seen: str | None = None  # the last commit that HEAD was at
         self._identity: Mapping[str, str] = {}  # once it is known that the operator has none
@@ -450,9 +465,11 @@ class Repo:
         ok: Container[int] = (0,),
         limit_s: float | None = None,
         settings: bool = True,
+        terminal: bool = False,
     ) -> _GitEnded:
         """The one place where git is started. Without `settings` it runs as the operator's does."""
-        env, limit_s = env or {}, limit_s or self._limit_s
+        env = env or {}
+        limit_s = limit_s or (TERMINAL_LIMIT_S if terminal else self._limit_s)
         where = self.top if self.top.is_dir() else self.root
         durable = "fsyncObjectFiles=true" if self.version < FSYNC_GIT else _GIT_DURABLE
         private = _GIT_PRIVATE if "GIT_INDEX_FILE" in env else ()
@@ -460,7 +477,7 @@ class Repo:
         argv = ("git", *(ours if settings else ()), *args)
         environment = {**_git_environment(), **_GIT_ENV, **env}
         try:
-            ended = _git_child(argv, where, environment, limit_s, stdin, out)
+            ended = _git_child(argv, where, environment, limit_s, stdin, out, terminal)
         except FileNotFoundError:
             if not where.is_dir():
                 raise GitError(f"the folder {where} is gone. Put it back.") from None
@@ -925,7 +942,7 @@ class Repo:
                 return None
             self._refuse_to_move(head, expect_branch)
             text = message if isinstance(message, str) else message(head)
-            commit = self._try_commit(head, tree, wanted, text)
+            commit = self._try_commit(head, tree, wanted, self.signed_off(text))
             if commit is not None:
                 return commit
             if pause is not None:
@@ -979,7 +996,13 @@ class Repo:
         self, head: Head, tree: str, wanted: Sequence[Entry], message: str
     ) -> str | None:
         """One try; None when HEAD moved meanwhile. The order of the steps is what makes it safe."""
-        commit = self._commit_tree(tree, [head.commit] if head.commit else [], message)
+        parents, commit = [head.commit] if head.commit else [], ""
+        if self.sign and not self.sign_trouble:
+            try:
+                commit = self._commit_tree(tree, parents, message, "-S")
+            except GitError as error:  # a decision is worth more than a signature
+                self.sign_trouble = str(error)
+        commit = commit or self._commit_tree(tree, parents, message)
         # A git that is about to move HEAD is waited for before the index is touched.
         self._wait_for([self.git_dir / "HEAD.lock", self.common_dir / f"{head.branch}.lock"])
         (stamp, old), (known, staged) = self._index, self._staged
@@ -995,6 +1018,7 @@ class Repo:
                 raise
             return None  # moved meanwhile, or locked: looked at again by the next try
         self._trees[commit] = tree
+        self.unsigned += [commit] if self.sign and self.sign_trouble else []
         self._stage(wanted)  # a git that read the index before us may have written it back since
         if known == (stamp, head.commit):
             # What is staged now need not be asked, if nobody else has changed the index.
@@ -1004,17 +1028,26 @@ class Repo:
                 self._staged = (self._index[0], commit), staged - paths
         return commit
 
-    def _commit_tree(self, tree: str, parents: Sequence[str], message: str) -> str:
-        options = [option for parent in parents for option in ("-p", parent)]
-        command = ("commit-tree", tree, *options, "-F", "-")
+    def _commit_tree(
+        self,
+        tree: str,
+        parents: Sequence[str],
+        message: str,
+        *options: str,
+        terminal: bool = False,
+    ) -> str:
+        above = [option for parent in parents for option in ("-p", parent)]
+        command = ("commit-tree", *options, tree, *above, "-F", "-")
         text = (message.rstrip("\n") + "\n").encode(errors="replace")
         try:
-            return self._line(*command, stdin=text, env=self._identity)
+            said = self._call(command, stdin=text, env=self._identity, terminal=terminal)
+            return said.out.decode().strip()
         except GitError as error:
-            if not re.search(r"ident|auto-detect|tell me who you are", error.stderr):
+            unknown = r"identity unknown|ident name|auto-detect|tell me who you are"
+            if self._identity or not re.search(unknown, error.stderr):
                 raise
         self._identity = _GIT_IDENTITY
-        return self._line(*command, stdin=text, env=self._identity)
+        return self._commit_tree(tree, parents, message, *options, terminal=terminal)
 
     def _stage(self, entries: Sequence[Entry]) -> None:
         """Enter the entries into the real index, where it does not hold them yet.
@@ -1279,57 +1312,126 @@ class Repo:
         return self.top / self._hooks_folder / name
 
     def run_hooks(
-        self, entries: Sequence[Entry], message: str, *, limit_s: float = HOOK_LIMIT_S
+        self,
+        entries: Sequence[Entry],
+        message: str,
+        *,
+        own: Sequence[Entry] = (),
+        theirs: Container[str] = (),
+        message_only: bool = False,
+        limit_s: float = HOOK_LIMIT_S,
     ) -> HookResult:
-        """Let the operator's pre-commit and commit-msg hooks judge a commit of these entries.
+        """Let the repository's hooks judge and mend a commit of these entries, as git would.
 
-        They see a private index that holds HEAD and the entries; what they do to it, or to the
-        message, is not taken over, but files that they mend in the work tree are there to stay
-        (see `HookResult.changed`). `limit_s` counts per hook.
+        They see a private index that holds HEAD, the entries and `own`: files of ours as they are
+        on disk, so that nothing of ours looks unstaged. What counts is the index and the message
+        that they leave, but for the paths of `own` and `theirs`, the operator's. A pre-commit hook
+        that rejects after it has mended files of the commit is run again on these, as long as it
+        mends, four times at most. `message_only` is for documents: no pre-commit hook, the entries
+        stay. `limit_s` counts per hook.
         """
-        hooks = [self.hook_path(name) for name in ("pre-commit", "commit-msg")]
+        names = _GIT_HOOK_NAMES[1:] if message_only else _GIT_HOOK_NAMES
+        hooks = [self.hook_path(name) for name in names]
         hooks = [path for path in hooks if path.is_file() and os.access(path, os.X_OK)]
+        message = self.signed_off(message)
         if not hooks:
-            return HookResult("ok", "", "", False)
+            return HookResult("passed", "", "", list(entries), message)
+        head, name, ended = self.head(), "", _GitEnded(0, b"", b"")
         file = self.git_dir / f"orchestrator-message-{os.urandom(8).hex()}"
-        with self._private_index() as env:
-            head = self.head()
-            self._load(head.commit, self._news(head, entries), env)
-            self.git("update-index", "-q", "--refresh", env=env, ok=(0, 1), limit_s=TREE_LIMIT_S)
-            tree = self._line("write-tree", "--missing-ok", env=env)
-            outcome: Literal["ok", "rejected", "timeout"] = "ok"
-            path, ended = hooks[0], _GitEnded(0, b"", b"")
+        with self._private_index(copied=True) as env:
             try:
-                file.write_text(message.rstrip("\n") + "\n", encoding="utf-8", errors="replace")
-                for path in hooks:
-                    args = (str(file),) if path.name == "commit-msg" else ()
-                    ended = self._run_hook((str(path), *args), env, limit_s)
-                    if ended.status != 0:
-                        outcome = "timeout" if ended.status is None else "rejected"
+                file.write_bytes(message.encode(errors="replace"))
+                tree = self._show_commit(head, self._news(head, [*entries, *own]), env)
+                for _ in range(HOOK_ROUNDS):
+                    for path in hooks:
+                        name, ended = path.name, self._run_hook(path, file, env, limit_s)
+                        if ended.status != 0:
+                            break
+                    shown, again = tree, name == "pre-commit" and ended.status not in _GIT_ENDINGS
+                    if again:  # what it mended is in the work tree
+                        changed = [c.after for c in self.changes(head.commit, tree)]
+                        kept = _git_paths(e.path for e in changed if e.mode != GITLINK_MODE)
+                        update = ("update-index", "--add", "--remove", "-z", "--stdin")
+                        self.git(*update, stdin=kept, env=env, limit_s=TREE_LIMIT_S)
+                    tree = self._write_tree(env, "--missing-ok")
+                    if not again or tree == shown:
                         break
+                message = file.read_text("utf-8", "replace").strip("\n") + "\n"
             finally:
                 file.unlink(missing_ok=True)
-            said = (ended.out + ended.err).decode(errors="replace").strip().splitlines()
-            staged = self._line("write-tree", env=env)
-            kept = _git_paths(entry.path for entry in entries if entry.mode != GITLINK_MODE)
-            update = ("update-index", "--add", "--remove", "-z", "--stdin")
-            self.git(*update, stdin=kept, env=env, limit_s=TREE_LIMIT_S)
-            found = self._line("write-tree", env=env)
-            changes = (*self.changes(tree, staged), *self.changes(tree, found))
-            changed = {c.after.path for c in changes} & {entry.path for entry in entries}
-            return HookResult(outcome, path.name, "\n".join(said[-40:]), bool(changed))
+        left = [change.after for change in self.changes(head.commit, tree)]
+        kept_out = {entry.path for entry in own}
+        left = [e for e in left if e.path not in kept_out and e.path not in theirs]
+        said = (ended.out + ended.err).decode(errors="replace").strip().splitlines()
+        outcome = _GIT_ENDINGS.get(ended.status) or ("files" if name == "pre-commit" else "message")
+        if ended.status is None:
+            said.append(f"it did not end within {limit_s:g} s")
+        if outcome == "passed" and not message.strip():
+            outcome, said = "message", [*said, "it left an empty message"]
+        entries = list(entries) if message_only else left
+        return HookResult(outcome, name, "\n".join(said[-40:]), entries, message)
 
-    def _run_hook(self, argv: Sequence[str], index: Mapping[str, str], limit_s: float) -> _GitEnded:
+    def _show_commit(self, head: Head, entries: Sequence[Entry], env: Mapping[str, str]) -> str:
+        """Let a private copy of the index hold HEAD and the entries, as `git commit` shows them.
+
+        A copy, for its times: else git would have to read every file.
+        """
+        base = ("--reset", head.commit) if head.commit else ("--empty",)
+        self.git("read-tree", *base, env=env)
+        rows = [_GitRow("H", e.mode, e.oid, "0", e.path) for e in entries]
+        self.git("update-index", "-z", "--index-info", stdin=self._index_info(rows), env=env)
+        self.git("update-index", "-q", "--refresh", env=env, ok=(0, 1), limit_s=TREE_LIMIT_S)
+        return self._write_tree(env, "--missing-ok")
+
+    def _run_hook(
+        self, path: Path, message: Path, index: Mapping[str, str], limit_s: float
+    ) -> _GitEnded:
         import errno
 
         env = {**_git_environment(), **index, "GIT_EDITOR": ":", "GIT_TERMINAL_PROMPT": "0"}
+        args = {"prepare-commit-msg": (str(message), "message"), "commit-msg": (str(message),)}
+        argv = (str(path), *args.get(path.name, ()))
         try:
             return _git_child(argv, self.top, env, limit_s)
         except OSError as error:
             if error.errno != errno.ENOEXEC:
-                return _GitEnded(126, b"", f"{argv[0]} cannot be run: {error}".encode())
+                return _GitEnded(126, b"", f"{path} cannot be run: {error}".encode())
         # A script without a #! line: git, too, lets the shell have it.
         return _git_child(("/bin/sh", *argv), self.top, env, limit_s)
+
+    # -- signatures --------------------------------------------------------------------------------
+
+    def wants_signatures(self) -> bool:
+        """Whether git's own configuration asks for signed commits."""
+        asked = ("config", "--type=bool", "--get", "commit.gpgSign")
+        return self._call(asked, ok=(0, 1), settings=False).out == b"true\n"
+
+    def try_signing(self, *, terminal: bool = False) -> Problem | None:
+        """Sign an object that nobody refers to; on a terminal a passphrase may be asked for."""
+        try:
+            self._commit_tree(self._empty_tree, [], "A trial", "-S", terminal=terminal)
+        except GitError as error:
+            return Problem(
+                f"commits cannot be signed: {error}",
+                "Unlock the key, or mend user.signingKey and gpg.format; `git commit --allow-empty"
+                " -S` shows whether it works. To do without: commits.sign = false.",
+            )
+        return None
+
+    def signed_off(self, message: str) -> str:
+        """A message with the trailer of who commits, if `signoff` asks for it; only once."""
+        body = message.rstrip("\n")
+        if not self.signoff:
+            return f"{body}\n"
+        said = self._call(("var", "GIT_COMMITTER_IDENT"), ok=range(256), env=self._identity)
+        name, email = _GIT_IDENTITY["GIT_COMMITTER_NAME"], _GIT_IDENTITY["GIT_COMMITTER_EMAIL"]
+        who = f"{name} <{email}>" if said.status else os.fsdecode(said.out).rsplit(" ", 2)[0]
+        trailer = f"Signed-off-by: {who}"
+        last = body.rpartition("\n\n")[2].split("\n") if "\n\n" in body else [""]
+        if trailer in last:
+            return f"{body}\n"
+        block = all(re.match(r"[A-Za-z0-9-]+: |[ \t]", line) for line in last)
+        return f"{body}\n{trailer}\n" if block else f"{body}\n\n{trailer}\n"
 
     # -- preconditions -----------------------------------------------------------------------------
 

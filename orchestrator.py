@@ -4934,7 +4934,7 @@ class Ledger:
     def _pass_hooks(
         self, attempt: Attempt, summary: str, seen: Aftermath
     ) -> list[Entry] | str:
-        """Run the operator's commit hooks; a hook that mended files gets a second look.
+        """Run the repository's commit hooks, which may mend files of the commit.
 
         Returns what is to be committed, or why the attempt has failed.
         """
@@ -4950,18 +4950,13 @@ class Ledger:
         )
         message = phase_message([told], self.run_id)
         limit = self.config.execution.hook_timeout_seconds
-        verdict = self.repo.run_hooks(entries, message, limit_s=limit)
-        if not verdict.ok:
-            mended = [change.after for change in self.look(attempt).changes]
-            if mended != entries:
-                entries = mended
-                verdict = self.repo.run_hooks(entries, message, limit_s=limit)
-        if verdict.outcome == "ok":
-            return entries
-        if verdict.outcome == "timeout":
-            did = f"did not end within {limit:g} s (execution.hook_timeout_seconds)"
-            return f"the repository's {verdict.hook} hook {did}:\n{verdict.output}"
-        return f"the repository's {verdict.hook} hook rejected the commit:\n{verdict.output}"
+        files = (self.store.path, *recent_worklogs(self.worklog_dir))
+        own = self.repo.blobs({path: path.read_bytes() for path in files if path.is_file()})
+        verdict = self.repo.run_hooks(entries, message, own=own, limit_s=limit)
+        if verdict.outcome == "passed":
+            return verdict.entries
+        did = "cannot do its work" if verdict.outcome == "broken" else "rejected the commit"
+        return f"the repository's {verdict.hook} hook {did}:\n{verdict.output}"
 
     def _documents(self, attempt: Attempt, seen: Aftermath) -> list[Entry]:
         """What a document phase may commit; anything else it touched is named and left alone."""

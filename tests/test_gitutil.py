@@ -709,76 +709,102 @@ def put_hook(where: Path, name: str, body: str, *, folder: str = ".git/hooks", l
 
 
 @pytest.fixture
-def entries(project: Path, repo: Repo) -> list[Entry]:
-    """A phase's commit: one file edited, one new, one gone; the operator has something staged."""
-    run("echo theirs > c.txt && git add c.txt", "echo edited > b.txt && echo new > n.txt && rm docs/x.md")(project)
-    return [made(repo, project / "b.txt", b"edited\n"), made(repo, project / "n.txt", b"new\n"), absent("docs/x.md")]
+def phase_commit(project: Path, repo: Repo) -> list[Entry]:
+    """One file edited, one new, one gone; the operator has something staged and something untracked."""
+    run("echo theirs > c.txt && git add c.txt && echo x > theirs.txt", "echo edited > b.txt && echo new > n.txt && rm docs/x.md")(project)
+    return [made(repo, project / "b.txt", b"edited\n"), absent("docs/x.md"), made(repo, project / "n.txt", b"new\n")]
 
 
-def test_hooks_see_exactly_the_commit(project: Path, repo: Repo, entries: list[Entry]) -> None:
-    put_hook(project, "pre-commit", "git diff --cached --name-status; git add -- '*.none' 2>/dev/null; pwd; readlink /proc/self/fd/0 || true")
-    put_hook(project, "commit-msg", 'echo "message:"; cat "$1"; basename "$1" >&2')
+def texts(repo: Repo, entries: list[Entry]) -> dict[str, str]:
+    return {entry.path: "" if entry.absent else content(repo, entry).decode() for entry in entries}
+
+
+def test_hooks_see_exactly_the_commit_and_our_files_as_on_disk(project: Path, repo: Repo, phase_commit: list[Entry]) -> None:
+    put_hook(project, "pre-commit", "git diff --cached --name-status; git diff --name-only; pwd; readlink /proc/self/fd/0; echo $GIT_EDITOR")
+    put_hook(project, "prepare-commit-msg", 'echo "$2"; cat "$1"')
+    (project / NAME).write_text("v: 2\n")
+    own = [made(repo, project / NAME, b"v: 2\n")]
     before = index(project), work_tree(project)
-    verdict = repo.run_hooks(entries, "Subject\n\nBody: ü")
-    assert verdict.ok
-    assert verdict.hook == "commit-msg"
-    assert verdict.output.startswith("message:\nSubject\n\nBody: ü\norchestrator-message-")
+    done = repo.run_hooks(phase_commit, "Subject\n\nBody: ü", own=own)
+    assert done == HookResult("passed", "prepare-commit-msg", "message\nSubject\n\nBody: ü", phase_commit, "Subject\n\nBody: ü\n")
+    assert repo.run_hooks(phase_commit, "x", own=own, message_only=True).output == "message\nx"
+    (project / ".git/hooks/prepare-commit-msg").unlink()
+    seen = repo.run_hooks(phase_commit, "x", own=own).output.splitlines()
+    assert seen == [f"M\t{NAME}", "M\tb.txt", "D\tdocs/x.md", "A\tn.txt", "c.txt", str(project), "/dev/null", ":"][: len(seen)]
     assert (index(project), work_tree(project)) == before
-    (project / ".git/hooks/commit-msg").unlink()
-    seen = repo.run_hooks(entries, "x").output.splitlines()
-    assert seen[:4] == ["M\tb.txt", "D\tdocs/x.md", "A\tn.txt", str(project)]
-    assert not list((project / ".git").glob("orchestrator-*"))
+    assert leftovers(project) == []
 
 
-@pytest.mark.parametrize("name", ["pre-commit", "commit-msg"])
-def test_a_hook_rejects(project: Path, repo: Repo, entries: list[Entry], name: str) -> None:
-    put_hook(project, name, "echo out; echo no good >&2; exit 3")
-    assert repo.run_hooks(entries, "x") == HookResult("rejected", name, "out\nno good", False)
-    assert not repo.run_hooks(entries, "x").ok
+OUTCOMES: Mapping[str, tuple[str, str, str, str]] = {  # hook, body, outcome, what it said
+    "files": ("pre-commit", "echo out; echo no good >&2; exit 3", "files", "out\nno good"),
+    "message": ("commit-msg", "echo no ticket; exit 1", "message", "no ticket"),
+    "prepared": ("prepare-commit-msg", "exit 1", "message", ""),
+    "emptied": ("commit-msg", ': > "$1"', "message", "it left an empty message"),
+    "missing_tool": ("pre-commit", "echo npx: not found; exit 127", "broken", "npx: not found"),
+    "not_executable": ("commit-msg", "exit 126", "broken", ""),
+    "hangs": ("pre-commit", "echo begun; trap '' TERM; echo $$ > .git/pid; sleep 60; sleep 60", "broken", "begun\nit did not end within 0.5 s"),
+}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("status", [0, pytest.param(1, marks=pytest.mark.slow)])
-@pytest.mark.parametrize(
-    ("body", "changed"),
-    [
-        ("echo fixed > b.txt", True),
-        ("echo fixed > b.txt; git add b.txt", True),
-        ("touch b.txt n.txt", False),
-        ("rm n.txt", True),
-        ("git rm -q --cached n.txt", True),
-        ("echo other > a.txt; git add -u", False),
-    ],
-)
-def test_a_hook_that_mends_files(project: Path, repo: Repo, entries: list[Entry], body: str, changed: bool, status: int) -> None:
-    put_hook(project, "pre-commit", f"{body}\nexit {status}")
-    staged = index(project)
-    verdict = repo.run_hooks(entries, "x")
-    assert (verdict.outcome, verdict.changed) == ("rejected" if status else "ok", changed)
-    assert verdict.ok == (status == 0 and not changed)
-    assert index(project) == staged
-
-
-@pytest.mark.slow
-def test_a_hook_that_hangs(project: Path, repo: Repo, entries: list[Entry], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("name", "body", "outcome", "says"), table(OUTCOMES, slow="hangs prepared not_executable emptied"))
+def test_a_hook_rejects_files_or_the_message_or_cannot_work(
+    project: Path, repo: Repo, phase_commit: list[Entry], monkeypatch: pytest.MonkeyPatch, name: str, body: str, outcome: str, says: str
+) -> None:
     monkeypatch.setattr(gitutil, "KILL_GRACE_S", 0.1)
-    put_hook(project, "pre-commit", "echo begun; trap '' TERM; echo $$ > .git/pid; sleep 60; sleep 60")
-    assert repo.run_hooks(entries, "x", limit_s=0.5) == HookResult("timeout", "pre-commit", "begun", False)
-    assert not is_alive(project / ".git/pid")
+    put_hook(project, name, body)
+    done = repo.run_hooks(phase_commit, "x", limit_s=0.5 if "sleep" in body else 60)
+    assert (done.outcome, done.hook, done.output, done.entries) == (outcome, name, says, phase_commit)
+    assert not (project / ".git/pid").exists() or not is_alive(project / ".git/pid")
+    if name == "pre-commit":  # a commit of documents does not ask it
+        assert repo.run_hooks(phase_commit, "x", message_only=True).outcome == "passed"
 
 
-def test_which_hooks_count(project: Path, repo: Repo, entries: list[Entry]) -> None:
-    nothing = HookResult("ok", "", "", False)
-    assert repo.run_hooks(entries, "x") == nothing
+AS_IT_WAS = {"b.txt": "edited\n", "docs/x.md": "", "n.txt": "new\n"}
+MENDS: Mapping[str, tuple[str, str, dict[str, str]]] = {  # body, outcome, the commit then
+    "index_and_exit_0": ("echo fixed > b.txt; git add b.txt", "passed", {**AS_IT_WAS, "b.txt": "fixed\n"}),
+    "work_tree_and_exit_0": ("echo fixed > b.txt", "passed", AS_IT_WAS),
+    "rejects_once": ("grep -q fixed b.txt || { echo fixed > b.txt; exit 1; }", "passed", {**AS_IT_WAS, "b.txt": "fixed\n"}),
+    "rejects_three_times": ("echo >> n.txt; [ $(wc -l < n.txt) -gt 4 ]", "passed", {**AS_IT_WAS, "n.txt": "new\n\n\n\n"}),
+    "never_ends": ("echo >> n.txt; exit 1", "files", {**AS_IT_WAS, "n.txt": "new\n\n\n\n\n"}),
+    "mends_and_says_no": ("echo fixed > b.txt; exit 1", "files", {**AS_IT_WAS, "b.txt": "fixed\n"}),
+    "touches": ("touch b.txt; echo x > a.txt; exit 1", "files", AS_IT_WAS),
+    "takes_out": ("git rm -q --cached n.txt; rm b.txt; git add b.txt", "passed", {"b.txt": "", "docs/x.md": ""}),
+    "takes_in": ("echo made > g.txt; git add -A", "passed", {**AS_IT_WAS, "g.txt": "made\n"}),
+    "our_own": (f"echo '# x' >> {NAME}; git add -u", "passed", AS_IT_WAS),
+}
+
+
+@pytest.mark.parametrize(("body", "outcome", "left"), table(MENDS, slow="work_tree_and_exit_0 never_ends mends_and_says_no touches takes_out our_own"))
+def test_what_a_hook_mends_is_taken_over_but_nothing_of_others(
+    project: Path, repo: Repo, phase_commit: list[Entry], body: str, outcome: str, left: dict[str, str]
+) -> None:
+    put_hook(project, "pre-commit", body)
+    put_hook(project, "commit-msg", "echo 'Change-Id: 1' >> \"$1\"")
+    staged, head = index(project), repo.head()
+    own = [made(repo, project / NAME, b"v: 1\n")]
+    done = repo.run_hooks(phase_commit, "Subject\n\nA: b", own=own, theirs={"c.txt", "theirs.txt"})
+    assert (done.outcome, texts(repo, done.entries)) == (outcome, left)
+    assert index(project) == staged
+    if outcome == "passed":
+        assert done.message == "Subject\n\nA: b\nChange-Id: 1\n"
+        commit = repo.commit(done.entries, done.message)
+        assert texts(repo, [c.after for c in repo.changes(head.commit, str(commit))]) == left
+        assert git(project, "log", "-1", "--format=%B").rstrip() == done.message.rstrip()
+
+
+def test_which_hooks_count(project: Path, repo: Repo, phase_commit: list[Entry]) -> None:
+    nothing = HookResult("passed", "", "", phase_commit, "x\n")
+    assert repo.run_hooks(phase_commit, "x") == nothing
     put_hook(project, "pre-commit", "exit 1")
     (project / ".git/hooks/pre-commit").chmod(0o644)
-    assert repo.run_hooks(entries, "x") == nothing
+    assert repo.run_hooks(phase_commit, "x") == nothing
     put_hook(project, "pre-commit", "echo without a shebang; exit 1", folder="my hooks", line="")
     git(project, "config", "core.hooksPath", "my hooks")
     repo.head()
-    assert repo.run_hooks(entries, "x").output == "without a shebang"
+    assert repo.run_hooks(phase_commit, "x").output == "without a shebang"
     put_hook(project, "pre-commit", "", folder="my hooks", line="#!/nonexistent\n")
-    assert "cannot be run" in repo.run_hooks(entries, "x").output
+    done = repo.run_hooks(phase_commit, "x")
+    assert (done.outcome, "cannot be run" in done.output) == ("broken", True)
 
 
 def test_hooks_of_a_linked_worktree_without_commits(project: Path, tmp_path: Path) -> None:
@@ -788,6 +814,54 @@ def test_hooks_of_a_linked_worktree_without_commits(project: Path, tmp_path: Pat
     git(where, "checkout", "-q", "--orphan", "fresh")
     repo = Repo.open(where)
     assert repo.run_hooks([made(repo, where / "b.txt", b"b\n")], "x").output == "b.txt"
+
+
+# ---- signatures ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def key(project: Path) -> Path:
+    """A key that signs the project's commits, by git's own configuration."""
+    if shutil.which("ssh-keygen") is None:
+        pytest.skip("ssh-keygen is not there")
+    key = project.parent / "key"
+    sh(project, "ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(key))
+    (project.parent / "signers").write_text(f"operator@example.invalid {key.with_suffix('.pub').read_text()}")
+    for setting in (f"user.signingKey {key}", f"gpg.ssh.allowedSignersFile {project.parent}/signers", "gpg.format ssh", "commit.gpgSign true"):
+        git(project, "config", *setting.split(" ", 1))
+    return key
+
+
+def test_commits_are_signed_as_git_is_configured_until_that_fails(project: Path, repo: Repo, key: Path) -> None:
+    repo.sign = repo.wants_signatures()
+    assert (repo.sign, repo.try_signing(), repo.try_signing(terminal=True)) == (True, None, None)
+    for n in range(3):
+        (project / NAME).write_text(f"v: {n + 2}\n")
+        assert repo.commit_state(project / NAME, b"v: %d\n" % (n + 2), f"State {n}").outcome == "committed"
+        if n == 1:
+            key.unlink()
+    assert git(project, "log", "--format=%G? %s").splitlines() == ["N State 2", "G State 1", "G State 0", "N Start"]
+    assert repo.unsigned == [git(project, "rev-parse", "HEAD").strip()]
+    assert "sign" in repo.sign_trouble
+    problem = repo.try_signing()
+    assert problem is not None
+    assert "commits cannot be signed: " in problem.what
+
+
+def test_a_commit_is_signed_off_once_where_that_is_asked_for(project: Path, repo: Repo) -> None:
+    assert repo.wants_signatures() is False
+    assert repo.signed_off("x") == "x\n"
+    repo.signoff, trailer = True, "Signed-off-by: Operator <operator@example.invalid>\n"
+    messages = {"x": f"x\n\n{trailer}", "x\n\nbody: of words\nmore": f"x\n\nbody: of words\nmore\n\n{trailer}", "x\n\nbody\n\nA-b: c\n d\n": f"x\n\nbody\n\nA-b: c\n d\n{trailer}"}
+    for message, wanted in messages.items():
+        assert repo.signed_off(message) == repo.signed_off(wanted) == wanted
+    put_hook(project, "commit-msg", 'grep -q ^Signed-off-by: "$1"')
+    done = repo.run_hooks([made(repo, project / "n.txt", b"new\n")], "x")
+    assert (done.outcome, done.message) == ("passed", messages["x"])
+    assert repo.commit(done.entries, done.message)
+    assert repo.commit_state(project / NAME, b"v: 2\n", "x").outcome == "committed"
+    for commit in ("HEAD", "HEAD~"):
+        assert git(project, "log", "-1", "--format=%B", commit).rstrip("\n") + "\n" == messages["x"]
 
 
 # ---- preconditions -------------------------------------------------------------------------------
