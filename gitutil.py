@@ -4,15 +4,16 @@ Git is used as plumbing, never as `git commit`: a commit is built beside the ope
 (private index, tree, commit object), checked to hold exactly the paths it should, entered into the
 real index path by path, and only then the branch is moved by compare-and-swap. The order "index
 entry first, branch second" makes every crash point harmless: the worst that a killed process leaves
-is what `git add` of our own file would leave. Hooks, signing, editors, filters of other files and
-the operator's staging never come into it.
+is what `git add` of our own file would leave. Editors, filters of other files and the operator's
+staging never come into it. The repository's own rules do where the caller asks for
+them: `run_hooks` before a commit, signatures and sign-off by `Repo.sign` and `Repo.signoff`.
 
 A git process costs some milliseconds, so nothing is asked twice: what is named by an object id is
 remembered, what the index holds is asked again when its file was replaced, facts of the repository
 are asked once.
 
 Reading order: errors and records, starting a program, `Repo` (looking, the index, snapshots,
-commits, state commits, salvage and restore, refs, hooks, preconditions), texts.
+commits, state commits, salvage and restore, refs, hooks, preconditions).
 
 Paths inside git are `str` decoded with surrogateescape, '/'-separated, relative to the top of the
 work tree. Object ids are lower-case hexadecimal `str`.
@@ -27,6 +28,7 @@ import stat
 import time
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, contextmanager, suppress
+from functools import cached_property
 from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple, Self
 
@@ -38,16 +40,17 @@ FSYNC_GIT = (2, 36)  # first with core.fsync
 STEP_LIMIT_S = 10.0  # one git process of a commit
 TREE_LIMIT_S = 300.0  # a process that reads the whole work tree, or all of history
 HOOK_LIMIT_S = 120.0  # one hook of the operator
+TERMINAL_LIMIT_S = 60.0  # a trial of signing, in which a passphrase is typed
 KILL_GRACE_S = 2.0  # TERM to KILL
 LOCK_PAUSE_S = 0.05
 LOCK_TRIES = 60  # so a lock is waited for 3 s
 RETRY_DELAYS_S = (0.02, 0.04, 0.08)  # between the four tries to move the branch
+HOOK_ROUNDS = 4  # of a pre-commit hook that rejects and mends
 ADD_TRIES = 3  # a file that vanishes while the work tree is read makes a try incomplete
 
 ABSENT_MODE = "000000"
 ABSENT_OID = "0" * 40
 GITLINK_MODE = "160000"
-SYMLINK_MODE = "120000"
 LEFTOVER_PREFIXES = ("orchestrator-index-", "orchestrator-message-")
 LOW_SPACE_BYTES = 16 * 1024 * 1024
 FEW_PATHS = 100  # as arguments of one command; it is to list all where there are more
@@ -84,6 +87,8 @@ _GIT_CONFIG = (
     *("-c", "core.quotePath=false", "-c", "log.showRoot=true"),
     *("-c", "advice.addEmbeddedRepo=false"),
 )
+# Git flushes nothing by default: a power cut leaves HEAD at nothing then.
+_GIT_DURABLE = "fsync=objects,reference,index"
 # An index of ours is gone before a power cut could matter, and is to have no shared part.
 _GIT_PRIVATE = ("-c", "core.splitIndex=false", "-c", "core.fsync=objects")
 # Identity for a commit where the operator has configured none; the configuration stays as it is.
@@ -93,6 +98,9 @@ _GIT_IDENTITY = {
     for key, value in (("NAME", "orchestrator"), ("EMAIL", "orchestrator@localhost"))
 }
 _GIT_HOOKS = ("--git-path", "hooks")
+_GIT_HOOK_NAMES = ("pre-commit", "prepare-commit-msg", "commit-msg")
+_GIT_ENDINGS: Mapping[int | None, Literal["passed", "broken"]]  # of hooks; others reject
+_GIT_ENDINGS = {0: "passed", 126: "broken", 127: "broken", None: "broken"}
 _GIT_EMPTY = {  # tree and blob, by the length of ids
     40: ("4b825dc642cb6eb9a060e54bf8d69288fbee4904", "e69de29bb2d1d6434b8b29ae775ad8c2e48c5391"),
     64: (
@@ -101,6 +109,19 @@ _GIT_EMPTY = {  # tree and blob, by the length of ids
     ),
 }
 _GIT_HELD_SIGNALS = (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGTSTP)
+_GIT_OPENING = {  # what git says of a folder in which it will not work, and what to do
+    "dubious ownership": (
+        "{0} belongs to another user, so git refuses to work there. If you trust it:"
+        " `git config --global --add safe.directory '{0}'`."
+    ),
+    "must be run in a work tree": (
+        "{0} is no work tree but a bare repository or a .git folder. Name the folder of a checkout"
+        " with --root."
+    ),
+    "not a git repository": (
+        "{0} is not in a git repository. Run `git init` there, or name another folder with --root."
+    ),
+}
 
 
 class GitError(Exception):
@@ -114,28 +135,24 @@ class GitError(Exception):
         self.command = tuple(command)
         self.status = status
         self.stderr = stderr
-        super().__init__(self._text())
-
-    def _text(self) -> str:
-        said = "; ".join(self.stderr.strip().splitlines()[-5:])
-        if not self.command:
-            return said
-        line = " ".join(("git", *self.command))
-        shown = line if len(line) <= 100 else line[:99] + "…"
-        ending = "failed" if self.status is None else f"exited {self.status}"
-        return f"`{shown}` {ending}: {said or '(it said nothing)'}"
+        text = "; ".join(stderr.strip().splitlines()[-5:])
+        if command:
+            line = " ".join(("git", *command))
+            shown = line if len(line) <= 100 else line[:99] + "…"
+            ending = "failed" if status is None else f"exited {status}"
+            text = f"`{shown}` {ending}: {text or '(it said nothing)'}"
+        super().__init__(text)
 
 
 class HeadBusy(GitError):
-    """The branch may not be moved now; `reason` says why, as a clause for the operator."""
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(reason)
-        self.reason = reason
+    """The branch may not be moved now; the text says why, as a clause for the operator."""
 
 
 class Entry(NamedTuple):
-    """One path of a tree: mode as git writes it ("100644" …; "000000" = absent) and object id."""
+    """One path of a tree: mode as git writes it ("100644" …; "000000" = absent) and object id.
+
+    An absent entry has the same null id in every repository, so entries compare by value.
+    """
 
     path: str
     mode: str
@@ -144,6 +161,13 @@ class Entry(NamedTuple):
     @property
     def absent(self) -> bool:
         return self.mode == ABSENT_MODE
+
+
+class Change(NamedTuple):
+    """One path that two trees disagree on."""
+
+    before: Entry
+    after: Entry
 
 
 class Head(NamedTuple):
@@ -167,13 +191,6 @@ class Snapshot(NamedTuple):
     staging: Sequence[str]
 
 
-class Change(NamedTuple):
-    """One path that two trees disagree on."""
-
-    before: Entry
-    after: Entry
-
-
 class StateCommit(NamedTuple):
     """What `Repo.commit_state` did; `warning` is one complete message on what was left undone."""
 
@@ -183,17 +200,17 @@ class StateCommit(NamedTuple):
 
 
 class HookResult(NamedTuple):
-    """What the operator's hooks said about a commit."""
+    """What the repository's hooks made of a commit.
 
-    outcome: Literal["ok", "rejected", "timeout"]
-    hook: str  # the one that decided; "" when none exists
+    They passed it; rejected its files; rejected its message; or one could not do its work: it
+    cannot be run, or did not end in time.
+    """
+
+    outcome: Literal["passed", "files", "message", "broken"]
+    hook: str  # the last one that ran, so the one that decided; "" when there is none
     output: str  # the tail of what it printed
-    changed: bool  # a hook changed files of the commit, in the work tree or in the index it saw
-
-    @property
-    def ok(self) -> bool:
-        """Whether the entries may be committed just as they were given."""
-        return self.outcome == "ok" and not self.changed
+    entries: list[Entry]  # the commit as the hooks left it
+    message: str
 
 
 class Problem(NamedTuple):
@@ -203,7 +220,9 @@ class Problem(NamedTuple):
     remedy: str
 
 
-class _IndexRow(NamedTuple):
+class _GitRow(NamedTuple):
+    """One entry of the index, as `git ls-files -s -v` writes it."""
+
     flag: str
     mode: str
     oid: str
@@ -220,25 +239,17 @@ class _IndexRow(NamedTuple):
         return f"{self.flag} {self.mode} {self.oid} {self.stage}\t{self.path}"
 
     @property
-    def assume_unchanged(self) -> bool:
-        return self.flag.islower()
-
-    @property
-    def skip_worktree(self) -> bool:
-        return self.flag in "Ss"
-
-
-class _Index(NamedTuple):
-    """What the index held when its file was last looked at."""
-
-    stamp: object  # changes whenever the file is replaced; None: there is no file
-    rows: dict[str, list[str]]  # by path; rows as `git ls-files -s -v` gives them
+    def hidden(self) -> str:
+        """The option by which git was told not to look at the file; "" if it was not."""
+        if self.flag.islower():
+            return "assume-unchanged"
+        return "skip-worktree" if self.flag == "S" else ""
 
 
 # ==== 2. Starting a program =======================================================================
 
 
-class _Ended(NamedTuple):
+class _GitEnded(NamedTuple):
     """How a child process ended: exit status (None = stopped at its time limit) and output."""
 
     status: int | None
@@ -253,8 +264,11 @@ def _git_child(
     limit_s: float,
     stdin: bytes = b"",
     out: IO[bytes] | None = None,
-) -> _Ended:
+    terminal: bool = False,
+) -> _GitEnded:
     """Run a child to its end, in a session of its own; OSError when it cannot be started.
+
+    With `terminal` it keeps ours, so that it can ask for a passphrase.
 
     Standard input and output are files, so a grandchild that keeps them open delays nobody; with
     `out`, the output goes to that file alone. Whatever ends the wait early (the limit, an exception
@@ -272,25 +286,27 @@ def _git_child(
         files["stdin"] = source if stdin else subprocess.DEVNULL
         process, ended = None, False
         try:
-            with _git_signals_held():
-                process = subprocess.Popen(argv, cwd=cwd, env=env, start_new_session=True, **files)
+            # Between fork and setsid a child is in our foreground group: a Ctrl-C would end it.
+            held = signal.pthread_sigmask(signal.SIG_BLOCK, _GIT_HELD_SIGNALS)
+            try:
+                process = subprocess.Popen(
+                    argv, cwd=cwd, env=env, start_new_session=not terminal, **files
+                )
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, held)  # may raise what a handler raises
             ended = _git_wait(process.pid, process.wait, limit_s)
         finally:
             if process is not None and not ended:
-                _git_end_group(process.pid, process.wait)
+                end = os.kill if terminal else os.killpg  # whatever is left of the group
+                with suppress(ProcessLookupError, PermissionError):
+                    end(process.pid, signal.SIGTERM)
+                _git_wait(process.pid, process.wait, KILL_GRACE_S)
+                with suppress(ProcessLookupError, PermissionError):
+                    end(process.pid, signal.SIGKILL)
+                process.wait()
         for file in (out or kept, err):
             file.seek(0)
-        return _Ended(process.wait() if ended else None, kept.read(), err.read())
-
-
-@contextmanager
-def _git_signals_held() -> Iterator[None]:
-    """Between fork and setsid a child is still in our foreground group: a Ctrl-C would end it."""
-    held = signal.pthread_sigmask(signal.SIG_BLOCK, _GIT_HELD_SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, held)  # may raise what a handler raises
+        return _GitEnded(process.wait() if ended else None, kept.read(), err.read())
 
 
 def _git_wait(pid: int, wait: Callable[[float | None], int], limit_s: float) -> bool:
@@ -312,16 +328,6 @@ def _git_wait(pid: int, wait: Callable[[float | None], int], limit_s: float) -> 
         return bool(poll.poll(limit_s * 1000))
     finally:
         os.close(descriptor)
-
-
-def _git_end_group(pid: int, wait: Callable[[float | None], int]) -> None:
-    """TERM to the child's group, two seconds, KILL to whatever is left of it, reap the child."""
-    with suppress(ProcessLookupError, PermissionError):
-        os.killpg(pid, signal.SIGTERM)
-    _git_wait(pid, wait, KILL_GRACE_S)
-    with suppress(ProcessLookupError, PermissionError):
-        os.killpg(pid, signal.SIGKILL)
-    wait(None)
 
 
 def _git_environment() -> dict[str, str]:
@@ -377,17 +383,19 @@ class Repo:
         self._limit_s = limit_s
         self._null = ABSENT_OID  # as long as this repository's object ids
         self._empty_tree, self._empty_blob = _GIT_EMPTY[len(self._null)]
+        self.sign = self.signoff = False  # what the commits on the branch carry
+        self.sign_trouble = ""  # why no commit is signed any more, for the rest of the run
+        self.unsigned: list[str] = []  # commits that were made without a signature since
         self.apart: tuple[str, ...] = ()  # paths that snapshots take from the index: not to be read
         self._seen: str | None = None  # the last commit that HEAD was at
         self._identity: Mapping[str, str] = {}  # once it is known that the operator has none
-        self._settings: dict[str, bool] | None = None  # see `_is_set`
         self._trees: dict[str, str] = {}  # of commits that HEAD was at
         self._branch: tuple[object, str | None] = None, None  # see `branch`
-        self._hooks_folder: str | None = None  # as git said when it was last asked for HEAD
+        self._hooks_folder = ""  # as git said when it was last asked for HEAD
         self._read: tuple[str, bytes | None] = "", None  # see `committed`
         self._compared: dict[tuple[str, str], list[Change]] = {}  # see `changes`
-        self._index = _Index(None, {})
-        self._staged_seen: tuple[object, str | None, frozenset[str]] = None, None, frozenset()
+        self._index: tuple[object, dict[str, list[str]]] = None, {}  # see `_all_rows`
+        self._staged: tuple[object, frozenset[str]] = None, frozenset()  # see `_staged_paths`
 
     @classmethod
     def open(cls, root: Path, **parameters: Any) -> Self:
@@ -396,7 +404,31 @@ class Repo:
         Raises GitError, saying what to do, when git is missing or there is no usable work tree.
         """
         repo = cls(Path(os.path.realpath(root)), **parameters)
-        repo._find()
+        if not repo.root.is_dir():
+            raise GitError(f"{repo.root} is not a folder. Name an existing one with --root.")
+        said = repo._line("version")
+        version = re.search(r"(\d+)\.(\d+)", said)
+        if version is None:
+            raise GitError(f"`git version` says {said!r}; is that git? Look at your PATH.")
+        repo.version = int(version[1]), int(version[2])
+        asked = ("--is-inside-work-tree", "--show-object-format", "--path-format=absolute")
+        folders = ("--show-toplevel", "--git-dir", "--git-common-dir")
+        try:
+            facts = repo._line("rev-parse", *asked, *folders).split("\n")
+        except GitError as error:
+            known = [text for said, text in _GIT_OPENING.items() if said in error.stderr]
+            advice = known[0].format(repo.root) if known else error.stderr.strip() or str(error)
+            raise GitError(advice) from None
+        if facts[0] != "true" or len(facts) != 5:
+            raise GitError(
+                f"git cannot tell the work tree of {repo.root}; is there a line break in its path?"
+                " Name the folder of another checkout with --root."
+            )
+        repo.top, repo.git_dir, repo.common_dir = (Path(os.path.realpath(f)) for f in facts[2:])
+        relative = os.path.relpath(repo.root, repo.top)
+        repo.prefix = "" if relative == "." else relative + "/"
+        repo._null = "0" * (64 if facts[1] == "sha256" else 40)
+        repo._empty_tree, repo._empty_blob = _GIT_EMPTY[len(repo._null)]
         return repo
 
     @classmethod
@@ -405,41 +437,10 @@ class Repo:
         cls(Path(os.path.realpath(root))).git("init", "--quiet", "--initial-branch=main")
         return cls.open(root)
 
-    def _find(self) -> None:
-        if not self.root.is_dir():
-            raise GitError(f"{self.root} is not a folder. Name an existing one with --root.")
-        said = self._line("version")
-        version = re.search(r"(\d+)\.(\d+)", said)
-        if version is None:
-            raise GitError(f"`git version` says {said!r}; is that git? Look at your PATH.")
-        self.version = int(version[1]), int(version[2])
-        asked = ("--is-inside-work-tree", "--show-object-format", "--path-format=absolute")
-        folders = ("--show-toplevel", "--git-dir", "--git-common-dir")
-        try:
-            facts = self._line("rev-parse", *asked, *folders).split("\n")
-        except GitError as error:
-            raise GitError(_git_open_advice(self.root, error)) from None
-        if facts[0] != "true" or len(facts) != 5:
-            raise GitError(
-                f"git cannot tell the work tree of {self.root}; is there a line break in its path?"
-                " Name the folder of another checkout with --root."
-            )
-        self.top, self.git_dir, self.common_dir = (Path(os.path.realpath(f)) for f in facts[2:])
-        relative = os.path.relpath(self.root, self.top)
-        self.prefix = "" if relative == "." else relative + "/"
-        self._null = "0" * (64 if facts[1] == "sha256" else 40)
-        self._empty_tree, self._empty_blob = _GIT_EMPTY[len(self._null)]
-
     @property
     def state_dir(self) -> Path:
         """Where locks and journal of this work tree live: out of reach of `git clean -fdx`."""
         return self.git_dir / "orchestrator"
-
-    @property
-    def state_dirs(self) -> list[Path]:
-        """Those of all work trees of the repository: they share its refs."""
-        folders = (self.common_dir, *self.common_dir.glob("worktrees/*"))
-        return [folder / "orchestrator" for folder in folders]
 
     # -- calling git -------------------------------------------------------------------------------
 
@@ -464,14 +465,19 @@ class Repo:
         ok: Container[int] = (0,),
         limit_s: float | None = None,
         settings: bool = True,
-    ) -> _Ended:
+        terminal: bool = False,
+    ) -> _GitEnded:
         """The one place where git is started. Without `settings` it runs as the operator's does."""
-        env, where = env or {}, self.top if self.top.is_dir() else self.root
-        argv = ("git", *(self._options(env) if settings else ()), *args)
-        limit_s = limit_s or self._limit_s
+        env = env or {}
+        limit_s = limit_s or (TERMINAL_LIMIT_S if terminal else self._limit_s)
+        where = self.top if self.top.is_dir() else self.root
+        durable = "fsyncObjectFiles=true" if self.version < FSYNC_GIT else _GIT_DURABLE
+        private = _GIT_PRIVATE if "GIT_INDEX_FILE" in env else ()
+        ours = (*_GIT_CONFIG, "-c", f"core.{durable}", *private)
+        argv = ("git", *(ours if settings else ()), *args)
         environment = {**_git_environment(), **_GIT_ENV, **env}
         try:
-            ended = _git_child(argv, where, environment, limit_s, stdin, out)
+            ended = _git_child(argv, where, environment, limit_s, stdin, out, terminal)
         except FileNotFoundError:
             if not where.is_dir():
                 raise GitError(f"the folder {where} is gone. Put it back.") from None
@@ -484,20 +490,8 @@ class Repo:
             raise GitError(ended.err.decode(errors="replace"), args, ended.status)
         return ended
 
-    def _options(self, env: Mapping[str, str]) -> tuple[str, ...]:
-        """Our settings. Git flushes nothing by default: a power cut leaves HEAD at nothing then."""
-        if self.version < FSYNC_GIT:
-            durable: tuple[str, ...] = ("-c", "core.fsyncObjectFiles=true")
-        else:
-            durable = ("-c", "core.fsync=objects,reference,index")
-        return (*_GIT_CONFIG, *durable, *(_GIT_PRIVATE if "GIT_INDEX_FILE" in env else ()))
-
     def _line(self, *args: str, env: Mapping[str, str] | None = None, stdin: bytes = b"") -> str:
         return os.fsdecode(self.git(*args, env=env, stdin=stdin)).removesuffix("\n")
-
-    def _succeeds(self, *args: str) -> bool:
-        """Whether a question is answered by exit status 0 rather than 1."""
-        return self._call(args, ok=(0, 1)).status == 0
 
     # -- looking -----------------------------------------------------------------------------------
 
@@ -516,13 +510,17 @@ class Repo:
             self._branch = stamp, name if name != "HEAD" else None
             return Head(self._branch[1], commit)
         branch = self._line("symbolic-ref", "-q", "HEAD")
-        if self._succeeds("rev-parse", "-q", "--verify", "HEAD"):
+        if self._known("HEAD"):
             raise GitError(
                 "HEAD points to a commit that cannot be read. See `git fsck` and `git reflog`, then"
                 f" set the branch to a good commit: `git update-ref {branch} COMMIT`."
             )
         self._branch = stamp, branch
         return Head(branch, None)
+
+    def _known(self, name: str) -> bool:
+        """Whether there is a ref of this name."""
+        return self._call(("rev-parse", "-q", "--verify", name), ok=(0, 1)).status == 0
 
     def branch(self) -> str | None:
         """The branch alone; git is asked again when the file was replaced that a switch writes."""
@@ -532,18 +530,13 @@ class Repo:
 
     def operation(self) -> str | None:
         """The operation that is open in this work tree ("merge", "rebase", …), if any."""
-        here = self.git_dir
-        if (here / "rebase-apply/applying").exists():
-            return "am"
+        here, reftable = self.git_dir, (self.common_dir / "reftable").is_dir()
         refs = {"MERGE_HEAD": "merge", "CHERRY_PICK_HEAD": "cherry-pick", "REVERT_HEAD": "revert"}
-        files = {"rebase-merge": "rebase", "rebase-apply": "rebase", **refs, "BISECT_LOG": "bisect"}
-        for name, operation in files.items():
-            if (here / name).exists():
+        files = {"rebase-apply/applying": "am", "rebase-merge": "rebase", "rebase-apply": "rebase"}
+        for name, operation in {**files, **refs, "BISECT_LOG": "bisect"}.items():
+            # With reftable some of these are refs without a file.
+            if (here / name).exists() or (reftable and name in refs and self._known(name)):
                 return operation
-        if (self.common_dir / "reftable").is_dir():  # some of these are refs without a file then
-            for name, operation in refs.items():
-                if self._succeeds("rev-parse", "-q", "--verify", name):
-                    return operation
         # A cherry-pick or revert of several commits between two of its steps.
         if not (here / "sequencer").is_dir():
             return None
@@ -553,16 +546,9 @@ class Repo:
         return "cherry-pick"
 
     def is_ancestor(self, commit: str) -> bool:
-        """Whether `commit` is in the history of HEAD. GitError when that is not known."""
-        shallow = (self.common_dir / "shallow").exists()
-        answers = (0, 1, 128) if shallow else (0, 1)
-        said = self._call(("merge-base", "--is-ancestor", commit, "HEAD"), ok=answers)
-        if shallow and said.status:
-            raise GitError(
-                "this clone is shallow, its history does not reach back so far. Get the rest of it:"
-                " `git fetch --unshallow`"
-            )
-        return said.status == 0
+        """Whether `commit` is known to be in the history of HEAD (a shallow clone forgets)."""
+        asked = ("merge-base", "--is-ancestor", commit, "HEAD")
+        return self._call(asked, ok=(0, 1, 128)).status == 0
 
     def commits_between(self, old: str, new: str) -> list[str]:
         """The commits that `new` has and `old` has not, oldest first."""
@@ -615,15 +601,17 @@ class Repo:
 
     def committed(self, commit: str | None, path: str) -> bytes | None:
         """What a commit holds of a file of ours; None when it holds none."""
+        if commit is None:
+            return None
         name = f"{commit}:{path}"
-        if commit and name != self._read[0]:
+        if name != self._read[0]:
             found = self._call(("cat-file", "blob", name), ok=(0, 128), env=_GIT_FETCHING)
             data: bytes | None = found.out
             if found.status:  # there is none, or it cannot be read
                 entry = self._entries(commit, [path])[path]
                 data = None if entry.absent else next(self.read_blobs([entry.oid]))
             self._read = name, data
-        return self._read[1] if commit else None
+        return self._read[1]
 
     def _entries(self, tree: str | None, paths: Iterable[str]) -> dict[str, Entry]:
         """What a tree (or commit) holds at each path; a folder counts as absent."""
@@ -657,38 +645,41 @@ class Repo:
                 for oid in some:
                     facts = output.readline().split()
                     if facts[1:2] != [b"blob"]:
-                        raise self._damaged(oid)
+                        place = self.common_dir / "objects" / oid[:2] / oid[2:]
+                        raise GitError(
+                            f"git's object {oid} is missing or damaged, as after a power cut. See"
+                            f" `git fsck`; if there is a file {place}, remove it, then start again."
+                        )
                     yield output.read(int(facts[2]) + 1)[:-1]
 
-    def _damaged(self, oid: str) -> GitError:
-        return GitError(
-            f"git's object {oid} is missing or damaged, as after a power cut. See `git fsck`; if"
-            f" there is a file {self.common_dir / 'objects' / oid[:2] / oid[2:]}, remove it, then"
-            " start again."
-        )
-
-    def _require(self, entries: Iterable[Entry]) -> None:
+    def _read_back(self, entries: Iterable[Entry]) -> None:
         """Refuse what git does not hold: it takes a file that a power cut emptied for stored."""
-        kept = [e.oid for e in entries if e.mode not in (ABSENT_MODE, GITLINK_MODE)]
-        said = self.git("cat-file", "--batch-check", stdin="".join(f"{o}\n" for o in kept).encode())
-        for line in said.decode().splitlines():
-            if line.endswith(" missing"):
-                raise self._damaged(line.split(" ")[0])
+        kept = (entry.oid for entry in entries if entry.mode not in (ABSENT_MODE, GITLINK_MODE))
+        for _ in self.read_blobs(kept):
+            pass
 
     def bring_out(self, *starts: str) -> None:
         """Write the files that a sparse checkout leaves out whose path has one of these starts.
 
         For what is to be read or appended to: a new file would take the place of what git has.
         """
-        if not self._is_set("core.sparsecheckout", default=False):
+        if not self._settings.get("core.sparsecheckout", False):
             return
-        rows = [row for row in self._hidden_rows() if row.skip_worktree]
-        missing = [r for r in rows if r.path.startswith(starts) and not self._exists(r.path)]
+        rows = [row for row in self._hidden_rows() if row.path.startswith(starts)]
+        missing = [r for r in rows if r.hidden == "skip-worktree" and not self._exists(r.path)]
         contents = self.read_blobs(row.oid for row in missing)
         for row, content in zip(missing, contents, strict=True):
             place = self.top / row.path
             place.parent.mkdir(parents=True, exist_ok=True)
             place.write_bytes(content)
+
+    @cached_property
+    def _settings(self) -> dict[str, bool]:
+        """Settings of git's that do not change while we run."""
+        wanted = r"^core\.(filemode|sparsecheckout)$"
+        said = self.git("config", "-z", "--type=bool", "--get-regexp", wanted, ok=(0, 1))
+        pairs = (row.partition("\n") for row in _git_rows(said))
+        return {name: value == "true" for name, _, value in pairs}
 
     def old_versions(self, path: str, commit: str, most: int = 50) -> list[bytes]:
         """What a file held in the last commits up to `commit` that changed it, oldest first."""
@@ -707,10 +698,17 @@ class Repo:
         if old == new:
             return []
         if (old, new) not in self._compared:
-            self._compared = dict(list(self._compared.items())[-4:])
             options = ("-r", "-z", "--no-renames", "--ignore-submodules=none")
-            output = self.git("diff-tree", *options, old, new, limit_s=TREE_LIMIT_S)
-            self._compared[old, new] = sorted(_git_raw_changes(output))
+            rows = _git_rows(self.git("diff-tree", *options, old, new, limit_s=TREE_LIMIT_S))
+            found = []
+            for facts, path in zip(rows[::2], rows[1::2], strict=True):  # `:modes ids status`
+                was, now, old_oid, oid, _ = facts[1:].split(" ")
+                gone = Entry(path, ABSENT_MODE, ABSENT_OID)
+                left = gone if was == ABSENT_MODE else Entry(path, was, old_oid)
+                right = gone if now == ABSENT_MODE else Entry(path, now, oid)
+                found.append(Change(left, right))
+            recent = list(self._compared.items())[-4:]
+            self._compared = {**dict(recent), (old, new): sorted(found)}
         return list(self._compared[old, new])
 
     def relative(self, path: Path) -> str:
@@ -721,56 +719,26 @@ class Repo:
             raise GitError(f"{path} is outside of the repository {self.top}")
         return relative
 
-    def blob(self, path: Path) -> Entry:
-        """Store a file of the work tree the way `git add` would; `path` is absolute.
-
-        A missing file gives an absent entry.
-        """
-        name = self.relative(path)
-        try:
-            facts = path.lstat()
-        except FileNotFoundError:
-            return Entry(name, ABSENT_MODE, ABSENT_OID)
-        if stat.S_ISLNK(facts.st_mode):
-            target = os.fsencode(os.readlink(path))
-            oid = self._line("hash-object", "-w", "--stdin", stdin=target)
-            return Entry(name, SYMLINK_MODE, oid)
-        if not stat.S_ISREG(facts.st_mode):
-            raise GitError(f"{path} is neither a file nor a symbolic link")
-        return Entry(name, self._mode(facts), self._line("hash-object", "-w", "--", name))
-
     def blobs(self, files: Mapping[Path, bytes]) -> list[Entry]:
         """Store files of ours with these bytes the way `git add` would, from one process.
 
-        One by one only where somebody is editing them.
+        One by one only where somebody is editing them. A mode of "" is that of HEAD.
         """
         names = [self.relative(path) for path in files]
         if all(path.is_file() and not path.is_symlink() for path in files):
             oids = self._line("hash-object", "-w", "--", *names).split()
             if all(path.is_file() and path.read_bytes() == data for path, data in files.items()):
-                modes = [self._mode(path.stat()) for path in files]
+                if not self._settings.get("core.filemode", True):
+                    return [Entry(name, "", oid) for name, oid in zip(names, oids, strict=True)]
+                bits = [path.stat().st_mode & stat.S_IXUSR for path in files]
+                modes = ["100755" if bit else "100644" for bit in bits]
                 return list(map(Entry, names, modes, oids))
-        return list(map(self._stored, names, files.values()))
+        return [self._stored(name, data) for name, data in zip(names, files.values(), strict=True)]
 
     def _stored(self, name: str, data: bytes) -> Entry:
         """Bytes in a file's place; its executable bit stays as in HEAD."""
         oid = self._line("hash-object", "-w", "--stdin", f"--path={name}", stdin=data)
         return Entry(name, "", oid)
-
-    def _mode(self, facts: os.stat_result) -> str:
-        """A file's mode; "" where only HEAD can tell."""
-        if not self._is_set("core.filemode", default=True):
-            return ""
-        return "100755" if facts.st_mode & stat.S_IXUSR else "100644"
-
-    def _is_set(self, key: str, *, default: bool) -> bool:
-        """A setting of git's that does not change while we run."""
-        if self._settings is None:
-            wanted = r"^core\.(filemode|sparsecheckout)$"
-            said = self.git("config", "-z", "--type=bool", "--get-regexp", wanted, ok=(0, 1))
-            pairs = (row.partition("\n") for row in _git_rows(said))
-            self._settings = {name: value == "true" for name, _, value in pairs}
-        return self._settings.get(key, default)
 
     # -- the index ---------------------------------------------------------------------------------
 
@@ -791,21 +759,22 @@ class Repo:
             path.unlink(missing_ok=True)
             Path(f"{path}.lock").unlink(missing_ok=True)
 
-    def _load(self, base: str | None, entries: Iterable[Entry], env: Mapping[str, str]) -> None:
-        """Let a private index hold a tree (or that of a commit) with these entries."""
-        self.git("read-tree", "--no-sparse-checkout", base or "--empty", env=env)
-        rows = [_IndexRow("H", e.mode, e.oid, "0", e.path) for e in entries]
-        if rows:
-            self.git("update-index", "-z", "--index-info", stdin=self._index_info(rows), env=env)
-
     def _graft(self, base: str | None, entries: Iterable[Entry]) -> str:
         """The tree of `base` (a tree or a commit) with these entries."""
         with self._private_index() as env:
             self._load(base, entries, env)
-            # What a partial clone has not fetched is of `base`; for ours, see `_require`.
-            return self._stored_tree(self._line("write-tree", "--missing-ok", env=env))
+            # What a partial clone has not fetched is of `base`; for ours, see `_read_back`.
+            return self._write_tree(env, "--missing-ok")
 
-    def _stored_tree(self, tree: str) -> str:
+    def _load(self, base: str | None, entries: Iterable[Entry], env: Mapping[str, str]) -> None:
+        """Let a private index hold a tree (or that of a commit) with these entries."""
+        self.git("read-tree", "--no-sparse-checkout", base or "--empty", env=env)
+        rows = [_GitRow("H", e.mode, e.oid, "0", e.path) for e in entries]
+        if rows:
+            self.git("update-index", "-z", "--index-info", stdin=self._index_info(rows), env=env)
+
+    def _write_tree(self, env: Mapping[str, str], *options: str) -> str:
+        tree = self._line("write-tree", *options, env=env)
         if tree == self._empty_tree:  # git knows it without storing it, but others may not
             self.git("hash-object", "-w", "-t", "tree", "--stdin")
         return tree
@@ -813,45 +782,42 @@ class Repo:
     def _all_rows(self) -> dict[str, list[str]]:
         """Every entry of the real index by path, as `git ls-files` writes it."""
         stamp = _git_stamp(self.git_dir / "index")
-        if stamp is None or stamp != self._index.stamp:
+        if stamp is None or stamp != self._index[0]:
             rows: dict[str, list[str]] = {}
             for row in _git_rows(self.git("ls-files", "-s", "-v", "-z", limit_s=TREE_LIMIT_S)):
                 rows.setdefault(row.partition("\t")[2], []).append(row)
-            self._index = _Index(stamp, rows)
-        return self._index.rows
+            self._index = stamp, rows
+        return self._index[1]
 
-    def _index_rows(self, paths: Iterable[str]) -> list[_IndexRow]:
+    def _index_rows(self, paths: Iterable[str]) -> list[_GitRow]:
         """The index entries of the paths."""
         rows = self._all_rows()
-        return [_IndexRow.parse(row) for path in sorted(set(paths)) for row in rows.get(path, ())]
+        return [_GitRow.parse(row) for path in sorted(set(paths)) for row in rows.get(path, ())]
 
-    def _hidden_rows(self) -> list[_IndexRow]:
+    def _hidden_rows(self) -> list[_GitRow]:
         """The entries that git was told not to look at the files of."""
         listed = (row for rows in self._all_rows().values() for row in rows)
-        return [_IndexRow.parse(row) for row in listed if row[0] in "Sabcdefghijklmnopqrstuvwxyz"]
+        return [_GitRow.parse(row) for row in listed if row[0] == "S" or row[0].islower()]
 
-    def _write_index(self, rows: Sequence[_IndexRow]) -> None:
+    def _write_index(self, rows: Sequence[_GitRow]) -> None:
         """Make the real index hold exactly these rows for their paths; nothing else is touched.
 
         HeadBusy when somebody holds the index lock for too long.
         """
-        self._index = _Index(None, {})
+        self._index = None, {}
         self._patiently("update-index", "-z", "--index-info", stdin=self._index_info(rows))
-        assumed = [row.path for row in rows if row.assume_unchanged]
-        skipped = [row.path for row in rows if row.skip_worktree]
-        intended = [row.path for row in rows if row.flag == "N" and self._exists(row.path)]
-        for command, paths in (
-            (("update-index", "--assume-unchanged", "-z", "--stdin"), assumed),
-            (("update-index", "--skip-worktree", "-z", "--stdin"), skipped),
-            (("add", "-N", "-f", "--pathspec-from-file=-", "--pathspec-file-nul"), intended),
-        ):
-            if paths:
+        for option in ("assume-unchanged", "skip-worktree"):
+            if paths := [row.path for row in rows if row.hidden == option]:
+                command = ("update-index", f"--{option}", "-z", "--stdin")
                 self._patiently(*command, stdin=_git_paths(paths))
+        if paths := [row.path for row in rows if row.flag == "N" and self._exists(row.path)]:
+            intend = ("add", "-N", "-f", "--pathspec-from-file=-", "--pathspec-file-nul")
+            self._patiently(*intend, stdin=_git_paths(paths))
 
     def _exists(self, path: str) -> bool:
         return os.path.lexists(self.top / path)
 
-    def _index_info(self, rows: Iterable[_IndexRow]) -> bytes:
+    def _index_info(self, rows: Iterable[_GitRow]) -> bytes:
         """Input of `update-index --index-info`: removals first, so files and folders may swap."""
         rows = list(rows)
         removed = dict.fromkeys(row.path for row in rows)
@@ -863,39 +829,49 @@ class Repo:
 
     def _patiently(self, *args: str, stdin: bytes) -> None:
         """Run a command on the real index, waiting a while for whoever holds its lock."""
-        lock = self.git_dir / "index.lock"
-        for _ in range(4):  # it may be taken again after we looked
-            self._wait_for([lock])
+        for _ in range(LOCK_TRIES):
             try:
                 self.git(*args, stdin=stdin)
                 return
             except GitError as error:
                 if "index.lock" not in error.stderr:
                     raise
-        raise HeadBusy(_git_lock_text(lock))
+            self._delay(LOCK_PAUSE_S)
+        raise HeadBusy(_git_lock_text(self.git_dir / "index.lock"))
 
     def _wait_for(self, locks: Sequence[Path]) -> None:
         """Wait for a git that is at work. HeadBusy when a lock stays."""
+        held = list(locks)
         for _ in range(LOCK_TRIES):
-            if not any(lock.exists() for lock in locks):
+            held = [lock for lock in locks if lock.exists()]
+            if not held:
                 return
             self._delay(LOCK_PAUSE_S)
-        held = [lock for lock in locks if lock.exists()]
-        raise HeadBusy(_git_lock_text(held[0] if held else locks[0]))
+        raise HeadBusy(_git_lock_text(held[0]))
 
     # -- snapshots ---------------------------------------------------------------------------------
 
     def snapshot(self, ref: str | None = None) -> Snapshot:
         """Store the whole work tree (but for ignored files and `apart`) as a tree; touches nothing.
 
-        With `ref`, a commit of it is kept there, so that no garbage collection takes it. GitError
-        when a file cannot be read: a snapshot without it would look like its deletion.
+        With `ref`, a commit of it is kept there, so that no garbage collection takes it; a second
+        parent holds what was staged, as in a stash. GitError when a file cannot be read: a snapshot
+        without it would look like its deletion.
         """
         head = self.head()
-        staging = [str(row) for row in self._staging(head)]
-        taken = Snapshot(self._work_tree(), head, staging)
-        if ref is not None:
-            self._keep(ref, taken)
+        staging = self._staging(head)
+        taken = Snapshot(self._work_tree(), head, [str(row) for row in staging])
+        base = head.commit
+        if ref is not None and base and not staging and taken.tree == self._trees[base]:
+            self.git("update-ref", ref, base)  # which holds all of it
+        elif ref is not None:
+            parents = [base] if base else []
+            if staging and all(row.stage == "0" for row in staging):
+                firm = [Entry(row.path, row.mode, row.oid) for row in staging if row.flag != "N"]
+                tree = self._graft(base, firm)
+                parents.append(self._commit_tree(tree, parents, "Staged before the phase"))
+            commit = self._commit_tree(taken.tree, parents, "Work tree before the phase")
+            self.git("update-ref", ref, commit)
         return taken
 
     def _work_tree(self) -> str:
@@ -904,34 +880,32 @@ class Repo:
             return self._record(env)
 
     def _record(self, env: Mapping[str, str]) -> str:
-        self._show_hidden(env)
+        """Let a private copy of the index hold the work tree, and store that as a tree."""
+        # A skip-worktree entry without a file is what a sparse checkout leaves out: no deletion.
+        seen = [r for r in self._hidden_rows() if r.flag.islower() or self._exists(r.path)]
+        for option in ("assume-unchanged", "skip-worktree"):
+            if paths := [row.path for row in seen if row.hidden == option]:
+                command = ("update-index", f"--no-{option}", "-z", "--stdin")
+                self.git(*command, stdin=_git_paths(paths), env=env)
         self._add_everything(env)
         unmerged = [row.path for row in self._index_rows(self.apart) if row.stage != "0"]
         if unmerged:  # it keeps a tree from being written
             remove = ("update-index", "--force-remove", "-z", "--stdin")
             self.git(*remove, stdin=_git_paths(unmerged), env=env)
-        return self._stored_tree(self._line("write-tree", env=env))
-
-    def _show_hidden(self, env: Mapping[str, str]) -> None:
-        """Let git look at files that the operator told it not to look at.
-
-        A skip-worktree entry without a file is what a sparse checkout leaves out: no deletion.
-        """
-        rows = self._hidden_rows()
-        assumed = [row.path for row in rows if row.assume_unchanged]
-        skipped = [row.path for row in rows if row.skip_worktree and self._exists(row.path)]
-        for option, paths in (("--no-assume-unchanged", assumed), ("--no-skip-worktree", skipped)):
-            if paths:
-                self.git("update-index", option, "-z", "--stdin", stdin=_git_paths(paths), env=env)
+        return self._write_tree(env)
 
     def _add_everything(self, env: Mapping[str, str]) -> None:
         apart = (f":(exclude,top,literal){path}" for path in self.apart)
         add = ("add", "-A", "--sparse", "--ignore-errors", "--", ".", *apart)
         with_magic = {**env, "GIT_LITERAL_PATHSPECS": "0"}
-        trouble: GitError | None = None
+        listing = ("ls-files", "-z", "--others", "--modified", "--exclude-standard")
+        trouble = GitError("")
         for _ in range(ADD_TRIES):  # a file that vanishes while git looks at it is fatal for git
             said = self._call(add, env=with_magic, ok=(0, 1, 128), limit_s=TREE_LIMIT_S)
-            missed = self._missed(env) if said.status == 1 else []
+            missed = []
+            if said.status == 1:  # a nested repository without a commit may stay out
+                listed = _git_rows(self.git(*listing, env=env, limit_s=TREE_LIMIT_S))
+                missed = [path for path in listed if path[-1] != "/" and path not in self.apart]
             if said.status == 0 or (said.status == 1 and not missed):
                 return
             trouble = GitError(said.err.decode(errors="replace"), add, said.status)
@@ -940,58 +914,33 @@ class Repo:
                     f"cannot be read, so nothing could be recorded: {', '.join(missed[:5])}."
                     " Make it readable, remove it, or list it in .gitignore."
                 )
-        assert trouble
         raise trouble
 
-    def _missed(self, env: Mapping[str, str]) -> list[str]:
-        """What `git add` could not take; a nested repository without a commit may stay out."""
-        options = ("-z", "--others", "--modified", "--exclude-standard")
-        listed = _git_rows(self.git("ls-files", *options, env=env, limit_s=TREE_LIMIT_S))
-        return [path for path in listed if path[-1] != "/" and path not in self.apart]
-
-    def _staging(self, head: Head) -> list[_IndexRow]:
+    def _staging(self, head: Head) -> list[_GitRow]:
         """The entries that say more than HEAD does, see `Snapshot.staging`."""
-        staged = firm = self._staged(head)
+        staged = firm = self._staged_paths(head)
         hidden = [row for row in self._hidden_rows() if row.path not in staged]
         # Not what a sparse checkout leaves out: the operator set no flag there.
-        hidden = [row for row in hidden if not row.skip_worktree or self._exists(row.path)]
+        hidden = [row for row in hidden if row.flag.islower() or self._exists(row.path)]
         rows = hidden + self._index_rows(staged)
         if any(row.oid == self._empty_blob for row in rows):
             # An intent-to-add entry looks like an empty file, unless one asks for the difference.
-            firm = self._differing(head, "--ita-invisible-in-index")
+            firm = self._staged_now(head, "--ita-invisible-in-index")
         kept = [row._replace(flag="N") if row.path in staged - firm else row for row in rows]
         deleted = sorted(staged - {row.path for row in rows})
-        return kept + [_IndexRow("H", ABSENT_MODE, self._null, "0", path) for path in deleted]
+        return kept + [_GitRow("H", ABSENT_MODE, self._null, "0", path) for path in deleted]
 
-    def _staged(self, head: Head) -> frozenset[str]:
+    def _staged_paths(self, head: Head) -> frozenset[str]:
         """The paths in which the index differs from HEAD."""
         stamp = _git_stamp(self.git_dir / "index")
-        if stamp is None or self._staged_seen[:2] != (stamp, head.commit):
-            self._staged_seen = stamp, head.commit, self._differing(head)
-        return self._staged_seen[2]
+        if stamp is None or self._staged[0] != (stamp, head.commit):
+            self._staged = (stamp, head.commit), self._staged_now(head)
+        return self._staged[1]
 
-    def _differing(self, head: Head, *options: str) -> frozenset[str]:
+    def _staged_now(self, head: Head, *options: str) -> frozenset[str]:
         form = ("--raw", "-z", "--no-renames", "--no-abbrev", "--ignore-submodules=none")
         against = ("diff-index", "--cached", *form, *options, head.commit or self._empty_tree)
         return frozenset(_git_rows(self.git(*against))[1::2])
-
-    def _keep(self, ref: str, taken: Snapshot) -> None:
-        """Put a snapshot on a ref; a second parent holds what was staged, as in a stash.
-
-        Where HEAD holds all of it, that will do.
-        """
-        base = taken.head.commit
-        if base and not taken.staging and taken.tree == self._trees[base]:
-            self.git("update-ref", ref, base)
-            return
-        parents = [base] if base else []
-        staged = [_IndexRow.parse(row) for row in taken.staging]
-        if staged and all(row.stage == "0" for row in staged):
-            firm = [Entry(row.path, row.mode, row.oid) for row in staged if row.flag != "N"]
-            tree = self._graft(base, firm)
-            parents.append(self._commit_tree(tree, parents, "Staged before the phase"))
-        commit = self._commit_tree(taken.tree, parents, "Work tree before the phase")
-        self.git("update-ref", ref, commit)
 
     # -- commits -----------------------------------------------------------------------------------
 
@@ -1018,7 +967,7 @@ class Repo:
                 return None
             self._refuse_to_move(head, expect_branch)
             text = message if isinstance(message, str) else message(head)
-            commit = self._try_commit(head, tree, wanted, text)
+            commit = self._try_commit(head, tree, wanted, self.signed_off(text))
             if commit is not None:
                 return commit
             if pause is not None:
@@ -1030,10 +979,10 @@ class Repo:
         entries = self._news(head, entries)
         if not entries:
             return "", []
-        self._require(entries)
+        self._read_back(entries)
         tree = self._graft(head.commit, entries)
         made = [change.after for change in self.changes(head.commit, tree)]
-        foreign = set(made).difference(map(_git_normal, entries))
+        foreign = set(made).difference(entries)
         if foreign:
             raise GitError(
                 "the commit would not hold what it should, so the branch was left alone: it"
@@ -1052,65 +1001,78 @@ class Repo:
             kept = was.mode if was.mode in ("100644", "100755") else "100644"
             entry = entry._replace(mode=entry.mode or kept)
             nested = entry.mode == GITLINK_MODE and was.mode != GITLINK_MODE
-            if not nested and _git_normal(entry) != was:
+            if not nested and entry != was:
                 news.append(entry)
         return news
 
     def _refuse_to_move(self, head: Head, expect_branch: str | None) -> None:
-        operation = self.operation()
+        operation, name = self.operation(), str(head.branch).removeprefix("refs/heads/")
         if operation is not None:
             raise HeadBusy(_git_open_operation(operation))
         if head.branch is None:
             raise HeadBusy("HEAD is detached")
-        if expect_branch is not None and head.branch != expect_branch:
-            raise HeadBusy(
-                f"HEAD is on {_git_branch_name(head.branch)} now, the run began on"
-                f" {_git_branch_name(expect_branch)}"
-            )
+        if expect_branch not in (None, head.branch):
+            expected = str(expect_branch).removeprefix("refs/heads/")
+            raise HeadBusy(f"HEAD is on {name} now, the run began on {expected}")
         if head.commit is None and self._seen is not None:
-            name = _git_branch_name(head.branch)
             raise HeadBusy(f"the branch {name} was deleted (it was at {self._seen[:10]})")
 
     def _try_commit(
         self, head: Head, tree: str, wanted: Sequence[Entry], message: str
     ) -> str | None:
         """One try; None when HEAD moved meanwhile. The order of the steps is what makes it safe."""
-        commit = self._commit_tree(tree, [head.commit] if head.commit else [], message)
+        parents, commit = [head.commit] if head.commit else [], ""
+        if self.sign and not self.sign_trouble:
+            try:
+                commit = self._commit_tree(tree, parents, message, "-S")
+            except GitError as error:  # a decision is worth more than a signature
+                self.sign_trouble = str(error)
+        commit = commit or self._commit_tree(tree, parents, message)
         # A git that is about to move HEAD is waited for before the index is touched.
         self._wait_for([self.git_dir / "HEAD.lock", self.common_dir / f"{head.branch}.lock"])
-        index, staged = self._index, self._staged_seen
+        (stamp, old), (known, staged) = self._index, self._staged
         self._stage(wanted)
-        if not self._move_branch(head, commit, message):
-            return None
+        subject = message.split("\n", 1)[0]
+        note = f"commit: {subject}" if head.commit else f"commit (initial): {subject}"
+        # Compare-and-swap, and by name: the operator may switch meanwhile.
+        move = ("update-ref", "-m", note, str(head.branch), commit, head.commit or self._null)
+        try:
+            self.git(*move)
+        except GitError as error:
+            if error.status is None or "cannot lock ref" not in error.stderr:
+                raise
+            return None  # moved meanwhile, or locked: looked at again by the next try
         self._trees[commit] = tree
+        self.unsigned += [commit] if self.sign and self.sign_trouble else []
         self._stage(wanted)  # a git that read the index before us may have written it back since
-        if staged[:2] == (index.stamp, head.commit):
-            self._still_staged(index, staged[2], commit, {entry.path for entry in wanted})
+        if known == (stamp, head.commit):
+            # What is staged now need not be asked, if nobody else has changed the index.
+            now, paths = self._all_rows(), {entry.path for entry in wanted}
+            changed = {path for path in now.keys() | old.keys() if now.get(path) != old.get(path)}
+            if changed <= paths:
+                self._staged = (self._index[0], commit), staged - paths
         return commit
 
-    def _still_staged(
-        self, index: _Index, staged: frozenset[str], commit: str, paths: Set[str]
-    ) -> None:
-        """Conclude what is staged now, if a commit and the index have changed in these paths only.
-
-        `index` and `staged` are from before that.
-        """
-        old, now = index.rows, self._all_rows()
-        changed = {path for path in now.keys() | old.keys() if now.get(path) != old.get(path)}
-        if changed <= paths:
-            self._staged_seen = self._index.stamp, commit, staged - paths
-
-    def _commit_tree(self, tree: str, parents: Sequence[str], message: str) -> str:
-        options = [option for parent in parents for option in ("-p", parent)]
-        command = ("commit-tree", tree, *options, "-F", "-")
+    def _commit_tree(
+        self,
+        tree: str,
+        parents: Sequence[str],
+        message: str,
+        *options: str,
+        terminal: bool = False,
+    ) -> str:
+        above = [option for parent in parents for option in ("-p", parent)]
+        command = ("commit-tree", *options, tree, *above, "-F", "-")
         text = (message.rstrip("\n") + "\n").encode(errors="replace")
         try:
-            return self._line(*command, stdin=text, env=self._identity)
+            said = self._call(command, stdin=text, env=self._identity, terminal=terminal)
+            return said.out.decode().strip()
         except GitError as error:
-            if not re.search(r"ident|auto-detect|tell me who you are", error.stderr):
+            unknown = r"identity unknown|ident name|auto-detect|tell me who you are"
+            if self._identity or not re.search(unknown, error.stderr):
                 raise
         self._identity = _GIT_IDENTITY
-        return self._line(*command, stdin=text, env=self._identity)
+        return self._commit_tree(tree, parents, message, *options, terminal=terminal)
 
     def _stage(self, entries: Sequence[Entry]) -> None:
         """Enter the entries into the real index, where it does not hold them yet.
@@ -1118,32 +1080,18 @@ class Repo:
         No merge is open (see `_refuse_to_move`), so an unmerged entry is what is left of a
         `git stash pop`: the commit settles it.
         """
-        present = self._index_rows([entry.path for entry in entries])
-        known = {row.path for row in present}
-        have = {row.path: row for row in present if row.stage == "0"}
+        present: dict[str, list[_GitRow]] = {}
+        for row in self._index_rows([entry.path for entry in entries]):
+            present.setdefault(row.path, []).append(row)
         rows = []
         for entry in entries:
-            old = have.get(entry.path)
-            if entry.absent and entry.path not in known:
-                continue
-            if old is None or old[1:3] != entry[1:]:
-                flag = old.flag if old else "H"
-                rows.append(_IndexRow(flag, entry.mode, entry.oid, "0", entry.path))
+            old = present.get(entry.path, [])
+            flag = old[0].flag if len(old) == 1 else "H"
+            row = _GitRow(flag, entry.mode, entry.oid, "0", entry.path)
+            if old != [row] and (old or not entry.absent):
+                rows.append(row)
         if rows:
             self._write_index(rows)
-
-    def _move_branch(self, head: Head, commit: str, message: str) -> bool:
-        """Compare-and-swap of the branch (by name: the operator may switch meanwhile)."""
-        subject = message.split("\n", 1)[0]
-        note = f"commit: {subject}" if head.commit else f"commit (initial): {subject}"
-        command = ("update-ref", "-m", note, str(head.branch), commit)
-        try:
-            self.git(*command, head.commit or self._null)
-        except GitError as error:
-            if error.status is None or not re.search(r"cannot lock ref", error.stderr):
-                raise
-            return False  # moved meanwhile, or locked: looked at again by the next try
-        return True
 
     # -- state commits -----------------------------------------------------------------------------
 
@@ -1161,25 +1109,31 @@ class Repo:
         trouble. Skipped, with a warning, where the branch may not be moved, and for a file that is
         missing, no regular file, ignored, or hidden by assume-unchanged or skip-worktree.
         """
+
         def text(head: Head) -> str:
             if isinstance(message, str):
                 return message
             return message(self.committed(head.commit, name))
 
+        def skipped(why: str) -> StateCommit:
+            return StateCommit("skipped", None, f"{path.name} was not committed: {why}")
+
         try:
             name = self.relative(path)
             unfit = self._unfit(path)
             if unfit is not None:
-                return _git_skipped(path, f"{unfit.what}. {unfit.remedy}")
+                return skipped(f"{unfit.what}. {unfit.remedy}")
             entry = self._stored(name, data)
             hidden = self._hidden(path, name)
             if hidden is not None and self._news(self.head(), [entry]):
-                return _git_skipped(path, f"{hidden.what}. {hidden.remedy}")
+                return skipped(f"{hidden.what}. {hidden.remedy}")
             commit = self.commit([entry], text, expect_branch=expect_branch)
-            if commit is None and [row.oid for row in self._index_rows([name])] != [entry.oid]:
-                self._repair(name)
+            settled = commit or [row.oid for row in self._index_rows([name])] == [entry.oid]
+            if not settled and self.operation() is None:
+                with suppress(HeadBusy):  # or the operator's next commit would undo it
+                    self._stage([self._entries(self.head().commit, [name])[name]])
         except (GitError, OSError) as error:
-            return _git_skipped(path, f"{error}.")
+            return skipped(f"{error}.")
         return StateCommit("committed" if commit else "clean", commit, None)
 
     def _unfit(self, path: Path) -> Problem | None:
@@ -1194,15 +1148,19 @@ class Repo:
 
     def _hidden(self, path: Path, name: str) -> Problem | None:
         """Why git does not look at a file, so that the operator does not expect a commit of it."""
+        import shlex
+
+        def command(words: str) -> str:  # valid in any folder
+            return f"git -C {shlex.quote(str(path.parent))} {words} -- {shlex.quote(path.name)}"
+
         rows = self._index_rows([name])
         for row in rows:
-            option = "assume-unchanged" if row.assume_unchanged else "skip-worktree"
-            if row.assume_unchanged or row.skip_worktree:
-                undo = _git_command(f"update-index --no-{option}", path)
-                return Problem(f"it is marked {option}", f"Undo that: `{undo}`.")
-        committed = not rows and self._entries(self.head().commit, [name])[name]
-        if committed and committed.absent and self._ignored([name]):  # else it is not heeded
-            show = _git_command("check-ignore -v", path)
+            if row.hidden:
+                undo = command(f"update-index --no-{row.hidden}")
+                return Problem(f"it is marked {row.hidden}", f"Undo that: `{undo}`.")
+        new = not rows and self._entries(self.head().commit, [name])[name].absent
+        if new and self._ignored([name]):  # else it is not heeded
+            show = command("check-ignore -v")
             return Problem("git ignores it", f"`{show}` names the rule; remove it.")
         return None
 
@@ -1214,26 +1172,16 @@ class Repo:
         said = self._call(command, stdin=stdin, env=magic, ok=(0, 1)).out if paths else b""
         return frozenset(path.removeprefix("./") for path in _git_rows(said))
 
-    def _repair(self, name: str) -> None:
-        """The file is as in HEAD: let its index entry say so, or the next commit undoes it."""
-        if self.operation() is None:
-            with suppress(HeadBusy):
-                self._stage([self._entries(self.head().commit, [name])[name]])
-
     # -- salvage and restore -----------------------------------------------------------------------
 
     def salvage(self, ref: str, snapshot: Snapshot, message: str) -> str:
         """Keep a snapshot as a commit on a new ref, and read it back; the commit's id.
 
-        GitError when the ref exists already, or when what differs from HEAD is not all there: git
-        may have taken for stored what a power cut has damaged.
+        GitError when the ref exists already, or when what differs from HEAD is not all there.
         """
-        changes = self.changes(snapshot.head.commit, snapshot.tree)
-        kept = [c.after.oid for c in changes if c.after.mode not in (ABSENT_MODE, GITLINK_MODE)]
-        for _ in self.read_blobs(kept):
-            pass
-        parents = [snapshot.head.commit] if snapshot.head.commit else []
-        commit = self._commit_tree(snapshot.tree, parents, message)
+        parent = snapshot.head.commit
+        self._read_back(change.after for change in self.changes(parent, snapshot.tree))
+        commit = self._commit_tree(snapshot.tree, [parent] if parent else [], message)
         self.keep_commit(ref, commit, message)
         if self._line("rev-parse", "--verify", f"{ref}^{{tree}}") != snapshot.tree:
             raise GitError(f"{ref} does not hold what was to be salvaged; nothing was put back")
@@ -1273,7 +1221,7 @@ class Repo:
         rewritten = {c.before.path for c in files if not c.before.absent}
         self._restage(before, [c.before.path for c in changes], rewritten)
         now = self._entries(self._work_tree(), [c.before.path for c in files])
-        wrong = [c.before.path for c in files if now[c.before.path] != _git_normal(c.before)]
+        wrong = [c.before.path for c in files if now[c.before.path] != c.before]
         if wrong:
             raise GitError(
                 f"could not be put back as it was: {', '.join(wrong[:5])}. What was there is"
@@ -1298,21 +1246,28 @@ class Repo:
 
         Git itself takes ignored files in the way for expendable.
         """
+
+        def in_the_way(path: str) -> bool:
+            """Whether something else than a folder lies there, seen through no symbolic link."""
+            place = self.top / path
+            folder = place.is_dir() and not place.is_symlink()
+            real = os.path.realpath(place.parent) == str(place.parent)
+            return real and os.path.lexists(place) and not folder
+
         now = self._entries(tree, [c.after.path for c in changes])
-        edited = [
-            c.after.path
-            for c in changes
-            if now[c.after.path] not in (_git_normal(c.after), _git_normal(c.before))
-        ]
+        edited = [c.after.path for c in changes if now[c.after.path] not in c]
         back = [c.before for c in changes if not c.before.absent and now[c.before.path].absent]
         above = {str(folder) for e in back for folder in Path(e.path).parents} - {"."}
         held = self._entries(tree, above)
-        edited += [path for path in sorted(above) if held[path].absent and self._is_file(path)]
+        edited += [path for path in sorted(above) if held[path].absent and in_the_way(path)]
         for entry in back:
-            if self._is_file(entry.path):
-                same = self.blob(self.top / entry.path).oid == entry.oid
-                edited += [] if same else [entry.path]
-            elif (self.top / entry.path).is_dir():
+            place = self.top / entry.path
+            if in_the_way(entry.path):
+                link = place.is_symlink()
+                asked = ("hash-object", *(("--stdin",) if link else ("--", entry.path)))
+                target = os.fsencode(os.readlink(place)) if link else b""
+                edited += [] if self._line(*asked, stdin=target) == entry.oid else [entry.path]
+            elif place.is_dir():
                 edited += _git_rows(self.git("ls-files", "-o", "-z", "--", entry.path, env=env))
         if edited:
             raise GitError(
@@ -1320,20 +1275,13 @@ class Repo:
                 f" was put back: {', '.join(edited[:5])}. Look at it, then start again."
             )
 
-    def _is_file(self, path: str) -> bool:
-        """Whether something else than a folder lies there, itself seen through no symbolic link."""
-        place = self.top / path
-        folder = place.is_dir() and not place.is_symlink()
-        real = os.path.realpath(place.parent) == str(place.parent)
-        return real and os.path.lexists(place) and not folder
-
     def restage(self, before: Snapshot, after: Snapshot) -> None:
         """Give back the staging of every path that is the same in both snapshots.
 
         An agent's `git add -A` or `git reset` disturbs the index of files it never changed.
         """
         changed = {change.after.path for change in self.changes(before.tree, after.tree)}
-        rows = {_IndexRow.parse(row).path for row in (*before.staging, *after.staging)}
+        rows = {_GitRow.parse(row).path for row in (*before.staging, *after.staging)}
         if paths := sorted(rows - changed):
             self._restage(before, paths)
 
@@ -1346,12 +1294,12 @@ class Repo:
         a look into it, if its size is another one now, as with other line ends.
         """
         head = self._entries(self.head().commit, paths)
-        recorded: dict[str, list[_IndexRow]] = {}
-        for row in map(_IndexRow.parse, before.staging):
+        recorded: dict[str, list[_GitRow]] = {}
+        for row in map(_GitRow.parse, before.staging):
             recorded.setdefault(row.path, []).append(row)
-        rows: list[_IndexRow] = []
+        rows: list[_GitRow] = []
         for path in paths:
-            wanted = recorded.get(path) or [_IndexRow("H", *head[path][1:], "0", path)]
+            wanted = recorded.get(path) or [_GitRow("H", *head[path][1:], "0", path)]
             present = self._index_rows([path])
             absent = all(row.mode == ABSENT_MODE for row in wanted)
             same = wanted == present and path not in rewritten
@@ -1360,113 +1308,162 @@ class Repo:
         if rows:
             self._write_index(rows)
 
-    def clean_leftovers(self) -> None:
-        """Remove what a killed process left in the git directory (ours by name)."""
-        for prefix in LEFTOVER_PREFIXES:
-            for path in self.git_dir.glob(f"{prefix}*"):
-                path.unlink(missing_ok=True)
-
     # -- refs --------------------------------------------------------------------------------------
 
     def refs(self, prefix: str) -> dict[str, str]:
-        """Full name → object id of every ref whose name starts with `prefix`."""
-        pattern = prefix.rstrip("/") if prefix.endswith("/") else os.path.dirname(prefix)
-        listed = self._line("for-each-ref", "--format=%(objectname) %(refname)", pattern)
-        pairs = (line.split(" ", 1) for line in listed.splitlines())
-        return {name: oid for oid, name in pairs if name.startswith(prefix)}
+        """Full name → object id of every ref below `prefix`, which ends in "/"."""
+        pattern = prefix.rstrip("/")
+        listed = self._line("for-each-ref", "--format=%(refname) %(objectname)", pattern)
+        return dict(line.split(" ", 1) for line in listed.splitlines())
 
     def drop_refs(self, refs: Iterable[str]) -> None:
         """Delete refs, as far as they exist."""
         if commands := "".join(f"delete {ref}\n" for ref in refs):
             self.git("update-ref", "--stdin", stdin=os.fsencode(commands))
 
+    def clean_leftovers(self) -> None:
+        """Remove what a killed process left in the git directory (ours by name)."""
+        for prefix in LEFTOVER_PREFIXES:
+            for path in self.git_dir.glob(f"{prefix}*"):
+                path.unlink(missing_ok=True)
+
     # -- hooks -------------------------------------------------------------------------------------
-
-    def run_hooks(
-        self, entries: Sequence[Entry], message: str, *, limit_s: float = HOOK_LIMIT_S
-    ) -> HookResult:
-        """Let the operator's pre-commit and commit-msg hooks judge a commit of these entries.
-
-        They see a private index that holds HEAD and the entries; what they do to it, or to the
-        message, is not taken over, but files that they mend in the work tree are there to stay
-        (see `HookResult.changed`). `limit_s` counts per hook.
-        """
-        hooks = self._hooks("pre-commit", "commit-msg")
-        if not hooks:
-            return HookResult("ok", "", "", False)
-        with self._private_index() as env, self._message_file(message) as file:
-            tree = self._fill(env, entries)
-            outcome: Literal["ok", "rejected", "timeout"] = "ok"
-            name, ended = "", _Ended(0, b"", b"")
-            for name, path in hooks.items():
-                args = (str(file),) if name == "commit-msg" else ()
-                ended = self._run_hook((str(path), *args), env, limit_s)
-                if ended.status != 0:
-                    outcome = "timeout" if ended.status is None else "rejected"
-                    break
-            said = (ended.out + ended.err).decode(errors="replace").strip().splitlines()
-            changed = self._hook_changed(tree, entries, env)
-            return HookResult(outcome, name, "\n".join(said[-40:]), changed)
-
-    def _hooks(self, *names: str) -> dict[str, Path]:
-        """Those of the operator's hooks that are executable."""
-        folder = self.hook_path("any").parent
-        hooks = {name: folder / name for name in names}
-        return {n: path for n, path in hooks.items() if path.is_file() and os.access(path, os.X_OK)}
 
     def hook_path(self, name: str) -> Path:
         """Where git looks for a hook: core.hooksPath, or the folder that all work trees share."""
-        if self._hooks_folder is None:
-            self._hooks_folder = self._asked("rev-parse", *_GIT_HOOKS)
+        if not self._hooks_folder:  # without our settings, which switch hooks off
+            said = self._call(("rev-parse", *_GIT_HOOKS), settings=False)
+            self._hooks_folder = os.fsdecode(said.out).removesuffix("\n")
         return self.top / self._hooks_folder / name
 
-    def _asked(self, *args: str, ok: Container[int] = (0,)) -> str:
-        """What git says without our own settings, for they switch hooks off."""
-        return os.fsdecode(self._call(args, ok=ok, settings=False).out).removesuffix("\n")
+    def run_hooks(
+        self,
+        entries: Sequence[Entry],
+        message: str,
+        *,
+        own: Sequence[Entry] = (),
+        theirs: Container[str] = (),
+        message_only: bool = False,
+        limit_s: float = HOOK_LIMIT_S,
+    ) -> HookResult:
+        """Let the repository's hooks judge and mend a commit of these entries, as git would.
 
-    def _fill(self, env: Mapping[str, str], entries: Sequence[Entry]) -> str:
-        """Make a private index hold HEAD and the entries, as `git commit` shows it to hooks."""
-        head = self.head()
-        self._load(head.commit, self._news(head, entries), env)
+        They see a private index that holds HEAD, the entries and `own`: files of ours as they are
+        on disk, so that nothing of ours looks unstaged. What counts is the index and the message
+        that they leave, but for the paths of `own` and `theirs`, the operator's. A pre-commit hook
+        that rejects after it has mended files of the commit is run again on these, as long as it
+        mends, four times at most. `message_only` is for documents: no pre-commit hook, the entries
+        stay. `limit_s` counts per hook.
+        """
+        names = _GIT_HOOK_NAMES[1:] if message_only else _GIT_HOOK_NAMES
+        hooks = [self.hook_path(name) for name in names]
+        hooks = [path for path in hooks if path.is_file() and os.access(path, os.X_OK)]
+        message = self.signed_off(message)
+        if not hooks:
+            return HookResult("passed", "", "", list(entries), message)
+        head, name, ended = self.head(), "", _GitEnded(0, b"", b"")
+        file = self.git_dir / f"orchestrator-message-{os.urandom(8).hex()}"
+        with self._private_index(copied=True) as env:
+            try:
+                file.write_bytes(message.encode(errors="replace"))
+                tree = self._show_commit(head, self._news(head, [*entries, *own]), env)
+                for _ in range(HOOK_ROUNDS):
+                    for path in hooks:
+                        name, ended = path.name, self._run_hook(path, file, env, limit_s)
+                        if ended.status != 0:
+                            break
+                    shown, again = tree, name == "pre-commit" and ended.status not in _GIT_ENDINGS
+                    if again:  # what it mended is in the work tree
+                        changed = [c.after for c in self.changes(head.commit, tree)]
+                        kept = _git_paths(e.path for e in changed if e.mode != GITLINK_MODE)
+                        update = ("update-index", "--add", "--remove", "-z", "--stdin")
+                        self.git(*update, stdin=kept, env=env, limit_s=TREE_LIMIT_S)
+                    tree = self._write_tree(env, "--missing-ok")
+                    if not again or tree == shown:
+                        break
+                message = file.read_text("utf-8", "replace").strip("\n") + "\n"
+            finally:
+                file.unlink(missing_ok=True)
+        left = [change.after for change in self.changes(head.commit, tree)]
+        kept_out = {entry.path for entry in own}
+        left = [e for e in left if e.path not in kept_out and e.path not in theirs]
+        said = (ended.out + ended.err).decode(errors="replace").strip().splitlines()
+        outcome = _GIT_ENDINGS.get(ended.status) or ("files" if name == "pre-commit" else "message")
+        if ended.status is None:
+            said.append(f"it did not end within {limit_s:g} s")
+        if outcome == "passed" and not message.strip():
+            outcome, said = "message", [*said, "it left an empty message"]
+        entries = list(entries) if message_only else left
+        return HookResult(outcome, name, "\n".join(said[-40:]), entries, message)
+
+    def _show_commit(self, head: Head, entries: Sequence[Entry], env: Mapping[str, str]) -> str:
+        """Let a private copy of the index hold HEAD and the entries, as `git commit` shows them.
+
+        A copy, for its times: else git would have to read every file.
+        """
+        base = ("--reset", head.commit) if head.commit else ("--empty",)
+        self.git("read-tree", *base, env=env)
+        rows = [_GitRow("H", e.mode, e.oid, "0", e.path) for e in entries]
+        self.git("update-index", "-z", "--index-info", stdin=self._index_info(rows), env=env)
         self.git("update-index", "-q", "--refresh", env=env, ok=(0, 1), limit_s=TREE_LIMIT_S)
-        return self._line("write-tree", "--missing-ok", env=env)
+        return self._write_tree(env, "--missing-ok")
 
-    @contextmanager
-    def _message_file(self, message: str) -> Iterator[Path]:
-        path = self.git_dir / f"orchestrator-message-{os.urandom(8).hex()}"
-        try:
-            path.write_text(message.rstrip("\n") + "\n", encoding="utf-8", errors="replace")
-            yield path
-        finally:
-            path.unlink(missing_ok=True)
-
-    def _run_hook(self, argv: Sequence[str], index: Mapping[str, str], limit_s: float) -> _Ended:
+    def _run_hook(
+        self, path: Path, message: Path, index: Mapping[str, str], limit_s: float
+    ) -> _GitEnded:
         import errno
 
         env = {**_git_environment(), **index, "GIT_EDITOR": ":", "GIT_TERMINAL_PROMPT": "0"}
+        args = {"prepare-commit-msg": (str(message), "message"), "commit-msg": (str(message),)}
+        argv = (str(path), *args.get(path.name, ()))
         try:
             return _git_child(argv, self.top, env, limit_s)
         except OSError as error:
             if error.errno != errno.ENOEXEC:
-                return _Ended(126, b"", f"{argv[0]} cannot be run: {error}".encode())
+                return _GitEnded(126, b"", f"{path} cannot be run: {error}".encode())
         # A script without a #! line: git, too, lets the shell have it.
         return _git_child(("/bin/sh", *argv), self.top, env, limit_s)
 
-    def _hook_changed(self, tree: str, entries: Sequence[Entry], env: Mapping[str, str]) -> bool:
-        paths = {entry.path for entry in entries}
-        staged = self._line("write-tree", env=env)
-        kept = [entry.path for entry in entries if entry.mode != GITLINK_MODE]
-        update = ("update-index", "--add", "--remove", "-z", "--stdin")
-        self.git(*update, stdin=_git_paths(kept), env=env, limit_s=TREE_LIMIT_S)
-        found = self._line("write-tree", env=env)
-        changed = (*self.changes(tree, staged), *self.changes(tree, found))
-        return any(change.after.path in paths for change in changed)
+    # -- signatures --------------------------------------------------------------------------------
+
+    def wants_signatures(self) -> bool:
+        """Whether git's own configuration asks for signed commits."""
+        asked = ("config", "--type=bool", "--get", "commit.gpgSign")
+        return self._call(asked, ok=(0, 1), settings=False).out == b"true\n"
+
+    def try_signing(self, *, terminal: bool = False) -> Problem | None:
+        """Sign an object that nobody refers to; on a terminal a passphrase may be asked for."""
+        try:
+            self._commit_tree(self._empty_tree, [], "A trial", "-S", terminal=terminal)
+        except GitError as error:
+            return Problem(
+                f"commits cannot be signed: {error}",
+                "Unlock the key, or mend user.signingKey and gpg.format; `git commit --allow-empty"
+                " -S` shows whether it works. To do without: commits.sign = false.",
+            )
+        return None
+
+    def signed_off(self, message: str) -> str:
+        """A message with the trailer of who commits, if `signoff` asks for it; only once."""
+        body = message.rstrip("\n")
+        if not self.signoff:
+            return f"{body}\n"
+        said = self._call(("var", "GIT_COMMITTER_IDENT"), ok=range(256), env=self._identity)
+        name, email = _GIT_IDENTITY["GIT_COMMITTER_NAME"], _GIT_IDENTITY["GIT_COMMITTER_EMAIL"]
+        who = f"{name} <{email}>" if said.status else os.fsdecode(said.out).rsplit(" ", 2)[0]
+        trailer = f"Signed-off-by: {who}"
+        last = body.rpartition("\n\n")[2].split("\n") if "\n\n" in body else [""]
+        if trailer in last:
+            return f"{body}\n"
+        block = all(re.match(r"[A-Za-z0-9-]+: |[ \t]", line) for line in last)
+        return f"{body}\n{trailer}\n" if block else f"{body}\n\n{trailer}\n"
 
     # -- preconditions -----------------------------------------------------------------------------
 
     def problems(self, backlog: Path) -> list[Problem]:
         """What forbids a run, each with its remedy. Dirtiness is the caller's to judge."""
-        found, head = [], None
+        found: list[Problem] = []
+        head, trouble = None, None
         if self.version < OLDEST_GIT:
             what = f"git {'.'.join(map(str, self.version))} is too old"
             found.append(Problem(what, "Install git 2.34 or newer."))
@@ -1475,18 +1472,8 @@ class Repo:
             found.append(Problem(what, "Start it outside of hooks, or `unset GIT_INDEX_FILE`."))
         try:
             head = self.head()
-            found += self._lock_problems(head)
-            found += self.head_problems(head)
-            found += self._index_problems(backlog)
-            self.git("hash-object", "-w", "--stdin", stdin=b"orchestrator\n")
         except GitError as error:
-            found += self._lock_problems(None) if head is None else []
-            remedy = f"See `git -C '{self.top}' status` and `git -C '{self.top}' fsck`."
-            found.append(Problem(f"git cannot work here: {error}", remedy))
-        return found
-
-    def _lock_problems(self, head: Head | None) -> Iterator[Problem]:
-        """Locks that stay; one that a working git holds for a moment is waited for."""
+            trouble = error
         locks = [self.git_dir / "index.lock", self.git_dir / "HEAD.lock"]
         locks += [self.common_dir / "packed-refs.lock", self.common_dir / "config.lock"]
         locks += [self.common_dir / f"{head.branch}.lock"] if head and head.branch else []
@@ -1494,10 +1481,20 @@ class Repo:
             self._wait_for(locks)
         for lock in locks:
             if lock.exists():
-                yield Problem(
-                    f"another git command holds {lock}, or one that was killed left it",
-                    f"Wait for it, or end it; if no git is running: `rm '{lock}'`.",
-                )
+                what = f"another git command holds {lock}, or one that was killed left it"
+                remedy = f"Wait for it, or end it; if no git is running: `rm '{lock}'`."
+                found.append(Problem(what, remedy))
+        try:
+            if head is not None:
+                found += self.head_problems(head)
+                found += self._index_problems(backlog)
+                self.git("hash-object", "-w", "--stdin", stdin=b"orchestrator\n")
+        except GitError as error:
+            trouble = error
+        if trouble is not None:
+            remedy = f"See `git -C '{self.top}' status` and `git -C '{self.top}' fsck`."
+            found.append(Problem(f"git cannot work here: {trouble}", remedy))
+        return found
 
     def head_problems(self, head: Head) -> Iterator[Problem]:
         """What forbids even a commit: an open operation, no branch, a damaged HEAD."""
@@ -1509,17 +1506,13 @@ class Repo:
             yield Problem("HEAD is detached", "Switch to a branch: `git switch BRANCH`.")
 
     def _index_problems(self, backlog: Path) -> Iterator[Problem]:
-        listed = self._all_rows().values()
-        unmerged = sorted({_IndexRow.parse(rows[0]).path for rows in listed if rows[0][0] == "M"})
+        unmerged = sorted(path for path, rows in self._all_rows().items() if rows[0][0] == "M")
         if unmerged:
-            yield Problem(
-                f"there are merge conflicts in {', '.join(unmerged[:5])}",
-                "Resolve them, then `git add` the files.",
-            )
+            what = f"there are merge conflicts in {', '.join(unmerged[:5])}"
+            yield Problem(what, "Resolve them, then `git add` the files.")
         name = self.relative(backlog)
         if os.path.lexists(backlog):
-            obstacle = self._unfit(backlog)
-            obstacle = obstacle or (None if name in unmerged else self._hidden(backlog, name))
+            obstacle = self._unfit(backlog) or self._hidden(backlog, name)
             if obstacle is not None:
                 what = f"{name} could not be committed: {obstacle.what}"
                 yield Problem(what, obstacle.remedy)
@@ -1527,18 +1520,18 @@ class Repo:
     def remarks(self, backlog: Path) -> list[str]:
         """What the operator should know, but what forbids nothing. Never raises for git trouble."""
         try:
-            return [*self._setting_remarks(), *self._file_remarks(self.relative(backlog))]
+            return list(self._remarks(self.relative(backlog)))
         except GitError as error:
             return [str(error)]
 
-    def _setting_remarks(self) -> Iterator[str]:
+    def _remarks(self, name: str) -> Iterator[str]:
         import shutil
 
         if self.version < FSYNC_GIT:
             yield "git is older than 2.36, a power cut may lose the last commits. Update git."
-        for name in ("GIT_DIR", "GIT_WORK_TREE"):
-            if name in os.environ:
-                yield f"{name} is set and is not heeded. `unset {name}` if that surprises you."
+        for variable in ("GIT_DIR", "GIT_WORK_TREE"):
+            if variable in os.environ:
+                yield f"{variable} is set and not heeded. `unset {variable}` if that surprises you."
         if (self.git_dir / "SQUASH_MSG").exists():
             yield "a squashed merge waits for its commit and is left so. `git commit` ends it."
         if self._call(("var", "GIT_COMMITTER_IDENT"), ok=range(256)).status:
@@ -1548,60 +1541,16 @@ class Repo:
             )
         if shutil.disk_usage(self.common_dir).free < LOW_SPACE_BYTES:
             yield f"less than 16 MiB are free for {self.common_dir}. Make room."
-
-    def _file_remarks(self, name: str) -> Iterator[str]:
-        if not self._index_rows([name]) and os.path.lexists(self.top / name):
+        if not self._index_rows([name]) and self._exists(name):
             yield f"{name} is not tracked by git yet; the run's first commit will add it."
         asked = ("filter", "ident", "working-tree-encoding")
         rows = _git_rows(self.git("check-attr", "-z", *asked, "--", name))
         for attribute, value in zip(rows[1::3], rows[2::3], strict=True):
-            if value in ("unspecified", "unset"):
-                continue
-            yield (
-                f"{name} has the attribute {attribute}={value}: what git stores is not what is"
-                " on disk. Take it out of .gitattributes."
-            )
-
-
-# ==== 4. Texts ====================================================================================
-
-
-def _git_raw_changes(output: bytes) -> Iterator[Change]:
-    """Read `git diff-tree -z`: `:modes ids status`, then a path."""
-    fields = iter(_git_rows(output))
-    for facts, path in zip(fields, fields, strict=True):
-        old_mode, mode, old_oid, oid, _ = facts[1:].split(" ")
-        before, after = Entry(path, old_mode, old_oid), Entry(path, mode, oid)
-        yield Change(_git_normal(before), _git_normal(after))
-
-
-def _git_open_advice(root: Path, error: GitError) -> str:
-    """What keeps git from working in a folder, and what to do."""
-    if "dubious ownership" in error.stderr:
-        return (
-            f"{root} belongs to another user, so git refuses to work there. If you trust it:"
-            f" `git config --global --add safe.directory '{root}'`."
-        )
-    if "must be run in a work tree" in error.stderr:
-        return (
-            f"{root} is no work tree but a bare repository or a .git folder. Name the folder of a"
-            " checkout with --root."
-        )
-    if "not a git repository" in error.stderr:
-        return (
-            f"{root} is not in a git repository. Run `git init` there, or name another folder with"
-            " --root."
-        )
-    return error.stderr.strip() or str(error)
-
-
-def _git_normal(entry: Entry) -> Entry:
-    """An absent entry has the same null id in every repository, so entries compare by value."""
-    return entry._replace(oid=ABSENT_OID) if entry.absent else entry
-
-
-def _git_branch_name(ref: str) -> str:
-    return ref.removeprefix("refs/heads/")
+            if value not in ("unspecified", "unset"):
+                yield (
+                    f"{name} has the attribute {attribute}={value}: what git stores is not what is"
+                    " on disk. Take it out of .gitattributes."
+                )
 
 
 def _git_open_operation(operation: str) -> str:
@@ -1610,24 +1559,3 @@ def _git_open_operation(operation: str) -> str:
 
 def _git_lock_text(lock: Path) -> str:
     return f"{lock} exists: another git command is running, or one that was killed left it"
-
-
-def _git_skipped(path: Path, why: str) -> StateCommit:
-    return StateCommit("skipped", None, f"{path.name} was not committed: {why}")
-
-
-def _git_command(command: str, path: Path) -> str:
-    """A git command for the operator to paste, about one file, valid in any folder."""
-    return f"git -C {_git_word(str(path.parent))} {command} -- {_git_word(path.name)}"
-
-
-def _git_word(text: str) -> str:
-    """A word of a shell command; one with control characters is written as $'…'."""
-    import shlex
-
-    if text.isprintable():
-        return shlex.quote(text)
-    escaped = text.replace("\\", "\\\\").replace("'", "\\'")
-    hidden = ("".join(f"\\x{byte:02x}" for byte in os.fsencode(char)) for char in escaped)
-    shown = (c if c.isprintable() else h for c, h in zip(escaped, hidden, strict=True))
-    return f"$'{''.join(shown)}'"

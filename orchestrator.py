@@ -4901,8 +4901,10 @@ class Ledger:
             self.space.add_strays(alone)
         return alone
 
-    def _pass_hooks(self, attempt: Attempt, summary: str, seen: Aftermath) -> list[Entry] | str:
-        """Run the operator's commit hooks; a hook that mended files gets a second look.
+    def _pass_hooks(
+        self, attempt: Attempt, summary: str, seen: Aftermath
+    ) -> list[Entry] | str:
+        """Run the repository's commit hooks, which may mend files of the commit.
 
         Returns what is to be committed, or why the attempt has failed.
         """
@@ -4918,17 +4920,12 @@ class Ledger:
         )
         message = phase_message([told], self.run_id)
         limit = self.config.execution.hook_timeout_seconds
-        verdict = self.repo.run_hooks(entries, message, limit_s=limit)
-        if not verdict.ok:
-            mended = [change.after for change in self.look(attempt).changes]
-            if mended != entries:
-                entries = mended
-                verdict = self.repo.run_hooks(entries, message, limit_s=limit)
-        if verdict.outcome == "ok":
-            return entries
-        did = "rejected the commit"
-        if verdict.outcome == "timeout":
-            did = f"did not end within {limit:g} s (execution.hook_timeout_seconds)"
+        files = (self.store.path, *recent_worklogs(self.worklog_dir))
+        own = self.repo.blobs({path: path.read_bytes() for path in files if path.is_file()})
+        verdict = self.repo.run_hooks(entries, message, own=own, limit_s=limit)
+        if verdict.outcome == "passed":
+            return verdict.entries
+        did = "cannot do its work" if verdict.outcome == "broken" else "rejected the commit"
         return f"the repository's {verdict.hook} hook {did}:\n{verdict.output}"
 
     # -- what is kept on refs ----------------------------------------------------------------------
@@ -6900,7 +6897,8 @@ def cmd_init(args: argparse.Namespace) -> int:
 def _commit_init(repo: Repo, made: Sequence[Path]) -> None:
     try:
         commit = repo.commit(
-            [repo.blob(path) for path in made], "[orchestrator] Set up the backlog"
+            repo.blobs({path: path.read_bytes() for path in made}),
+            "[orchestrator] Set up the backlog",
         )
     except HeadBusy as error:
         print(f"not committed: {error}", file=sys.stderr)
@@ -6937,7 +6935,10 @@ def make_demo(where: Path) -> None:
     }
     for name, text in files.items():
         (where / name).write_text(text)
-    repo.commit([repo.blob(where / name) for name in files], "A small project to work on")
+    repo.commit(
+        repo.blobs({where / name: text.encode() for name, text in files.items()}),
+        "A small project to work on",
+    )
 
 
 DEMO_README = "# Demo\n\nA project that exists to show a run.\n"

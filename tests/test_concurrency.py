@@ -124,65 +124,6 @@ def rounds(project: Any, way: str, number: int) -> dict[str, list[str]]:
     return {name: log.read_text().splitlines() for name, log in logs.items()}
 
 
-PAUSED = """
-import os, sys
-path, lock, announce, go = sys.argv[1:5]
-
-def watch(event, args):
-    if event == "open" and str(args[0]).endswith("/.BACKLOG.yaml.tmp") and os.path.exists(go):
-        with open(announce, "w") as fifo:
-            fifo.write("about to write")
-        with open(go) as fifo:
-            os.unlink(go)  # once is enough
-            fifo.read()
-
-import orchestrator
-sys.addaudithook(watch)
-raise SystemExit(orchestrator.main(["--root", os.path.dirname(path), "add", "paused"]))
-"""
-
-
-@pytest.mark.parametrize(
-    "act", ["a rename", *(pytest.param(act, marks=pytest.mark.slow) for act in ("a command", "an editor", "a link", "a deletion"))]
-)
-def test_a_writer_paused_between_reading_and_writing(project: Any, tmp_path: Path, act: str) -> None:
-    """Others' commands wait for it; what an editor writes in this instant is merged."""
-    project.backlog("WRK-001 new")
-    path = project.root / "BACKLOG.yaml"
-    for name in ("announce", "go"):
-        os.mkfifo(tmp_path / name)
-    paused = python(PAUSED, path, "-", tmp_path / "announce", tmp_path / "go")
-    assert (tmp_path / "announce").read_text() == "about to write"
-    other = python(COMMANDS, project.root, tmp_path / "log", "add", 1, "-") if act == "a command" else None
-    if act == "an editor":
-        path.write_text(project.text().replace("Item WRK-001", "Edited"))
-    elif act in ("a rename", "a link"):
-        new = tmp_path / "new"
-        new.write_text(project.text().replace("Item WRK-001", "Edited"))
-        if act == "a link":
-            (tmp_path / "link").symlink_to(new)
-            new = tmp_path / "link"
-        os.rename(new, path)
-    elif act == "a deletion":
-        path.unlink()
-    (tmp_path / "go").write_text("")
-    out, err = paused.communicate(timeout=60)
-    if act == "a link":
-        assert (paused.returncode, out) == (1, ""), err
-        assert "symbolic link" in err
-        assert path.is_symlink()
-        assert [row["title"] for row in project.items().values()] == ["Edited"]
-        return
-    assert (paused.returncode, out) == (0, "Added WRK-002: paused\n"), err
-    if other is not None:
-        out, err = other.communicate(timeout=60)
-        assert other.returncode == 0, out + err
-        assert [row["title"] for row in project.items().values()] == ["Item WRK-001", "paused", f"{tmp_path}/log 0"]
-    else:
-        first = "Item WRK-001" if act == "a deletion" else "Edited"
-        assert [row["title"] for row in project.items().values()] == [first, "paused"]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["rename", "in place"])
 def test_commands_an_editor_and_a_run_at_once_lose_nothing(project: Any, way: str) -> None:

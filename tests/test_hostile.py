@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-from tests.conftest import sh
 
 BLOCKED: dict[str, object] = {"result": "blocked", "summary": "needs a decision"}
 BUILDING = "in_progress phase=build phase_pool=main"
@@ -84,84 +81,6 @@ def test_what_an_agent_does_to_our_state_is_undone(project: Any, outcome: str, h
     assert project.committed() == project.text()
     assert project.text().count("# by an agent") == ("edit the backlog" in acts)
     assert project.status() == ""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("act", ["git reset -q --hard HEAD~1", "git reset -q --soft HEAD~1", "git commit -q --amend --allow-empty -m Mine"])
-def test_a_branch_that_an_agent_rewound_stays_there_and_the_run_stops(project: Any, act: str) -> None:
-    """What was taken off is kept on a ref, and the command that the message gives restores it."""
-    set_up(project, f"WRK-001 {BUILDING}", "WRK-002 ready", script={"WRK-001/build": [
-        {"sh": f"{command(project, 'add', 'Added meanwhile')} > /dev/null; {act}", "write": {"a.txt": "1\n"}}, {"write": {"b.txt": "2\n"}}]})
-    project.git("commit", "-q", "--allow-empty", "-m", "The newest")
-    tip = project.git("rev-parse", "HEAD").strip()
-    log = project.run("run", code=1).stderr
-    ref = "refs/orchestrator/salvage/WRK-001/build/1"
-    assert f"[WRK-001][build] took commits off the branch: {tip[:10]}. The run stops here; what was there is kept on {ref}." in log
-    assert project.git("rev-parse", ref).strip() == tip
-    assert project.subjects()[0] == "[orchestrator] Save backlog state on halt"
-    assert project.subjects()[1] == ("Mine" if "amend" in act else "Set up")
-    assert project.committed() == project.text()
-    assert "Added meanwhile" in project.text()
-    assert "the work tree has uncommitted changes: a.txt" in project.run("run", code=1).stderr
-    sh(project.root, "sh", "-c", log.partition("this goes back: ")[2].splitlines()[0])
-    (project.root / "a.txt").unlink()
-    project.run("run", "--target", "WRK-001")
-    assert "The newest" in project.subjects()
-    assert "WRK-001" not in project.items()
-    assert "Added meanwhile" in project.text()
-    assert project.committed() == project.text()
-
-
-@pytest.mark.slow
-def test_a_command_edits_what_was_saved_last_not_what_an_agent_set_back(project: Any) -> None:
-    """Between two looks of the run: an item is added, the file set back, and another item added."""
-    adds = [command(project, "add", f"Added {n}") for n in (1, 2)]
-    set_up(project, f"WRK-001 {BUILDING}", script={
-        "WRK-001/build": [{"sh": f"({adds[0]}; git checkout -q -- .; {adds[1]}) > {project.outside}/said", "result": BLOCKED}],
-    })
-    log = project.finish(project.start("run", "--target", "WRK-001"), 3)
-    assert (project.outside / "said").read_text() == "Added WRK-002: Added 1\nAdded WRK-003: Added 2\n"
-    titles = {one: row["title"] for one, row in project.items().items()}
-    assert titles == {"WRK-001": "Item WRK-001", "WRK-002": "Added 1", "WRK-003": "Added 2"}
-    assert project.statuses()["WRK-001"] == "blocked build"
-    assert project.committed() == project.text()
-    assert "by hand" not in log
-
-
-@pytest.mark.slow
-def test_the_same_after_a_kill_for_the_agent_may_live_on(project: Any) -> None:
-    set_up(project, f"WRK-001 {BUILDING}", script={"WRK-001/build": [{"announce": True, "hang": True}]})
-    process = project.start("run")
-    project.announced()
-    process.kill()
-    process.wait()
-    assert project.run("add", "Added 1").stdout == "Added WRK-002: Added 1\n"
-    project.git("checkout", "-q", "--", ".")
-    again = project.run("add", "Added 2")
-    assert again.stdout == "Added WRK-003: Added 2\n"
-    project.run("run", "--cap", "0")
-    assert [row["title"] for row in project.items().values()] == ["Item WRK-001", "Added 1", "Added 2"]
-    assert project.committed() == project.text()
-
-
-@pytest.mark.slow
-def test_a_backlog_set_back_while_the_agent_goes_on_is_no_edit_by_hand(project: Any) -> None:
-    """The run looks at the file every second; an agent's `git stash` may be popped, or not."""
-    os.mkfifo(project.outside / "go")
-    waiting = {"announce": True, "await": "go", "result": BLOCKED}
-    set_up(project, f"WRK-001 {BUILDING}", f"WRK-002 {BUILDING}", f"WRK-003 {BUILDING}", script={
-        "WRK-001/build": [{"result": BLOCKED}],
-        "WRK-002/build": [{"sh": "git stash -q", **waiting}],
-        "WRK-003/build": [{"sh": "git checkout -q -- .", **waiting}],
-    })
-    process = project.start("run")
-    for _ in range(2):
-        project.announced()
-        (project.outside / "go").write_text("")
-    log = project.finish(process, 3)
-    assert project.statuses() == dict.fromkeys(("WRK-001", "WRK-002", "WRK-003"), "blocked build")
-    assert "by hand" not in log
-    assert project.committed() == project.text()
 
 
 # ---- Results, logs and terminals -----------------------------------------------------------------

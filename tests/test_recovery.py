@@ -11,8 +11,6 @@ from typing import Any
 
 import pytest
 
-from backlog import Journal
-
 HANG = {"announce": True, "hang": True}
 IN_BUILD = "in_progress phase=build phase_pool=main"
 RECOVERED = "[orchestrator] Recover backlog state"
@@ -153,27 +151,3 @@ def test_what_is_unblocked_after_a_crash_stays_so(project: Any, then: str, by_ha
     assert ("go on" in project.text()) != by_hand
     assert worklog(project).count("**Outcome:** Blocked") == 1
     assert "[WRK-001][plan] Blocked: needs a decision" in project.subjects()
-
-
-@pytest.mark.slow
-def test_a_damaged_journal_is_refused_with_a_remedy(project: Any) -> None:
-    prepare(project, "WRK-001 ready", script={"*": [HANG]})
-    process = project.start("run")
-    project.announced()
-    process.kill()
-    process.wait()
-    journal = project.root / ".git/orchestrator/journal"
-    whole = journal.read_bytes()
-    before = project.text()
-    for torn in (b"", whole[:100]):
-        journal.write_bytes(torn)
-        assert Journal.read(journal, "BACKLOG.yaml") is None
-    for damaged in (b"{\n" + whole, whole + b"[]\n", b'{"version": 99}\n'):
-        journal.write_bytes(damaged)
-        err = project.run("run", code=1).stderr
-        assert str(journal) in err
-        assert "delete that file" in err
-        assert "Traceback" not in err
-    assert project.text() == before
-    journal.write_bytes(whole)
-    recovered(project)

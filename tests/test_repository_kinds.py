@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 
 from gitutil import GitError, Repo, Snapshot
 from tests.conftest import sh
+from tests.gitkit import table
 
 
 @pytest.fixture
@@ -49,7 +49,10 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+QUICK = ("plain", "sparse", "linked", "partial", "sha256")
+
+
+@pytest.mark.parametrize("kind", table(dict(zip(KINDS, KINDS, strict=True)), slow=" ".join(KINDS.keys() - set(QUICK))))
 def test_a_phase_is_committed_and_another_one_put_back(repository: Path, kind: str) -> None:
     """What the operator staged and left untracked is as it was after both."""
     if kind == "reftable" and "ref-format" not in sh(repository, "git", "clone", "-h", check=False):
@@ -100,35 +103,6 @@ def test_a_phase_is_committed_and_another_one_put_back(repository: Path, kind: s
     assert not list(repo.git_dir.glob("orchestrator-*"))
 
 
-def test_a_commit_that_stands_for_another_is_built_upon(repository: Path) -> None:
-    """`git replace`: what only the replacement of HEAD holds is neither new nor deleted."""
-    (repository / "more").write_text("1\n")
-    git(repository, "add", "more")
-    tree = git(repository, "write-tree")
-    git(repository, "replace", "HEAD", git(repository, "commit-tree", tree, "-m", "In its place"))
-    repo = Repo.open(repository)
-    before, after = phase(repo, "file", b"1\n")
-    assert (before.tree, before.staging) == (tree, [])
-    commit = repo.commit([change.after for change in repo.changes(before.tree, after.tree)], "Add")
-    assert git(repository, "diff", "--name-status", "HEAD~", str(commit)) == "A\tfile"
-    assert git(repository, "status", "--porcelain") == ""
-
-
-@pytest.mark.parametrize("umask", [0o022, 0o077])
-def test_every_ref_of_a_shared_repository_can_be_read_by_the_others(repository: Path, umask: int) -> None:
-    """Else their fetch, clone and gc fail at it."""
-    sh(repository, "git", "init", "-q", "--shared=group")
-    repo, old = Repo.open(repository), os.umask(umask)
-    try:
-        for name in "abc":  # the first one is made by git
-            repo.snapshot(f"refs/orchestrator/snapshots/{name}")
-    finally:
-        os.umask(old)
-    files = (repository / ".git/refs/orchestrator/snapshots").iterdir()
-    modes = {file.name: file.stat().st_mode & 0o660 for file in files}
-    assert modes == dict.fromkeys("abc", 0o660)
-
-
 def test_a_file_with_other_line_ends_is_clean_when_it_is_put_back(repository: Path) -> None:
     """Agents write LF, the checkout has CRLF: the sizes differ, which is all that git looks at."""
     (repository / ".gitattributes").write_text("*.bat eol=crlf\n")
@@ -168,7 +142,7 @@ def test_what_a_sparse_and_partial_clone_leaves_out_is_not_lost(project: Any) ->
     assert project.git("diff", "--numstat", "--", "_worklog").split()[1] == "0"
 
 
-@pytest.mark.parametrize("damage", [b"", bytes(20)], ids=["empty", "zeros"])
+@pytest.mark.parametrize("damage", [b"", pytest.param(bytes(20), marks=pytest.mark.slow)], ids=["empty", "zeros"])
 def test_nothing_is_put_back_while_git_holds_it_only_damaged(repository: Path, damage: bytes) -> None:
     """After a power cut an object of an agent's `git add` may be empty; git takes it for stored."""
     repo = Repo.open(repository)
@@ -199,24 +173,6 @@ def test_history_is_read_whole_whatever_the_operator_likes_to_see(repository: Pa
     assert versions == [(repository / "README.md").read_bytes()]
 
 
-def test_a_shallow_clone_does_not_know_what_is_no_longer_in_history(repository: Path) -> None:
-    """An item whose last phase was before the cut is not told that history was rewritten."""
-    old = git(repository, "rev-parse", "HEAD")
-    git(repository, "commit", "-q", "--allow-empty", "-m", "Second")
-    git(repository, "commit", "-q", "--allow-empty", "-m", "Third")
-    shallow = repository.with_name("shallow")
-    git(repository, "clone", "-q", "--depth=1", f"file://{repository}", str(shallow))
-    repo = Repo.open(shallow)
-    assert repo.is_ancestor(git(shallow, "rev-parse", "HEAD"))
-    with pytest.raises(GitError, match="git fetch --unshallow"):
-        repo.is_ancestor(old)
-    git(shallow, "fetch", "-q", "--depth=1", "origin", old)
-    with pytest.raises(GitError, match="git fetch --unshallow"):
-        repo.is_ancestor(old)
-    git(shallow, "fetch", "-q", "--unshallow")
-    assert repo.is_ancestor(old)
-
-
 def test_what_is_staged_of_an_ignored_submodule_is_seen(repository: Path) -> None:
     (repository / "sub").mkdir()
     (repository / ".gitmodules").write_text('[submodule "s"]\npath = sub\nurl = .\nignore = all\n')
@@ -232,18 +188,12 @@ def test_what_is_staged_of_an_ignored_submodule_is_seen(repository: Path) -> Non
     assert git(repository, "ls-files", "-s", "sub") == f"160000 {'2' * 40} 0\tsub"
 
 
-@pytest.mark.slow
-def test_check_does_not_offer_to_drop_the_snapshots_of_a_run_in_another_work_tree(project: Any) -> None:
-    project.configure("build!")
-    project.backlog("WRK-001 ready")
-    project.script({"*": [{"announce": True, "hang": True}]})
-    project.commit_all()
-    project.git("worktree", "add", "-q", "-b", "other", "../other")
-    process = project.start("run")
-    assert project.announced()
-    assert "refs/orchestrator/snapshots/" in project.git("for-each-ref")
-    here, project.root = project.root, project.root.with_name("other")
-    assert "snapshot" not in project.run("check").stdout
-    project.root = here
-    process.terminate()
-    project.finish(process, 143)
+def test_a_shallow_clone_does_not_know_what_is_no_longer_in_history(repository: Path) -> None:
+    old = git(repository, "rev-parse", "HEAD")
+    git(repository, "commit", "-q", "--allow-empty", "-m", "Second")
+    git(repository, "clone", "-q", "--depth=1", f"file://{repository}", "../shallow")
+    repo = Repo.open(repository.with_name("shallow"))
+    assert repo.is_ancestor("HEAD")
+    assert not repo.is_ancestor(old)
+    git(repo.top, "fetch", "-q", "--unshallow")
+    assert repo.is_ancestor(old)

@@ -1,17 +1,213 @@
-"""What failed and interrupted work leaves, and what becomes of the operator's own files."""
+"""What failed and interrupted work leaves: kept whole on refs, named, listed; and the operator's own files."""
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-FAILS = {"result": {"result": "failed", "summary": "cannot"}}
-BUILDING = "WRK-001 in_progress phase=build phase_pool=main"
-PLANNING = "WRK-001 in_progress phase=plan phase_pool=main"
+import orchestrator
+from tests.conftest import sh
 
+BUILDING = "in_progress phase=build phase_pool=main"
+PLANNING = "WRK-001 in_progress phase=plan phase_pool=main"
+FAILS = {"result": {"result": "failed", "summary": "cannot"}}
+REF = "refs/orchestrator/salvage/WRK-001/build/1"
+
+# One of each kind: what git tracks, before and after the phase, as {path: (mode, content)}.
+BEFORE = {
+    b"keep.txt": ("100644", b"kept\n"),
+    b"mode.sh": ("100644", b"mode\n"),
+    b"gone.txt": ("100644", b"gone\n"),
+    b"old name.txt": ("100644", b"renamed\n"),
+    b"file-to-folder": ("100644", b"a file\n"),
+    b"folder-to-file/inner.txt": ("100644", b"inner\n"),
+    b"file-to-link": ("100644", b"no link\n"),
+    b"link": ("120000", b"keep.txt"),
+}
+AFTER = {
+    b"keep.txt": ("100644", b"kept\n"),
+    b"mode.sh": ("100755", b"mode\n"),
+    b"new name.txt": ("100644", b"renamed\n"),
+    b"file-to-folder/inner.txt": ("100644", b"now inside\n"),
+    b"folder-to-file": ("100644", b"now a file\n"),
+    b"file-to-link": ("120000", b"keep.txt"),
+    b"link": ("120000", b"mode.sh"),
+    b"new/deep/file.txt": ("100644", b"new\n"),
+    b"empty": ("100644", b""),
+    b"line\nbreak": ("100644", b"newline\n"),
+    b"latin-\xe9": ("100644", b"no UTF-8\n"),
+    b"-rf": ("100644", b"dash\n"),
+    b"binary": ("100644", bytes(range(256))),
+}
+
+
+def lay_out(root: Path, files: dict[bytes, tuple[str, bytes]]) -> None:
+    for name, (mode, content) in files.items():
+        path = os.path.join(os.fsencode(root), name)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        if mode == "120000":
+            os.symlink(content, path)
+        else:
+            Path(os.fsdecode(path)).write_bytes(content)
+            os.chmod(path, int(mode[-3:], 8))
+
+
+def tree(root: Path, commit: str) -> dict[bytes, tuple[str, bytes]]:
+    """What a commit holds, by git alone."""
+    def git(*args: str) -> bytes:
+        return subprocess.run(["git", *args], cwd=root, check=True, capture_output=True).stdout
+
+    rows = [row.split(b"\t", 1) for row in git("ls-tree", "-r", "-z", commit).split(b"\0") if row]
+    return {name: (facts[:6].decode(), git("cat-file", "blob", facts[12:].decode())) for facts, name in rows}
+
+
+def folder(root: Path) -> dict[bytes, tuple[str, bytes]]:
+    """The files on disk, ours and git's left out."""
+    found = {}
+    for where, folders, files in os.walk(os.fsencode(root)):
+        folders[:] = [f for f in folders if f not in (b".git", b".orchestrator", b"_worklog", b"changes")]
+        for name in (*files, *(f for f in folders if os.path.islink(os.path.join(where, f)))):
+            path = os.path.join(where, name)
+            facts = os.lstat(path)
+            if os.path.islink(path):
+                row = ("120000", os.readlink(path))
+            else:
+                row = ("100755" if facts.st_mode & 0o100 else "100644", Path(os.fsdecode(path)).read_bytes())
+            found[os.path.relpath(path, os.fsencode(root))] = row
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ending", ["failed", "blocked", "timed out", "cancelled"])
+def test_what_a_phase_left_is_kept_whole_and_nothing_else_moves(project: Any, tmp_path: Path, ending: str) -> None:
+    limit = "timeout_minutes = 0.15\n" if ending == "timed out" else ""
+    project.configure("build!", execution="max_retries = 0", more=limit)
+    project.backlog(f"WRK-001 {BUILDING}", f"WRK-002 {BUILDING}")
+    lay_out(project.root, BEFORE)
+    (project.root / "op.txt").write_text("base\n")
+    (project.root / "op-staged.txt").write_text("base\n")
+    project.commit_all()
+    after = tmp_path / "after"
+    lay_out(after, AFTER)
+    shell = f"rm -rf {' '.join(sorted({repr(os.fsdecode(name).split('/')[0]) for name in BEFORE}))}; cp -a {after}/. ."
+    hangs = ending in ("timed out", "cancelled")
+    result = {"result": {"blocked": "blocked"}.get(ending, "failed"), "summary": "not finished"}
+    project.script({
+        "WRK-001/build": [{"sh": shell, "hang": hangs, "result": result, **({"announce": True} if ending == "cancelled" else {})}, {"write": {"late.txt": "1\n"}}],
+        "WRK-002/build": [{"write": {"other.txt": "1\n"}}],
+    })
+    (project.root / "op.txt").write_text("edited\n")
+    (project.root / "op-staged.txt").write_text("staged\n")
+    project.git("add", "op-staged.txt")
+    (project.root / "op-staged.txt").write_text("staged and edited\n")
+    (project.root / "op-new.txt").write_text("untracked\n")
+    ours = (project.root / "BACKLOG.yaml", project.root / "orchestrator.toml")
+    before, staged = folder(project.root), project.git("diff", "--cached")
+
+    process = project.start("run", "--target", "WRK-001", "--allow-dirty")
+    if ending == "cancelled":
+        project.announced()
+        process.send_signal(signal.SIGTERM)
+    log = project.finish(process, 143 if ending == "cancelled" else 3)
+
+    kept = {name: row for name, row in tree(project.root, REF).items() if name in AFTER or name in BEFORE}
+    assert kept == AFTER
+    now = folder(project.root)
+    assert {n: row for n, row in now.items() if n != b"BACKLOG.yaml"} == {n: row for n, row in before.items() if n != b"BACKLOG.yaml"}
+    assert project.git("diff", "--cached") == staged
+    assert project.status() == "MM op-staged.txt\n M op.txt\n?? op-new.txt\n"
+    assert all(path.exists() for path in ours)
+    assert f"[WRK-001][BUILD] what it left is kept on {REF}: " in log
+    if ending != "cancelled":
+        assert f"(its changes are kept on {REF})" in project.items()["WRK-001"]["blocked_reason"]
+    assert REF in project.run("status").stdout
+    assert REF in project.run("show", "WRK-001").stdout
+    assert f"note: {REF} keeps what [WRK-001][build] left" in project.run("check", code=None).stdout
+
+    # The next commits hold nothing of it, and the next prompt names it.
+    if ending != "cancelled":
+        project.run("unblock", "WRK-001")
+    project.run("run", "--target", "WRK-002", "--target", "WRK-001", "--allow-dirty")
+    month = [path for path in project.paths() if path.startswith("_worklog/")]
+    assert sorted(project.paths()) == ["BACKLOG.yaml", *month, "late.txt"]
+    assert sorted(project.paths("HEAD~1")) == ["BACKLOG.yaml", *month, "other.txt"]
+    prompts = [path.read_text() for path in sorted((project.root / ".orchestrator/prompts").glob("WRK-001_build_*"), key=os.path.getmtime)]
+    assert f"git show --stat {REF}" in prompts[-1]
+    assert project.git("diff", "--cached") == staged
+
+
+# ---- Listing -------------------------------------------------------------------------------------
+
+Cli = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def kept(project: Any, capsys: pytest.CaptureFixture[str]) -> tuple[Any, Cli, dict[str, str]]:
+    """Refs of an open, a done and an archived item, of an unknown one and of another branch's."""
+    project.backlog("WRK-001 blocked", "WRK-002 done", "WRK-004 new")
+    text = project.text().replace("next_item_id: 3", "next_item_id: 7")
+    (project.root / "BACKLOG.yaml").write_text(text)
+    project.commit_all()
+    project.git("switch", "-q", "-c", "other")
+    project.git("commit", "-q", "--allow-empty", "-m", "Elsewhere")
+    elsewhere = sh(project.root, "git", "commit-tree", "HEAD^{tree}", "-p", "HEAD", "-m", "of another branch").strip()
+    project.git("switch", "-q", "main")
+    here = sh(project.root, "git", "commit-tree", "HEAD^{tree}", "-p", "HEAD", "-m", "of this one").strip()
+    refs = {
+        f"refs/orchestrator/salvage/{name}": commit
+        for name, commit in {
+            "WRK-001/build/1": here, "WRK-002/build/1": here, "WRK-002/build/2": here, "WRK-003/fix/1": here,
+            "WRK-005/build/1": elsewhere, "WRK-099/build/1": here,
+        }.items()
+    }
+    for ref, commit in refs.items():
+        project.git("update-ref", ref, commit)
+
+    def cli(*words: str) -> tuple[int, str, str]:
+        code = orchestrator.main(["--root", str(project.root), *words])
+        return (code, *capsys.readouterr())
+
+    return project, cli, refs
+
+
+def test_salvage_is_listed_with_the_command_that_drops_that_of_finished_items(kept: tuple[Any, Cli, dict[str, str]]) -> None:
+    project, cli, refs = kept
+    names = {ref: ref.removeprefix("refs/orchestrator/salvage/").split("/") for ref in refs}
+    rows = [f"  {item} {phase:5} {ref}" for ref, (item, phase, _) in names.items()]
+    lines = cli("status")[1].splitlines()
+    assert lines[-len(rows) - 1].endswith("(`git show --stat REF`):")
+    assert lines[-len(rows) :] == rows
+    assert cli("status", "--only", "status=blocked")[1].endswith(f":\n{rows[0]}\n")
+    assert cli("show", "WRK-001")[1].endswith(f"\n\nLeft by attempts that did not complete, and kept (`git show --stat REF`):\n{rows[0]}\n")
+    known = [
+        {"ref": ref, "item": item, "phase": phase, "commit": refs[ref], "finished": item in ("WRK-002", "WRK-003")}
+        for ref, (item, phase, _) in names.items()
+    ]
+    assert json.loads(cli("status", "--json")[1])["salvage"] == known
+    assert json.loads(cli("show", "WRK-002", "--json")[1])["salvage"] == known[1:3]
+    code, out, _ = cli("check")
+    assert code == 0
+    assert [line for line in out.splitlines() if "keeps what" in line] == [
+        f"note: {ref} keeps what [{item}][{phase}] left" for ref, (item, phase, _) in names.items()
+    ]
+    assert "note: 3 of these belong to finished items; to drop them: printf " in out
+    assert json.loads(cli("check", "--json")[1])["salvage"] == known
+    (note,) = [line for line in out.splitlines() if "to drop them: " in line]
+    assert project.git("for-each-ref", "--format=%(refname)", "refs/orchestrator/").split() == list(refs)
+    sh(project.root, "sh", "-c", note.partition("to drop them: ")[2])
+    left = [ref for ref in refs if "WRK-002" not in ref and "WRK-003" not in ref]
+    assert project.git("for-each-ref", "--format=%(refname)", "refs/orchestrator/").split() == left
+    assert "finished" not in cli("check")[1]
+
+
+# ---- What becomes of the rest --------------------------------------------------------------------
 
 def set_up(project: Any, item: str, script: dict[str, Any], execution: str = "max_retries = 0") -> None:
     project.configure(execution=execution)
@@ -26,7 +222,7 @@ def test_operator_files_survive_an_agent_that_commits_and_reverts_them(project: 
         f"cd {project.root} && echo theirs > agent.txt && git add agent.txt && git commit -qm theirs"
         " && git checkout -q -- notes.txt && rm opfile.txt && echo half > half.txt"
     )
-    set_up(project, BUILDING, {"*/build": [{"sh": shell, **FAILS}]})
+    set_up(project, f"WRK-001 {BUILDING}", {"*/build": [{"sh": shell, **FAILS}]})
     (project.root / "notes.txt").write_text("edited by the operator\n")
     (project.root / "opfile.txt").write_text("untracked\n")
     project.run("run", "--allow-dirty", code=3)
