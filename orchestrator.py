@@ -140,6 +140,7 @@ from gitutil import (
     GitError,
     Head,
     HeadBusy,
+    HookResult,
     Problem,
     Repo,
     Snapshot,
@@ -4520,10 +4521,15 @@ class Outcome(NamedTuple):
     entries: tuple[Entry, ...] = ()  # what the phase leaves, with the bytes it had when it ended
     worklog: str = ""  # text that belongs into the worklog, appended once
     was: Item | None = None  # the item as the phase began
+    message: str = ""  # of its commit, as the repository's hooks left it; "": still to be made
 
     @property
     def label(self) -> str:
         return f"[{self.item}][{self.phase}]"
+
+    @property
+    def told(self) -> MessageEntry:
+        return MessageEntry(self.item, self.phase, self.outcome, self.summary, self.token)
 
     def line(self) -> dict[str, Any]:
         return {**self._asdict(), "entries": [entry._asdict() for entry in self.entries]}
@@ -4543,6 +4549,10 @@ class Aftermath(NamedTuple):
     @property
     def paths(self) -> list[str]:
         return sorted(change.after.path for change in self.changes)
+
+
+class Held(str):
+    """Why the outcome of a phase cannot be committed now, which is not the phase's doing."""
 
 
 class Ledger:
@@ -4566,6 +4576,7 @@ class Ledger:
         self.own_commits: list[str] = []  # made by this run; other new ones are an agent's
         self.commit_again = 0.0  # monotonic seconds; see `commit`
         self.commit_trouble = ""  # the last complaint of `commit`, so that it is made once
+        self.held = ""  # why a hook keeps documents from being committed
 
     @property
     def journal(self) -> Journal:
@@ -4633,6 +4644,7 @@ class Ledger:
         outcome: str,
         summary: str,
         result: PhaseResult,
+        message: str = "",
     ) -> Applied:
         """Decision and outcome of a phase: one line of the journal, then the file, the worklog."""
         item_id, spent = attempt.task.item_id, self._spent(attempt)
@@ -4652,6 +4664,7 @@ class Ledger:
                 tuple(entries),
                 applied.worklog,
                 attempt.item,
+                message,
             )
             return {"ended": [attempt.token], "outcome": made.line(), "spent": {item_id: None}}
 
@@ -4734,7 +4747,7 @@ class Ledger:
 
         Returns a text instead, and nothing is decided, where the attempt has failed after all.
         """
-        seen = self.look(attempt)
+        seen, message = self.look(attempt), ""
         outcome, summary = "complete", result.commit_summary or result.summary
         entries = self._documents(attempt, seen)
         if result.result == "blocked":
@@ -4743,13 +4756,16 @@ class Ledger:
             outcome, result = "blocked", result._replace(context=summary)
         elif attempt.destructive:
             refusal = self._objection(attempt, result, seen)
-            passed = refusal or self._pass_hooks(attempt, summary, seen)
+            passed = refusal or self._pass_hooks(attempt, result, seen)
             if isinstance(passed, str):
                 return passed
+            if passed.hook:  # what it did to the work tree is the phase's, but for the operator's
+                seen = self.look(attempt)
             alone = self._name_unshared(attempt, seen)
-            entries = [entry for entry in passed if entry.path not in alone]
+            entries = [entry for entry in passed.entries if entry.path not in alone]
+            message = passed.message
             self.repo.restage(attempt.before, seen.after)
-        applied = self.decide(attempt, entries, outcome, summary, result)
+        applied = self.decide(attempt, entries, outcome, summary, result, message)
         batched = result.result == "phase_complete" and attempt.task.pool != TRIAGE
         if outcome == "complete" and (attempt.destructive or not batched):
             self.commit()
@@ -4902,31 +4918,56 @@ class Ledger:
         return alone
 
     def _pass_hooks(
-        self, attempt: Attempt, summary: str, seen: Aftermath
-    ) -> list[Entry] | str:
-        """Run the repository's commit hooks, which may mend files of the commit.
+        self, attempt: Attempt, result: PhaseResult, seen: Aftermath
+    ) -> HookResult | str:
+        """Let the repository's hooks judge and mend the commit of a destructive phase.
 
-        Returns what is to be committed, or why the attempt has failed.
+        Returns what is to be committed, or why the attempt has failed; or Held, where that is not
+        the attempt's doing: then the journal keeps the result, and the next start tries again.
         """
-        entries = [change.after for change in seen.changes]
-        if seen.theirs:
-            log().warning(
-                "%s commit hooks are skipped: you have uncommitted changes that they would see",
-                attempt.tag,
-            )
-            return entries
-        told = MessageEntry(
-            attempt.task.item_id, attempt.task.name, "complete", summary, attempt.token
-        )
-        message = phase_message([told], self.run_id)
-        limit = self.config.execution.hook_timeout_seconds
+        task, summary = attempt.task, result.commit_summary or result.summary
         files = (self.store.path, *recent_worklogs(self.worklog_dir))
-        own = self.repo.blobs({path: path.read_bytes() for path in files if path.is_file()})
-        verdict = self.repo.run_hooks(entries, message, own=own, limit_s=limit)
+        verdict = self.repo.run_hooks(
+            [change.after for change in seen.changes],
+            phase_message(
+                [MessageEntry(task.item_id, task.name, "complete", summary, attempt.token)],
+                self.run_id,
+            ),
+            own=self.repo.blobs({path: path.read_bytes() for path in files if path.is_file()}),
+            theirs=seen.theirs,
+            limit_s=self.config.execution.hook_timeout_seconds,
+        )
         if verdict.outcome == "passed":
-            return verdict.entries
-        did = "cannot do its work" if verdict.outcome == "broken" else "rejected the commit"
-        return f"the repository's {verdict.hook} hook {did}:\n{verdict.output}"
+            return verdict
+        if verdict.outcome == "files":
+            return f"{_hook_trouble(verdict)}:\n{verdict.output}"
+        kept = self.repo.snapshot(f"{SNAPSHOT_REFS}{self.run_id}/{attempt.token}-held")
+        line = {"result": result._asdict(), "after": kept.tree}
+        self.store.note({"attempt": {**attempt.line(), "held": line}, **self._costs(attempt)})
+        return Held(
+            f"{attempt.label} is finished, but {_hook_trouble(verdict)}: {verdict.output}\n"
+            "Nothing is charged, and the next start commits it once that is mended: see"
+            " commits.style, commits.signoff and execution.hook_timeout_seconds"
+        )
+
+    def _conclude_held(self, attempt: Attempt, held: Mapping[str, Any]) -> bool:
+        """Commit what a phase of the last run finished and a hook held up; False: run it again.
+
+        OrchestratorError where it still cannot be committed.
+        """
+        if self.repo.head().commit != attempt.before.head.commit:
+            return False  # somebody has worked here since
+        now, kept = self.repo.snapshot(), attempt.before._replace(tree=held["after"])
+        was = {c.after.path: c.before for c in self._changes(attempt.before.tree, kept.tree)}
+        gone = [c for c in self._changes(kept.tree, now.tree) if was.get(c.after.path) == c.after]
+        self.repo.restore(kept, gone)  # set aside meanwhile, by a stash or a checkout
+        follow_ups = tuple(FollowUp(*one) for one in held["result"]["follow_ups"])
+        verdict = self.conclude(
+            attempt, PhaseResult(**{**held["result"], "follow_ups": follow_ups})
+        )
+        if isinstance(verdict, Held):
+            raise OrchestratorError(verdict)
+        return isinstance(verdict, Applied)
 
     # -- what is kept on refs ----------------------------------------------------------------------
 
@@ -5019,17 +5060,24 @@ class Ledger:
         early = patient and time.monotonic() < self.commit_again
         if not pending or self.store.trouble or early:
             return
-        rows = [MessageEntry(p.item, p.phase, p.outcome, p.summary, p.token) for p in pending]
-        message = phase_message(rows, self.run_id)
+        names = ", ".join(outcome.label for outcome in pending)
         entries = {entry.path: entry for outcome in pending for entry in outcome.entries}
         try:
+            message = pending[0].message if len(pending) == 1 else ""
+            if not message:  # documents: only the hooks that judge the message
+                message = phase_message([outcome.told for outcome in pending], self.run_id)
+                limit = self.config.execution.hook_timeout_seconds
+                passed = self.repo.run_hooks((), message, message_only=True, limit_s=limit)
+                if passed.outcome != "passed":
+                    self.held = f"{names}: {_hook_trouble(passed)}: {passed.output}"
+                    return
+                message = passed.message
             files = {path: path.read_bytes() for path in recent_worklogs(self.worklog_dir)}
             if any(outcome.outcome == "complete" for outcome in pending):
                 files[self.store.path] = self.store.state.document.to_bytes()
             entries |= {entry.path: entry for entry in self.repo.blobs(files)}
             commit = self.repo.commit(list(entries.values()), message, expect_branch=self.branch)
         except (GitError, SaveError) as error:
-            names = ", ".join(outcome.label for outcome in pending)
             trouble = f"{names} not committed yet: {error}"
             if trouble != self.commit_trouble:
                 log().warning("%s. It is kept in the journal and tried again.", trouble)
@@ -5111,7 +5159,10 @@ class Ledger:
         is lost then.
         """
         self.take_in(patient=False)
-        for attempt in map(Attempt.from_line, list(self.journal.attempts.values())):
+        for line in list(self.journal.attempts.values()):
+            attempt = Attempt.from_line(line)
+            if "held" in line and self._conclude_held(attempt, line["held"]):
+                continue
             log().info("%s was cut off; it starts again", attempt.tag)
             if ref := self.cancel(attempt):
                 log().warning(
@@ -5130,7 +5181,8 @@ class Ledger:
         self.commit()
         if self.pending:
             raise OrchestratorError(
-                "finished phases of the last run could not be committed (see the warning above);"
+                self.held
+                or "finished phases of the last run could not be committed (see the warning above);"
                 " mend that, then start again: nothing is lost, the journal keeps them."
             )
         message = partial(state_message, "Recover backlog state")
@@ -5178,6 +5230,11 @@ def item_folder(root: Path, item: Item) -> Path:
 
 def _branch_name(head: Head) -> str:
     return head.branch.removeprefix("refs/heads/") if head.branch else "no branch (detached HEAD)"
+
+
+def _hook_trouble(verdict: HookResult) -> str:
+    did = {"broken": "cannot do its work", "message": "rejected the commit's message"}
+    return f"the repository's {verdict.hook} hook {did.get(verdict.outcome, 'rejected the commit')}"
 
 
 def _with_salvage_note(reason: str, ref: str | None) -> str:
@@ -5444,6 +5501,9 @@ class Run:
             if not await self._start(offered):
                 await self._wait()
             await self.do(self.book.commit, patient=True)
+            if self.book.held and not self.breaker:
+                log().error("%s", self.book.held)
+                self.breaker = self.book.held
 
     def _look_for_stop(self) -> bool:
         """Whether the run is to end, be it by a signal or by `orchestrator stop`."""
@@ -5576,6 +5636,9 @@ class Run:
                 self.failures[task.item_id] = failure
                 return None
             verdict = await self._judge(attempt, outcome)
+            if isinstance(verdict, Held):
+                self._trip(task, verdict)
+                return None
             if isinstance(verdict, Applied):
                 return verdict
             failure = verdict
@@ -6095,13 +6158,28 @@ def start_problems(space: Workspace, *, allow_dirty: bool) -> list[Problem]:
 def preflight(space: Workspace, *, allow_dirty: bool) -> list[Problem]:
     """Everything that would keep a run from working, each with its remedy; changes nothing."""
     repo, config = space.repo, space.config
-    problems = repo.problems(space.store.path)
+    problems = repo.problems(space.store.path) or _message_problems(space)
     if not allow_dirty:
         problems += _dirty_problems(space)
     problems += preflight_config(config, lambda path: (config.base / path).exists())
     problems += preflight_items(config, space.store.backlog)
     problems += preflight_agents(config, repo.root)
     return problems
+
+
+def _message_problems(space: Workspace) -> list[Problem]:
+    """Whether the repository's hooks take the way commits are worded here."""
+    told = MessageEntry(f"{space.config.prefix}-001", "build", "complete", "a sample")
+    sample, limit = phase_message([told], "sample"), space.config.execution.hook_timeout_seconds
+    verdict = space.repo.run_hooks((), sample, message_only=True, limit_s=limit)
+    if verdict.outcome == "passed":
+        return []
+    return [
+        Problem(
+            f"{_hook_trouble(verdict)}, tried on a sample: {one_line(verdict.output, 300)}",
+            f"See commits.style and commits.signoff in {CONFIG_NAME}, or mend the hook.",
+        )
+    ]
 
 
 def _dirty_problems(space: Workspace) -> list[Problem]:
