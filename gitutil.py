@@ -928,8 +928,8 @@ class Repo:
     ) -> str | None:
         """Commit exactly these paths, as given, on the current branch; the commit's id.
 
-        The message may depend on what it is committed on. Entries that HEAD holds already and new
-        nested repositories are left out; None when nothing is left. A mode of "" keeps the
+        The message may depend on what it is committed on. Entries that HEAD holds already and
+        those that are `unshared` are left out; None when nothing is left. A mode of "" keeps the
         executable bit that HEAD gives the path. Index entries of other paths, the work tree and
         hooks do not come into it. HeadBusy when the branch may not be moved: an open operation, a
         detached HEAD, a branch other than `expect_branch` (full ref), a lock that stays held, or
@@ -966,19 +966,34 @@ class Repo:
         return tree, made
 
     def _news(self, head: Head, entries: Sequence[Entry]) -> list[Entry]:
-        """The entries without those that HEAD is known to hold; their modes completed."""
+        """The entries without what HEAD is known to hold and what none may; modes completed."""
         if all(entry.mode not in ("", GITLINK_MODE) for entry in entries):
             return list(entries)
         old = self._entries(head.commit, [entry.path for entry in entries])
-        news = []
+        news, unshared = [], self.unshared(entries)
         for entry in entries:
             was = old[entry.path]
             kept = was.mode if was.mode in ("100644", "100755") else "100644"
             entry = entry._replace(mode=entry.mode or kept)
-            nested = entry.mode == GITLINK_MODE and was.mode != GITLINK_MODE
-            if not nested and entry != was:
+            if entry.path not in unshared and entry != was:
                 news.append(entry)
         return news
+
+    def unshared(self, entries: Iterable[Entry]) -> list[str]:
+        """The nested repositories among the entries that others could not get: no commit has them.
+
+        New ones, as a clone, and submodules at a commit that none of their remotes is known to
+        have.
+        """
+        links = [entry for entry in entries if entry.mode == GITLINK_MODE]
+        old = self._entries(self.head().commit if links else None, [e.path for e in links])
+        lost = []
+        for entry in links:
+            asked = ("-C", entry.path, "branch", "-r", "--contains", entry.oid)
+            known = old[entry.path].mode == GITLINK_MODE
+            if not (known and self._call(asked, ok=range(256)).out):
+                lost.append(entry.path)
+        return lost
 
     def _refuse_to_move(self, head: Head, expect_branch: str | None) -> None:
         operation, name = self.operation(), str(head.branch).removeprefix("refs/heads/")
