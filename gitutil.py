@@ -1331,7 +1331,7 @@ class Repo:
         entries: Sequence[Entry],
         message: str,
         *,
-        own: Sequence[Entry] = (),
+        own: Iterable[Path] = (),
         theirs: Container[str] = (),
         message_only: bool = False,
         limit_s: float = HOOK_LIMIT_S,
@@ -1352,11 +1352,12 @@ class Repo:
         if not hooks:
             return HookResult("passed", "", "", list(entries), message)
         head, name, ended = self.head(), "", _GitEnded(0, b"", b"")
+        ours = self.blobs({path: path.read_bytes() for path in own if path.is_file()})
         file = self.git_dir / f"orchestrator-message-{os.urandom(8).hex()}"
         with self._private_index(copied=True) as env:
             try:
                 file.write_bytes(message.encode(errors="replace"))
-                tree = self._show_commit(head, self._news(head, [*entries, *own]), env)
+                tree = self._show_commit(head, self._news(head, [*entries, *ours]), env)
                 for _ in range(HOOK_ROUNDS):
                     for path in hooks:
                         name, ended = path.name, self._run_hook(path, file, env, limit_s)
@@ -1375,7 +1376,7 @@ class Repo:
             finally:
                 file.unlink(missing_ok=True)
         left = [change.after for change in self.changes(head.commit, tree)]
-        kept_out = {entry.path for entry in own}
+        kept_out = {entry.path for entry in ours}
         left = [e for e in left if e.path not in kept_out and e.path not in theirs]
         said = (ended.out + ended.err).decode(errors="replace").strip().splitlines()
         outcome = _GIT_ENDINGS.get(ended.status) or ("files" if name == "pre-commit" else "message")

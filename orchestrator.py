@@ -4950,8 +4950,7 @@ class Ledger:
         )
         message = phase_message([told], self.run_id)
         limit = self.config.execution.hook_timeout_seconds
-        files = (self.store.path, *recent_worklogs(self.worklog_dir))
-        own = self.repo.blobs({path: path.read_bytes() for path in files if path.is_file()})
+        own = (self.store.path, *recent_worklogs(self.worklog_dir))
         verdict = self.repo.run_hooks(entries, message, own=own, limit_s=limit)
         if verdict.outcome == "passed":
             return verdict.entries

@@ -732,7 +732,7 @@ def test_hooks_see_exactly_the_commit_and_our_files_as_on_disk(project: Path, re
     put_hook(project, "pre-commit", "git diff --cached --name-status; git diff --name-only; pwd; readlink /proc/self/fd/0; echo $GIT_EDITOR")
     put_hook(project, "prepare-commit-msg", 'echo "$2"; cat "$1"')
     (project / NAME).write_text("v: 2\n")
-    own = [made(repo, project / NAME, b"v: 2\n")]
+    own = [project / NAME]
     before = index(project), work_tree(project)
     done = repo.run_hooks(phase_commit, "Subject\n\nBody: ü", own=own)
     assert done == HookResult("passed", "prepare-commit-msg", "message\nSubject\n\nBody: ü", phase_commit, "Subject\n\nBody: ü\n")
@@ -790,8 +790,7 @@ def test_what_a_hook_mends_is_taken_over_but_nothing_of_others(
     put_hook(project, "pre-commit", body)
     put_hook(project, "commit-msg", "echo 'Change-Id: 1' >> \"$1\"")
     staged, head = index(project), repo.head()
-    own = [made(repo, project / NAME, b"v: 1\n")]
-    done = repo.run_hooks(phase_commit, "Subject\n\nA: b", own=own, theirs={"c.txt", "theirs.txt"})
+    done = repo.run_hooks(phase_commit, "Subject\n\nA: b", own=[project / NAME], theirs={"c.txt", "theirs.txt"})
     assert (done.outcome, texts(repo, done.entries)) == (outcome, left)
     assert index(project) == staged
     if outcome == "passed":
