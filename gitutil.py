@@ -584,21 +584,6 @@ class Repo:
                 return name
         return ""
 
-    def unshared(self, changes: Iterable[Change]) -> list[str]:
-        """The paths of changes that no commit can hold in a way that is of use to anybody else.
-
-        That is nested repositories, and submodules at a commit that none of their remotes is known
-        to have.
-        """
-        found = []
-        for old, new in changes:
-            asked = ("-C", new.path, "for-each-ref", "--count=1", "--contains", new.oid)
-            if new.mode == GITLINK_MODE and not (
-                old.mode == GITLINK_MODE and self.git(*asked, "refs/remotes")
-            ):
-                found.append(new.path)
-        return found
-
     def committed(self, commit: str | None, path: str) -> bytes | None:
         """What a commit holds of a file of ours; None when it holds none."""
         if commit is None:
@@ -953,8 +938,8 @@ class Repo:
     ) -> str | None:
         """Commit exactly these paths, as given, on the current branch; the commit's id.
 
-        The message may depend on what it is committed on. Entries that HEAD holds already and new
-        nested repositories are left out; None when nothing is left. A mode of "" keeps the
+        The message may depend on what it is committed on. Entries that HEAD holds already and
+        those that are `unshared` are left out; None when nothing is left. A mode of "" keeps the
         executable bit that HEAD gives the path. Index entries of other paths, the work tree and
         hooks do not come into it. HeadBusy when the branch may not be moved: an open operation, a
         detached HEAD, a branch other than `expect_branch` (full ref), a lock that stays held, or
@@ -991,19 +976,34 @@ class Repo:
         return tree, made
 
     def _news(self, head: Head, entries: Sequence[Entry]) -> list[Entry]:
-        """The entries without those that HEAD is known to hold; their modes completed."""
+        """The entries without what HEAD is known to hold and what none may; modes completed."""
         if all(entry.mode not in ("", GITLINK_MODE) for entry in entries):
             return list(entries)
         old = self._entries(head.commit, [entry.path for entry in entries])
-        news = []
+        news, unshared = [], self.unshared(entries)
         for entry in entries:
             was = old[entry.path]
             kept = was.mode if was.mode in ("100644", "100755") else "100644"
             entry = entry._replace(mode=entry.mode or kept)
-            nested = entry.mode == GITLINK_MODE and was.mode != GITLINK_MODE
-            if not nested and entry != was:
+            if entry.path not in unshared and entry != was:
                 news.append(entry)
         return news
+
+    def unshared(self, entries: Iterable[Entry]) -> list[str]:
+        """The nested repositories among the entries that others could not get: no commit has them.
+
+        New ones, as a clone, and submodules at a commit that none of their remotes is known to
+        have.
+        """
+        links = [entry for entry in entries if entry.mode == GITLINK_MODE]
+        old = self._entries(self.head().commit if links else None, [e.path for e in links])
+        lost = []
+        for entry in links:
+            asked = ("-C", entry.path, "branch", "-r", "--contains", entry.oid)
+            known = old[entry.path].mode == GITLINK_MODE
+            if not (known and self._call(asked, ok=range(256)).out):
+                lost.append(entry.path)
+        return lost
 
     def _refuse_to_move(self, head: Head, expect_branch: str | None) -> None:
         operation, name = self.operation(), str(head.branch).removeprefix("refs/heads/")
@@ -1341,7 +1341,7 @@ class Repo:
         entries: Sequence[Entry],
         message: str,
         *,
-        own: Sequence[Entry] = (),
+        own: Iterable[Path] = (),
         theirs: Container[str] = (),
         message_only: bool = False,
         limit_s: float = HOOK_LIMIT_S,
@@ -1362,11 +1362,12 @@ class Repo:
         if not hooks:
             return HookResult("passed", "", "", list(entries), message)
         head, name, ended = self.head(), "", _GitEnded(0, b"", b"")
+        ours = self.blobs({path: path.read_bytes() for path in own if path.is_file()})
         file = self.git_dir / f"orchestrator-message-{os.urandom(8).hex()}"
         with self._private_index(copied=True) as env:
             try:
                 file.write_bytes(message.encode(errors="replace"))
-                tree = self._show_commit(head, self._news(head, [*entries, *own]), env)
+                tree = self._show_commit(head, self._news(head, [*entries, *ours]), env)
                 for _ in range(HOOK_ROUNDS):
                     for path in hooks:
                         name, ended = path.name, self._run_hook(path, file, env, limit_s)
@@ -1385,7 +1386,7 @@ class Repo:
             finally:
                 file.unlink(missing_ok=True)
         left = [change.after for change in self.changes(head.commit, tree)]
-        kept_out = {entry.path for entry in own}
+        kept_out = {entry.path for entry in ours}
         left = [e for e in left if e.path not in kept_out and e.path not in theirs]
         said = (ended.out + ended.err).decode(errors="replace").strip().splitlines()
         outcome = _GIT_ENDINGS.get(ended.status) or ("files" if name == "pre-commit" else "message")

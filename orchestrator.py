@@ -4761,9 +4761,8 @@ class Ledger:
                 return passed
             if passed.hook:  # what it did to the work tree is the phase's, but for the operator's
                 seen = self.look(attempt)
-            alone = self._name_unshared(attempt, seen)
-            entries = [entry for entry in passed.entries if entry.path not in alone]
-            message = passed.message
+            self._name_unshared(attempt, seen)
+            entries, message = passed.entries, passed.message
             self.repo.restage(attempt.before, seen.after)
         applied = self.decide(attempt, entries, outcome, summary, result, message)
         batched = result.result == "phase_complete" and attempt.task.pool != TRIAGE
@@ -4904,9 +4903,9 @@ class Ledger:
             return "reported completion, but nothing in the repository changed"
         return ""
 
-    def _name_unshared(self, attempt: Attempt, seen: Aftermath) -> list[str]:
-        """Warn of repositories in the tree whose commits nobody else would get; their paths."""
-        alone = self.repo.unshared(seen.changes)
+    def _name_unshared(self, attempt: Attempt, seen: Aftermath) -> None:
+        """Warn of repositories in the tree whose commits nobody else would get."""
+        alone = self.repo.unshared(change.after for change in seen.changes)
         if alone:
             log().warning(
                 "%s left a git repository in the tree, or a submodule at a commit that none of its"
@@ -4915,7 +4914,6 @@ class Ledger:
                 *(attempt.tag, one_line(", ".join(alone), 200)),
             )
             self.space.add_strays(alone)
-        return alone
 
     def _pass_hooks(
         self, attempt: Attempt, result: PhaseResult, seen: Aftermath
@@ -4926,14 +4924,13 @@ class Ledger:
         the attempt's doing: then the journal keeps the result, and the next start tries again.
         """
         task, summary = attempt.task, result.commit_summary or result.summary
-        files = (self.store.path, *recent_worklogs(self.worklog_dir))
         verdict = self.repo.run_hooks(
             [change.after for change in seen.changes],
             phase_message(
                 [MessageEntry(task.item_id, task.name, "complete", summary, attempt.token)],
                 self.run_id,
             ),
-            own=self.repo.blobs({path: path.read_bytes() for path in files if path.is_file()}),
+            own=(self.store.path, *recent_worklogs(self.worklog_dir)),
             theirs=seen.theirs,
             limit_s=self.config.execution.hook_timeout_seconds,
         )

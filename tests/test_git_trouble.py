@@ -131,7 +131,7 @@ SIGN = "git config commit.gpgSign true; git config gpg.program"
 STOP_HERE = {"code": 1, "files": "untracked"}  # the phase's outcome cannot be judged on another branch
 FAULTS = {
     # hooks and signing: a state commit runs none
-    "hook rejects": Fault(before=hooks("exit 1"), quick=True),
+    "hook rejects": Fault(before=hooks("exit 1")),
     "hook modifies the backlog": Fault(before=hooks("echo '# hook' >> BACKLOG.yaml; git add BACKLOG.yaml")),
     "hook sweeps: git add -A": Fault(before=hooks("git add -A")),
     "hook hangs": Fault(before=hooks("sleep 600")),

@@ -328,14 +328,6 @@ def test_d04_a05_a07_a21_names_are_paths_and_never_mangled(project: Path, repo: 
         assert git(project, "diff-tree", "-r", "-z", "--no-commit-id", "--name-only", "HEAD") == f"{name}\0"
 
 
-def test_d04_a03_a04_renames_and_deletions_are_plain_changes(project: Path, repo: Repo) -> None:
-    _, changes = phase(repo, "git mv a.txt renamed.txt", "git rm -q b.txt", "git mv src moved", "rm c.txt")
-    assert paths(changes) == ["a.txt", "b.txt", "c.txt", "moved/deep/two.py", "moved/one.py", "renamed.txt", "src/deep/two.py", "src/one.py"]
-    assert repo.dirty_paths() == paths(changes)
-    assert repo.commit([c.after for c in changes], "phase") is not None
-    assert git(project, "status", "--porcelain") == ""
-
-
 def test_a14_dirty_paths(project: Path, repo: Repo, make_repo: Callable[..., Path]) -> None:
     assert repo.dirty_paths() == []
     make_repo("project/vendor/lib")
@@ -473,8 +465,25 @@ def test_a19_nested_repositories(project: Path, repo: Repo, make_repo: Callable[
     repo.restore(before, changes)
     assert not (project / "after.txt").exists()
     assert (project / "vendor/lib/README.md").exists()
-    assert repo.commit([change.after for change in changes], "phase")
+    entries = [change.after for change in changes]
+    assert repo.unshared(entries) == ["vendor/lib"]
+    assert repo.commit(entries, "phase")
     assert git(project, "diff-tree", "-r", "--no-commit-id", "--name-only", "HEAD").split() == ["after.txt"]
+
+
+def test_a_commit_in_a_submodule_is_recorded_once_somebody_else_has_it(project: Path, repo: Repo, make_repo: Callable[..., Path]) -> None:
+    theirs = make_repo("theirs")
+    git(theirs, "config", "receive.denyCurrentBranch", "ignore")
+    run(f"git -c protocol.file.allow=always submodule --quiet add {theirs} sub", "git commit -q -m sub")(project)
+    _, changes = phase(repo, "cd sub && git commit -q --allow-empty -m 'by the agent' && echo x > ../d.txt")
+    entries = [change.after for change in changes]
+    assert (paths(changes), repo.unshared(entries)) == (["d.txt", "sub"], ["sub"])
+    assert repo.commit(entries, "phase")
+    assert repo.dirty_paths() == ["sub"]
+    git(project / "sub", "push", "-q")
+    assert repo.unshared(entries) == []
+    assert repo.commit(entries, "again")
+    assert repo.dirty_paths() == []
 
 
 @pytest.mark.parametrize("mode", ["--cone", pytest.param("--no-cone", marks=pytest.mark.slow)])
@@ -723,7 +732,7 @@ def test_hooks_see_exactly_the_commit_and_our_files_as_on_disk(project: Path, re
     put_hook(project, "pre-commit", "git diff --cached --name-status; git diff --name-only; pwd; readlink /proc/self/fd/0; echo $GIT_EDITOR")
     put_hook(project, "prepare-commit-msg", 'echo "$2"; cat "$1"')
     (project / NAME).write_text("v: 2\n")
-    own = [made(repo, project / NAME, b"v: 2\n")]
+    own = [project / NAME]
     before = index(project), work_tree(project)
     done = repo.run_hooks(phase_commit, "Subject\n\nBody: ü", own=own)
     assert done == HookResult("passed", "prepare-commit-msg", "message\nSubject\n\nBody: ü", phase_commit, "Subject\n\nBody: ü\n")
@@ -781,8 +790,7 @@ def test_what_a_hook_mends_is_taken_over_but_nothing_of_others(
     put_hook(project, "pre-commit", body)
     put_hook(project, "commit-msg", "echo 'Change-Id: 1' >> \"$1\"")
     staged, head = index(project), repo.head()
-    own = [made(repo, project / NAME, b"v: 1\n")]
-    done = repo.run_hooks(phase_commit, "Subject\n\nA: b", own=own, theirs={"c.txt", "theirs.txt"})
+    done = repo.run_hooks(phase_commit, "Subject\n\nA: b", own=[project / NAME], theirs={"c.txt", "theirs.txt"})
     assert (done.outcome, texts(repo, done.entries)) == (outcome, left)
     assert index(project) == staged
     if outcome == "passed":
@@ -931,7 +939,7 @@ REMARKS: Mapping[str, tuple[Act, str]] = {
 }
 
 
-@pytest.mark.parametrize(("act", "says"), table(REMARKS))
+@pytest.mark.parametrize(("act", "says"), table(REMARKS, slow="squash filter"))
 def test_remark(project: Path, repo: Repo, act: Act, says: str) -> None:
     act(project)
     [remark] = repo.remarks(project / NAME)

@@ -81,8 +81,7 @@ CASES = [
 
 
 def as_parameter(case: Case) -> Any:
-    """The quick suite takes every reason with a commit, and two without."""
-    quick = case.dirty or case.reason in ("ShutdownRequested", "AllDoneOrBlocked")
+    quick = case.reason in ("ShutdownRequested", "CircuitBreakerTripped", "AllDoneOrBlocked") and (case.dirty or case.code)
     marks = () if quick else (pytest.mark.slow,)
     return pytest.param(case, id=f"{case.reason}-{'dirty' if case.dirty else 'clean'}", marks=marks)
 
