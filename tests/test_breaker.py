@@ -223,7 +223,7 @@ def test_wait_lets_one_probe_through_at_the_reset(
     told = [record.getMessage() for record in caplog.records if "usage limit" in record.getMessage()]
     limited = "[WRK-001][PLAN] claude: usage limit reached (five_hour)"
     first = told[0].replace("WRK-002", "WRK-001")  # whichever of the two met it first
-    assert first.startswith(f"{limited}; resets at 1970-01-12 18:46 UTC; claude rests for 4 h 5")
+    assert first.startswith(f"{limited}; resets at 1970-01-12 18:46 UTC; claude rests for 4 h")
     assert told[0].endswith(", until 1970-01-12 18:46 UTC, no attempt is charged")
     assert told[1].startswith(f"{limited}; claude rests for 1")
     assert len(told) == 2  # one for both agents that met it at once, one for the probe
@@ -431,6 +431,24 @@ def test_a_command_that_refuses_an_option_halts_the_run(project: Any) -> None:
 
     assert "unknown option --foo\n" in done.stderr.partition("(CircuitBreakerTripped): ")[2]
     assert set(project.statuses().values()) == {"in_progress plan"}
+
+
+def test_a_check_that_cannot_run_halts_the_run_and_charges_nobody(project: Any) -> None:
+    """What the agent did is kept on a ref, and the next run tells its agent so."""
+    project.configure("build!", more='verify = [["sh", "-c", "echo no linter here; exit 127"]]\n', execution="max_retries = 0")
+    project.backlog(*(f"WRK-00{n} in_progress phase=build phase_pool=main" for n in (1, 2)))
+    project.commit_all()
+    project.script({"*": [{"write": {"a.txt": "1\n"}}]})
+
+    log = project.run("run", code=4).stderr
+
+    says = "verify command `sh -c echo no linter here; exit 127` failed with exit code 127 Last output: no linter here"
+    assert f"(CircuitBreakerTripped): {says}\n" in log
+    assert project.agent_log() == ["WRK-001 build 1"]
+    assert set(project.statuses().values()) == {"in_progress build"}
+    assert "attempts" not in project.text()
+    assert project.git("show", "refs/orchestrator/salvage/WRK-001/build/1:a.txt") == "1\n"
+    assert not (project.root / "a.txt").exists()
 
 
 BY_ITEM = FAKE_CLAUDE.replace(
