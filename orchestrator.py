@@ -51,7 +51,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta, timezone, tzinfo
+from datetime import UTC, datetime, timedelta, tzinfo
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
@@ -2986,74 +2986,61 @@ CLAUDE_INPUTS = ("input_tokens", "cache_creation_input_tokens", "cache_read_inpu
 
 
 def read_claude(report: AgentReport, event: Event) -> str:
-    """Claude Code's stream-json (seen: 1.0.128 to 2.1.330)."""
+    """Claude Code's stream-json (seen: 1.0.128 to 2.1.330).
+
+    An API or login failure ends with subtype "success" and is_error true: only is_error counts.
+    There are two ends when a background task outlived the first turn: total_cost_usd is cumulative
+    over them, usage is not.
+    """
+    shown = ""
     match event.get("type"), event.get("subtype"):
-        case "assistant", _:
+        case "system", "init":
             report.unfinished = True
-            return _claude_message(report, event)
+        case "assistant", _:  # one of several events of a message, each with the message's figures
+            report.unfinished = True
+            tokens = _tokens_at(_at(event, dict, "message", "usage"), *CLAUDE_INPUTS)
+            report.messages[_text_at(event, "message", "id")] = tokens
+            for part in _at(event, list, "message", "content"):
+                if _text_at(part, "type") == "tool_use":
+                    shown = report.called(_text_at(part, "name"), _at(part, dict, "input"))
+                else:
+                    shown = _text_at(part, "text") or shown
+            if error := _text_at(event, "error"):  # a message of the CLI itself, not of the model
+                report.failed(shown or error)
+                report.refused = error in ("authentication_failed", "billing_error")
         case "user", _:  # what a tool gave back; a command sent to the background returns at once
             told = event.get("tool_use_result")
             launched = _text_at(told, "status") == "async_launched"
             if task := _text_at(told, "agentId" if launched else "backgroundTaskId"):
                 report.background.add(task)
-        case "system", "init":
-            report.unfinished = True
         case "system", "task_started":
             report.tasks[_text_at(event, "task_id")] = _text_at(event, "description")
         case "system", "task_notification" | "task_updated":
             if _text_at(event, "patch", "status") not in ("running", "pending"):
                 report.background.discard(_text_at(event, "task_id"))
         case "system", "api_retry":
-            tries = [int(_number_at(event, key) or 0) for key in ("attempt", "max_retries")]
-            why = _text_at(event, "error") or "no reason given"
-            return f"API retry {tries[0]} of {tries[1]}: {why}"
+            shown = f"API retry: {_text_at(event, 'error') or UNTOLD}"
         case "rate_limit_event", _:
             info = event.get("rate_limit_info")
             if _text_at(info, "status") == "rejected":  # other ones only warn
                 kind = _text_at(info, "rateLimitType") or "unknown kind"
-                report.limit = f"usage limit reached ({kind})"
+                report.limit = shown = f"usage limit reached ({kind})"
                 report.until = _number_at(info, "resetsAt")  # seconds, not milliseconds
-                return report.limit
         case "result", _:
-            return _claude_end(report, event)
-    return ""
-
-
-def _claude_message(report: AgentReport, event: Event) -> str:
-    """One of several events of a message, each with the message's figures."""
-    tokens = _tokens_at(_at(event, dict, "message", "usage"), *CLAUDE_INPUTS)
-    report.messages[_text_at(event, "message", "id")] = tokens
-    shown = ""
-    for part in _at(event, list, "message", "content"):
-        if _text_at(part, "type") == "tool_use":
-            shown = report.called(_text_at(part, "name"), _at(part, dict, "input"))
-        else:
-            shown = _text_at(part, "text") or shown
-    if error := _text_at(event, "error"):  # a message of the CLI itself, not of the model
-        report.failed(shown or error)
-        report.refused = error in ("authentication_failed", "billing_error")
+            report.unfinished, shown = False, _text_at(event, "result")
+            if (cost := _number_at(event, "total_cost_usd")) is not None:
+                report.cost_usd = cost
+            report.end_turn(_tokens_at(event.get("usage"), *CLAUDE_INPUTS))
+            denied = _at(event, list, "permission_denials")
+            report.denied |= {_text_at(one, "tool_name") for one in denied}
+            if event.get("is_error") is not True:
+                report.ended_well()
+                report.message = shown[-MESSAGE_LIMIT:] or report.message
+            else:
+                errors = "; ".join(filter(None, map(_text_at, _at(event, list, "errors"))))
+                shown = shown or errors or _text_at(event, "subtype").removeprefix("success")
+                shown = report.failed(shown, _number_at(event, "api_error_status"))
     return shown
-
-
-def _claude_end(report: AgentReport, event: Event) -> str:
-    """The closing event; there are two when a background task outlived the first turn.
-
-    An API or login failure says subtype "success" with is_error true, so only is_error counts.
-    total_cost_usd is cumulative over the closing events, usage is not.
-    """
-    report.unfinished = False
-    cost = _number_at(event, "total_cost_usd")
-    report.cost_usd = report.cost_usd if cost is None else cost
-    report.end_turn(_tokens_at(event.get("usage"), *CLAUDE_INPUTS))
-    report.denied |= {_text_at(one, "tool_name") for one in _at(event, list, "permission_denials")}
-    text = _text_at(event, "result")
-    if event.get("is_error") is not True:
-        report.ended_well()
-        report.message = text[-MESSAGE_LIMIT:] or report.message
-        return text
-    errors = "; ".join(filter(None, map(_text_at, _at(event, list, "errors"))))
-    text = text or errors or _text_at(event, "subtype").removeprefix("success")
-    return report.failed(text, _number_at(event, "api_error_status"))
 
 
 def read_codex(report: AgentReport, event: Event) -> str:
@@ -3191,8 +3178,7 @@ RESET_CLOCK = re.compile(
       |(?P<month>[a-z]{3})[a-z]*\.?\s+(?P<day>\d{1,2})(?:st|nd|rd|th)?,?\s+
        (?:(?P<year>\d{4}),?\s+)?(?:at\s+)?)?
     (?P<hour>\d{1,2})(?::(?P<minute>\d\d))?(?::\d\d)?\s*(?P<half>[ap]m)?\b
-    \s*\(?(?P<zone>[a-z]+(?:/[a-z0-9_+-]+)+|UTC|GMT|Z\b)?
-    \s*(?:(?P<east>[+-]\d{1,2}):?(?P<beyond>\d\d)?)?""",
+    \s*\(?(?P<zone>[a-z]+(?:/[a-z0-9_+-]+)+|UTC|GMT|Z\b)?""",
     re.IGNORECASE | re.VERBOSE,
 )
 
@@ -3225,9 +3211,6 @@ def _clock_time(clock: re.Match[str], now: float) -> float:
         from zoneinfo import ZoneInfo
 
         zone = ZoneInfo(clock["zone"])
-    elif clock["east"]:
-        span = timedelta(hours=abs(int(clock["east"])), minutes=int(clock["beyond"] or 0))
-        zone = timezone(-span if clock["east"][0] == "-" else span)
     today = datetime.fromtimestamp(now, zone)
     hour, half = int(clock["hour"]), (clock["half"] or "").lower()
     if half:
@@ -3254,13 +3237,13 @@ class Profile(NamedTuple):
 
     argv: str = ""  # words, with the placeholders of `agent_argv`; the prompt comes on stdin
     read: Reader | None = None  # None: plain lines of text
+    package: str = ""  # where npm has the CLI
+    login: str = ""  # how to log in
     model: str = ""  # the option that takes the model
     budget: str = ""  # the option that takes dollars
     last: tuple[str, ...] = ()  # what comes after the operator's own words
-    env: Mapping[str, str] = {}  # defaults: the operator's own environment and agent.env win
+    env: str = ""  # words, defaults: the operator's own environment and agent.env win
     refused_codes: tuple[int, ...] = ()  # exit codes that say: not logged in, not trusted …
-    install: str = ""  # where to get the CLI
-    login: str = ""  # how to log in
     starts_alone: bool = False  # a first start beside another one breaks both
 
 
@@ -3268,42 +3251,38 @@ PROFILES: Mapping[str, Profile] = {
     "claude": Profile(
         "claude -p --output-format stream-json --verbose --dangerously-skip-permissions",
         read_claude,
+        "@anthropic-ai/claude-code",
+        "start `claude` once and use /login, or set ANTHROPIC_API_KEY",
         model="--model",
         budget="--max-budget-usd",
-        env={
-            "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
-            "CLAUDE_CODE_DISABLE_BACKGROUND_TASKS": "1",
-            "DISABLE_AUTOUPDATER": "1",
-            "CLAUDE_CODE_MAX_RETRIES": "4",
-        },
-        install="npm install -g @anthropic-ai/claude-code",
-        login="start `claude` once and use /login, or set ANTHROPIC_API_KEY",
+        env="CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC=1 CLAUDE_CODE_DISABLE_BACKGROUND_TASKS=1"
+        " DISABLE_AUTOUPDATER=1 CLAUDE_CODE_MAX_RETRIES=4",
     ),
     "codex": Profile(
         "codex exec --json --skip-git-repo-check --dangerously-bypass-approvals-and-sandbox",
         read_codex,
+        "@openai/codex",
+        "`codex login`",
         model="-m",
         last=("-",),
-        install="npm install -g @openai/codex",
-        login="`codex login`",
     ),
     "opencode": Profile(  # a title that is given spares it a request for one
         "opencode run --format json --auto --title {item_id}:{phase}",
         read_opencode,
+        "opencode-ai",
+        "`opencode auth login`",
         model="-m",
-        env={"OPENCODE_DISABLE_AUTOUPDATE": "1"},
-        install="npm install -g opencode-ai",
-        login="`opencode auth login`",
+        env="OPENCODE_DISABLE_AUTOUPDATE=1",
         starts_alone=True,  # it makes a database in the operator's home
     ),
     "gemini": Profile(
         "gemini --yolo --output-format stream-json",
         read_gemini,
+        "@google/gemini-cli",
+        "start `gemini` once and log in, or set GEMINI_API_KEY",
         model="-m",
-        env={"GEMINI_CLI_NO_RELAUNCH": "true", "GEMINI_CLI_TRUST_WORKSPACE": "true"},
+        env="GEMINI_CLI_NO_RELAUNCH=true GEMINI_CLI_TRUST_WORKSPACE=true",
         refused_codes=(41, 55, 145, 147),  # no login, folder not trusted, 401, 403 (mod 256)
-        install="npm install -g @google/gemini-cli",
-        login="start `gemini` once and log in, or set GEMINI_API_KEY",
     ),
     "command": Profile(),  # agent.command
     "demo": Profile(),  # this very program
@@ -3343,7 +3322,7 @@ def agent_environment(spec: AttemptSpec, outer: Mapping[str, str]) -> dict[str, 
         if not (re.fullmatch(LOCAL_GIT_VARIABLE, name) or re.fullmatch(SESSION_VARIABLE, name))
     }
     return {
-        **PROFILES[settings.cli].env,
+        **dict(word.split("=") for word in PROFILES[settings.cli].env.split()),
         **kept,
         **QUIET_TOOLS,
         **settings.env,
@@ -3368,7 +3347,8 @@ def agent_problem(
     # A name is looked up on PATH; a path is taken from the project root, where agents run.
     where = str(root / binary) if os.sep in binary else binary
     if settings.cli != "demo" and not shutil.which(where, path=env.get("PATH", os.defpath)):
-        how = PROFILES[settings.cli].install or "check agent.command"
+        package = PROFILES[settings.cli].package
+        how = f"npm install -g {package}" if package else "check agent.command"
         return Problem(
             f"the agent {binary!r} is not on PATH or not executable",
             f"Install it ({how}), or choose another agent with agent.cli.",
@@ -3503,30 +3483,35 @@ def _adopted(table: Mapping[int, Process]) -> list[Process]:
 
 
 def end_processes(
-    variable: str, leader: int = 0, known: Mapping[int, int] | None = None, grace_s: float = 0.0
+    variable: str,
+    leader: int = 0,
+    known: Mapping[int, int] | None = None,
+    grace_s: float = 0.0,
+    hurry: Callable[[], bool] = lambda: False,
 ) -> list[str]:
     """End and reap what an attempt or a run left, see `_leftovers`: TERM, grace, KILL.
 
-    Until nothing is found twice in a row, because a process may fork and leave while the table is
-    being read, and shows no environment during exec. Returns one line for each. Blocks; gives up
-    after SWEEP_LIMIT_S.
+    TERM goes to what is there at first, so that it may start something to tidy up with. Until
+    nothing is found twice in a row, because a process may fork and leave while the table is being
+    read, and shows no environment during exec. Returns one line for each. Blocks; gives up after
+    SWEEP_LIMIT_S.
     """
     ended: dict[tuple[int, int], str] = {}
-    begun, clean = time.monotonic(), 0
+    begun, clean, seen = time.monotonic(), 0, dict(known or {})
     while clean < 2 and time.monotonic() < begun + grace_s + SWEEP_LIMIT_S:
-        left, gentle = _leftovers(variable, leader, known or {}), time.monotonic() < begun + grace_s
+        left = _leftovers(variable, leader, seen)
+        gentle = time.monotonic() < begun + grace_s and not hurry()
         clean = 0 if left else clean + 1
-        for pid, start in left:
-            if gentle and (pid, start) in ended:
-                continue
+        for pid, start in () if gentle and ended else left:
             words = one_line(_proc(pid, "cmdline").decode(errors="replace").replace("\0", " "), 120)
             ended.setdefault((pid, start), f"process {pid}" + (f" ({words})" if words else ""))
             now = processes(pid).get(pid)  # perhaps a later one has its pid by now
             if now is not None and now.start == start:
                 with suppress(ProcessLookupError, PermissionError):
                     os.kill(pid, signal.SIGTERM if gentle else signal.SIGKILL)
+        seen.update(left)  # once its parent is gone, nothing else may tell whose it is
         if clean < 2:
-            time.sleep(0.01 if left else 0.002)
+            time.sleep(0.02 if left else 0.002)
     for pid, _ in ended:
         if pid not in LIVE.values():
             _reap(pid)
@@ -3556,13 +3541,6 @@ def _leftovers(variable: str, leader: int, known: Mapping[int, int]) -> list[tup
 def _reap(pid: int) -> None:
     with suppress(ChildProcessError):
         os.waitpid(pid, os.WNOHANG)
-
-
-def end_run(
-    run_id: str, grace_s: float = LEFTOVER_GRACE_S, known: Mapping[int, int] | None = None
-) -> list[str]:
-    """End every process of a run, `known` ones ({pid: start time}) that do not show its id, too."""
-    return end_processes(f"{RUN_MARK}={run_id}", known=known, grace_s=grace_s) if run_id else []
 
 
 # ---- One child process ---------------------------------------------------------------------------
@@ -3662,9 +3640,9 @@ class Child:
                 self.started(pid, entry.start if entry else 0)
                 gone = self._watch()
                 self.why = await self._follow(gone)
-                if self.why != "exit":
-                    await self._terminate(gone)
-                await asyncio.to_thread(end_processes, self._marker, pid, self._known)
+                grace_s = 0.0 if self.why == "exit" else self.spec.grace_s
+                marked = (self._marker, pid, self._known)
+                await asyncio.to_thread(end_processes, *marked, grace_s, self.hurry.is_set)
             except BaseException:  # cancelled, too: whatever ends us, the child goes first
                 end_processes(self._marker, pid, self._known)
                 raise
@@ -3675,6 +3653,10 @@ class Child:
         finally:
             del LIVE[self._marker]
         self.look()
+
+    @property
+    def log(self) -> Path:
+        return self.logs[0].relative_to(self.spec.root)
 
     def with_tail(self, text: str) -> str:
         """Append the last lines of both outputs, what was printed as an error last."""
@@ -3788,22 +3770,6 @@ class Child:
         self._told.update(new)
         self._known.update((pid, start) for pid, start in new if pid in below)
         return new
-
-    async def _terminate(self, gone: asyncio.Event) -> None:
-        """TERM to the group, then wait until it has left, the grace is over or `hurry` is set."""
-        import asyncio
-
-        clock, group = asyncio.get_running_loop().time, self._process.pid
-        await asyncio.to_thread(self._look_around)  # after TERM the parent links may be gone
-        with suppress(ProcessLookupError, PermissionError):
-            os.killpg(group, signal.SIGTERM)
-        limit = clock() + self.spec.grace_s
-        while clock() < limit and not self.hurry.is_set():
-            await asyncio.sleep(0.02)
-            if gone.is_set():
-                table = await asyncio.to_thread(processes)
-                if not any(one.group == group and one.alive for one in table.values()):
-                    return
 
 
 # ---- One attempt ---------------------------------------------------------------------------------
@@ -3976,7 +3942,7 @@ def _if_early(spec: AttemptSpec, child: Child, failed: AgentOutcome) -> AgentOut
         trouble = "refused"
     text = f"{name}: {words}"
     if not words:
-        text = f"{name} gave no reason ({_code_text(child.code)}); its output is in {_log(child)}"
+        text = f"{name} gave no reason ({_code_text(child.code)}); its output is in {child.log}"
     return failed._replace(error=one_line(text, TAIL_COLUMNS), trouble=cast("Any", trouble))
 
 
@@ -3991,7 +3957,7 @@ def _failure(spec: AttemptSpec, child: Child, problem: str) -> str:
         return f"{one_line(' '.join(spec.task.phase.run), 200)}: {code}"
     parts = [f"{problem or 'no result file was written'} ({code})"]
     if report.error == UNTOLD:
-        parts.append(f"it failed and gave no reason, its output is in {_log(child)}")
+        parts.append(f"it failed and gave no reason, its output is in {child.log}")
     elif report.error:
         parts.append(f"it reports: {one_line(report.error, TAIL_COLUMNS)}")
     if tools := ", ".join(sorted(report.denied - {""})):
@@ -3999,10 +3965,6 @@ def _failure(spec: AttemptSpec, child: Child, problem: str) -> str:
     if report.unfinished:
         parts.append("its event stream breaks off without a closing event")
     return "; ".join(parts)
-
-
-def _log(child: Child) -> Path:
-    return child.logs[0].relative_to(child.spec.root)
 
 
 def _agent_name(spec: AttemptSpec) -> str:
@@ -4019,14 +3981,10 @@ def _local_text(epoch: float) -> str:
 
 def _code_text(code: int | None) -> str:
     """An exit status in words."""
-    if code is None:
-        return "could not be killed"
-    if code >= 0:
-        return f"exit code {code}"
-    try:
-        return f"ended by {signal.Signals(-code).name}"
-    except ValueError:
-        return f"ended by signal {-code}"
+    if code is None or code >= 0:
+        return "could not be killed" if code is None else f"exit code {code}"
+    names = {number.value: number.name for number in signal.Signals}
+    return f"ended by {names.get(-code, f'signal {-code}')}"
 
 
 # ---- Verify commands -----------------------------------------------------------------------------
@@ -5945,8 +5903,9 @@ def begin_run(space: Workspace, run_id: str, *, allow_dirty: bool, overridden: s
 
 
 def end_leftovers(run_id: str, known: Mapping[int, int] | None = None) -> None:
-    """End every process of a run that is over, and name it; `known` as in `end_run`."""
-    for line in end_run(run_id, known=known):
+    """End every process of a run that is over, and name it; `known` ones, {pid: start}, too."""
+    marker = f"{RUN_MARK}={run_id}"
+    for line in end_processes(marker, known=known, grace_s=LEFTOVER_GRACE_S):
         log().warning("ended a process that an agent left behind: %s", line)
 
 

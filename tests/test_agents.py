@@ -32,7 +32,7 @@ from orchestrator import (
     agent_problem,
     become_subreaper,
     demo_agent,
-    end_run,
+    end_processes,
     log_paths,
     processes,
     reset_time,
@@ -499,7 +499,7 @@ def test_children_of_our_own_are_spared(make_spec: SpecMaker) -> None:
         assert ours.poll() is None
 
 
-def test_end_run_ends_what_a_killed_run_left(make_spec: SpecMaker, tmp_path: Path) -> None:
+def test_what_a_killed_run_left_is_ended(make_spec: SpecMaker, tmp_path: Path) -> None:
     env = agent_environment(make_spec(), os.environ)
     deaf = ["sh", "-c", "trap '' TERM; echo up; sleep 120"]
     tidy = ["sh", "-c", f"trap 'echo tidied > {tmp_path}/tidy; exit' TERM; echo up; {LOOP}"]
@@ -509,10 +509,9 @@ def test_end_run_ends_what_a_killed_run_left(make_spec: SpecMaker, tmp_path: Pat
         for child in mine:
             assert child.stdout
             child.stdout.readline()
-        assert end_run("") == []
-        lines = end_run("run-1", grace_s=0.2)
+        lines = end_processes("ORCHESTRATOR_RUN_ID=run-1", grace_s=0.2)
         assert other.poll() is None
-        assert end_run("run-1") == []
+        assert end_processes("ORCHESTRATOR_RUN_ID=run-1") == []
     assert f"process {mine[0].pid} (sh -c trap '' TERM; echo up; sleep 120)" in lines
     assert (tmp_path / "tidy").read_text() == "tidied\n"
 
@@ -827,8 +826,6 @@ RESETS = [
     ("resets Jan 2, 1pm", "2027-01-02T13:00"),
     ("resets Jan 15, 2027, 8am (UTC)", "2027-01-15T10:00"),
     ("resets at 23:30 UTC", "2026-11-23T01:30"),
-    ("resets 11pm (UTC-3)", "2026-11-23T04:00"),
-    ("resets 15:00 +05:30", "2026-11-22T11:30"),
     ("Your limit will reset at 3pm (America/New_York).", "2026-11-22T22:00"),
     ("You will regain access on 2026-12-01 at 00:00 UTC.", "2026-12-01T02:00"),
     ("Claude AI usage limit reached|1795345200", "2026-11-22T13:00"),
