@@ -241,8 +241,8 @@ class Usage(NamedTuple):
     def plus(self, more: Usage) -> Usage:
         """The sum; what only one of the two reports counts as it is."""
         pairs = zip(self, more, strict=True)
-        cost, given, made = (b if a is None else a if b is None else a + b for a, b in pairs)
-        return Usage(cost, cast("int | None", given), cast("int | None", made))
+        sums = (b if a is None else a if b is None else a + b for a, b in pairs)
+        return Usage(*cast("Any", sums))
 
 
 NOTHING_SPENT = Usage()
@@ -251,16 +251,9 @@ NOTHING_SPENT = Usage()
 class AgentOutcome(NamedTuple):
     """How one attempt ended, judged in the order of `kind`; exceptions mean bugs.
 
-    result: a valid result, whatever the exit code; `detail` holds a remark on the end, if any.
-    cancelled: `stop` was set and there is no result; `detail` says so.
-    limited: the account's usage limit, in events of the CLI itself; never the item's fault.
-    failed: everything else, time limits and work left in the background included.
-
-    `trouble` is set for a failed attempt that ended *early*: the CLI had an error of its own before
-    any tool call, or exited non-zero within ten seconds; never for a phase `run`. With an unchanged
-    tree, which the caller knows, it is a free end, not the item's failure: "refused" (not logged
-    in, no credit, model or option unknown …: it cannot work, `error` has its words), or "busy"
-    (anything else: let the agent rest). "item" (prompt too long, content refused) is the item's.
+    With `trouble` the CLI failed before any work: "refused" (no login, no credit, model or option
+    unknown …: it cannot work), "item" (prompt too long, content refused: the item's fault), "busy"
+    (anything else: let it rest). If the tree is unchanged, too, it is a free end.
     """
 
     kind: Literal["result", "cancelled", "limited", "failed"]
@@ -1470,14 +1463,12 @@ def parse_result(data: bytes, item_id: str, phase: str) -> PhaseResult:
     ResultError is raised, as for anything that is no JSON object. Every other field is read
     leniently: what does not fit is dropped and named in `warnings`. All texts are cleaned.
     """
-    row = _result_object(data)
-    _check_identity(row, item_id, phase)
+    row = _result_object(data, item_id, phase)
     warnings: list[str] = []
     read = ResultFields(row, "", warnings)
-    if isinstance(row.get("description"), str):  # counts as the context, what else could be meant?
-        description = ResultFields({"context": row["description"]}, "description", warnings)
-    else:
-        description = read.table("description")
+    described = read.values.get("description")
+    if isinstance(described, str):  # counts as the context, what else could be meant?
+        read = ResultFields({**row, "description": {"context": described}}, "", warnings)
     result = PhaseResult(
         item_id=item_id,
         phase=phase,
@@ -1488,8 +1479,8 @@ def parse_result(data: bytes, item_id: str, phase: str) -> PhaseResult:
         follow_ups=_read_follow_ups(read),
         pipeline_type=read.line("pipeline_type"),
         commit_summary=read.line("commit_summary"),
-        duplicates=_read_duplicates(read),
-        description=description.given(dict.fromkeys(DESCRIPTION_KEYS, TEXT)),
+        duplicates=read.lines("duplicates"),
+        description=read.table("description").given(dict.fromkeys(DESCRIPTION_KEYS, TEXT)),
         requires_human_review=read.get("requires_human_review", FLAG),
         block_type=read.get("block_type", ITEM_TABLE["blocked_type"].kind),
     )
@@ -1506,34 +1497,26 @@ def failure_text(outcome: AgentOutcome) -> str:
     return "\n\n".join(dict.fromkeys(part for part in parts if part))
 
 
-def _result_object(data: bytes) -> Mapping[str, object]:
+def _result_object(data: bytes, item_id: str, phase: str) -> Mapping[str, object]:
+    """The object in a result file, if it is about what was asked for."""
     import json
 
     text = data.decode("utf-8-sig", "replace").strip()
+    if fenced := re.fullmatch(r"```\w*\n(.*)\n```", text, re.DOTALL):  # as agents like to write it
+        text = fenced[1]
     if not text:
         raise ResultError("the result file is empty")
     try:
-        row = json.loads(_without_fence(text))
+        row = json.loads(text)
     except RecursionError:
         raise ResultError("the result file is nested too deeply") from None
     except ValueError as error:
         raise ResultError(f"the result file is not valid JSON: {error}") from None
     if not isinstance(row, dict):
         raise ResultError(f"the result file must hold one JSON object, not {shown(row)}")
-    return row
-
-
-def _without_fence(text: str) -> str:
-    """Agents like to wrap JSON in a Markdown fence; what is inside is what they meant."""
-    inside = re.fullmatch(r"```\w*\n(.*)\n```", text, re.DOTALL)
-    return inside[1] if inside else text
-
-
-def _check_identity(row: Mapping[str, object], item_id: str, phase: str) -> None:
-    wanted = {"item_id": item_id, "phase": phase}
     wrong = [
         f"{key} is {shown(row.get(key))}, expected {shown(value)}"
-        for key, value in wanted.items()
+        for key, value in (("item_id", item_id), ("phase", phase))
         if row.get(key) != value
     ]
     if wrong:
@@ -1541,6 +1524,7 @@ def _check_identity(row: Mapping[str, object], item_id: str, phase: str) -> None
     if row.get("result") not in RESULT_CODES:
         told, words = shown(row.get("result")), ", ".join(RESULT_CODES)
         raise ResultError(f"the result file says result {told}, expected one of {words}")
+    return row
 
 
 class ResultFields(Fields):
@@ -1565,18 +1549,18 @@ class ResultFields(Fields):
         """A text made to fit on one line."""
         return one_line(self.get(key, TEXT, ""), MAX_TITLE) or None
 
+    def lines(self, key: str) -> tuple[str, ...]:
+        """A list of such texts, each of them once."""
+        listed = self.get(key, LIST, ())
+        texts = [one_line(value, MAX_TITLE) for value in listed if isinstance(value, str)]
+        if len(texts) < len(listed):
+            self.complain(key, "must hold ids of items; the rest is dropped")
+        return tuple(dict.fromkeys(filter(None, texts)))
+
     def given(self, kinds: Mapping[str, Kind]) -> dict[str, str]:
         """Those of some texts that are there and fit."""
         read = {key: self.get(key, kind) for key, kind in kinds.items()}
         return {key: value for key, value in read.items() if value is not None}
-
-
-def _read_duplicates(read: ResultFields) -> tuple[str, ...]:
-    listed = read.get("duplicates", LIST, ())
-    ids = [one_line(value, MAX_TITLE) for value in listed if isinstance(value, str)]
-    if len(ids) < len(listed):
-        read.complain("duplicates", "must hold ids of items; the rest is dropped")
-    return tuple(dict.fromkeys(filter(None, ids)))
 
 
 def _read_follow_ups(read: ResultFields) -> tuple[FollowUp, ...]:
@@ -1586,23 +1570,19 @@ def _read_follow_ups(read: ResultFields) -> tuple[FollowUp, ...]:
         dropped = f"{len(listed) - MAX_FOLLOW_UPS} of {len(listed)} dropped"
         read.complain("follow_ups", f"are too many: {dropped}, at most {MAX_FOLLOW_UPS} are taken")
     rows = [{"title": row} if isinstance(row, str) else row for row in listed[:MAX_FOLLOW_UPS]]
-    tables = ResultFields({"follow_ups": rows}, "", read.complaints).tables("follow_ups")
-    return tuple(filter(None, map(_read_follow_up, tables)))
-
-
-def _read_follow_up(read: ResultFields) -> FollowUp | None:
-    title = one_line(read.get("title", TEXT, ""))
-    if not title:
-        read.complain("title", "is missing; the entry is dropped")
-        return None
-    context = read.get("context", TEXT)
-    if len(title) > MAX_TITLE:  # the rest of an overlong title is not lost
-        context = "\n\n".join(filter(None, [title, context]))
-    size, risk = (
-        read.get(key if key in read.values else short, RATING_KINDS[short])
-        for key, short in (("suggested_size", "size"), ("suggested_risk", "risk"))
-    )
-    return FollowUp(one_line(title, MAX_TITLE), context, size, risk)
+    found = []
+    for one in ResultFields({"follow_ups": rows}, "", read.complaints).tables("follow_ups"):
+        title, context = one_line(one.get("title", TEXT, "")), one.get("context", TEXT)
+        if not title:
+            one.complain("title", "is missing; the entry is dropped")
+            continue
+        if len(title) > MAX_TITLE:  # the rest of an overlong title is not lost
+            context = "\n\n".join(filter(None, [title, context]))
+        keys = (("suggested_size", "size"), ("suggested_risk", "risk"))
+        names = [(long if long in one.values else short, short) for long, short in keys]
+        size, risk = (one.get(name, RATING_KINDS[short]) for name, short in names)
+        found.append(FollowUp(one_line(title, MAX_TITLE), context, size, risk))
+    return tuple(found)
 
 
 # ---- Commit messages -----------------------------------------------------------------------------
