@@ -2880,7 +2880,7 @@ def make_work_folder(root: Path, folder: Path) -> None:
 
 Event = Mapping[str, Any]
 Reader = Callable[["AgentReport", Event], str]
-UNTOLD = "it gave no reason"
+UNTOLD = "no reason given"
 
 
 class AgentReport:
@@ -2896,7 +2896,6 @@ class AgentReport:
         self.worked = False  # it has called a tool
         self.tasks: dict[str, str] = {}  # what it has started, by id, in its words
         self.background: set[str] = set()  # the ids of those that it has not waited for
-        self.denied: set[str] = set()  # tools it asked for and did not get
         self.cost_usd: float | None = None
         self.messages: dict[str, tuple[int, int]] = {}  # tokens of the turn under way, by message
         self.turns: list[tuple[int, int]] = []  # tokens in and out, of turns that are over
@@ -2906,7 +2905,6 @@ class AgentReport:
         """No error, or the CLI has come to a good end after all."""
         self.error = ""  # how the CLI says it failed
         self.status: float | None = None  # the HTTP status behind that
-        self.refused = False  # the CLI marks it as one of login or money
         self.limit = ""  # the usage limit that an event of its own has named
         self.until: float | None = None  # epoch seconds of that limit's reset
         self.unfinished = False  # events came, the closing one has not
@@ -2986,8 +2984,8 @@ def read_claude(report: AgentReport, event: Event) -> str:
                 else:
                     shown = _text_at(part, "text") or shown
             if error := _text_at(event, "error"):  # a message of the CLI itself, not of the model
-                report.failed(shown or error)
-                report.refused = error in ("authentication_failed", "billing_error")
+                refused = error in ("authentication_failed", "billing_error")
+                report.failed(shown or error, 401 if refused else None)
         case "user", _:  # what a tool gave back; a command sent to the background returns at once
             told = event.get("tool_use_result")
             launched = _text_at(told, "status") == "async_launched"
@@ -3011,8 +3009,6 @@ def read_claude(report: AgentReport, event: Event) -> str:
             if (cost := _number_at(event, "total_cost_usd")) is not None:
                 report.cost_usd = cost
             report.end_turn(_tokens_at(event.get("usage"), *CLAUDE_INPUTS))
-            denied = _at(event, list, "permission_denials")
-            report.denied |= {_text_at(one, "tool_name") for one in denied}
             if event.get("is_error") is not True:
                 report.ended_well()
                 report.message = shown[-MESSAGE_LIMIT:] or report.message
@@ -3066,9 +3062,8 @@ def read_opencode(report: AgentReport, event: Event) -> str:
             report.cost_usd = (report.cost_usd or 0.0) + cost
     if kind == "error":
         data, name = _at(event, dict, "error", "data"), _text_at(event, "error", "name") or "error"
-        report.refused = name == "ProviderAuthError"
-        text = f"{name}: {_text_at(data, 'message') or UNTOLD}"
-        return report.failed(text, _number_at(data, "statusCode"))
+        status = 401 if name == "ProviderAuthError" else _number_at(data, "statusCode")
+        return report.failed(f"{name}: {_text_at(data, 'message') or UNTOLD}", status)
     return ""
 
 
@@ -3341,6 +3336,7 @@ def agent_problem(
         )
     return None
 
+
 # ---- The process table ---------------------------------------------------------------------------
 
 LIVE: dict[str, int] = {}  # marker of a live `Child` -> pid, 0 until it has started
@@ -3413,22 +3409,18 @@ def _family(roots: Iterable[int], table: Mapping[int, Process]) -> set[int]:
     return found
 
 
-def become_subreaper() -> bool:
-    """Let orphans of our agents become our children instead of init's; False if not possible.
+def become_subreaper() -> None:
+    """Let orphans of our agents become our children instead of init's, where that is possible.
 
     Also puts our mark into the environment, by which our own children are told from orphans.
     """
-    if not ON_LINUX:
-        return False
     import ctypes
 
     pr_set_child_subreaper, us = 36, os.getpid()  # linux/prctl.h
-    if ctypes.CDLL(None, use_errno=True).prctl(pr_set_child_subreaper, 1, 0, 0, 0) != 0:
-        return False
-    if not _is_subreaper():
-        _SPARED.update((one.pid, one.start) for one in processes().values() if one.ppid == us)
-    os.environ[OWN_MARK] = str(us)
-    return True
+    if ON_LINUX and ctypes.CDLL(None).prctl(pr_set_child_subreaper, 1, 0, 0, 0) == 0:
+        if not _is_subreaper():
+            _SPARED.update((one.pid, one.start) for one in processes().values() if one.ppid == us)
+        os.environ[OWN_MARK] = str(us)
 
 
 def _is_subreaper() -> bool:
@@ -3442,7 +3434,7 @@ def _adopted(table: Mapping[int, Process]) -> list[Process]:
     show our own environment, during exec neither command nor environment; so the command is read
     first, and twice in case it goes on to exec another.
     """
-    us, live = os.getpid(), LIVE.values()
+    us = os.getpid()
 
     def is_ours(pid: int) -> bool:
         for _ in range(2):
@@ -3452,11 +3444,10 @@ def _adopted(table: Mapping[int, Process]) -> list[Process]:
                 return True
         return False
 
-    if not _is_subreaper():
-        return []
-    children = [one for one in table.values() if one.ppid == us and one.pid not in live]
+    children = [one for one in table.values() if one.ppid == us and one.pid not in LIVE.values()]
     strange = [one for one in children if (one.pid, one.start) not in _SPARED]
-    return [one for one in strange if not one.alive or not is_ours(one.pid)]
+    found = [one for one in strange if not one.alive or not is_ours(one.pid)]
+    return found if _is_subreaper() else []
 
 
 # ---- Ending what an attempt started --------------------------------------------------------------
@@ -3499,7 +3490,7 @@ def end_processes(
 
 
 def _leftovers(variable: str, leader: int, known: Mapping[int, int]) -> list[tuple[int, int]]:
-    """All that carries a marker and lives, as (pid, start): of an attempt, or of a run (leader 0).
+    """All that carries a marker and lives, as (pid, start), the leader first; 0: of a whole run.
 
     With it goes what does not show the marker: the leader's group and descendants, what was seen
     below it (`known`, as {pid: start}), and orphans handed to us while no other attempt is alive.
@@ -3515,7 +3506,8 @@ def _leftovers(variable: str, leader: int, known: Mapping[int, int]) -> list[tup
     ancestor = os.getpid()  # we, our parent, its parent …: never to be ended, whatever they carry
     while ancestor in table:
         ancestor = table.pop(ancestor).ppid
-    return [(pid, table[pid].start) for pid in found if pid in table and table[pid].alive]
+    found = {pid for pid in found if pid in table and table[pid].alive}
+    return [(pid, table[pid].start) for pid in sorted(found, key=lambda pid: pid != leader)]
 
 
 def _reap(pid: int) -> None:
@@ -3524,7 +3516,6 @@ def _reap(pid: int) -> None:
 
 
 # ---- One child process ---------------------------------------------------------------------------
-
 
 Ending = Literal["exit", "stop", "timeout", "idle", "settled"]
 
@@ -3917,13 +3908,12 @@ def _if_early(spec: AttemptSpec, child: Child, failed: AgentOutcome) -> AgentOut
         complaints = [line for line, kind in kinds.items() if kind != "limit"]
         telling = [line for line in complaints if kinds[line] != "busy"]
         words = ["", *complaints, *telling][-1]
-    trouble = error_kind(words, report.status)
-    if report.refused or child.code in profile.refused_codes:
-        trouble = "refused"
+    status = 401 if child.code in profile.refused_codes else report.status
+    trouble = cast("Any", error_kind(words, status))
     text = f"{name}: {words}"
     if not words:
         text = f"{name} gave no reason ({_code_text(child.code)}); its output is in {child.log}"
-    return failed._replace(error=one_line(text, TAIL_COLUMNS), trouble=cast("Any", trouble))
+    return failed._replace(error=one_line(text, TAIL_COLUMNS), trouble=trouble)
 
 
 def _failure(spec: AttemptSpec, child: Child, problem: str) -> str:
@@ -3936,12 +3926,8 @@ def _failure(spec: AttemptSpec, child: Child, problem: str) -> str:
     if spec.task.phase.run:
         return f"{one_line(' '.join(spec.task.phase.run), 200)}: {code}"
     parts = [f"{problem or 'no result file was written'} ({code})"]
-    if report.error == UNTOLD:
-        parts.append(f"it failed and gave no reason, its output is in {child.log}")
-    elif report.error:
+    if report.error:
         parts.append(f"it reports: {one_line(report.error, TAIL_COLUMNS)}")
-    if tools := ", ".join(sorted(report.denied - {""})):
-        parts.append(f"it was not permitted to use: {one_line(tools, TAIL_COLUMNS)}")
     if report.unfinished:
         parts.append("its event stream breaks off without a closing event")
     return "; ".join(parts)

@@ -54,7 +54,7 @@ def subreaper(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name, seconds in {"LOOK_S": 0.01, "LOOK_AROUND_S": 0.1, "SETTLE_S": 0.05}.items():
         monkeypatch.setattr(orchestrator, name, seconds)
     monkeypatch.setenv("ORCHESTRATOR_PID", "")  # so that it is restored after the test
-    assert become_subreaper() == (sys.platform == "linux")
+    become_subreaper()
     yield
     assert orchestrator.LIVE == {}
     leave_subreaping()
@@ -605,7 +605,6 @@ def test_good_ends_and_what_they_cost(play: Player, cli: str, stream: str, usage
     assert (outcome.kind, outcome.detail, outcome.usage) == ("result", "", usage)
 
 
-DENIALS = [{"tool_name": "Write", "tool_input": {}}, {"tool_name": "Bash"}, {"tool_name": "Write"}]
 CALLED = {"type": "assistant", "message": {"content": [{"type": "tool_use", "name": "Bash", "input": {"command": "make"}}]}}
 RECONNECTS = [{"type": "turn.started"}, {"type": "error", "message": "Reconnecting... 1/5"}, {"type": "turn.completed"}]
 OK = recorded("claude-ok")
@@ -617,15 +616,13 @@ CUT = OK[: OK.rindex('{"type":"result"') + 40]
     [
         ("claude", OK, 0, "no result file was written (exit code 0)\nLast output:\nBash: echo work > work.txt\nWrite: /tmp"),
         ("claude", CUT, 143, "no result file was written (exit code 143); its event stream breaks off without a closing event\n"),
-        ("claude", events({"type": "result", "result": "Sorry", "permission_denials": DENIALS}), 0,
-         "no result file was written (exit code 0); it was not permitted to use: Bash, Write\nLast output:\nSorry"),
         ("claude", events(CALLED, {"type": "result", "subtype": "error_max_turns", "is_error": True}), 1,
          "no result file was written (exit code 1); it reports: error_max_turns\n"),
         ("claude", events(CALLED, {"type": "result", "is_error": True, "api_error_status": 500, "result": "API Error: 500"}), 1,
          "no result file was written (exit code 1); it reports: API Error: 500\n"),
         ("codex", events(*RECONNECTS), 0, "no result file was written (exit code 0)\n"),
     ],
-    ids=["no result", "breaks off", "denied", "turns", "error after work", "reconnects"],
+    ids=["no result", "breaks off", "turns", "error after work", "reconnects"],
 )  # fmt: skip
 def test_an_attempt_that_worked_and_left_no_result_failed(play: Player, cli: str, stream: str, code: int, says: str) -> None:
     outcome = play(cli, stream, code)
@@ -728,7 +725,6 @@ def test_d50_what_an_error_is_about(play: Player, cli: str, told: Any, code: int
     assert (outcome.trouble or outcome.kind) == kind
     assert outcome.error.removeprefix(f"{cli}: ").startswith(says)
     assert bool(outcome.error) == bool(says)
-    assert says != NO_WORD.format(0) or "it failed and gave no reason, its output is in .orchestrator/logs" in outcome.detail
 
 
 def test_what_is_no_limit(play: Player) -> None:
