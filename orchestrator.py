@@ -51,7 +51,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta, timezone, tzinfo
+from datetime import UTC, datetime, timedelta, tzinfo
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
@@ -150,7 +150,6 @@ from gitutil import (
 if TYPE_CHECKING:
     import asyncio
     import logging
-    import subprocess
 
 # ==== 1. Constants and errors =====================================================================
 
@@ -243,8 +242,8 @@ class Usage(NamedTuple):
     def plus(self, more: Usage) -> Usage:
         """The sum; what only one of the two reports counts as it is."""
         pairs = zip(self, more, strict=True)
-        cost, given, made = (b if a is None else a if b is None else a + b for a, b in pairs)
-        return Usage(cost, cast("int | None", given), cast("int | None", made))
+        sums = (b if a is None else a if b is None else a + b for a, b in pairs)
+        return Usage(*cast("Any", sums))
 
 
 NOTHING_SPENT = Usage()
@@ -253,16 +252,9 @@ NOTHING_SPENT = Usage()
 class AgentOutcome(NamedTuple):
     """How one attempt ended, judged in the order of `kind`; exceptions mean bugs.
 
-    result: a valid result, whatever the exit code; `detail` holds a remark on the end, if any.
-    cancelled: `stop` was set and there is no result; `detail` says so.
-    limited: the account's usage limit, in events of the CLI itself; never the item's fault.
-    failed: everything else, time limits and work left in the background included.
-
-    `trouble` is set for a failed attempt that ended *early*: the CLI had an error of its own before
-    any tool call, or exited non-zero within ten seconds; never for a phase `run`. With an unchanged
-    tree, which the caller knows, it is a free end, not the item's failure: "refused" (not logged
-    in, no credit, model or option unknown …: it cannot work, `error` has its words), or "busy"
-    (anything else: let the agent rest). "item" (prompt too long, content refused) is the item's.
+    With `trouble` the CLI failed before any work: "refused" (no login, no credit, model or option
+    unknown …: it cannot work), "item" (prompt too long, content refused: the item's fault), "busy"
+    (anything else: let it rest). If the tree is unchanged, too, it is a free end.
     """
 
     kind: Literal["result", "cancelled", "limited", "failed"]
@@ -300,6 +292,21 @@ class AttemptSpec(NamedTuple):
     idle_timeout_s: float  # 0 = off
     grace_s: float
     budget_usd: float | None = None  # what is left of max_cost_usd, for CLIs that take a budget
+
+    @property
+    def result_path(self) -> Path:
+        return attempt_file(self.root, "results", self.task, self.token)
+
+    @property
+    def prompt_path(self) -> Path:
+        return attempt_file(self.root, "prompts", self.task, self.token)
+
+
+class Progress(NamedTuple):
+    """What an agent is doing, for the live line."""
+
+    last: str = ""  # latest message or tool call, one line; since when it is silent, if it is
+    usage: Usage = Usage()  # of the attempt so far
 
 
 class Salvage(NamedTuple):
@@ -1427,14 +1434,12 @@ def parse_result(data: bytes, item_id: str, phase: str) -> PhaseResult:
     ResultError is raised, as for anything that is no JSON object. Every other field is read
     leniently: what does not fit is dropped and named in `warnings`. All texts are cleaned.
     """
-    row = _result_object(data)
-    _check_identity(row, item_id, phase)
+    row = _result_object(data, item_id, phase)
     warnings: list[str] = []
     read = ResultFields(row, "", warnings)
-    if isinstance(row.get("description"), str):  # counts as the context, what else could be meant?
-        description = ResultFields({"context": row["description"]}, "description", warnings)
-    else:
-        description = read.table("description")
+    described = read.values.get("description")
+    if isinstance(described, str):  # counts as the context, what else could be meant?
+        read = ResultFields({**row, "description": {"context": described}}, "", warnings)
     result = PhaseResult(
         item_id=item_id,
         phase=phase,
@@ -1445,8 +1450,8 @@ def parse_result(data: bytes, item_id: str, phase: str) -> PhaseResult:
         follow_ups=_read_follow_ups(read),
         pipeline_type=read.line("pipeline_type"),
         commit_summary=read.line("commit_summary"),
-        duplicates=_read_duplicates(read),
-        description=description.given(dict.fromkeys(DESCRIPTION_KEYS, TEXT)),
+        duplicates=read.lines("duplicates"),
+        description=read.table("description").given(dict.fromkeys(DESCRIPTION_KEYS, TEXT)),
         requires_human_review=read.get("requires_human_review", FLAG),
         block_type=read.get("block_type", ITEM_TABLE["blocked_type"].kind),
     )
@@ -1463,34 +1468,26 @@ def failure_text(outcome: AgentOutcome) -> str:
     return "\n\n".join(dict.fromkeys(part for part in parts if part))
 
 
-def _result_object(data: bytes) -> Mapping[str, object]:
+def _result_object(data: bytes, item_id: str, phase: str) -> Mapping[str, object]:
+    """The object in a result file, if it is about what was asked for."""
     import json
 
     text = data.decode("utf-8-sig", "replace").strip()
+    if fenced := re.fullmatch(r"```\w*\n(.*)\n```", text, re.DOTALL):  # as agents like to write it
+        text = fenced[1]
     if not text:
         raise ResultError("the result file is empty")
     try:
-        row = json.loads(_without_fence(text))
+        row = json.loads(text)
     except RecursionError:
         raise ResultError("the result file is nested too deeply") from None
     except ValueError as error:
         raise ResultError(f"the result file is not valid JSON: {error}") from None
     if not isinstance(row, dict):
         raise ResultError(f"the result file must hold one JSON object, not {shown(row)}")
-    return row
-
-
-def _without_fence(text: str) -> str:
-    """Agents like to wrap JSON in a Markdown fence; what is inside is what they meant."""
-    inside = re.fullmatch(r"```\w*\n(.*)\n```", text, re.DOTALL)
-    return inside[1] if inside else text
-
-
-def _check_identity(row: Mapping[str, object], item_id: str, phase: str) -> None:
-    wanted = {"item_id": item_id, "phase": phase}
     wrong = [
         f"{key} is {shown(row.get(key))}, expected {shown(value)}"
-        for key, value in wanted.items()
+        for key, value in (("item_id", item_id), ("phase", phase))
         if row.get(key) != value
     ]
     if wrong:
@@ -1498,6 +1495,7 @@ def _check_identity(row: Mapping[str, object], item_id: str, phase: str) -> None
     if row.get("result") not in RESULT_CODES:
         told, words = shown(row.get("result")), ", ".join(RESULT_CODES)
         raise ResultError(f"the result file says result {told}, expected one of {words}")
+    return row
 
 
 class ResultFields(Fields):
@@ -1522,18 +1520,18 @@ class ResultFields(Fields):
         """A text made to fit on one line."""
         return one_line(self.get(key, TEXT, ""), MAX_TITLE) or None
 
+    def lines(self, key: str) -> tuple[str, ...]:
+        """A list of such texts, each of them once."""
+        listed = self.get(key, LIST, ())
+        texts = [one_line(value, MAX_TITLE) for value in listed if isinstance(value, str)]
+        if len(texts) < len(listed):
+            self.complain(key, "must hold ids of items; the rest is dropped")
+        return tuple(dict.fromkeys(filter(None, texts)))
+
     def given(self, kinds: Mapping[str, Kind]) -> dict[str, str]:
         """Those of some texts that are there and fit."""
         read = {key: self.get(key, kind) for key, kind in kinds.items()}
         return {key: value for key, value in read.items() if value is not None}
-
-
-def _read_duplicates(read: ResultFields) -> tuple[str, ...]:
-    listed = read.get("duplicates", LIST, ())
-    ids = [one_line(value, MAX_TITLE) for value in listed if isinstance(value, str)]
-    if len(ids) < len(listed):
-        read.complain("duplicates", "must hold ids of items; the rest is dropped")
-    return tuple(dict.fromkeys(filter(None, ids)))
 
 
 def _read_follow_ups(read: ResultFields) -> tuple[FollowUp, ...]:
@@ -1543,23 +1541,19 @@ def _read_follow_ups(read: ResultFields) -> tuple[FollowUp, ...]:
         dropped = f"{len(listed) - MAX_FOLLOW_UPS} of {len(listed)} dropped"
         read.complain("follow_ups", f"are too many: {dropped}, at most {MAX_FOLLOW_UPS} are taken")
     rows = [{"title": row} if isinstance(row, str) else row for row in listed[:MAX_FOLLOW_UPS]]
-    tables = ResultFields({"follow_ups": rows}, "", read.complaints).tables("follow_ups")
-    return tuple(filter(None, map(_read_follow_up, tables)))
-
-
-def _read_follow_up(read: ResultFields) -> FollowUp | None:
-    title = one_line(read.get("title", TEXT, ""))
-    if not title:
-        read.complain("title", "is missing; the entry is dropped")
-        return None
-    context = read.get("context", TEXT)
-    if len(title) > MAX_TITLE:  # the rest of an overlong title is not lost
-        context = "\n\n".join(filter(None, [title, context]))
-    size, risk = (
-        read.get(key if key in read.values else short, RATING_KINDS[short])
-        for key, short in (("suggested_size", "size"), ("suggested_risk", "risk"))
-    )
-    return FollowUp(one_line(title, MAX_TITLE), context, size, risk)
+    found = []
+    for one in ResultFields({"follow_ups": rows}, "", read.complaints).tables("follow_ups"):
+        title, context = one_line(one.get("title", TEXT, "")), one.get("context", TEXT)
+        if not title:
+            one.complain("title", "is missing; the entry is dropped")
+            continue
+        if len(title) > MAX_TITLE:  # the rest of an overlong title is not lost
+            context = "\n\n".join(filter(None, [title, context]))
+        keys = (("suggested_size", "size"), ("suggested_risk", "risk"))
+        names = [(long if long in one.values else short, short) for long, short in keys]
+        size, risk = (one.get(name, RATING_KINDS[short]) for name, short in names)
+        found.append(FollowUp(one_line(title, MAX_TITLE), context, size, risk))
+    return tuple(found)
 
 
 # ---- Commit messages -----------------------------------------------------------------------------
@@ -2797,9 +2791,12 @@ LINE_LIMIT = 8 << 20  # bytes of one line of output that are looked at; codex wr
 BACKLOG_LIMIT = 16 << 20  # unread output beyond this is skipped but for its end
 MESSAGE_LIMIT = 100_000  # characters of a closing message in which a result is looked for
 TAIL_LINES = 20
-SEEN_LINES = 10 * TAIL_LINES  # of what has come since the last look: some may be blank
 TAIL_COLUMNS = 400
 EARLY_S = 10.0  # who exits non-zero so soon has not worked
+SILENT_S = 60.0  # who says nothing for so long is said to be silent
+LOOK_S = 0.25  # how often output, result file and time limits are looked at
+LOOK_AROUND_S = 1.0  # and the processes that have lost the attempt's marker
+SETTLE_S = 60.0  # a valid result that stays the same this long ends the attempt
 SWEEP_LIMIT_S = 10.0  # a process that survives SIGKILL this long hangs in the kernel
 LEFTOVER_GRACE_S = 2.0  # TERM to KILL for what a killed run left behind
 ON_LINUX = sys.platform == "linux"
@@ -2825,55 +2822,21 @@ SESSION_VARIABLE = (
 QUIET_TOOLS = {"GIT_TERMINAL_PROMPT": "0", "GIT_EDITOR": "true", "PAGER": "cat", "GIT_PAGER": "cat"}
 
 
-class AgentTiming(NamedTuple):
-    """How often an attempt is looked at, in seconds of the event loop's clock."""
-
-    poll_s: float = 0.25  # output, result file, watchdogs
-    settle_s: float = 60.0  # a valid result that stays the same this long ends the attempt
-    around_s: float = 1.0  # the processes that have lost the attempt's marker
-    kill_poll_s: float = 0.02  # while waiting for a group to leave after TERM
-
-
-DEFAULT_TIMING = AgentTiming()
-
-
-class Progress(NamedTuple):
-    """What an agent is doing, for the live line."""
-
-    last: str = ""  # latest message or tool call, one line
-    usage: Usage = Usage()  # of the attempt so far
-
-
 # ---- Paths ---------------------------------------------------------------------------------------
 
 
-def _attempt_file(root: Path, folder: str, item_id: str, phase: str, name: str) -> Path:
-    return root / WORK_DIR / folder / f"{safe_name(item_id)}_{safe_name(phase)}_{name}"
+def attempt_file(root: Path, kind: Literal["results", "prompts"], task: Task, token: str) -> Path:
+    """Where an attempt's result or prompt is; the token makes the name unique."""
+    name = f"{safe_name(task.item_id)}_{safe_name(task.name)}_{token}"
+    return root / WORK_DIR / kind / (name + {"results": ".json", "prompts": ".md"}[kind])
 
 
-def result_path(root: Path, item_id: str, phase: str, token: str) -> Path:
-    """Where the agent of this attempt writes its result; the token makes the name unique."""
-    return _attempt_file(root, "results", item_id, phase, f"{token}.json")
-
-
-def prompt_path(root: Path, item_id: str, phase: str, token: str) -> Path:
-    """Where the prompt of this attempt is kept; the agent gets it on stdin, too."""
-    return _attempt_file(root, "prompts", item_id, phase, f"{token}.md")
-
-
-def log_paths(root: Path, item_id: str, phase: str, attempt: int | str) -> tuple[Path, Path]:
-    """Files for standard output and standard error of an attempt that do not exist yet.
-
-    An attempt of the same number in an earlier run keeps its files; ours are numbered on.
-    """
-    folder = root / WORK_DIR / "logs" / safe_name(item_id)
-    stem, number = f"{safe_name(phase)}-{attempt}", 1
-    while True:
-        name = stem if number == 1 else f"{stem}.{number}"
-        out, err = folder / f"{name}.out", folder / f"{name}.err"
-        if not (os.path.lexists(out) or os.path.lexists(err)):
-            return out, err
-        number += 1
+def log_paths(root: Path, task: Task, name: int | str) -> tuple[Path, Path]:
+    """New files for both outputs of an attempt; those of an earlier run are kept."""
+    folder, stem = root / WORK_DIR / "logs" / safe_name(task.item_id), safe_name(task.name)
+    numbers = ("", *(f".{number}" for number in range(2, 10_000)))
+    pairs = ((folder / f"{stem}-{name}{n}.out", folder / f"{stem}-{name}{n}.err") for n in numbers)
+    return next(pair for pair in pairs if not any(map(os.path.lexists, pair)))
 
 
 def make_work_folder(root: Path, folder: Path) -> None:
@@ -2884,17 +2847,11 @@ def make_work_folder(root: Path, folder: Path) -> None:
         ignore.write_text("*\n")
 
 
-def _result_file(spec: AttemptSpec) -> Path:
-    return result_path(spec.root, spec.task.item_id, spec.task.name, spec.token)
-
-
-def _prompt_file(spec: AttemptSpec) -> Path:
-    return prompt_path(spec.root, spec.task.item_id, spec.task.name, spec.token)
-
-
 # ---- What an agent's events tell -----------------------------------------------------------------
 
 Event = Mapping[str, Any]
+Reader = Callable[["AgentReport", Event], str]
+UNTOLD = "no reason given"
 
 
 class AgentReport:
@@ -2908,189 +2865,150 @@ class AgentReport:
         self.last = ""  # latest message or tool call, one line
         self.message = ""  # what it has said since its last tool call, whole
         self.worked = False  # it has called a tool
-        self.unfinished = False  # events came, the closing one has not
         self.tasks: dict[str, str] = {}  # what it has started, by id, in its words
         self.background: set[str] = set()  # the ids of those that it has not waited for
-        self.denied: set[str] = set()  # tools it asked for and did not get
         self.cost_usd: float | None = None
-        self._tokens = (0, 0)  # in and out, of turns that have reported their total
-        self._messages: dict[str, tuple[int, int]] = {}  # of the turn under way, by message
+        self.messages: dict[str, tuple[int, int]] = {}  # tokens of the turn under way, by message
+        self.turns: list[tuple[int, int]] = []  # tokens in and out, of turns that are over
         self.ended_well()
 
     def ended_well(self) -> None:
         """No error, or the CLI has come to a good end after all."""
         self.error = ""  # how the CLI says it failed
         self.status: float | None = None  # the HTTP status behind that
-        self.refused = False  # the CLI marks it as one of login or money
         self.limit = ""  # the usage limit that an event of its own has named
         self.until: float | None = None  # epoch seconds of that limit's reset
-        self.unfinished = False
+        self.unfinished = False  # events came, the closing one has not
 
     def failed(self, text: str, status: float | None = None) -> str:
         """Take in an error that the CLI reports."""
         self.error, self.status = text or UNTOLD, status
         return self.error
 
-    def said(self, text: str, joint: str = "\n") -> str:
-        """Take in a piece of a message."""
-        self.message = (self.message + joint + text)[-MESSAGE_LIMIT:]
-        return text
-
     def called(self, tool: str, call: object) -> str:
         """Take in a tool call; returns its name with its most telling argument."""
         self.worked, self.message = True, ""
-        for key in ("command", "file_path", "path", "pattern", "url", "description"):
-            if argument := _text_at(call, key):
-                return f"{tool}: {argument}"
-        return tool
+        keys = ("command", "file_path", "path", "pattern", "url", "description")
+        told = next(filter(None, (_text_at(call, key) for key in keys)), "")
+        return f"{tool}: {told}" if told else tool
 
-    def count(self, message: str, tokens: tuple[int, int]) -> None:
-        """Count a message once, though it comes in several events, each with its figures."""
-        self._messages[message] = tokens
-
-    def close_turn(self, tokens: tuple[int, int] = (0, 0)) -> None:
+    def end_turn(self, tokens: tuple[int, int]) -> None:
         """Take a turn's reported total instead of the sum of its messages, if there is one."""
-        if any(tokens):
-            self._messages = {"": tokens}
-        usage = self.usage()
-        self._tokens = (usage.input_tokens or 0, usage.output_tokens or 0)
-        self._messages = {}
+        self.turns += [tokens] if any(tokens) else self.messages.values()
+        self.messages = {}
 
     def usage(self) -> Usage:
         """Cost and tokens as far as they were reported."""
-        total = [sum(way) for way in zip(self._tokens, *self._messages.values(), strict=True)]
-        return Usage(self.cost_usd, *total) if any(total) else Usage(self.cost_usd)
+        ways = zip((0, 0), *self.turns, *self.messages.values(), strict=True)
+        given, made = map(sum, ways)
+        return Usage(self.cost_usd, given, made) if given or made else Usage(self.cost_usd)
 
 
-UNTOLD = "it gave no reason"
-
-
-def _dig(value: object, *keys: str) -> Any:
-    """Follow keys into nested mappings; None as soon as one is missing."""
+def _at(value: object, kind: type[T], *keys: str) -> T:
+    """What is found below nested keys if it is of that kind, else the kind's empty value."""
     for key in keys:
-        if not isinstance(value, dict):
-            return None
-        value = value.get(key)
-    return value
+        value = value.get(key) if isinstance(value, dict) else None
+    return value if isinstance(value, kind) else kind()
 
 
 def _text_at(value: object, *keys: str) -> str:
-    found = _dig(value, *keys)
-    return found if isinstance(found, str) else ""
+    return _at(value, str, *keys)
 
 
-def _list_at(value: object, *keys: str) -> list[Any]:
-    found = _dig(value, *keys)
-    return found if isinstance(found, list) else []
-
-
-def _number_at(value: object, *keys: str) -> float | None:
+def _number_at(value: object, key: str) -> float | None:
     """A finite number >= 0, or None: JSON from a CLI may hold anything, NaN included."""
-    found = _dig(value, *keys)
+    found = value.get(key) if isinstance(value, dict) else None
     if isinstance(found, bool) or not isinstance(found, int | float):
         return None
     return float(found) if 0 <= found < 1e15 else None
 
 
 def _tokens_at(usage: object, *inputs: str, output: str = "output_tokens") -> tuple[int, int]:
-    """Read token counts, in and out; several keys count as input."""
-    given = sum(int(_number_at(usage, key) or 0) for key in inputs)
+    """Token counts, in and out; several keys count as input."""
+    given = sum(int(_number_at(usage, key) or 0) for key in inputs or ("input_tokens",))
     return given, int(_number_at(usage, output) or 0)
 
+
+# Each reader takes in one event of its CLI and returns what it tells people, if anything.
 
 CLAUDE_INPUTS = ("input_tokens", "cache_creation_input_tokens", "cache_read_input_tokens")
 
 
 def read_claude(report: AgentReport, event: Event) -> str:
-    """Take in one stream-json event of Claude Code (seen: 1.0.128 to 2.1.330); returns its text."""
+    """Claude Code's stream-json (seen: 1.0.128 to 2.1.330).
+
+    An API or login failure ends with subtype "success" and is_error true: only is_error counts.
+    There are two ends when a background task outlived the first turn: total_cost_usd is cumulative
+    over them, usage is not.
+    """
+    shown = ""
     match event.get("type"), event.get("subtype"):
-        case "assistant", _:
+        case "system", "init":
             report.unfinished = True
-            return _claude_message(report, event)
+        case "assistant", _:  # one of several events of a message, each with the message's figures
+            report.unfinished = True
+            tokens = _tokens_at(_at(event, dict, "message", "usage"), *CLAUDE_INPUTS)
+            report.messages[_text_at(event, "message", "id")] = tokens
+            for part in _at(event, list, "message", "content"):
+                if _text_at(part, "type") == "tool_use":
+                    shown = report.called(_text_at(part, "name"), _at(part, dict, "input"))
+                else:
+                    shown = _text_at(part, "text") or shown
+            if error := _text_at(event, "error"):  # a message of the CLI itself, not of the model
+                refused = error in ("authentication_failed", "billing_error")
+                report.failed(shown or error, 401 if refused else None)
         case "user", _:  # what a tool gave back; a command sent to the background returns at once
             told = event.get("tool_use_result")
             launched = _text_at(told, "status") == "async_launched"
             if task := _text_at(told, "agentId" if launched else "backgroundTaskId"):
                 report.background.add(task)
-        case "system", "init":
-            report.unfinished = True
         case "system", "task_started":
             report.tasks[_text_at(event, "task_id")] = _text_at(event, "description")
         case "system", "task_notification" | "task_updated":
             if _text_at(event, "patch", "status") not in ("running", "pending"):
                 report.background.discard(_text_at(event, "task_id"))
         case "system", "api_retry":
-            tries = [int(_number_at(event, key) or 0) for key in ("attempt", "max_retries")]
-            why = _text_at(event, "error") or "no reason given"
-            return f"API retry {tries[0]} of {tries[1]}: {why}"
+            shown = f"API retry: {_text_at(event, 'error') or UNTOLD}"
         case "rate_limit_event", _:
             info = event.get("rate_limit_info")
             if _text_at(info, "status") == "rejected":  # other ones only warn
                 kind = _text_at(info, "rateLimitType") or "unknown kind"
-                report.limit = f"usage limit reached ({kind})"
+                report.limit = shown = f"usage limit reached ({kind})"
                 report.until = _number_at(info, "resetsAt")  # seconds, not milliseconds
-                return report.limit
         case "result", _:
-            return _claude_end(report, event)
-    return ""
-
-
-def _claude_message(report: AgentReport, event: Event) -> str:
-    tokens = _tokens_at(_dig(event, "message", "usage"), *CLAUDE_INPUTS)
-    report.count(_text_at(event, "message", "id"), tokens)
-    shown = ""
-    for part in _list_at(event, "message", "content"):
-        if _text_at(part, "type") == "tool_use":
-            shown = report.called(_text_at(part, "name"), _dig(part, "input"))
-        else:
-            shown = _text_at(part, "text") or shown
-    if error := _text_at(event, "error"):  # a message of the CLI itself, not of the model
-        report.failed(shown or error)
-        report.refused = error in ("authentication_failed", "billing_error")
+            report.unfinished, shown = False, _text_at(event, "result")
+            if (cost := _number_at(event, "total_cost_usd")) is not None:
+                report.cost_usd = cost
+            report.end_turn(_tokens_at(event.get("usage"), *CLAUDE_INPUTS))
+            if event.get("is_error") is not True:
+                report.ended_well()
+                report.message = shown[-MESSAGE_LIMIT:] or report.message
+            else:
+                errors = "; ".join(filter(None, map(_text_at, _at(event, list, "errors"))))
+                shown = shown or errors or _text_at(event, "subtype").removeprefix("success")
+                shown = report.failed(shown, _number_at(event, "api_error_status"))
     return shown
 
 
-def _claude_end(report: AgentReport, event: Event) -> str:
-    """The closing event; there are two when a background task outlived the first turn.
-
-    An API or login failure says subtype "success" with is_error true, so only is_error counts.
-    total_cost_usd is cumulative over the closing events, usage is not.
-    """
-    report.unfinished = False
-    cost = _number_at(event, "total_cost_usd")
-    report.cost_usd = report.cost_usd if cost is None else cost
-    report.close_turn(_tokens_at(event.get("usage"), *CLAUDE_INPUTS))
-    report.denied |= {_text_at(one, "tool_name") for one in _list_at(event, "permission_denials")}
-    text = _text_at(event, "result")
-    if event.get("is_error") is not True:
-        report.ended_well()
-        report.message = text[-MESSAGE_LIMIT:] or report.message
-        return text
-    subtype = _text_at(event, "subtype").removeprefix("success")
-    text = text or "; ".join(filter(None, map(_text_at, _list_at(event, "errors")))) or subtype
-    return report.failed(text, _number_at(event, "api_error_status"))
-
-
 def read_codex(report: AgentReport, event: Event) -> str:
-    """Take in one event of `codex exec --json` (seen: 0.169); returns its text."""
+    """`codex exec --json` (seen: 0.169)."""
     kind, item = event.get("type"), event.get("item")
     what, name = _text_at(item, "type"), _text_at(item, "id")
     if kind == "turn.started":
         report.unfinished = True
     elif kind in ("item.started", "item.completed"):
-        if what == "agent_message":
-            report.message = _text_at(item, "text")[-MESSAGE_LIMIT:]
+        report.background.discard(name)
         if what == "command_execution" and kind == "item.started":
             report.tasks[name] = _text_at(item, "command")
             report.background.add(name)
-        else:
-            report.background.discard(name)
+        if what == "agent_message":
+            report.message = _text_at(item, "text")[-MESSAGE_LIMIT:]
         if what not in ("agent_message", "reasoning", "todo_list", "error"):
             return report.called(what, item)
         return _text_at(item, "text") or _text_at(item, "message") or what
-    elif kind == "turn.completed":  # its usage is cumulative over the thread
+    elif kind == "turn.completed":
         report.ended_well()
-        report.count("thread", _tokens_at(event.get("usage"), "input_tokens"))
+        report.messages["thread"] = _tokens_at(event.get("usage"))  # cumulative over the thread
     elif kind in ("turn.failed", "error"):  # an error alone may be followed by "Reconnecting"
         report.unfinished = report.unfinished and kind == "error"
         return report.failed(_text_at(event, "error", "message") or _text_at(event, "message"))
@@ -3098,42 +3016,57 @@ def read_codex(report: AgentReport, event: Event) -> str:
 
 
 def read_opencode(report: AgentReport, event: Event) -> str:
-    """Take in one event of `opencode run --format json` (seen: 1.18); returns its text."""
+    """`opencode run --format json` (seen: 1.18)."""
     kind, part = event.get("type"), event.get("part")
     if kind == "text":
-        return report.said(_text_at(part, "text"))
+        text = _text_at(part, "text")
+        report.message = f"{report.message}\n{text}"[-MESSAGE_LIMIT:]
+        return text
     if kind == "tool_use":
-        return report.called(_text_at(part, "tool"), _dig(part, "state", "input"))
+        return report.called(_text_at(part, "tool"), _at(part, dict, "state", "input"))
     if kind == "step_finish":
         report.ended_well()
-        given, made = _tokens_at(_dig(part, "tokens"), "input", output="output")
-        cached, _ = _tokens_at(_dig(part, "tokens", "cache"), "read", "write")
-        report.close_turn((given + cached, made))
+        given, made = _tokens_at(_at(part, dict, "tokens"), "input", output="output")
+        cached, _ = _tokens_at(_at(part, dict, "tokens", "cache"), "read", "write")
+        report.end_turn((given + cached, made))
         if (cost := _number_at(part, "cost")) is not None:
             report.cost_usd = (report.cost_usd or 0.0) + cost
     if kind == "error":
-        data, name = _dig(event, "error", "data"), _text_at(event, "error", "name") or "error"
-        report.refused = name == "ProviderAuthError"
-        text = f"{name}: {_text_at(data, 'message') or UNTOLD}"
-        return report.failed(text, _number_at(data, "statusCode"))
+        data, name = _at(event, dict, "error", "data"), _text_at(event, "error", "name") or "error"
+        status = 401 if name == "ProviderAuthError" else _number_at(data, "statusCode")
+        return report.failed(f"{name}: {_text_at(data, 'message') or UNTOLD}", status)
     return ""
 
 
 def read_gemini(report: AgentReport, event: Event) -> str:
-    """Take in one event of gemini's stream-json (seen: 0.61); returns its text."""
+    """gemini's stream-json (seen: 0.61)."""
     kind = event.get("type")
     if kind == "init":
         report.unfinished = True
     if kind == "message" and event.get("role") == "assistant":  # the prompt is echoed as "user"
-        return report.said(_text_at(event, "content"), joint="")
+        text = _text_at(event, "content")
+        report.message = (report.message + text)[-MESSAGE_LIMIT:]
+        return text
     if kind == "tool_use":
         return report.called(_text_at(event, "tool_name"), event.get("parameters"))
     if kind == "result":
         report.ended_well()
-        report.close_turn(_tokens_at(event.get("stats"), "input_tokens"))
+        report.end_turn(_tokens_at(event.get("stats")))
         if event.get("status") == "error":
             return report.failed(_text_at(event, "error", "message"))
     return ""
+
+
+def read_line(report: AgentReport, line: bytes, read: Reader | None) -> str:
+    """What a line of an agent's output tells people, noted in the report if it is an event."""
+    import json
+
+    if read is not None and len(line) <= LINE_LIMIT:
+        with suppress(ValueError, RecursionError):
+            event = json.loads(line)
+            if isinstance(event, dict):  # CLIs print warnings in between
+                return read(report, event)
+    return line[:8000].decode(errors="replace")
 
 
 # ---- What an error of a CLI is about -------------------------------------------------------------
@@ -3164,26 +3097,22 @@ REFUSED_WORDS = (
 )
 
 
-ErrorKind = Literal["limit", "refused", "item", "busy"]
+def error_kind(text: str, status: float | None = None) -> str:
+    """What an error is about: "limit", "refused", "item" or "busy"; `status` is the HTTP one."""
 
+    def about(words: str) -> bool:
+        return re.search(words, text, re.IGNORECASE) is not None
 
-def error_kind(text: str, status: float | None = None) -> ErrorKind:
-    """What an error is about, by a CLI's own words and the HTTP status behind it."""
-    if _found(LIMIT_WORDS, text) and not _found(OTHER_LIMITS, text):
+    if about(LIMIT_WORDS) and not about(OTHER_LIMITS):
         return "limit"
-    if status == 413 or _found(ITEM_WORDS, text):
+    if status == 413 or about(ITEM_WORDS):
         return "item"
-    if status in (408, 429) or (status or 0) >= 500 or _found(BUSY_WORDS, text):
+    if status in (408, 429) or (status or 0) >= 500 or about(BUSY_WORDS):
         return "busy"
-    return "refused" if status in (401, 402, 403, 404) or _found(REFUSED_WORDS, text) else "busy"
-
-
-def _found(words: str, text: str) -> bool:
-    return re.search(words, text, re.IGNORECASE) is not None
+    return "refused" if status in (401, 402, 403, 404) or about(REFUSED_WORDS) else "busy"
 
 
 MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
-RESET_EPOCH = r"\|(\d{10})\b"
 RESET_AFTER = (
     r"\b(?:again|resets?|retry|access|available)\s+(?:in|after)\s+("
     r"(?:\d+(?:\.\d+)?\s*(?:days?|hours?|hrs?|min(?:ute)?s?|sec(?:ond)?s?|[dhms])"
@@ -3195,8 +3124,7 @@ RESET_CLOCK = re.compile(
       |(?P<month>[a-z]{3})[a-z]*\.?\s+(?P<day>\d{1,2})(?:st|nd|rd|th)?,?\s+
        (?:(?P<year>\d{4}),?\s+)?(?:at\s+)?)?
     (?P<hour>\d{1,2})(?::(?P<minute>\d\d))?(?::\d\d)?\s*(?P<half>[ap]m)?\b
-    \s*\(?(?P<zone>[a-z]+(?:/[a-z0-9_+-]+)+|UTC|GMT|Z\b)?
-    \s*(?:(?P<east>[+-]\d{1,2}):?(?P<beyond>\d\d)?)?""",
+    \s*\(?(?P<zone>[a-z]+(?:/[a-z0-9_+-]+)+|UTC|GMT|Z\b)?""",
     re.IGNORECASE | re.VERBOSE,
 )
 
@@ -3208,7 +3136,7 @@ def reset_time(text: str, now: float) -> float | None:
     a date or without one, in the zone it names ("resets Oct 6, 1pm (Europe/Berlin)") or in the
     local one. A time of day is the next such moment, or one that has passed within the hour.
     """
-    if epoch := re.search(RESET_EPOCH, text):
+    if epoch := re.search(r"\|(\d{10})\b", text):
         return float(epoch[1])
     if after := re.search(RESET_AFTER, text, re.IGNORECASE):
         seconds = {"d": 86400, "h": 3600, "m": 60, "s": 1}
@@ -3224,8 +3152,12 @@ def reset_time(text: str, now: float) -> float | None:
 
 
 def _clock_time(clock: re.Match[str], now: float) -> float:
-    zone = _zone(clock)
-    today = datetime.fromtimestamp(now, zone)  # without a zone: naive, and local where it counts
+    zone: tzinfo | None = UTC if clock["zone"] else None  # None: naive, and local where it counts
+    if "/" in (clock["zone"] or ""):
+        from zoneinfo import ZoneInfo
+
+        zone = ZoneInfo(clock["zone"])
+    today = datetime.fromtimestamp(now, zone)
     hour, half = int(clock["hour"]), (clock["half"] or "").lower()
     if half:
         hour = hour % 12 + (12 if half == "pm" else 0)
@@ -3243,18 +3175,6 @@ def _clock_time(clock: re.Match[str], now: float) -> float:
     return when.timestamp()
 
 
-def _zone(clock: re.Match[str]) -> tzinfo | None:
-    """The named zone, or the offset from UTC; None, the local zone, if neither is given."""
-    if "/" in (clock["zone"] or ""):
-        from zoneinfo import ZoneInfo
-
-        return ZoneInfo(clock["zone"])
-    if clock["east"]:
-        span = timedelta(hours=abs(int(clock["east"])), minutes=int(clock["beyond"] or 0))
-        return timezone(-span if clock["east"][0] == "-" else span)
-    return UTC if clock["zone"] else None
-
-
 # ---- Profiles ------------------------------------------------------------------------------------
 
 
@@ -3262,14 +3182,14 @@ class Profile(NamedTuple):
     """How to start one kind of agent, and how to read what it prints."""
 
     argv: str = ""  # words, with the placeholders of `agent_argv`; the prompt comes on stdin
-    read: Callable[[AgentReport, Event], str] | None = None  # None: plain lines of text
+    read: Reader | None = None  # None: plain lines of text
+    package: str = ""  # where npm has the CLI
+    login: str = ""  # how to log in
     model: str = ""  # the option that takes the model
     budget: str = ""  # the option that takes dollars
     last: tuple[str, ...] = ()  # what comes after the operator's own words
-    env: Mapping[str, str] = {}  # defaults: the operator's own environment and agent.env win
+    env: str = ""  # words, defaults: the operator's own environment and agent.env win
     refused_codes: tuple[int, ...] = ()  # exit codes that say: not logged in, not trusted …
-    install: str = ""  # where to get the CLI
-    login: str = ""  # how to log in
     starts_alone: bool = False  # a first start beside another one breaks both
 
 
@@ -3277,42 +3197,38 @@ PROFILES: Mapping[str, Profile] = {
     "claude": Profile(
         "claude -p --output-format stream-json --verbose --dangerously-skip-permissions",
         read_claude,
+        "@anthropic-ai/claude-code",
+        "start `claude` once and use /login, or set ANTHROPIC_API_KEY",
         model="--model",
         budget="--max-budget-usd",
-        env={
-            "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
-            "CLAUDE_CODE_DISABLE_BACKGROUND_TASKS": "1",
-            "DISABLE_AUTOUPDATER": "1",
-            "CLAUDE_CODE_MAX_RETRIES": "4",
-        },
-        install="npm install -g @anthropic-ai/claude-code",
-        login="start `claude` once and use /login, or set ANTHROPIC_API_KEY",
+        env="CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC=1 CLAUDE_CODE_DISABLE_BACKGROUND_TASKS=1"
+        " DISABLE_AUTOUPDATER=1 CLAUDE_CODE_MAX_RETRIES=4",
     ),
     "codex": Profile(
         "codex exec --json --skip-git-repo-check --dangerously-bypass-approvals-and-sandbox",
         read_codex,
+        "@openai/codex",
+        "`codex login`",
         model="-m",
         last=("-",),
-        install="npm install -g @openai/codex",
-        login="`codex login`",
     ),
     "opencode": Profile(  # a title that is given spares it a request for one
         "opencode run --format json --auto --title {item_id}:{phase}",
         read_opencode,
+        "opencode-ai",
+        "`opencode auth login`",
         model="-m",
-        env={"OPENCODE_DISABLE_AUTOUPDATE": "1"},
-        install="npm install -g opencode-ai",
-        login="`opencode auth login`",
+        env="OPENCODE_DISABLE_AUTOUPDATE=1",
         starts_alone=True,  # it makes a database in the operator's home
     ),
     "gemini": Profile(
         "gemini --yolo --output-format stream-json",
         read_gemini,
+        "@google/gemini-cli",
+        "start `gemini` once and log in, or set GEMINI_API_KEY",
         model="-m",
-        env={"GEMINI_CLI_NO_RELAUNCH": "true", "GEMINI_CLI_TRUST_WORKSPACE": "true"},
+        env="GEMINI_CLI_NO_RELAUNCH=true GEMINI_CLI_TRUST_WORKSPACE=true",
         refused_codes=(41, 55, 145, 147),  # no login, folder not trusted, 401, 403 (mod 256)
-        install="npm install -g @google/gemini-cli",
-        login="start `gemini` once and log in, or set GEMINI_API_KEY",
     ),
     "command": Profile(),  # agent.command
     "demo": Profile(),  # this very program
@@ -3327,8 +3243,8 @@ def agent_argv(spec: AttemptSpec) -> list[str]:
     if settings.cli == "demo":
         return [*_demo_argv(), *settings.args]
     values = {
-        "{prompt_file}": str(_prompt_file(spec)),
-        "{result_path}": str(_result_file(spec)),
+        "{prompt_file}": str(spec.prompt_path),
+        "{result_path}": str(spec.result_path),
         "{model}": settings.model or "",
         "{item_id}": spec.task.item_id,
         "{phase}": spec.task.name,
@@ -3352,16 +3268,16 @@ def agent_environment(spec: AttemptSpec, outer: Mapping[str, str]) -> dict[str, 
         if not (re.fullmatch(LOCAL_GIT_VARIABLE, name) or re.fullmatch(SESSION_VARIABLE, name))
     }
     return {
-        **PROFILES[settings.cli].env,
+        **dict(word.split("=") for word in PROFILES[settings.cli].env.split()),
         **kept,
         **QUIET_TOOLS,
         **settings.env,
         RUN_MARK: spec.run_id,
-        ATTEMPT_MARK: str(_result_file(spec)),
+        ATTEMPT_MARK: str(spec.result_path),
         "ORCHESTRATOR_ITEM_ID": spec.task.item_id,
         "ORCHESTRATOR_PHASE": spec.task.name,
         "ORCHESTRATOR_ATTEMPT": str(spec.attempt),
-        "ORCHESTRATOR_PROMPT_FILE": str(_prompt_file(spec)),
+        "ORCHESTRATOR_PROMPT_FILE": str(spec.prompt_path),
         "ORCHESTRATOR_CHANGE_DIR": str(spec.change_dir),
     }
 
@@ -3377,7 +3293,8 @@ def agent_problem(
     # A name is looked up on PATH; a path is taken from the project root, where agents run.
     where = str(root / binary) if os.sep in binary else binary
     if settings.cli != "demo" and not shutil.which(where, path=env.get("PATH", os.defpath)):
-        how = PROFILES[settings.cli].install or "check agent.command"
+        package = PROFILES[settings.cli].package
+        how = f"npm install -g {package}" if package else "check agent.command"
         return Problem(
             f"the agent {binary!r} is not on PATH or not executable",
             f"Install it ({how}), or choose another agent with agent.cli.",
@@ -3393,48 +3310,46 @@ def agent_problem(
 
 # ---- The process table ---------------------------------------------------------------------------
 
+LIVE: dict[str, int] = {}  # marker of a live `Child` -> pid, 0 until it has started
+_SPARED: set[tuple[int, int]] = set()  # (pid, start) of children from before we became subreaper
 
-class ProcessEntry(NamedTuple):
-    """One process; (pid, start) names it even after the pid is used again."""
+
+class Process(NamedTuple):
+    """A row of the process table; (pid, start) names it even after the pid is used again."""
 
     pid: int
     ppid: int
     group: int
-    session: int  # 0 where the table does not tell
-    state: str  # one letter, Z and X are dead
+    alive: bool
     start: int  # Linux: clock ticks since boot; else epoch seconds
 
-    @property
-    def alive(self) -> bool:
-        return self.state not in "ZX"
 
-
-def process_entry(pid: int) -> ProcessEntry | None:
-    """One row of the process table; None if there is no such process."""
-    if not ON_LINUX:
-        return process_table().get(pid)
-    try:
-        with open(f"/proc/{pid}/stat", "rb", buffering=0) as file:
-            stat = file.read()
-    except OSError:
-        return None
-    fields = stat.rpartition(b")")[2].split()  # the name before it may hold anything
-    ppid, group, session, start = (int(fields[n]) for n in (1, 2, 3, 19))
-    return ProcessEntry(pid, ppid, group, session, fields[0].decode(), start)
-
-
-def process_table() -> dict[int, ProcessEntry]:
-    """Every process that can be seen, by pid; from `ps` where there is no /proc."""
-    if ON_LINUX:
-        pids = [int(name) for name in os.listdir("/proc") if name.isdecimal()]
-        return {pid: entry for pid in pids if (entry := process_entry(pid)) is not None}
+def processes(only: int = 0) -> dict[int, Process]:
+    """Every process that can be seen, by pid, or `only` that one; from `ps` without a /proc."""
     table = {}
+    if ON_LINUX:
+        for pid in [only] if only else [int(one) for one in os.listdir("/proc") if one.isdecimal()]:
+            if stat := _proc(pid, "stat"):
+                row = stat.rpartition(b")")[2].split()  # the name before it may hold anything
+                alive = row[0] not in (b"Z", b"X")
+                table[pid] = Process(pid, int(row[1]), int(row[2]), alive, int(row[19]))
+        return table
     columns = ("pid=", "ppid=", "pgid=", "stat=", "lstart=")
     for line in _ps("-ax", *(word for column in columns for word in ("-o", column))):
-        pid, ppid, group, state, start = line.split(None, 4)
-        since = int(time.mktime(time.strptime(start.strip(), "%a %b %d %H:%M:%S %Y")))
-        table[int(pid)] = ProcessEntry(int(pid), int(ppid), int(group), 0, state[0], since)
+        *ids, state, since = line.split(None, 4)
+        pid, ppid, group = map(int, ids)
+        begun = int(time.mktime(time.strptime(since.strip(), "%a %b %d %H:%M:%S %Y")))
+        table[pid] = Process(pid, ppid, group, state[0] not in "ZX", begun)
     return table
+
+
+def _proc(pid: int, name: str) -> bytes:
+    """A file that tells of a process; empty if there is none or it may not be read."""
+    try:
+        with open(f"/proc/{pid}/{name}", "rb", buffering=0) as file:
+            return file.read()
+    except OSError:
+        return b""
 
 
 def _ps(*options: str) -> list[str]:
@@ -3445,28 +3360,11 @@ def _ps(*options: str) -> list[str]:
     return done.stdout.decode(errors="replace").splitlines()
 
 
-def _environment_of(pid: int) -> frozenset[bytes]:
-    """The variables a process was started with; empty if they may not be read."""
-    try:
-        return frozenset(Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"))
-    except OSError:
-        return frozenset()
-
-
-def _command_of(pid: int) -> str:
-    """The command line of a process; empty if there is none or it may not be read."""
-    try:
-        words = Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:
-        return ""
-    return words.decode(errors="replace").replace("\0", " ").strip()
-
-
-def _marked(variable: str, table: Mapping[int, ProcessEntry]) -> set[int]:
-    """The processes whose environment holds `variable` (NAME=value)."""
+def _marked(variable: str, table: Iterable[int]) -> set[int]:
+    """The processes whose environment holds a variable (NAME=value)."""
     if ON_LINUX:
-        want = os.fsencode(variable)
-        return {pid for pid in table if want in _environment_of(pid)}
+        mark = os.fsencode(variable)
+        return {pid for pid in table if mark in _proc(pid, "environ").split(b"\0")}
     # The environment follows the command; macOS shows it for processes of the same user only.
     options = ("-axwwE", "-o", "pid=", "-o", "command=")
     lines = _ps(*options) if sys.platform == "darwin" else _ps("axeww", "-o", "pid=,args=")
@@ -3474,7 +3372,7 @@ def _marked(variable: str, table: Mapping[int, ProcessEntry]) -> set[int]:
     return {int(line.split(None, 1)[0]) for line in lines if wanted.search(line)}
 
 
-def _family(roots: Iterable[int], table: Mapping[int, ProcessEntry]) -> set[int]:
+def _family(roots: Iterable[int], table: Mapping[int, Process]) -> set[int]:
     """Some processes and their descendants, by the table's parent links."""
     found = {pid for pid in roots if pid in table}
     while more := {one.pid for one in table.values() if one.ppid in found} - found:
@@ -3482,148 +3380,110 @@ def _family(roots: Iterable[int], table: Mapping[int, ProcessEntry]) -> set[int]
     return found
 
 
-# ---- Ending what an attempt started --------------------------------------------------------------
-
-LIVE: dict[str, int] = {}  # marker of a live `Child` -> pid, 0 until it has started
-_SPARED: set[tuple[int, int]] = set()  # (pid, start) of children from before we became subreaper
-
-
-def become_subreaper() -> bool:
-    """Let orphans of our agents become our children instead of init's; False if not possible.
+def become_subreaper() -> None:
+    """Let orphans of our agents become our children instead of init's, where that is possible.
 
     Also puts our mark into the environment, by which our own children are told from orphans.
     """
-    if not ON_LINUX:
-        return False
     import ctypes
 
     pr_set_child_subreaper, us = 36, os.getpid()  # linux/prctl.h
-    if ctypes.CDLL(None, use_errno=True).prctl(pr_set_child_subreaper, 1, 0, 0, 0) != 0:
-        return False
-    if not _is_subreaper():
-        _SPARED.update((p.pid, p.start) for p in process_table().values() if p.ppid == us)
-    os.environ[OWN_MARK] = str(us)
-    return True
+    if ON_LINUX and ctypes.CDLL(None).prctl(pr_set_child_subreaper, 1, 0, 0, 0) == 0:
+        if not _is_subreaper():
+            _SPARED.update((one.pid, one.start) for one in processes().values() if one.ppid == us)
+        os.environ[OWN_MARK] = str(us)
 
 
 def _is_subreaper() -> bool:
     return os.environ.get(OWN_MARK) == str(os.getpid())
 
 
-def _adopted(table: Mapping[int, ProcessEntry]) -> list[ProcessEntry]:
+def _adopted(table: Mapping[int, Process]) -> list[Process]:
     """Children handed to us because their parent died, dead ones included.
 
-    Our own git calls and hooks are children, too; they carry our mark.
-    """
-    if not _is_subreaper():
-        return []
-    us, live = os.getpid(), set(LIVE.values())
-    strange = [
-        entry
-        for entry in table.values()
-        if entry.ppid == us and entry.pid not in live and (entry.pid, entry.start) not in _SPARED
-    ]
-    return [entry for entry in strange if not entry.alive or not _is_ours(entry.pid)]
-
-
-def _is_ours(pid: int) -> bool:
-    """Whether we started this child ourselves, or cannot tell yet.
-
-    Between fork and exec it shows our own environment, during exec neither command nor
-    environment; so the command is read first, and twice in case it goes on to exec another.
+    Our own git calls and hooks are children, too; they carry our mark. Between fork and exec they
+    show our own environment, during exec neither command nor environment; so the command is read
+    first, and twice in case it goes on to exec another.
     """
     us = os.getpid()
-    mark, own = os.fsencode(f"{OWN_MARK}={us}"), _environment_of(us)
-    for _ in range(2):
-        in_exec = not _command_of(pid)
-        env = _environment_of(pid)
-        if in_exec or mark in env or env == own:
-            return True
-    return False
+
+    def is_ours(pid: int) -> bool:
+        for _ in range(2):
+            in_exec = not _proc(pid, "cmdline")
+            same = _proc(pid, "environ") == _proc(us, "environ")
+            if in_exec or same or _marked(f"{OWN_MARK}={us}", {pid}):
+                return True
+        return False
+
+    children = [one for one in table.values() if one.ppid == us and one.pid not in LIVE.values()]
+    strange = [one for one in children if (one.pid, one.start) not in _SPARED]
+    found = [one for one in strange if not one.alive or not is_ours(one.pid)]
+    return found if _is_subreaper() else []
 
 
-def _leftovers(variable: str, leader: int, known: Mapping[int, int]) -> list[ProcessEntry]:
-    """Everything alive that belongs to an attempt (or, with leader 0, to a whole run).
-
-    `known` holds descendants seen earlier as {pid: start}, for systems without subreaper, and for
-    a run that was killed. Adopted orphans without a marker cleaned their environment: with several
-    attempts alive only the session tells whose they are, and one that has a session of its own
-    stays until the last attempt ends.
-    """
-    table = process_table()
-    since = table[leader].start if leader in table else 0  # nothing older can carry its mark
-    found = _marked(variable, {pid: one for pid, one in table.items() if one.start >= since})
-    sessions = {leader} | {table[pid].session for pid in found} - {0, os.getsid(0)}
-    mine = variable if leader else ""
-    others = [os.fsencode(marker) for marker in list(LIVE) if marker != mine]
-    for orphan in _adopted(table):
-        if not others or (
-            orphan.session in sessions and _environment_of(orphan.pid).isdisjoint(others)
-        ):
-            found.add(orphan.pid)
-    seen = {pid for pid, start in known.items() if pid in table and table[pid].start == start}
-    found |= _family(seen | {leader} - {0}, table)
-    found |= {entry.pid for entry in table.values() if leader and entry.group == leader}
-    ancestor = os.getpid()  # we, our parent, its parent …: never to be ended, whatever they carry
-    while ancestor in table:
-        ancestor = table.pop(ancestor).ppid
-    return [table[pid] for pid in found if pid in table and table[pid].alive]
+# ---- Ending what an attempt started --------------------------------------------------------------
 
 
-def _child_pids() -> set[int]:
-    """The children of all our threads, if the kernel lists them."""
-    found: set[int] = set()
-    for listed in Path("/proc/self/task").glob("*/children"):
-        with suppress(OSError):  # the thread has ended
-            found |= {int(pid) for pid in listed.read_bytes().split()}
-    return found
-
-
-def _end_all(
-    look: Callable[[], list[ProcessEntry]], grace_s: float = 0.0, looks: int = 2
+def end_processes(
+    variable: str,
+    leader: int = 0,
+    known: Mapping[int, int] | None = None,
+    grace_s: float = 0.0,
+    hurry: Callable[[], bool] = lambda: False,
 ) -> list[str]:
-    """End and reap what `look` finds until it finds nothing twice in a row: TERM, grace, KILL.
+    """End and reap what an attempt or a run left, see `_leftovers`: TERM, grace, KILL.
 
-    Twice (`looks`), because a process may fork and leave while the table is being read, and shows
-    no environment during exec. Returns one line for each. Blocks; gives up after SWEEP_LIMIT_S.
+    TERM goes to what is there at first, so that it may start something to tidy up with. Until
+    nothing is found twice in a row, because a process may fork and leave while the table is being
+    read, and shows no environment during exec. Returns one line for each. Blocks; gives up after
+    SWEEP_LIMIT_S.
     """
     ended: dict[tuple[int, int], str] = {}
-    begun, clean = time.monotonic(), 0
-    while clean < looks and time.monotonic() < begun + grace_s + SWEEP_LIMIT_S:
-        left, gentle = look(), time.monotonic() < begun + grace_s
-        clean, looks = (0, 2) if left else (clean + 1, looks)
-        for entry in left:
-            name = (entry.pid, entry.start)
-            if not (gentle and name in ended):
-                words = one_line(_command_of(entry.pid), 120)
-                ended.setdefault(name, f"process {entry.pid}" + (f" ({words})" if words else ""))
-                now = process_entry(entry.pid)  # perhaps a later one has its pid by now
-                if now is not None and now.start == entry.start:
-                    with suppress(ProcessLookupError, PermissionError):
-                        os.kill(entry.pid, signal.SIGTERM if gentle else signal.SIGKILL)
-        if clean < looks:
-            time.sleep(0.01 if left else 0.002)
+    begun, clean, seen = time.monotonic(), 0, dict(known or {})
+    while clean < 2 and time.monotonic() < begun + grace_s + SWEEP_LIMIT_S:
+        left = _leftovers(variable, leader, seen)
+        gentle = time.monotonic() < begun + grace_s and not hurry()
+        clean = 0 if left else clean + 1
+        for pid, start in () if gentle and ended else left:
+            words = one_line(_proc(pid, "cmdline").decode(errors="replace").replace("\0", " "), 120)
+            ended.setdefault((pid, start), f"process {pid}" + (f" ({words})" if words else ""))
+            now = processes(pid).get(pid)  # perhaps a later one has its pid by now
+            if now is not None and now.start == start:
+                with suppress(ProcessLookupError, PermissionError):
+                    os.kill(pid, signal.SIGTERM if gentle else signal.SIGKILL)
+        seen.update(left)  # once its parent is gone, nothing else may tell whose it is
+        if clean < 2:
+            time.sleep(0.02 if left else 0.002)
     for pid, _ in ended:
         if pid not in LIVE.values():
             _reap(pid)
     return list(ended.values())
 
 
+def _leftovers(variable: str, leader: int, known: Mapping[int, int]) -> list[tuple[int, int]]:
+    """All that carries a marker and lives, as (pid, start), the leader first; 0: of a whole run.
+
+    With it goes what does not show the marker: the leader's group and descendants, what was seen
+    below it (`known`, as {pid: start}), and orphans handed to us while no other attempt is alive.
+    """
+    table = processes()
+    since = table[leader].start if leader in table else 0  # nothing older can carry its mark
+    found = _marked(variable, (pid for pid, one in table.items() if one.start >= since))
+    if not LIVE.keys() - ({variable} if leader else set()):
+        found |= {one.pid for one in _adopted(table)}
+    seen = {pid for pid, start in known.items() if pid in table and table[pid].start == start}
+    found |= _family(seen | {leader} - {0}, table)
+    found |= {one.pid for one in table.values() if leader and one.group == leader}
+    ancestor = os.getpid()  # we, our parent, its parent …: never to be ended, whatever they carry
+    while ancestor in table:
+        ancestor = table.pop(ancestor).ppid
+    found = {pid for pid in found if pid in table and table[pid].alive}
+    return [(pid, table[pid].start) for pid in sorted(found, key=lambda pid: pid != leader)]
+
+
 def _reap(pid: int) -> None:
     with suppress(ChildProcessError):
         os.waitpid(pid, os.WNOHANG)
-
-
-def end_run(
-    run_id: str, grace_s: float = LEFTOVER_GRACE_S, known: Mapping[int, int] | None = None
-) -> list[str]:
-    """End every process that a run started, and orphans of ours that no live attempt owns.
-
-    `known` holds processes of it as {pid: start time}, for those that do not show its id. TERM, up
-    to `grace_s` seconds, KILL. Blocks until none is left; returns one line for each.
-    """
-    marker = f"{RUN_MARK}={run_id}"
-    return _end_all(lambda: _leftovers(marker, 0, known or {}), grace_s) if run_id else []
 
 
 # ---- One child process ---------------------------------------------------------------------------
@@ -3661,20 +3521,6 @@ class OutputFile:
         return line
 
 
-def read_line(
-    report: AgentReport, line: bytes, read: Callable[[AgentReport, Event], str] | None
-) -> str:
-    """What a line of an agent's output tells people, noted in the report if it is an event."""
-    import json
-
-    if read is not None and len(line) <= LINE_LIMIT:
-        with suppress(ValueError, RecursionError):
-            event = json.loads(line)
-            if isinstance(event, dict):  # CLIs print warnings in between
-                return read(report, event)
-    return line[:8000].decode(errors="replace")
-
-
 def last_act(root: Path, cli: str, item_id: str, phase: str) -> str:
     """What an agent that is at work did last, from its output so far; "": nothing yet."""
     logs = (root / WORK_DIR / "logs" / safe_name(item_id)).glob(f"{safe_name(phase)}-*.out")
@@ -3688,72 +3534,71 @@ def last_act(root: Path, cli: str, item_id: str, phase: str) -> str:
 
 
 class Child:
-    """A process with all that it starts, followed from the event loop until all of it is gone.
+    """A process of an attempt with all that it starts, followed until all of it is gone.
 
-    For agents, for phases that are a command, and for checks. Everything that it starts is known by
-    the value of ATTEMPT_MARK in `env`. Standard input is a regular file, for an open pipe makes
-    some agents wait for ever; `logs` are the files for both outputs, which must not exist.
+    For agents, for phases that are a command, and for checks. What it starts is known by the value
+    of ATTEMPT_MARK in its environment. `stop`, the time limit and the idle limit (without output;
+    0 is none) end it with TERM, and KILL after the grace, which `hurry` cuts short.
     """
 
     def __init__(
         self,
+        spec: AttemptSpec,
         argv: Sequence[str],
-        *,
-        env: Mapping[str, str],
-        cwd: Path,
-        logs: tuple[Path, Path],
-        timing: AgentTiming = DEFAULT_TIMING,
+        name: int | str,  # of its logs
+        stop: asyncio.Event,
+        hurry: asyncio.Event,
     ) -> None:
-        self.argv, self.env, self.cwd, self.logs, self.timing = argv, env, cwd, logs, timing
-        self.stdin = Path(os.devnull)
-        self.read: Callable[[AgentReport, Event], str] | None = None  # of its events, if it has any
+        self.spec, self.argv, self.stop, self.hurry = spec, argv, stop, hurry
+        self.logs = log_paths(spec.root, spec.task, name)
+        for path in (spec.prompt_path, spec.result_path, self.logs[0]):
+            make_work_folder(spec.root, path.parent)
+        self.timeout_s, self.idle_s = spec.timeout_s, 0.0
+        self.stdin = Path(os.devnull)  # or a regular file: an open pipe makes some agents wait
+        self.read: Reader | None = None  # of its events, if it has any
+        # Called with pid and start time, for it and for what hides whose it is.
+        self.started: Callable[[int, int], None] = lambda pid, start: None
+        self.look: Callable[[], bool] = lambda: False  # called often; true: it has settled
         self.report = AgentReport()
         self.why: Ending = "exit"
         self.code: int | None = None  # as Popen.returncode; None if it could not be killed
-        self.seconds = 0.0
-        self._marker = f"{ATTEMPT_MARK}={env[ATTEMPT_MARK]}"
-        self._known: dict[int, int] = {}  # what has lost the marker, as {pid: start}
-        self._dead: set[ProcessEntry] = set()  # adopted, seen dead at the last look around
+        self.seconds = self.silent_s = 0.0  # how long it has been running, and said nothing
+        self._marker = f"{ATTEMPT_MARK}={spec.result_path}"
+        self._told: dict[int, int] = {}  # what hides whose it is, as {pid: start}
+        self._known: dict[int, int] = {}  # of these, what was seen below this child
+        self._dead: set[Process] = set()  # adopted, seen dead at the last look around
 
-    async def run(
-        self,
-        stop: asyncio.Event,
-        hurry: asyncio.Event,
-        *,
-        timeout_s: float,
-        grace_s: float,
-        idle_s: float = 0.0,
-        started: Callable[[int, int], None] = lambda pid, start: None,
-        look: Callable[[], bool] = lambda: False,
-    ) -> None:
-        """Run to the end, whatever that is, and leave nothing behind; OSError if it cannot start.
-
-        `stop` and the limits (`idle_s`: without output; 0 is none) end it with TERM, and KILL after
-        the grace, which `hurry` cuts short. `started(pid, start time)` is called for it, and for
-        what it starts that has lost the marker. `look()` is called often; true: it has settled.
-        """
+    async def run(self) -> None:
+        """Run to the end, whatever it is, and leave nothing behind; OSError if it cannot start."""
         import asyncio
+        import subprocess
 
         LIVE[self._marker] = 0
         try:
             self._start()
+            LIVE[self._marker] = pid = self._process.pid
             try:
-                LIVE[self._marker] = pid = self._process.pid
-                entry = process_entry(pid)
-                started(pid, entry.start if entry else 0)
-                gone = _exit_of(self._process)
-                self.why = await self._follow(gone, stop, timeout_s, idle_s, started, look)
-                if self.why != "exit":
-                    await self._terminate(gone, hurry, grace_s)
-                await asyncio.to_thread(self._sweep)
+                entry = processes(pid).get(pid)
+                self.started(pid, entry.start if entry else 0)
+                gone = self._watch()
+                self.why = await self._follow(gone)
+                grace_s = 0.0 if self.why == "exit" else self.spec.grace_s
+                marked = (self._marker, pid, self._known)
+                await asyncio.to_thread(end_processes, *marked, grace_s, self.hurry.is_set)
             except BaseException:  # cancelled, too: whatever ends us, the child goes first
-                self._sweep()
+                end_processes(self._marker, pid, self._known)
                 raise
             finally:
-                self._finish()
+                with suppress(subprocess.TimeoutExpired):  # it may hang in the kernel after KILL
+                    self.code = self._process.wait(1.0)
+                self._take(last=True)
         finally:
             del LIVE[self._marker]
-        look()
+        self.look()
+
+    @property
+    def log(self) -> Path:
+        return self.logs[0].relative_to(self.spec.root)
 
     def with_tail(self, text: str) -> str:
         """Append the last lines of both outputs, what was printed as an error last."""
@@ -3763,65 +3608,73 @@ class Child:
     def _start(self) -> None:
         """Start the process in a session of its own.
 
-        Signals are not blocked around this: the agent and all its tools would inherit the mask, and
-        a test suite run by it would find Ctrl-C dead. Our handlers raise nothing, and CPython
-        itself holds signals off in the child until the session is its own.
+        Signals are not blocked around this: the agent and all its tools would inherit the mask. Our
+        handlers raise nothing, and CPython holds signals off in the child until it has its session.
         """
         import subprocess
 
+        env, root = agent_environment(self.spec, os.environ), self.spec.root
         with (
             open(self.stdin, "rb") as stdin,
             open(self.logs[0], "xb") as out,
             open(self.logs[1], "xb") as err,
         ):
             self._process = subprocess.Popen(
-                list(self.argv),
-                stdin=stdin,
-                stdout=out,
-                stderr=err,
-                cwd=self.cwd,
-                env=dict(self.env),
+                self.argv, cwd=root, env=env, stdin=stdin, stdout=out, stderr=err,
                 start_new_session=True,
-            )
+            )  # fmt: skip
         self.out, self.err = map(OutputFile, self.logs)
 
-    async def _follow(
-        self,
-        gone: asyncio.Event,
-        stop: asyncio.Event,
-        timeout_s: float,
-        idle_s: float,
-        started: Callable[[int, int], None],
-        look: Callable[[], bool],
-    ) -> Ending:
+    def _watch(self) -> asyncio.Event:
+        """An event that is set when the process has ended; where that counts it is not yet reaped.
+
+        Not the event loop's own child watching: that reaps behind our back and needs SIGCHLD.
+        """
+        import asyncio
+        import threading
+
+        loop, gone, process = asyncio.get_running_loop(), asyncio.Event(), self._process
+
+        def wait() -> None:
+            with suppress(ChildProcessError, RuntimeError):  # reaped already; the loop is closed
+                if ON_LINUX:
+                    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+                else:
+                    process.wait()
+                loop.call_soon_threadsafe(gone.set)
+
+        threading.Thread(target=wait, daemon=True, name=f"wait-{process.pid}").start()
+        return gone
+
+    async def _follow(self, gone: asyncio.Event) -> Ending:
         """Follow the output until the process ends or a reason to end it comes up."""
         import asyncio
 
         clock = asyncio.get_running_loop().time
         begun = grown = looked = clock()
-        either = [asyncio.ensure_future(event.wait()) for event in (gone, stop)]
+        either = [asyncio.ensure_future(event.wait()) for event in (gone, self.stop)]
         first = asyncio.FIRST_COMPLETED
         try:
             while True:
-                await asyncio.wait(either, timeout=self.timing.poll_s, return_when=first)
+                await asyncio.wait(either, timeout=LOOK_S, return_when=first)
                 now = clock()
-                self.seconds = now - begun
                 grown = now if self._take() else grown
-                settled = look()
+                self.seconds, self.silent_s = now - begun, now - grown
+                settled = self.look()
                 if gone.is_set():
                     return "exit"
-                if stop.is_set():
+                if self.stop.is_set():
                     return "stop"
-                if self.seconds >= timeout_s:
+                if self.seconds >= self.timeout_s:
                     return "timeout"
-                if 0 < idle_s <= now - grown:
+                if 0 < self.idle_s <= self.silent_s:
                     return "idle"
                 if settled:
                     return "settled"
-                if now - looked >= self.timing.around_s:
+                if now - looked >= LOOK_AROUND_S:
                     looked = now
                     for pid, start in await asyncio.to_thread(self._look_around):
-                        started(pid, start)
+                        self.started(pid, start)
         finally:
             for one in either:
                 one.cancel()
@@ -3831,96 +3684,34 @@ class Child:
         sizes = self.out.size, self.err.size
         out, err = self.out.lines(last=last), self.err.lines(last=last)
         # Of text only the end is shown; to clean millions of lines would hold up the event loop.
-        for line in out if self.read else out[-SEEN_LINES:]:
-            self._take_line(line)
-        for line in err[-SEEN_LINES:]:
+        for line in out if self.read else out[-10 * TAIL_LINES :]:  # some may be blank
+            text = read_line(self.report, line, self.read)
+            self.report.last = self.out.remember(text) or self.report.last
+        for line in err[-10 * TAIL_LINES :]:
             self.err.remember(line.decode(errors="replace"))
         return sizes != (self.out.size, self.err.size)
 
-    def _take_line(self, line: bytes) -> None:
-        text = read_line(self.report, line, self.read)
-        self.report.last = self.out.remember(text) or self.report.last
-
     def _look_around(self) -> list[tuple[int, int]]:
-        """Note what belongs to the child and does not carry its marker; returns what is new.
+        """Note what hides whose it is, below the child or adopted; returns what is new.
 
         Also reaps adopted processes that have ended, as init would have done: a tool that waits for
         its daemon's end by the pid would else wait for ever. Only at the second look, for a git
         call of ours that has just ended looks the same, and its status belongs to who waits for it.
         """
-        table, leader = process_table(), self._process.pid
+        table, leader = processes(), self._process.pid
         adopted = _adopted(table)
-        dead = {entry for entry in adopted if not entry.alive}
-        for entry in dead & self._dead:
-            _reap(entry.pid)
+        dead = {one for one in adopted if not one.alive}
+        for one in dead & self._dead:
+            _reap(one.pid)
         self._dead = dead
-        roots = {leader, *(entry.pid for entry in adopted if entry.alive)}
-        mark, new = os.fsencode(self._marker), []
-        for pid in _family(roots, table) - {leader}:
-            start = table[pid].start
-            in_exec = ON_LINUX and not _command_of(pid)  # it shows no environment then
-            if self._known.get(pid) != start and not in_exec and mark not in _environment_of(pid):
-                self._known[pid] = start
-                new.append((pid, start))
+        below = _family({leader}, table) - {leader}
+        seen = below | _family((one.pid for one in adopted if one.alive), table)
+        unmarked = seen - _marked(f"{RUN_MARK}={self.spec.run_id}", seen)
+        new = [(pid, table[pid].start) for pid in unmarked]
+        new = [(pid, start) for pid, start in new if self._told.get(pid) != start]
+        self._told.update(new)
+        self._known.update((pid, start) for pid, start in new if pid in below)
         return new
-
-    async def _terminate(self, gone: asyncio.Event, hurry: asyncio.Event, grace_s: float) -> None:
-        """TERM to the group, then wait until it has left, the grace is over or `hurry` is set."""
-        import asyncio
-
-        clock, group = asyncio.get_running_loop().time, self._process.pid
-        if not _is_subreaper():  # after TERM the parent links may be gone
-            await asyncio.to_thread(self._look_around)
-        with suppress(ProcessLookupError, PermissionError):
-            os.killpg(group, signal.SIGTERM)
-        limit = clock() + grace_s
-        while clock() < limit and not hurry.is_set():
-            await asyncio.sleep(self.timing.kill_poll_s)
-            if gone.is_set():
-                table = await asyncio.to_thread(process_table)
-                if not any(entry.group == group and entry.alive for entry in table.values()):
-                    return
-
-    def _sweep(self) -> None:
-        """Kill and reap the process and all it started. Blocks, usually for milliseconds."""
-        leader, looks = process_entry(self._process.pid), 2
-        if _is_subreaper() and leader is not None and not leader.alive:
-            # Its orphans would be children of ours, so if there are none, one look is enough for
-            # what is not below us, as a job of atd's with our marker. The kernel may leave out a
-            # child while another one is being reaped: hence twice.
-            looks -= all(_child_pids() == {leader.pid} for _ in range(2))
-        known = {} if _is_subreaper() else self._known  # else it may be of an attempt beside it
-        _end_all(lambda: _leftovers(self._marker, self._process.pid, known), looks=looks)
-
-    def _finish(self) -> None:
-        """Reap the process, and read what it left; it may hang in the kernel, even after KILL."""
-        import subprocess
-
-        with suppress(subprocess.TimeoutExpired):
-            self.code = self._process.wait(1.0)
-        self._take(last=True)
-
-
-def _exit_of(process: subprocess.Popen[bytes]) -> asyncio.Event:
-    """An event that is set when the process has ended; it is not reaped yet where that counts.
-
-    Not the event loop's own child watching: that reaps behind our back and needs SIGCHLD.
-    """
-    import asyncio
-    import threading
-
-    loop, gone = asyncio.get_running_loop(), asyncio.Event()
-
-    def wait() -> None:
-        with suppress(ChildProcessError, RuntimeError):  # reaped already; the loop is closed
-            if ON_LINUX:
-                os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
-            else:
-                process.wait()
-            loop.call_soon_threadsafe(gone.set)
-
-    threading.Thread(target=wait, daemon=True, name=f"wait-{process.pid}").start()
-    return gone
 
 
 # ---- One attempt ---------------------------------------------------------------------------------
@@ -3932,56 +3723,52 @@ async def run_attempt(
     stop: asyncio.Event,
     hurry: asyncio.Event,
     started: Callable[[int, int], None],
-    progress: Callable[[Progress], None] | None = None,
-    timing: AgentTiming = DEFAULT_TIMING,
+    progress: Callable[[Progress], None] = lambda seen: None,
 ) -> AgentOutcome:
     """Run one attempt of a phase and judge how it ended.
 
-    `started(pid, start time)` is called once the process exists, and for every process below it
-    that hides whose it is. `stop` ends it (TERM, grace, KILL), `hurry` cuts the grace short.
-    Everything expected is an outcome; an exception is a bug, and even then nothing that was started
-    is left.
+    `started(pid, start time)` is called once the process exists, and for every process of it that
+    hides whose it is. `stop` ends it (TERM, grace, KILL), `hurry` cuts the grace short. Everything
+    expected is an outcome; an exception is a bug, and even then nothing that was started is left.
     """
     if stop.is_set():
         return AgentOutcome("cancelled", detail="not started: the run is stopping")
     told = Progress()
 
     def look() -> bool:
+        """Tell what is new; whether a valid result has long stayed the same: the agent lingers."""
         nonlocal told
-        seen = Progress(child.report.last, child.report.usage())
-        if progress is not None and seen != told:
+        last = child.report.last
+        if child.silent_s >= SILENT_S:
+            since = datetime.now() - timedelta(seconds=child.silent_s)
+            silent = f"says nothing since {since:%H:%M} ({child.silent_s // 60:.0f} min)"
+            last = f"{last}; {silent}" if last else silent
+        seen = Progress(last, child.report.usage())
+        if seen != told:
             told = seen
             progress(seen)
-        return _has_settled(spec, timing.settle_s)
+        with suppress(OSError, ResultError):
+            if time.time() - os.lstat(spec.result_path).st_ctime >= SETTLE_S:
+                return read_result(spec) is not None
+        return False
 
+    argv = agent_argv(spec)
     try:
-        child = _child(spec, agent_argv(spec), spec.attempt, timing)
+        child = Child(spec, argv, spec.attempt, stop, hurry)
+        child.idle_s, child.started, child.look = spec.idle_timeout_s, started, look
         if not spec.task.phase.run:
-            child.stdin, child.read = _prompt_file(spec), PROFILES[spec.settings.cli].read
-        _prompt_file(spec).write_text(spec.prompt, encoding="utf-8", errors="replace")
-        limits = {"timeout_s": spec.timeout_s, "idle_s": spec.idle_timeout_s}
-        await child.run(stop, hurry, grace_s=spec.grace_s, started=started, look=look, **limits)
+            child.stdin, child.read = spec.prompt_path, PROFILES[spec.settings.cli].read
+        spec.prompt_path.write_text(spec.prompt, encoding="utf-8", errors="replace")
+        await child.run()
     except OSError as error:
-        return _not_started(spec, error)
-    outcome = judge_attempt(spec, child, stop.is_set(), time.time())
+        detail = f"{argv[0]!r} cannot be started: {error.strerror or error}"
+        if error.filename == argv[0]:  # it is the CLI itself, no trouble that may pass
+            refused = AgentOutcome("failed", detail=detail, error=detail, trouble="refused")
+            return refused if not spec.task.phase.run else AgentOutcome("failed", detail=detail)
+        where = f" ({os.fsdecode(error.filename)})" if error.filename else ""
+        return AgentOutcome("failed", detail=detail + where)
+    outcome = judge_attempt(spec, child, time.time())
     return outcome._replace(usage=child.report.usage(), seconds=child.seconds)
-
-
-def _child(spec: AttemptSpec, argv: Sequence[str], name: int | str, timing: AgentTiming) -> Child:
-    """A command in an attempt's surroundings, with nothing on stdin; its logs get this name."""
-    logs = log_paths(spec.root, spec.task.item_id, spec.task.name, name)
-    for path in (_prompt_file(spec), _result_file(spec), logs[0]):
-        make_work_folder(spec.root, path.parent)
-    env = agent_environment(spec, os.environ)
-    return Child(argv, env=env, cwd=spec.root, logs=logs, timing=timing)
-
-
-def _has_settled(spec: AttemptSpec, settle_s: float) -> bool:
-    """Whether a valid result has long stayed the same: the agent only lingers."""
-    with suppress(OSError, ResultError):
-        if time.time() - os.lstat(_result_file(spec)).st_ctime >= settle_s:
-            return read_result(spec) is not None
-    return False
 
 
 def read_result(spec: AttemptSpec) -> PhaseResult | None:
@@ -3992,44 +3779,35 @@ def read_result(spec: AttemptSpec) -> PhaseResult | None:
     """
     import stat
 
-    path = _result_file(spec)
-    careful = os.O_NOFOLLOW | os.O_NONBLOCK
+    refused = f"the result file {spec.result_path} was refused"
     try:
-        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | careful)) as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise ResultError(f"the result file {path} was refused: it is no regular file")
+        handle = os.open(spec.result_path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        with open(handle, "rb") as file:
+            if not stat.S_ISREG(os.fstat(handle).st_mode):
+                raise ResultError(f"{refused}: it is no regular file")
             data = file.read(RESULT_LIMIT + 1)
     except FileNotFoundError:
         return None
     except OSError as error:
         link = error.errno in (errno.ELOOP, errno.EMLINK)
         reason = "it is a symbolic link" if link else error.strerror
-        raise ResultError(f"the result file {path} was refused: {reason}") from error
+        raise ResultError(f"{refused}: {reason}") from error
     if len(data) > RESULT_LIMIT:
-        raise ResultError(f"the result file {path} was refused: more than {RESULT_LIMIT} bytes")
+        raise ResultError(f"{refused}: more than {RESULT_LIMIT} bytes")
     return parse_result(data, spec.task.item_id, spec.task.name)
 
 
-def _not_started(spec: AttemptSpec, error: OSError) -> AgentOutcome:
-    """Tell a CLI that cannot be started at all from trouble that may pass."""
-    binary = agent_argv(spec)[0]
-    missing = error.errno in (errno.ENOENT, errno.EACCES, errno.ENOEXEC, errno.ENOTDIR)
-    detail = f"{binary!r} cannot be started: {error.strerror or error}"
-    if not missing or error.filename != binary:
-        if error.filename is not None:
-            detail += f" ({os.fsdecode(error.filename)})"
-        return AgentOutcome("failed", detail=detail)
-    if spec.task.phase.run or not spec.root.is_dir():
-        return AgentOutcome("failed", detail=detail)
-    return AgentOutcome("failed", detail=detail, error=detail, trouble="refused")
-
-
-def judge_attempt(spec: AttemptSpec, child: Child, stopped: bool, now: float) -> AgentOutcome:
+def judge_attempt(spec: AttemptSpec, child: Child, now: float) -> AgentOutcome:
     """Decide what an attempt came to; `now` in epoch seconds. Exit codes lie, results do not."""
-    result, problem = _result_or_problem(spec, child)
+    result, problem = _find_result(spec, child)
     if result is not None:
-        return AgentOutcome("result", result, _exit_remark(child))
-    if stopped:
+        remark = "" if child.code == 0 else f"result accepted in spite of: {_code_text(child.code)}"
+        if child.why == "settled":
+            remark = "it lingered after its result and was ended"
+        elif child.why in ("timeout", "idle"):
+            remark = "it ran into a time limit after its result"
+        return AgentOutcome("result", result, remark)
+    if child.stop.is_set():
         return AgentOutcome("cancelled", detail="stopped before it reported a result")
     report = child.report
     if report.limit or error_kind(report.error, report.status) == "limit":
@@ -4037,29 +3815,24 @@ def judge_attempt(spec: AttemptSpec, child: Child, stopped: bool, now: float) ->
         text = one_line(f"{_agent_name(spec)}: {report.limit or report.error}", TAIL_COLUMNS)
         text = f"{text}; resets at {_local_text(until)}" if until else text
         return AgentOutcome("limited", detail=text, error=text, until=until)
-    failure = _failure(spec, child, problem)
-    outcome = AgentOutcome("failed", detail=child.with_tail(failure))
-    if problem or not _ended_early(spec, child):
-        return outcome
-    words, trouble = _early_words(spec, child)
-    return outcome._replace(error=one_line(words, TAIL_COLUMNS), trouble=trouble)
+    outcome = AgentOutcome("failed", detail=child.with_tail(_failure(spec, child, problem)))
+    return outcome if problem else _if_early(spec, child, outcome)
 
 
-def _result_or_problem(spec: AttemptSpec, child: Child) -> tuple[PhaseResult | None, str]:
+def _find_result(spec: AttemptSpec, child: Child) -> tuple[PhaseResult | None, str]:
     """The result, or what is wrong with what there is ("" if there simply is none)."""
     task, report = spec.task, child.report
+    ended_well = child.why == "exit" and child.code == 0
     if task.phase.run:
-        if child.why != "exit" or child.code != 0:
-            return None, ""
         import shlex
 
         summary = one_line(f"`{shlex.join(task.phase.run)}` succeeded", 200)
-        return PhaseResult(task.item_id, task.name, "phase_complete", summary), ""
+        done = PhaseResult(task.item_id, task.name, "phase_complete", summary)
+        return (done if ended_well else None), ""
     try:
         result = read_result(spec)
     except ResultError as error:
         return None, str(error)
-    ended_well = child.why == "exit" and child.code == 0
     if result is None and ended_well and not (report.error or report.unfinished):
         result = _result_in_message(report.message, task)
     if report.background and (result is not None or ended_well):
@@ -4080,43 +3853,55 @@ def _result_in_message(message: str, task: Task) -> PhaseResult | None:
         except (ValueError, RecursionError):
             row, end = None, at + 1
         if (_text_at(row, "item_id"), _text_at(row, "phase")) == (task.item_id, task.name):
-            found.append(row)
+            found.append(json.dumps(row).encode())
         at = message.find("{", end)
-    if len(found) != 1:
-        return None
     try:
-        result = parse_result(json.dumps(found[0]).encode(), task.item_id, task.name)
+        result = parse_result(found[0], task.item_id, task.name) if len(found) == 1 else None
     except ResultError:
         return None
     warning = "no result file was written; its closing message held the result"
-    return result._replace(warnings=(warning, *result.warnings))
+    return result and result._replace(warnings=(warning, *result.warnings))
 
 
-def _ended_early(spec: AttemptSpec, child: Child) -> bool:
-    """Whether the CLI has failed before it could do anything."""
-    if spec.task.phase.run or child.why != "exit" or child.report.worked:
-        return False
-    streams = PROFILES[spec.settings.cli].read is not None
-    if streams and child.report.error:
-        return True
-    return child.code != 0 and (streams or child.seconds < EARLY_S)
+def _if_early(spec: AttemptSpec, child: Child, failed: AgentOutcome) -> AgentOutcome:
+    """Mark a failure of a CLI that could not do anything yet, with its own words if it has any."""
+    report, profile = child.report, PROFILES[spec.settings.cli]
+    if profile.read is None:
+        early = child.code != 0 and child.seconds < EARLY_S
+    else:
+        early = child.code != 0 or report.error != ""
+    if spec.task.phase.run or child.why != "exit" or report.worked or not early:
+        return failed
+    name, words = _agent_name(spec), report.error if report.error != UNTOLD else ""
+    if not words:
+        # Usage limits are read from events only; on standard error anybody may speak of one.
+        kinds = {line: error_kind(line) for line in child.err.tail}
+        complaints = [line for line, kind in kinds.items() if kind != "limit"]
+        telling = [line for line in complaints if kinds[line] != "busy"]
+        words = ["", *complaints, *telling][-1]
+    status = 401 if child.code in profile.refused_codes else report.status
+    trouble = cast("Any", error_kind(words, status))
+    text = f"{name}: {words}"
+    if not words:
+        text = f"{name} gave no reason ({_code_text(child.code)}); its output is in {child.log}"
+    return failed._replace(error=one_line(text, TAIL_COLUMNS), trouble=trouble)
 
 
-def _early_words(spec: AttemptSpec, child: Child) -> tuple[str, Literal["refused", "item", "busy"]]:
-    """What an early failure is about, in the CLI's own words where it has any."""
-    name, code, report = _agent_name(spec), _code_text(child.code), child.report
-    # Usage limits are read from events only; on standard error anybody may speak of one.
-    complaint = [line for line in child.err.tail if error_kind(line) != "limit"]
-    telling = [line for line in complaint if error_kind(line) != "busy"]
-    words = report.error if report.error not in ("", UNTOLD) else ""
-    if not words and complaint:
-        words = (telling or complaint)[-1]
-    refused = report.refused or child.code in PROFILES[spec.settings.cli].refused_codes
-    trouble = cast("Any", "refused" if refused else error_kind(words, report.status))
-    if words:
-        return f"{name}: {words}", trouble
-    log = child.logs[0].relative_to(spec.root)
-    return f"{name} gave no reason ({code}); its output is in {log}", trouble
+def _failure(spec: AttemptSpec, child: Child, problem: str) -> str:
+    """Why an attempt failed, in one line."""
+    report, code = child.report, _code_text(child.code)
+    if child.why == "idle":
+        return f"timed out: no output for {spec.idle_timeout_s:g} seconds"
+    if child.why == "timeout":
+        return f"timed out after {spec.timeout_s:g} seconds"
+    if spec.task.phase.run:
+        return f"{one_line(' '.join(spec.task.phase.run), 200)}: {code}"
+    parts = [f"{problem or 'no result file was written'} ({code})"]
+    if report.error:
+        parts.append(f"it reports: {one_line(report.error, TAIL_COLUMNS)}")
+    if report.unfinished:
+        parts.append("its event stream breaks off without a closing event")
+    return "; ".join(parts)
 
 
 def _agent_name(spec: AttemptSpec) -> str:
@@ -4133,45 +3918,10 @@ def _local_text(epoch: float) -> str:
 
 def _code_text(code: int | None) -> str:
     """An exit status in words."""
-    if code is None:
-        return "could not be killed"
-    if code >= 0:
-        return f"exit code {code}"
-    try:
-        return f"ended by {signal.Signals(-code).name}"
-    except ValueError:
-        return f"ended by signal {-code}"
-
-
-def _exit_remark(child: Child) -> str:
-    """What is worth a word although there is a valid result."""
-    if child.why == "settled":
-        return "it lingered after its result and was ended"
-    if child.why in ("timeout", "idle"):
-        return "it ran into a time limit after its result"
-    return "" if child.code == 0 else f"result accepted in spite of: {_code_text(child.code)}"
-
-
-def _failure(spec: AttemptSpec, child: Child, problem: str) -> str:
-    """Why an attempt failed, in one line."""
-    report, code = child.report, _code_text(child.code)
-    if child.why == "idle":
-        return f"timed out: no output for {spec.idle_timeout_s:g} seconds"
-    if child.why == "timeout":
-        return f"timed out after {spec.timeout_s:g} seconds"
-    if spec.task.phase.run:
-        return f"{one_line(' '.join(spec.task.phase.run), 200)}: {code}"
-    parts = [f"{problem or 'no result file was written'} ({code})"]
-    if report.error == UNTOLD:
-        log = child.logs[0].relative_to(spec.root)
-        parts.append(f"it failed and gave no reason, its output is in {log}")
-    elif report.error:
-        parts.append(f"it reports: {one_line(report.error, TAIL_COLUMNS)}")
-    if tools := ", ".join(sorted(report.denied - {""})):
-        parts.append(f"it was not permitted to use: {one_line(tools, TAIL_COLUMNS)}")
-    if report.unfinished:
-        parts.append("its event stream breaks off without a closing event")
-    return "; ".join(parts)
+    if code is None or code >= 0:
+        return "could not be killed" if code is None else f"exit code {code}"
+    names = {number.value: number.name for number in signal.Signals}
+    return f"ended by {names.get(-code, f'signal {-code}')}"
 
 
 # ---- Verify commands -----------------------------------------------------------------------------
@@ -4187,7 +3937,6 @@ async def run_verify(
     *,
     stop: asyncio.Event,
     hurry: asyncio.Event,
-    timing: AgentTiming = DEFAULT_TIMING,
 ) -> str | None:
     """Run a phase's verify commands in turn after its agent; None if all of them exit with 0.
 
@@ -4195,17 +3944,16 @@ async def run_verify(
     itself is the trouble. They share the phase's time limit. If `stop` is set meanwhile the text
     says so: the attempt is then cancelled, not failed.
     """
-    import asyncio
-
-    clock = asyncio.get_running_loop().time
+    clock = time.monotonic
     deadline = clock() + spec.timeout_s
     for number, argv in enumerate(commands, 1):
         name = f"verify command `{one_line(' '.join(argv), 200)}`"
         if stop.is_set():
             return f"{name} was not run: the run is stopping"
         try:
-            child = _child(spec, argv, f"{spec.attempt}-verify{number}", timing)
-            await child.run(stop, hurry, timeout_s=deadline - clock(), grace_s=spec.grace_s)
+            child = Child(spec, argv, f"{spec.attempt}-verify{number}", stop, hurry)
+            child.timeout_s = deadline - clock()
+            await child.run()
         except OSError as error:
             return CannotRun(f"{name} cannot be started: {error.strerror or error}")
         if child.why == "exit" and child.code == 0:
@@ -4237,32 +3985,18 @@ Write exactly this JSON to exactly this file, then stop:
 class Probe(NamedTuple):
     """What came of trying an agent out."""
 
-    agent: str
-    model: str | None
     problem: Problem | None  # None: it works
-    seconds: float
-    usage: Usage
-
-    def as_json(self) -> dict[str, object]:
-        """{agent, model (null: the CLI's default), works, seconds, cost_usd, input_tokens, …}."""
-        return {
-            "agent": self.agent,
-            "model": self.model,
-            "works": self.problem is None,
-            "seconds": round(self.seconds, 3),
-            **usage_json(self.usage),
-        }
+    row: Mapping[str, object]  # agent, model (null: the CLI's default), works, seconds, cost_usd, …
 
 
 def probe_agent(settings: AgentSettings, root: Path) -> Probe:
     """Run an agent's real command line once, with a trivial prompt; its logs are kept as usual."""
     import asyncio
-    import secrets
 
     task, token = Task("PROBE-1", Phase("probe"), "main"), secrets.token_hex(8)
     folder = root / WORK_DIR / "probe"
     make_work_folder(root, folder)
-    prompt = PROBE_PROMPT.format(path=result_path(root, task.item_id, task.name, token))
+    prompt = PROBE_PROMPT.format(path=attempt_file(root, "results", task, token))
     run, limits = f"probe-{token}", (PROBE_TIMEOUT_S, 0.0, LEFTOVER_GRACE_S)
     spec = AttemptSpec(run, task, 1, token, root, prompt, folder, settings, *limits)
 
@@ -4271,12 +4005,15 @@ def probe_agent(settings: AgentSettings, root: Path) -> Probe:
         return await run_attempt(spec, stop=never, hurry=never, started=lambda pid, start: None)
 
     outcome = asyncio.run(attempt())
-    problem = None if outcome.kind == "result" else _probe_problem(settings, outcome)
-    return Probe(settings.cli, settings.model, problem, outcome.seconds, outcome.usage)
-
-
-def _probe_problem(settings: AgentSettings, outcome: AgentOutcome) -> Problem:
-    """What kept the agent from reporting, and how to mend it."""
+    row = {
+        "agent": settings.cli,
+        "model": settings.model,
+        "works": outcome.kind == "result",
+        "seconds": round(outcome.seconds, 3),
+        **usage_json(outcome.usage),
+    }
+    if outcome.kind == "result":
+        return Probe(None, row)
     login = PROFILES[settings.cli].login
     remedy = f"Look at its output in {WORK_DIR}/logs/PROBE-1/"
     remedy += ", and at model, args and env in [agent]."
@@ -4286,8 +4023,7 @@ def _probe_problem(settings: AgentSettings, outcome: AgentOutcome) -> Problem:
         remedy = f"Try again later, as a run would by itself. {remedy}"
     elif outcome.trouble == "refused" and login:
         remedy = f"Log in: {login}. {remedy}"
-    what = outcome.error or outcome.detail
-    return Problem(what if outcome.error else f"{settings.cli}: {what}", remedy)
+    return Probe(Problem(outcome.error or f"{settings.cli}: {outcome.detail}", remedy), row)
 
 
 # ---- The demo agent ------------------------------------------------------------------------------
@@ -4318,55 +4054,41 @@ def demo_agent(env: Mapping[str, str], prompt: str, root: Path) -> int:
     attempt, folder = env["ORCHESTRATOR_ATTEMPT"], Path(env["ORCHESTRATOR_CHANGE_DIR"])
     found = re.search(r"^- \*\*Title:\*\* (.+)$", prompt, re.MULTILINE)
     title = found[1] if found else item_id
+    words = title.lower()
     print(f"demo agent: {item_id} {phase}, attempt {attempt}: {title}", flush=True)
     report: dict[str, object] = {"item_id": item_id, "phase": phase, "result": "phase_complete"}
     if phase == TRIAGE:
-        report |= _demo_triage(title)
+        risk = "high" if "risky" in words else "low"
+        ratings = {"size": "small", "complexity": "low", "risk": risk, "impact": "medium"}
+        solution = "The smallest change that does it."
+        report |= {"summary": f"Rated: small, {risk} risk", "updated_assessments": ratings}
+        report["description"] = {"problem": f"This is missing: {title}.", "solution": solution}
+        report["requires_human_review"] = False
     elif phase == "build":
-        report |= _demo_build(title, item_id, root, flaky=attempt == "1")
+        target = root / "demo" / (re.sub(r"[^a-z0-9]+", "_", words).strip("_") + ".py")
+        target.parent.mkdir(exist_ok=True)
+        if "flaky" in words and attempt == "1":
+            target.write_text("def feature(:\n")
+            report |= {"result": "failed", "summary": "The tests fail"}
+            report["context"] = "SyntaxError in line 1"
+        else:
+            target.write_text(f"# {title}\n\n\ndef feature() -> str:\n    return {item_id!r}\n")
+            report["summary"] = report["commit_summary"] = f"Add {target.relative_to(root)}"
+            if "follow-up" in words:
+                more = f"Document what {item_id} added (unclear)"
+                report["follow_ups"] = [{"title": more, "suggested_size": "small"}]
     else:
         folder.mkdir(parents=True, exist_ok=True)
         document = folder / f"{safe_name(phase).upper()}.md"
         document.write_text(f"# {title}: {phase}\n\nWritten by the demo agent.\n")
         report["summary"] = f"Wrote {document.name}"
-        if "unclear" in title.lower():
+        if "unclear" in words:
             report |= {"result": "blocked", "summary": "It is unclear what is wanted"}
             report["context"] = "Is this for users or for developers?"
     target = Path(env[ATTEMPT_MARK])
     target.with_suffix(".part").write_text(json.dumps(report, indent=2) + "\n")
     target.with_suffix(".part").replace(target)
     return 0
-
-
-def _demo_triage(title: str) -> dict[str, object]:
-    risk = "high" if "risky" in title.lower() else "low"
-    ratings = {"size": "small", "complexity": "low", "risk": risk, "impact": "medium"}
-    return {
-        "summary": f"Rated: small, {risk} risk",
-        "updated_assessments": ratings,
-        "description": {
-            "problem": f"The project lacks this: {title}.",
-            "solution": "The smallest change that does it.",
-        },
-        "requires_human_review": False,
-    }
-
-
-def _demo_build(title: str, item_id: str, root: Path, *, flaky: bool) -> dict[str, object]:
-    """Change code; an item called flaky does so wrongly the first time."""
-    name = re.sub(r"[^a-z0-9]+", "_", title.lower()).strip("_") or "feature"
-    target = root / "demo" / f"{name}.py"
-    target.parent.mkdir(exist_ok=True)
-    if flaky and "flaky" in title.lower():
-        target.write_text("def feature(:\n")
-        return {"result": "failed", "summary": "The tests fail", "context": "SyntaxError in line 1"}
-    target.write_text(f"# {title}\n\n\ndef feature() -> str:\n    return {item_id!r}\n")
-    subject = f"Add {target.relative_to(root)}"
-    report: dict[str, object] = {"summary": subject, "commit_summary": subject}
-    if "follow-up" in title.lower():
-        follow_up = {"title": f"Document what {item_id} added (unclear)", "suggested_size": "small"}
-        report["follow_ups"] = [follow_up]
-    return report
 
 
 # ==== 7. The ledger ===============================================================================
@@ -5677,10 +5399,12 @@ class Run:
             checks = task.phase.verify
             trouble = await run_verify(spec, checks, stop=self.stopping, hurry=self.hurry)
             if trouble is not None:
-                outcome = outcome._replace(kind="failed", result=None, detail=trouble)
-                if isinstance(trouble, CannotRun):  # nobody's failure but the config's
+                halts = isinstance(trouble, CannotRun)  # nobody's failure but the config's
+                if halts:
+                    trouble = one_line(trouble, TAIL_COLUMNS)
                     self._trip(task, trouble)
-                if isinstance(trouble, CannotRun) or self.stopping.is_set():
+                outcome = outcome._replace(kind="failed", result=None, detail=trouble)
+                if halts or self.stopping.is_set():
                     outcome = outcome._replace(kind="cancelled")
                 return outcome
         left = self._budget()
@@ -5773,7 +5497,7 @@ class Run:
             self.config,
             attempt=attempt.number,
             attempts=most,
-            result_path=result_path(root, task.item_id, task.name, attempt.token),
+            result_path=attempt_file(root, "results", task, attempt.token),
             change_dir=change_dir,
             previous_summary=last_summary(self.book.worklog(), task.item_id),
             failure=failure,
@@ -6115,8 +5839,9 @@ def begin_run(space: Workspace, run_id: str, *, allow_dirty: bool) -> Ledger:
 
 
 def end_leftovers(run_id: str, known: Mapping[int, int] | None = None) -> None:
-    """End every process of a run that is over, and name it; `known` as in `end_run`."""
-    for line in end_run(run_id, known=known):
+    """End every process of a run that is over, and name it; `known` ones, {pid: start}, too."""
+    marker = f"{RUN_MARK}={run_id}"
+    for line in end_processes(marker, known=known, grace_s=LEFTOVER_GRACE_S):
         log().warning("ended a process that an agent left behind: %s", line)
 
 
@@ -6879,7 +6604,7 @@ def cmd_check(args: argparse.Namespace) -> int:
     problems += [probe.problem for probe in probes if probe.problem]
     remarks = space.repo.remarks(space.store.path)
     kept = salvages(space)
-    tried = [probe.as_json() for probe in probes]
+    tried = [probe.row for probe in probes]
 
     def text(width: int) -> str:
         lines = table(PROBE_COLUMNS, tried, width)
