@@ -99,6 +99,7 @@ def test_status_and_check_tell_an_active_run_a_killed_one_and_trouble_apart(proj
     project.commit_all()
     run = project.start("run", "--cap", "1")
     project.announced()
+    project.environment["TZ"] = "UTC+25"  # no zone: no traceback
     for command in ("status", "check"):  # what the agent has done is no dirt of the operator's
         told = project.run(command).stdout
         assert re.search(rf"^A run is active: pid {run.pid}, since \S+ \S+ \(\d+ s\)\n  WRK-001 build \d+ s\b", told, re.M)
@@ -249,6 +250,46 @@ def test_what_is_finished_is_nothing_to_wait_for(project: Project, here: Cli) ->
         "Added WRK-002: Next one\nWRK-001 has left the backlog already: nothing to wait for\n"
     )
     assert "dependencies" not in project.items()["WRK-002"]
+
+
+# -- what agents said ------------------------------------------------------------------------------
+
+
+def test_logs_tell_what_the_agents_of_an_item_said_and_did(project: Project, here: Cli) -> None:
+    project.backlog("WRK-001 new")
+    folder = project.root / ".orchestrator" / "logs" / "WRK-001"
+    assert here("logs", "WRK-001").out.startswith("No agent has said anything here yet: ")
+    assert here("logs", "WRK-01", code=2).err.startswith("orchestrator: WRK-01: there is no such item")
+    folder.mkdir(parents=True)
+    events: list[dict[str, Any]] = [
+        {"type": "assistant", "message": {"content": [{"type": "text", "text": "I look\nat it."}]}},
+        {"type": "assistant", "message": {"content": [{"type": "tool_use", "name": "Bash", "input": {"command": "make \x1b[2J\n test"}}]}},
+    ]
+    (folder / "build-1.out").write_text("\n".join(map(json.dumps, events)) + "\na warning\n")
+    (folder / "build-1.err").write_text("not logged in\n")
+    (folder / "plan-1.out").write_text('{"type": "result", "result": "x"}\n')
+    (project.root / "orchestrator.toml").write_text("")  # claude, and its pipeline
+    for n, name in enumerate(("plan-1.out", "build-1.out", "build-1.err")):
+        os.utime(folder / name, (n, n))
+    told = "==> build-1.out <==\nI look\nat it.\nBash: make test\na warning\n==> build-1.err <==\nnot logged in\n"
+    assert here("logs", "WRK-001", "build", "-f").out == told  # nothing is at work that could be followed
+    assert here("logs", "WRK-001").out == "==> plan-1.out <==\nx\n" + told
+
+
+@pytest.mark.slow
+def test_logs_follow_the_agent_at_work(project: Project) -> None:
+    project.script({"*/plan": [{"sh": "echo reading", "announce": True, "await": "go"}]})
+    os.mkfifo(project.outside / "go")
+    project.backlog("WRK-001 in_progress phase=plan phase_pool=main")
+    project.commit_all()
+    run = project.start("run", "--cap", "1")
+    project.announced()
+    follower = project.start("logs", "WRK-001", "-f")
+    assert follower.stdout is not None
+    assert [follower.stdout.readline() for _ in range(2)] == ["==> plan-1.out <==\n", "reading\n"]
+    (project.outside / "go").write_text("")
+    project.finish(run)
+    project.finish(follower)
 
 
 # -- output ----------------------------------------------------------------------------------------

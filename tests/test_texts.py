@@ -26,15 +26,13 @@ from orchestrator import (
     build_prompt,
     change_dir_name,
     clean_text,
-    did_you_mean,
     fit,
     halt_message,
     human_duration,
     matches_output,
     one_line,
-    phase_line,
     phase_message,
-    render_active,
+    render_runs,
     render_item,
     render_plan,
     render_status,
@@ -164,12 +162,6 @@ def test_d52_a_cell_is_exactly_as_wide_as_its_column(text: str, width: int, cell
 )
 def test_human_duration(seconds: float, text: str) -> None:
     assert human_duration(seconds) == text
-
-
-def test_small_helpers() -> None:
-    assert did_you_mean("bulid", ["build", "review"]) == ' (did you mean "build"?)'
-    assert did_you_mean("xyz", ["build", "review"]) == ""
-    assert phase_line("WRK-001", "build", "starts") == "[WRK-001][BUILD] starts"
 
 
 # -- names of files --------------------------------------------------------------------------------
@@ -319,39 +311,29 @@ def test_what_a_state_commit_says_of_an_item(old: Any, new: Any, outcome: str, s
     assert orchestrator.state_entries(before, after) == [MessageEntry("WRK-1", "", outcome, summary)]
 
 
-# -- prompts: sections -----------------------------------------------------------------------------
+# -- prompts ---------------------------------------------------------------------------------------
 
-PLAIN_HEADINGS = [
-    "# Autonomous Agent", "## Item", "## Position", "## Task", "## Rules", "## Structured Output",
-]
 ALL_HEADINGS = [
     "# Autonomous Agent", "## Item", "## Position", "## Current Assessments", "## Description",
     "## Previous Phase Summary", "## Unblock Context", "## Previous Failure", "## Documents",
     "## Task", "## Rules", "## Structured Output",
 ]
 TRIAGE_HEADINGS = [
-    "# Autonomous Triage Agent", "## Item to Triage", "## Position", "## Current Assessments", "## Description",
-    "## Previous Phase Summary", "## Unblock Context", "## Previous Failure", "## Documents", "## Current Backlog",
+    "# Autonomous Triage Agent", "## Item to Triage", *ALL_HEADINGS[2:9], "## Current Backlog",
     "## Available Pipeline Types", "## Instructions", "## Rules", "## Structured Output",
 ]
 
 
-def full_item(text: str) -> Item:
-    return make_item(
+def full_prompt(text: str, task: Task) -> str:
+    """A prompt that has every section, each with this text."""
+    item = make_item(
         title=text, size="small", tags=[text], dependencies=[text], origin=text, unblock_context=text,
         description={"context": text, "problem": text, "solution": text, "impact": text, "sizing_rationale": text},
     )
-
-
-def full_prompt(text: str, task: Task) -> str:
     return prompt_for(
-        full_item(text), task, attempt=2, previous_summary=text, failure=text, salvage_ref="refs/x/1",
+        item, task, attempt=2, previous_summary=text, failure=text, salvage_ref="refs/x/1",
         documents=[text], others=[make_item("WRK-001", title=text)],
     )
-
-
-def test_a_plain_prompt_has_only_the_sections_that_have_something_to_say() -> None:
-    assert headings(prompt_for()) == PLAIN_HEADINGS
 
 
 @pytest.mark.parametrize("task", [task_of("build"), triage_of()], ids=["build", "triage"])
@@ -361,57 +343,40 @@ def test_d46_no_text_of_others_can_open_a_section_or_a_fence(task: Task) -> None
     fences = [line for line in prompt.splitlines() if line.lstrip().startswith(("```", "~~~"))]
     assert fences == ["```text", "```", "```json", "```"]
     assert "\x1b" not in prompt
+    assert "> **Context:** Rename ## Item" in full_prompt("Rename ## Item", task)
 
 
-def test_d46_a_description_may_talk_about_our_headings() -> None:
-    prompt = full_prompt("Rename ## Item to ## Item to Triage", triage_of())
-    assert "> **Context:** Rename ## Item to ## Item to Triage" in prompt
-
-
-def test_the_intro_says_that_nobody_is_there() -> None:
+def test_a_plain_prompt_has_only_the_sections_that_have_something_to_say() -> None:
+    empty = make_item(description={"context": "", "problem": " "}, unblock_context=" ")
+    told = ["# Autonomous Agent", "## Item", "## Position", "## Task", "## Rules", "## Structured Output"]
+    assert headings(prompt_for()) == headings(prompt_for(empty)) == told
     intro = " ".join(prompt_for().split("## Item")[0].split())
-    assert "running autonomously" in intro
-    assert "No human is available" in intro
-    assert '"Assumptions"' in intro
-    assert "documenting decisions made without human input" in intro
+    for words in ("running autonomously", "No human is available", '"Assumptions"', "documenting decisions made without human input"):
+        assert words in intro
 
 
-def test_the_item_section() -> None:
-    item = make_item(title="Fix it", tags=["ui", "api"], dependencies=["WRK-001"], origin="WRK-003/build")
-    assert section(prompt_for(item), "Item").splitlines() == [
-        "- **ID:** WRK-042",
-        "- **Title:** Fix it",
-        "- **Tags:** ui, api",
-        "- **Depends on:** WRK-001 (done)",
-        "- **Origin:** WRK-003/build",
-    ]
-
-
-@pytest.mark.parametrize(
-    ("name", "position"),
-    [("research", "research (1/1, pre)"), ("prd", "prd (1/4, main)"), ("build", "build (3/4, main)")],
-)
-def test_the_agent_is_told_where_it_stands(name: str, position: str) -> None:
+def test_what_is_known_of_the_item_and_where_the_agent_stands() -> None:
     config = make_config()
     config = config._replace(execution=config.execution._replace(phase_timeout_minutes=45))
-    assert section(prompt_for(task=task_of(name), config=config, attempt=2, attempts=4), "Position").splitlines() == [
+    item = make_item(
+        title="Fix it", tags=["ui", "api"], dependencies=["WRK-001"], origin="WRK-003/build", size="small", impact="high",
+        description={"context": "one\ntwo", "problem": "", "solution": " ", "impact": "all"},
+    )
+    prompt = prompt_for(item, task_of("build"), config, attempt=2, attempts=4, documents=["a/prd.md", "a/design.md"])
+    assert section(prompt, "Item").splitlines() == [
+        "- **ID:** WRK-042", "- **Title:** Fix it", "- **Tags:** ui, api", "- **Depends on:** WRK-001 (done)",
+        "- **Origin:** WRK-003/build",
+    ]
+    assert section(prompt, "Position").splitlines() == [
         "- **Pipeline:** feature: research → prd → design → build → review",
-        f"- **Phase:** {position}",
+        "- **Phase:** build (3/4, main)",
         "- **Attempt:** 2 of 4",
         "- **Time limit:** 45 min; then the attempt is ended and counts as failed",
     ]
-
-
-def test_only_ratings_that_are_set_are_listed() -> None:
-    item = make_item(size="small", impact="high")
-    assert section(prompt_for(item), "Current Assessments") == "- **Size:** small\n- **Impact:** high"
-
-
-def test_only_texts_of_the_description_that_say_something_are_shown() -> None:
-    item = make_item(description={"context": "one\ntwo", "problem": "", "solution": " ", "impact": "all", "sizing_rationale": ""})
-    assert section(prompt_for(item), "Description") == "> **Context:** one\n> two\n\n> **Impact:** all"
-    empty = make_item(description=dict.fromkeys(("context", "problem", "solution", "impact", "sizing_rationale"), ""))
-    assert headings(prompt_for(empty)) == PLAIN_HEADINGS
+    assert section(prompt, "Current Assessments") == "- **Size:** small\n- **Impact:** high"
+    assert section(prompt, "Description") == "> **Context:** one\n> two\n\n> **Impact:** all"
+    assert section(prompt, "Documents").endswith("\n\n- a/prd.md\n- a/design.md")
+    assert "**Phase:** research (1/1, pre)" in prompt_for(task=task_of("research"))
 
 
 @pytest.mark.parametrize("task", [task_of("prd"), triage_of()], ids=["phase", "triage"])
@@ -423,34 +388,20 @@ def test_d19_the_humans_notes_reach_phases_and_triage(task: Task) -> None:
 
 def test_d57_a_retry_shows_the_attempt_the_whole_failure_and_the_salvaged_work() -> None:
     ref = "refs/orchestrator/salvage/WRK-042/build/1"
-    text = section(prompt_for(task=task_of("build"), attempt=2, failure="3 tests fail\n\nI gave up.", salvage_ref=ref), "Previous Failure")
+    given = {"task": task_of("build"), "attempt": 2, "salvage_ref": ref}
+    text = section(prompt_for(failure="3 tests fail\n\nI gave up.", **given), "Previous Failure")
     assert "This is attempt 2 of 3." in text
     assert "> 3 tests fail\n>\n> I gave up." in text
     assert "try a different approach" in text
     assert f"`git show --stat {ref}`" in text
     assert f"`git diff {ref}^ {ref} -- PATH`" in text
-
-
-def test_salvaged_work_of_an_interrupted_attempt_is_shown_without_a_failure() -> None:
-    text = section(prompt_for(task=task_of("build"), salvage_ref="refs/x/1"), "Previous Failure")
-    assert "refs/x/1" in text
-    assert "different approach" not in text
-
-
-def test_of_an_endless_failure_the_beginning_and_the_end_are_shown() -> None:
-    text = section(prompt_for(failure="first\n" + "x" * 50_000 + "\nlast"), "Previous Failure")
-    assert len(text) < 9_000
-    assert "> first" in text
-    assert "> last" in text
-    assert "> [… 42011 characters left out …]" in text
-
-
-def test_earlier_documents_are_listed_by_path() -> None:
-    text = section(prompt_for(documents=["changes/WRK-042_x/prd.md", "changes/WRK-042_x/design.md"]), "Documents")
-    assert text.endswith("- changes/WRK-042_x/prd.md\n- changes/WRK-042_x/design.md")
-
-
-# -- prompts: task, rules, output ------------------------------------------------------------------
+    interrupted = section(prompt_for(**given), "Previous Failure")
+    assert ref in interrupted
+    assert "different approach" not in interrupted
+    endless = section(prompt_for(failure="first\n" + "x" * 50_000 + "\nlast"), "Previous Failure")
+    assert len(endless) < 9_000
+    for words in ("> first", "> last", "> [… 42011 characters left out …]"):
+        assert words in endless
 
 
 @pytest.mark.parametrize("name", ["research", "prd", "design", "review"])
@@ -462,6 +413,7 @@ def test_built_in_instructions_of_a_document_phase(name: str) -> None:
     assert "Assumptions" in task
     assert "{" not in task
     assert "only these paths, relative to the project root: `changes/WRK-042_*/`, `_ideas/WRK-042_*`." in rules
+    assert ("--grep='[WRK-042]'" in task) is (name == "review")
 
 
 def test_built_in_instructions_of_the_build() -> None:
@@ -470,13 +422,10 @@ def test_built_in_instructions_of_the_build() -> None:
     rules = section(prompt, "Rules")
     assert section(prompt, "Task").startswith("Make the change: code, tests and documentation")
     assert "You may change any file of the project" in rules
-    assert "without any change in the repository counts as failed" in rules
+    assert "`phase_complete` without any change in the repository" in rules
     assert "run them first: `make test`, `sh -c 'ruff check .'`" in rules
-
-
-def test_a_build_that_may_be_empty_is_not_told_otherwise() -> None:
-    phase = task_of("build").phase._replace(allow_empty=True)
-    assert "without any change" not in prompt_for(task=Task("WRK-042", phase, "main"))
+    empty = prompt_for(task=Task("WRK-042", phase._replace(allow_empty=True), "main"))
+    assert "without any change" not in empty
 
 
 @pytest.mark.parametrize("task", [task_of("prd"), task_of("build"), triage_of()], ids=["prd", "build", "triage"])
@@ -488,79 +437,66 @@ def test_the_rules_that_hold_for_everybody(task: Task) -> None:
     assert "Leave nothing running" in rules
 
 
-def test_the_review_finds_the_commits_of_its_item() -> None:
-    assert "--grep='[WRK-042]'" in section(prompt_for(task=task_of("review")), "Task")
-
-
-@pytest.mark.parametrize(("destructive", "says"), [(False, "/security-audit.md`"), (True, "Run the tests, linters")])
-def test_d47_a_phase_of_another_name_gets_sensible_instructions(destructive: bool, says: str) -> None:
-    phase = Phase("security-audit", destructive=destructive, outputs=DEFAULT_OUTPUTS)
-    config = make_config(Pipeline("feature", (), (phase,)))
-    task = section(prompt_for(task=Task("WRK-042", phase, "main"), config=config), "Task")
-    assert task.startswith("Do the work of the phase `security-audit`")
-    assert says in task
-
-
-@pytest.mark.parametrize(("name", "destructive"), [("build", False), ("review", True)])
-def test_built_in_instructions_never_contradict_the_nature_of_the_phase(name: str, destructive: bool) -> None:
+@pytest.mark.parametrize(
+    ("name", "destructive", "says"),
+    [
+        ("security-audit", False, "/security-audit.md`"), ("security-audit", True, "Run the tests, linters"),
+        ("build", False, "no\ncode"), ("review", True, "It may change"),
+    ],
+)
+def test_d47_a_phase_of_another_name_or_nature_gets_sensible_instructions(name: str, destructive: bool, says: str) -> None:
     phase = Phase(name, destructive=destructive, outputs=DEFAULT_OUTPUTS)
     config = make_config(Pipeline("feature", (), (phase,)))
     task = section(prompt_for(task=Task("WRK-042", phase, "main"), config=config), "Task")
     assert task.startswith(f"Do the work of the phase `{name}`")
+    assert says in task
     assert ("no\ncode" in task) is not destructive
 
 
-def test_one_workflow_replaces_the_built_in_instructions() -> None:
-    phase = Phase("prd", workflows=("flows/prd.md",), outputs=DEFAULT_OUTPUTS)
-    assert section(prompt_for(task=Task("WRK-042", phase, "main")), "Task") == (
-        "Read this file and follow it: `/project/flows/prd.md`\n\n"
-        "Folder for this item's documents: `/project/changes/WRK-042_title`"
-    )
+def test_workflow_files_replace_the_built_in_instructions() -> None:
+    def told(*files: str) -> str:
+        phase = Phase("prd", workflows=files, outputs=DEFAULT_OUTPUTS)
+        return section(prompt_for(task=Task("WRK-042", phase, "main")), "Task")
+
+    folder = "\n\nFolder for this item's documents: `/project/changes/WRK-042_title`"
+    assert told("flows/prd.md") == f"Read this file and follow it: `/project/flows/prd.md`{folder}"
+    assert "in order:\n\n1. `/project/a.md`\n2. `/abs/b.md`\n" in told("a.md", "/abs/b.md")
 
 
-def test_several_workflows_are_numbered() -> None:
-    phase = Phase("prd", workflows=("a.md", "/abs/b.md"))
-    task = section(prompt_for(task=Task("WRK-042", phase, "main")), "Task")
-    assert "in order:\n\n1. `/project/a.md`\n2. `/abs/b.md`\n" in task
+def skeleton(prompt: str) -> dict[str, Any]:
+    told: dict[str, Any] = json.loads(section(prompt, "Structured Output").split("```json\n")[1].split("\n```")[0])
+    return told
 
 
-@pytest.mark.parametrize("name", ["research", "prd", "design", "build", "review"])
-def test_the_output_section_of_a_phase(name: str) -> None:
+@pytest.mark.parametrize("task", [task_of("prd", 'W"-1\\'), triage_of('W"-1\\')], ids=["phase", "triage"])
+def test_d17_the_output_section_asks_for_what_the_phase_decides(task: Task) -> None:
     path = "/project/.orchestrator/results/x y.json"
-    text = section(prompt_for(task=task_of(name), result_path=path), "Structured Output")
+    prompt = prompt_for(make_item('W"-1\\'), task, result_path=path)
+    text, told = section(prompt, "Structured Output"), skeleton(prompt)
     assert f"```text\n{path}\n```" in text
-    assert '"item_id": "WRK-042"' in text
-    assert f'"phase": "{name}"' in text
-    for code in ("phase_complete", "subphase_complete", "failed", "blocked"):
-        assert f"- `{code}`: " in text
-    keys = set(json.loads(text.split("```json\n")[1].split("\n```")[0]))
-    assert keys == {
-        "item_id", "phase", "result", "summary", "context", "block_type", "updated_assessments",
-        "commit_summary", "follow_ups",
+    assert (told["item_id"], told["phase"]) == ('W"-1\\', task.name)
+    keys = {
+        "item_id", "phase", "result", "summary", "context", "block_type", "updated_assessments", "commit_summary", "follow_ups",
     }
-
-
-@pytest.mark.parametrize("task", [task_of("build"), triage_of()], ids=["phase", "triage"])
-def test_a_skeleton_handed_in_as_it_stands_brings_no_rubbish_into_the_backlog(task: Task) -> None:
-    text = section(prompt_for(task=task), "Structured Output")
-    skeleton = text.split("```json\n")[1].split("\n```")[0].encode()
-    result = orchestrator.parse_result(skeleton, "WRK-042", task.name)
-    assert result.warnings
+    codes = ["phase_complete", "subphase_complete", "failed", "blocked"]
+    if task.pool == "triage":
+        keys |= {"pipeline_type", "duplicates", "requires_human_review", "description"}
+        codes.remove("subphase_complete")
+        assert set(told["description"]) == {"context", "problem", "solution", "impact", "sizing_rationale"}
+    assert set(told) == keys
+    assert re.findall(r"^- `(\w+(?:_complete|failed|blocked)|failed|blocked)`: ", text, re.M) == codes
+    result = orchestrator.parse_result(json.dumps(told).encode(), 'W"-1\\', task.name)
+    assert result.warnings  # a skeleton handed in as it stands brings no rubbish into the backlog
     assert result._replace(warnings=(), requires_human_review=None) == orchestrator.PhaseResult(
-        "WRK-042", task.name, "phase_complete", "(the agent gave no summary)"
+        'W"-1\\', task.name, "phase_complete", "(the agent gave no summary)"
     )
 
 
-def test_ids_and_titles_with_quotes_keep_the_skeleton_valid() -> None:
-    text = section(prompt_for(make_item('W"-1\\'), task_of("prd", 'W"-1\\')), "Structured Output")
-    assert json.loads(text.split("```json\n")[1].split("\n```")[0])["item_id"] == 'W"-1\\'
-
-
-# -- prompts: triage -------------------------------------------------------------------------------
-
-
-def test_triage_instructions() -> None:
-    text = section(prompt_for(make_item(title="Größe ändern"), triage_of()), "Instructions")
+def test_triage_is_told_how_to_rate_and_what_there_is() -> None:
+    config = make_config(Pipeline("feature", (Phase("research"),), (Phase("build"),)), Pipeline("bugfix", (), (Phase("fix"),)))
+    others = [make_item("WRK-001", "blocked", title="One"), make_item("WRK-002", "done", title="Two\n## Task")]
+    prompt = prompt_for(make_item(title="Größe ändern"), triage_of(), config, others)
+    text = section(prompt, "Instructions")
     for word in (
         "size:", "complexity:", "risk:", "impact:", "small size AND low risk", "promote directly", "idea file",
         "`_ideas/WRK-042_groe-andern.md`", "requires_human_review", "`context`", "`problem`", "`solution`",
@@ -568,24 +504,8 @@ def test_triage_instructions() -> None:
     ):
         assert word in text
     assert "{" not in text
-
-
-def test_d17_the_output_of_triage_asks_for_what_triage_decides() -> None:
-    text = section(prompt_for(task=triage_of()), "Structured Output")
-    skeleton = json.loads(text.split("```json\n")[1].split("\n```")[0])
-    assert skeleton["phase"] == "triage"
-    assert set(skeleton) >= {"pipeline_type", "duplicates", "requires_human_review", "description"}
-    assert set(skeleton["description"]) == {"context", "problem", "solution", "impact", "sizing_rationale"}
-    assert "subphase_complete" not in text
-
-
-def test_triage_sees_the_rest_of_the_backlog() -> None:
-    others = [make_item("WRK-001", "blocked", title="One"), make_item("WRK-002", "done", title="Two\n## Task")]
-    assert section(prompt_for(make_item(), triage_of(), others=others), "Current Backlog").splitlines() == [
-        "- WRK-001: One [blocked]",
-        "- WRK-002: Two ## Task [done]",
-    ]
-    assert "## Current Backlog" not in prompt_for(task=triage_of())
+    assert section(prompt, "Current Backlog") == "- WRK-001: One [blocked]\n- WRK-002: Two ## Task [done]"
+    assert section(prompt, "Available Pipeline Types") == "- `bugfix`: fix\n- `feature`: research → build"
 
 
 def test_of_a_huge_backlog_triage_sees_the_most_similar_items() -> None:
@@ -593,15 +513,8 @@ def test_of_a_huge_backlog_triage_sees_the_most_similar_items() -> None:
     others.append(make_item("WRK-01000", "new", title="Login page is slow"))
     text = section(prompt_for(make_item(title="Slow login page"), triage_of(), others=others), "Current Backlog")
     assert len(text.splitlines()) == 401
-    assert text.endswith("- WRK-01000: Login page is slow [new]\n- … and 601 more with less similar titles")
-
-
-def test_triage_may_choose_among_all_pipelines() -> None:
-    config = make_config(
-        Pipeline("feature", (Phase("research"),), (Phase("build"),)), Pipeline("bugfix", (), (Phase("fix"),))
-    )
-    text = section(prompt_for(task=triage_of(), config=config), "Available Pipeline Types")
-    assert text == "- `bugfix`: fix\n- `feature`: research → build"
+    assert text.startswith("- WRK-01000: Login page is slow [new]\n- WRK-00000: ")
+    assert text.endswith("\n- … and 601 more with less similar titles")
 
 
 # -- tables, status --------------------------------------------------------------------------------
@@ -617,8 +530,8 @@ def test_d52_a_table_wraps_its_last_column_and_leaves_out_empty_ones() -> None:
         "  B    -    -",
     ]
     assert table(columns, rows, 22, "  ") == [
-        "  ID   N    TEXT", "  A-1  0", "      some words that", "      go on", "  日本 too…", "      語語語語語語語語",
-        "      語", "  B    -    -",
+        "  ID   N    TEXT", "  A-1  0", "      some words that", "      go on", "  日本 too…", "      語語語語語語語語語",
+        "  B    -    -",
     ]
     assert table(columns, [{"id": ""}], 80) == []
 
@@ -645,18 +558,14 @@ def test_the_status_for_machines_and_the_order_of_items() -> None:
 
 
 def test_everything_about_one_item() -> None:
-    item = make_item(
-        "WRK-001", "blocked", title="Fix\x1b[31m it", phase="build", size="small", attempts=2, blocked_from_status="in_progress",
+    item: Any = make_item(
+        "WRK-001", "blocked", title="Fix\x1b[31m it", phase=None, requires_human_review=True, tags=["ui", "api"], attempts=0,
         blocked_reason="Which\ncolour?", description={"context": "one\ntwo", "problem": ""}, unblock_context="Blue.",
-        requires_human_review=True, tags=["ui"], dependencies=["WRK-002"],
     )
     assert render_item(item, Usage(0.5), 80) == [
-        "WRK-001  Fix it", "", "Status:                blocked", "Phase:                 build",
-        "Size:                  small", "Requires human review: yes", "Blocked from status:   in_progress",
-        "Blocked reason:        Which colour?", "Tags:                  ui", "Dependencies:          WRK-002",
-        f"Created:               {NOW}", f"Updated:               {NOW}", "Pipeline type:         feature",
-        "Attempts:              2", "Cost:                  about $0.5000", "", "Context:", "  one", "  two", "",
-        "Your notes for the next phase:", "  Blue.",
+        "WRK-001  Fix it", "", "Status:                blocked", f"Created:               {NOW}", f"Updated:               {NOW}",
+        "Requires human review: yes", "Tags:                  ui, api", "Blocked reason:        Which colour?",
+        "Cost:                  about $0.5000", "", "Context:", "  one", "  two", "", "Your notes for the next phase:", "  Blue.",
     ]
 
 
@@ -666,7 +575,7 @@ def test_the_active_run_tells_what_each_agent_does() -> None:
         {"item": "WRK-12", "phase": "prd", "since": "2026-11-28T05:00:00+00:00", "doing": ""},
     ]
     run = {"pid": 4242, "since": "2026-11-28T05:00:00+00:00", "phases": phases}
-    assert render_active(run, datetime(2026, 11, 28, 5, 5, tzinfo=UTC), 80) == [
+    assert render_runs({"active": run}, datetime(2026, 11, 28, 5, 5, tzinfo=UTC), 80) == [
         "A run is active: pid 4242, since 2026-11-28 05:00 (5 min)",
         "  WRK-1  build 2 min Bash: make test",
         "  WRK-12 prd   5 min",
@@ -690,7 +599,7 @@ def plan_backlog() -> Backlog:
 
 def plan(backlog: Backlog, *, cap: int = 100, config: Config | None = None, **options: Any) -> list[str]:
     rows = orchestrator.plan_rows(backlog, config or make_config(), RunOptions(cap, **options))
-    return [" ".join(line.split()) for line in render_plan(rows, (), 200).splitlines()]
+    return [" ".join(line.split()) for line in render_plan(rows, (), 200)]
 
 
 def test_the_plan_gives_the_phases_in_order_and_why_the_rest_does_not_run() -> None:
@@ -909,9 +818,9 @@ def test_nothing_that_is_shown_can_paint_on_the_terminal() -> None:
     done = [{"id": "WRK-001", "title": nasty, "commit": None}]
     halt = orchestrator.halt_line(None, nasty)
     told = ended(list(backlog.items.values()), halt=halt, completed=done, warnings=[nasty], filters=[nasty])
-    plan_text = render_plan(orchestrator.plan_rows(backlog, make_config(), RunOptions(9)), (), 80)
-    item_text = "\n".join(render_item(backlog.items["WRK-002"], Usage(), 80))
-    text = "\n".join((render_summary(told, "o"), render_status(status_rows(backlog), 80, "o"), plan_text, item_text))
+    plan = render_plan(orchestrator.plan_rows(backlog, make_config(), RunOptions(9)), (), 80)
+    shown = render_item(backlog.items["WRK-002"], Usage(), 80)
+    text = "\n".join([render_summary(told, "o"), *render_status(status_rows(backlog), 80, "o"), *plan, *shown])
     assert "\x1b" not in text
     assert "\x07" not in text
     assert [line for line in text.splitlines() if line.startswith("Halt: all is well")] == []
