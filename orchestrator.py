@@ -58,7 +58,6 @@ from pathlib import Path
 from typing import (
     TYPE_CHECKING,
     Any,
-    ClassVar,
     Literal,
     NamedTuple,
     NoReturn,
@@ -92,7 +91,6 @@ from backlog import (
     FollowUp,
     IssuedIds,
     Item,
-    ItemKey,
     Journal,
     Kind,
     Outside,
@@ -7068,9 +7066,9 @@ def _script() -> str:
         return "orchestrator"
     if script.name != Path(__file__).name:  # imported by another program
         return "python3 orchestrator.py"
-    inside = script.absolute().is_relative_to(Path.cwd())
-    path = script.absolute().relative_to(Path.cwd()) if inside else script
-    return f"python3 {shlex.quote(str(path))}"
+    with suppress(ValueError):  # it is not below this folder
+        script = script.absolute().relative_to(Path.cwd())
+    return f"python3 {shlex.quote(str(script))}"
 
 
 SCRIPT = _script()
@@ -7087,76 +7085,58 @@ def program_name() -> str:
     return " ".join([SCRIPT, *map(shlex.quote, _project_options)])
 
 
-def project_options(args: argparse.Namespace) -> list[str]:
-    """The options that say which project is meant, as far as they were given."""
-    given = {"--root": None if args.root == Path() else args.root, "--config": args.config}
-    return [word for name, path in given.items() if path for word in (name, str(path))]
+# Name, words of ARGUMENTS that it takes, what it is for.
+_COMMANDS = """\
+init | --prefix --agent --no-commit --hook | make BACKLOG.yaml and orchestrator.toml, commit them
+demo | dir | see a run on a throw-away repository; needs no account
+run | {run} | work through the backlog
+triage | {run} | only rate and route new items
+step | target --allow-dirty --dry-run --strict --json | run one phase of an item, guardrails or not
+status | --only --done --graph --json | list the items, the active run first
+show | id --json | show one item, open or finished, its documents and commits
+log | [id] -n --since --json | tell what happened, from git history, newest first
+logs | id [phase] -f | tell what the agents of an item said and did
+add | title {item} --commit | add an item
+edit | id --title --clear {item} --commit | change what is known of an item
+advance | id --to --commit | move an item to its next phase, or to the one given
+unblock | id --notes --override-guardrails --commit | let a blocked item go on where it was
+complete | id --summary --commit | take out an item that was done outside of this backlog
+close | id --reason --commit | take out an item that is not wanted any more
+check | --probe --json | say what would keep a run from working
+stop | | ask the active run to finish what is in flight and halt
+hook | action | the optional pre-commit hook, which warns of a dirty BACKLOG.yaml
+vendor | path --force | write this program as one file, to be copied anywhere
+""".format(
+    run="--target --only --cap --auto-advance --allow-dirty --dry-run --strict --json",
+    item=" ".join(f"--{name}" for name in ITEM_OPTIONS),
+)
 
 
 class Command(NamedTuple):
-    """A command: what does it, what it is for, and the words of ARGUMENTS that it takes."""
+    """A command, as the table has it, and what does it."""
 
-    run: Callable[[argparse.Namespace], int]
+    takes: Sequence[str]
     summary: str
-    takes: str = ""
+    run: Callable[[argparse.Namespace], int]
 
 
-_RUN = "--target --only --cap --auto-advance --allow-dirty --dry-run --strict --json"
-_ITEM = " ".join(f"--{name}" for name in ITEM_OPTIONS)
-COMMANDS: Mapping[str, Command] = {
-    "init": Command(
-        cmd_init,
-        "make BACKLOG.yaml and orchestrator.toml and commit them",
-        "--prefix --agent --no-commit --hook",
-    ),
-    "demo": Command(cmd_demo, "see a run on a throw-away repository; needs no account", "dir"),
-    "run": Command(cmd_run, "work through the backlog", _RUN),
-    "triage": Command(cmd_run, "only rate and route new items", _RUN),
-    "step": Command(
-        cmd_run,
-        "run exactly one phase of an item, guardrails or not, then halt",
-        "target --allow-dirty --dry-run --strict --json",
-    ),
-    "status": Command(
-        cmd_status, "list the items, the active run first", "--only --done --graph --json"
-    ),
-    "show": Command(
-        cmd_show, "show one item, open or finished, its documents and commits", "id --json"
-    ),
-    "log": Command(
-        cmd_log, "tell what happened, from git history, newest first", "[id] -n --since --json"
-    ),
-    "logs": Command(
-        cmd_logs, "tell what the agents of an item said and did", "id [phase] -f"
-    ),
-    "add": Command(cmd_change, "add an item", f"title {_ITEM} --commit"),
-    "edit": Command(
-        cmd_change, "change what is known of an item", f"id --title --clear {_ITEM} --commit"
-    ),
-    "advance": Command(
-        cmd_change, "move an item to its next phase, or to the one given", "id --to --commit"
-    ),
-    "unblock": Command(
-        cmd_change,
-        "let a blocked item go on where it was",
-        "id --notes --override-guardrails --commit",
-    ),
-    "complete": Command(
-        cmd_change,
-        "take out an item that was done outside of this backlog",
-        "id --summary --commit",
-    ),
-    "close": Command(
-        cmd_change, "take out an item that is not wanted any more", "id --reason --commit"
-    ),
-    "check": Command(cmd_check, "say what would keep a run from working", "--probe --json"),
-    "stop": Command(cmd_stop, "ask the active run to finish what is in flight and halt"),
-    "hook": Command(
-        cmd_hook, "the optional pre-commit hook, which warns of a dirty BACKLOG.yaml", "action"
-    ),
-    "vendor": Command(
-        cmd_vendor, "write this program as one file, to be copied anywhere", "path --force"
-    ),
+_RUNS: Mapping[str, Callable[[argparse.Namespace], int]] = {
+    **dict.fromkeys(("run", "triage", "step"), cmd_run),
+    **dict.fromkeys(CHANGES, cmd_change),
+    "init": cmd_init,
+    "demo": cmd_demo,
+    "status": cmd_status,
+    "show": cmd_show,
+    "log": cmd_log,
+    "logs": cmd_logs,
+    "check": cmd_check,
+    "stop": cmd_stop,
+    "hook": cmd_hook,
+    "vendor": cmd_vendor,
+}
+COMMANDS = {
+    name.strip(): Command(takes.split(), summary.strip(), _RUNS[name.strip()])
+    for name, takes, summary in (line.split("|") for line in _COMMANDS.splitlines())
 }
 
 
@@ -7165,8 +7145,7 @@ def _argument(kind: Kind) -> Callable[[str], object]:
 
     def parse(text: str) -> object:
         value = kind.typed(text)
-        problem = kind.problem(value)
-        if problem:
+        if problem := kind.problem(value):
             raise argparse.ArgumentTypeError(problem)
         return value
 
@@ -7189,18 +7168,17 @@ def _several(metavar: str, meaning: str) -> dict[str, Any]:
     return {"action": "append", "default": [], "metavar": metavar, "help": meaning}
 
 
-def _of_item(key: str, row: ItemKey) -> dict[str, Any]:
+def _of_item(key: str) -> dict[str, Any]:
     """The option of `add` and `edit` that sets a key of an item; see `item_values`."""
-    several, words = row.kind is TEXTS, " | ".join(row.kind.words)
+    row = ITEM_TABLE[key]
+    words, name = " | ".join(row.kind.words), row.option.upper()
     read = {"tags": _tag, "dependencies": str, "description": str}
-    return {
-        "dest": key,
-        "type": read.get(key, _argument(row.kind)),
-        "action": "append" if several else "store",
-        "default": [] if several else None,
-        "metavar": "WORD" if words else row.option.upper(),
-        "help": f"{row.meaning}: {words}" if words else row.meaning,
-    }
+    option: dict[str, Any] = {"dest": key, "type": read.get(key, _argument(row.kind))}
+    if row.kind is TEXTS:
+        return {**option, **_several(name, row.meaning)}
+    if words:
+        return {**option, "metavar": "WORD", "help": f"{row.meaning}: {words}"}
+    return {**option, "metavar": name, "help": row.meaning}
 
 
 # What argparse has to know of the words in COMMANDS.
@@ -7208,7 +7186,6 @@ ARGUMENTS: Mapping[str, Mapping[str, Any]] = {
     "id": {},
     "[id]": {"nargs": "?", "help": "of one item only"},
     "[phase]": {"nargs": "?", "help": "of one phase only"},
-    "-f": {"dest": "follow", **_flag("follow the one at work")},
     "title": {"nargs": "+", "help": "one word or several"},
     "target": {"nargs": 1, "metavar": "ID"},
     "dir": {"nargs": "?", "type": Path, "help": "where to make it (default: a temporary folder)"},
@@ -7236,6 +7213,7 @@ ARGUMENTS: Mapping[str, Mapping[str, Any]] = {
     "--json": _flag("print it as JSON on stdout"),
     "--done": _flag("the finished and closed items instead, newest first"),
     "--graph": _flag("what waits for what, and cycles, as a Mermaid chart"),
+    "-f": {"dest": "follow", **_flag("follow the one at work")},
     "-n": {"type": _argument(_COUNT), "metavar": "N", "help": "at most N lines"},
     "--since": {"metavar": "WHEN", "help": 'as git reads it: "yesterday", 2026-11-28'},
     "--title": {"metavar": "TEXT"},
@@ -7248,8 +7226,31 @@ ARGUMENTS: Mapping[str, Mapping[str, Any]] = {
     "--commit": _flag("commit BACKLOG.yaml, alone"),
     "--probe": _flag("also run each agent once with a trivial prompt"),
     "--force": _flag("write over whatever is there"),
-    **{f"--{name}": _of_item(key, ITEM_TABLE[key]) for name, key in ITEM_OPTIONS.items()},
+    **{f"--{name}": _of_item(key) for name, key in ITEM_OPTIONS.items()},
 }
+
+# The options accepted before and after the command.
+GLOBAL_OPTIONS: Mapping[str, Mapping[str, Any]] = {
+    "--root": {
+        "default": Path(),
+        "type": Path,
+        "metavar": "DIR",
+        "help": "project folder (default: here)",
+    },
+    "--config": {
+        "type": Path,
+        "metavar": "FILE",
+        "help": f"config file (default: {CONFIG_NAME} in the project folder)",
+    },
+    "--log-level": {"default": "info", "choices": ("error", "warning", "info", "debug")},
+    "--quiet": _flag("log only warnings and errors, and no summary of a run that went well"),
+    "--color": {
+        "default": "auto",
+        "choices": ("auto", "always", "never"),
+        "help": "auto: on a terminal, unless NO_COLOR is set",
+    },
+}
+HIDDEN = {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
 
 # What people try, and what it is called here.
 OTHER_WORDS: Mapping[str, str] = {
@@ -7302,29 +7303,21 @@ def json_form(command: str) -> str:
 class Parser(argparse.ArgumentParser):
     """Says what is wrong with a command line in one line, and where to look it up."""
 
-    known_options: ClassVar[set[str]] = set()  # of all commands
-
-    def add_argument(self, *words: Any, **options: Any) -> argparse.Action:
-        self.known_options.update(word for word in words if word.startswith("--"))
-        return super().add_argument(*words, **options)
-
     def error(self, message: str) -> NoReturn:
-        choice = r"invalid choice: '(.*?)'(?:, maybe you meant '.*'\?)? \(choose from (.*)\)$"
-        wrong = re.match(r"argument (\S+): " + choice, message)
-        if wrong:
+        choice = r"argument (\S+): invalid choice: '(.*?)'(?:, maybe.*)? \(choose from (.*)\)$"
+        if wrong := re.match(choice, message):
             name, word, choices = wrong[1], wrong[2], re.findall(r"[\w-]+", wrong[3])
-            option = f"{name} " if name.startswith("-") else ""
-            known = f"use {' or '.join(choices)}"
-            rule = "there is no such command" if name == "COMMAND" else known
             hint = did_you_mean(word, choices)
-            if name == "COMMAND" and word in OTHER_WORDS:
-                hint = f"; {OTHER_WORDS[word]}"
-            message = f"{option}{word}: {rule}{hint}"
-        unknown = re.match(r"unrecognized arguments: (--[\w-]+)", message)
-        if unknown and unknown[1] in self.known_options:
-            message += " (an option of other commands)"
-        elif unknown:
-            message += did_you_mean(unknown[1], self.known_options)
+            if name == "COMMAND":
+                hint = f"; {OTHER_WORDS[word]}" if word in OTHER_WORDS else hint
+                message = f"{word}: there is no such command{hint}"
+            else:
+                option = f"{name} " if name.startswith("-") else ""
+                message = f"{option}{word}: use {' or '.join(choices)}{hint}"
+        elif unknown := re.match(r"unrecognized arguments: (--[\w-]+)", message):
+            known = [word for word in (*ARGUMENTS, *GLOBAL_OPTIONS) if word.startswith("--")]
+            hint = did_you_mean(unknown[1], known)
+            message += " (an option of other commands)" if unknown[1] in known else hint
         where = f"orchestrator{self.prog.removeprefix(SCRIPT)}"
         advice = f"`{self.prog} --help` shows what there is."
         self.exit(EXIT_USAGE, f"{where}: {clean_text(message)}. {advice}\n")
@@ -7334,60 +7327,26 @@ class Parser(argparse.ArgumentParser):
         super().exit(status, message)
 
 
-class VersionAction(argparse.Action):
-    """`--version`; a class, because the origin is only looked up when asked for."""
-
-    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
-        print(version_text())
-        parser.exit()
-
-
-# The options accepted before and after the command.
-GLOBAL_OPTIONS: Mapping[str, Mapping[str, Any]] = {
-    "--root": {
-        "default": Path(),
-        "type": Path,
-        "metavar": "DIR",
-        "help": "project folder (default: here)",
-    },
-    "--config": {
-        "type": Path,
-        "metavar": "FILE",
-        "help": f"config file (default: {CONFIG_NAME} in the project folder)",
-    },
-    "--log-level": {"default": "info", "choices": ("error", "warning", "info", "debug")},
-    "--quiet": _flag("log only warnings and errors, and no summary of a run that went well"),
-    "--color": {
-        "default": "auto",
-        "choices": ("auto", "always", "never"),
-        "help": "auto: on a terminal, unless NO_COLOR is set",
-    },
-}
-
-
-HIDDEN = {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
-
-
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line, from the tables above."""
     parser = Parser(
         prog=SCRIPT, description="Let coding agents work through a backlog in this git repository."
     )
-    parser.add_argument("--version", action=VersionAction, nargs=0, help="say version and origin")
+    parser.add_argument("--version", **_flag("say version and origin"))
     for word, options in GLOBAL_OPTIONS.items():
         parser.add_argument(word, **options)
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     hint = (
         "Before or after the command also: --root DIR, --config FILE, --log-level, --quiet,"
         f" --color; see `{SCRIPT} --help`."
     )
-    for name, (_, summary, takes) in COMMANDS.items():
+    for name, (takes, summary, _) in COMMANDS.items():
         form = json_form(name)
         epilog = (hint + (f" --json prints {form}." if form else "")).replace("%", "%%")
         sub = commands.add_parser(name, help=summary, description=summary, epilog=epilog)
         for word, options in GLOBAL_OPTIONS.items():  # what was given before stands
             sub.add_argument(word, **{**options, **HIDDEN})
-        for word in takes.split():
+        for word in takes:
             sub.add_argument(word.strip("[]"), **ARGUMENTS[word])
         if name == "step":
             sub.set_defaults(only=[], cap=1, auto_advance=False)
@@ -7400,37 +7359,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else list(argv)
     if words[:1] == [DEMO_AGENT]:
         return demo_agent(os.environ, sys.stdin.read(), Path.cwd())
-    args = None
+    trouble, code, args = "", EXIT_OK, None
     try:
-        if not words:
-            build_parser().print_help()
-            return EXIT_OK
-        args = build_parser().parse_args(words)
-        _project_options[:] = project_options(args)
-        set_up_logging(args)
-        code = COMMANDS[args.command].run(args)
+        parser = build_parser()
+        args = parser.parse_args(words)
+        given = {"--root": args.root if args.root != Path() else "", "--config": args.config or ""}
+        _project_options[:] = [w for name, path in given.items() if path for w in (name, str(path))]
+        if args.version:
+            print(version_text())
+        elif args.command is None:
+            parser.print_help()
+        else:
+            set_up_logging(args)
+            code = COMMANDS[args.command].run(args)
         flush_output()
-        return code
     except (OrchestratorError, BacklogError, GitError, YamlError) as error:
-        _complain(args, str(error))
-        return getattr(error, "exit_code", EXIT_ERROR)
+        trouble, code = str(error), getattr(error, "exit_code", EXIT_ERROR)
     except KeyboardInterrupt:
-        return 130
+        code = 130
     except BrokenPipeError:  # nobody wants to read on
-        flush_output()
-        return EXIT_OK
+        code = EXIT_OK
     except OSError as error:
-        _complain(args, os_trouble(error))
-        return EXIT_ERROR
-    finally:
-        with suppress(OSError):  # what was lost has been told
-            flush_output()
-
-
-def _complain(args: argparse.Namespace | None, text: str) -> None:
-    """Tell an error that ends the command."""
-    line = f"orchestrator: {clean_text(text)}"
-    print(tint(line) if args and coloured(args, sys.stderr) else line, file=sys.stderr)
+        trouble, code = error.strerror or str(error), EXIT_ERROR
+        if error.filename is not None:
+            trouble = f"{os.fsdecode(error.filename)}: {trouble}"
+    if trouble:
+        line = f"orchestrator: {clean_text(trouble)}"
+        print(tint(line) if args and coloured(args, sys.stderr) else line, file=sys.stderr)
+    with suppress(OSError):  # what was lost has been told
+        flush_output()
+    return code
 
 
 def _make_output_safe() -> None:
@@ -7454,12 +7412,6 @@ def flush_output() -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # for the flush at exit
             if stream is sys.stdout and error.errno not in (errno.EPIPE, errno.EIO):
                 raise
-
-
-def os_trouble(error: OSError) -> str:
-    """What the system refused, and for which file."""
-    trouble = error.strerror or str(error)
-    return trouble if error.filename is None else f"{os.fsdecode(error.filename)}: {trouble}"
 
 
 if __name__ == "__main__":
