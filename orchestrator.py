@@ -6854,86 +6854,72 @@ fi
 exit 0
 """
 
-# The digest is written when the hook is installed; it covers every line but this one.
-HOOK_ID = rb"(?m)^# orchestrator-hook: (\S+).*\n"
+HOOK_ID = "# orchestrator-hook: "
 
 
-def render_hook(backlog: str) -> bytes:
-    """The hook for a backlog at this path in the work tree, with the digest in its id line."""
+def render_hook(backlog: str) -> str:
+    """The hook for a backlog at this path in the work tree."""
     import shlex
 
-    line = f"backlog={shlex.quote(backlog)}"
-    return _seal_hook(os.fsencode(HOOK_TEXT.replace(BACKLOG_OF_HOOK, line, 1)))
+    return HOOK_TEXT.replace(BACKLOG_OF_HOOK, f"backlog={shlex.quote(backlog)}", 1)
 
 
-def _seal_hook(text: bytes) -> bytes:
-    found = re.search(HOOK_ID, text)
-    assert found is not None
-    above, below = text[: found.start()], text[found.end() :]
-    line = f"# orchestrator-hook: {found[1].decode()} {digest(above + below)}\n"
-    return above + line.encode() + below
-
-
-def is_untouched_hook(data: bytes) -> bool:
-    """Whether this is a hook of ours, of any version, as it was installed or copied by hand."""
-    if re.search(HOOK_ID, data) is None:
-        return False
-    return data in (_seal_hook(data), HOOK_TEXT.encode())  # a copy carries no digest yet
+def is_our_hook(text: str) -> bool:
+    """Whether this is the hook as it was installed, or copied by hand; for whichever backlog."""
+    line = re.search(r"^backlog=.*(?= # relative)", text, re.M)
+    return line is not None and text.replace(line[0], BACKLOG_OF_HOOK, 1) == HOOK_TEXT
 
 
 def cmd_hook(args: argparse.Namespace) -> int:
     space = open_workspace(args.root, args.config)
-    if args.action == "uninstall":
-        uninstall_hook(space)
-    else:
+    if args.action == "install":
         install_hook(space)
+        return EXIT_OK
+    path, found = _hook_there(space)
+    if found is None or HOOK_ID not in found:
+        print(f"nothing to do: {path} is not installed by us")
+    elif not is_our_hook(found):
+        raise OrchestratorError(
+            f"{path} is our hook of another version, or changed by hand, so it is left alone. To"
+            f" remove it: rm {path}"
+        )
+    else:
+        path.unlink()
+        print(f"removed {path}")
     return EXIT_OK
 
 
-def _hook_there(space: Workspace) -> tuple[Path, bytes | None]:
-    """Where git looks for the hook, and what is there: b"" if it is unreadable, None if nothing."""
+def _hook_there(space: Workspace) -> tuple[Path, str | None]:
+    """Where git looks for the hook, and what is there: "" if it is unreadable, None if nothing."""
     path = space.repo.hook_path("pre-commit")
     path = Path(os.path.realpath(path.parent)) / path.name
     try:
-        return path, path.read_bytes()
+        return path, path.read_text(errors="surrogateescape")
     except OSError:
-        return path, b"" if os.path.lexists(path) else None
+        return path, "" if os.path.lexists(path) else None
 
 
 def install_hook(space: Workspace) -> None:
-    """Install or update the hook; OrchestratorError, with the line to add, where another one is."""
+    """Install or mend the hook; OrchestratorError, with the line to add, where another one is."""
     import shlex
 
     path, found = _hook_there(space)
     backlog = space.repo.relative(space.store.path)
     if path.parent.exists() and not path.parent.is_dir():
         raise OrchestratorError(f"{path.parent} is no folder: core.hooksPath switches hooks off")
-    if found is not None and not is_untouched_hook(found):
-        quoted = shlex.quote(backlog)
+    if found is not None and not is_our_hook(found):
         warning = shlex.quote(f"{backlog} has changes that are not in this commit")
         raise OrchestratorError(
             f"{path} is another hook, or ours changed by hand, and stays as it is. Add this line to"
-            f" it:\ngit diff --quiet -- {quoted} || echo {warning} >&2"
+            f" it:\ngit diff --quiet -- {shlex.quote(backlog)} || echo {warning} >&2"
         )
     wanted = render_hook(backlog)
     if found == wanted and os.access(path, os.X_OK):
         print(f"nothing to do: {path} is installed")
     else:
         path.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(path, wanted, 0o755)
+        replace_file(path, os.fsencode(wanted), 0o755)
         print(f"{'installed' if found is None else 'updated'} {path}")
-
-
-def uninstall_hook(space: Workspace) -> None:
-    """Remove our hook, if it is untouched."""
-    path, found = _hook_there(space)
-    if found is None or re.search(HOOK_ID, found) is None:
-        print(f"nothing to do: {path} is not installed by us")
-    elif not is_untouched_hook(found):
-        raise OrchestratorError(f"{path} is our hook, changed by hand, so it is left alone.")
-    else:
-        path.unlink()
-        print(f"removed {path}")
 
 
 # ---- The single file -----------------------------------------------------------------------------
@@ -6979,25 +6965,26 @@ def cmd_vendor(args: argparse.Namespace) -> int:
     if path.exists() and not path.is_file():
         raise UsageError(f"{path} is no file; name another path")
     data = single_file()
-    if single_file_state(data) == "MODIFIED":
+    source, state = single_file_state(data)
+    if state == "MODIFIED":
         raise OrchestratorError(f"{__file__} was changed by hand; take an untouched one")
-    state = single_file_state(path.read_bytes()) if path.exists() else "unmodified"
-    if state != "unmodified" and not args.force:
-        was = "was changed by hand" if state else "is not a single file of the orchestrator"
+    _, there = single_file_state(path.read_bytes()) if path.exists() else ("", "unmodified")
+    if there != "unmodified" and not args.force:
+        was = "was changed by hand" if there else "is not a single file of the orchestrator"
         raise OrchestratorError(f"{path} {was}; --force writes over it all the same")
     replace_file(path, data, 0o755)
     size = f"{len(data.splitlines())} lines, {len(data) // 1024} KiB"
-    print(f"wrote {path}: orchestrator {__version__}, source {_stated(data)[:12]}, {size}")
+    print(f"wrote {path}: orchestrator {__version__}, source {source[:12]}, {size}")
     return EXIT_OK
 
 
 def single_file() -> bytes:
     """The single file that this program is, or that is made of it and the modules beside it."""
-    origin = Path(__file__)
-    data = origin.read_bytes()
-    if _stated(data):
+    here = Path(__file__)
+    data = here.read_bytes()
+    if re.match(SINGLE_FILE, data):
         return data
-    sources = {name: origin.with_name(f"{name}.py").read_text("utf-8") for name in MODULE_ORDER}
+    sources = {name: here.with_name(f"{name}.py").read_text("utf-8") for name in MODULE_ORDER}
     return build_single_file(sources).encode()
 
 
@@ -7013,39 +7000,33 @@ def build_single_file(sources: Mapping[str, str]) -> str:
         begin, end = (f"# #### {word} {name}.py ".ljust(100, "#") for word in ("begin", "end"))
         code = ours.sub("", re.sub(r"\A#!.*\n", "", text).replace(FUTURE, "", 1))
         below += f"\n{begin}\n\n{code.strip()}\n\n{end}\n"
-    head = (
+    return (
         "#!/usr/bin/env python3\n"
         f"# orchestrator {__version__} in a single file, made by `orchestrator.py vendor` of\n"
         f"# {', '.join(f'{name}.py' for name in sources)}; MIT licence, its text is LICENCE_TEXT.\n"
-        f"# sha256 of all below: {digest(below.encode())}\n"
+        f"# sha256 of all below: {digest(below.encode())}\n{below}"
     )
-    return head + below
 
 
-def _stated(data: bytes) -> str:
-    """The digest that a single file holds of itself; "" if it is no single file of ours."""
-    found = re.match(SINGLE_FILE, data)
-    return found[1].decode() if found else ""
-
-
-def single_file_state(data: bytes) -> str:
-    """`unmodified` or `MODIFIED`; "" if it is no single file of ours."""
+def single_file_state(data: bytes) -> tuple[str, str]:
+    """The digest that a single file states, and whether it is `unmodified` or `MODIFIED`; both ""
+    if it is no single file of ours."""
     found = re.match(SINGLE_FILE, data)
     if found is None:
-        return ""
-    return "unmodified" if digest(data[found.end() :]) == _stated(data) else "MODIFIED"
+        return "", ""
+    stated = found[1].decode()
+    return stated, "unmodified" if digest(data[found.end() :]) == stated else "MODIFIED"
 
 
 def version_text() -> str:
     """Version and origin of this program."""
     try:
-        data, here = single_file(), Path(__file__).read_bytes()
+        source, _ = single_file_state(single_file())
+        _, state = single_file_state(Path(__file__).read_bytes())
     except OSError:  # imported from an archive
         return f"orchestrator {__version__} (source unreadable)"
-    state = single_file_state(here)
-    kind = "single file" if state else "three modules"
-    said = [kind, f"source {_stated(data)[:12]}", *filter(None, [state])]
-    return f"orchestrator {__version__} ({', '.join(said)})"
+    kind, end = ("single file", f", {state}") if state else ("three modules", "")
+    return f"orchestrator {__version__} ({kind}, source {source[:12]}{end})"
 
 
 def digest(data: bytes) -> str:
