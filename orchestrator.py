@@ -355,10 +355,13 @@ def _is_plain(value: object) -> bool:
     return isinstance(value, str) and "\0" not in value  # a program's arguments end at a NUL
 
 
+def _is_word(value: object) -> bool:
+    return _is_plain(value) and bool(str(value).strip())
+
+
 def _is_argv(value: object) -> bool:
     """A command is a list of words, and runs without a shell."""
-    words = value if isinstance(value, list) else []
-    return all(map(_is_plain, words)) and bool(words) and bool(words[0].strip())
+    return isinstance(value, list) and all(map(_is_plain, value)) and any(map(_is_word, value[:1]))
 
 
 def _is_environment(value: object) -> bool:
@@ -369,19 +372,16 @@ def _is_environment(value: object) -> bool:
 
 
 def _is_below_root(value: object) -> bool:
-    path = str(value)
-    return _WORD.fits(value) and not path.startswith("/") and ".." not in path.split("/")
+    return _is_word(value) and not re.search(r"^/|(?:^|/)\.\.(?:/|$)", str(value))
 
 
 _COUNT = whole_number(0, MAX_NUMBER)
 _PLACES = whole_number(1, MAX_NUMBER)
 _AMOUNT = number_within(0, MAX_NUMBER)
 _PLAIN = TEXT._replace(fits=_is_plain)
-_WORD = Kind("text", lambda value: _is_plain(value) and bool(str(value).strip()))
-_WORDS = list_of(_WORD, 'a list of texts such as ["a", "b"]')
-_PATTERNS = list_of(
-    Kind("", _is_below_root), 'a list of paths below the project root such as ["docs/"]'
-)
+_WORDS = list_of(Kind("", _is_word), 'a list of texts such as ["a", "b"]')
+_PATHS = 'a list of paths below the project root such as ["docs/"]'
+_PATTERNS = list_of(Kind("", _is_below_root), _PATHS)
 _ARGV = Kind('a command such as ["make", "test"]', _is_argv)
 _ARGVS = list_of(_ARGV, 'a list of commands such as [["make", "test"]]')
 _ENVIRONMENT = Kind('names with texts such as { CI = "1" }', _is_environment)
@@ -402,19 +402,20 @@ class ConfigKey(NamedTuple):
     example: str  # a value to show where the default cannot be written, or says too little
     name: str  # as the file spells it, if the record does not
 
-    @property
-    def remark(self) -> str:
-        """The words there are, and the meaning."""
-        return ": ".join(filter(None, (", ".join(self.kind.words), self.meaning)))
+    def line(self, field: str, value: object) -> str:
+        """The key as a line of TOML, with what there is to choose from, and the meaning."""
+        import json
+
+        words, told = ", ".join(self.kind.words), self.example or json.dumps(value)
+        remark = ": ".join(filter(None, (words, self.meaning)))
+        return f"{self.name or field} = {told}" + (f"  # {remark}" if remark else "")
 
 
 CONFIG_KEYS: dict[str, dict[str, ConfigKey]] = {}  # by table of the file, then by field
 Record = TypeVar("Record", bound=type)
 
 
-def row(
-    kind: Kind, default: object, meaning: str = "", *, example: str = "", name: str = ""
-) -> Any:
+def row(kind: Kind, default: object, meaning: str = "", example: str = "", name: str = "") -> Any:
     """A row, which stands where its field's default would."""
     return ConfigKey(kind, default, meaning, example, name)
 
@@ -449,18 +450,14 @@ class Execution(NamedTuple):
     phase_timeout_minutes: float = row(_AMOUNT, 30, "one attempt of a phase")
     max_retries: int = row(_COUNT, 2, "attempts of a phase = this + 1")
     retry_delay_seconds: float = row(_AMOUNT, 5, "doubled with every attempt, at most 300")
-    circuit_breaker: int = row(
-        _PLACES, 2, "items in a row that used up their attempts: the run halts"
-    )
+    circuit_breaker: int = row(_PLACES, 2, "items in a row that used up their attempts: halt")
     default_phase_cap: int = row(_COUNT, 100, "phases per run, unless --cap says otherwise")
-    max_run_minutes: float | None = row(
-        _AMOUNT, None, "the run halts after the phases then at work", example="240"
-    )
-    max_cost_usd: float | None = row(_AMOUNT, None, "the same, in dollars", example="20")
+    max_run_minutes: float | None = row(_AMOUNT, None, "then nothing more is started", "240")
+    max_cost_usd: float | None = row(_AMOUNT, None, "the same, in dollars", "20")
     max_wip: int = row(_PLACES, 1, "items in progress at a time")
     max_concurrent: int = row(_PLACES, 1, "agents at a time; a destructive phase always runs alone")
     idle_timeout_minutes: float | None = row(  # None: see `idle_timeout_s`
-        _AMOUNT, None, "no output = timeout; 0 = off, as for CLIs that tell nothing", example="15"
+        _AMOUNT, None, "no output = timeout; 0 = off, as for CLIs that tell nothing", "15"
     )
     kill_grace_seconds: float = row(_AMOUNT, 5, "from TERM to KILL, when an agent is ended")
     hook_timeout_seconds: float = row(
@@ -476,15 +473,12 @@ class AgentSettings(NamedTuple):
     """The CLI that runs the phases."""
 
     cli: str = row(choice(*AGENT_CLIS), "claude")
-    model: str | None = row(_MODEL, None, "as the CLI calls it", example='"opus"')
+    model: str | None = row(_MODEL, None, "as the CLI calls it", '"opus"')
     command: tuple[str, ...] = row(
-        _ARGV,
-        (),
-        'for cli = "command"',
-        example='["my-agent", "{prompt_file}", "{result_path}"]',
+        _ARGV, (), 'for cli = "command"', '["my-agent", "{prompt_file}", "{result_path}"]'
     )
-    args: tuple[str, ...] = row(_WORDS, (), "more arguments for the CLI", example='["--verbose"]')
-    env: Mapping[str, str] = row(_ENVIRONMENT, {}, "variables for the CLI", example='{ CI = "1" }')
+    args: tuple[str, ...] = row(_WORDS, (), "more arguments for the CLI", '["--verbose"]')
+    env: Mapping[str, str] = row(_ENVIRONMENT, {}, "variables for the CLI", '{ CI = "1" }')
 
 
 @config_table("notify")
@@ -492,10 +486,7 @@ class Notify(NamedTuple):
     """Who is told of a halt."""
 
     command: tuple[str, ...] = row(
-        _ARGV,
-        (),
-        "run at every halt, JSON summary on stdin",
-        example='["notify-send", "orchestrator"]',
+        _ARGV, (), "run at every halt, JSON summary on stdin", '["notify-send", "orchestrator"]'
     )
 
 
@@ -505,32 +496,24 @@ class Phase(NamedTuple):
 
     name: str
     destructive: bool = row(
-        FLAG,
-        False,
-        "modifies code, runs alone, is committed at once",
-        example="true",
-        name="is_destructive",
+        FLAG, False, "modifies code, runs alone, is committed at once", "true", "is_destructive"
     )
     workflows: tuple[str, ...] = row(
-        _WORDS, (), "files to follow, not the built-in instructions", example='["docs/build.md"]'
+        _WORDS, (), "files to follow, not the built-in instructions", '["docs/build.md"]'
     )
-    agent: str | None = row(choice(*AGENT_CLIS), None, example='"codex"')
-    model: str | None = row(_MODEL, None, "for this phase", example='"opus"')
-    timeout_minutes: float | None = row(
-        _AMOUNT, None, "instead of phase_timeout_minutes", example="90"
-    )
+    agent: str | None = row(choice(*AGENT_CLIS), None, "", '"codex"')
+    model: str | None = row(_MODEL, None, "for this phase", '"opus"')
+    timeout_minutes: float | None = row(_AMOUNT, None, "instead of phase_timeout_minutes", "90")
     run: tuple[str, ...] = row(
-        _ARGV, (), "this command does the phase, no agent", example='["make", "docs"]'
+        _ARGV, (), "this command does the phase, no agent", '["make", "docs"]'
     )
     verify: tuple[tuple[str, ...], ...] = row(
-        _ARGVS, (), "must pass after the agent says it is done", example='[["make", "test"]]'
+        _ARGVS, (), "must pass after the agent says it is done", '[["make", "test"]]'
     )
     outputs: tuple[str, ...] = row(
-        _PATTERNS, (), "what a phase that is not destructive may commit", example='["docs/"]'
+        _PATTERNS, (), "what a phase that is not destructive may commit", '["docs/"]'
     )
-    allow_empty: bool = row(
-        FLAG, False, "a destructive phase may end without any change", example="true"
-    )
+    allow_empty: bool = row(FLAG, False, "a destructive phase may end without any change", "true")
 
 
 class Pipeline(NamedTuple):
@@ -562,6 +545,16 @@ class Config(NamedTuple):
 
 
 TRIAGE_PHASE = Phase(TRIAGE, outputs=DOCUMENT_OUTPUTS)  # has no agent and no limits of its own
+BUILT_IN_PIPELINE = Pipeline(
+    DEFAULT_PIPELINE,
+    (Phase("research", outputs=DOCUMENT_OUTPUTS),),
+    (
+        Phase("prd", outputs=DOCUMENT_OUTPUTS),
+        Phase("design", outputs=DOCUMENT_OUTPUTS),
+        Phase("build", destructive=True),
+        Phase("review", outputs=DOCUMENT_OUTPUTS),
+    ),
+)
 
 
 # ---- Reading -------------------------------------------------------------------------------------
@@ -573,20 +566,32 @@ def parse_config(data: bytes, source: str, base: Path) -> Config:
     `source` names the file in messages; `base` is the folder against which the backlog and workflow
     files are resolved. Raises ConfigError, which lists everything that is wrong.
     """
+    import tomllib
+
+    try:
+        tables = tomllib.loads(data.decode("utf-8-sig"))  # editors on Windows put a BOM in front
+    except UnicodeDecodeError as error:
+        trouble = f"it is not UTF-8 text (byte {error.start + 1}). Save it as UTF-8."
+        raise ConfigError(f"Failed to parse {source}: {trouble}") from None
+    except (ValueError, RecursionError) as error:  # also numbers of thousands of digits
+        raise ConfigError(f"Failed to parse {source}: {error}. Correct the TOML.") from None
     problems: list[str] = []
-    top = Fields(_parse_toml(data, source), "", problems)
-    config = Config(
-        **_read_table("project", top.table("project")),
-        guardrails=Guardrails(**_read_table("guardrails", top.table("guardrails"))),
-        execution=Execution(**_read_table("execution", top.table("execution"))),
-        agent=AgentSettings(**_read_table("agent", top.table("agent"))),
-        notify=Notify(**_read_table("notify", top.table("notify"))),
-        pipelines=_read_pipelines(top.table("pipelines")),
-        base=base,
-        source=source,
-    )
+    top = Fields(tables, "", problems)
+    records = {"guardrails": Guardrails, "execution": Execution, "agent": AgentSettings}
+    records["notify"] = Notify
+    read = _read_table("project", top.table("project"))
+    read |= {name: one(**_read_table(name, top.table(name))) for name, one in records.items()}
+    listed = top.table("pipelines")
+    pipelines = {name: _read_pipeline(name, listed.table(name)) for name in listed.values}
+    pipelines = pipelines or {DEFAULT_PIPELINE: BUILT_IN_PIPELINE}
+    config = Config(**read, pipelines=pipelines, base=base, source=source)
     top.close()
-    problems += _missing_command(config)
+    wanted = ["agent.cli"] if config.agent.cli == "command" else []
+    for pipeline in pipelines.values():
+        where = f"pipelines.{pipeline.name}: the phase"
+        wanted += [f"{where} {one.name}" for one in pipeline.all_phases if one.agent == "command"]
+    if wanted and not config.agent.command:
+        problems.append(f"agent.command is missing, but {wanted[0]} asks for it: give the command")
     if problems:
         lines = "".join(f"\n  - {problem}" for problem in problems)
         raise ConfigError(f"{source}: validation failed, correct this:{lines}")
@@ -598,40 +603,12 @@ def default_config(base: Path) -> Config:
     return parse_config(b"", "built-in defaults", base)
 
 
-def _parse_toml(data: bytes, source: str) -> dict[str, object]:
-    import tomllib
-
-    try:
-        return tomllib.loads(data.decode("utf-8-sig"))  # editors on Windows put a BOM in front
-    except UnicodeDecodeError as error:
-        trouble = f"it is not UTF-8 text (byte {error.start + 1}). Save it as UTF-8."
-    except ValueError as error:  # TOMLDecodeError, or a number with thousands of digits
-        trouble = f"{error}. Correct the TOML there."
-    except RecursionError:
-        trouble = "it is nested too deeply. Correct the TOML."
-    raise ConfigError(f"Failed to parse {source}: {trouble}")
-
-
 def _read_table(name: str, table: Fields) -> dict[str, Any]:
     """The values of a table's keys, by field."""
     keys = CONFIG_KEYS[name].items()
     read = {field: table.get(key.name or field, key.kind, key.default) for field, key in keys}
     table.close()
     return read
-
-
-def _read_pipelines(table: Fields) -> dict[str, Pipeline]:
-    """The pipelines as configured; the built-in one stands in when there is none at all."""
-    pipelines = {name: _read_pipeline(name, table.table(name)) for name in table.values}
-    return pipelines or {DEFAULT_PIPELINE: _built_in_pipeline()}
-
-
-def _built_in_pipeline() -> Pipeline:
-    research, prd, design, review = (
-        Phase(name, outputs=DOCUMENT_OUTPUTS) for name in ("research", "prd", "design", "review")
-    )
-    build = Phase("build", destructive=True)
-    return Pipeline(DEFAULT_PIPELINE, (research,), (prd, design, build, review))
 
 
 def _read_pipeline(name: str, table: Fields) -> Pipeline:
@@ -652,36 +629,22 @@ def _read_pipeline(name: str, table: Fields) -> Pipeline:
 
 
 def _read_phase(table: Fields) -> Phase:
-    name = table.get("name", _NAME, "")
-    if "name" not in table.values:
+    name, given = table.get("name", _NAME, ""), table.values.keys()
+    if "name" not in given:
         table.complain("name", "is missing: every phase needs one")
     elif name == TRIAGE:
         table.complain("name", f"must not be {TRIAGE}: the name is reserved for rating new items")
     alias = table.get("destructive", FLAG, False)
-    if {"is_destructive", "destructive"} <= table.values.keys():
+    if {"is_destructive", "destructive"} <= given:
         table.complain("destructive", "is another name for is_destructive: keep one of the two")
     phase = Phase(name, **_read_table("phase", table))
     phase = phase._replace(destructive=phase.destructive or alias)
     if phase.run and (phase.workflows or phase.agent or phase.model):
         table.complain("run", "replaces the agent: remove workflows, agent and model, or this")
-    if "outputs" not in table.values and not phase.destructive:
-        return phase._replace(outputs=DOCUMENT_OUTPUTS)
-    if "outputs" in table.values and phase.destructive:
+    if "outputs" in given and phase.destructive:
         table.complain("outputs", "means nothing for a destructive phase: remove it")
-    return phase
-
-
-def _missing_command(config: Config) -> list[str]:
-    wanted = ["agent.cli"] if config.agent.cli == "command" else []
-    wanted += [
-        f"pipelines.{pipeline.name}: the phase {phase.name}"
-        for pipeline in config.pipelines.values()
-        for phase in pipeline.all_phases
-        if phase.agent == "command"
-    ]
-    if not wanted or config.agent.command:
-        return []
-    return [f"agent.command is missing, but {wanted[0]} asks for it: give the command"]
+    usual = "outputs" not in given and not phase.destructive
+    return phase._replace(outputs=DOCUMENT_OUTPUTS) if usual else phase
 
 
 # ---- What the config says about an item or a phase -----------------------------------------------
@@ -780,64 +743,40 @@ def preflight_items(config: Config, backlog: Backlog) -> list[Problem]:
     An unknown pipeline, a missing phase and dependencies on finished items are no problems here:
     `repair_items` sees to them.
     """
-    problems: list[Problem] = []
+    found: list[tuple[str, str]] = []
     issued = IssuedIds(config.prefix, backlog)
     for item in backlog.items.values():
         if item["status"] in ("scoping", "in_progress"):
-            problems += _phase_problems(config, item)
-        problems += _dangling_dependencies(config, backlog, issued, item)
-    return problems + [
-        Problem(
-            f"{config.backlog_path}: Circular dependency: {' → '.join(cycle)}",
-            "Remove one of these dependencies: none of the items can ever start.",
-        )
-        for cycle in dependency_cycles(backlog.items)
-    ]
+            found += _phase_problem(config, item)
+        for need in item.get("dependencies", ()):
+            if need not in backlog.items and need not in issued:  # never handed out: a slip
+                what = f"depends on {need}, which does not exist{did_you_mean(need, backlog.items)}"
+                remedy = f"Correct the id, or remove it from the dependencies of {item['id']}."
+                found.append((f"{item['id']} {what}", remedy))
+    remedy = "Remove one of these dependencies: none of the items can ever start."
+    for cycle in dependency_cycles(backlog.items):
+        found.append((f"Circular dependency: {' → '.join(cycle)}", remedy))
+    return [Problem(f"{config.backlog_path}: {what}", remedy) for what, remedy in found]
 
 
-def _phase_problems(config: Config, item: Item) -> list[Problem]:
-    """The phase and pool of an item in work."""
+def _phase_problem(config: Config, item: Item) -> list[tuple[str, str]]:
+    """What is wrong with the phase or pool of an item in work, and the remedy."""
     pipeline, name = pipeline_of(config, item), item.get("phase")
     if pipeline is None or not name:
         return []
-    where = f"{config.backlog_path}: {item['id']} ({item['status']})"
-    places = phase_places(pipeline)
-    if name in places:
-        return _pool_problems(where, item, places[name].pool)
-    return [
-        Problem(
-            f"{where} is in the unknown phase {name!r}{did_you_mean(name, places)}",
-            f"Set phase to one of {', '.join(places)}, or add it to pipelines.{pipeline.name}.",
-        )
-    ]
-
-
-def _pool_problems(where: str, item: Item, listed: Literal["pre", "main"]) -> list[Problem]:
-    """Pre-phases run while scoping, main phases while in progress."""
-    phase = f"{item['phase']} is a {listed} phase"
-    pool = item.get("phase_pool", listed)
+    who, places = f"{item['id']} ({item['status']})", phase_places(pipeline)
+    if name not in places:
+        known = f"Set phase to one of {', '.join(places)}, or add it to pipelines.{pipeline.name}."
+        return [(f"{who} is in the unknown phase {name!r}{did_you_mean(name, places)}", known)]
+    listed = places[name].pool
+    pool, phase = item.get("phase_pool", listed), f"{name} is a {listed} phase"
     if pool != listed:
-        return [Problem(f"{where}: phase_pool is {pool}, but {phase}", f"Set it to {listed}.")]
+        return [(f"{who}: phase_pool is {pool}, but {phase}", f"Set it to {listed}.")]
     status = "scoping" if listed == "pre" else "in_progress"
     if item["status"] != status:
         remedy = f"Set status to {status}, or choose another phase."
-        return [Problem(f"{where}: {phase}, which does not run in this status", remedy)]
+        return [(f"{who}: {phase}, which does not run in this status", remedy)]
     return []
-
-
-def _dangling_dependencies(
-    config: Config, backlog: Backlog, issued: IssuedIds, item: Item
-) -> list[Problem]:
-    """Ids that were never handed out are typing errors; those of finished items are fine."""
-    return [
-        Problem(
-            f"{config.backlog_path}: {item['id']} depends on {missing}, which does not exist"
-            f"{did_you_mean(missing, backlog.items)}",
-            f"Correct the id, or remove it from the dependencies of {item['id']}.",
-        )
-        for missing in item.get("dependencies", ())
-        if missing not in backlog.items and missing not in issued
-    ]
 
 
 # ---- The file that `init` writes -----------------------------------------------------------------
@@ -861,40 +800,27 @@ phases = [
 
 def config_template(prefix: str, agent: str) -> str:
     """The text of a new orchestrator.toml: the defaults, explained, with this prefix and agent."""
-    chosen = {"prefix": prefix, "cli": agent}
-    needed = ("agent", "command") if agent == "command" else None  # refused without one
-    tables = ""
+
+    def rows(phases: Iterable[Phase]) -> str:
+        more = {False: "", True: ", is_destructive = true"}
+        return "\n".join(f'  {{ name = "{one.name}"{more[one.destructive]} }},' for one in phases)
+
+    chosen, tables = {"prefix": prefix, "cli": agent}, ""
     for table in ("project", "guardrails", "execution", "agent", "notify"):
         tables += f"\n[{table}]\n"
         for field, key in CONFIG_KEYS[table].items():
-            line = _template_line(field, key, chosen.get(field, key.default))
-            tables += line.removeprefix("# ") if (table, field) == needed else line
-    phase_keys = [
-        f"#   {key.name or field} = {key.example}".ljust(38) + key.remark
-        for field, key in CONFIG_KEYS["phase"].items()
-    ]
-    pipeline = _built_in_pipeline()
+            # What is only an example is a remark; but `command` is refused without one.
+            needed = (table, field, agent) == ("agent", "command", "command")
+            mark = "# " if key.example and not needed else ""
+            tables += f"{mark}{key.line(field, chosen.get(field, key.default))}\n"
+    pipeline, keys = BUILT_IN_PIPELINE, CONFIG_KEYS["phase"].items()
     return _TEMPLATE.format(
         tables=tables,
-        phase_keys="\n".join(phase_keys),
+        phase_keys="\n".join(f"#   {key.line(field, key.default)}" for field, key in keys),
         name=pipeline.name,
-        pre_phases="\n".join(map(_template_phase, pipeline.pre_phases)),
-        phases="\n".join(map(_template_phase, pipeline.phases)),
+        pre_phases=rows(pipeline.pre_phases),
+        phases=rows(pipeline.phases),
     )
-
-
-def _template_line(field: str, key: ConfigKey, value: object) -> str:
-    import json
-
-    remark = f"  # {key.remark}" if key.remark else ""
-    if key.example:
-        return f"# {field} = {key.example}{remark}\n"
-    return f"{field} = {json.dumps(value, ensure_ascii=False)}{remark}\n"  # valid TOML, too
-
-
-def _template_phase(phase: Phase) -> str:
-    destructive = ", is_destructive = true" if phase.destructive else ""
-    return f'  {{ name = "{phase.name}"{destructive} }},'
 
 
 # ==== 4. Decisions (pure) =========================================================================
