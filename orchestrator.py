@@ -2185,95 +2185,69 @@ def render_salvage(kept: Sequence[Mapping[str, object]], width: int) -> list[str
 
 
 def plan_rows(backlog: Backlog, config: Config, options: RunOptions) -> list[dict[str, Any]]:
-    """The plan of `run --dry-run`: the phases in order, then why the other items do not move.
-
-    Played through with the run's own decisions, as if every phase succeeded and took equally long.
-    What comes after a triage is for the triage to say. Items that targets or filters leave out
-    are listed as such, done ones not at all; `triage` has no word for those that are not new.
-    """
-    draft, rows, triaged = Draft(backlog), list[dict[str, Any]](), set[str]()
-    rules, only = rules_of(config), matching(backlog, options.filters)
-
-    def add(item: Item, turn: int | None, phase: str | None, text: str, kind: str | None) -> None:
-        row = {"id": item["id"], "title": item["title"], "runs": turn is not None, "turn": turn}
-        rows.append({**row, "phase": phase, "text": text, "kind": kind})
-
-    while len(rows) < options.cap:
-        actions = actions_for(options, draft.backlog(), {}, config, only - triaged)
-        if not actions:
+    """The plan of `run --dry-run`: what a run would start first, then why the other items would
+    not; by the run's own decisions. Done items are not listed, nor with `triage` those that are not
+    new; `kind` is what a reason has in common with others."""
+    draft, rules, only = Draft(backlog), rules_of(config), matching(backlog, options.filters)
+    while True:
+        actions = actions_for(options, draft.backlog(), {}, config, only)
+        promoted = [action for action in actions if isinstance(action, Promote)]
+        if not promoted:
             break
-        turn = rows[-1]["turn"] + 1 if rows else 1
-        for action in actions:
-            if isinstance(action, Promote):
-                promote(draft, action.item_id, rules, PLAN_TIME)
-            elif len(rows) < options.cap:
-                item = draft.item(action.item_id)
-                place = phase_position(pipeline_of(config, item), action)
-                add(item, turn, action.name, place, None)
-                if action.pool == TRIAGE:
-                    triaged.add(item["id"])
-                else:
-                    result = PhaseResult(item["id"], action.name, "phase_complete", "planned")
-                    apply_result(draft, item, result, rules, PLAN_TIME)
-    ended, started = draft.backlog(), {row["id"] for row in rows}
-    wanted, used_up = options.targets or only, len(rows) >= options.cap
+        for action in promoted:
+            promote(draft, action.item_id, rules, PLAN_TIME)
+    ended, rows = draft.backlog(), []
+    tasks = {one.item_id: one for one in actions[: options.cap] if isinstance(one, Task)}
     for item in status_order(ended.items.values()):
-        listed = item["status"] == "new" if options.only_triage else item["status"] != "done"
-        if listed and item["id"] not in triaged:
-            kind, text = _idle_reason(item, ended, config, used_up)
-            if item["id"] not in wanted:
-                kind = text = "left out by --target or --only"
-            add(item, None, None, f"then {text}" if item["id"] in started else text, kind)
-    return rows
+        task, kind = tasks.get(item["id"]), None
+        if task is not None:
+            text = phase_position(pipeline_of(config, item), task)
+        elif item["status"] not in (("new",) if options.only_triage else set(STATUS_ORDER[:-1])):
+            continue
+        elif item["id"] not in (options.targets or only):
+            kind = text = "left out by --target or --only"
+        else:
+            kind, text = _idle_reason(item, ended, config, len(tasks) == options.cap)
+        row = {"id": item["id"], "title": item["title"], "runs": task is not None}
+        rows.append({**row, "phase": task and task.name, "text": text, "kind": kind})
+    return sorted(rows, key=lambda row: not row["runs"])
 
 
 def _idle_reason(item: Item, backlog: Backlog, config: Config, used_up: bool) -> tuple[str, str]:
     """Why an item does not move: what it has in common with others, and all of it."""
-    needs = waits_for(item, backlog)
+    needs, limits = waits_for(item, backlog), config.execution
     if item["status"] == "blocked":
         return "blocked, each needs you", f"blocked: {block_reason(item)}"
-    if used_up:
-        text = "later: the limit of phases for one run is used up"
-    elif needs:
+    if needs:
         return "waiting for other items", f"waits for {', '.join(needs)}"
-    elif item["status"] != "new" and pipeline_of(config, item) is None:
+    if item["status"] != "new" and pipeline_of(config, item) is None:
         text = f'its pipeline "{pipeline_name(item)}" is not in {CONFIG_NAME}'
+    elif used_up:
+        text = "later: the limit of phases for one run is used up"
     elif item["status"] == "ready":
-        text = f"ready; max_wip = {config.execution.max_wip} lets no further item start yet"
+        text = f"ready; max_wip = {limits.max_wip} lets no further item start yet"
     else:
-        most = config.execution.max_concurrent
+        most = limits.max_concurrent
         text = f"later; max_concurrent = {most}, and a phase that changes code runs alone"
     return text, text
-
-
-PLAN_COLUMNS = (
-    Column("", "turn", show="{}.".format),
-    Column("", "id"),
-    Column("", "title", 30),
-    Column("", "phases", show=" → ".join),
-)
 
 
 def render_plan(
     rows: Sequence[Mapping[str, Any]], problems: Sequence[Problem], width: int
 ) -> list[str]:
-    """`run --dry-run` for people: a line for each item that moves, and one for each reason why
-    others do not. `problems` keep a run from starting at all; see `plan_rows`."""
-    runs, idle = dict[str, dict[str, Any]](), dict[str, list[Mapping[str, Any]]]()
-    for row in rows:
-        if row["runs"]:
-            runs.setdefault(row["id"], {**row, "phases": []})["phases"].append(row["phase"])
-        else:
-            idle.setdefault(row["kind"], []).append(row)
-    lines = table(PLAN_COLUMNS, list(runs.values()), width, "  ")
-    lines = ["Would run, if every phase succeeds:", *lines] if lines else ["Nothing would start."]
+    """`run --dry-run` for people: what would start, and one line for each reason why others would
+    not. `problems` keep a run from starting at all."""
+    columns = Column("", "id"), Column("", "title", 40), Column("", "text")
+    lines = table(columns, [row for row in rows if row["runs"]], width, "  ")
+    lines = ["Would start first:", *lines] if lines else ["Nothing would start."]
     why = []
-    for kind, group in idle.items():
+    for kind in dict.fromkeys(row["kind"] for row in rows if not row["runs"]):
+        group = [row for row in rows if row["kind"] == kind]
         text = f"{kind}: {id_list([row['id'] for row in group])}"
         many = {"id": plural(len(group), "item"), "text": text}
         why.append(many if len(group) > 1 else group[0])
-    lines += ["", "Would not run:"] if why else []
-    lines += table(plain_columns("id", "text"), why, width, "  ")
+    told = table(plain_columns("id", "text"), why, width, "  ")
+    lines += ["", "Would not:", *told] if told else []
     if problems:
         lines += ["", "But a run cannot start:", *problem_lines(problems, width)]
     return [*lines, "", "Nothing was started and nothing was written."]
@@ -7115,7 +7089,7 @@ ARGUMENTS: Mapping[str, Mapping[str, Any]] = {
     },
     "--auto-advance": _flag("go on to the next target when one is blocked"),
     "--allow-dirty": _flag("start although there are uncommitted changes"),
-    "--dry-run": _flag("only say what would be done, and what not and why"),
+    "--dry-run": _flag("only say what would start first, and why the rest would not"),
     "--strict": _flag("exit with 1 when the halt commit met trouble"),
     "--json": _flag("print it as JSON on stdout"),
     "--done": _flag("the finished and closed items instead, newest first"),
@@ -7194,8 +7168,8 @@ _FORMS = {
         "title", "question", "command", "waiting": [id]}], "follow_ups": [id], COST, "spent":
         [{"item", "phase", COST}], "filters", "targets", "state_commit", "kept" (as "salvage"
         elsewhere), "warnings": [text], "counts": {STATUS: number}, "next": [{"command", "why"}]};
-        with --dry-run {"schema": 1, RUNS, "items": [{"id", "title", "runs", "turn", "phase",
-        "text", "kind" (of reason, where it does not run)}], "problems": [{"what", "remedy"}]}""",
+        with --dry-run {"schema": 1, RUNS, "items": [{"id", "title", "runs", "phase", "text", "kind"
+        (of reason, where it does not run)}], "problems": [{"what", "remedy"}]}""",
 }
 
 

@@ -706,21 +706,24 @@ def test_commands_that_only_look_write_nothing(project: Any, here: Cli, argv: li
 
 def test_dry_run_says_what_would_start_and_why_the_rest_would_not(project: Any, here: Cli) -> None:
     project.backlog("WRK-001 ready", "WRK-002 ready", "WRK-003 blocked blocked_reason=Unclear", "WRK-004 new dependencies=[WRK-001]", "WRK-005 done")
-    text = here("run", "--dry-run", "--cap", "2").out
-    assert text.splitlines()[:6] == [
-        "Would run, if every phase succeeds:",
-        "  1. WRK-001 Item WRK-001 plan → build",
+    assert here("run", "--dry-run").out.splitlines() == [
+        "Would start first:",
+        "  WRK-001 Item WRK-001 plan (1/2, main)",
         "",
-        "Would not run:",
+        "Would not:",
         "  WRK-003 blocked: Unclear",
-        "  2 items later: the limit of phases for one run is used up: WRK-002, WRK-004",
+        "  WRK-002 ready; max_wip = 1 lets no further item start yet",
+        "  WRK-004 waits for WRK-001 (in_progress)",
+        "",
+        "Nothing was started and nothing was written.",
     ]
-    assert text.endswith("\nNothing was started and nothing was written.\n")
-    got = json.loads(here("run", "--dry-run", "--cap", "2", "--json").out)
+    got = json.loads(here("run", "--dry-run", "--json").out)
     assert got["schema"] == 1
     assert [(row["id"], row["phase"]) for row in got["items"]] == [
-        ("WRK-001", "plan"), ("WRK-001", "build"), ("WRK-003", None), ("WRK-002", None), ("WRK-004", None),
+        ("WRK-001", "plan"), ("WRK-003", None), ("WRK-002", None), ("WRK-004", None),
     ]
+    got = json.loads(here("triage", "--dry-run", "--json").out)
+    assert [row["id"] for row in got["items"] if row["runs"]] == []
 
 
 def test_dry_run_says_what_keeps_a_run_from_starting(project: Any, here: Cli) -> None:
@@ -732,7 +735,7 @@ def test_dry_run_says_what_keeps_a_run_from_starting(project: Any, here: Cli) ->
         "\nBut a run cannot start:\n- the work tree has uncommitted changes: README.md\n"
         "  Commit them, or run with --allow-dirty, or set them aside: git stash push --include-untracked -- :/README.md\n\nNothing was started and nothing was written.\n"
     )
-    assert text.startswith("Would run, if every phase succeeds:\n  1. WRK-001 ")
+    assert text.startswith("Would start first:\n  WRK-001 ")
     problem, = json.loads(here("run", "--dry-run", "--json").out)["problems"]
     assert problem["what"] == "the work tree has uncommitted changes: README.md"
     assert "cannot start" not in here("run", "--dry-run", "--allow-dirty").out

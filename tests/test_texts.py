@@ -599,93 +599,65 @@ def plan_backlog() -> Backlog:
 
 def plan(backlog: Backlog, *, cap: int = 100, config: Config | None = None, **options: Any) -> list[str]:
     rows = orchestrator.plan_rows(backlog, config or make_config(), RunOptions(cap, **options))
-    return [" ".join(line.split()) for line in render_plan(rows, (), 200)]
+    *lines, blank, end = [" ".join(line.split()) for line in render_plan(rows, (), 200)]
+    assert (blank, end) == ("", "Nothing was started and nothing was written.")
+    return lines
 
 
-def test_the_plan_gives_the_phases_in_order_and_why_the_rest_does_not_run() -> None:
-    assert plan(plan_backlog()) == [
-        "Would run, if every phase succeeds:",
-        "1. WRK-001 Title of WRK-001 prd → design → build → review",
-        "5. WRK-005 Title of WRK-005 triage",
-        "6. WRK-002 Title of WRK-002 prd → design → build → review",
-        "",
-        "Would not run:",
-        "WRK-003 blocked: Which size?",
-        'WRK-006 its pipeline "odd" is not in orchestrator.toml',
-        "WRK-004 waits for WRK-003 (blocked)",
-        "",
-        "Nothing was started and nothing was written.",
-    ]
+LEFT_OUT = "items left out by --target or --only:"
 
 
-def test_the_plan_of_sixty_items_fits_a_screen() -> None:
-    """One line for each reason says how many wait."""
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({}, [
+            "Would start first:", "WRK-001 Title of WRK-001 prd (1/4, main)", "", "Would not:", "WRK-003 blocked: Which size?",
+            "WRK-002 ready; max_wip = 1 lets no further item start yet", 'WRK-006 its pipeline "odd" is not in orchestrator.toml',
+            "WRK-004 waits for WRK-003 (blocked)", "WRK-005 later; max_concurrent = 1, and a phase that changes code runs alone",
+        ]),
+        ({"cap": 0}, [
+            "Nothing would start.", "", "Would not:", "3 items later: the limit of phases for one run is used up: WRK-001, WRK-002, WRK-005",
+            "WRK-003 blocked: Which size?", 'WRK-006 its pipeline "odd" is not in orchestrator.toml', "WRK-004 waits for WRK-003 (blocked)",
+        ]),
+        ({"targets": ("WRK-007", "WRK-005")}, [
+            "Would start first:", "WRK-005 Title of WRK-005 triage", "", "Would not:",
+            f"5 {LEFT_OUT} WRK-001, WRK-003, WRK-002, WRK-006, WRK-004",
+        ]),
+        ({"targets": ("WRK-003", "WRK-005")}, [
+            "Nothing would start.", "", "Would not:", f"4 {LEFT_OUT} WRK-001, WRK-002, WRK-006, WRK-004", "WRK-003 blocked: Which size?",
+            "WRK-005 later; max_concurrent = 1, and a phase that changes code runs alone",
+        ]),
+        ({"targets": ("WRK-003", "WRK-005"), "auto_advance": True}, [
+            "Would start first:", "WRK-005 Title of WRK-005 triage", "", "Would not:", f"4 {LEFT_OUT} WRK-001, WRK-002, WRK-006, WRK-004",
+            "WRK-003 blocked: Which size?",
+        ]),
+        ({"filters": [parse_filter("status=new")]}, [
+            "Would start first:", "WRK-005 Title of WRK-005 triage", "", "Would not:", f"4 {LEFT_OUT} WRK-001, WRK-003, WRK-002, WRK-006",
+            "WRK-004 waits for WRK-003 (blocked)",
+        ]),
+        ({"only_triage": True}, [
+            "Would start first:", "WRK-005 Title of WRK-005 triage", "", "Would not:", "WRK-004 waits for WRK-003 (blocked)",
+        ]),
+    ],
+    ids=["all", "no phases", "targets", "blocked target", "auto-advance", "d21 filter", "triage"],
+)  # fmt: skip
+def test_the_plan_says_what_would_start_first_and_why_the_rest_would_not(options: dict[str, Any], told: list[str]) -> None:
+    assert plan(plan_backlog(), **options) == told
+
+
+def test_the_plan_of_sixty_items_fits_a_screen_and_foresees_the_guardrails() -> None:
     new = [make_item(f"WRK-{n:03}", "ready") for n in range(1, 41)]
     waiting = [make_item(f"WRK-{n:03}", "new", dependencies=["WRK-061"]) for n in range(41, 61)]
-    asking = make_item("WRK-061", "blocked", blocked_reason="Which?")
-    text = plan(make_backlog(*new, *waiting, asking), cap=8)
-    assert len(text) < 10
-    assert text[4:] == [
-        "Would not run:",
-        "WRK-061 blocked: Which?",
-        "58 items later: the limit of phases for one run is used up: WRK-003, WRK-004, WRK-005, WRK-006, WRK-007,"
-        " WRK-008, WRK-009, WRK-010 and 50 more",
-        "",
-        "Nothing was started and nothing was written.",
-    ]
-
-
-def test_the_plan_lets_an_item_run_once_what_it_waits_for_is_done() -> None:
-    backlog = make_backlog(make_item("WRK-001", "new", dependencies=["WRK-002"]), make_item("WRK-002", "ready"))
-    assert plan(backlog)[1:3] == ["1. WRK-002 Title of WRK-002 prd → design → build → review", "5. WRK-001 Title of WRK-001 triage"]
-
-
-def test_phases_of_one_turn_have_one_number() -> None:
+    items = make_backlog(make_item("WRK-061", "ready", risk="high", impact="high"), *new, *waiting)
     config = make_config()
-    config = config._replace(execution=config.execution._replace(max_concurrent=2))
-    both = plan(make_backlog(make_item("WRK-001", "new"), make_item("WRK-002", "new")), config=config)
-    assert both[1:3] == ["1. WRK-001 Title of WRK-001 triage", "1. WRK-002 Title of WRK-002 triage"]
-
-
-def test_the_plan_ends_with_the_cap_and_foresees_the_guardrails() -> None:
-    risky = make_item("WRK-002", "ready", risk="high")
-    text = plan(make_backlog(make_item("WRK-001", "in_progress", phase="prd"), risky), cap=2)
-    assert text[:2] == ["Would run, if every phase succeeds:", "1. WRK-001 Title of WRK-001 prd → design"]
-    assert text[4] == "2 items later: the limit of phases for one run is used up: WRK-001, WRK-002"
-    (line,) = [line for line in plan(make_backlog(risky)) if line.startswith("WRK-002")]
-    assert line.startswith("WRK-002 blocked: the guardrails are exceeded by risk high (limit low)")
-    assert plan(make_backlog(risky), cap=0)[0] == "Nothing would start."
-
-
-def test_the_plan_of_targets_takes_them_in_order() -> None:
-    text = plan(plan_backlog(), targets=("WRK-007", "WRK-001", "WRK-005"))
-    assert text[1:3] == ["1. WRK-001 Title of WRK-001 prd → design → build → review", "5. WRK-005 Title of WRK-005 triage"]
-    assert any("left out by --target or --only" in line and "WRK-002" in line for line in text)
-
-
-def test_the_plan_of_a_blocked_target() -> None:
-    targets = ("WRK-003", "WRK-005")
-    assert plan(plan_backlog(), targets=targets)[0] == "Nothing would start."
-    assert plan(plan_backlog(), targets=targets, auto_advance=True)[1] == "1. WRK-005 Title of WRK-005 triage"
-    assert plan(plan_backlog(), targets=("WRK-007",))[0] == "Nothing would start."
-
-
-def test_d21_the_plan_of_a_filter_still_judges_dependencies_on_the_whole_backlog() -> None:
-    text = plan(plan_backlog(), filters=[parse_filter("status=new")])
-    assert text[:2] == ["Would run, if every phase succeeds:", "1. WRK-005 Title of WRK-005 triage"]
-    assert "WRK-004 waits for WRK-003 (blocked)" in text
-    assert any("left out by --target or --only" in line and "WRK-001" in line for line in text)
-
-
-def test_the_plan_for_machines() -> None:
-    rows = orchestrator.plan_rows(make_backlog(make_item("WRK-001", "ready"), make_item("WRK-002", "blocked")), make_config(), RunOptions(1))
-    capped = "later: the limit of phases for one run is used up"
-    assert [tuple(row.values()) for row in rows] == [
-        ("WRK-001", "Title of WRK-001", True, 1, "prd", "prd (1/4, main)", None),
-        ("WRK-001", "Title of WRK-001", False, None, None, f"then {capped}", capped),
-        ("WRK-002", "Title of WRK-002", False, None, None, "blocked: no reason recorded", "blocked, each needs you"),
+    config = config._replace(execution=config.execution._replace(max_concurrent=2, max_wip=2))
+    assert plan(items, config=config) == [
+        "Would start first:", "WRK-001 Title of WRK-001 prd (1/4, main)", "WRK-002 Title of WRK-002 prd (1/4, main)", "", "Would not:",
+        "WRK-061 blocked: the guardrails are exceeded by risk high (limit low); a human has to accept it",
+        "38 items ready; max_wip = 2 lets no further item start yet: WRK-003, WRK-004, WRK-005, WRK-006, WRK-007, WRK-008, WRK-009,"
+        " WRK-010 and 30 more",
+        "20 items waiting for other items: WRK-041, WRK-042, WRK-043, WRK-044, WRK-045, WRK-046, WRK-047, WRK-048 and 12 more",
     ]
-    assert list(rows[0]) == ["id", "title", "runs", "turn", "phase", "text", "kind"]
 
 
 # -- the graph -------------------------------------------------------------------------------------
