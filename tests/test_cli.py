@@ -349,10 +349,16 @@ REFUSED: list[tuple[str, list[str], int, str]] = [
     ("in_progress phase=plan", ["advance", "WRK-001", "--to", "nope"], 1, "WRK-001: no main phase nope; there are plan, build"),
     ("new", ["advance", "WRK-001"], 1, "WRK-001: it is new; only items in_progress advance"),
     ("in_progress phase=plan pipeline_type=gone", ["advance", "WRK-001"], 1, "WRK-001: pipeline gone is not in the config"),
-    ("new", ["advance", "WRK-002"], 2, 'WRK-002: there is no such item (did you mean "WRK-001"?)'),
+    ("new", ["complete", "WRK-01"], 2, 'WRK-01: there is no such item (did you mean "WRK-001"?)'),
+    ("new", ["close", "WRK-001", "--reason", " "], 2, "--reason is blank; say why the item is not wanted any more"),
+    ("blocked blocked_reason=Why", ["step", "WRK-001"], 1, "WRK-001 is blocked: Why. First: "),
+    ("new dependencies=[WRK-002]", ["step", "WRK-001"], 1, "WRK-001 waits for WRK-002 (new)"),
+    ("done", ["step", "WRK-001"], 1, "WRK-001 is done: there is no phase left to run"),
     ("new", ["unblock", "WRK-001"], 1, "WRK-001: it is not blocked, but new"),
     ("new", ["show", "WRK-01"], 2, 'WRK-01: there is no such item (did you mean "WRK-001"?)'),
     ("new", ["edit", "WRK-001"], 2, "nothing to change; see "),
+    ("new", ["edit", "WRK-001", "--title", " "], 2, "the title is empty"),
+    ("new", ["edit", "WRK-001", "--depends-on", "WRK-009"], 2, "WRK-009: there is no such item"),
     ("new", ["edit", "WRK-001", "--depends-on", "WRK-001"], 2, "--depends-on: WRK-001 → WRK-001 could never start"),
     ("new", ["run", "--target", "WRK-01"], 2, 'WRK-01: there is no such item (did you mean "WRK-001"?)'),
     ("new", ["triage", "--target", "WRK-001", "--target", "WRK-001"], 2, "--target names WRK-001 more than once"),
@@ -368,7 +374,7 @@ REFUSED: list[tuple[str, list[str], int, str]] = [
 def test_what_makes_no_sense_is_refused_in_one_line_and_changes_nothing(
     project: Any, here: Cli, row: str, argv: list[str], code: int, says: str
 ) -> None:
-    project.backlog(f"WRK-001 {row}")
+    project.backlog(f"WRK-001 {row}", "WRK-002 new")
     before = photograph(project.root)
     done = here(*argv, code=code)
     assert (done.out, done.err.count("\n")) == ("", 1)

@@ -151,19 +151,6 @@ def test_no_name_means_two_things_in_one_file() -> None:
     assert clashes(SOURCES) == []
 
 
-@pytest.mark.parametrize(
-    "more",
-    [
-        "def one():\n    pass\n", "one = 1\n", "if True:\n    a, (*b, one) = []\n", "class sleep:\n    pass\n", "from asyncio import sleep\n",
-        "def open():\n    pass\n", "import gitutil\n", "def two():\n    from gitutil import one\n", "from gitutil import one as two\n", "from gitutil import *\n",
-    ],
-)  # fmt: skip
-def test_a_clash_is_found(more: str) -> None:
-    small = {"gitutil": "from time import sleep\ndef one(): pass\n", "backlog": "def three(one, sleep): return [one for one in sleep]\n"}
-    assert clashes(small) == []
-    assert clashes({**small, "backlog": more})
-
-
 # ---- The command ---------------------------------------------------------------------------------
 
 
@@ -196,12 +183,6 @@ def test_the_agents_of_its_demo_are_the_single_file_itself(single: ModuleType) -
 def test_the_command_that_these_tests_start_is_the_one_that_was_asked_for(project: Any, pytestconfig: pytest.Config) -> None:
     said = project.run("--version").stdout
     assert ("single file" if pytestconfig.getoption("vendored") else "three modules") in said
-
-
-def test_version_of_the_modules_names_their_digest(capsys: pytest.CaptureFixture[str]) -> None:
-    assert orchestrator.main(["--version"]) == 0
-    source = digest_of(build_single_file(SOURCES))[:12]
-    assert capsys.readouterr().out == f"orchestrator {orchestrator.__version__} (three modules, source {source})\n"
 
 
 def test_version_from_an_archive(tmp_path: Path) -> None:
