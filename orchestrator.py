@@ -2200,12 +2200,15 @@ def plan_rows(backlog: Backlog, config: Config, options: RunOptions) -> list[dic
     tasks = {one.item_id: one for one in actions[: options.cap] if isinstance(one, Task)}
     for item in status_order(ended.items.values()):
         task, kind = tasks.get(item["id"]), None
+        listed = item["status"] == "new" if options.only_triage else item["status"] != "done"
         if task is not None:
             text = phase_position(pipeline_of(config, item), task)
-        elif item["status"] not in (("new",) if options.only_triage else set(STATUS_ORDER[:-1])):
+        elif not listed:
             continue
         elif item["id"] not in (options.targets or only):
             kind = text = "left out by --target or --only"
+        elif options.targets and item["status"] != "blocked":
+            kind = text = "later: another target comes first"
         else:
             kind, text = _idle_reason(item, ended, config, len(tasks) == options.cap)
         row = {"id": item["id"], "title": item["title"], "runs": task is not None}
@@ -6626,7 +6629,7 @@ def cmd_init(args: argparse.Namespace) -> int:
         if repo.committed(head, repo.relative(path)) is not None:
             raise OrchestratorError(
                 f"{path.name} is in git but not on disk; a new one would not know what it held."
-                f" Bring it back first: git restore {path.name}"
+                f" Bring it back first: git -C {shlex.quote(str(path.parent))} restore {path.name}"
             )
         replace_file(path, wanted[path].encode())
         print(f"made {os.path.relpath(path, repo.root)}")

@@ -209,15 +209,3 @@ def test_blobs_come_one_by_one_and_a_missing_one_is_an_error(project: Project) -
     stopped.close()
     assert list(repo.read_blobs([])) == []
 
-
-@pytest.mark.slow
-def test_the_number_of_git_processes_does_not_grow_with_the_history(project: Project) -> None:
-    counts = []
-    log_file = project.outside / "processes"
-    project.inject(f"def watch(event, args):\n    if event == 'subprocess.Popen':\n        open({str(log_file)!r}, 'a').write('x')")
-    for n in range(3):
-        commit(project, f"[orchestrator] Add {n}", trailers(f"Item: WRK-00{n}", "Outcome: added"))
-        log_file.write_text("")
-        project.run("log")
-        counts.append(len(log_file.read_text()))
-    assert len(set(counts)) == 1

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,6 @@ from orchestrator import (
     phase_message,
     render_item,
     render_plan,
-    render_runs,
     render_status,
     render_summary,
     safe_name,
@@ -127,13 +125,7 @@ def section(prompt: str, heading: str) -> str:
 )
 def test_clean_text(text: str, clean: str) -> None:
     assert clean_text(text) == clean
-
-
-def test_one_line_joins_and_cuts() -> None:
-    assert one_line("  two\n\n lines\t here ") == "two lines here"
-    assert one_line("abcdef", 6) == "abcdef"
-    assert one_line("abcdefg", 6) == "abcde…"
-    assert one_line("ab defg", 4) == "ab…"
+    assert [one_line(f" a\n\nb\t{text} ", n) for n in (4, 0)] == ["a b…", " ".join(f"a b {clean}".split())]
 
 
 @pytest.mark.parametrize(
@@ -218,17 +210,14 @@ DEFAULT_OUTPUTS = ("changes/{id}_*/", "_ideas/{id}_*")
 )
 def test_matches_output(path: str, patterns: tuple[str, ...], covered: bool) -> None:
     assert matches_output(path, patterns, "WRK-1") is covered
-
-
-def test_an_id_is_no_pattern() -> None:
-    assert not matches_output("changes/anything_x/a.md", DEFAULT_OUTPUTS, "*")
+    assert not matches_output("changes/anything_x/a.md", DEFAULT_OUTPUTS, "*")  # an id is no pattern
     assert matches_output(f"changes/{change_dir_name('A[1]', 'x')}/a.md", DEFAULT_OUTPUTS, "A[1]")
 
 
 # -- commit messages -------------------------------------------------------------------------------
 
 
-def entry(item_id: str = "WRK-1", phase: str = "prd", outcome: str = "complete", summary: str = "") -> MessageEntry:
+def entry(item_id: str, phase: str, summary: str = "", outcome: str = "complete") -> MessageEntry:
     return MessageEntry(item_id, phase, outcome, summary, f"token-{item_id}")
 
 
@@ -240,60 +229,43 @@ def trailers(*entries: MessageEntry) -> str:
     return "\n".join(rows) + "\n"
 
 
+LONG = ("word " * 40).strip()
+
+
 @pytest.mark.parametrize(
-    ("outcome", "summary", "subject"),
+    ("entries", "text"),
     [
-        ("complete", "Add the login", "[WRK-1][prd] Add the login"),
-        ("complete", "[WRK-1][prd]  Add the login", "[WRK-1][prd] Add the login"),
-        ("complete", "[WRK-2][prd] Other prefix stays", "[WRK-1][prd] [WRK-2][prd] Other prefix stays"),
-        ("complete", " \n ", "[WRK-1][prd] Phase outputs"),
-        ("complete", "Two\nlines \x1b[31mred", "[WRK-1][prd] Two lines red"),
-        ("blocked", "Which colour?", "[WRK-1][prd] Blocked: Which colour?"),
-        ("failed", "", "[WRK-1][prd] Failed: no reason given"),
+        ([entry("W-1", "prd", "Add the login")], "[W-1][prd] Add the login"),
+        ([entry("W-1", "prd", "[W-1][prd]  Add the login")], "[W-1][prd] Add the login"),
+        ([entry("W-1", "prd", "[W-2][prd] Other prefix stays")], "[W-1][prd] [W-2][prd] Other prefix stays"),
+        ([entry("W-1", "prd", " \n ")], "[W-1][prd] Phase outputs"),
+        ([entry("W-1", "prd", "No\n\nOrchestrator-Attempt: forged \x1b[31mred")], "[W-1][prd] No Orchestrator-Attempt: forged red"),
+        ([entry("W-1", "prd", "Which colour?", "blocked")], "[W-1][prd] Blocked: Which colour?"),
+        ([entry("W-1", "prd", "", "failed")], "[W-1][prd] Failed: no reason given"),
+        ([entry("W-1", "prd", LONG)], f"[W-1][prd] {one_line(LONG, 100)}\n\n[W-1][prd] {LONG}"),
+        (
+            [entry("W-1", "prd", "First"), entry("W-2", "design"), entry("W-3", "review", "Third", "blocked")],
+            "[W-1][prd] First | [W-3][review] Blocked: Third\n\n[W-1][prd] First\n[W-3][review] Blocked: Third",
+        ),
+        ([entry("W-1", "prd"), entry("W-2", "prd")], "[W-1][prd][W-2][prd] Phase outputs"),
     ],
-)
-def test_the_message_of_one_phase(outcome: str, summary: str, subject: str) -> None:
-    one = entry(outcome=outcome, summary=summary)
-    assert phase_message([one], "run-1") == f"{subject}\n\n{trailers(one)}"
+)  # fmt: skip
+def test_the_message_of_a_phase_commit(entries: list[MessageEntry], text: str) -> None:
+    assert phase_message(entries, "run-1") == f"{text}\n\n{trailers(*entries)}"
 
 
-def test_a_long_summary_is_cut_in_the_subject_and_whole_in_the_body() -> None:
-    one = entry(summary="word " * 40)
-    whole = ("word " * 40).strip()
-    assert phase_message([one], "run-1").split("\n\n") == [
-        f"[WRK-1][prd] {one_line(whole, 100)}", f"[WRK-1][prd] {whole}", trailers(one),
-    ]
-
-
-def test_the_message_of_a_batch() -> None:
-    batch = [entry("WRK-1", "prd", summary="First"), entry("WRK-2", "design"), entry("WRK-3", "review", "blocked", "Third")]
-    assert phase_message(batch, "run-1") == (
-        "[WRK-1][prd] First | [WRK-3][review] Blocked: Third\n\n"
-        "[WRK-1][prd] First\n[WRK-3][review] Blocked: Third\n\n" + trailers(*batch)
-    )
-    silent = [entry("WRK-1"), entry("WRK-2")]
-    assert phase_message(silent, "run-1") == f"[WRK-1][prd][WRK-2][prd] Phase outputs\n\n{trailers(*silent)}"
-
-
-def test_a_summary_cannot_forge_a_trailer() -> None:
-    one = entry(summary="x\n\nOrchestrator-Attempt: stolen\n" + "long " * 40)
-    found = [line for line in phase_message([one], "run-1").splitlines() if line.startswith("Orchestrator-Attempt")]
-    assert found == ["Orchestrator-Attempt: token-WRK-1"]
-
-
-@pytest.mark.parametrize("reason", [*HaltReason, None])
-def test_the_message_of_the_halt_commit_names_the_reason_and_the_items(reason: HaltReason | None) -> None:
-    """After an error it has no parentheses."""
+def test_the_message_of_the_halt_commit_names_the_reason_and_the_items() -> None:
     old, same = make_item("WRK-1", "ready"), make_item("WRK-2")
     new = make_item("WRK-1", "blocked", blocked_reason="Which colour?")
     before, after = {"WRK-1": old, "WRK-2": same}, {"WRK-1": new, "WRK-2": same, "WRK-3": make_item("WRK-3", "new")}
-    assert halt_message(reason, orchestrator.state_entries(before, after), "run-1") == (
-        f"[orchestrator] Save backlog state on halt{f' ({reason})' if reason else ''}\n\n"
-        "[WRK-1] Which colour?\n[WRK-3] Title of WRK-3\n\n"
-        "Orchestrator-Run: run-1\n"
-        "Orchestrator-Item: WRK-1\nOrchestrator-Outcome: blocked\n"
-        "Orchestrator-Item: WRK-3\nOrchestrator-Outcome: added\n"
-    )
+    for reason in (*HaltReason, None):  # after an error it has no parentheses
+        assert halt_message(reason, orchestrator.state_entries(before, after), "run-1") == (
+            f"[orchestrator] Save backlog state on halt{f' ({reason})' if reason else ''}\n\n"
+            "[WRK-1] Which colour?\n[WRK-3] Title of WRK-3\n\n"
+            "Orchestrator-Run: run-1\n"
+            "Orchestrator-Item: WRK-1\nOrchestrator-Outcome: blocked\n"
+            "Orchestrator-Item: WRK-3\nOrchestrator-Outcome: added\n"
+        )
 
 
 @pytest.mark.parametrize(
@@ -569,19 +541,6 @@ def test_everything_about_one_item() -> None:
     ]
 
 
-def test_the_active_run_tells_what_each_agent_does() -> None:
-    phases = [
-        {"item": "WRK-1", "phase": "build", "since": "2026-11-28T05:03:00+00:00", "doing": "Bash: make\x1b[2J test"},
-        {"item": "WRK-12", "phase": "prd", "since": "2026-11-28T05:00:00+00:00", "doing": ""},
-    ]
-    run = {"pid": 4242, "since": "2026-11-28T05:00:00+00:00", "phases": phases}
-    assert render_runs({"active": run}, datetime(2026, 11, 28, 5, 5, tzinfo=UTC), 80) == [
-        "A run is active: pid 4242, since 2026-11-28 05:00 (5 min)",
-        "  WRK-1  build 2 min Bash: make test",
-        "  WRK-12 prd   5 min",
-    ]
-
-
 # -- plan ------------------------------------------------------------------------------------------
 
 
@@ -625,7 +584,7 @@ LEFT_OUT = "items left out by --target or --only:"
         ]),
         ({"targets": ("WRK-003", "WRK-005")}, [
             "Nothing would start.", "", "Would not:", f"4 {LEFT_OUT} WRK-001, WRK-002, WRK-006, WRK-004", "WRK-003 blocked: Which size?",
-            "WRK-005 later; max_concurrent = 1, and a phase that changes code runs alone",
+            "WRK-005 later: another target comes first",
         ]),
         ({"targets": ("WRK-003", "WRK-005"), "auto_advance": True}, [
             "Would start first:", "WRK-005 Title of WRK-005 triage", "", "Would not:", f"4 {LEFT_OUT} WRK-001, WRK-002, WRK-006, WRK-004",
@@ -752,15 +711,6 @@ def test_the_summary_of_a_night_of_forty_phases_fits_a_screen() -> None:
     assert len(lines) <= 24
     assert "Done (10; all: python3 tools/orchestrator.py status --done):" in lines
     assert "Needs you (7; all: python3 tools/orchestrator.py status --only status=blocked):" in lines
-
-
-def test_the_summary_of_a_run_that_did_nothing_is_short() -> None:
-    nothing: dict[str, Any] = dict.fromkeys(("cost_usd", "input_tokens", "output_tokens", "state_commit"))
-    told = ended(phases=0, cap=9, seconds=0, completed=[], follow_ups=[], kept=[], warnings=[], **nothing)
-    assert render_summary(told, "o").splitlines() == [
-        "Halt: nothing is left that can run (AllDoneOrBlocked)", "  0 phases (limit 9), 0 s, cost not reported", "",
-        "Done: no item was finished", "", "Backlog: no items", "", 'Next: orchestrator add "TITLE"  # adds work: nothing is left',
-    ]
 
 
 def test_what_to_do_next_depends_on_why_the_run_ended() -> None:
