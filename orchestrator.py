@@ -6578,7 +6578,8 @@ def cmd_check(args: argparse.Namespace) -> int:
     lines += [f"note: {one['ref']} keeps what [{one['item']}][{one['phase']}] left" for one in kept]
     if drop := [shlex.quote(one["ref"]) for one in kept if one["finished"]]:
         command = f"printf 'delete %s\\n' {' '.join(drop)} | git update-ref --stdin"
-        lines.append(f"note: {len(drop)} of these for finished items; to drop them: {command}")
+        whose = f"{len(drop)} of these belong to finished items"
+        lines.append(f"note: {whose}; to drop them: {command}")
     lines += _run_lines(runs, width) or ([] if problems else ["ready to run"])
     lines += [plural(len(problems), "problem")] if problems else []
     facts = {**runs, "problems": [one._asdict() for one in problems], "remarks": remarks}
