@@ -1203,48 +1203,33 @@ def wrap(line: str, width: int, indent: str | None = None) -> list[str]:
     return lines
 
 
-class Column(NamedTuple):
-    """One column of a table; see `table`."""
-
-    heading: str
-    key: str  # of the rows
-    most: int = 0  # columns; 0: never cut, because people copy what is in it
-    show: Callable[[Any], str] = str  # a value that is there, for people
-
-    def cell(self, row: Mapping[str, object]) -> str:
-        value = row.get(self.key)
-        return "" if value is None or value == "" else one_line(self.show(value))
-
-
-def plain_columns(*keys: str) -> tuple[Column, ...]:
-    """Columns without headings."""
-    return tuple(Column("", key) for key in keys)
-
-
 def table(
-    columns: Sequence[Column], rows: Sequence[Mapping[str, object]], width: int, lead: str = ""
+    keys: str, rows: Sequence[Mapping[str, Any]], width: int, lead: str = "", *, heads: bool = False
 ) -> list[str]:
-    """The rows below their headings, each line behind `lead`; a column without a value is left out.
+    """The rows' values of some keys, each line behind `lead`; keys without any value are left out.
 
     The last column takes the room that the others leave, and goes on below itself; where there is
-    too little, it goes below the whole row. Without headings there is no first line.
+    too little, it goes below the whole row. With `heads` the columns have headings; see SHOWN.
     """
-    used = [column for column in columns if any(map(column.cell, rows))]
+
+    def cell(key: str, value: object) -> str:
+        return "" if value in (None, "") else one_line(SHOWN.get(key, str)(value))
+
+    drawn, sizes = [], []
+    grid = {key: [cell(key, row.get(key)) for row in rows] for key in keys.split()}
+    used = [key for key, cells in grid.items() if any(cells)]
     if not used:
         return []
-    grid = [[column.cell(row) for column in used] for row in rows]
-    headings = [column.heading for column in used]
-    if any(headings):
-        grid = [headings, *([cell or "-" for cell in line] for line in grid)]
-    sizes = []
-    for place, column in enumerate(used[:-1]):
-        widest = max(cell_width(line[place]) for line in grid)
-        sizes.append(min(widest, column.most or widest))
+    if heads:
+        for key in used:
+            grid[key] = [HEADINGS.get(key, key.upper()), *(cell or "-" for cell in grid[key])]
+    for key in used[:-1]:
+        widest = max(map(cell_width, grid[key]))
+        sizes.append(min(widest, WIDEST.get(key, widest)))
     left = width - len(lead) - sum(sizes) - len(sizes)
-    drawn = []
-    for *cells, text in grid:
+    for *cells, text in zip(*(grid[key] for key in used), strict=True):
         begin = lead + "".join(f"{fit(cell, n)} " for cell, n in zip(cells, sizes, strict=True))
-        if left < LEAST_LAST and cell_width(text) > left:
+        if left < LEAST_LAST and cell_width(text) > max(left, 0):
             drawn.append(begin.rstrip())
             begin = f"{lead}    "
         for part in wrap(text, max(8, width - cell_width(begin)), ""):
@@ -1277,6 +1262,27 @@ def human_duration(seconds: float) -> str:
             rest = whole % size // part
             return f"{whole // size} {unit}" + (f" {rest:02} {smaller}" if rest else "")
     return f"{whole} s"
+
+
+def dollars(usd: float) -> str:
+    """`$12.50`, `$0.0123`."""
+    return f"${usd:.{2 if usd >= 1 else 4}f}"
+
+
+# How a table shows the values of some keys, what it calls them, and how wide a column before the
+# last one may be; others are never cut, because people copy what is in them.
+SHOWN: Mapping[str, Callable[[Any], str]] = {
+    **dict.fromkeys(("when", "finished"), lambda when: when[:16].replace("T", " ")),
+    **dict.fromkeys(("summary", "blocked_reason"), lambda text: one_line(text, 300)),
+    "commit": lambda commit: commit[:10],
+    "pipeline_type": lambda name: "" if name == DEFAULT_PIPELINE else name,
+    "waiting_for": ", ".join,
+    "works": lambda works: "works" if works else "does not work",
+    "seconds": human_duration,
+    "cost_usd": dollars,
+}
+HEADINGS = {"pipeline_type": "PIPELINE", "priority": "PRIO", "cost_usd": "COST"}
+WIDEST = {"phase": 16, "pipeline_type": 16, "title": 40}
 
 
 def plural(count: int, one: str) -> str:
@@ -2001,23 +2007,6 @@ STATUS_ORDER = ("in_progress", "blocked", "ready", "scoping", "new", "done")
 NO_REASON = "no reason recorded"
 
 
-def _brief(text: str) -> str:
-    return one_line(text, 300)
-
-
-STATUS_COLUMNS = (
-    Column("ID", "id"),
-    Column("STATUS", "status"),
-    Column("PHASE", "phase", 16),
-    Column("PIPELINE", "pipeline", 16, lambda name: "" if name == DEFAULT_PIPELINE else name),
-    Column("PRIO", "priority"),
-    Column("IMPACT", "impact"),
-    Column("SIZE", "size"),
-    Column("RISK", "risk"),
-    Column("TITLE", "title"),
-)
-
-
 def status_order(items: Iterable[Item]) -> list[Item]:
     """Items as `status` lists them: by status, then the more important ones first."""
 
@@ -2045,17 +2034,16 @@ def status_rows(
 
 def render_status(rows: Sequence[Mapping[str, Any]], width: int, program: str) -> list[str]:
     """The table of `status`, with why each blocked or waiting item does not move."""
-    lines = [*table(STATUS_COLUMNS, rows, width), "", status_counts(count_by_status(rows))]
+    keys = "id status phase pipeline_type priority impact size risk title"
+    lines = [*table(keys, rows, width, heads=True), "", status_counts(count_by_status(rows))]
     blocked = [row for row in rows if row["status"] == "blocked"]
     if blocked:
-        columns = Column("", "id"), Column("", "blocked_reason", show=_brief)
         said = [{**row, "blocked_reason": row["blocked_reason"] or NO_REASON} for row in blocked]
-        lines += ["", "Blocked, each needs you:", *table(columns, said, width, "  ")]
+        lines += ["", "Blocked, each needs you:", *table("id blocked_reason", said, width, "  ")]
         lines += [f'  {program} unblock ID --notes "YOUR ANSWER"']
     waiting = [row for row in rows if row["waiting_for"]]
     if waiting:
-        columns = Column("", "id"), Column("", "waiting_for", show=", ".join)
-        lines += ["", "Waiting for other items:", *table(columns, waiting, width, "  ")]
+        lines += ["", "Waiting for other items:", *table("id waiting_for", waiting, width, "  ")]
     return lines
 
 
@@ -2135,7 +2123,7 @@ def render_item(known: Mapping[str, Any], spent: Usage, width: int) -> list[str]
             label = key.replace("_", " ").capitalize()
             rows.append({"label": f"{label}:", "value": "yes" if said is True else said})
     lines = wrap(f"{one_line(known['id'])}  {one_line(known['title'])}", width)
-    lines += ["", *table(plain_columns("label", "value"), rows, width)]
+    lines += ["", *table("label value", rows, width)]
     described = known.get("description") or {}
     texts = {label: described.get(key) for key, label in DESCRIPTION_LABELS.items()}
     texts["Your notes for the next phase"] = known.get("unblock_context")
@@ -2145,38 +2133,9 @@ def render_item(known: Mapping[str, Any], spent: Usage, width: int) -> list[str]
     return lines
 
 
-# ---- Runs and what they leave --------------------------------------------------------------------
-
-
-def render_runs(facts: Mapping[str, Any], now: datetime, width: int) -> list[str]:
-    """Who is at work and what each agent does, or else what the next start recovers first; see
-    `run_facts`."""
-
-    def lasts(since: str) -> str:
-        return human_duration((now - datetime.fromisoformat(since)).total_seconds())
-
-    if run := facts["active"]:
-        since = f"since {_short_time(run['since'])} ({lasts(run['since'])})"
-        rows = [{**one, "lasts": lasts(one["since"])} for one in run["phases"]]
-        lines = table(plain_columns("item", "phase", "lasts", "doing"), rows, width, "  ")
-        return [f"A run is active: pid {run['pid']}, {since}", *lines]
-    if run := facts["unfinished"]:
-        text = f"Run {run['run_id']} left something unfinished; the next `run` recovers it first."
-        rows = [
-            {"what": "cut off, starts again:", "which": id_list(run["cut_off"])},
-            {"what": "finished, is committed:", "which": id_list(run["to_commit"])},
-        ]
-        rows = [row for row in rows if row["which"]]
-        return [*wrap(text, width), *table(plain_columns("what", "which"), rows, width, "  ")]
-    return []
-
-
-SALVAGE_COLUMNS = plain_columns("item", "phase", "ref")
-
-
 def render_salvage(kept: Sequence[Mapping[str, object]], width: int) -> list[str]:
     """The lines of `status` and `show` about work that is kept on refs; none if there is none."""
-    rows = table(SALVAGE_COLUMNS, kept, width, "  ")
+    rows = table("item phase ref", kept, width, "  ")
     heading = "Left by attempts that did not complete, and kept (`git show --stat REF`):"
     return ["", *wrap(heading, width), *rows] if rows else []
 
@@ -2240,8 +2199,7 @@ def render_plan(
 ) -> list[str]:
     """`run --dry-run` for people: what would start, and one line for each reason why others would
     not. `problems` keep a run from starting at all."""
-    columns = Column("", "id"), Column("", "title", 40), Column("", "text")
-    lines = table(columns, [row for row in rows if row["runs"]], width, "  ")
+    lines = table("id title text", [row for row in rows if row["runs"]], width, "  ")
     lines = ["Would start first:", *lines] if lines else ["Nothing would start."]
     why = []
     for kind in dict.fromkeys(row["kind"] for row in rows if not row["runs"]):
@@ -2249,7 +2207,7 @@ def render_plan(
         text = f"{kind}: {id_list([row['id'] for row in group])}"
         many = {"id": plural(len(group), "item"), "text": text}
         why.append(many if len(group) > 1 else group[0])
-    told = table(plain_columns("id", "text"), why, width, "  ")
+    told = table("id text", why, width, "  ")
     lines += ["", "Would not:", *told] if told else []
     if problems:
         lines += ["", "But a run cannot start:", *problem_lines(problems, width)]
@@ -2304,32 +2262,6 @@ def log_rows(output: str) -> list[dict[str, str]]:
             row = {"when": when, "item": item, "phase": phase, "outcome": outcome, "summary": text}
             rows.append({**row, "commit": commit, "run_id": run_id, "subject": subject})
     return rows
-
-
-def _short_time(when: str) -> str:
-    return when[:16].replace("T", " ")
-
-
-def _short_commit(commit: str) -> str:
-    return commit[:10]
-
-
-LOG_COLUMNS = (
-    Column("WHEN", "when", show=_short_time),
-    Column("ITEM", "item"),
-    Column("PHASE", "phase", 16),
-    Column("OUTCOME", "outcome"),
-    Column("COMMIT", "commit", show=_short_commit),
-    Column("SUMMARY", "summary", show=_brief),
-)
-DONE_COLUMNS = (
-    Column("FINISHED", "finished", show=_short_time),
-    Column("ID", "id"),
-    Column("STATUS", "status"),
-    Column("COMMIT", "commit", show=_short_commit),
-    Column("COST", "cost_usd", show="${:.2f}".format),
-    Column("TITLE", "title"),
-)
 
 
 def finished_rows(
@@ -2440,9 +2372,8 @@ def render_summary(told: Mapping[str, Any], program: str, width: int = WHOLE_LIN
     done, asking, kept = told["completed"], told["needs_you"], told["kept"]
     finished = ["Done: no item was finished"]
     if done:
-        columns = Column("", "id"), Column("", "commit", show=_short_commit), Column("", "title")
         finished = [heading("Done", done, SHOWN_DONE, "status --done")]
-        finished += table(columns, done[-SHOWN_DONE:], width, "  ")
+        finished += table("id commit title", done[-SHOWN_DONE:], width, "  ")
     needs = []
     if asking:
         needs = [heading("Needs you", asking, SHOWN_ASKING, "status --only status=blocked")]
@@ -2456,7 +2387,7 @@ def render_summary(told: Mapping[str, Any], program: str, width: int = WHOLE_LIN
     rest = []
     if kept:
         rest = [heading("Failed, and what it left is kept", kept, SHOWN_KEPT, "status")]
-        rest += table(SALVAGE_COLUMNS, kept[-SHOWN_KEPT:], width, "  ")
+        rest += table("item phase ref", kept[-SHOWN_KEPT:], width, "  ")
     if new := told["follow_ups"]:
         rest += wrap(f"New items ({len(new)}): {id_list(new)}", width)
     rest += wrap(f"Backlog: {status_counts(told['counts'])}", width)
@@ -2478,7 +2409,7 @@ def _effort(told: Mapping[str, Any]) -> str:
     if told["filters"]:
         parts.append(f"--only {one_line(' AND '.join(told['filters']))}")
     if told["state_commit"]:
-        parts.append(f"backlog saved in commit {_short_commit(told['state_commit'])}")
+        parts.append(f"backlog saved in commit {told['state_commit'][:10]}")
     return ", ".join(parts)
 
 
@@ -2497,7 +2428,7 @@ def usage_text(usage: Usage) -> str:
     """
     parts = []
     if usage.cost_usd is not None:
-        parts.append(f"about ${usage.cost_usd:.{2 if usage.cost_usd >= 1 else 4}f}")
+        parts.append(f"about {dollars(usage.cost_usd)}")
     if usage.tokens:
         parts.append(f"{usage.input_tokens or 0:,} tokens in and {usage.output_tokens or 0:,} out")
     return ", ".join(parts)
@@ -6144,7 +6075,7 @@ def _dry_run(args: argparse.Namespace, space: Workspace, options: RunOptions) ->
     rows = plan_rows(space.store.backlog, space.config, options)
     problems = start_problems(space, allow_dirty=args.allow_dirty)
     runs, width = run_facts(space), output_width(sys.stdout)
-    at_work = _run_lines(runs, width)
+    at_work = run_lines(runs, width)
     lines = [*at_work, *[""] * bool(at_work), *render_plan(rows, problems, width)]
     facts = {**runs, "items": rows, "problems": [problem._asdict() for problem in problems]}
     return answer(args, facts, lines)
@@ -6179,12 +6110,13 @@ def cmd_status(args: argparse.Namespace) -> int:
         if filters:
             raise UsageError("--done and --only cannot be combined: a finished item has no keys")
         rows = finished(space)
-        lines = table(DONE_COLUMNS, rows, width) or ["No item has been finished yet."]
+        lines = table("finished id status commit cost_usd title", rows, width, heads=True)
+        lines = lines or ["No item has been finished yet."]
         return answer(args, {"items": rows}, lines)
     rows, runs = status_rows(backlog, only, item_costs(space)), run_facts(space)
     kept = salvages(space)
     shown = [one for one in kept if only is None or one["item"] in map(safe_name, only)]
-    at_work = _run_lines(runs, width)
+    at_work = run_lines(runs, width)
     lines = [*at_work, *[""] * bool(at_work)]
     if rows:
         lines += render_status(rows, width, program_name())
@@ -6262,8 +6194,25 @@ def local_time(when: datetime) -> datetime:
         return datetime.fromtimestamp(when.timestamp(), UTC)
 
 
-def _run_lines(facts: Mapping[str, Any], width: int) -> list[str]:
-    return render_runs(facts, local_time(datetime.now()), width)
+def run_lines(facts: Mapping[str, Any], width: int) -> list[str]:
+    """What `run_facts` found: who is at work and what each agent does, or else what the next start
+    recovers first."""
+
+    def lasts(since: str) -> str:
+        return human_duration(time.time() - datetime.fromisoformat(since).timestamp())
+
+    if run := facts["active"]:
+        since = f"since {SHOWN['when'](run['since'])} ({lasts(run['since'])})"
+        rows = [{**one, "lasts": lasts(one["since"])} for one in run["phases"]]
+        lines = table("item phase lasts doing", rows, width, "  ")
+        return [f"A run is active: pid {run['pid']}, {since}", *lines]
+    if run := facts["unfinished"]:
+        text = f"Run {run['run_id']} left something unfinished; the next `run` recovers it first."
+        cut_off, to_commit = id_list(run["cut_off"]), id_list(run["to_commit"])
+        rows = [{"what": "cut off, starts again:", "which": cut_off}] if cut_off else []
+        rows += [{"what": "finished, is committed:", "which": to_commit}] if to_commit else []
+        return [*wrap(text, width), *table("what which", rows, width, "  ")]
+    return []
 
 
 def salvages(space: Workspace) -> list[dict[str, Any]]:
@@ -6302,8 +6251,8 @@ def cmd_show(args: argparse.Namespace) -> int:
     spent = item_costs(space).get(args.id, NOTHING_SPENT)
     full = {key: known.get(key, row.default) for key, row in ITEM_TABLE.items()} if item else known
     lines = render_item(full, spent, width)
-    columns = [column._replace(heading="") for column in LOG_COLUMNS if column.key != "item"]
-    lines += ["", "History:", *table(columns, rows, width, "  ")] if rows else []
+    history = table("when phase outcome commit summary", rows, width, "  ")
+    lines += ["", "History:", *history] if rows else []
     listed = [f"  {one_line(path)}" for path in documents]
     lines += ["", "Documents:", *listed] if listed else []
     facts = {"item": known, "documents": documents, "commits": rows, "salvage": kept}
@@ -6315,8 +6264,9 @@ def cmd_log(args: argparse.Namespace) -> int:
     rows = read_log(space, args.n, args.since, args.id)
     if args.id is not None and not rows and not args.since:
         _item(space.store.look(), args.id)
+    lines = table("when item phase outcome commit summary", rows, width, heads=True)
     none = "Nothing that the orchestrator did has been committed yet."
-    return answer(args, {"log": rows}, table(LOG_COLUMNS, rows, width) or [none])
+    return answer(args, {"log": rows}, lines or [none])
 
 
 def read_log(
@@ -6548,15 +6498,6 @@ CHANGES: Mapping[str, Callable[[argparse.Namespace, Config, datetime, Draft], Ch
 
 # ---- Commands around a run -----------------------------------------------------------------------
 
-PROBE_COLUMNS = (
-    Column("AGENT", "agent"),
-    Column("MODEL", "model"),
-    Column("RESULT", "works", show=lambda works: "works" if works else "does not work"),
-    Column("TIME", "seconds", show=human_duration),
-    Column("COST", "cost_usd", show="${:.4f}".format),
-)
-
-
 def cmd_check(args: argparse.Namespace) -> int:
     """Everything that `run` would refuse for, and what it would remark; changes nothing.
 
@@ -6572,7 +6513,8 @@ def cmd_check(args: argparse.Namespace) -> int:
     probes = probe_agents(space.config, space.repo.root) if args.probe else []
     problems += [probe.problem for probe in probes if probe.problem]
     remarks, tried = space.repo.remarks(space.store.path), [probe.as_json() for probe in probes]
-    lines = [*table(PROBE_COLUMNS, tried, width), *problem_lines(problems, width, "problem: ")]
+    lines = table("agent model works seconds cost_usd", tried, width, heads=True)
+    lines += problem_lines(problems, width, "problem: ")
     # Remarks, like remedies, hold commands to be copied: they stay whole.
     lines += [f"note: {remark}" for remark in remarks]
     lines += [f"note: {one['ref']} keeps what [{one['item']}][{one['phase']}] left" for one in kept]
@@ -6580,7 +6522,7 @@ def cmd_check(args: argparse.Namespace) -> int:
         command = f"printf 'delete %s\\n' {' '.join(drop)} | git update-ref --stdin"
         whose = f"{len(drop)} of these belong to finished items"
         lines.append(f"note: {whose}; to drop them: {command}")
-    lines += _run_lines(runs, width) or ([] if problems else ["ready to run"])
+    lines += run_lines(runs, width) or ([] if problems else ["ready to run"])
     lines += [plural(len(problems), "problem")] if problems else []
     facts = {**runs, "problems": [one._asdict() for one in problems], "remarks": remarks}
     answer(args, {**facts, "salvage": kept, "probes": tried}, lines)

@@ -13,7 +13,6 @@ import pytest
 import orchestrator
 from backlog import Backlog, Item, parse_filter
 from orchestrator import (
-    Column,
     Config,
     HaltReason,
     MessageEntry,
@@ -493,19 +492,22 @@ def test_of_a_huge_backlog_triage_sees_the_most_similar_items() -> None:
 
 
 def test_d52_a_table_wraps_its_last_column_and_leaves_out_empty_ones() -> None:
-    columns = (Column("ID", "id"), Column("GONE", "gone"), Column("N", "n", 4), Column("TEXT", "text"))
-    rows = [{"id": "A-1", "n": 0, "text": "some words that go on"}, {"id": "日本", "n": "too long", "text": "語" * 9}, {"id": "B"}]
-    assert table(columns, rows, 34, "  ") == [
-        "  ID   N    TEXT",
-        "  A-1  0    some words that go on",
-        "  日本 too… 語語語語語語語語語",
-        "  B    -    -",
+    rows: list[dict[str, Any]] = [
+        {"id": "A-1", "phase": "b", "priority": 0, "title": "some words that go on"},
+        {"id": "日本", "phase": "far-too-long-a-name", "title": "語" * 9}, {"id": "B"},
+    ]  # fmt: skip
+    keys = "id gone phase priority title"
+    assert table(keys, rows, 50, "  ", heads=True) == [
+        "  ID   PHASE            PRIO TITLE",
+        "  A-1  b                0    some words that go on",
+        "  日本 far-too-long-a-… -    語語語語語語語語語",
+        "  B    -                -    -",
     ]
-    assert table(columns, rows, 22, "  ") == [
-        "  ID   N    TEXT", "  A-1  0", "      some words that", "      go on", "  日本 too…", "      語語語語語語語語語",
-        "  B    -    -",
-    ]
-    assert table(columns, [{"id": ""}], 80) == []
+    assert table(keys, rows, 24, "  ") == [
+        "  A-1  b                0", "      some words that go", "      on", "  日本 far-too-long-a-…", "      語語語語語語語語語",
+        "  B",
+    ]  # fmt: skip
+    assert table("id", [{"id": ""}], 80, heads=True) == []
 
 
 def test_the_status_for_machines_and_the_order_of_items() -> None:
