@@ -383,7 +383,8 @@ class Repo:
         self._limit_s = limit_s
         self._null = ABSENT_OID  # as long as this repository's object ids
         self._empty_tree, self._empty_blob = _GIT_EMPTY[len(self._null)]
-        self.sign = self.signoff = False  # what the commits on the branch carry
+        self.sign: bool | None = None  # whether commits are; None: as git's configuration says
+        self.signoff = False  # whether they carry Signed-off-by:
         self.sign_trouble = ""  # why no commit is signed any more, for the rest of the run
         self.unsigned: list[str] = []  # commits that were made without a signature since
         self.apart: tuple[str, ...] = ()  # paths that snapshots take from the index: not to be read
@@ -1022,7 +1023,7 @@ class Repo:
     ) -> str | None:
         """One try; None when HEAD moved meanwhile. The order of the steps is what makes it safe."""
         parents, commit = [head.commit] if head.commit else [], ""
-        if self.sign and not self.sign_trouble:
+        if self.wants_signatures() and not self.sign_trouble:
             try:
                 commit = self._commit_tree(tree, parents, message, "-S")
             except GitError as error:  # a decision is worth more than a signature
@@ -1428,9 +1429,11 @@ class Repo:
     # -- signatures --------------------------------------------------------------------------------
 
     def wants_signatures(self) -> bool:
-        """Whether git's own configuration asks for signed commits."""
-        asked = ("config", "--type=bool", "--get", "commit.gpgSign")
-        return self._call(asked, ok=(0, 1), settings=False).out == b"true\n"
+        """Whether commits are to be signed; git's configuration is asked once."""
+        if self.sign is None:
+            asked = ("config", "--type=bool", "--get", "commit.gpgSign")
+            self.sign = self._call(asked, ok=(0, 1), settings=False).out == b"true\n"
+        return self.sign
 
     def try_signing(self, *, terminal: bool = False) -> Problem | None:
         """Sign an object that nobody refers to; on a terminal a passphrase may be asked for."""

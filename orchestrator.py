@@ -490,6 +490,17 @@ class AgentSettings(NamedTuple):
     env: Mapping[str, str] = row(_ENVIRONMENT, {}, "variables for the CLI", '{ CI = "1" }')
 
 
+@config_table("commits")
+class Commits(NamedTuple):
+    """How the repository wants its commits."""
+
+    style: Literal["bracket", "conventional"] = row(
+        choice("bracket", "conventional"), "bracket", "[WRK-001][build] …; feat(wrk-001): build: …"
+    )
+    signoff: bool = row(FLAG, False, "add Signed-off-by: of the committer")
+    sign: bool | None = row(FLAG, None, "left out: as git's commit.gpgSign", "true")
+
+
 @config_table("notify")
 class Notify(NamedTuple):
     """Who is told of a halt."""
@@ -548,6 +559,7 @@ class Config(NamedTuple):
     guardrails: Guardrails = Guardrails()
     execution: Execution = Execution()
     agent: AgentSettings = AgentSettings()
+    commits: Commits = Commits()
     notify: Notify = Notify()
     base: Path = Path()  # of the config file; backlog and workflows are relative to it
     source: str = "built-in defaults"
@@ -587,7 +599,7 @@ def parse_config(data: bytes, source: str, base: Path) -> Config:
     problems: list[str] = []
     top = Fields(tables, "", problems)
     records = {"guardrails": Guardrails, "execution": Execution, "agent": AgentSettings}
-    records["notify"] = Notify
+    records |= {"commits": Commits, "notify": Notify}
     read = _read_table("project", top.table("project"))
     read |= {name: one(**_read_table(name, top.table(name))) for name, one in records.items()}
     listed = top.table("pipelines")
@@ -815,7 +827,7 @@ def config_template(prefix: str, agent: str) -> str:
         return "\n".join(f'  {{ name = "{one.name}"{more[one.destructive]} }},' for one in phases)
 
     chosen, tables = {"prefix": prefix, "cli": agent}, ""
-    for table in ("project", "guardrails", "execution", "agent", "notify"):
+    for table in ("project", "guardrails", "execution", "agent", "commits", "notify"):
         tables += f"\n[{table}]\n"
         for field, key in CONFIG_KEYS[table].items():
             # What is only an example is a remark; but `command` is refused without one.
@@ -1356,6 +1368,7 @@ def parse_result(data: bytes, item_id: str, phase: str) -> PhaseResult:
         follow_ups=_read_follow_ups(read),
         pipeline_type=read.line("pipeline_type"),
         commit_summary=read.line("commit_summary"),
+        commit_type=read.get("commit_type", choice(*COMMIT_TYPES)),
         duplicates=read.lines("duplicates"),
         description=read.table("description").given(dict.fromkeys(DESCRIPTION_KEYS, TEXT)),
         requires_human_review=read.get("requires_human_review", FLAG),
@@ -1465,6 +1478,9 @@ def _read_follow_ups(read: ResultFields) -> tuple[FollowUp, ...]:
 # ---- Commit messages -----------------------------------------------------------------------------
 
 TRAILER = "Orchestrator-"
+_USUAL, _RARE = ("feat", "fix", "refactor", "perf", "test"), ("build", "chore", "ci", "revert")
+COMMIT_TYPES = (*_USUAL, "docs", "style", *_RARE)
+SUBJECT_COLUMNS = 100  # of a conventional commit; more is refused by commitlint's usual rules
 
 
 class MessageEntry(NamedTuple):
@@ -1475,10 +1491,19 @@ class MessageEntry(NamedTuple):
     outcome: str = "complete"  # or "blocked", "failed", "added", …: one word
     summary: str = ""  # blocked and failed: the reason
     token: str = ""  # names the attempt
+    kind: str = "docs"  # one of COMMIT_TYPES
 
     @property
     def tag(self) -> str:
         return "".join(f"[{one_line(part)}]" for part in (self.item_id, self.phase) if part)
+
+    @property
+    def text(self) -> str:
+        """What is said of it on one line; agents like to put the tag there themselves."""
+        text = one_line(self.summary).removeprefix(f"[{self.item_id}][{self.phase}]").strip()
+        if self.outcome == "complete":
+            return text
+        return f"{self.outcome.capitalize()}: {text or 'no reason given'}"
 
 
 def commit_message(
@@ -1496,33 +1521,45 @@ def commit_message(
     return "\n\n".join(filter(None, [subject, "\n".join(told), "\n".join(trailers)])) + "\n"
 
 
-def phase_message(entries: Sequence[MessageEntry], run_id: str) -> str:
+def phase_message(entries: Sequence[MessageEntry], run_id: str, style: str = "bracket") -> str:
     """The message of a phase commit; of several phases it lists them all. At least one entry."""
-    whole, short = [], []
-    for one in entries:
-        # Agents like to put the tag there themselves.
-        text = one_line(one.summary).removeprefix(f"[{one.item_id}][{one.phase}]").strip()
-        if one.outcome != "complete":
-            text = f"{one.outcome.capitalize()}: {text or 'no reason given'}"
-        if text:
-            whole.append(f"{one.tag} {text}")
-            short.append(f"{one.tag} {one_line(text, SUBJECT_PART)}")
+    whole = [f"{one.tag} {one.text}" for one in entries if one.text]
+    if style == "conventional":
+        ids = list(dict.fromkeys(one_line(one.item_id).lower() for one in entries))
+        scope = ",".join(ids) if len(ids) < 4 else "backlog"
+        kind = entries[0].kind if len(entries) == 1 else "docs"
+        said = " | ".join(f"{one.phase}: {one.text or 'its outputs'}" for one in entries)
+        full = f"{kind}({scope}): {said}".rstrip(".")
+        subject = one_line(full, SUBJECT_COLUMNS)
+        body = [line for text in whole for line in wrap(text, SUBJECT_COLUMNS, "")]
+        return commit_message(subject, body if subject != full or ids[1:] else (), entries, run_id)
+    short = [f"{one.tag} {one_line(one.text, SUBJECT_PART)}" for one in entries if one.text]
     subject = " | ".join(short) or "".join(one.tag for one in entries) + " Phase outputs"
     return commit_message(subject, whole if whole != [subject] else (), entries, run_id)
 
 
-def state_message(what: str, entries: Sequence[MessageEntry] = (), run_id: str = "") -> str:
+def state_message(
+    what: str, entries: Sequence[MessageEntry] = (), run_id: str = "", style: str = "bracket"
+) -> str:
     """The message of a commit of BACKLOG.yaml alone; `entries`: see `state_entries`."""
     told = [f"{one.tag} {one_line(one.summary, 300)}" for one in entries if one.summary]
-    return commit_message(f"[orchestrator] {one_line(what, 72)}", told, entries, run_id)
+    subject = f"[orchestrator] {one_line(what, 72)}"
+    if style == "conventional":
+        told = [line for text in (subject, *told) for line in wrap(text, SUBJECT_COLUMNS, "")]
+        said = f"chore(backlog): {what[:1].lower()}{what[1:]}"
+        subject = one_line(said.rstrip("."), SUBJECT_COLUMNS)
+    return commit_message(subject, told, entries, run_id)
 
 
 def halt_message(
-    reason: HaltReason | None, entries: Sequence[MessageEntry] = (), run_id: str = ""
+    reason: HaltReason | None,
+    entries: Sequence[MessageEntry] = (),
+    run_id: str = "",
+    style: str = "bracket",
 ) -> str:
     """The message of the commit that saves the backlog at a halt; None: an error ended the run."""
     why = f" ({reason})" if reason else ""
-    return state_message(f"Save backlog state on halt{why}", entries, run_id)
+    return state_message(f"Save backlog state on halt{why}", entries, run_id, style)
 
 
 def state_entries(old: Mapping[str, Item], new: Mapping[str, Item]) -> list[MessageEntry]:
@@ -1953,6 +1990,8 @@ def _output_text(item: Item, task: Task, path: str) -> str:
             }
         ],
     }
+    if task.phase.destructive:
+        skeleton["commit_type"] = f"<{', '.join(COMMIT_TYPES)}>"
     triage = task.pool == TRIAGE
     if triage:
         skeleton |= {
@@ -2222,7 +2261,8 @@ def log_rows(output: str) -> list[dict[str, str]]:
             # Told of it is the longest text behind its tag, else the subject.
             tag = re.escape(MessageEntry(item, phase).tag)
             told = re.findall(rf"(?:^| \| ){tag} ((?:(?! \| \[).)+)", message, re.M)
-            text = max(told, key=len, default=subject.removeprefix("[orchestrator] "))
+            begin = rf"\[orchestrator\] |\w+\([^)]*\): (?:{re.escape(phase)}: )?"
+            text = max(told, key=len, default=re.sub(f"^(?:{begin})", "", subject))
             text = one_line(text).removeprefix(f"{outcome.capitalize()}: ")
             row = {"when": when, "item": item, "phase": phase, "outcome": outcome, "summary": text}
             rows.append({**row, "commit": commit, "run_id": run_id, "subject": subject})
@@ -3884,6 +3924,7 @@ class Outcome(NamedTuple):
     entries: tuple[Entry, ...] = ()  # what the phase leaves, with the bytes it had when it ended
     worklog: str = ""  # text that belongs into the worklog, appended once
     was: Item | None = None  # the item as the phase began
+    kind: str = "docs"  # of its commit, see COMMIT_TYPES
     message: str = ""  # of its commit, as the repository's hooks left it; "": still to be made
 
     @property
@@ -3892,7 +3933,8 @@ class Outcome(NamedTuple):
 
     @property
     def told(self) -> MessageEntry:
-        return MessageEntry(self.item, self.phase, self.outcome, self.summary, self.token)
+        told = self.item, self.phase, self.outcome, self.summary, self.token
+        return MessageEntry(*told, self.kind)
 
     def line(self) -> dict[str, Any]:
         return {**self._asdict(), "entries": [entry._asdict() for entry in self.entries]}
@@ -4027,6 +4069,7 @@ class Ledger:
                 tuple(entries),
                 applied.worklog,
                 attempt.item,
+                _commit_type(attempt, result),
                 message,
             )
             return {"ended": [attempt.token], "outcome": made.line(), "spent": {item_id: None}}
@@ -4286,13 +4329,12 @@ class Ledger:
         Returns what is to be committed, or why the attempt has failed; or Held, where that is not
         the attempt's doing: then the journal keeps the result, and the next start tries again.
         """
-        task, summary = attempt.task, result.commit_summary or result.summary
+        summary, kind = result.commit_summary or result.summary, _commit_type(attempt, result)
+        task, token = attempt.task, attempt.token
+        told = MessageEntry(task.item_id, task.name, "complete", summary, token, kind)
         verdict = self.repo.run_hooks(
             [change.after for change in seen.changes],
-            phase_message(
-                [MessageEntry(task.item_id, task.name, "complete", summary, attempt.token)],
-                self.run_id,
-            ),
+            phase_message([told], self.run_id, self.config.commits.style),
             own=(self.store.path, *recent_worklogs(self.worklog_dir)),
             theirs=seen.theirs,
             limit_s=self.config.execution.hook_timeout_seconds,
@@ -4425,7 +4467,8 @@ class Ledger:
         try:
             message = pending[0].message if len(pending) == 1 else ""
             if not message:  # documents: only the hooks that judge the message
-                message = phase_message([outcome.told for outcome in pending], self.run_id)
+                told, style = [outcome.told for outcome in pending], self.config.commits.style
+                message = phase_message(told, self.run_id, style)
                 limit = self.config.execution.hook_timeout_seconds
                 passed = self.repo.run_hooks((), message, message_only=True, limit_s=limit)
                 if passed.outcome != "passed":
@@ -4451,7 +4494,7 @@ class Ledger:
         self.store.note({"committed": tokens}, flush=False)  # a start finds it in history
 
     def commit_state(
-        self, told: str, message: Callable[[Sequence[MessageEntry], str], str]
+        self, told: str, message: Callable[[Sequence[MessageEntry], str, str], str]
     ) -> StateCommit:
         """Commit BACKLOG.yaml, alone, as it was decided; `message` of what changes in it.
 
@@ -4465,7 +4508,8 @@ class Ledger:
                 old = State.read(before or b"", path.name).items
             except (BacklogError, YamlError):
                 old = {}
-            return message(state_entries(old, state.items) if old else (), self.run_id)
+            entries = state_entries(old, state.items) if old else ()
+            return message(entries, self.run_id, self.config.commits.style)
 
         done = self.repo.commit_state(path, data, text, expect_branch=self.branch)
         self.committed = None if done.outcome == "skipped" else data
@@ -4590,6 +4634,11 @@ def item_folder(root: Path, item: Item) -> Path:
 
 def _branch_name(head: Head) -> str:
     return head.branch.removeprefix("refs/heads/") if head.branch else "no branch (detached HEAD)"
+
+
+def _commit_type(attempt: Attempt, result: PhaseResult) -> str:
+    usual = "feat" if attempt.destructive else "docs"
+    return result.commit_type if result.commit_type in COMMIT_TYPES else usual
 
 
 def _hook_trouble(verdict: HookResult) -> str:
@@ -4830,6 +4879,13 @@ class Run:
             texts.append(f"not committed yet, but kept in the journal for the next run: {names}")
         if self.state_commit is not None and self.state_commit.warning:
             texts.append(self.state_commit.warning)
+        if self.space.repo.unsigned:
+            first, *rest = self.space.repo.unsigned
+            texts.append(
+                f"{plural(1 + len(rest), 'commit')} could not be signed, from {first[:10]} on"
+                f" ({self.space.repo.sign_trouble}). To sign them, before anybody has them:"
+                f" git rebase --exec 'git commit --amend --no-edit -S' {first[:10]}^"
+            )
         return texts
 
     # -- one turn ----------------------------------------------------------------------------------
@@ -5414,6 +5470,7 @@ def open_workspace(root: Path, config_path: Path | None) -> Workspace:
         warn=lambda text: log().warning("%s", text),
         clock=utc_now,
     )
+    repo.signoff, repo.sign = config.commits.signoff, config.commits.sign
     if path.is_relative_to(repo.top):
         # Large, ours, and another command may save it at any moment: no part of a phase's work.
         repo.apart = repo.relative(path), repo.relative(store.temporary)
@@ -5475,7 +5532,7 @@ def begin_run(space: Workspace, run_id: str, *, allow_dirty: bool) -> Ledger:
             store.note({"rests": dict.fromkeys(ledger.journal.rests)})
         ledger.end(last.run["id"])
         head = repo.head()
-    _refuse(preflight(space, allow_dirty=allow_dirty))
+    _refuse([*preflight(space, allow_dirty=allow_dirty), *signing_problems(repo)])
     make_work_folder(repo.root, repo.root / WORK_DIR)
     run = {"id": run_id, "branch": head.branch, "head": head.commit}
     store.begin(run, repo.committed(head.commit, repo.relative(store.path)))
@@ -5533,10 +5590,17 @@ def preflight(space: Workspace, *, allow_dirty: bool) -> list[Problem]:
     return problems
 
 
+def signing_problems(repo: Repo) -> list[Problem]:
+    """Whether commits can be signed, if they are to be; on a terminal a passphrase may be typed."""
+    trouble = repo.wants_signatures() and repo.try_signing(terminal=os.isatty(0))
+    return [trouble] if trouble else []
+
+
 def _message_problems(space: Workspace) -> list[Problem]:
     """Whether the repository's hooks take the way commits are worded here."""
     told = MessageEntry(f"{space.config.prefix}-001", "build", "complete", "a sample")
-    sample, limit = phase_message([told], "sample"), space.config.execution.hook_timeout_seconds
+    sample = phase_message([told], "sample", space.config.commits.style)
+    limit = space.config.execution.hook_timeout_seconds
     verdict = space.repo.run_hooks((), sample, message_only=True, limit_s=limit)
     if verdict.outcome == "passed":
         return []
@@ -6089,7 +6153,8 @@ def cmd_change(args: argparse.Namespace) -> int:
     print(done.told)
     if not args.commit:
         return EXIT_OK
-    message = state_message(done.what, [MessageEntry(done.item_id, "", done.outcome, done.summary)])
+    told = [MessageEntry(done.item_id, "", done.outcome, done.summary)]
+    message = state_message(done.what, told, style=space.config.commits.style)
     try:
         with space.run_lock():
             data = space.store.state.document.to_bytes()
@@ -6228,6 +6293,7 @@ def cmd_check(args: argparse.Namespace) -> int:
     space.store.look()
     runs, kept = run_facts(space), salvages(space)
     problems = [] if runs["active"] else start_problems(space, allow_dirty=False)
+    problems += signing_problems(space.repo)
     probes = probe_agents(space.config, space.repo.root) if args.probe else []
     problems += [probe.problem for probe in probes if probe.problem]
     remarks, tried = space.repo.remarks(space.store.path), [probe.row for probe in probes]
@@ -6300,7 +6366,7 @@ def cmd_init(args: argparse.Namespace) -> int:
     elif not args.no_commit:
         try:
             blobs = repo.blobs({path: path.read_bytes() for path in made})
-            commit = repo.commit(blobs, "[orchestrator] Set up the backlog")
+            commit = repo.commit(blobs, state_message("Set up the backlog"))
             print(f"committed them as {str(commit)[:10]}")
         except HeadBusy as error:
             print(f"not committed: {error}", file=sys.stderr)

@@ -1,5 +1,7 @@
 """Promise P6: the repository's own files, tools and habits are left alone."""
 
+import json
+import shutil
 import subprocess
 import sys
 from typing import Any
@@ -129,3 +131,82 @@ def test_a_start_without_items_tells_of_a_stash_that_holds_the_backlog(project: 
     told = project.run("run").stderr
 
     assert "there are no items, but stash@{0} holds changes of BACKLOG.yaml; to have them back: git stash pop stash@{0}" in told
+
+
+# ---- How the repository wants its commits --------------------------------------------------------
+
+COMMITLINT = r"""#!/usr/bin/env python3
+# What commitlint's usual rules ask for, in short.
+import re, sys
+head, *rest = open(sys.argv[1]).read().rstrip("\n").split("\n")
+kinds = "build|chore|ci|docs|feat|fix|perf|refactor|revert|style|test"
+if not re.fullmatch(rf"({kinds})(\([^()]+\))?!?: [a-z].*[^.]", head) or max(map(len, [head, *rest])) > 100 or rest and rest[0]:
+    sys.exit(f"not conventional: {head}")
+"""
+
+
+def hook(project: Any, name: str, text: str) -> None:
+    path = project.root / ".git/hooks" / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text)
+    path.chmod(0o755)
+
+
+def test_conventional_commits(project: Any) -> None:
+    """Every commit is worded so, those of the backlog's state as well; by default the start is refused."""
+    said = "API limits, " + "explained at length, " * 12 + "and more."
+    project.backlog(*(f"WRK-00{n} new" for n in (1, 2)), "WRK-003 blocked blocked_reason=why blocked_type=decision blocked_from_status=ready")
+    project.configure(execution="max_concurrent = 2\nmax_wip = 2")
+    project.commit_all()
+    project.script({
+        "*/build": [{"sh": "date +%N > code.txt", "result": {"commit_summary": "Fix the limits.", "commit_type": "fix"}}],
+        "WRK-002/build": [{"write": {"b.txt": "b\n"}, "result": {"summary": said, "commit_type": "mine"}}],
+        "*/plan": [{"document": "PLAN.md", "result": {"summary": said}}],
+    })  # fmt: skip
+    hook(project, "commit-msg", COMMITLINT)
+
+    refused = project.run("run", code=1)
+    project.configure(execution="max_concurrent = 2\nmax_wip = 2", more='[commits]\nstyle = "conventional"\n')
+    project.run("run")
+    project.run("close", "WRK-003", "--reason", "No longer wanted", "--commit")
+
+    assert "hook rejected the commit's message, tried on a sample: not conventional: [WRK-001][build] a sample" in refused.stderr
+    subjects = project.subjects()[:-3]
+    assert "fix(wrk-001): build: Fix the limits" in subjects
+    assert any(one.startswith("feat(wrk-002): build: API limits, explained") for one in subjects)
+    assert any(one.startswith("chore(backlog): close WRK-003") for one in subjects)
+    for commit in project.git("log", "--format=%H").split()[:-3]:
+        message = project.outside / "message"
+        message.write_text(project.git("log", "-1", "--format=%B", commit).rstrip("\n"))
+        subprocess.run([sys.executable, "-c", COMMITLINT, message], check=True)
+    log = {(row["item"], row["phase"]): row["summary"] for row in json.loads(project.run("log", "--json").stdout)["log"]}
+    assert log["WRK-001", "build"] == "Fix the limits"
+    assert log["WRK-002", "plan"].startswith("API limits, explained")
+
+
+def test_commits_are_signed_and_signed_off(project: Any) -> None:
+    """With a key that git's own configuration names; a key that has gone is a reason not to start."""
+    if shutil.which("ssh-keygen") is None:
+        pytest.skip("ssh-keygen is not there")
+    key = project.outside / "key"
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", key], check=True)
+    (project.outside / "signers").write_text(f"operator@example.invalid {key.with_suffix('.pub').read_text()}")
+    settings = {"user.signingKey": key, "gpg.format": "ssh", "commit.gpgSign": "true"}
+    settings["gpg.ssh.allowedSignersFile"] = project.outside / "signers"
+    for name, value in settings.items():
+        project.git("config", name, str(value))
+    project.configure(more="[commits]\nsignoff = true\n")
+    project.backlog("WRK-001 in_progress phase=plan phase_pool=main", "WRK-002 new")
+    project.commit_all()
+    project.script({"*/plan": [{"document": "PLAN.md"}], "*/build": [{"sh": "date +%N > code.txt"}]})
+    hook(project, "commit-msg", "#!/bin/sh\ngrep -q '^Signed-off-by: ' $1 || { echo 'sign off'; exit 1; }\n")
+
+    project.run("run", "--cap", "3")
+    project.run("add", "Another", "--commit")
+
+    made = project.git("log", "--format=%G? %(trailers:key=Signed-off-by,valueonly,separator=%x2c) %s").splitlines()[:-3]
+    assert len(made) >= 4
+    assert {line.split(" ")[0] for line in made} == {"G"}
+    assert all("<operator@example.invalid>" in line for line in made)
+    key.unlink()
+    assert "commits cannot be signed" in project.run("run", code=1).stderr
