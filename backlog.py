@@ -47,7 +47,7 @@ from datetime import UTC, datetime, timedelta
 from functools import cached_property, lru_cache
 from itertools import pairwise, takewhile
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, NoReturn, Self, TypedDict, TypeVar, cast
+from typing import Any, Literal, NamedTuple, NoReturn, Self, TypeAlias, TypeVar, cast
 
 T = TypeVar("T")
 
@@ -829,7 +829,7 @@ def _yaml_edited(
         return lines[node.start : node.end]
     if node.keys and isinstance(new, dict) and new:
         return _yaml_edited_mapping(lines, node, new, tuple(new), offset)
-    if node.elements and isinstance(new, list) and new:
+    if node.elements and isinstance(new, list) and new and node.elements[0].start > node.start:
         return _yaml_edited_list(lines, node, new, offset)
     head, behind = lines[node.start][: node.head], lines[node.start][node.head :].lstrip(" ")
     tail = node.tail.rstrip(" ")
@@ -880,50 +880,23 @@ def _yaml_edited_mapping(
 def _yaml_edited_list(
     lines: list[str], node: _YamlNode, new: list[object], offset: int
 ) -> list[str]:
-    """The lines of a block list changed to read `new`: what stays keeps its lines and comments."""
-    nodes, column, compact = node.elements, node.column, node.elements[0].start == node.start
-    starts = [node.start if compact else node.start + 1, *(each.end for each in nodes)]
-    header, prefix = lines[node.start : starts[0]], lines[nodes[0].start][:column]
-    out: list[str] = []
-    for value, place in zip(new, _yaml_pairs([each.value for each in nodes], new), strict=True):
-        if place is None:
-            out += _yaml_block([value], column, offset, 1)
-        else:
-            out += lines[starts[place] : nodes[place].start]
-            changed = _yaml_edited(lines, nodes[place], value, column, offset)
-            out += _yaml_prefixed(changed, " " * column)
-    return [*header, *_yaml_prefixed(out, prefix)]
+    """The lines of a block list changed to read `new`: an element that stays keeps its own."""
+    kept: defaultdict[str, list[list[str]]] = defaultdict(list)
+    done = node.start + 1
+    for part in node.elements:
+        kept[repr(part.value)].append(lines[done : part.end])
+        done = part.end
+    out = lines[node.start : node.start + 1]
+    for value in new:
+        known = kept.get(repr(value))
+        out += known.pop(0) if known else _yaml_block([value], node.column, offset, 1)
+    return out
 
 
 def _yaml_prefixed(lines: list[str], prefix: str) -> list[str]:
     """Lines, the first one with content beginning with `prefix`, which may hold a dash."""
     top = next(n for n, line in enumerate(lines) if line.lstrip(" ")[:1] not in ("", "#"))
     return [*lines[:top], prefix + lines[top][len(prefix) :], *lines[top + 1 :]]
-
-
-def _yaml_pairs(old: list[object], new: list[object]) -> list[int | None]:
-    """Which of the `old` elements each of the `new` ones is: an equal one, or the most similar."""
-    free: defaultdict[str, list[int]] = defaultdict(list)
-    for place, value in enumerate(old):
-        free[repr(value)].append(place)
-    pairs = [free[repr(value)].pop(0) if free.get(repr(value)) else None for value in new]
-    left = [place for places in free.values() for place in places]
-    for number, value in enumerate(new):
-        if pairs[number] is None and left:
-            best = max(left, key=lambda place: _yaml_likeness(old[place], value))
-            if _yaml_likeness(old[best], value):
-                pairs[number] = best
-                left.remove(best)
-    return pairs
-
-
-def _yaml_likeness(one: object, other: object) -> int:
-    """How many entries two collections share."""
-    if isinstance(one, dict) and isinstance(other, dict):
-        return len(set(map(repr, one.items())) & set(map(repr, other.items())))
-    if isinstance(one, list) and isinstance(other, list):
-        return len(set(map(repr, one)) & set(map(repr, other)))
-    return 0
 
 
 # ==== 7. The backlog file as a document ===========================================================
@@ -1044,16 +1017,24 @@ class Document:
 
     # ---- edits ----
 
-    def with_top(self, changes: Mapping[str, object], order: Sequence[str] = ()) -> Document:
-        """Change keys of the file other than `items`; None removes one, others are left alone.
+    def with_top(self, changes: Mapping[str, object], frame: str = "") -> Document:
+        """Change keys of the file other than `items`; an equal value changes nothing.
 
-        A new key is put where `order` wants it, else behind all others. ValueError: see the class.
+        `frame`: the lines without the items, if not as they are. ValueError: see the class.
         """
-        if "items" in changes:
-            raise ValueError("items are changed one by one, not as a whole")
-        if _yaml_same(self.top, _yaml_changed(self.top, changes)):
-            return self
-        return self._reframed(self._frame, changes, order)
+        frame = frame or self._frame
+        old, lines = _YamlReader(frame, self.source).document(), frame.split("\n")
+        new = _yaml_changed(cast(Item, old.value), changes)
+        edited = _yaml_edited_mapping(lines, old, new, TOP_KEYS, self.column)
+        lines = [*lines[: old.start], *edited, *lines[old.end :]]
+        found = _YamlReader("\n".join(lines), self.source).document()
+        if not _yaml_same(found.value, new):
+            raise ValueError(_YAML_UNSOUND)
+        if not self.chunks:
+            return replace(self, head="\n".join(lines), tail="")
+        hole = found.keys["items"].end - 1
+        head, tail = "\n".join([*lines[:hole], ""]), "\n".join(lines[hole + 1 :])
+        return replace(self, head=head, chunks=_yaml_ended(self.chunks, tail), tail=tail)
 
     def with_item(
         self, index: int, changes: Mapping[str, object], order: Sequence[str] = ()
@@ -1070,14 +1051,11 @@ class Document:
         new = _yaml_changed(old, changes)
         if _yaml_same(old, new):
             return self
-        node, lines = _yaml_chunk(chunk), chunk.split("\n")
+        node, lines, body = _yaml_chunk(chunk), chunk.split("\n"), ""
         if node.keys and new:
             edited = _yaml_edited_mapping(lines, node, new, order, column)
-        else:
-            known = {key: new[key] for key in order if key in new}
-            edited = _yaml_block([{**known, **new}], column, column, 2)
-        ended = "\n" * (node.end < len(lines))  # else the file has no final line break
-        body = "\n".join([*lines[: node.start], *edited]) + ended
+            ended = "\n" * (node.end < len(lines))  # else the file has no final line break
+            body = "\n".join([*lines[: node.start], *edited]) + ended
         text = _yaml_fitted(body, "\n".join(lines[node.end :]), new, column)
         return replace(self, chunks=(*self.chunks[:index], text, *self.chunks[index + 1 :]))
 
@@ -1101,7 +1079,7 @@ class Document:
             _ = whole.top  # raises where head and tail do not fit together
             return whole
         whole = replace(self, chunks=made)
-        whole = whole._reframed(head + tail, {"items": [0] if made else []}, TOP_KEYS)
+        whole = whole.with_top({"items": [0] if made else []}, head + tail)
         if made:
             free = cast(re.Match[str], re.match(r"(?: *(?:#.*)?\n)*", whole.tail))[0]
             last = _yaml_fitted(made[-1], free, read_chunk(made[-1]), 0)
@@ -1119,39 +1097,24 @@ class Document:
 
     # ---- how edits are made ----
 
-    def _reframed(
-        self, frame: str, changes: Mapping[str, object], order: Sequence[str]
-    ) -> Document:
-        """This document with another frame, of which some keys are changed."""
-        old, lines = _YamlReader(frame, self.source).document(), frame.split("\n")
-        new = _yaml_changed(cast(Mapping[str, object], old.value), changes)
-        edited = _yaml_edited_mapping(lines, old, new, order, self.column)
-        lines = [*lines[: old.start], *edited, *lines[old.end :]]
-        found = _YamlReader("\n".join(lines), self.source).document()
-        if not _yaml_same(found.value, new):
-            raise ValueError(_YAML_UNSOUND)
-        if not self.chunks:
-            return replace(self, head="\n".join(lines), tail="")
-        hole = found.keys["items"].end - 1
-        head, tail = "\n".join([*lines[:hole], ""]), "\n".join(lines[hole + 1 :])
-        return replace(self, head=head, chunks=_yaml_ended(self.chunks, tail), tail=tail)
-
     def _joined(self, pieces: Sequence[str], tail: str) -> tuple[str, tuple[str, ...]]:
         """The comments that come to stand above all items, and the pieces as they follow here."""
-        places = {_yaml_name(piece): at for at, piece in enumerate(pieces)}
+        own = set(self.chunks)
+        places = {piece: at for at, piece in enumerate(pieces)}
+        edited = {_yaml_name(piece): at for piece, at in places.items() if piece not in own}
         free: dict[int, str] = {}  # comments, by the place of the piece they are to follow
-        place = -1
-        for chunk in self.chunks[:-1]:
-            known = places.get(_yaml_name(chunk))
-            if known is not None:
-                place = known
-            elif rest := chunk[len(_yaml_own_text(chunk)) :].strip("\n"):
+        place, end = -1, ""  # and what stands behind the last item
+        last: int | None = None
+        for chunk in self.chunks:
+            known = places.get(chunk)
+            if known is None:
+                known = edited.get(_yaml_name(chunk))
+            place = place if known is None else known
+            if chunk is self.chunks[-1]:
+                last, ending = known, chunk if known is None else pieces[known]
+                end = ending[len(_yaml_own_text(ending)) :]
+            elif known is None and (rest := chunk[len(_yaml_own_text(chunk)) :].strip("\n")):
                 free[place] = f"{free[place]}\n\n{rest}" if place in free else rest
-        last, end = None, ""  # which piece the last item is, and what stands behind it
-        if self.chunks:
-            last = places.get(_yaml_name(self.chunks[-1]))
-            ending = self.chunks[-1] if last is None else pieces[last]
-            end = ending[len(_yaml_own_text(ending)) :]
         apart = len(self.chunks) > 1 and self.chunks[-2].endswith("\n\n")
         met = dict(pairwise((*self.chunks, "")))
         made: list[str] = []
@@ -1542,37 +1505,9 @@ class BacklogError(Exception):
     """The backlog, or a request on it, cannot be used; the message is for the operator."""
 
 
-class Item(TypedDict, total=False):
-    """One backlog entry. Treated as immutable: an update makes a new dict.
-
-    The keys are those of ITEM_TABLE, of which REQUIRED_KEYS are always there; keys that it
-    does not know are kept beside them.
-    """
-
-    id: str
-    title: str
-    status: str
-    phase: str
-    size: str
-    complexity: str
-    risk: str
-    impact: str
-    requires_human_review: bool
-    origin: str
-    blocked_from_status: str
-    blocked_reason: str
-    blocked_type: str
-    unblock_context: str
-    tags: list[str]
-    dependencies: list[str]
-    created: str
-    updated: str
-    pipeline_type: str
-    description: dict[str, str]
-    phase_pool: str
-    guardrail_override: bool
-    priority: int
-    attempts: int
+# One entry, treated as immutable: an update makes a new dict. Its keys are those of ITEM_TABLE, of
+# which REQUIRED_KEYS are always there, and any that a person has added.
+Item: TypeAlias = dict[str, Any]
 
 
 class Backlog(NamedTuple):
@@ -1597,12 +1532,6 @@ def moment(text: object) -> datetime:
     except ValueError:
         return _LONG_AGO
     return found.astimezone(UTC) if found.tzinfo else found.replace(tzinfo=UTC)
-
-
-def _with_keys(item: Item, changes: Mapping[str, object]) -> Item:
-    """The item with some keys set, or deleted where the value is None."""
-    merged: dict[str, object] = {**item, **changes}
-    return cast(Item, {key: value for key, value in merged.items() if value is not None})
 
 
 # ---- Reading an item -----------------------------------------------------------------------------
@@ -1632,7 +1561,7 @@ def read_item(raw: object) -> tuple[Item, list[tuple[str, str]]]:
     if texts and None in texts.values():
         texts = {key: "" if text is None else text for key, text in texts.items()}
         item = {**item, "description": texts}
-    return cast(Item, item), problems
+    return item, problems
 
 
 # ==== 10. Drafts and rules ========================================================================
@@ -1667,19 +1596,17 @@ class Draft:
         BacklogError, and nothing changed, if a key cannot hold its value.
         """
         item = self.item(item_id)
-        old: Mapping[str, object] = item
-        changes = {key: value for key, value in changes.items() if old.get(key) != value}
+        changes = {key: value for key, value in changes.items() if item.get(key) != value}
         if changes:
             _refuse_bad_values(item_id, changes)
             self.put({**item, **changes}, now)
         return self.items[item_id]
 
-    def put(self, item: Mapping[str, object], now: datetime) -> None:
+    def put(self, item: Item, now: datetime) -> None:
         """Set a whole item; its `updated` is later than it was, whatever the clock does."""
-        item_id = cast(str, item["id"])
-        known = self.items.get(item_id, item)
+        known = self.items.get(item["id"], item)
         stamp = max(now, moment(known.get("updated")) + timedelta(microseconds=1))
-        self.items[item_id] = _item_of({**item, "updated": timestamp(stamp)})
+        self.items[item["id"]] = _item_of({**item, "updated": timestamp(stamp)})
 
     def add(self, prefix: str, title: str, now: datetime, **fields: object) -> Item:
         """Append a new item with the next id; a field that is None is left out.
@@ -1705,7 +1632,7 @@ class Draft:
 
 
 def _item_of(values: Mapping[str, object]) -> Item:
-    return cast(Item, {key: value for key, value in values.items() if value is not None})
+    return {key: value for key, value in values.items() if value is not None}
 
 
 def highest_number(prefix: str, ids: Iterable[str]) -> int:
@@ -1955,24 +1882,22 @@ def guardrail_objection(item: Item, limits: Mapping[str, str], before: Item | No
     """
     if item.get("guardrail_override"):
         return ""
-    now: Mapping[str, object] = item
-    since: Mapping[str, object] = before or {}
-    objections: list[str] = []
-    if now.get("requires_human_review") and not since.get("requires_human_review"):
+    since, objections = before or {}, list[str]()
+    if item.get("requires_human_review") and not since.get("requires_human_review"):
         objections.append("human review is required")
     excesses = [
-        f"{measure} {now[measure]} (limit {limit})"
+        f"{measure} {item[measure]} (limit {limit})"
         for measure, limit in limits.items()
-        if _rank(measure, now) > max(_rank(measure, limits), _rank(measure, since))
+        if _rank(measure, item) > max(_rank(measure, limits), _rank(measure, since))
     ]
     if excesses:
         objections.append(f"the guardrails are exceeded by {', '.join(excesses)}")
     return f"{' and '.join(objections)}; a human has to accept it" if objections else ""
 
 
-def _rank(measure: str, ratings: Mapping[str, object]) -> int:
+def _rank(measure: str, ratings: Mapping[str, Any]) -> int:
     """How high a rating is; -1 without one."""
-    return (None, *RATING_WORDS[measure]).index(cast(str, ratings.get(measure))) - 1
+    return (None, *RATING_WORDS[measure]).index(ratings.get(measure)) - 1
 
 
 def apply_result(
@@ -2091,7 +2016,7 @@ def _after_phase(
             return "", None
         else:
             item = transition(draft, item_id, "ready", now, phase=None, phase_pool=None)
-            since = cast(Item, {})
+            since = {}
     return guardrail_objection(item, rules.limits, since), "decision"
 
 
@@ -2335,7 +2260,7 @@ def check_filters(filters: Sequence[Filter]) -> None:
 def matches(item: Item, filters: Iterable[Filter]) -> bool:
     """Whether an item passes all filters. One without the key passes only a negated filter."""
     for key, wanted, negated in filters:
-        value = cast(Mapping[str, object], item).get(FILTER_KEYS[key])
+        value = item.get(FILTER_KEYS[key])
         found = value if isinstance(value, list) else [] if value is None else [str(value)]
         if key == "origin" and found:  # `ID/phase` is found by the id alone, too
             found = [*found, found[0].partition("/")[0]]
@@ -2484,18 +2409,25 @@ def replace_file(
 _GIVEN_KEYS = ("id", "status", "created", "updated")  # what the program gives a new item
 
 
-@lru_cache(maxsize=_YAML_REMEMBERED)
-def _item_in(chunk: str) -> tuple[Item, tuple[tuple[str, str], ...], bool]:
-    """An item, its (key, problem) pairs, and whether nothing is lacking.
+class _Row(NamedTuple):
+    """What a chunk holds."""
 
-    What only has to be completed, in one with a title, is no problem.
-    """
+    key: str  # its item's id, or its own text
+    item: Item
+    problems: tuple[tuple[str, str], ...]  # (key, what is wrong)
+    whole: bool  # nothing is lacking
+
+
+@lru_cache(maxsize=_YAML_REMEMBERED)
+def _row_of(chunk: str) -> _Row:
+    """What only has to be completed, in an item with a title, is no problem."""
     item, problems = read_item(read_chunk(chunk))
     if "title" in item:
-        raw = cast(Mapping[str, object], read_chunk(chunk))
+        raw = cast(Item, read_chunk(chunk))
         lacking = {key for key in _GIVEN_KEYS if raw.get(key) is None}
         problems = [one for one in problems if one[0] not in lacking]
-    return item, tuple(problems), item.keys() >= set(REQUIRED_KEYS)
+    whole = item.keys() >= set(REQUIRED_KEYS)
+    return _Row(item.get("id", chunk), item, tuple(problems), whole)
 
 
 class State:
@@ -2508,22 +2440,19 @@ class State:
 
     def __init__(self, document: Document) -> None:
         self.document = document
-        self.chunks: dict[str, str] = {}
-        self.found: dict[str, Item] = {}
-        self.items: dict[str, Item] = {}
-        self.problems: dict[str, tuple[tuple[str, str], ...]] = {}  # (key, problem) by chunk
-        for chunk in document.chunks:
-            item, problems, whole = _item_in(chunk)
-            key = item.get("id", chunk)
-            if key in self.chunks:
-                twice = f"the id {key} is used twice; give one of the two another one"
-                key, item, problems, whole = chunk, {}, (*problems, ("id", twice)), False
-            self.chunks[key] = chunk
-            self.found[key] = item
-            if whole:
-                self.items[key] = item
-            if problems:
-                self.problems[key] = problems
+        rows = list(map(_row_of, document.chunks))
+        if len({row.key for row in rows}) < len(rows):
+            seen: set[str] = set()
+            for at, (key, _, problems, _) in enumerate(rows):
+                if key in seen:
+                    twice = f"the id {key} is used twice; give one of the two another one"
+                    problems = (*problems, ("id", twice))
+                    rows[at] = _Row(document.chunks[at], {}, problems, False)
+                seen.add(key)
+        self.chunks = {row.key: chunk for row, chunk in zip(rows, document.chunks, strict=True)}
+        self.found = {row.key: row.item for row in rows}
+        self.items = {row.key: row.item for row in rows if row.whole}
+        self.problems = {row.key: row.problems for row in rows if row.problems}
 
     @classmethod
     def read(cls, data: bytes, source: str) -> State:
@@ -2575,17 +2504,19 @@ class State:
         BacklogError if something cannot be written as YAML.
         """
         old, new, document = self.items, backlog.items, self.document
+        edited = [key for key, item in new.items() if old.get(key, item) is not item]
+        places = list(self.chunks) if edited else []
         try:
-            for at, key in enumerate(self.chunks):
-                if key in old and (item := new.get(key, old[key])) is not old[key]:
-                    document = document.with_item(at, _differing(old[key], item), ITEM_KEYS)
+            for key in edited:
+                changes = _differing(old[key], new[key])
+                document = document.with_item(places.index(key), changes, ITEM_KEYS)
             fresh = [document.render_chunk(new[key]) for key in new if key not in old]
             if fresh or len(new) < len(old):
                 pairs = zip(self.chunks, document.chunks, strict=True)
                 kept = [chunk for key, chunk in pairs if key not in old or key in new]
                 document = document.with_chunks([*kept, *fresh])
             if backlog.next_item_id != self.counter:
-                document = document.with_top({"next_item_id": backlog.next_item_id}, TOP_KEYS)
+                document = document.with_top({"next_item_id": backlog.next_item_id})
         except ValueError as error:
             raise BacklogError(f"the change cannot be written as YAML: {error}") from error
         return self if document is self.document else State(document)
@@ -2611,29 +2542,48 @@ def _distance(one: State, other: State, key: str) -> tuple[int, int, int]:
     return int("updated" in keys), len(keys - {"updated"}), 1
 
 
-class _Past:
-    """What the states up to now tell about a file: its start, and all that there ever was."""
+class _Merge:
+    """The merge while it is made; see `merge`."""
 
-    def __init__(self, file: State, states: Iterable[State]) -> None:
+    def __init__(
+        self,
+        decided: State,
+        file: State,
+        earlier: Iterable[State],
+        now: datetime,
+        running: Container[str],
+    ) -> None:
+        self.decided, self.file, self.running = decided, file, running
         # By id and `updated`, each text that there was of an item, and what it held.
         self.versions: dict[str, dict[str, dict[str, Item]]] = {}
+        self.find_base(itertools.chain(earlier, [decided]))
+        self.now = max([now, *map(self.newest, self.versions)])
+        self.counter = max(decided.counter, file.counter)
+        self.items: dict[str, Item] = {}
+        self.chunks: dict[str, str] = {}  # what an item's lines start from
+        self.renamed: dict[str, str] = {}  # key in the file → key in the result
+        self.notes: list[str] = []
+
+    def find_base(self, states: Iterable[State]) -> None:
+        """Look through the states up to now for the one that somebody started from."""
+        file, last, best = self.file, dict[str, str](), None
         far: dict[str, tuple[int, int, int]] = {}  # how far the file is from a state, by item
-        total, best = [0, 0, 0], None
-        last: Mapping[str, str] = {}
+        total = [0, 0, 0]
         for state in states:
             new = {key for key, chunk in state.chunks.items() if last.get(key) is not chunk}
             for key in new | (last or file.chunks).keys() - state.chunks.keys():
                 was, far[key] = far.get(key, (0, 0, 0)), _distance(file, state, key)
                 total = [all_ - a + b for all_, a, b in zip(total, was, far[key], strict=True)]
             for key in new & state.items.keys():
-                item = state.items[key]
                 stamps = self.versions.setdefault(key, {})
-                stamps.setdefault(item["updated"], {})[state.chunks[key]] = item
+                texts = stamps.setdefault(state.items[key]["updated"], {})
+                texts[state.chunks[key]] = state.items[key]
             last = state.chunks
             mine, theirs = file.document, state.document
-            shared = [key for key in file.chunks if key in last]
             layout = (mine.head != theirs.head) + (mine.tail != theirs.tail)
-            layout += shared != [key for key in last if key in file.chunks]
+            layout += [key for key in file.chunks if key in last] != [
+                key for key in last if key in file.chunks
+            ]
             found = state.counter != file.counter, *total[:2], total[2] + layout
             if best is None or found <= best:  # the newest of equals
                 best, self.base = found, state
@@ -2654,22 +2604,6 @@ class _Past:
             return base, (self.base.chunks.get(item_id),)
         return list(known.values())[-1], known
 
-
-class _Merge:
-    """The merge while it is made; see `merge`."""
-
-    def __init__(
-        self, decided: State, file: State, past: _Past, now: datetime, running: Container[str]
-    ) -> None:
-        self.decided, self.file, self.past, self.base = decided, file, past, past.base
-        self.running = running
-        self.now = max([now, *map(past.newest, past.versions)])
-        self.counter = max(decided.counter, file.counter)
-        self.items: dict[str, Item] = {}
-        self.chunks: dict[str, str] = {}  # what an item's lines start from
-        self.renamed: dict[str, str] = {}  # key in the file → key in the result
-        self.notes: list[str] = []
-
     def stamp(self) -> str:
         self.now += timedelta(microseconds=1)
         return timestamp(self.now)
@@ -2681,7 +2615,7 @@ class _Merge:
 
     def add(self, key: str, item: Item, prefix: str) -> None:
         """A new item of somebody's: what it lacks is completed."""
-        taken = {*self.decided.items, *self.items, *self.past.versions}
+        taken = {*self.decided.items, *self.items, *self.versions}
         item_id = asked = item.get("id", "")
         if not asked or asked in taken:
             self.counter = max(self.counter, highest_number(prefix, {*taken, *self.file.items})) + 1
@@ -2691,7 +2625,7 @@ class _Merge:
             self.notes.append(f"{asked} is taken; the one added by hand is {item_id} now: {title}")
         now = self.stamp()
         fresh = {"status": "new", "created": now, "updated": now, **item, "id": item_id}
-        self.take(item_id, cast(Item, fresh), self.file.chunks[key])
+        self.take(item_id, fresh, self.file.chunks[key])
         # So that older copies of the file are told apart from this one by their counter.
         self.counter = max(self.counter, self.base.counter + 1)
 
@@ -2702,18 +2636,17 @@ class _Merge:
         if f_chunk == d_chunk:
             return self.take(key, d, d_chunk)
         bad = {name for name, _ in self.file.problems.get(key, ())}
-        if key in self.file.items and not bad and moment(f["updated"]) > self.past.newest(key):
+        if key in self.file.items and not bad and moment(f["updated"]) > self.newest(key):
             return self.take(key, f, f_chunk)
-        b, texts = self.past.start_of(key, f)
-        merged: dict[str, object] = dict(d)
-        old, new = cast(Mapping[str, object], b or {}), cast(Mapping[str, object], f)
-        for name in {**old, **new} if b else ():
-            if name in ("id", "updated") or name in bad or new.get(name) == old.get(name):
+        b, texts = self.start_of(key, f)
+        merged, old = dict(d), b or {}
+        for name in {**old, **f} if b else ():
+            if name in ("id", "updated") or name in bad or f.get(name) == old.get(name):
                 continue
             if name in REQUIRED_KEYS and name not in f:
                 self.notes.append(f"{key}: the key '{name}' is missing; it stays as it was")
                 continue
-            merged[name] = self.chosen(key, name, old.get(name), new.get(name), merged.get(name))
+            merged[name] = self.chosen(key, name, old.get(name), f.get(name), merged.get(name))
         item = _item_of(merged)
         if item != d:
             item = _item_of({**merged, "updated": self.stamp()})
@@ -2755,12 +2688,12 @@ class _Merge:
             newline=decided.newline if file.newline == base.newline else file.newline,
         )
         for at, key in enumerate(keys):
-            found, *_ = _item_in(document.chunks[at])
+            found = _row_of(document.chunks[at]).item
             if key in self.items and found != self.items[key]:
                 changes = _differing(found, self.items[key])
                 document = document.with_item(at, changes, ITEM_KEYS)
         if document.top.get("next_item_id") != self.counter:
-            document = document.with_top({"next_item_id": self.counter}, TOP_KEYS)
+            document = document.with_top({"next_item_id": self.counter})
         return document
 
     def in_order(self) -> list[str]:
@@ -2798,18 +2731,18 @@ def merge(
     agent does not mark them done. `prefix` is for ids of items added by hand. `shown`: the lines of
     items as the file had them when it was last written; what is gone since was not brought back.
     """
-    past = _Past(file, itertools.chain(earlier, [decided]))
-    made = _Merge(decided, file, past, now, running)
+    made = _Merge(decided, file, earlier, now, running)
+    base = made.base
     for key, chunk in file.chunks.items():
         item, problems = file.found[key], file.problems.get(key, ())
         if key in decided.items:
             known = decided.items[key]
-            if key not in past.base.items and item.get("created") != known["created"]:
+            if key not in base.items and item.get("created") != known["created"]:
                 made.add(key, item, prefix)
             else:
                 made.meet(key)
                 made.notes += [f"{key}: {problem}; it stays as it was" for _, problem in problems]
-        elif key in past.versions:
+        elif key in made.versions:
             if chunk not in shown:
                 made.notes.append(
                     f"{key} in the file is an old copy of an item that was finished, closed or"
@@ -2817,7 +2750,7 @@ def merge(
                 )
         elif not problems:
             made.add(key, item, prefix)
-        elif key not in past.base.chunks or key in decided.chunks:
+        elif key not in base.chunks or key in decided.chunks:
             # Somebody is still writing it; its lines stay as they are.
             if key not in decided.chunks:
                 first = next((line.strip() for line in chunk.splitlines() if line.strip()), "")
@@ -2826,11 +2759,11 @@ def merge(
     if missing := [key for key in decided.chunks if key not in file.chunks]:
         # What a file of several states lacks tells nothing; else it was deleted by hand.
         mixed = any(
-            past.start_of(key, item)[0] is not past.base.items.get(key)
+            made.start_of(key, item)[0] is not base.items.get(key)
             for key, item in file.found.items()
         )
         for key in missing:
-            if mixed or key not in past.base.chunks:
+            if mixed or key not in base.chunks:
                 made.take(key, decided.items.get(key), decided.chunks[key])
     document = made.document()
     return (decided if document == decided.document else State(document)), made.notes
@@ -3000,10 +2933,9 @@ def _take_step(chunks: dict[str, Any], step: Mapping[str, Any]) -> dict[str, str
 def _step_between(old: State, new: State) -> dict[str, Any]:
     before, after = _parts_of(old), _parts_of(new)
     step = {name: after[name] for name in _FRAME if after[name] != before[name]}
-    keys = dict.fromkeys((*old.chunks, *new.chunks))
-    chunks = {
-        key: new.chunks.get(key) for key in keys if old.chunks.get(key) != new.chunks.get(key)
-    }
+    gone = [key for key in old.chunks if key not in new.chunks]
+    chunks: dict[str, str | None] = dict.fromkeys(gone)
+    chunks |= {key: text for key, text in new.chunks.items() if old.chunks.get(key) != text}
     if chunks:
         step["chunks"] = chunks
     if list(_take_step(dict(old.chunks), step)) != list(new.chunks):
