@@ -526,26 +526,23 @@ def test_commands_that_only_look_write_nothing(project: Any, here: Cli, argv: li
 # ---- run and triage: the command line; what they do is tested elsewhere ---------------------------
 
 
-def test_dry_run_says_what_would_start_and_why_the_rest_would_not(project: Any, here: Cli) -> None:
+def test_dry_run_says_what_would_run_and_why_the_rest_would_not(project: Any, here: Cli) -> None:
     project.backlog("WRK-001 ready", "WRK-002 ready", "WRK-003 blocked blocked_reason=Unclear", "WRK-004 new dependencies=[WRK-001]", "WRK-005 done")
-    assert here("run", "--dry-run").out.splitlines() == [
-        "Would start first:",
-        "  WRK-001 Item WRK-001 plan (1/2, main)",
+    assert here("run", "--dry-run", "--cap", "2").out.splitlines() == [
+        "Would run, if every phase succeeds:",
+        "  1. WRK-001 Item WRK-001 plan → build",
         "",
-        "Would not:",
+        "Would not run:",
         "  WRK-003 blocked: Unclear",
-        "  WRK-002 ready; max_wip = 1 lets no further item start yet",
-        "  WRK-004 waits for WRK-001 (in_progress)",
+        "  2 items later: the limit of phases for one run is used up: WRK-002, WRK-004",
         "",
         "Nothing was started and nothing was written.",
     ]
-    got = json.loads(here("run", "--dry-run", "--json").out)
+    got = json.loads(here("run", "--dry-run", "--cap", "2", "--json").out)
     assert got["schema"] == 1
     assert [(row["id"], row["phase"]) for row in got["items"]] == [
-        ("WRK-001", "plan"), ("WRK-003", None), ("WRK-002", None), ("WRK-004", None),
+        ("WRK-001", "plan"), ("WRK-001", "build"), ("WRK-003", None), ("WRK-002", None), ("WRK-004", None),
     ]
-    got = json.loads(here("triage", "--dry-run", "--json").out)
-    assert [row["id"] for row in got["items"] if row["runs"]] == []
 
 
 def test_dry_run_says_what_keeps_a_run_from_starting(project: Any, here: Cli) -> None:
@@ -557,7 +554,7 @@ def test_dry_run_says_what_keeps_a_run_from_starting(project: Any, here: Cli) ->
         "\nBut a run cannot start:\n- the work tree has uncommitted changes: README.md\n"
         "  Commit them, or run with --allow-dirty, or set them aside: git stash push --include-untracked -- :/README.md\n\nNothing was started and nothing was written.\n"
     )
-    assert text.startswith("Would start first:\n  WRK-001 ")
+    assert text.startswith("Would run, if every phase succeeds:\n  1. WRK-001 ")
     problem, = json.loads(here("run", "--dry-run", "--json").out)["problems"]
     assert problem["what"] == "the work tree has uncommitted changes: README.md"
     assert "cannot start" not in here("run", "--dry-run", "--allow-dirty").out
