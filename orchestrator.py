@@ -2112,14 +2112,13 @@ def render_graph(backlog: Backlog, only: Container[str] | None = None) -> str:
     return "\n".join(lines)
 
 
-def render_item(known: Mapping[str, Any], spent: Usage, width: int) -> list[str]:
-    """Everything about one item, for `show`; of one that has left the backlog see `finished_rows`.
-
-    What it is made of comes one by one, texts of several lines below.
-    """
+def render_item(known: Mapping[str, Any], width: int) -> list[str]:
+    """Everything that a row of `status_rows` or `finished_rows` tells, for `show`: what an item is
+    made of one by one, texts of several lines below."""
     apart = {"id", "title", "description", "unblock_context", *Usage._fields}
+    spent = usage_text(Usage(*map(known.get, Usage._fields)))
     rows = []
-    for key, value in {**known, "cost": usage_text(spent)}.items():
+    for key, value in {**known, "cost": spent}.items():
         if value and key not in apart:
             said = ", ".join(value) if isinstance(value, list) else value
             label = key.replace("_", " ").capitalize()
@@ -2423,7 +2422,7 @@ def render_summary(told: Mapping[str, Any], program: str, width: int = WHOLE_LIN
 
 def _effort(told: Mapping[str, Any]) -> str:
     """What a run took: phases, time, cost."""
-    spent = usage_text(Usage(*(told[key] for key in Usage._fields)))
+    spent = usage_text(Usage(*map(told.get, Usage._fields)))
     parts = [f"{plural(told['phases'], 'phase')} (limit {told['cap']})"]
     parts += [human_duration(told["seconds"]), spent or "cost not reported"]
     if told["filters"]:
@@ -6261,22 +6260,22 @@ def salvages(space: Workspace) -> list[dict[str, Any]]:
 
 def cmd_show(args: argparse.Namespace) -> int:
     space, width = open_workspace(args.root, args.config), output_width(sys.stdout)
-    item = space.store.look().items.get(args.id)
-    gone = None if item else next(iter(finished(space, args.id)), None)
-    known: Mapping[str, Any] = gone or _item(space.store.backlog, args.id)
+    backlog = space.store.look()
+    item = backlog.items.get(args.id)
+    found = status_rows(backlog, [args.id], item_costs(space)) if item else finished(space, args.id)
+    known: Any = found[0] if found else _item(backlog, args.id)
     place = item_folder(space.repo.root, Item(id=args.id, title=known["title"]))
     documents = documents_in(place, space.repo.root)
     rows = read_log(space, item_id=args.id)
     kept = [one for one in salvages(space) if one["item"] == safe_name(args.id)]
-    spent = item_costs(space).get(args.id, NOTHING_SPENT)
-    full = {key: known.get(key, row.default) for key, row in ITEM_TABLE.items()} if item else known
-    lines = render_item(full, spent, width)
+    lines = render_item(known, width)
     history = table("when phase outcome commit summary", rows, width, "  ")
     lines += ["", "History:", *history] if rows else []
     listed = [f"  {one_line(path)}" for path in documents]
     lines += ["", "Documents:", *listed] if listed else []
-    facts = {"item": known, "documents": documents, "commits": rows, "salvage": kept}
-    return answer(args, {**facts, **usage_json(spent)}, [*lines, *render_salvage(kept, width)])
+    facts = {"item": item or known, "documents": documents, "commits": rows, "salvage": kept}
+    facts |= {key: known[key] for key in Usage._fields}
+    return answer(args, facts, [*lines, *render_salvage(kept, width)])
 
 
 def cmd_log(args: argparse.Namespace) -> int:

@@ -20,7 +20,6 @@ from orchestrator import (
     Pipeline,
     RunOptions,
     Task,
-    Usage,
     build_prompt,
     change_dir_name,
     clean_text,
@@ -534,9 +533,9 @@ def test_the_status_for_machines_and_the_order_of_items() -> None:
 def test_everything_about_one_item() -> None:
     item: Any = make_item(
         "WRK-001", "blocked", title="Fix\x1b[31m it", phase=None, requires_human_review=True, tags=["ui", "api"], attempts=0,
-        blocked_reason="Which\ncolour?", description={"context": "one\ntwo", "problem": ""}, unblock_context="Blue.",
+        blocked_reason="Which\ncolour?", description={"context": "one\ntwo", "problem": ""}, unblock_context="Blue.", cost_usd=0.5,
     )
-    assert render_item(item, Usage(0.5), 80) == [
+    assert render_item(item, 80) == [
         "WRK-001  Fix it", "", "Status:                blocked", f"Created:               {NOW}", f"Updated:               {NOW}",
         "Requires human review: yes", "Tags:                  ui, api", "Blocked reason:        Which colour?",
         "Cost:                  about $0.5000", "", "Context:", "  one", "  two", "", "Your notes for the next phase:", "  Blue.",
@@ -739,7 +738,7 @@ def test_nothing_that_is_shown_can_paint_on_the_terminal() -> None:
     halt = orchestrator.halt_line(None, nasty)
     told = ended(list(backlog.items.values()), halt=halt, completed=done, warnings=[nasty], filters=[nasty])
     plan = render_plan(orchestrator.plan_rows(backlog, make_config(), RunOptions(9)), (), 80)
-    shown = render_item(backlog.items["WRK-002"], Usage(), 80)
+    shown = render_item(status_rows(backlog)[0], 80)
     text = "\n".join([render_summary(told, "o"), *render_status(status_rows(backlog), 80, "o"), *plan, *shown])
     assert "\x1b" not in text
     assert "\x07" not in text
