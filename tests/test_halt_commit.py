@@ -144,13 +144,13 @@ def test_a_backlog_the_operator_left_dirty_is_committed_staged_or_not_but_once(p
         project.backlog("WRK-001 blocked blocked_from_status=ready blocked_reason=why", head=f"# staged: {staged}\n")
         if staged:
             project.git("add", "BACKLOG.yaml")
-        project.run("run")
+        project.run("run", code=3)
         assert project.subjects()[0] == "[orchestrator] Save backlog state on halt (AllDoneOrBlocked)"
         assert project.paths() == ["BACKLOG.yaml"]
         assert project.committed().startswith(f"# staged: {staged}\n")
         assert project.status() == ""
     before = project.git("rev-parse", "HEAD")
-    project.run("run")
+    project.run("run", code=3)
     assert project.git("rev-parse", "HEAD") == before
 
 
