@@ -1297,6 +1297,22 @@ def list_of(kind: Kind, expected: str, remedy: str = "") -> Kind:
 TEXT = Kind("text", lambda value: type(value) is str, remedies=IN_QUOTES)
 TEXTS = list_of(TEXT, "a list of texts", "; write it as [{}]")
 LIST = Kind("a list", lambda value: type(value) is list)
+
+
+def is_plain(value: object) -> bool:
+    return isinstance(value, str) and "\0" not in value  # a program's arguments end at a NUL
+
+
+def is_word(value: object) -> bool:
+    return is_plain(value) and bool(str(value).strip())
+
+
+def _is_argv(value: object) -> bool:
+    """A command is a list of words, and runs without a shell."""
+    return isinstance(value, list) and all(map(is_plain, value)) and any(map(is_word, value[:1]))
+
+
+ARGV = Kind('a command such as ["make", "test"]', _is_argv)
 MAPPING = Kind("a mapping of keys to values", lambda value: type(value) is dict)
 FLAG = Kind(
     "true or false",
@@ -1491,6 +1507,12 @@ ITEM_TABLE: Mapping[str, ItemKey] = {
         option="priority",
     ),
     "attempts": ItemKey(whole_number(0), "failed ones of its phase", "run", 0),
+    "verify": ItemKey(
+        list_of(ARGV, "a list of commands, each on a line of its own such as - [make, test]"),
+        "must succeed, too, before the last phase that changes code is committed",
+        "person",
+        [],
+    ),
 }
 ITEM_KEYS = tuple(ITEM_TABLE)
 REQUIRED_KEYS = ("id", "title", "status", "created", "updated")

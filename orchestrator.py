@@ -68,6 +68,7 @@ from typing import (
 )
 
 from backlog import (
+    ARGV,
     DEFAULT_PIPELINE,
     DESCRIPTION_KEYS,
     FLAG,
@@ -111,6 +112,8 @@ from backlog import (
     context_description,
     dependency_cycles,
     did_you_mean,
+    is_plain,
+    is_word,
     last_summary,
     list_of,
     matching,
@@ -350,39 +353,25 @@ NAME = r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}"
 # ---- What a key may hold -------------------------------------------------------------------------
 
 
-def _is_plain(value: object) -> bool:
-    return isinstance(value, str) and "\0" not in value  # a program's arguments end at a NUL
-
-
-def _is_word(value: object) -> bool:
-    return _is_plain(value) and bool(str(value).strip())
-
-
-def _is_argv(value: object) -> bool:
-    """A command is a list of words, and runs without a shell."""
-    return isinstance(value, list) and all(map(_is_plain, value)) and any(map(_is_word, value[:1]))
-
-
 def _is_environment(value: object) -> bool:
     return isinstance(value, dict) and all(
-        name and "=" not in name and _is_plain(name) and _is_plain(text)
+        name and "=" not in name and is_plain(name) and is_plain(text)
         for name, text in value.items()
     )
 
 
 def _is_below_root(value: object) -> bool:
-    return _is_word(value) and not re.search(r"^/|(?:^|/)\.\.(?:/|$)", str(value))
+    return is_word(value) and not re.search(r"^/|(?:^|/)\.\.(?:/|$)", str(value))
 
 
 _COUNT = whole_number(0, MAX_NUMBER)
 _PLACES = whole_number(1, MAX_NUMBER)
 _AMOUNT = number_within(0, MAX_NUMBER)
-_PLAIN = TEXT._replace(fits=_is_plain)
-_WORDS = list_of(Kind("", _is_word), 'a list of texts such as ["a", "b"]')
+_PLAIN = TEXT._replace(fits=is_plain)
+_WORDS = list_of(Kind("", is_word), 'a list of texts such as ["a", "b"]')
 _PATHS = 'a list of paths below the project root such as ["docs/"]'
 _PATTERNS = list_of(Kind("", _is_below_root), _PATHS)
-_ARGV = Kind('a command such as ["make", "test"]', _is_argv)
-_ARGVS = list_of(_ARGV, 'a list of commands such as [["make", "test"]]')
+_ARGVS = list_of(ARGV, 'a list of commands such as [["make", "test"]]')
 _ENVIRONMENT = Kind('names with texts such as { CI = "1" }', _is_environment)
 _NAME = matching_text("at most 64 ASCII letters, digits, - and _", NAME)
 _MODEL = matching_text(  # it becomes an argument, so it must not look like an option
@@ -474,7 +463,7 @@ class AgentSettings(NamedTuple):
     cli: str = row(choice(*AGENT_CLIS), "claude")
     model: str | None = row(_MODEL, None, "as the CLI calls it", '"opus"')
     command: tuple[str, ...] = row(
-        _ARGV, (), 'for cli = "command"', '["my-agent", "{prompt_file}", "{result_path}"]'
+        ARGV, (), 'for cli = "command"', '["my-agent", "{prompt_file}", "{result_path}"]'
     )
     args: tuple[str, ...] = row(_WORDS, (), "more arguments for the CLI", '["--verbose"]')
     env: Mapping[str, str] = row(_ENVIRONMENT, {}, "variables for the CLI", '{ CI = "1" }')
@@ -496,7 +485,7 @@ class Notify(NamedTuple):
     """Who is told of a halt."""
 
     command: tuple[str, ...] = row(
-        _ARGV, (), "run at every halt, JSON summary on stdin", '["notify-send", "orchestrator"]'
+        ARGV, (), "run at every halt, JSON summary on stdin", '["notify-send", "orchestrator"]'
     )
 
 
@@ -515,7 +504,7 @@ class Phase(NamedTuple):
     model: str | None = row(_MODEL, None, "for this phase", '"opus"')
     timeout_minutes: float | None = row(_AMOUNT, None, "instead of phase_timeout_minutes", "90")
     run: tuple[str, ...] = row(
-        _ARGV, (), "this command does the phase, no agent", '["make", "docs"]'
+        ARGV, (), "this command does the phase, no agent", '["make", "docs"]'
     )
     verify: tuple[tuple[str, ...], ...] = row(
         _ARGVS, (), "must pass after the agent says it is done", '[["make", "test"]]'
@@ -664,6 +653,23 @@ def _read_phase(table: Fields) -> Phase:
 def pipeline_of(config: Config, item: Item) -> Pipeline | None:
     """The item's pipeline; None: the config has none of that name."""
     return config.pipelines.get(pipeline_name(item))
+
+
+def checks_of(config: Config, item: Item, phase: str) -> tuple[tuple[str, ...], ...]:
+    """What must succeed before the work of a phase is committed: the phase's checks, and in the
+    last phase that changes code the item's own."""
+    pipeline = pipeline_of(config, item)
+    phases = pipeline.all_phases if pipeline else ()
+    checks = [argv for one in phases if one.name == phase for argv in one.verify]
+    if [one.name for one in phases if one.destructive][-1:] == [phase]:
+        checks += map(tuple, item.get("verify", ()))
+    return tuple(dict.fromkeys(checks))
+
+
+def code_phases(config: Config) -> set[str]:
+    """The names of the phases that change code."""
+    phases = (one for pipeline in config.pipelines.values() for one in pipeline.phases)
+    return {one.name for one in phases if one.destructive}
 
 
 def rules_of(config: Config) -> Rules:
@@ -1278,6 +1284,13 @@ def id_list(ids: Sequence[str], most: int = 8) -> str:
     return one_line(", ".join(ids[:most])) + more
 
 
+def command_text(argv: Sequence[str]) -> str:
+    """A command on one line, as a shell would take it."""
+    import shlex
+
+    return one_line(shlex.join(argv))
+
+
 def phase_line(item_id: str, phase: str, text: str) -> str:
     """The form of every log line about a phase: `[WRK-001][BUILD] text`."""
     return f"[{item_id}][{phase.upper()}] {text}"
@@ -1484,6 +1497,7 @@ class MessageEntry(NamedTuple):
     summary: str = ""  # blocked and failed: the reason
     token: str = ""  # names the attempt
     kind: str = "docs"  # one of COMMIT_TYPES
+    verified: tuple[str, ...] = ()  # the commands that checked it, see `command_text`
 
     @property
     def tag(self) -> str:
@@ -1510,6 +1524,9 @@ def commit_message(
         facts = {"Item": one.item_id, "Phase": one.phase, "Attempt": one.token}
         facts["Outcome"] = one.outcome
         trailers += [f"{TRAILER}{key}: {one_line(value)}" for key, value in facts.items() if value]
+        for command in one.verified:
+            told_in = wrap(command, SUBJECT_COLUMNS - len(f"{TRAILER}Verified: "), "")
+            trailers.append(f"{TRAILER}Verified: " + "\n  ".join(told_in))
     return "\n\n".join(filter(None, [subject, "\n".join(told), "\n".join(trailers)])) + "\n"
 
 
@@ -1939,19 +1956,17 @@ def _task_section(item: Item, task: Task, config: Config, folder: str) -> str:
 
 def _rules(item: Item, task: Task, config: Config, folder: str) -> str:
     """What the phase may write and what becomes of it, and what holds for all."""
-    import shlex
-
     phase, rules = task.phase, []
     if phase.destructive:
         rules.append(CODE_RULES.format(folder=folder))
         if not phase.allow_empty:
             rules.append("- `phase_complete` without any change in the repository is a failure.")
-        if phase.verify:
-            told = ", ".join(f"`{shlex.join(command)}`" for command in phase.verify)
-            rules.append(f"- After `phase_complete` these must succeed, so run them first: {told}")
     else:
         own = [f"`{path.replace('{id}', safe_name(item['id']))}`" for path in phase.outputs]
         rules.append(DOCUMENT_RULES.format(paths=", ".join(own) or "none"))
+    if checks := checks_of(config, item, task.name):
+        told = ", ".join(f"`{command_text(command)}`" for command in checks)
+        rules.append(f"- After `phase_complete` these must succeed, so run them first: {told}")
     rules.append(
         RULES.format(
             backlog=config.backlog_path, config=CONFIG_NAME, worklog=WORKLOG_DIR, work=WORK_DIR
@@ -2114,9 +2129,10 @@ def render_item(known: Mapping[str, Any], width: int) -> list[str]:
     rows = []
     for key, value in {**known, "cost": spent}.items():
         if value and key not in apart:
-            said = ", ".join(value) if isinstance(value, list) else value
+            if isinstance(value, list):
+                value = ", ".join(command_text(v) if isinstance(v, list) else v for v in value)
             label = key.replace("_", " ").capitalize()
-            rows.append({"label": f"{label}:", "value": "yes" if said is True else said})
+            rows.append({"label": f"{label}:", "value": "yes" if value is True else value})
     lines = wrap(f"{one_line(known['id'])}  {one_line(known['title'])}", width)
     lines += ["", *table("label value", rows, width)]
     described = known.get("description") or {}
@@ -2243,26 +2259,28 @@ def problem_lines(
 # For `git log -z`: commit and time, our trailers, an empty line, the message.
 LOG_FORMAT = (
     "--format=%H %cI%n%(trailers:unfold"
-    + "".join(f",key={TRAILER}{key}" for key in ("Run", "Item", "Phase", "Outcome"))
+    + "".join(f",key={TRAILER}{key}" for key in ("Run", "Item", "Phase", "Outcome", "Verified"))
     + ")%n%B"
 )
 
 
-def log_rows(output: str) -> list[dict[str, str]]:
+def log_rows(output: str) -> list[dict[str, Any]]:
     """What `git log -z` with LOG_FORMAT printed, in its order: what each commit says of each item,
     with the keys of `json_form`; "" where it says nothing."""
-    rows = []
+    rows = list[dict[str, Any]]()
     for record in output.split("\0"):
         head, _, message = record.partition("\n\n")
         first, *trailers = head.split("\n")
         commit, _, when = first.partition(" ")
         subject = one_line(message.partition("\n")[0])
-        run_id, found = "", list[dict[str, str]]()
+        run_id, found = "", list[dict[str, Any]]()
         for key, _, value in (line.removeprefix(TRAILER).partition(": ") for line in trailers):
             if key == "Run":
                 run_id = value
             elif key == "Item":
-                found.append({key: value})
+                found.append({key: value, "Verified": []})
+            elif found and key == "Verified":
+                found[-1][key].append(one_line(value))
             elif found:
                 found[-1].setdefault(key, value)
         for one in found:
@@ -2274,17 +2292,59 @@ def log_rows(output: str) -> list[dict[str, str]]:
             text = max(told, key=len, default=re.sub(f"^(?:{begin})", "", subject))
             text = one_line(text).removeprefix(f"{outcome.capitalize()}: ")
             row = {"when": when, "item": item, "phase": phase, "outcome": outcome, "summary": text}
-            rows.append({**row, "commit": commit, "run_id": run_id, "subject": subject})
+            row |= {"commit": commit, "run_id": run_id, "subject": subject}
+            rows.append({**row, "verified": one["Verified"]})
     return rows
 
 
+def checked_text(commands: Sequence[str], needed: bool = True) -> str:
+    """What checked something, or that nothing did, unless that was not `needed`."""
+    told = ", ".join(commands)
+    return f"checked by {told}" if told else "not checked" if needed else ""
+
+
+def history_rows(
+    rows: Iterable[Mapping[str, Any]], code: Container[str]
+) -> Iterator[dict[str, Any]]:
+    """Rows of `log_rows` for a table, with what checked a phase in the text of it."""
+    for row in rows:
+        needed = row["phase"] in code and row["outcome"] == "complete"
+        if told := checked_text(row["verified"], needed):
+            row = {**row, "summary": f"{one_line(row['summary'], 200)} ({told})"}
+        yield {**row}
+
+
+def rows_by_item(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    """Rows of `log_rows` by item, in their order."""
+    found: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        found.setdefault(row["item"], []).append(row)
+    return found
+
+
+def proof_of(
+    rows: Iterable[Mapping[str, Any]], code: Container[str]
+) -> tuple[str | None, list[str]]:
+    """What checked an item, by what `log_rows` tell of it, newest first: a commit, the commands.
+
+    What passed before the last commit of a phase in `code`, which changes code, counts no longer.
+    """
+    commit, commands = None, list[str]()
+    for row in rows:
+        commit = commit or (row["commit"] if row["verified"] else None)
+        commands[:0] = [one for one in row["verified"] if one not in commands]
+        if row["phase"] in code and row["outcome"] == "complete":
+            break
+    return commit, commands
+
+
 def finished_rows(
-    entries: Sequence[Mapping[str, str]], told: Sequence[Mapping[str, str]]
+    entries: Sequence[Mapping[str, str]], told: Sequence[Mapping[str, Any]], code: Container[str]
 ) -> list[dict[str, Any]]:
     """The items that have left the backlog, newest first, with the keys of `json_form`.
 
     `entries`: the worklogs', see `read_worklog`. `told` (see `log_rows`), newest first, has the
-    commits; an item that only it knows to have left counts, too.
+    commits; an item that only it knows to have left counts, too. `code`: see `proof_of`.
     """
     ends, last = list[tuple[str, str, str, str, str]](), dict[str, str]()
     for entry in entries:
@@ -2298,13 +2358,14 @@ def finished_rows(
     for row in told:
         if row["item"] not in in_worklog and row["outcome"] in ("done", "closed", "removed"):
             ends.append((row["when"], row["item"], row["summary"], row["outcome"], row["summary"]))
-    costs, commits = worklog_costs(entries), {row["item"]: row["commit"] for row in reversed(told)}
+    costs, told_of = worklog_costs(entries), rows_by_item(told)
     rows = dict[str, dict[str, Any]]()
     for when, item_id, title, status, why in ends:
-        end = {"id": item_id, "title": title, "status": status, "finished": when}
+        end: dict[str, Any] = {"id": item_id, "title": title, "status": status, "finished": when}
         spent = usage_json(costs.get(item_id, NOTHING_SPENT))
-        told_of = {"summary": one_line(why), "commit": commits.get(item_id)}
-        rows[item_id] = {**end, **told_of, **spent}
+        known = told_of.get(item_id, [])
+        end |= {"summary": one_line(why), "commit": known[0]["commit"] if known else None}
+        rows[item_id] = {**end, "verified": proof_of(known, code)[1], **spent}
     return sorted(rows.values(), key=lambda row: str(row["finished"]))[::-1]
 
 
@@ -2387,7 +2448,8 @@ def render_summary(told: Mapping[str, Any], program: str, width: int = WHOLE_LIN
     finished = ["Done: no item was finished"]
     if done:
         finished = [heading("Done", done, SHOWN_DONE, "status --done")]
-        finished += table("id commit title", done[-SHOWN_DONE:], width, "  ")
+        rows = [{**row, "verified": checked_text(row["verified"])} for row in done[-SHOWN_DONE:]]
+        finished += table("id commit title verified", rows, width, "  ")
     needs = []
     if asking:
         needs = [heading("Needs you", asking, SHOWN_ASKING, "status --only status=blocked")]
@@ -5795,8 +5857,11 @@ def _check_step(item: Item, backlog: Backlog) -> None:
 def summary_of(space: Workspace, run: Run, code: int) -> dict[str, Any]:
     """All that is to be said of a run that is over, for people and machines; see `json_form`."""
     totals, options, done, items = run.totals, run.options, run.state_commit, run.backlog.items
-    log_rows = read_log(space, 2 * totals.phases + 10) if totals.spent else []
-    log_rows = [row for row in log_rows if row["run_id"] == run.run_id]
+    # What checked an item that is done may have been committed by a run long ago.
+    most = None if totals.completed else 2 * totals.phases + 10
+    history = read_log(space, most) if totals.spent else []
+    told_of, phases = rows_by_item(history), code_phases(space.config)
+    log_rows = [row for row in history if row["run_id"] == run.run_id]
     finished = {(row["item"], row["phase"]) for row in log_rows if row["outcome"] == "complete"}
     failed = {(safe_name(id), safe_name(phase)) for id, phase in totals.spent.keys() - finished}
     kept = {(row["item"], row["phase"]): row for row in salvages(space)} if failed else {}
@@ -5814,7 +5879,12 @@ def summary_of(space: Workspace, run: Run, code: int) -> dict[str, Any]:
         "cap": options.cap,
         "seconds": round(time.monotonic() - totals.began, 3),
         "completed": [
-            {"id": id, "title": titles.get(id, ""), "commit": commits.get(id)}
+            {
+                "id": id,
+                "title": titles.get(id, ""),
+                "commit": commits.get(id),
+                "verified": proof_of(told_of.get(id, ()), phases)[1],
+            }
             for id in totals.completed
         ],
         "blocked": [
@@ -5901,7 +5971,9 @@ def cmd_status(args: argparse.Namespace) -> int:
         if filters:
             raise UsageError("--done and --only cannot be combined: a finished item has no keys")
         rows = finished(space)
-        lines = table("finished id status commit cost_usd title", rows, width, heads=True)
+        told = ({**r, "verified": checked_text(r["verified"], r["status"] == "done")} for r in rows)
+        keys = "finished id status commit cost_usd title verified"
+        lines = table(keys, list(told), width, heads=True)
         lines = lines or ["No item has been finished yet."]
         return answer(args, {"items": rows}, lines)
     rows, runs = status_rows(backlog, only, item_costs(space)), run_facts(space)
@@ -5920,7 +5992,7 @@ def cmd_status(args: argparse.Namespace) -> int:
 def finished(space: Workspace, item_id: str | None = None) -> list[dict[str, Any]]:
     """The items that are finished, newest first, or that one; see `finished_rows`."""
     entries = [one for one in worklog_entries(space) if item_id in (None, one["item"])]
-    return finished_rows(entries, read_log(space, item_id=item_id))
+    return finished_rows(entries, read_log(space, item_id=item_id), code_phases(space.config))
 
 
 def worklog_entries(space: Workspace) -> list[dict[str, str]]:
@@ -6038,10 +6110,12 @@ def cmd_show(args: argparse.Namespace) -> int:
     known: Any = found[0] if found else _item(backlog, args.id)
     place = item_folder(space.repo.root, Item(id=args.id, title=known["title"]))
     documents = documents_in(place, space.repo.root)
-    rows = read_log(space, item_id=args.id)
+    rows, code = read_log(space, item_id=args.id), code_phases(space.config)
     kept = [one for one in salvages(space) if one["item"] == safe_name(args.id)]
-    lines = render_item(known, width)
-    history = table("when phase outcome commit summary", rows, width, "  ")
+    none = [] if item or known["status"] != "done" else ["not checked"]
+    lines = render_item({**known, "verified": known.get("verified") or none}, width)
+    told = list(history_rows(rows, code))
+    history = table("when phase outcome commit summary", told, width, "  ")
     lines += ["", "History:", *history] if rows else []
     listed = [f"  {one_line(path)}" for path in documents]
     lines += ["", "Documents:", *listed] if listed else []
@@ -6055,14 +6129,15 @@ def cmd_log(args: argparse.Namespace) -> int:
     rows = read_log(space, args.n, args.since, args.id)
     if args.id is not None and not rows and not args.since:
         _item(space.store.look(), args.id)
-    lines = table("when item phase outcome commit summary", rows, width, heads=True)
+    told = list(history_rows(rows, code_phases(space.config)))
+    lines = table("when item phase outcome commit summary", told, width, heads=True)
     none = "Nothing that the orchestrator did has been committed yet."
     return answer(args, {"log": rows}, lines or [none])
 
 
 def read_log(
     space: Workspace, most: int | None = None, since: str | None = None, item_id: str | None = None
-) -> list[dict[str, str]]:
+) -> list[dict[str, Any]]:
     """What the commits of HEAD's history say that the orchestrator did here, newest first; see
     `log_rows`. `most` rows; `since` as git reads a time. One git process."""
     repo = space.repo
@@ -6891,8 +6966,9 @@ _FORM_PARTS = {
     "RUNS": """"active": null or {"run_id", "pid", "since", "phases": [{"item", "phase", "attempt",
         "since", "doing"}]}, "unfinished" (what the next start recovers): null or {"run_id",
         "cut_off", "to_commit"}""",
-    "FINISHED": '"id", "title", "status", "finished", "summary", "commit", COST',
-    "ROW": '"when", "item", "phase", "outcome", "summary", "commit", "run_id", "subject"',
+    "FINISHED": '"id", "title", "status", "finished", "summary", "commit", "verified", COST',
+    "ROW": """"when", "item", "phase", "outcome", "summary", "commit", "run_id", "subject",
+        "verified" (the commands that checked it)""",
 }
 _FORMS = {
     "status": """{"schema": 1, RUNS, "counts": {STATUS: number}, "items": [{ITEM, "waiting_for",
@@ -6903,7 +6979,8 @@ _FORMS = {
     "check": """{"schema": 1, RUNS, "problems": [{"what", "remedy"}], "remarks": [text], SALVAGE,
         "probes": [{"agent", "model", "works", "seconds", COST}]}""",
     "run": """{"schema": 1, "run_id", "halt_reason" (null: an error), "halt" (a sentence), "detail",
-        "exit_code", "phases", "cap", "seconds", "completed": [{"id", "title", "commit"}], "blocked"
+        "exit_code", "phases", "cap", "seconds", "completed": [{"id", "title", "commit",
+        "verified"}], "blocked"
         (in this run): [{"id", "title", "reason"}], "needs_you" (all that are blocked): [{"id",
         "title", "question", "command", "waiting": [id]}], "follow_ups": [id], COST, "spent":
         [{"item", "phase", COST}], "filters", "targets", "state_commit", "kept" (as "salvage"
