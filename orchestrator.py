@@ -136,6 +136,7 @@ from backlog import (
 )
 from gitutil import (
     HOOK_LIMIT_S,
+    HOOK_ROUNDS,
     Change,
     Entry,
     GitError,
@@ -3680,7 +3681,8 @@ def _code_text(code: int | None) -> str:
 
 
 class CannotRun(str):
-    """Why a check cannot run at all, which is nobody's failure: missing, or exit 126 or 127."""
+    """Why a check has come to no verdict, which is nobody's failure: it is missing (also exit 126
+    or 127), or the run stops."""
 
 
 async def run_verify(
@@ -3690,18 +3692,17 @@ async def run_verify(
     stop: asyncio.Event,
     hurry: asyncio.Event,
 ) -> str | None:
-    """Run a phase's verify commands in turn after its agent; None if all of them exit with 0.
+    """Run a phase's checks in turn after its agent; None if all of them exit with 0.
 
     Else the text of the first failure with the tail of its output, a `CannotRun` if the command
-    itself is the trouble. They share the phase's time limit. If `stop` is set meanwhile the text
-    says so: the attempt is then cancelled, not failed.
+    itself is the trouble, or `stop` was set meanwhile. They share the phase's time limit.
     """
     clock = time.monotonic
     deadline = clock() + spec.timeout_s
     for number, argv in enumerate(commands, 1):
         name = f"verify command `{one_line(' '.join(argv), 200)}`"
         if stop.is_set():
-            return f"{name} was not run: the run is stopping"
+            return CannotRun(f"{name} was not run: the run is stopping")
         try:
             child = Child(spec, argv, f"{spec.attempt}-verify{number}", stop, hurry)
             child.timeout_s = deadline - clock()
@@ -3713,7 +3714,8 @@ async def run_verify(
         failed = f"failed with {_code_text(child.code)}"
         how = {"stop": "was stopped", "timeout": "ran out of time"}.get(child.why, failed)
         text = child.with_tail(f"{name} {how}")
-        return CannotRun(text) if child.why == "exit" and child.code in (126, 127) else text
+        missing = child.why == "exit" and child.code in (126, 127)
+        return CannotRun(text) if missing or child.why == "stop" else text
     return None
 
 
@@ -3848,6 +3850,7 @@ def demo_agent(env: Mapping[str, str], prompt: str, root: Path) -> int:
 COMMIT_PAUSE_S = 30.0  # between tries of a phase commit that met trouble
 
 Clock = Callable[[], datetime]
+Check = Callable[["Attempt", Sequence[Sequence[str]]], str | None]
 
 
 # ---- Log and terminal ----------------------------------------------------------------------------
@@ -3997,6 +4000,7 @@ class Outcome(NamedTuple):
     was: Item | None = None  # the item as the phase began
     kind: str = "docs"  # of its commit, see COMMIT_TYPES
     message: str = ""  # of its commit, as the repository's hooks left it; "": still to be made
+    verified: tuple[str, ...] = ()
 
     @property
     def label(self) -> str:
@@ -4005,14 +4009,15 @@ class Outcome(NamedTuple):
     @property
     def told(self) -> MessageEntry:
         told = self.item, self.phase, self.outcome, self.summary, self.token
-        return MessageEntry(*told, self.kind)
+        return MessageEntry(*told, self.kind, self.verified)
 
     def line(self) -> dict[str, Any]:
         return {**self._asdict(), "entries": [entry._asdict() for entry in self.entries]}
 
     @classmethod
     def from_line(cls, line: Mapping[str, Any]) -> Outcome:
-        return cls(**{**line, "entries": tuple(Entry(**entry) for entry in line["entries"])})
+        entries = tuple(Entry(**entry) for entry in line["entries"])
+        return cls(**{**line, "entries": entries, "verified": tuple(line.get("verified", ()))})
 
 
 class Aftermath(NamedTuple):
@@ -4031,15 +4036,25 @@ class Held(str):
     """Why the outcome of a phase cannot be committed now, which is not the phase's doing."""
 
 
+class Passed(NamedTuple):
+    """What hooks and checks have passed, to be committed as it is."""
+
+    seen: Aftermath
+    entries: list[Entry]
+    message: str = ""  # "": of documents, still to be made
+    verified: tuple[str, ...] = ()
+
+
 class Ledger:
     """Everything a run writes: decisions, worklog and commits. Synchronous, for one thread.
 
-    The order at the end of a phase (look, hooks, decide, journal, save, worklog, commit) makes
-    every crash point one that `recover` can finish; `conclude` has it.
+    The order at the end of a phase (look, hooks, checks, decide, journal, save, worklog, commit)
+    makes every crash point one that `recover` can finish; `conclude` has it. `check` runs the
+    checks of an attempt to their end: see `run_verify`.
     """
 
-    def __init__(self, space: Workspace, run_id: str, clock: Clock) -> None:
-        self.space = space
+    def __init__(self, space: Workspace, run_id: str, clock: Clock, check: Check) -> None:
+        self.space, self.check = space, check
         self.repo, self.config, self.store = space
         self.rules = rules_of(self.config)
         self.run_id = run_id
@@ -4116,11 +4131,10 @@ class Ledger:
     def decide(
         self,
         attempt: Attempt,
-        entries: Iterable[Entry],
+        passed: Passed,
         outcome: str,
         summary: str,
         result: PhaseResult,
-        message: str = "",
     ) -> Applied:
         """Decision and outcome of a phase: one line of the journal, then the file, the worklog."""
         item_id, spent = attempt.task.item_id, self._spent(attempt)
@@ -4137,11 +4151,12 @@ class Ledger:
                 attempt.task.name,
                 outcome,
                 summary,
-                tuple(entries),
+                tuple(passed.entries),
                 applied.worklog,
                 attempt.item,
                 _commit_type(attempt, result),
-                message,
+                passed.message,
+                passed.verified,
             )
             return {"ended": [attempt.token], "outcome": made.line(), "spent": {item_id: None}}
 
@@ -4220,28 +4235,25 @@ class Ledger:
         self.store.note({"process": line}, flush=False)
 
     def conclude(self, attempt: Attempt, result: PhaseResult) -> Applied | str:
-        """After the agent: look → hooks → decide → journal → save → worklog → commit.
+        """After the agent: look → hooks → checks → decide → journal → save → worklog → commit.
 
-        Returns a text instead, and nothing is decided, where the attempt has failed after all.
+        Returns a text instead, and nothing is decided, where the attempt has failed after all: Held
+        or CannotRun, where that is not its doing.
         """
-        seen, message = self.look(attempt), ""
         outcome, summary = "complete", result.commit_summary or result.summary
-        entries = self._documents(attempt, seen)
         if result.result == "blocked":
-            summary = result.context or result.summary
+            summary, seen = result.context or result.summary, self.look(attempt)
+            passed: Passed | str = Passed(seen, self._documents(attempt, seen))
             summary = _with_salvage_note(summary, self._salvage(attempt, seen))
             outcome, result = "blocked", result._replace(context=summary)
-        elif attempt.destructive:
-            refusal = self._objection(attempt, result, seen)
-            passed = refusal or self._pass_hooks(attempt, result, seen)
-            if isinstance(passed, str):
-                return passed
-            if passed.hook:  # what it did to the work tree is the phase's, but for the operator's
-                seen = self.look(attempt)
-            self._name_unshared(attempt, seen)
-            entries, message = passed.entries, passed.message
-            self.repo.restage(attempt.before, seen.after)
-        applied = self.decide(attempt, entries, outcome, summary, result, message)
+        else:
+            passed = self._pass(attempt, result)
+        if isinstance(passed, str):
+            return passed
+        if attempt.destructive and outcome == "complete":
+            self._name_unshared(attempt, passed.seen)
+            self.repo.restage(attempt.before, passed.seen.after)
+        applied = self.decide(attempt, passed, outcome, summary, result)
         batched = result.result == "phase_complete" and attempt.task.pool != TRIAGE
         if outcome == "complete" and (attempt.destructive or not batched):
             self.commit()
@@ -4265,7 +4277,7 @@ class Ledger:
         reason = _with_salvage_note(reason, self._salvage(attempt, seen))
         failed = result or PhaseResult(attempt.task.item_id, attempt.task.name, "failed", reason)
         failed = failed._replace(result="failed", context=reason)
-        return self.decide(attempt, entries, "failed", reason, failed)
+        return self.decide(attempt, Passed(seen, entries), "failed", reason, failed)
 
     def cancel(self, attempt: Attempt) -> str | None:
         """An attempt was interrupted: nothing is charged, nothing it left is lost.
@@ -4318,7 +4330,7 @@ class Ledger:
             log().info("%s commits made meanwhile: %s", attempt.tag, ", ".join(foreign))
         return Aftermath(after, changes, theirs)
 
-    def _changes(self, old: str, new: str) -> list[Change]:
+    def _changes(self, old: str | None, new: str) -> list[Change]:
         """The difference of two trees, without what is no part of anybody's work."""
         changes = self.repo.changes(old, new)
         return [change for change in changes if not self.space.is_ours(change.after.path)]
@@ -4392,8 +4404,63 @@ class Ledger:
             )
             self.space.add_strays(alone)
 
+    def _pass(self, attempt: Attempt, result: PhaseResult) -> Passed | str:
+        """Hooks, then checks, and both again while either changes what is to be committed: so the
+        checks have passed on exactly that. Returns why the attempt has failed, if it has.
+
+        What only the checks make is none of it, and left as a stray.
+        """
+        item = self.store.backlog.items.get(attempt.task.item_id, attempt.item)
+        complete = result.result == "phase_complete"
+        checks = checks_of(self.config, item, attempt.task.name) if complete else ()
+        verified, made, wrong = tuple(map(command_text, checks)), set[str](), list[str]()
+        seen = self.look(attempt)
+        for _ in range(HOOK_ROUNDS):
+            seen = seen._replace(changes=[c for c in seen.changes if c.after.path not in made])
+            entries, message, hook = self._outputs(attempt, seen)[0], "", ""
+            if attempt.destructive:
+                refusal = self._objection(attempt, result, seen)
+                judged = refusal or self._pass_hooks(attempt, result, seen, verified)
+                if isinstance(judged, str):
+                    return judged
+                _, hook, _, entries, message = judged
+            if checks and (trouble := self.check(attempt, checks)) is not None:
+                return trouble
+            if checks or hook:  # what they did to the work tree is the phase's, too
+                seen = self.look(attempt)
+            wrong = self._unlike(attempt, seen, entries, made) if checks else []
+            if not wrong:
+                self._documents(attempt, seen)  # names what a document phase changed beside them
+                if left := made - self.space.strays():
+                    names = one_line(", ".join(sorted(left)), 200)
+                    log().warning("%s its checks left this, not committed: %s", attempt.tag, names)
+                    self.space.add_strays(left)
+                return Passed(seen, entries, message, verified)
+        names = one_line(", ".join(wrong), 200)
+        return (
+            f"hooks and checks change what is to be committed each time, after {HOOK_ROUNDS} rounds"
+            f" still: {names}. Let git ignore what is made by a check"
+        )
+
+    def _unlike(
+        self, attempt: Attempt, seen: Aftermath, entries: Sequence[Entry], made: set[str]
+    ) -> list[str]:
+        """The paths in which the work tree differs from what is to be committed.
+
+        New files that a destructive phase's commit does not hold go to `made`.
+        """
+        wanted = {entry.path: entry for entry in entries}
+        if not attempt.destructive:
+            there = {entry.path: entry for entry in self._outputs(attempt, seen)[0]}
+        else:
+            changes = self._changes(seen.after.head.commit, seen.after.tree)
+            made |= {c.after.path for c in changes if c.before.absent} - {*wanted, *seen.theirs}
+            there = {c.after.path: c.after for c in changes if c.after.path not in made}
+        paths = {path for path in {*wanted, *there} if wanted.get(path) != there.get(path)}
+        return sorted(paths - seen.theirs.keys())
+
     def _pass_hooks(
-        self, attempt: Attempt, result: PhaseResult, seen: Aftermath
+        self, attempt: Attempt, result: PhaseResult, seen: Aftermath, verified: tuple[str, ...]
     ) -> HookResult | str:
         """Let the repository's hooks judge and mend the commit of a destructive phase.
 
@@ -4402,7 +4469,7 @@ class Ledger:
         """
         summary, kind = result.commit_summary or result.summary, _commit_type(attempt, result)
         task, token = attempt.task, attempt.token
-        told = MessageEntry(task.item_id, task.name, "complete", summary, token, kind)
+        told = MessageEntry(task.item_id, task.name, "complete", summary, token, kind, verified)
         verdict = self.repo.run_hooks(
             [change.after for change in seen.changes],
             phase_message([told], self.run_id, self.config.commits.style),
@@ -4438,8 +4505,10 @@ class Ledger:
         verdict = self.conclude(
             attempt, PhaseResult(**{**held["result"], "follow_ups": follow_ups})
         )
-        if isinstance(verdict, Held):
+        if isinstance(verdict, (Held, CannotRun)):
             raise OrchestratorError(verdict)
+        if isinstance(verdict, str):
+            log().warning("%s %s", attempt.tag, verdict)
         return isinstance(verdict, Applied)
 
     # -- what is kept on refs ----------------------------------------------------------------------
@@ -4841,7 +4910,7 @@ class Run:
         options: RunOptions,
         live: LiveLine,
         run_id: str,
-        begin: Callable[[], Ledger],
+        begin: Callable[[Check], Ledger],
     ) -> None:
         self.space = space
         self.config = space.config
@@ -4873,12 +4942,12 @@ class Run:
 
     async def conduct(self) -> None:
         """Start, work until there is a reason to halt, shut down; raises what the run raised."""
-        loop = asyncio.get_running_loop()
+        self.loop = loop = asyncio.get_running_loop()
         for number in ending_signals():
             loop.add_signal_handler(number, self._on_signal, number)
         self.coordinator.start()
         try:
-            self.ledger = await self.do(self.begin)
+            self.ledger = await self.do(self.begin, self._check)
             await self.do(self.ledger.take_up, self.options.overridden)
             self.reason = await self._work()
         except BaseException:
@@ -5108,8 +5177,8 @@ class Run:
     async def _attempts(self, task: Task) -> Applied | None:
         """Run a phase until it succeeds or its attempts are used up; None: interrupted.
 
-        One attempt: snapshot → agent → look → hooks → decide → journal → save → worklog → commit;
-        what comes behind the agent is `Ledger.conclude`.
+        One attempt: snapshot → agent → look → hooks → checks → decide → journal → save → worklog →
+        commit; what comes behind the agent is `Ledger.conclude`.
         """
         book, most = self.book, self.config.execution.max_retries + 1
         item = self.backlog.items.get(task.item_id)
@@ -5128,6 +5197,13 @@ class Run:
             verdict = await self._judge(attempt, outcome)
             if isinstance(verdict, Held):
                 self._trip(task, verdict)
+                return None
+            if isinstance(verdict, CannotRun):
+                why = one_line(verdict, TAIL_COLUMNS)
+                if not self.stopping.is_set():  # nobody's failure but the config's
+                    self._trip(task, why)
+                self.failures[task.item_id] = failure
+                await self._interrupted(attempt, outcome._replace(kind="cancelled", detail=why))
                 return None
             if isinstance(verdict, Applied):
                 return verdict
@@ -5150,9 +5226,9 @@ class Run:
     async def _run_agent(
         self, attempt: Attempt, most: int, failure: str, salvaged: str | None
     ) -> AgentOutcome:
-        """The agent, and the checks on what it says is complete."""
         task, running = attempt.task, self.running[attempt.task.item_id]
-        spec = await self.do(self._spec, attempt, most, failure, salvaged)
+        prompt = await self.do(self._prompt, attempt, most, failure, salvaged)
+        spec = self._spec(attempt)._replace(prompt=prompt, budget_usd=self._budget())
         outcome = await run_attempt(
             spec,
             stop=self.stopping,
@@ -5165,19 +5241,6 @@ class Run:
         running.seen = None  # what it cost is in the totals from now on
         attempt.usage = outcome.usage
         self.totals.add_usage(task, outcome.usage)
-        completed = outcome.result is not None and outcome.result.result == "phase_complete"
-        if completed and task.phase.verify:
-            checks = task.phase.verify
-            trouble = await run_verify(spec, checks, stop=self.stopping, hurry=self.hurry)
-            if trouble is not None:
-                halts = isinstance(trouble, CannotRun)  # nobody's failure but the config's
-                if halts:
-                    trouble = one_line(trouble, TAIL_COLUMNS)
-                    self._trip(task, trouble)
-                outcome = outcome._replace(kind="failed", result=None, detail=trouble)
-                if halts or self.stopping.is_set():
-                    outcome = outcome._replace(kind="cancelled")
-                return outcome
         left = self._budget()
         if left is not None and left <= 0 and outcome.kind not in ("result", "cancelled"):
             # It ended for want of money: it has not failed, the run ends instead.
@@ -5256,13 +5319,15 @@ class Run:
         self.totals.phases -= 1  # it goes on where it is now
         return True
 
-    def _spec(
-        self, attempt: Attempt, most: int, failure: str, salvaged: str | None
-    ) -> AttemptSpec:
+    def _check(self, attempt: Attempt, commands: Sequence[Sequence[str]]) -> str | None:
+        """For the coordinator's thread, which waits: run the checks of an attempt."""
+        verdict = run_verify(self._spec(attempt), commands, stop=self.stopping, hurry=self.hurry)
+        return asyncio.run_coroutine_threadsafe(verdict, self.loop).result()
+
+    def _prompt(self, attempt: Attempt, most: int, failure: str, salvaged: str | None) -> str:
         task, root = attempt.task, self.space.repo.root
         change_dir = item_folder(root, attempt.item)
-        settings = agent_settings(self.config, task.phase)
-        prompt = build_prompt(
+        return build_prompt(
             attempt.item,
             task,
             self.config,
@@ -5276,19 +5341,22 @@ class Run:
             documents=documents_in(change_dir, root),
             backlog=self.backlog,
         )
+
+    def _spec(self, attempt: Attempt) -> AttemptSpec:
+        task, root = attempt.task, self.space.repo.root
+        settings = agent_settings(self.config, task.phase)
         return AttemptSpec(
             run_id=self.run_id,
             task=task,
             attempt=attempt.number,
             token=attempt.token,
             root=root,
-            prompt=prompt,
-            change_dir=change_dir,
+            prompt="",
+            change_dir=item_folder(root, attempt.item),
             settings=settings,
             timeout_s=phase_timeout_s(self.config, task.phase),
             idle_timeout_s=idle_timeout_s(self.config, settings),
             grace_s=self.config.execution.kill_grace_seconds,
-            budget_usd=self._budget(),
         )
 
     # -- agents that rest --------------------------------------------------------------------------
@@ -5581,7 +5649,7 @@ def new_run_id() -> str:
     return f"{utc_now():%Y%m%dT%H%M%S}-{secrets.token_hex(3)}"
 
 
-def begin_run(space: Workspace, run_id: str, *, allow_dirty: bool) -> Ledger:
+def begin_run(space: Workspace, run_id: str, check: Check, *, allow_dirty: bool) -> Ledger:
     """Recover what the last run left, check everything, and open the journal of a new run.
 
     The run lock is held by the caller. From here on the run ends with a halt commit.
@@ -5596,7 +5664,7 @@ def begin_run(space: Workspace, run_id: str, *, allow_dirty: bool) -> Ledger:
     repo.clean_leftovers()
     repo.bring_out(f"{repo.prefix}{WORKLOG_DIR}/")
     store.look()
-    ledger = Ledger(space, run_id, utc_now)
+    ledger = Ledger(space, run_id, utc_now, check)
     if last is not None:
         ledger.recover()
         if space.config.execution.on_usage_limit != "wait":  # somebody starts it to try again

@@ -209,7 +209,7 @@ def run_by(clock: Clock, project: Any, monkeypatch: pytest.MonkeyPatch) -> Run:
     space = orchestrator.open_workspace(project.root, None)
 
     def begin() -> Ledger:
-        ledger = orchestrator.begin_run(space, "test", allow_dirty=False)
+        ledger = orchestrator.begin_run(space, "test", lambda *_: None, allow_dirty=False)
         ledger.clock = clock
         return ledger
 
