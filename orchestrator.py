@@ -816,12 +816,50 @@ phases = [
 """
 
 
-def config_template(prefix: str, agent: str) -> str:
-    """The text of a new orchestrator.toml: the defaults, explained, with this prefix and agent."""
+# What tells how a project is tested: the files to look for, what they hold then, the command.
+TESTED_WITH: Sequence[tuple[str, str, Sequence[str]]] = (
+    ("GNUmakefile makefile Makefile", r"^test\s*:(?!=)", ("make", "test")),
+    ("justfile Justfile .justfile", r"^@?test\b[^:=]*:(?!=)", ("just", "test")),
+    (
+        "package.json",
+        r'"scripts"\s*:\s*\{[^}]*"test"\s*:\s*"(?!echo \\"Error: no test)',
+        ("npm", "test"),
+    ),
+    ("pytest.ini", "", ("pytest",)),
+    ("pyproject.toml", r"^\[tool\.pytest", ("pytest",)),
+    ("setup.cfg tox.ini", r"^\[(?:tool:)?pytest\]", ("pytest",)),
+    ("conftest.py tests/conftest.py", "", ("pytest",)),
+    ("Cargo.toml", "", ("cargo", "test")),
+    ("go.mod", "", ("go", "test", "./...")),
+)
+
+
+def test_command(root: Path) -> Sequence[str]:
+    """What a project seems to be tested with; () if nothing tells."""
+    for names, pattern, command in TESTED_WITH:
+        for path in (root / name for name in names.split()):
+            with suppress(OSError):
+                if re.search(pattern, path.read_text(errors="replace"), re.M):
+                    return command
+    return ()
+
+
+def config_template(prefix: str, agent: str, check: Sequence[str] = ()) -> str:
+    """The text of a new orchestrator.toml: the defaults, explained, with this prefix and agent.
+
+    `check`: a command that could be the `verify` of what changes code.
+    """
+    import json
 
     def rows(phases: Iterable[Phase]) -> str:
-        more = {False: "", True: ", is_destructive = true"}
-        return "\n".join(f'  {{ name = "{one.name}"{more[one.destructive]} }},' for one in phases)
+        lines = []
+        for one in phases:
+            text = f'name = "{one.name}"' + ", is_destructive = true" * one.destructive
+            lines.append(f"  {{ {text} }},")
+            if check and one.destructive:
+                lines.append("  # the same, and committed only if this passes:")
+                lines.append(f"  # {{ {text}, verify = {json.dumps([check])} }},")
+        return "\n".join(lines)
 
     chosen, tables = {"prefix": prefix, "cli": agent}, ""
     for table in ("project", "guardrails", "execution", "agent", "commits", "notify"):
@@ -1263,7 +1301,7 @@ SHOWN: Mapping[str, Callable[[Any], str]] = {
     **dict.fromkeys(("summary", "blocked_reason"), lambda text: one_line(text, 300)),
     "commit": lambda commit: commit[:10],
     "pipeline_type": lambda name: "" if name == DEFAULT_PIPELINE else name,
-    "waiting_for": ", ".join,
+    **dict.fromkeys(("waiting_for", "verified"), ", ".join),
     "phases": " → ".join,
     "turn": "{}.".format,
     "works": lambda works: "works" if works else "does not work",
@@ -2304,6 +2342,11 @@ def checked_text(commands: Sequence[str], needed: bool = True) -> str:
     return f"checked by {told}" if told else "not checked" if needed else ""
 
 
+def with_checks(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of `finished_rows` that says so where nothing checked what is done."""
+    return {**row, "verified": row["verified"] or ["not checked"] * (row["status"] == "done")}
+
+
 def history_rows(
     rows: Iterable[Mapping[str, Any]], code: Container[str]
 ) -> Iterator[dict[str, Any]]:
@@ -2449,8 +2492,12 @@ def render_summary(told: Mapping[str, Any], program: str, width: int = WHOLE_LIN
     finished = ["Done: no item was finished"]
     if done:
         finished = [heading("Done", done, SHOWN_DONE, "status --done")]
-        rows = [{**row, "verified": checked_text(row["verified"])} for row in done[-SHOWN_DONE:]]
-        finished += table("id commit title verified", rows, width, "  ")
+        finished += table("id commit title", done[-SHOWN_DONE:], width, "  ")
+    checks: dict[str, list[str]] = {}
+    for row in done:
+        checks.setdefault(checked_text(row["verified"]), []).append(row["id"])
+    for text, ids in checks.items():
+        finished += wrap(f"  {text}: {id_list(ids, 5)}", width, "    ")
     needs = []
     if asking:
         needs = [heading("Needs you", asking, SHOWN_ASKING, "status --only status=blocked")]
@@ -3799,8 +3846,8 @@ def demo_agent(env: Mapping[str, str], prompt: str, root: Path) -> int:
     """A scripted agent that shows the whole machinery in seconds; returns its exit code.
 
     Words in an item's title choose what happens: "risky" is rated high risk at triage, "flaky"
-    fails its first attempt at the phase build, "follow-up" makes build report a new item,
-    "unclear" blocks at its first document. Everything else is completed.
+    calls broken code done at its first attempt at the phase build, "follow-up" makes build report a
+    new item, "unclear" blocks at its first document. Everything else is completed.
     """
     import json
 
@@ -3821,16 +3868,12 @@ def demo_agent(env: Mapping[str, str], prompt: str, root: Path) -> int:
     elif phase == "build":
         target = root / "demo" / (re.sub(r"[^a-z0-9]+", "_", words).strip("_") + ".py")
         target.parent.mkdir(exist_ok=True)
-        if "flaky" in words and attempt == "1":
-            target.write_text("def feature(:\n")
-            report |= {"result": "failed", "summary": "The tests fail"}
-            report["context"] = "SyntaxError in line 1"
-        else:
-            target.write_text(f"# {title}\n\n\ndef feature() -> str:\n    return {item_id!r}\n")
-            report["summary"] = report["commit_summary"] = f"Add {target.relative_to(root)}"
-            if "follow-up" in words:
-                more = f"Document what {item_id} added (unclear)"
-                report["follow_ups"] = [{"title": more, "suggested_size": "small"}]
+        head = "(:" if "flaky" in words and attempt == "1" else "() -> str:"
+        target.write_text(f"# {title}\n\n\ndef feature{head}\n    return {item_id!r}\n")
+        report["summary"] = report["commit_summary"] = f"Add {target.relative_to(root)}"
+        if "follow-up" in words:
+            more = f"Document what {item_id} added (unclear)"
+            report["follow_ups"] = [{"title": more, "suggested_size": "small"}]
     else:
         folder.mkdir(parents=True, exist_ok=True)
         document = folder / f"{safe_name(phase).upper()}.md"
@@ -6039,9 +6082,8 @@ def cmd_status(args: argparse.Namespace) -> int:
         if filters:
             raise UsageError("--done and --only cannot be combined: a finished item has no keys")
         rows = finished(space)
-        told = ({**r, "verified": checked_text(r["verified"], r["status"] == "done")} for r in rows)
         keys = "finished id status commit cost_usd title verified"
-        lines = table(keys, list(told), width, heads=True)
+        lines = table(keys, list(map(with_checks, rows)), width, heads=True)
         lines = lines or ["No item has been finished yet."]
         return answer(args, {"items": rows}, lines)
     rows, runs = status_rows(backlog, only, item_costs(space)), run_facts(space)
@@ -6180,8 +6222,7 @@ def cmd_show(args: argparse.Namespace) -> int:
     documents = documents_in(place, space.repo.root)
     rows, code = read_log(space, item_id=args.id), code_phases(space.config)
     kept = [one for one in salvages(space) if one["item"] == safe_name(args.id)]
-    none = [] if item or known["status"] != "done" else ["not checked"]
-    lines = render_item({**known, "verified": known.get("verified") or none}, width)
+    lines = render_item(known if item else with_checks(known), width)
     told = list(history_rows(rows, code))
     history = table("when phase outcome commit summary", told, width, "  ")
     lines += ["", "History:", *history] if rows else []
@@ -6204,9 +6245,13 @@ def cmd_log(args: argparse.Namespace) -> int:
 
 
 def read_log(
-    space: Workspace, most: int | None = None, since: str | None = None, item_id: str | None = None
+    space: Workspace,
+    most: int | None = None,
+    since: str | None = None,
+    item_id: str | None = None,
+    start: str = "HEAD",
 ) -> list[dict[str, Any]]:
-    """What the commits of HEAD's history say that the orchestrator did here, newest first; see
+    """What the commits of a history say that the orchestrator did here, newest first; see
     `log_rows`. `most` rows; `since` as git reads a time. One git process."""
     repo = space.repo
     if repo.head().commit is None:
@@ -6215,7 +6260,7 @@ def read_log(
     options = ["-z", "-E", f"--grep=^{TRAILER}Item: {wanted}", "--no-show-signature", LOG_FORMAT]
     options += [f"--max-count={most}"] if most is not None else []
     options += [f"--since={since}"] if since else []
-    options += ["--full-history", "--", repo.prefix] if repo.prefix else []
+    options += [start, *(["--full-history", "--", repo.prefix] if repo.prefix else [])]
     output = repo.git("-c", "trailer.separators=:", "log", *options)
     rows = log_rows(output.decode(errors="replace"))
     return [row for row in rows if item_id in (None, row["item"])][:most]
@@ -6449,6 +6494,10 @@ def cmd_check(args: argparse.Namespace) -> int:
     probes = probe_agents(space.config, space.repo.root) if args.probe else []
     problems += [probe.problem for probe in probes if probe.problem]
     remarks, tried = space.repo.remarks(space.store.path), [probe.row for probe in probes]
+    phases = [one for line in space.config.pipelines.values() for one in line.phases]
+    if bare := sorted({one.name for one in phases if one.destructive and not one.verify}):
+        names = ", ".join(bare)
+        remarks.append(f"no `verify`, so what an agent calls done is committed unchecked: {names}")
     lines = table("agent model works seconds cost_usd", tried, width, heads=True)
     lines += problem_lines(problems, width, "problem: ")
     # Remarks, like remedies, hold commands to be copied: they stay whole.
@@ -6463,6 +6512,73 @@ def cmd_check(args: argparse.Namespace) -> int:
     facts = {**runs, "problems": [one._asdict() for one in problems], "remarks": remarks}
     answer(args, {**facts, "salvage": kept, "probes": tried}, lines)
     return EXIT_ERROR if problems else EXIT_OK
+
+
+def cmd_verify(args: argparse.Namespace) -> int:
+    """Run the checks that a commit says it has passed again, and say what holds now.
+
+    What a commit says is not to be run blindly: only commands that the config or the item names.
+    """
+    space, what = open_workspace(args.root, args.config), args.what
+    backlog = space.store.look()
+    rows = read_log(space, item_id=what)
+    if rows:
+        commit, told = proof_of(rows, code_phases(space.config))
+    else:
+        if (commit := space.repo.commit_id(what)) is None:
+            _item(backlog, what)
+        rows = [row for row in read_log(space, start=commit or "HEAD") if row["commit"] == commit]
+        told = list(dict.fromkeys(text for row in rows for text in row["verified"]))
+    if not commit or not told:
+        raise OrchestratorError(f"{what}: not checked: no commit of it says what it has passed")
+    known = _known_checks(space, commit, {row["item"] for row in rows})
+    named = {text: argv for text in told if (argv := known.get("".join(text.split())))}
+    with space.repo.checkout(commit) as root:
+        troubles = dict(zip(named, _check_again(space.config, root, named.values()), strict=True))
+    for text in told:
+        strange = f"{text}: not run: neither {space.config.source} nor the item names it"
+        say(args, (troubles[text] or f"{text}: holds") if text in named else strange)
+    held = sum(trouble is None for trouble in troubles.values())
+    say(args, f"{what}: {held} of {plural(len(told), 'check')} of {commit[:10]} held")
+    return EXIT_OK if held == len(told) else EXIT_ERROR
+
+
+def _known_checks(
+    space: Workspace, commit: str, item_ids: Collection[str]
+) -> dict[str, Sequence[str]]:
+    """The commands that the config and some items name, by their text without blanks; an item may
+    have left the backlog: what it was before the commit counts, too."""
+    phases = [one for line in space.config.pipelines.values() for one in line.all_phases]
+    checks, store = [argv for one in phases for argv in one.verify], space.store
+    items = list(store.backlog.items.values())
+    with suppress(GitError, BacklogError, YamlError):
+        data = space.repo.committed(f"{commit}^", space.repo.relative(store.path))
+        items += State.read(data or b"", store.path.name).items.values()
+    checks += [argv for one in items if one["id"] in item_ids for argv in one.get("verify", ())]
+    return {"".join(command_text(argv).split()): argv for argv in checks}
+
+
+def _check_again(
+    config: Config, root: Path, checks: Iterable[Sequence[str]]
+) -> Iterable[str | None]:
+    """Run checks in a fresh work tree; of each why it does not hold, or None."""
+    import asyncio
+
+    async def check() -> list[str | None]:
+        stop, loop = asyncio.Event(), asyncio.get_running_loop()
+        for number in ending_signals():
+            loop.add_signal_handler(number, stop.set)
+        return [await run_verify(spec, [argv], stop=stop, hurry=stop) for argv in checks]
+
+    task, run_id, seconds = Task("verify", Phase("verify"), "main"), new_run_id(), 60.0
+    limits = seconds * config.execution.phase_timeout_minutes, 0.0, LEFTOVER_GRACE_S
+    spec = AttemptSpec(run_id, task, 1, run_id, root, "", root, config.agent, *limits)
+    become_subreaper()
+    for trouble in asyncio.run(check()):
+        if isinstance(trouble, CannotRun):
+            trouble += "\nWhat a check needs of ignored files, as an environment, is not there: the"
+            trouble += " work tree is a fresh one."
+        yield trouble
 
 
 def cmd_stop(args: argparse.Namespace) -> int:
@@ -6497,9 +6613,10 @@ def cmd_init(args: argparse.Namespace) -> int:
             f" folder alone: {SCRIPT} --root {shlex.quote(str(repo.root))} init"
         )
     config = load_config(repo.root, None)  # the one that is there already, or the defaults
+    check = test_command(repo.root)
     empty = {"schema_version": 3, "items": [], "next_item_id": 0}
     wanted = {
-        repo.root / CONFIG_NAME: config_template(args.prefix, args.agent),
+        repo.root / CONFIG_NAME: config_template(args.prefix, args.agent, check),
         repo.root / config.backlog_path: render_yaml(empty),
     }
     made = [path for path in wanted if not os.path.lexists(path)]
@@ -6512,6 +6629,9 @@ def cmd_init(args: argparse.Namespace) -> int:
             )
         replace_file(path, wanted[path].encode())
         print(f"made {os.path.relpath(path, repo.root)}")
+        if check and path.name == CONFIG_NAME:
+            told = f"`{command_text(check)}`, so it holds a `verify` line with that"
+            print(f"this project seems to be tested with {told}, commented out: look at it")
     make_work_folder(repo.root, repo.root / WORK_DIR)
     if not made:
         print("nothing to do: the files are there already")
@@ -6548,11 +6668,17 @@ name = "plan"
 [[pipelines.feature.phases]]
 name = "build"
 destructive = true
+verify = [["sh", "check.sh"]]
+"""
+
+DEMO_CHECK = """\
+# What stands for the tests of this project: no line may end within a parenthesis.
+! grep -n '(:$' demo/*.py
 """
 
 DEMO_TITLES = (
     "Greet the user by name",
-    "Count words (flaky: fails at first)",
+    "Count words (flaky: its check fails at first)",
     "Replace the payment module (risky)",
     "List all commands, with a follow-up",
     "Greet in colour",
@@ -6575,6 +6701,7 @@ def cmd_demo(args: argparse.Namespace) -> int:
     files = {
         "README.md": "# Demo\n\nA project that exists to show a run.\n",
         CONFIG_NAME: DEMO_CONFIG,
+        "check.sh": DEMO_CHECK,
         BACKLOG_NAME: render_yaml({"schema_version": 3, "items": items, "next_item_id": 5}),
     }
     for name, text in files.items():
@@ -6867,6 +6994,7 @@ unblock | id --notes --override-guardrails --commit | let a blocked item go on w
 complete | id --summary --commit | take out an item that was done outside of this backlog
 close | id --reason --commit | take out an item that is not wanted any more
 check | --probe --json | say what would keep a run from working
+verify | what | run what a commit says has checked it again, in a work tree of that commit
 stop | | ask the active run to finish what is in flight and halt
 hook | action | the optional pre-commit hook, which warns of a dirty BACKLOG.yaml
 vendor | path --force | write this program as one file, to be copied anywhere
@@ -6894,6 +7022,7 @@ _RUNS: Mapping[str, Callable[[argparse.Namespace], int]] = {
     "log": cmd_log,
     "logs": cmd_logs,
     "check": cmd_check,
+    "verify": cmd_verify,
     "stop": cmd_stop,
     "hook": cmd_hook,
     "vendor": cmd_vendor,
@@ -6953,6 +7082,7 @@ ARGUMENTS: Mapping[str, Mapping[str, Any]] = {
     "title": {"nargs": "+", "help": "one word or several"},
     "target": {"nargs": 1, "metavar": "ID"},
     "dir": {"nargs": "?", "type": Path, "help": "where to make it (default: a temporary folder)"},
+    "what": {"metavar": "ID|COMMIT", "help": "an item, or a commit of one"},
     "action": {"choices": ("install", "uninstall")},
     "path": {"help": "the file, NAME.py, or the folder for orchestrator.py"},
     "--prefix": {"default": "WRK", "help": "of item ids (default: WRK)"},

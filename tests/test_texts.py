@@ -388,12 +388,13 @@ def test_built_in_instructions_of_a_document_phase(name: str) -> None:
 
 def test_built_in_instructions_of_the_build() -> None:
     phase = task_of("build").phase._replace(verify=(("make", "test"), ("sh", "-c", "ruff check .")))
-    prompt = prompt_for(task=Task("WRK-042", phase, "main"))
+    config = make_config(Pipeline("feature", (), (task_of("prd").phase, phase)))
+    prompt = prompt_for(make_item(verify=[["./try", "it"], ["make", "test"]]), Task("WRK-042", phase, "main"), config)
     rules = section(prompt, "Rules")
     assert section(prompt, "Task").startswith("Make the change: code, tests and documentation")
     assert "You may change any file of the project" in rules
     assert "`phase_complete` without any change in the repository" in rules
-    assert "run them first: `make test`, `sh -c 'ruff check .'`" in rules
+    assert "run them first: `make test`, `sh -c 'ruff check .'`, `./try it`\n" in rules
     empty = prompt_for(task=Task("WRK-042", phase._replace(allow_empty=True), "main"))
     assert "without any change" not in empty
 
@@ -523,7 +524,7 @@ def test_the_status_for_machines_and_the_order_of_items() -> None:
         "risk": None, "impact": None, "requires_human_review": False, "origin": None, "blocked_from_status": None,
         "blocked_reason": None, "blocked_type": None, "unblock_context": None, "tags": [], "dependencies": ["WRK-002"],
         "created": NOW, "updated": NOW, "pipeline_type": "feature", "description": None, "phase_pool": None,
-        "guardrail_override": False, "priority": 3, "attempts": 0, "waiting_for": ["WRK-002 (blocked)"],
+        "guardrail_override": False, "priority": 3, "attempts": 0, "verify": [], "waiting_for": ["WRK-002 (blocked)"],
         "cost_usd": None, "input_tokens": None, "output_tokens": None,
     }
     assert (rows[1]["blocked_reason"], rows[1]["blocked_type"], rows[1]["blocked_from_status"]) == ("why", "decision", "ready")
@@ -657,7 +658,7 @@ def ended(items: Sequence[Item] = (), **changes: Any) -> dict[str, Any]:
     backlog = make_backlog(*items)
     return {
         "halt": "Halt: nothing is left that can run (AllDoneOrBlocked)", "phases": 7, "cap": 100, "seconds": 4325.1,
-        "completed": [{"id": "WRK-001", "title": "Login", "commit": "a" * 40}],
+        "completed": [{"id": "WRK-001", "title": "Login", "commit": "a" * 40, "verified": ["make test"]}],
         "needs_you": orchestrator.needs_you(backlog.items, ["WRK-003"], "orchestrator"), "follow_ups": ["WRK-004"],
         "cost_usd": 4.2, "input_tokens": 120_000, "output_tokens": 8_000, "filters": [], "state_commit": "0123456789abcdef",
         "kept": [{"item": "WRK-002", "phase": "build", "ref": "refs/orchestrator/salvage/WRK-002/build/1"}],
@@ -678,6 +679,7 @@ def test_the_summary_answers_what_was_done_what_needs_you_what_it_cost_and_what_
         "",
         "Done (1):",
         "  WRK-001 aaaaaaaaaa Login",
+        "  checked by make test: WRK-001",
         "",
         "Needs you (2):",
         "  WRK-003 the guardrails are exceeded by size large (limit medium) (Big)",
@@ -698,7 +700,7 @@ def test_the_summary_answers_what_was_done_what_needs_you_what_it_cost_and_what_
 
 
 def test_the_summary_of_a_night_of_forty_phases_fits_a_screen() -> None:
-    done = [{"id": f"WRK-{n:03}", "title": f"A title of the usual length, number {n}", "commit": "b" * 40} for n in range(1, 11)]
+    done = [{"id": f"WRK-{n:03}", "title": f"A title of the usual length, number {n}", "commit": "b" * 40, "verified": ["make test"][n % 2 :]} for n in range(1, 11)]
     asking = [make_item(f"WRK-{n:03}", "blocked", blocked_reason="Which of the two do you want?") for n in range(11, 18)]
     waiting = [make_item(f"WRK-{n:03}", "new", dependencies=["WRK-011"]) for n in range(18, 30)]
     kept = [{"item": f"WRK-{n:03}", "phase": "build", "ref": f"refs/orchestrator/salvage/WRK-{n:03}/build/1"} for n in range(11, 15)]
@@ -734,7 +736,7 @@ def test_every_halt_reason_has_its_line() -> None:
 def test_nothing_that_is_shown_can_paint_on_the_terminal() -> None:
     nasty = "\x1b[2J\x1b]0;x\x07\nHalt: all is well"
     backlog = make_backlog(make_item("WRK-002", "blocked", title=nasty, blocked_reason=nasty))
-    done = [{"id": "WRK-001", "title": nasty, "commit": None}]
+    done = [{"id": "WRK-001", "title": nasty, "commit": None, "verified": []}]
     halt = orchestrator.halt_line(None, nasty)
     told = ended(list(backlog.items.values()), halt=halt, completed=done, warnings=[nasty], filters=[nasty])
     plan = render_plan(orchestrator.plan_rows(backlog, make_config(), RunOptions(9)), (), 80)
