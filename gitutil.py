@@ -51,7 +51,6 @@ ADD_TRIES = 3  # a file that vanishes while the work tree is read makes a try in
 ABSENT_MODE = "000000"
 ABSENT_OID = "0" * 40
 GITLINK_MODE = "160000"
-LEFTOVER_PREFIXES = ("orchestrator-index-", "orchestrator-message-")
 LOW_SPACE_BYTES = 16 * 1024 * 1024
 FEW_PATHS = 100  # as arguments of one command; it is to list all where there are more
 BLOBS_AT_ONCE = 500  # that are read into one temporary file
@@ -1313,9 +1312,8 @@ class Repo:
 
     def clean_leftovers(self) -> None:
         """Remove what a killed process left in the git directory (ours by name)."""
-        for prefix in LEFTOVER_PREFIXES:
-            for path in self.git_dir.glob(f"{prefix}*"):
-                path.unlink(missing_ok=True)
+        for path in self.git_dir.glob("orchestrator-*"):
+            path.unlink(missing_ok=True)
 
     # -- hooks -------------------------------------------------------------------------------------
 
@@ -1368,7 +1366,7 @@ class Repo:
                         changed = [c.after for c in self.changes(head.commit, tree)]
                         kept = _git_paths(e.path for e in changed if e.mode != GITLINK_MODE)
                         update = ("update-index", "--add", "--remove", "-z", "--stdin")
-                        self.git(*update, stdin=kept, env=env, limit_s=TREE_LIMIT_S)
+                        self.git(*update, stdin=kept, env=env, ok=(0, 128), limit_s=TREE_LIMIT_S)
                     tree = self._write_tree(env, "--missing-ok")
                     if not again or tree == shown:
                         break
