@@ -13,7 +13,7 @@ remembered, what the index holds is asked again when its file was replaced, fact
 are asked once.
 
 Reading order: errors and records, starting a program, `Repo` (looking, the index, snapshots,
-commits, state commits, salvage and restore, refs, hooks, preconditions).
+commits, state commits, salvage and restore, refs, hooks, signatures, preconditions).
 
 Paths inside git are `str` decoded with surrogateescape, '/'-separated, relative to the top of the
 work tree. Object ids are lower-case hexadecimal `str`.
@@ -86,8 +86,6 @@ _GIT_CONFIG = (
     *("-c", "core.quotePath=false", "-c", "log.showRoot=true"),
     *("-c", "advice.addEmbeddedRepo=false"),
 )
-# Git flushes nothing by default: a power cut leaves HEAD at nothing then.
-_GIT_DURABLE = "fsync=objects,reference,index"
 # An index of ours is gone before a power cut could matter, and is to have no shared part.
 _GIT_PRIVATE = ("-c", "core.splitIndex=false", "-c", "core.fsync=objects")
 # Identity for a commit where the operator has configured none; the configuration stays as it is.
@@ -470,9 +468,11 @@ class Repo:
         env = env or {}
         limit_s = limit_s or (TERMINAL_LIMIT_S if terminal else self._limit_s)
         where = self.top if self.top.is_dir() else self.root
-        durable = "fsyncObjectFiles=true" if self.version < FSYNC_GIT else _GIT_DURABLE
+        # Git flushes nothing by default: a power cut leaves HEAD at nothing then.
+        old = self.version < FSYNC_GIT
+        flushed = "fsyncObjectFiles=true" if old else "fsync=objects,reference,index"
         private = _GIT_PRIVATE if "GIT_INDEX_FILE" in env else ()
-        ours = (*_GIT_CONFIG, "-c", f"core.{durable}", *private)
+        ours = (*_GIT_CONFIG, "-c", f"core.{flushed}", *private)
         argv = ("git", *(ours if settings else ()), *args)
         environment = {**_git_environment(), **_GIT_ENV, **env}
         try:
@@ -650,9 +650,10 @@ class Repo:
     @cached_property
     def _settings(self) -> dict[str, bool]:
         """Settings of git's that do not change while we run."""
-        wanted = r"^core\.(filemode|sparsecheckout)$"
-        said = self.git("config", "-z", "--type=bool", "--get-regexp", wanted, ok=(0, 1))
-        pairs = (row.partition("\n") for row in _git_rows(said))
+        wanted = r"^(core\.(filemode|sparsecheckout)|commit\.gpgsign)$"
+        asked = ("config", "-z", "--type=bool", "--get-regexp", wanted)
+        said = self._call(asked, ok=(0, 1), settings=False)  # ours switch signatures off
+        pairs = (row.partition("\n") for row in _git_rows(said.out))
         return {name: value == "true" for name, _, value in pairs}
 
     def old_versions(self, path: str, commit: str, most: int = 50) -> list[bytes]:
@@ -736,16 +737,11 @@ class Repo:
     def _graft(self, base: str | None, entries: Iterable[Entry]) -> str:
         """The tree of `base` (a tree or a commit) with these entries."""
         with self._private_index() as env:
-            self._load(base, entries, env)
+            self.git("read-tree", "--no-sparse-checkout", base or "--empty", env=env)
+            rows = [_GitRow("H", e.mode, e.oid, "0", e.path) for e in entries]
+            self.git("update-index", "-z", "--index-info", stdin=self._index_info(rows), env=env)
             # What a partial clone has not fetched is of `base`; for ours, see `_read_back`.
             return self._write_tree(env, "--missing-ok")
-
-    def _load(self, base: str | None, entries: Iterable[Entry], env: Mapping[str, str]) -> None:
-        """Let a private index hold a tree (or that of a commit) with these entries."""
-        self.git("read-tree", "--no-sparse-checkout", base or "--empty", env=env)
-        rows = [_GitRow("H", e.mode, e.oid, "0", e.path) for e in entries]
-        if rows:
-            self.git("update-index", "-z", "--index-info", stdin=self._index_info(rows), env=env)
 
     def _write_tree(self, env: Mapping[str, str], *options: str) -> str:
         tree = self._line("write-tree", *options, env=env)
@@ -1417,8 +1413,7 @@ class Repo:
 
     def wants_signatures(self) -> bool:
         """Whether git's own configuration asks for signed commits."""
-        asked = ("config", "--type=bool", "--get", "commit.gpgSign")
-        return self._call(asked, ok=(0, 1), settings=False).out == b"true\n"
+        return self._settings.get("commit.gpgsign", False)
 
     def try_signing(self, *, terminal: bool = False) -> Problem | None:
         """Sign an object that nobody refers to; on a terminal a passphrase may be asked for."""
