@@ -543,18 +543,6 @@ def test_a_file_that_cannot_be_read_is_no_deletion(project: Path) -> None:
             repo.snapshot()
 
 
-def test_objects_that_cannot_be_written_are_a_problem(project: Path) -> None:
-    with powerless(project) as where:
-        for path in (where / ".git/objects", *(where / ".git/objects").rglob("*")):
-            if path.is_dir():
-                path.chmod(0o500)
-        [problem] = Repo.open(where).problems(where / NAME)
-        assert "insufficient permission for adding an object" in problem.what
-        (where / NAME).write_text("v: 2\n")
-        done = Repo.open(where).commit_state(where / NAME, b"v: 2\n", "m")
-        assert done.outcome == "skipped"
-
-
 # ---- salvage and restore -------------------------------------------------------------------------
 
 PHASES: Mapping[str, Act] = {

@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 
-import gitutil
 from gitutil import Entry, HeadBusy, Repo, StateCommit
 from tests.conftest import IDENTITY, sh
 from tests.gitkit import (
@@ -24,7 +23,6 @@ from tests.gitkit import (
     blob,
     git,
     index,
-    is_alive,
     leftovers,
     new_project,
     no_delay,
@@ -417,20 +415,6 @@ def test_skipped_with_a_warning(project: Path, prepare: Act, why: str) -> None:
     assert NAME in made.warning
     assert "\n" not in made.warning
     assert state_files(project) == before
-
-
-@pytest.mark.slow
-def test_a12_filter_that_hangs_is_ended(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gitutil, "KILL_GRACE_S", 0.2)
-    mark = project / "filter.pid"
-    (project / ".gitattributes").write_text(f"{NAME} filter=f\n")
-    git(project, "config", "filter.f.clean", f"trap '' TERM; echo $$ > {mark}; sleep 60")
-    (project / NAME).write_bytes(NEW)
-    made = Repo.open(project, limit_s=1.0).commit_state(project / NAME, NEW, MESSAGE)
-    assert made.outcome == "skipped"
-    assert "did not end within" in str(made.warning)
-    assert not is_alive(mark)
-    assert leftovers(project) == []
 
 
 # ---- races ---------------------------------------------------------------------------------------
