@@ -2061,6 +2061,7 @@ class PhaseResult(NamedTuple):
     follow_ups: tuple[FollowUp, ...] = ()
     pipeline_type: str | None = None
     commit_summary: str | None = None
+    commit_type: str | None = None
     duplicates: tuple[str, ...] = ()  # ids of items that triage takes for the same
     description: Mapping[str, str] = {}
     requires_human_review: bool | None = None

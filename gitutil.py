@@ -380,7 +380,8 @@ class Repo:
         self._limit_s = limit_s
         self._null = ABSENT_OID  # as long as this repository's object ids
         self._empty_tree, self._empty_blob = _GIT_EMPTY[len(self._null)]
-        self.sign = self.signoff = False  # what the commits on the branch carry
+        self.sign: bool | None = None  # whether commits are; None: as git's configuration says
+        self.signoff = False  # whether they carry Signed-off-by:
         self.sign_trouble = ""  # why no commit is signed any more, for the rest of the run
         self.unsigned: list[str] = []  # commits that were made without a signature since
         self.apart: tuple[str, ...] = ()  # paths that snapshots take from the index: not to be read
@@ -572,6 +573,16 @@ class Repo:
         rows = _git_rows(self.git("status", "--porcelain=v2", *options, limit_s=TREE_LIMIT_S))
         fields = {"1": 8, "u": 10, "?": 1}  # how many fields precede the path
         return sorted(row.split(" ", fields[row[0]])[-1] for row in rows if row[0] in fields)
+
+    def stash_with(self, path: str) -> str:
+        """The newest stash that holds changes of a path, "" if there is none."""
+        for name in self._line("stash", "list", "--format=%gd").split():
+            tracked = self._call(("diff", "--quiet", f"{name}^1", name, "--", path), ok=(0, 1))
+            if tracked.status or not self._call(
+                ("cat-file", "-e", f"{name}^3:{path}"), ok=(0, 1, 128)
+            ).status:
+                return name
+        return ""
 
     def committed(self, commit: str | None, path: str) -> bytes | None:
         """What a commit holds of a file of ours; None when it holds none."""
@@ -1007,7 +1018,7 @@ class Repo:
     ) -> str | None:
         """One try; None when HEAD moved meanwhile. The order of the steps is what makes it safe."""
         parents, commit = [head.commit] if head.commit else [], ""
-        if self.sign and not self.sign_trouble:
+        if self.wants_signatures() and not self.sign_trouble:
             try:
                 commit = self._commit_tree(tree, parents, message, "-S")
             except GitError as error:  # a decision is worth more than a signature
@@ -1028,7 +1039,7 @@ class Repo:
                 raise
             return None  # moved meanwhile, or locked: looked at again by the next try
         self._trees[commit] = tree
-        self.unsigned += [commit] if self.sign and self.sign_trouble else []
+        self.unsigned += [commit] if self.sign_trouble else []
         self._stage(wanted)  # a git that read the index before us may have written it back since
         if known == (stamp, head.commit):
             # What is staged now need not be asked, if nobody else has changed the index.
@@ -1412,8 +1423,8 @@ class Repo:
     # -- signatures --------------------------------------------------------------------------------
 
     def wants_signatures(self) -> bool:
-        """Whether git's own configuration asks for signed commits."""
-        return self._settings.get("commit.gpgsign", False)
+        """Whether commits are to be signed; where nothing else was said, as git is configured."""
+        return self._settings.get("commit.gpgsign", False) if self.sign is None else self.sign
 
     def try_signing(self, *, terminal: bool = False) -> Problem | None:
         """Sign an object that nobody refers to; on a terminal a passphrase may be asked for."""

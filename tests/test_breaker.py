@@ -8,7 +8,6 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
@@ -28,6 +27,7 @@ from orchestrator import (
     Run,
     RunOptions,
     Task,
+    Usage,
     limit_ends,
     pause_after,
 )
@@ -103,13 +103,16 @@ FAKE_CLAUDE = r"""#!/bin/sh
 # A file is taken by renaming it, so of two agents at once each gets its own.
 here=$(dirname "$0")
 cat > /dev/null
+echo "$*" >> "$here/argv"
 printf '%s %s %s\n' "$ORCHESTRATOR_ITEM_ID" "$ORCHESTRATOR_PHASE" "$ORCHESTRATOR_ATTEMPT" >> "$here/claude.log"
 for event in "$here"/refusals/*; do
     if mv "$event" "$here/taken.$$" 2> /dev/null; then
+        [ "$ORCHESTRATOR_PHASE" = build ] && echo half > code.txt
         cat "$here/taken.$$"
         exit 1
     fi
 done
+[ "$ORCHESTRATOR_PHASE" = build ] && echo whole > code.txt
 echo '{"type":"result","is_error":false,"result":"Done","total_cost_usd":0.5,"usage":{"input_tokens":10,"output_tokens":1}}'
 printf '{"item_id":"%s","phase":"%s","result":"phase_complete","summary":"ok"}' "$ORCHESTRATOR_ITEM_ID" "$ORCHESTRATOR_PHASE" > "$ORCHESTRATOR_RESULT_PATH"
 """
@@ -119,41 +122,72 @@ def limit(reset: float | None = None) -> dict[str, object]:
     return {"type": "rate_limit_event", "rate_limit_info": {"status": "rejected", "resetsAt": reset, "rateLimitType": "five_hour"}}
 
 
+def end(text: str = "", **more: object) -> dict[str, object]:
+    return {"type": "result", "subtype": "success", "is_error": True, "result": text, **more}
+
+
 WORKED = {"type": "assistant", "message": {"content": [{"type": "tool_use", "name": "Bash", "input": {"command": "make"}}]}}
-OVERLOADED = {"type": "result", "subtype": "success", "is_error": True, "api_error_status": 529, "result": "API Error: 529"}
+OVERLOADED = end("API Error: 529", api_error_status=529)
+SESSION = end("You've hit your session limit · resets 4:10am (America/Sao_Paulo)", api_error_status=429)
+IN_2100 = 4_102_444_800  # clamped to eight days
+WAIT = 'on_usage_limit = "wait"\n'
+TWICE = "max_concurrent = 2\nmax_wip = 2\n"
+
+
+class Claude:
+    """A project whose agent is a `claude` that refuses first, and then does its work."""
+
+    def __init__(self, project: Any) -> None:
+        self.project = project
+        self.configure()
+        self.script(FAKE_CLAUDE)
+        (project.outside / "refusals").mkdir()
+
+    def script(self, text: str, name: str = "claude") -> None:
+        (self.project.outside / name).write_text(text)
+        (self.project.outside / name).chmod(0o755)
+
+    def refuse(self, *events: object) -> None:
+        for number, event in enumerate(events):
+            rows = event if isinstance(event, list) else [event]
+            text = "".join(json.dumps(row) + "\n" for row in rows)
+            (self.project.outside / "refusals" / f"{number:02}").write_text(text)
+
+    @property
+    def asked(self) -> list[str]:
+        """`ITEM PHASE ATTEMPT` of every start."""
+        log = self.project.outside / "claude.log"
+        return log.read_text().splitlines() if log.exists() else []
+
+    def configure(self, execution: str = "", phases: str = '{ name = "plan" }', agent: str = 'cli = "claude"') -> None:
+        (self.project.root / "orchestrator.toml").write_text(
+            f"[agent]\n{agent}\n[execution]\nretry_delay_seconds = 0\n{execution}\n"
+            f"[pipelines.feature]\nphases = [{phases}]\n"
+        )
+        self.project.commit_all()
+
+    def items(self, count: int = 1, phase: str = "plan") -> None:
+        self.project.backlog(*(f"WRK-0{n + 1:02} in_progress phase={phase} phase_pool=main" for n in range(count)))
+        self.project.commit_all()
+
+    def rests(self) -> None:
+        """A run that is waiting, and is ended then."""
+        process = self.project.start("run")
+        self.project.read_until(process, "claude rests for ")
+        process.terminate()
+        self.project.finish(process, 143)
+
+    def charged_nobody(self, *phases: str) -> bool:
+        return "attempts" not in self.project.text() and set(self.project.statuses().values()) == {*phases}
 
 
 @pytest.fixture
-def claude(project: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
-    """A project whose agent is a `claude` that refuses with the given events first.
-
-    Returns a function that sets them; called without any it returns what the agent was asked for.
-    """
-    fake, log, refusals = (project.outside / name for name in ("claude", "claude.log", "refusals"))
-    fake.write_text(FAKE_CLAUDE)
-    fake.chmod(0o755)
+def claude(project: Any, monkeypatch: pytest.MonkeyPatch) -> Claude:
     monkeypatch.setenv("PATH", f"{project.outside}:{os.environ['PATH']}")
     monkeypatch.setenv("IS_SANDBOX", "1")
-
-    def refuse(*events: object) -> list[str]:
-        for number, event in enumerate(events):
-            rows = event if isinstance(event, list) else [event]
-            (refusals / f"{number:02}").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return log.read_text().splitlines() if log.exists() else []
-
-    refusals.mkdir()
-    return refuse
-
-
-def configure(project: Any, execution: str = "", phases: str = '{ name = "plan" }', agent: str = "") -> None:
-    (project.root / "orchestrator.toml").write_text(
-        f'[agent]\ncli = "claude"\n{agent}\n[execution]\nretry_delay_seconds = 0\n{execution}\n'
-        f"[pipelines.feature]\nphases = [{phases}]\n"
-    )
-    project.commit_all()
-
-
-WAIT = 'on_usage_limit = "wait"'
+    one = Claude(project)
+    one.items()
+    return one
 
 
 class Clock:
@@ -168,8 +202,10 @@ class Clock:
 
 
 def run_by(clock: Clock, project: Any, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """A run in this process, by another clock."""
+    """A run in this process, by another clock; caplog hears each of its lines once."""
     monkeypatch.setattr(orchestrator, "POLL_S", 0.01)
+    monkeypatch.setattr(orchestrator.log(), "handlers", [])
+    monkeypatch.setattr(orchestrator.log(), "propagate", True)
     space = orchestrator.open_workspace(project.root, None)
 
     def begin() -> Ledger:
@@ -191,155 +227,101 @@ def rest(project: Any, until: float) -> None:
     space.store.note({"rests": {"claude": pause._asdict()}})
 
 
-def hear(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let caplog hear each line once, whatever handlers an earlier command in this process set up."""
-    monkeypatch.setattr(orchestrator.log(), "handlers", [])
-    monkeypatch.setattr(orchestrator.log(), "propagate", True)
-
-
 @pytest.mark.slow
 def test_wait_lets_one_probe_through_at_the_reset(
-    project: Any, claude: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    project: Any, claude: Claude, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Two items may run at once; the limit is hit twice, then it is over."""
-    configure(project, f"{WAIT}\nmax_concurrent = 2\nmax_wip = 2\nmax_retries = 0")
-    project.backlog(*(f"WRK-00{n} in_progress phase=plan phase_pool=main" for n in (1, 2)))
-    project.commit_all()
+    claude.configure(WAIT + TWICE + "max_retries = 0")
+    claude.items(2)
     reset = NOW + 5 * 3600
-    claude(limit(reset), limit(reset), limit())  # both refused, then the probe is
-    hear(monkeypatch)
+    claude.refuse(limit(reset), limit(reset), limit())  # both refused, then the probe is
     clock = Clock()
 
     with caplog.at_level("INFO", "orchestrator"):
         run = run_by(clock, project, monkeypatch)
 
-    assert sorted(claude()[:2]) == ["WRK-001 plan 1", "WRK-002 plan 1"]
-    assert claude()[2] == claude()[3] == "WRK-001 plan 1"  # one alone, and no attempt was charged
-    assert sorted(claude()[3:]) == ["WRK-001 plan 1", "WRK-002 plan 1"]
+    assert sorted(claude.asked[:2]) == ["WRK-001 plan 1", "WRK-002 plan 1"]
+    assert claude.asked[2] == claude.asked[3] == "WRK-001 plan 1"  # one alone, and no attempt was charged
+    assert sorted(claude.asked[3:]) == ["WRK-001 plan 1", "WRK-002 plan 1"]
     assert run.reason == orchestrator.HaltReason.ALL_DONE_OR_BLOCKED
-    assert sorted(run.totals.completed) == ["WRK-001", "WRK-002"]
-    assert run.totals.phases == 2
+    assert (sorted(run.totals.completed), run.totals.phases) == (["WRK-001", "WRK-002"], 2)
     assert clock.seconds > reset + 900  # the probe's refusal named no reset
     told = [record.getMessage() for record in caplog.records if "usage limit" in record.getMessage()]
     limited = "[WRK-001][PLAN] claude: usage limit reached (five_hour)"
     first = told[0].replace("WRK-002", "WRK-001")  # whichever of the two met it first
-    assert first.startswith(f"{limited}; resets at 1970-01-12 18:46 UTC; claude rests for 4 h 5")
+    assert first.startswith(f"{limited}; resets at 1970-01-12 18:46 UTC; claude rests for 4 h ")
     assert told[0].endswith(", until 1970-01-12 18:46 UTC, no attempt is charged")
-    assert told[1].startswith(f"{limited}; claude rests for 1")
+    assert told[1].startswith(f"{limited}; claude rests for ")
     assert len(told) == 2  # one for both agents that met it at once, one for the probe
     assert caplog.text.count("claude works again") == 1
     assert not (project.root / ".git/orchestrator/journal").exists()
 
 
 @pytest.mark.slow
-def test_a_limit_outlives_a_restart(project: Any, claude: Callable[..., list[str]]) -> None:
+def test_a_limit_outlives_a_restart(project: Any, claude: Claude) -> None:
     """The pause is in the journal: the next run starts nothing before its end, then goes on."""
-    configure(project, WAIT)
-    project.backlog("WRK-001 in_progress phase=plan phase_pool=main")
-    project.commit_all()
-    claude(limit(4_102_444_800))  # 2100: clamped to eight days
+    claude.configure(WAIT)
+    claude.refuse(limit(IN_2100))
 
-    for _ in range(2):
-        process = project.start("run")
-        project.read_until(process, "claude rests for ")
-        process.terminate()
-        project.finish(process, 143)
+    claude.rests()
+    claude.rests()
     rest(project, 1.0)  # as if the time had passed
     done = project.run("run")
 
-    assert claude() == ["WRK-001 plan 1"] * 2
+    assert claude.asked == ["WRK-001 plan 1"] * 2
     assert "claude works again" in done.stderr
     assert project.items() == {}
 
 
 @pytest.mark.slow
-def test_halt_starts_anew_when_somebody_runs_it_again(project: Any, claude: Callable[..., list[str]]) -> None:
-    configure(project)
-    project.backlog("WRK-001 in_progress phase=plan phase_pool=main")
-    project.commit_all()
-    claude(limit(4_102_444_800), limit(4_102_444_800))
+def test_halt_starts_anew_when_somebody_runs_it_again(project: Any, claude: Claude) -> None:
+    claude.refuse(limit(IN_2100), limit(IN_2100))
 
     halted = project.run("run", code=4)
-    configure(project, WAIT)
-    process = project.start("run")
-    project.read_until(process, "claude rests for ")
-    process.terminate()
-    project.finish(process, 143)
-    configure(project)
+    claude.configure(WAIT)
+    claude.rests()
+    claude.configure()
     project.run("run")
 
     limited = "claude: usage limit reached (five_hour); resets at 2100-01-01 00:00 UTC"
     assert f"(CircuitBreakerTripped): {limited}\n" in halted.stderr
-    assert claude() == ["WRK-001 plan 1"] * 3
+    assert claude.asked == ["WRK-001 plan 1"] * 3
     assert project.items() == {}
 
 
 @pytest.mark.slow
-def test_an_api_that_fails_for_now_charges_nobody(project: Any, claude: Callable[..., list[str]]) -> None:
-    configure(project, "max_retries = 0")
-    project.backlog("WRK-001 in_progress phase=plan phase_pool=main")
-    project.commit_all()
-    claude(*[OVERLOADED] * 3)
-
-    done = project.run("run")
-
-    assert claude() == ["WRK-001 plan 1"] * 4
-    assert done.stderr.count("no attempt is charged") == 3
-    assert "1 phase (limit 100)" in done.stderr
-    assert project.items() == {}
-
-
-@pytest.mark.slow
-def test_an_api_that_fails_for_good_ends_the_run_and_blocks_nothing(
-    project: Any, claude: Callable[..., list[str]]
+def test_three_limits_after_a_stated_reset_end_the_wait(
+    project: Any, claude: Claude, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    configure(project, "max_retries = 0")
-    project.backlog("WRK-001 in_progress phase=plan phase_pool=main")
-    project.commit_all()
-    claude(*[OVERLOADED] * 50)
+    claude.configure(WAIT)
+    claude.refuse(*[limit(NOW)] * 9)
 
-    done = project.run("run", code=4)
+    run = run_by(Clock(), project, monkeypatch)
 
-    assert claude() == ["WRK-001 plan 1"] * orchestrator.FREE_ENDS_IN_A_ROW
-    assert "(CircuitBreakerTripped): claude: API Error: 529 (8 times in a row)\n" in done.stderr
-    assert project.statuses() == {"WRK-001": "in_progress plan"}
-    assert "attempts" not in project.text()
+    assert run.reason == orchestrator.HaltReason.CIRCUIT_BREAKER_TRIPPED
+    assert claude.asked == ["WRK-001 plan 1"] * 4
+    assert claude.charged_nobody("in_progress plan")
 
 
 @pytest.mark.slow
-def test_a_failure_before_the_interruption_still_counts_and_is_told(
-    project: Any, claude: Callable[..., list[str]]
-) -> None:
-    """Attempt 1 fails, attempt 2 is refused: it is attempt 2 again, with the failure in its prompt."""
-    configure(project, "max_retries = 1")
-    project.backlog("WRK-001 in_progress phase=plan phase_pool=main")
-    project.commit_all()
-    claude([WORKED, {"type": "result", "is_error": True, "result": "I gave up"}], OVERLOADED)
-
-    project.run("run")
-
-    assert claude() == ["WRK-001 plan 1", "WRK-001 plan 2", "WRK-001 plan 2"]
-    prompts = [path.read_text() for path in (project.root / ".orchestrator/prompts").iterdir()]
-    assert sum("> no result file was written (exit code 1); it reports: I gave up" in text for text in prompts) == 2
-
-
-@pytest.mark.slow
-def test_other_agents_work_on_while_one_rests(project: Any, claude: Callable[..., list[str]]) -> None:
+def test_other_agents_work_on_while_one_rests(project: Any, claude: Claude) -> None:
     command = json.dumps([sys.executable, "-E", "-S", str(project.outside / "agent.py")])
-    configure(project, WAIT, '{ name = "plan", agent = "command" }, { name = "check" }', f"command = {command}")
+    phases = '{ name = "plan", agent = "command" }, { name = "check" }'
+    claude.configure(WAIT, phases, f'cli = "claude"\ncommand = {command}')
     project.backlog(
         "WRK-001 in_progress phase=check phase_pool=main", "WRK-002 in_progress phase=plan phase_pool=main"
     )
     project.commit_all()
-    claude(limit(4_102_444_800))
+    claude.refuse(limit(IN_2100))
 
     process = project.start("run")
     project.read_until(process, "WRK-002 is in_progress, check next")
     process.terminate()
     project.finish(process, 143)
 
-    assert claude() == ["WRK-001 check 1"]
-    assert project.statuses() == {"WRK-001": "in_progress check", "WRK-002": "in_progress check"}
+    assert claude.asked == ["WRK-001 check 1"]
+    assert claude.charged_nobody("in_progress check")
 
 
 OPENCODE = r"""#!/bin/sh
@@ -357,15 +339,10 @@ printf '{"item_id":"%s","phase":"plan","result":"phase_complete","summary":"ok"}
 
 
 @pytest.mark.slow
-def test_the_first_opencode_of_a_run_starts_alone(project: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    (project.outside / "opencode").write_text(OPENCODE)
-    (project.outside / "opencode").chmod(0o755)
-    monkeypatch.setenv("PATH", f"{project.outside}:{os.environ['PATH']}")
-    configure(project, "max_concurrent = 2\nmax_wip = 2")
-    text = (project.root / "orchestrator.toml").read_text()
-    (project.root / "orchestrator.toml").write_text(text.replace('"claude"', '"opencode"'))
-    project.backlog(*(f"WRK-00{n} in_progress phase=plan phase_pool=main" for n in (1, 2)))
-    project.commit_all()
+def test_the_first_opencode_of_a_run_starts_alone(project: Any, claude: Claude) -> None:
+    claude.script(OPENCODE, "opencode")
+    claude.configure(TWICE, agent='cli = "opencode"')
+    claude.items(2)
 
     log = project.run("run").stderr
 
@@ -373,12 +350,8 @@ def test_the_first_opencode_of_a_run_starts_alone(project: Any, monkeypatch: pyt
     assert project.items() == {}
     assert (project.outside / "database").exists()
 
-# ---- Whose fault it is ---------------------------------------------------------------------------
 
-SESSION = {"type": "result", "is_error": True, "api_error_status": 429, "result": "You've hit your session limit · resets 4:10am (America/Sao_Paulo)"}
-UNTIMED = {"type": "result", "is_error": True, "result": "Session limit reached ∙ resets 10am"}
-NO_WORD = {"type": "result", "subtype": "success", "is_error": True, "result": "", "num_turns": 0}
-TOO_LONG = {"type": "result", "is_error": True, "result": "Prompt is too long"}
+# ---- Whose fault it is ---------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -386,67 +359,78 @@ TOO_LONG = {"type": "result", "is_error": True, "result": "Prompt is too long"}
     ("event", "says"),
     [
         (SESSION, r"claude: You've hit your session limit .*; resets at \d{4}-\d\d-\d\d 07:10 UTC\n"),
-        (UNTIMED, r"claude: Session limit reached .*; resets at \d{4}-\d\d-\d\d 10:00 UTC\n"),
-        ({**NO_WORD, "result": "Your organization has been disabled"}, r"claude: Your organization has been disabled\n"),
+        (end("Session limit reached ∙ resets 10am"), r"claude: Session limit reached .*; resets at \d{4}-\d\d-\d\d 10:00 UTC\n"),
+        (end("Your organization has been disabled"), r"claude: Your organization has been disabled\n"),
+        (None, r"claude: API Error: 529 \(8 times in a row\)\n"),
+        ("unknown option --foo", r"claude: unknown option --foo\n"),
     ],
+    ids=["session", "untimed", "organization", "overloaded", "option"],
 )
-def test_the_run_halts_in_the_words_of_the_cli(
-    project: Any, claude: Callable[..., list[str]], event: dict[str, object], says: str
-) -> None:
-    configure(project, "max_retries = 0")
+def test_the_run_halts_in_the_words_of_the_cli(project: Any, claude: Claude, event: Any, says: str) -> None:
+    claude.configure("max_retries = 0")
+    claude.items(2)
+    claude.refuse(*([event] if event else [OVERLOADED] * 50))
+    if isinstance(event, str):
+        claude.script(FAKE_CLAUDE.replace("for event", f"echo {event} >&2; exit 3\nfor event"))
+
+    log = project.run("run", code=4).stderr
+
+    assert re.search(r"\(CircuitBreakerTripped\): " + says, log)
+    assert claude.asked[0] == "WRK-001 plan 1"
+    assert len(claude.asked) == (1 if event else orchestrator.FREE_ENDS_IN_A_ROW)
+    assert claude.charged_nobody("in_progress plan")
+
+
+def test_a_command_that_refuses_an_option_halts_the_run(project: Any) -> None:
+    (project.outside / "agent.py").write_text("import sys\nsys.exit(sys.stderr.write('unknown option --foo\\n') and 3)\n")
     project.backlog(*(f"WRK-00{n} in_progress phase=plan phase_pool=main" for n in (1, 2)))
+    project.configure(execution="max_retries = 0")
     project.commit_all()
-    claude(event)
 
-    done = project.run("run", code=4)
+    log = project.run("run", code=4).stderr
 
-    assert re.search(r"\(CircuitBreakerTripped\): " + says, done.stderr)
-    assert claude() == ["WRK-001 plan 1"]
+    assert "unknown option --foo\n" in log.partition("(CircuitBreakerTripped): ")[2]
     assert set(project.statuses().values()) == {"in_progress plan"}
     assert "attempts" not in project.text()
 
 
 @pytest.mark.slow
-def test_an_error_without_a_word_charges_nobody_and_names_the_log(project: Any, claude: Callable[..., list[str]]) -> None:
-    configure(project, "max_retries = 0")
-    project.backlog("WRK-001 in_progress phase=plan phase_pool=main")
-    project.commit_all()
-    claude(NO_WORD)
+@pytest.mark.parametrize("event", [OVERLOADED, end("", num_turns=0), end("Selected model is at capacity.")])
+def test_an_end_that_says_nothing_of_the_item_charges_nobody(project: Any, claude: Claude, event: Any) -> None:
+    claude.configure("max_retries = 0")
+    claude.refuse(event, event)
 
-    done = project.run("run")
+    log = project.run("run").stderr
 
-    assert "claude gave no reason (exit code 1); its output is in .orchestrator/logs/WRK-001/plan-1.out; claude rests" in done.stderr
+    assert claude.asked == ["WRK-001 plan 1"] * 3
+    assert log.count("no attempt is charged") == 2
+    assert "1 phase (limit 100)" in log
+    words = event["result"] or "gave no reason (exit code 1); its output is in .orchestrator/logs/WRK-001/plan-1.out"
+    assert f"{words}; claude rests for " in log
     assert project.items() == {}
 
 
 @pytest.mark.slow
-def test_a_command_that_refuses_an_option_halts_the_run(project: Any) -> None:
-    script = project.outside / "agent.py"
-    script.write_text("import sys\nsys.exit(sys.stderr.write('unknown option --foo\\n') and 3)\n")
-    project.backlog(*(f"WRK-00{n} in_progress phase=plan phase_pool=main" for n in (1, 2)))
-    project.configure(execution="max_retries = 0")
-    project.commit_all()
+def test_a_failure_before_the_interruption_still_counts_and_is_told(project: Any, claude: Claude) -> None:
+    """Attempt 1 fails, attempt 2 is refused: it is attempt 2 again, with the failure in its prompt."""
+    claude.configure("max_retries = 1")
+    claude.refuse([WORKED, end("I gave up")], OVERLOADED)
 
-    done = project.run("run", code=4)
+    project.run("run")
 
-    assert "unknown option --foo\n" in done.stderr.partition("(CircuitBreakerTripped): ")[2]
-    assert set(project.statuses().values()) == {"in_progress plan"}
-
-
-BY_ITEM = FAKE_CLAUDE.replace(
-    "for event in", 'if [ "$ORCHESTRATOR_ITEM_ID" = WRK-001 ]; then cat "$here/bad"; exit 1; fi\nfor event in'
-)
+    assert claude.asked == ["WRK-001 plan 1", "WRK-001 plan 2", "WRK-001 plan 2"]
+    prompts = [path.read_text() for path in (project.root / ".orchestrator/prompts").iterdir()]
+    assert sum("> no result file was written (exit code 1); it reports: I gave up" in text for text in prompts) == 2
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("words", ["Prompt is too long", "A wording that nobody has seen"])
-def test_one_bad_prompt_ends_up_blocked_and_the_others_are_done(
-    project: Any, claude: Callable[..., list[str]], words: str
-) -> None:
+def test_one_bad_prompt_ends_up_blocked_and_the_others_are_done(project: Any, claude: Claude, words: str) -> None:
     """With one place, too: another item goes first and shows that the agent can work."""
-    (project.outside / "claude").write_text(BY_ITEM)
-    (project.outside / "bad").write_text(json.dumps({**TOO_LONG, "result": words}) + "\n")
-    configure(project, "max_retries = 1")
+    bad = 'if [ "$ORCHESTRATOR_ITEM_ID" = WRK-001 ]; then cat "$here/bad"; exit 1; fi\nfor event in'
+    claude.script(FAKE_CLAUDE.replace("for event in", bad))
+    (project.outside / "bad").write_text(json.dumps(end(words)) + "\n")
+    claude.configure("max_retries = 1")
     ready = (f"WRK-0{n:02} ready" for n in range(2, 12))
     project.backlog("WRK-001 in_progress phase=plan phase_pool=main", *ready)
     project.commit_all()
@@ -459,47 +443,24 @@ def test_one_bad_prompt_ends_up_blocked_and_the_others_are_done(
 
 
 @pytest.mark.slow
-def test_one_item_with_a_flaky_api_is_never_charged(project: Any, claude: Callable[..., list[str]]) -> None:
+def test_one_item_with_a_flaky_api_is_never_charged(project: Any, claude: Claude) -> None:
     """Its own work says nothing about another item's."""
-    (project.outside / "claude").write_text(FAKE_CLAUDE.replace(
-        "for event in", 'touch "$here/$ORCHESTRATOR_PHASE.$$"; [ $(ls "$here" | grep -c "^$ORCHESTRATOR_PHASE[.]") = 1 ] && echo "overloaded" >&2 && exit 1\nfor event in'
-    ))
-    configure(project, "max_retries = 0", '{ name = "plan" }, { name = "design" }')
-    project.backlog("WRK-001 in_progress phase=plan phase_pool=main")
-    project.commit_all()
+    once = 'mkdir "$here/$ORCHESTRATOR_PHASE" 2> /dev/null && echo "overloaded" >&2 && exit 1\nfor event in'
+    claude.script(FAKE_CLAUDE.replace("for event in", once))
+    claude.configure("max_retries = 0", '{ name = "plan" }, { name = "design" }')
 
-    done = project.run("run")
+    log = project.run("run").stderr
 
-    assert claude() == [f"WRK-001 {phase} 1" for phase in ("plan", "plan", "design", "design")]
-    assert "failed" not in done.stderr
+    assert claude.asked == [f"WRK-001 {phase} 1" for phase in ("plan", "plan", "design", "design")]
+    assert "failed" not in log
     assert project.items() == {}
 
 
 @pytest.mark.slow
-def test_three_limits_after_a_stated_reset_end_the_wait(
-    project: Any, claude: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    configure(project, WAIT)
-    project.backlog("WRK-001 in_progress phase=plan phase_pool=main")
-    project.commit_all()
-    claude(*[limit(NOW)] * 9)
-
-    run = run_by(Clock(), project, monkeypatch)
-
-    assert run.reason == orchestrator.HaltReason.CIRCUIT_BREAKER_TRIPPED
-    assert claude() == ["WRK-001 plan 1"] * 4
-    assert project.statuses() == {"WRK-001": "in_progress plan"}
-
-
-@pytest.mark.slow
-def test_a_limit_in_a_build_keeps_what_it_had_done_and_the_next_attempt_is_told(
-    project: Any, claude: Callable[..., list[str]]
-) -> None:
-    (project.outside / "claude").write_text(FAKE_CLAUDE.replace('        cat "$here', '        echo half > code.txt; cat "$here').replace("echo '{", "echo whole > code.txt; echo '{"))
-    configure(project, phases='{ name = "build", is_destructive = true }')
-    project.backlog("WRK-001 in_progress phase=build phase_pool=main")
-    project.commit_all()
-    claude([WORKED, SESSION])
+def test_a_limit_in_a_build_keeps_what_it_had_done_and_the_next_attempt_is_told(project: Any, claude: Claude) -> None:
+    claude.configure(phases='{ name = "build", is_destructive = true }')
+    claude.items(phase="build")
+    claude.refuse([WORKED, SESSION])
 
     project.run("run", code=4)
     ref = "refs/orchestrator/salvage/WRK-001/build/1"
@@ -507,24 +468,43 @@ def test_a_limit_in_a_build_keeps_what_it_had_done_and_the_next_attempt_is_told(
     assert not (project.root / "code.txt").exists()
     project.run("run")
 
-    assert claude() == ["WRK-001 build 1"] * 2
+    assert claude.asked == ["WRK-001 build 1"] * 2
     prompts = [path.read_text() for path in (project.root / ".orchestrator/prompts").iterdir()]
     assert sum(ref in text for text in prompts) == 1
     assert project.git("show", "HEAD:code.txt") == "whole\n"
+
+
+def test_a_check_that_cannot_run_halts_the_run_and_charges_nobody(project: Any) -> None:
+    """What the agent did is kept on a ref, and the next run tells its agent so."""
+    project.configure("build!", more='verify = [["sh", "-c", "echo no linter here; exit 127"]]\n', execution="max_retries = 0")
+    project.backlog(*(f"WRK-00{n} in_progress phase=build phase_pool=main" for n in (1, 2)))
+    project.commit_all()
+    project.script({"*": [{"write": {"a.txt": "1\n"}}]})
+
+    log = project.run("run", code=4).stderr
+
+    says = "verify command `sh -c echo no linter here; exit 127` failed with exit code 127 Last output: no linter here"
+    assert f"(CircuitBreakerTripped): {says}\n" in log
+    assert project.agent_log() == ["WRK-001 build 1"]
+    assert set(project.statuses().values()) == {"in_progress build"}
+    assert "attempts" not in project.text()
+    assert project.git("show", "refs/orchestrator/salvage/WRK-001/build/1:a.txt") == "1\n"
+    assert not (project.root / "a.txt").exists()
 
 
 # ---- What is shown meanwhile ---------------------------------------------------------------------
 
 
 def test_the_live_line_tells_what_runs_what_rests_and_what_it_cost(
-    project: Any, claude: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
+    project: Any, claude: Claude, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    configure(project)
+    project.backlog()
+    project.commit_all()
     run = run_by(Clock(), project, monkeypatch)  # of nothing, to have one
     task, now = Task("WRK-001", Phase("plan"), "main"), time.monotonic()
-    run.running["WRK-001"] = orchestrator.Running(task, now - 65, now)
-    run.totals.add_usage(task, orchestrator.Usage(0.25, 1000, 200))
-    run.live.note("WRK-001", Progress("Bash: make test", orchestrator.Usage(0.5, 30, 4)))
+    seen = Progress("Bash: make test", Usage(0.5, 30, 4))
+    run.running["WRK-001"] = orchestrator.Running(task, now - 65, now, seen)
+    run.totals.add_usage(task, Usage(0.25, 1000, 200))
     run.book.clock = lambda: datetime.fromtimestamp(NOW, UTC)
     run.book.store.begin({"id": "again", "branch": "main", "head": None}, None)
     rest(project, NOW + 5400)
@@ -532,18 +512,15 @@ def test_the_live_line_tells_what_runs_what_rests_and_what_it_cost(
 
     assert run._live_text() == (
         "phases 0/10 · WRK-001 plan 1 min 05 s, claude rests, 1 h 30 min left · done 0 · blocked 0 · 1,234 tokens · $0.75"
+        "  Bash: make test"
     )
 
 
 @pytest.mark.slow
 def test_the_log_tells_now_and_then_what_an_agent_does(
-    project: Any, claude: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    project: Any, claude: Claude, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    configure(project)
-    project.backlog("WRK-001 in_progress phase=plan phase_pool=main")
-    project.commit_all()
     monkeypatch.setattr(orchestrator, "PROGRESS_LOG_S", 0.0)
-    hear(monkeypatch)
 
     with caplog.at_level("INFO", "orchestrator"):
         run_by(Clock(), project, monkeypatch)
@@ -555,19 +532,14 @@ def test_the_log_tells_now_and_then_what_an_agent_does(
 
 
 @pytest.mark.slow
-def test_a_budget_is_passed_on_and_ends_the_run(project: Any, claude: Callable[..., list[str]]) -> None:
+def test_a_budget_is_passed_on_and_ends_the_run(project: Any, claude: Claude) -> None:
     """Each attempt costs half a dollar: the second gets what the first left, the third is not made."""
-    configure(project, "max_cost_usd = 0.75", '{ name = "plan" }, { name = "design" }, { name = "check" }')
-    project.backlog("WRK-001 in_progress phase=plan phase_pool=main")
-    project.commit_all()
-    fake = project.outside / "claude"
-    fake.write_text(FAKE_CLAUDE.replace("cat > /dev/null", 'cat > /dev/null; echo "$*" >> "$here/argv"'))
+    claude.configure("max_cost_usd = 0.75", '{ name = "plan" }, { name = "design" }, { name = "check" }')
 
-    done = project.run("run", "--json")
+    summary = json.loads(project.run("run", "--json").stdout)
 
-    budgets = [line.rpartition("--max-budget-usd ")[2] for line in (project.outside / "argv").read_text().splitlines()]
-    assert budgets == ["0.7500", "0.2500"]
-    summary = json.loads(done.stdout)
+    argv = (project.outside / "argv").read_text().splitlines()
+    assert [line.rpartition("--max-budget-usd ")[2] for line in argv] == ["0.7500", "0.2500"]
     assert (summary["halt_reason"], summary["cost_usd"], summary["input_tokens"]) == ("CapReached", 1.0, 20)
     assert summary["spent"] == [
         {"item": "WRK-001", "phase": phase, "cost_usd": 0.5, "input_tokens": 10, "output_tokens": 1}
@@ -576,35 +548,29 @@ def test_a_budget_is_passed_on_and_ends_the_run(project: Any, claude: Callable[.
 
 
 @pytest.mark.slow
-def test_an_attempt_that_runs_out_of_budget_is_not_charged(project: Any, claude: Callable[..., list[str]]) -> None:
-    configure(project, "max_cost_usd = 0.25\nmax_retries = 0")
-    project.backlog("WRK-001 in_progress phase=plan phase_pool=main")
-    project.commit_all()
-    claude({"type": "result", "subtype": "error_max_budget_usd", "is_error": True, "total_cost_usd": 0.26})
+def test_an_attempt_that_runs_out_of_budget_is_not_charged(project: Any, claude: Claude) -> None:
+    claude.configure("max_cost_usd = 0.25\nmax_retries = 0")
+    claude.refuse(end(subtype="error_max_budget_usd", total_cost_usd=0.26))
 
-    done = project.run("run")
+    log = project.run("run").stderr
 
-    assert "(CapReached)" in done.stderr
-    assert "interrupted (max_cost_usd is used up)" in done.stderr
-    assert project.statuses() == {"WRK-001": "in_progress plan"}
-    assert "attempts" not in project.text()
+    assert "(CapReached)" in log
+    assert "interrupted (max_cost_usd is used up)" in log
+    assert claude.charged_nobody("in_progress plan")
 
 
 @pytest.mark.slow
-def test_what_a_phase_cost_is_in_the_worklog_and_in_status(project: Any, claude: Callable[..., list[str]]) -> None:
+def test_what_a_phase_cost_is_in_the_worklog_and_in_status(project: Any, claude: Claude) -> None:
     """All attempts count, those that were not charged too."""
-    configure(project, "max_retries = 1", '{ name = "plan" }, { name = "design" }')
-    project.backlog("WRK-001 in_progress phase=plan phase_pool=main")
-    project.commit_all()
-    failed = {"type": "result", "is_error": True, "result": "no", "total_cost_usd": 0.25}
-    claude(failed, {**failed, "api_error_status": 529})
+    claude.configure("max_retries = 1", '{ name = "plan" }, { name = "design" }')
+    claude.refuse(end("no", total_cost_usd=0.25), end("no", total_cost_usd=0.25, api_error_status=529))
 
     project.run("run", "--cap", "1")
 
     (month,) = (project.root / "_worklog").iterdir()
     cost = "- **Cost:** about $1.00, 10 tokens in and 1 out\n"
     assert month.read_text().endswith(f"- **Summary:** ok\n{cost}\n---\n\n")
-    assert month.read_text().encode() == project.git("show", f"HEAD:_worklog/{month.name}").encode()
+    assert month.read_text() == project.git("show", f"HEAD:_worklog/{month.name}")
     status = json.loads(project.run("status", "--json").stdout)
     assert status["items"][0]["cost_usd"] == 1.0
 
@@ -623,9 +589,10 @@ def test_the_summary_of_the_previous_phase_outlives_a_restart(project: Any) -> N
 
 
 def test_costs_are_read_back_from_worklogs() -> None:
-    entry = worklog_entry(datetime.fromtimestamp(NOW, UTC), "WRK-001", "T", "plan", "Complete", "a\n- **Cost:** about $9.00\n---\n## x — WRK-002 (y)")
-    parts = [orchestrator.Usage(0.125, 1234, 5), orchestrator.Usage(None, 7, 0), orchestrator.Usage(3.5), orchestrator.Usage()]
+    text = "a\n- **Cost:** about $9.00\n---\n## x — WRK-002 (y)"
+    entry = worklog_entry(datetime.fromtimestamp(NOW, UTC), "WRK-001", "T", "plan", "Complete", text)
+    parts = [Usage(0.125, 1234, 5), Usage(None, 7, 0), Usage(3.5), Usage()]
     text = "".join(with_cost(entry, orchestrator.usage_text(usage)) for usage in parts)
 
-    assert orchestrator.worklog_costs(read_worklog(text + text)) == {"WRK-001": orchestrator.Usage(7.25, 2482, 10)}
+    assert orchestrator.worklog_costs(read_worklog(text + text)) == {"WRK-001": Usage(7.25, 2482, 10)}
     assert with_cost(entry, "") == entry

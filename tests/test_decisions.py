@@ -291,11 +291,12 @@ def test_only_limits_what_is_acted_on() -> None:
     assert chosen(items, limits(9, 9), only=["A-1"], target="A-2") == []
 
 
-def test_d21_dependencies_and_wip_are_judged_on_the_whole_backlog() -> None:
+def test_d21_dependencies_are_judged_on_the_whole_backlog_and_wip_on_what_is_matched() -> None:
     items = [item("A-1", "ready", dependencies=["A-2"]), item("A-2"), item("A-3", "ready"), at("A-4", "prd")]
     assert chosen(items, limits(max_wip=9, max_concurrent=9), only=["A-1"]) == []
-    assert chosen(items, limits(max_wip=1, max_concurrent=9), only=["A-3"]) == []
-    assert chosen(items, limits(max_wip=2, max_concurrent=9), only=["A-3"]) == ["promote A-3"]
+    assert chosen(items, limits(max_wip=1, max_concurrent=0), only=["A-3"]) == []
+    assert chosen(items, limits(max_wip=1, max_concurrent=1), only=["A-3"]) == ["promote A-3"]
+    assert chosen(items, limits(max_wip=1, max_concurrent=1), only=["A-3", "A-4"]) == ["prd A-4"]
 
 
 # ---- Targets and halts ----------------------------------------------------------------------------

@@ -41,8 +41,8 @@ class Fault(NamedTuple):
 
 
 def hooks(body: str) -> str:
-    """Every hook that a commit may run. A git that the hook itself calls runs none: that would never end."""
-    names = "pre-commit prepare-commit-msg commit-msg post-commit reference-transaction post-index-change"
+    """What no state commit runs. A git that the hook itself calls runs none: that would never end."""
+    names = "pre-commit post-commit reference-transaction post-index-change"
     guard = "test -z \"$INSIDE_A_HOOK\" || exit 0\nexport INSIDE_A_HOOK=1"
     script = f"#!/bin/sh\n{guard}\necho $0 >> $OUTSIDE/hooked\n{body}\n"
     return (
@@ -313,15 +313,20 @@ class Hook(NamedTuple):
 
     name: str
     body: str
-    says: str = ""  # in the reason for which the item is blocked; "" = the phase is committed
+    code: int = 0  # of the run
+    says: str = ""
+    subject: str = "[WRK-001][build] build done"
 
 
+ONCE = "test -e $OUTSIDE/mended || "
 HOOKS = {
-    "pre-commit hangs": Hook("pre-commit", "echo checking; sleep 600", "pre-commit hook cannot do its work:"),
-    "pre-commit hangs and ignores TERM": Hook("pre-commit", "trap '' TERM; sleep 600", "pre-commit hook cannot do its work:"),
-    "commit-msg rejects": Hook("commit-msg", "grep -q TICKET \"$1\" || { echo 'no ticket'; exit 1; }", "commit-msg hook rejected the commit: no ticket"),
-    "commit-msg hangs": Hook("commit-msg", "sleep 600", "commit-msg hook cannot do its work: it did not end within 1 s"),
-    "commit-msg rewrites": Hook("commit-msg", "echo other > \"$1\""),
+    "pre-commit hangs": Hook("pre-commit", f"{ONCE}sleep 600", 4, "pre-commit hook cannot do its work"),
+    "pre-commit hangs and ignores TERM": Hook("pre-commit", f"trap '' TERM; {ONCE}sleep 600", 4, "it did not end within 1 s"),
+    "pre-commit calls what is not there": Hook("pre-commit", f"{ONCE}exec no-such-tool", 4, "no-such-tool"),
+    "commit-msg rejects": Hook("commit-msg", f"{ONCE}{{ echo 'no ticket'; exit 1; }}", 1, "rejected the commit's message, tried on a sample: no ticket"),
+    "commit-msg rejects later": Hook("commit-msg", f"{ONCE}! grep -q done $1 || {{ echo 'no ticket'; exit 1; }}", 4, "no ticket"),
+    "commit-msg hangs": Hook("commit-msg", f"{ONCE}sleep 600", 1, "it did not end within 1 s"),
+    "commit-msg rewrites": Hook("commit-msg", "sed -i '1s/$/ (TICKET-1)/' $1", subject="[WRK-001][build] build done (TICKET-1)"),
     "pre-commit sweeps": Hook("pre-commit", "echo x > swept.txt; git add -A"),
     "pre-commit leaves a child": Hook("pre-commit", "sleep 600 & exit 0"),
 }  # fmt: skip
@@ -330,32 +335,40 @@ HOOKS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", HOOKS)
 def test_hook_of_a_destructive_phase(project: Any, name: str) -> None:
+    """What a hook cannot judge charges nobody: once it is mended, the next start commits what was paid for."""
     hook = HOOKS[name]
     project.configure("build!", execution="max_retries = 0\nhook_timeout_seconds = 1")
     project.backlog("WRK-001 in_progress phase=build phase_pool=main")
     project.commit_all()
     project.script({"*/build": [{"write": {"code.py": "1\n"}}]})
+    (project.root / "own.txt").write_text("the operator's\n")
     path = project.root / ".git/hooks" / hook.name
     path.parent.mkdir(exist_ok=True)
     path.write_text(f"#!/bin/sh\n{hook.body}\n")
     path.chmod(0o755)
-    code = 3 if hook.says else 0
-    project.run("run", "--strict", code=code)
-    assert saved(project)
+    project.environment["OUTSIDE"] = str(project.outside)
+
+    done = project.run("run", "--strict", "--allow-dirty", code=hook.code)
+
     assert project.survivors() == []
     if hook.says:
-        ref = "refs/orchestrator/salvage/WRK-001/build/1"
-        reason = " ".join(project.items()["WRK-001"]["blocked_reason"].split())
-        assert hook.says in reason
-        assert ref in reason
-        assert project.git("show", f"{ref}:code.py") == "1\n"
-        assert project.status() == ""
-        assert project.subjects()[0] == f"{HALT} (CircuitBreakerTripped)" or project.subjects()[0].startswith(HALT)
-    else:
-        assert project.subjects()[0] == "[WRK-001][build] build done"
-        swept = ["swept.txt"] if "sweeps" in name else []  # as `git commit` would have it
-        assert [path for path in project.paths() if not OURS.search(path)] == ["code.py", *swept]
-        assert project.status() == ""
+        assert hook.says in done.stderr
+        assert project.statuses() == {"WRK-001": "in_progress build"}
+        assert "attempts" not in project.text()
+        assert saved(project)
+        (project.outside / "mended").touch()
+        if hook.code == 4:  # set aside meanwhile, and the start finds it all the same
+            (project.root / "code.py").unlink()
+        project.run("run", "--allow-dirty", code=None)
+    assert project.agent_log() == ["WRK-001 build 1"]
+    assert project.items() == {}
+    assert saved(project)
+    assert project.git("log", "-1", "--format=%s", "--", "code.py") == f"{hook.subject}\n"
+    swept = ["swept.txt"] if "sweeps" in name else []  # as `git commit` would have it
+    code = project.git("log", "-1", "--format=%H", "--", "code.py").strip()
+    assert [path for path in project.paths(code) if not OURS.search(path)] == ["code.py", *swept]
+    assert project.status() == "?? own.txt\n"
+    assert not journal(project).exists()
 
 
 # ---- Saves that fail -----------------------------------------------------------------------------

@@ -829,8 +829,7 @@ def key(project: Path) -> Path:
 
 
 def test_commits_are_signed_as_git_is_configured_until_that_fails(project: Path, repo: Repo, key: Path) -> None:
-    repo.sign = repo.wants_signatures()
-    assert (repo.sign, repo.try_signing(), repo.try_signing(terminal=True)) == (True, None, None)
+    assert (repo.wants_signatures(), repo.try_signing(), repo.try_signing(terminal=True)) == (True, None, None)
     for n in range(3):
         (project / NAME).write_text(f"v: {n + 2}\n")
         assert repo.commit_state(project / NAME, b"v: %d\n" % (n + 2), f"State {n}").outcome == "committed"

@@ -1,19 +1,26 @@
-"""hooks/pre-commit on real repositories: warns when BACKLOG.yaml is left dirty, never blocks."""
+"""The optional pre-commit hook: it warns when BACKLOG.yaml is left dirty, never blocks, and its
+installation touches nobody's hook. Real repositories and real commits."""
 
 from __future__ import annotations
 
-import shutil
+import os
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-HOOK = Path(__file__).resolve().parent.parent / "hooks" / "pre-commit"
+import orchestrator
+from backlog import parse_yaml
+
+HERE = Path(__file__).resolve().parent.parent
+HOOK = HERE / "hooks" / "pre-commit"
+OURS = orchestrator.render_hook("BACKLOG.yaml").encode()
 WARNING = (
     "warning: BACKLOG.yaml has changes that are not in this commit.\n"
     "         To commit them as well: git add BACKLOG.yaml && git commit --amend --no-edit\n"
 )
+RECORD = '#!/bin/sh\n{ echo "$# $1"; cat; } > "$(git rev-parse --show-toplevel)/../ran"\n'
 
 
 def git(root: Path, *argv: str) -> subprocess.CompletedProcess[str]:
@@ -24,147 +31,248 @@ def git(root: Path, *argv: str) -> subprocess.CompletedProcess[str]:
 
 def commit(root: Path, *argv: str) -> str:
     """Make a commit; what the hook said."""
-    before = git(root, "rev-parse", "HEAD").stdout
-    said = git(root, "commit", "-q", "-m", "Mine", *argv).stderr
-    assert git(root, "rev-parse", "HEAD").stdout != before
-    return said
+    return git(root, "commit", "-q", "-m", "Mine", *argv).stderr
 
 
-def install(root: Path) -> None:
-    """As the README says."""
-    folder = Path(git(root, "rev-parse", "--git-common-dir").stdout.strip())
-    target = (root / folder / "hooks" / "pre-commit").resolve()
-    target.parent.mkdir(exist_ok=True)
-    shutil.copy(HOOK, target)
-    target.chmod(0o755)
+def put(path: Path, text: str | bytes, mode: int = 0o755) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(text.encode() if isinstance(text, str) else text)
+    path.chmod(mode)
+    return path
 
 
 @pytest.fixture
 def root(make_repo: Callable[..., Path]) -> Path:
+    """A repository whose backlog is clean; something else is staged."""
     root = make_repo()
-    (root / "BACKLOG.yaml").write_text("one\n")
+    (root / "BACKLOG.yaml").write_text("schema_version: 3\nitems: []\n")
     git(root, "add", "-A")
     git(root, "commit", "-q", "-m", "Backlog")
-    install(root)
     (root / "README.md").write_text("edited\n")
     git(root, "add", "README.md")
     return root
 
 
-def test_silent_when_the_backlog_is_clean(root: Path) -> None:
-    assert commit(root) == ""
+@pytest.fixture
+def copied(root: Path) -> Path:
+    """The same, with the hook copied by hand."""
+    put(root / ".git/hooks/pre-commit", HOOK.read_bytes())
+    return root
 
 
-def test_silent_when_the_backlog_is_part_of_the_commit(root: Path) -> None:
-    (root / "BACKLOG.yaml").write_text("two\n")
+@pytest.fixture
+def dirty(root: Path) -> Path:
+    """The same, with a backlog that was edited, and no hook."""
+    (root / "BACKLOG.yaml").write_text("schema_version: 3\nitems: []\n# edited\n")
+    return root
+
+
+@pytest.fixture
+def hook(root: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Run `hook ACTION` and return what it says."""
+
+    def call(*argv: str, code: int = 0, root: Path = root) -> str:
+        assert orchestrator.main(["--root", str(root), "hook", *argv]) == code
+        out, err = capsys.readouterr()
+        assert bool(err) == bool(code)
+        return out + err
+
+    return call
+
+
+def photograph(folder: Path) -> dict[str, tuple[int, bytes | str]]:
+    """Names, modes and contents of a folder of hooks; a link as what it points to."""
+    return {
+        path.name: (path.lstat().st_mode, os.readlink(path) if path.is_symlink() else path.read_bytes())
+        for path in folder.glob("*")
+        if not path.name.endswith(".sample")
+    }
+
+
+# ---- When it warns -------------------------------------------------------------------------------
+
+
+def edit(root: Path, text: str = "two\n") -> None:
+    (root / "BACKLOG.yaml").write_text(text)
+
+
+def stage(root: Path) -> None:
+    edit(root)
     git(root, "add", "BACKLOG.yaml")
-    assert commit(root) == ""
 
 
-def test_warns_when_the_backlog_is_dirty(root: Path) -> None:
-    (root / "BACKLOG.yaml").write_text("two\n")
-    assert commit(root) == WARNING
-    assert git(root, "status", "--porcelain").stdout == " M BACKLOG.yaml\n"
+def stage_and_edit(root: Path) -> None:
+    stage(root)
+    edit(root, "three\n")
 
 
-def test_warns_when_the_backlog_changed_after_it_was_staged(root: Path) -> None:
-    (root / "BACKLOG.yaml").write_text("two\n")
-    git(root, "add", "BACKLOG.yaml")
-    (root / "BACKLOG.yaml").write_text("three\n")
-    assert commit(root) == WARNING
-    assert git(root, "show", "HEAD:BACKLOG.yaml").stdout == "two\n"
-
-
-def test_warns_when_the_backlog_is_untracked(root: Path) -> None:
+def untrack(root: Path) -> None:
     git(root, "rm", "-q", "--cached", "BACKLOG.yaml")
-    assert commit(root) == WARNING
 
 
-def test_warns_when_the_backlog_is_deleted(root: Path) -> None:
+def remove(root: Path) -> None:
     (root / "BACKLOG.yaml").unlink()
-    assert commit(root) == WARNING
 
 
-def test_silent_with_commit_all(root: Path) -> None:
-    (root / "BACKLOG.yaml").write_text("two\n")
-    assert commit(root, "-a") == ""
-    assert git(root, "status", "--porcelain").stdout == ""
+def leave(root: Path) -> None:
+    pass
 
 
-def test_silent_with_commit_of_the_backlog_by_name(root: Path) -> None:
-    (root / "BACKLOG.yaml").write_text("two\n")
-    assert commit(root, "BACKLOG.yaml") == ""
-    assert git(root, "status", "--porcelain").stdout == "M  README.md\n"
+@pytest.mark.parametrize(
+    ("change", "argv", "warns"),
+    [
+        (leave, (), False), (stage, (), False), (edit, (), True), (stage_and_edit, (), True), (untrack, (), True), (remove, (), True),
+        (edit, ("-a",), False), (edit, ("BACKLOG.yaml",), False), (edit, ("README.md",), True), (stage, ("README.md",), True),
+    ],
+)  # fmt: skip
+def test_it_warns_when_the_backlog_has_changes_that_are_not_in_the_commit(
+    copied: Path, change: Callable[[Path], None], argv: tuple[str, ...], warns: bool
+) -> None:
+    change(copied)
+    before = git(copied, "rev-parse", "HEAD").stdout
+    assert commit(copied, *argv) == (WARNING if warns else "")
+    assert git(copied, "rev-parse", "HEAD").stdout != before
 
 
-def test_warns_with_commit_of_another_file_by_name(root: Path) -> None:
-    """Also when the backlog is staged: it is not part of such a commit."""
-    (root / "BACKLOG.yaml").write_text("two\n")
-    assert commit(root, "README.md") == WARNING
-    (root / "README.md").write_text("again\n")
-    git(root, "add", "BACKLOG.yaml")
-    commit(root, "README.md")
-    assert git(root, "show", "HEAD:BACKLOG.yaml").stdout == "one\n"
-
-
-def test_silent_without_a_backlog(make_repo: Callable[..., Path]) -> None:
-    root = make_repo()
-    install(root)
-    assert commit(root, "--allow-empty") == ""
-
-
-def test_in_a_linked_worktree_it_looks_at_the_backlog_there(root: Path) -> None:
-    git(root, "commit", "-q", "-m", "Rest")
-    (root / "BACKLOG.yaml").write_text("dirty in the main one\n")
-    linked = root.parent / "linked"
-    git(root, "worktree", "add", "-q", "-b", "other", str(linked))
+def test_it_looks_at_the_work_tree_of_the_commit_from_any_folder(copied: Path) -> None:
+    (copied / "sub").mkdir()
+    edit(copied)
+    assert commit(copied / "sub") == WARNING
+    linked = copied.parent / "linked"
+    git(copied, "worktree", "add", "-q", "-b", "other", str(linked))
     assert commit(linked, "--allow-empty") == ""
-    (linked / "BACKLOG.yaml").write_text("dirty here\n")
+    edit(linked)
     assert commit(linked, "--allow-empty") == WARNING
 
 
-def test_from_a_subfolder(root: Path) -> None:
-    (root / "BACKLOG.yaml").write_text("two\n")
-    (root / "sub").mkdir()
-    assert commit(root / "sub") == WARNING
-
-
-def test_on_the_first_commit(tmp_path: Path) -> None:
-    git(tmp_path, "init", "-q")
-    install(tmp_path)
-    (tmp_path / "BACKLOG.yaml").write_text("one\n")
-    said = git(tmp_path, "commit", "-q", "--allow-empty", "-m", "First").stderr
-    assert said == WARNING
-
-
-def test_silent_in_the_commits_of_a_run_and_of_its_agents(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (root / "BACKLOG.yaml").write_text("two\n")
+def test_it_is_silent_without_a_backlog_and_in_the_commits_of_a_run(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    edit(copied)
     monkeypatch.setenv("ORCHESTRATOR_RUN_ID", "20260101T000000-abc")
-    assert commit(root) == ""
+    assert commit(copied) == ""
+    monkeypatch.delenv("ORCHESTRATOR_RUN_ID")
+    git(copied, "rm", "-q", "-f", "BACKLOG.yaml")
+    assert commit(copied) == ""
 
 
-@pytest.mark.parametrize("damage", ["index", "no git"])
-def test_it_never_blocks(root: Path, damage: str) -> None:
-    """Whatever goes wrong inside, the hook itself exits 0 and prints no more than its warning."""
-    (root / "BACKLOG.yaml").write_text("two\n")
-    path = "/usr/bin:/bin"
+@pytest.mark.parametrize("damage", ["none", "index", "no git"])
+def test_it_never_blocks_and_changes_nothing(dirty: Path, damage: str) -> None:
     if damage == "index":
-        (root / ".git" / "index").write_text("nonsense")
-    else:
-        path = str(root / "empty")
-    done = subprocess.run(["/bin/sh", str(HOOK)], cwd=root, env={"PATH": path}, capture_output=True, text=True)
+        (dirty / ".git" / "index").write_text("nonsense")
+    index = (dirty / ".git" / "index").read_bytes()
+    path = str(dirty / "empty") if damage == "no git" else "/usr/bin:/bin"
+    done = subprocess.run(["/bin/sh", str(HOOK)], cwd=dirty, env={"PATH": path}, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "")
+    assert damage != "none" or done.stderr == WARNING
+    assert (dirty / ".git" / "index").read_bytes() == index
 
 
-def test_it_changes_nothing(root: Path) -> None:
-    (root / "BACKLOG.yaml").write_text("two\n")
-    index = (root / ".git" / "index").read_bytes()
-    done = subprocess.run(["/bin/sh", str(HOOK)], cwd=root, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, WARNING)
-    assert (root / ".git" / "index").read_bytes() == index
-
-
-def test_it_is_plain_sh() -> None:
-    assert HOOK.read_text().startswith("#!/bin/sh\n")
+def test_the_file_is_plain_sh_and_that_of_the_program() -> None:
+    assert HOOK.read_text() == orchestrator.HOOK_TEXT
     assert subprocess.run(["sh", "-n", str(HOOK)], capture_output=True).returncode == 0
     assert HOOK.stat().st_mode & 0o111 == 0o111
+
+
+def test_as_an_entry_of_pre_commit_it_sees_what_that_hides(dirty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The framework stashes unstaged changes into a patch named for its process, then starts the entry."""
+    (entry,) = parse_yaml((HERE / ".pre-commit-hooks.yaml").read_bytes())  # type: ignore[misc]
+    assert (entry["language"], entry["pass_filenames"], entry["verbose"]) == ("script", False, True)
+    patch = git(dirty, "diff", "--binary").stdout
+    git(dirty, "checkout", "-q", "BACKLOG.yaml")
+    store = dirty.parent / "store"
+    store.mkdir()
+    monkeypatch.setenv("PRE_COMMIT", "1")
+    monkeypatch.setenv("PRE_COMMIT_HOME", str(store))
+    for process, said in ((os.getpid() + 1, ""), (os.getpid(), WARNING)):
+        (store / f"patch1700000000-{process}").write_text(patch)
+        done = subprocess.run([HERE / entry["entry"]], cwd=dirty, capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, said)
+
+
+# ---- Installing it -------------------------------------------------------------------------------
+
+
+def test_install_and_uninstall_and_both_again(dirty: Path, hook: Callable[..., str]) -> None:
+    folder = dirty / ".git/hooks"
+    path = folder / "pre-commit"
+    before = photograph(folder)
+    assert hook("uninstall") == f"nothing to do: {path} is not installed by us\n"
+    assert hook("install") == f"installed {path}\n"
+    assert photograph(folder) == {**before, "pre-commit": (0o100755, OURS)}
+    assert commit(dirty) == WARNING
+    assert hook("install") == f"nothing to do: {path} is installed\n"
+    path.chmod(0o644)  # a mode that was lost
+    assert hook("install") == f"updated {path}\n"
+    assert hook("uninstall") == f"removed {path}\n"
+    assert photograph(folder) == before
+    folder.rename(dirty / ".git/no-hooks")
+    assert hook("install") == f"installed {path}\n"
+
+
+def test_init_installs_it_when_asked(make_repo: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+    root = make_repo()
+    assert orchestrator.main(["--root", str(root), "init", "--hook"]) == 0
+    assert f"installed {root}/.git/hooks/pre-commit\n" in capsys.readouterr().out
+    assert photograph(root / ".git/hooks")["pre-commit"] == (0o100755, OURS)
+
+
+def test_the_backlog_of_a_project_below_the_top(root: Path, hook: Callable[..., str]) -> None:
+    sub = root / "it's [sub]"
+    sub.mkdir()
+    git(root, "mv", "-k", "BACKLOG.yaml", str(sub))
+    git(root, "commit", "-q", "-a", "-m", "Move")
+    hook("install", root=sub)
+    assert commit(root, "--allow-empty") == ""
+    (sub / "BACKLOG.yaml").write_text("items: []\n")
+    warning = "warning: it's [sub]/BACKLOG.yaml has changes that are not in this commit.\n"
+    assert commit(root, "--allow-empty").startswith(warning)
+    assert hook("uninstall", root=sub).startswith("removed ")
+
+
+@pytest.mark.parametrize("kind", ["script", "link", "dangling link", "changed by hand", "of another version"])
+def test_another_hook_stays_and_the_line_to_add_is_printed(dirty: Path, hook: Callable[..., str], kind: str) -> None:
+    folder = dirty / ".git/hooks"
+    path = folder / "pre-commit"
+    texts = {
+        "script": RECORD.encode(),
+        "changed by hand": OURS.replace(b"exit 0", b"exit 1"),
+        "of another version": b"#!/bin/sh\n# orchestrator-hook: 1\nexit 0\n",
+    }
+    if kind in texts:
+        put(path, texts[kind])
+    else:
+        path.symlink_to("../shared")
+    if kind == "link":
+        put(dirty / ".git/shared", RECORD)
+    before = photograph(folder)
+    said = hook("install", code=1)
+    assert said.startswith(f"orchestrator: {path} is another hook, or ours changed by hand, and stays as it is. Add this line to it:\n")
+    ours = kind in ("changed by hand", "of another version")
+    uninstalled = hook("uninstall", code=1 if ours else 0)
+    assert ("changed by hand, so it is left alone" if ours else "is not installed by us") in uninstalled
+    assert photograph(folder) == before
+    path.unlink()
+    put(path, "#!/bin/sh\n" + said.splitlines()[1] + "\n")
+    assert commit(dirty) == "BACKLOG.yaml has changes that are not in this commit\n"
+
+
+def test_where_it_cannot_be_installed(dirty: Path, hook: Callable[..., str]) -> None:
+    (dirty / ".git/hooks/.pre-commit.tmp").mkdir()  # where it would be written first
+    assert "Is a directory" in hook("install", code=1)
+    assert not (dirty / ".git/hooks/pre-commit").exists()
+    git(dirty, "config", "core.hooksPath", "/dev/null")
+    assert hook("install", code=1) == "orchestrator: /dev/null is no folder: core.hooksPath switches hooks off\n"
+
+
+@pytest.mark.parametrize("scope", ["local", "global"])
+def test_core_hooks_path_is_heeded(
+    dirty: Path, hook: Callable[..., str], scope: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", str(tmp_path / "gitconfig"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    where, value = {"local": (dirty / "tools/hooks", "tools/hooks"), "global": (tmp_path / "hooks", "~/hooks")}[scope]
+    git(dirty, "config", f"--{scope}", "core.hooksPath", value)
+    assert hook("install") == f"installed {where.resolve()}/pre-commit\n"
+    assert photograph(where) == {"pre-commit": (0o100755, OURS)}
+    assert commit(dirty) == WARNING
+    hook("uninstall")
+    assert photograph(where) == {}

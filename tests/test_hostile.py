@@ -22,7 +22,6 @@ ACTS = {
     "checkout": "git checkout -q -- .",
     "checkout of the backlog": "git checkout -q HEAD -- BACKLOG.yaml",
     "reset": "git reset -q --hard",
-    "a large file": "truncate -s 50000001 large.bin",
     "clean": f"git clean -qfdx; {RESULTS}",
     "remove the work folder": f"rm -rf .orchestrator; {RESULTS}",
     "commit everything": "git commit -qam 'by the agent'",
@@ -64,7 +63,7 @@ def test_what_an_agent_does_to_our_state_is_undone(project: Any, outcome: str, h
     set_up(project, *(f"{one} {BUILDING}" for one in ids), script=script, execution="max_wip = 99")
     project.git("commit", "-q", "--allow-empty", "-m", "There is something to go back to")
     process = project.start("run", *(word for one in ids for word in ("--target", one)), "--auto-advance")
-    log = project.finish(process, 3 if outcome == "blocked" else 0)
+    project.finish(process, 3 if outcome == "blocked" else 0)
     titles = sorted(row["title"] for row in project.items().values())
     expected = [f"{start} {one}{end}" for one in ids for start, end in (("Added while", " was built"), ("Follow-up of", ""))]
     if outcome == "blocked":
@@ -82,9 +81,6 @@ def test_what_an_agent_does_to_our_state_is_undone(project: Any, outcome: str, h
     assert project.committed() == project.text()
     assert project.text().count("# by an agent") == ("edit the backlog" in acts)
     assert project.status() == ""
-    for act, one in zip(acts, ids, strict=True):
-        large = outcome == "phase_complete" and act == "a large file"
-        assert (f"[{one}][BUILD] commits large files: large.bin (50 MB); is that meant?" in log) == large
 
 
 # ---- Results, logs and terminals -----------------------------------------------------------------

@@ -148,7 +148,7 @@ def test_every_key_of_the_config_is_in_the_block_and_means_its_default() -> None
         part = re.split(r"\n\n|\n\[", part)[0]
         shown = re.findall(r"^(?:#   |# )?([a-z_]+) = ", part, re.M)
         assert shown == [key.name or field for field, key in keys.items()], name
-    assert set(tomllib.loads(text)) == {"project", "guardrails", "execution", "agent", "notify", "pipelines"}
+    assert set(tomllib.loads(text)) == {"project", "guardrails", "execution", "agent", "commits", "notify", "pipelines"}
 
 
 def test_the_test_command_is_what_ci_runs() -> None:

@@ -17,15 +17,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator import (
-    AgentSettings,
-    AgentTiming,
-    AttemptSpec,
-    Phase,
-    Task,
-    result_path,
-    run_attempt,
-)
+from orchestrator import AgentOutcome, AgentSettings, AttemptSpec, Phase, Task, run_attempt
 from tests.llm_server import Answer, Call, LlmServer, Refusal, Say, Silence
 
 CLAUDE = Path(__file__).resolve().parent.parent / ".agents/claude/node_modules/.bin/claude"
@@ -275,25 +267,17 @@ def test_the_budget_ends_the_run_and_charges_nobody(project: Any, model: LlmServ
 
 
 def test_a_prompt_of_300_kb_arrives_whole(tmp_path: Path, model: LlmServer) -> None:
-    seen: list[str] = []
-
-    def script(text: str, done: int) -> Answer:
-        seen.append(text)
-        return play()(text, done)
-
-    model.script = script
-    root = tmp_path / "root"
+    model.script = play()
+    root, words = tmp_path / "root", "é" * 150_000 + " the end"
     root.mkdir()
-    task = Task("WRK-001", Phase("plan"), "main")
-    result = result_path(root, "WRK-001", "plan", "tok")
-    prompt = f"- **ID:** WRK-001\n- **Phase:** plan\n```text\n{result}\n```\n" + "é" * 150_000 + " the end"
-    spec = AttemptSpec("run-1", task, 1, "tok", root, prompt, root, AgentSettings(), 120, 0, 5)
+    spec = AttemptSpec("run-1", Task("WRK-001", Phase("plan"), "main"), 1, "tok", root, "", root, AgentSettings(), 120, 0, 5)
+    spec = spec._replace(prompt=f"- **ID:** WRK-001\n- **Phase:** plan\n```text\n{spec.result_path}\n```\n{words}")
 
-    async def attempt() -> Any:
-        events = {"stop": asyncio.Event(), "hurry": asyncio.Event()}
-        return await run_attempt(spec, **events, started=lambda *_: None, timing=AgentTiming(poll_s=0.05))
+    async def attempt() -> AgentOutcome:
+        never = asyncio.Event()
+        return await run_attempt(spec, stop=never, hurry=never, started=lambda *_: None)
 
     outcome = asyncio.run(attempt())
 
     assert outcome.kind == "result", outcome.detail
-    assert "é" * 150_000 + " the end" in seen[0]
+    assert words in model.asked[0][0]

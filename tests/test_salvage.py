@@ -291,7 +291,7 @@ def test_init_does_not_replace_a_backlog_that_is_only_missing_on_disk(project: A
     project.commit_all()
     (project.root / "BACKLOG.yaml").unlink()
     done = project.run("init", code=1)
-    assert "git restore BACKLOG.yaml" in done.stderr
+    assert f"git -C {project.root} restore BACKLOG.yaml" in done.stderr
     assert not (project.root / "BACKLOG.yaml").exists()
 
 

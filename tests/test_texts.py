@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ import pytest
 import orchestrator
 from backlog import Backlog, Item, parse_filter
 from orchestrator import (
-    Column,
     Config,
     HaltReason,
     MessageEntry,
@@ -26,15 +24,12 @@ from orchestrator import (
     build_prompt,
     change_dir_name,
     clean_text,
-    did_you_mean,
     fit,
     halt_message,
     human_duration,
     matches_output,
     one_line,
-    phase_line,
     phase_message,
-    render_active,
     render_item,
     render_plan,
     render_status,
@@ -129,13 +124,7 @@ def section(prompt: str, heading: str) -> str:
 )
 def test_clean_text(text: str, clean: str) -> None:
     assert clean_text(text) == clean
-
-
-def test_one_line_joins_and_cuts() -> None:
-    assert one_line("  two\n\n lines\t here ") == "two lines here"
-    assert one_line("abcdef", 6) == "abcdef"
-    assert one_line("abcdefg", 6) == "abcde…"
-    assert one_line("ab defg", 4) == "ab…"
+    assert [one_line(f" a\n\nb\t{text} ", n) for n in (4, 0)] == ["a b…", " ".join(f"a b {clean}".split())]
 
 
 @pytest.mark.parametrize(
@@ -164,12 +153,6 @@ def test_d52_a_cell_is_exactly_as_wide_as_its_column(text: str, width: int, cell
 )
 def test_human_duration(seconds: float, text: str) -> None:
     assert human_duration(seconds) == text
-
-
-def test_small_helpers() -> None:
-    assert did_you_mean("bulid", ["build", "review"]) == ' (did you mean "build"?)'
-    assert did_you_mean("xyz", ["build", "review"]) == ""
-    assert phase_line("WRK-001", "build", "starts") == "[WRK-001][BUILD] starts"
 
 
 # -- names of files --------------------------------------------------------------------------------
@@ -226,17 +209,14 @@ DEFAULT_OUTPUTS = ("changes/{id}_*/", "_ideas/{id}_*")
 )
 def test_matches_output(path: str, patterns: tuple[str, ...], covered: bool) -> None:
     assert matches_output(path, patterns, "WRK-1") is covered
-
-
-def test_an_id_is_no_pattern() -> None:
-    assert not matches_output("changes/anything_x/a.md", DEFAULT_OUTPUTS, "*")
+    assert not matches_output("changes/anything_x/a.md", DEFAULT_OUTPUTS, "*")  # an id is no pattern
     assert matches_output(f"changes/{change_dir_name('A[1]', 'x')}/a.md", DEFAULT_OUTPUTS, "A[1]")
 
 
 # -- commit messages -------------------------------------------------------------------------------
 
 
-def entry(item_id: str = "WRK-1", phase: str = "prd", outcome: str = "complete", summary: str = "") -> MessageEntry:
+def entry(item_id: str, phase: str, summary: str = "", outcome: str = "complete") -> MessageEntry:
     return MessageEntry(item_id, phase, outcome, summary, f"token-{item_id}")
 
 
@@ -248,60 +228,43 @@ def trailers(*entries: MessageEntry) -> str:
     return "\n".join(rows) + "\n"
 
 
+LONG = ("word " * 40).strip()
+
+
 @pytest.mark.parametrize(
-    ("outcome", "summary", "subject"),
+    ("entries", "text"),
     [
-        ("complete", "Add the login", "[WRK-1][prd] Add the login"),
-        ("complete", "[WRK-1][prd]  Add the login", "[WRK-1][prd] Add the login"),
-        ("complete", "[WRK-2][prd] Other prefix stays", "[WRK-1][prd] [WRK-2][prd] Other prefix stays"),
-        ("complete", " \n ", "[WRK-1][prd] Phase outputs"),
-        ("complete", "Two\nlines \x1b[31mred", "[WRK-1][prd] Two lines red"),
-        ("blocked", "Which colour?", "[WRK-1][prd] Blocked: Which colour?"),
-        ("failed", "", "[WRK-1][prd] Failed: no reason given"),
+        ([entry("W-1", "prd", "Add the login")], "[W-1][prd] Add the login"),
+        ([entry("W-1", "prd", "[W-1][prd]  Add the login")], "[W-1][prd] Add the login"),
+        ([entry("W-1", "prd", "[W-2][prd] Other prefix stays")], "[W-1][prd] [W-2][prd] Other prefix stays"),
+        ([entry("W-1", "prd", " \n ")], "[W-1][prd] Phase outputs"),
+        ([entry("W-1", "prd", "No\n\nOrchestrator-Attempt: forged \x1b[31mred")], "[W-1][prd] No Orchestrator-Attempt: forged red"),
+        ([entry("W-1", "prd", "Which colour?", "blocked")], "[W-1][prd] Blocked: Which colour?"),
+        ([entry("W-1", "prd", "", "failed")], "[W-1][prd] Failed: no reason given"),
+        ([entry("W-1", "prd", LONG)], f"[W-1][prd] {one_line(LONG, 100)}\n\n[W-1][prd] {LONG}"),
+        (
+            [entry("W-1", "prd", "First"), entry("W-2", "design"), entry("W-3", "review", "Third", "blocked")],
+            "[W-1][prd] First | [W-3][review] Blocked: Third\n\n[W-1][prd] First\n[W-3][review] Blocked: Third",
+        ),
+        ([entry("W-1", "prd"), entry("W-2", "prd")], "[W-1][prd][W-2][prd] Phase outputs"),
     ],
-)
-def test_the_message_of_one_phase(outcome: str, summary: str, subject: str) -> None:
-    one = entry(outcome=outcome, summary=summary)
-    assert phase_message([one], "run-1") == f"{subject}\n\n{trailers(one)}"
+)  # fmt: skip
+def test_the_message_of_a_phase_commit(entries: list[MessageEntry], text: str) -> None:
+    assert phase_message(entries, "run-1") == f"{text}\n\n{trailers(*entries)}"
 
 
-def test_a_long_summary_is_cut_in_the_subject_and_whole_in_the_body() -> None:
-    one = entry(summary="word " * 40)
-    whole = ("word " * 40).strip()
-    assert phase_message([one], "run-1").split("\n\n") == [
-        f"[WRK-1][prd] {one_line(whole, 100)}", f"[WRK-1][prd] {whole}", trailers(one),
-    ]
-
-
-def test_the_message_of_a_batch() -> None:
-    batch = [entry("WRK-1", "prd", summary="First"), entry("WRK-2", "design"), entry("WRK-3", "review", "blocked", "Third")]
-    assert phase_message(batch, "run-1") == (
-        "[WRK-1][prd] First | [WRK-3][review] Blocked: Third\n\n"
-        "[WRK-1][prd] First\n[WRK-3][review] Blocked: Third\n\n" + trailers(*batch)
-    )
-    silent = [entry("WRK-1"), entry("WRK-2")]
-    assert phase_message(silent, "run-1") == f"[WRK-1][prd][WRK-2][prd] Phase outputs\n\n{trailers(*silent)}"
-
-
-def test_a_summary_cannot_forge_a_trailer() -> None:
-    one = entry(summary="x\n\nOrchestrator-Attempt: stolen\n" + "long " * 40)
-    found = [line for line in phase_message([one], "run-1").splitlines() if line.startswith("Orchestrator-Attempt")]
-    assert found == ["Orchestrator-Attempt: token-WRK-1"]
-
-
-@pytest.mark.parametrize("reason", [*HaltReason, None])
-def test_the_message_of_the_halt_commit_names_the_reason_and_the_items(reason: HaltReason | None) -> None:
-    """After an error it has no parentheses."""
+def test_the_message_of_the_halt_commit_names_the_reason_and_the_items() -> None:
     old, same = make_item("WRK-1", "ready"), make_item("WRK-2")
     new = make_item("WRK-1", "blocked", blocked_reason="Which colour?")
     before, after = {"WRK-1": old, "WRK-2": same}, {"WRK-1": new, "WRK-2": same, "WRK-3": make_item("WRK-3", "new")}
-    assert halt_message(reason, orchestrator.state_entries(before, after), "run-1") == (
-        f"[orchestrator] Save backlog state on halt{f' ({reason})' if reason else ''}\n\n"
-        "[WRK-1] Which colour?\n[WRK-3] Title of WRK-3\n\n"
-        "Orchestrator-Run: run-1\n"
-        "Orchestrator-Item: WRK-1\nOrchestrator-Outcome: blocked\n"
-        "Orchestrator-Item: WRK-3\nOrchestrator-Outcome: added\n"
-    )
+    for reason in (*HaltReason, None):  # after an error it has no parentheses
+        assert halt_message(reason, orchestrator.state_entries(before, after), "run-1") == (
+            f"[orchestrator] Save backlog state on halt{f' ({reason})' if reason else ''}\n\n"
+            "[WRK-1] Which colour?\n[WRK-3] Title of WRK-3\n\n"
+            "Orchestrator-Run: run-1\n"
+            "Orchestrator-Item: WRK-1\nOrchestrator-Outcome: blocked\n"
+            "Orchestrator-Item: WRK-3\nOrchestrator-Outcome: added\n"
+        )
 
 
 @pytest.mark.parametrize(
@@ -319,39 +282,29 @@ def test_what_a_state_commit_says_of_an_item(old: Any, new: Any, outcome: str, s
     assert orchestrator.state_entries(before, after) == [MessageEntry("WRK-1", "", outcome, summary)]
 
 
-# -- prompts: sections -----------------------------------------------------------------------------
+# -- prompts ---------------------------------------------------------------------------------------
 
-PLAIN_HEADINGS = [
-    "# Autonomous Agent", "## Item", "## Position", "## Task", "## Rules", "## Structured Output",
-]
 ALL_HEADINGS = [
     "# Autonomous Agent", "## Item", "## Position", "## Current Assessments", "## Description",
     "## Previous Phase Summary", "## Unblock Context", "## Previous Failure", "## Documents",
     "## Task", "## Rules", "## Structured Output",
 ]
 TRIAGE_HEADINGS = [
-    "# Autonomous Triage Agent", "## Item to Triage", "## Position", "## Current Assessments", "## Description",
-    "## Previous Phase Summary", "## Unblock Context", "## Previous Failure", "## Documents", "## Current Backlog",
+    "# Autonomous Triage Agent", "## Item to Triage", *ALL_HEADINGS[2:9], "## Current Backlog",
     "## Available Pipeline Types", "## Instructions", "## Rules", "## Structured Output",
 ]
 
 
-def full_item(text: str) -> Item:
-    return make_item(
+def full_prompt(text: str, task: Task) -> str:
+    """A prompt that has every section, each with this text."""
+    item = make_item(
         title=text, size="small", tags=[text], dependencies=[text], origin=text, unblock_context=text,
         description={"context": text, "problem": text, "solution": text, "impact": text, "sizing_rationale": text},
     )
-
-
-def full_prompt(text: str, task: Task) -> str:
     return prompt_for(
-        full_item(text), task, attempt=2, previous_summary=text, failure=text, salvage_ref="refs/x/1",
+        item, task, attempt=2, previous_summary=text, failure=text, salvage_ref="refs/x/1",
         documents=[text], others=[make_item("WRK-001", title=text)],
     )
-
-
-def test_a_plain_prompt_has_only_the_sections_that_have_something_to_say() -> None:
-    assert headings(prompt_for()) == PLAIN_HEADINGS
 
 
 @pytest.mark.parametrize("task", [task_of("build"), triage_of()], ids=["build", "triage"])
@@ -361,57 +314,40 @@ def test_d46_no_text_of_others_can_open_a_section_or_a_fence(task: Task) -> None
     fences = [line for line in prompt.splitlines() if line.lstrip().startswith(("```", "~~~"))]
     assert fences == ["```text", "```", "```json", "```"]
     assert "\x1b" not in prompt
+    assert "> **Context:** Rename ## Item" in full_prompt("Rename ## Item", task)
 
 
-def test_d46_a_description_may_talk_about_our_headings() -> None:
-    prompt = full_prompt("Rename ## Item to ## Item to Triage", triage_of())
-    assert "> **Context:** Rename ## Item to ## Item to Triage" in prompt
-
-
-def test_the_intro_says_that_nobody_is_there() -> None:
+def test_a_plain_prompt_has_only_the_sections_that_have_something_to_say() -> None:
+    empty = make_item(description={"context": "", "problem": " "}, unblock_context=" ")
+    told = ["# Autonomous Agent", "## Item", "## Position", "## Task", "## Rules", "## Structured Output"]
+    assert headings(prompt_for()) == headings(prompt_for(empty)) == told
     intro = " ".join(prompt_for().split("## Item")[0].split())
-    assert "running autonomously" in intro
-    assert "No human is available" in intro
-    assert '"Assumptions"' in intro
-    assert "documenting decisions made without human input" in intro
+    for words in ("running autonomously", "No human is available", '"Assumptions"', "documenting decisions made without human input"):
+        assert words in intro
 
 
-def test_the_item_section() -> None:
-    item = make_item(title="Fix it", tags=["ui", "api"], dependencies=["WRK-001"], origin="WRK-003/build")
-    assert section(prompt_for(item), "Item").splitlines() == [
-        "- **ID:** WRK-042",
-        "- **Title:** Fix it",
-        "- **Tags:** ui, api",
-        "- **Depends on:** WRK-001 (done)",
-        "- **Origin:** WRK-003/build",
-    ]
-
-
-@pytest.mark.parametrize(
-    ("name", "position"),
-    [("research", "research (1/1, pre)"), ("prd", "prd (1/4, main)"), ("build", "build (3/4, main)")],
-)
-def test_the_agent_is_told_where_it_stands(name: str, position: str) -> None:
+def test_what_is_known_of_the_item_and_where_the_agent_stands() -> None:
     config = make_config()
     config = config._replace(execution=config.execution._replace(phase_timeout_minutes=45))
-    assert section(prompt_for(task=task_of(name), config=config, attempt=2, attempts=4), "Position").splitlines() == [
+    item = make_item(
+        title="Fix it", tags=["ui", "api"], dependencies=["WRK-001"], origin="WRK-003/build", size="small", impact="high",
+        description={"context": "one\ntwo", "problem": "", "solution": " ", "impact": "all"},
+    )
+    prompt = prompt_for(item, task_of("build"), config, attempt=2, attempts=4, documents=["a/prd.md", "a/design.md"])
+    assert section(prompt, "Item").splitlines() == [
+        "- **ID:** WRK-042", "- **Title:** Fix it", "- **Tags:** ui, api", "- **Depends on:** WRK-001 (done)",
+        "- **Origin:** WRK-003/build",
+    ]
+    assert section(prompt, "Position").splitlines() == [
         "- **Pipeline:** feature: research → prd → design → build → review",
-        f"- **Phase:** {position}",
+        "- **Phase:** build (3/4, main)",
         "- **Attempt:** 2 of 4",
         "- **Time limit:** 45 min; then the attempt is ended and counts as failed",
     ]
-
-
-def test_only_ratings_that_are_set_are_listed() -> None:
-    item = make_item(size="small", impact="high")
-    assert section(prompt_for(item), "Current Assessments") == "- **Size:** small\n- **Impact:** high"
-
-
-def test_only_texts_of_the_description_that_say_something_are_shown() -> None:
-    item = make_item(description={"context": "one\ntwo", "problem": "", "solution": " ", "impact": "all", "sizing_rationale": ""})
-    assert section(prompt_for(item), "Description") == "> **Context:** one\n> two\n\n> **Impact:** all"
-    empty = make_item(description=dict.fromkeys(("context", "problem", "solution", "impact", "sizing_rationale"), ""))
-    assert headings(prompt_for(empty)) == PLAIN_HEADINGS
+    assert section(prompt, "Current Assessments") == "- **Size:** small\n- **Impact:** high"
+    assert section(prompt, "Description") == "> **Context:** one\n> two\n\n> **Impact:** all"
+    assert section(prompt, "Documents").endswith("\n\n- a/prd.md\n- a/design.md")
+    assert "**Phase:** research (1/1, pre)" in prompt_for(task=task_of("research"))
 
 
 @pytest.mark.parametrize("task", [task_of("prd"), triage_of()], ids=["phase", "triage"])
@@ -423,34 +359,20 @@ def test_d19_the_humans_notes_reach_phases_and_triage(task: Task) -> None:
 
 def test_d57_a_retry_shows_the_attempt_the_whole_failure_and_the_salvaged_work() -> None:
     ref = "refs/orchestrator/salvage/WRK-042/build/1"
-    text = section(prompt_for(task=task_of("build"), attempt=2, failure="3 tests fail\n\nI gave up.", salvage_ref=ref), "Previous Failure")
+    given = {"task": task_of("build"), "attempt": 2, "salvage_ref": ref}
+    text = section(prompt_for(failure="3 tests fail\n\nI gave up.", **given), "Previous Failure")
     assert "This is attempt 2 of 3." in text
     assert "> 3 tests fail\n>\n> I gave up." in text
     assert "try a different approach" in text
     assert f"`git show --stat {ref}`" in text
     assert f"`git diff {ref}^ {ref} -- PATH`" in text
-
-
-def test_salvaged_work_of_an_interrupted_attempt_is_shown_without_a_failure() -> None:
-    text = section(prompt_for(task=task_of("build"), salvage_ref="refs/x/1"), "Previous Failure")
-    assert "refs/x/1" in text
-    assert "different approach" not in text
-
-
-def test_of_an_endless_failure_the_beginning_and_the_end_are_shown() -> None:
-    text = section(prompt_for(failure="first\n" + "x" * 50_000 + "\nlast"), "Previous Failure")
-    assert len(text) < 9_000
-    assert "> first" in text
-    assert "> last" in text
-    assert "> [… 42011 characters left out …]" in text
-
-
-def test_earlier_documents_are_listed_by_path() -> None:
-    text = section(prompt_for(documents=["changes/WRK-042_x/prd.md", "changes/WRK-042_x/design.md"]), "Documents")
-    assert text.endswith("- changes/WRK-042_x/prd.md\n- changes/WRK-042_x/design.md")
-
-
-# -- prompts: task, rules, output ------------------------------------------------------------------
+    interrupted = section(prompt_for(**given), "Previous Failure")
+    assert ref in interrupted
+    assert "different approach" not in interrupted
+    endless = section(prompt_for(failure="first\n" + "x" * 50_000 + "\nlast"), "Previous Failure")
+    assert len(endless) < 9_000
+    for words in ("> first", "> last", "> [… 42011 characters left out …]"):
+        assert words in endless
 
 
 @pytest.mark.parametrize("name", ["research", "prd", "design", "review"])
@@ -462,6 +384,7 @@ def test_built_in_instructions_of_a_document_phase(name: str) -> None:
     assert "Assumptions" in task
     assert "{" not in task
     assert "only these paths, relative to the project root: `changes/WRK-042_*/`, `_ideas/WRK-042_*`." in rules
+    assert ("--grep='[WRK-042]'" in task) is (name == "review")
 
 
 def test_built_in_instructions_of_the_build() -> None:
@@ -470,13 +393,10 @@ def test_built_in_instructions_of_the_build() -> None:
     rules = section(prompt, "Rules")
     assert section(prompt, "Task").startswith("Make the change: code, tests and documentation")
     assert "You may change any file of the project" in rules
-    assert "without any change in the repository counts as failed" in rules
+    assert "`phase_complete` without any change in the repository" in rules
     assert "run them first: `make test`, `sh -c 'ruff check .'`" in rules
-
-
-def test_a_build_that_may_be_empty_is_not_told_otherwise() -> None:
-    phase = task_of("build").phase._replace(allow_empty=True)
-    assert "without any change" not in prompt_for(task=Task("WRK-042", phase, "main"))
+    empty = prompt_for(task=Task("WRK-042", phase._replace(allow_empty=True), "main"))
+    assert "without any change" not in empty
 
 
 @pytest.mark.parametrize("task", [task_of("prd"), task_of("build"), triage_of()], ids=["prd", "build", "triage"])
@@ -488,79 +408,66 @@ def test_the_rules_that_hold_for_everybody(task: Task) -> None:
     assert "Leave nothing running" in rules
 
 
-def test_the_review_finds_the_commits_of_its_item() -> None:
-    assert "--grep='[WRK-042]'" in section(prompt_for(task=task_of("review")), "Task")
-
-
-@pytest.mark.parametrize(("destructive", "says"), [(False, "/security-audit.md`"), (True, "Run the tests, linters")])
-def test_d47_a_phase_of_another_name_gets_sensible_instructions(destructive: bool, says: str) -> None:
-    phase = Phase("security-audit", destructive=destructive, outputs=DEFAULT_OUTPUTS)
-    config = make_config(Pipeline("feature", (), (phase,)))
-    task = section(prompt_for(task=Task("WRK-042", phase, "main"), config=config), "Task")
-    assert task.startswith("Do the work of the phase `security-audit`")
-    assert says in task
-
-
-@pytest.mark.parametrize(("name", "destructive"), [("build", False), ("review", True)])
-def test_built_in_instructions_never_contradict_the_nature_of_the_phase(name: str, destructive: bool) -> None:
+@pytest.mark.parametrize(
+    ("name", "destructive", "says"),
+    [
+        ("security-audit", False, "/security-audit.md`"), ("security-audit", True, "Run the tests, linters"),
+        ("build", False, "no\ncode"), ("review", True, "It may change"),
+    ],
+)
+def test_d47_a_phase_of_another_name_or_nature_gets_sensible_instructions(name: str, destructive: bool, says: str) -> None:
     phase = Phase(name, destructive=destructive, outputs=DEFAULT_OUTPUTS)
     config = make_config(Pipeline("feature", (), (phase,)))
     task = section(prompt_for(task=Task("WRK-042", phase, "main"), config=config), "Task")
     assert task.startswith(f"Do the work of the phase `{name}`")
+    assert says in task
     assert ("no\ncode" in task) is not destructive
 
 
-def test_one_workflow_replaces_the_built_in_instructions() -> None:
-    phase = Phase("prd", workflows=("flows/prd.md",), outputs=DEFAULT_OUTPUTS)
-    assert section(prompt_for(task=Task("WRK-042", phase, "main")), "Task") == (
-        "Read this file and follow it: `/project/flows/prd.md`\n\n"
-        "Folder for this item's documents: `/project/changes/WRK-042_title`"
-    )
+def test_workflow_files_replace_the_built_in_instructions() -> None:
+    def told(*files: str) -> str:
+        phase = Phase("prd", workflows=files, outputs=DEFAULT_OUTPUTS)
+        return section(prompt_for(task=Task("WRK-042", phase, "main")), "Task")
+
+    folder = "\n\nFolder for this item's documents: `/project/changes/WRK-042_title`"
+    assert told("flows/prd.md") == f"Read this file and follow it: `/project/flows/prd.md`{folder}"
+    assert "in order:\n\n1. `/project/a.md`\n2. `/abs/b.md`\n" in told("a.md", "/abs/b.md")
 
 
-def test_several_workflows_are_numbered() -> None:
-    phase = Phase("prd", workflows=("a.md", "/abs/b.md"))
-    task = section(prompt_for(task=Task("WRK-042", phase, "main")), "Task")
-    assert "in order:\n\n1. `/project/a.md`\n2. `/abs/b.md`\n" in task
+def skeleton(prompt: str) -> dict[str, Any]:
+    told: dict[str, Any] = json.loads(section(prompt, "Structured Output").split("```json\n")[1].split("\n```")[0])
+    return told
 
 
-@pytest.mark.parametrize("name", ["research", "prd", "design", "build", "review"])
-def test_the_output_section_of_a_phase(name: str) -> None:
+@pytest.mark.parametrize("task", [task_of("prd", 'W"-1\\'), triage_of('W"-1\\')], ids=["phase", "triage"])
+def test_d17_the_output_section_asks_for_what_the_phase_decides(task: Task) -> None:
     path = "/project/.orchestrator/results/x y.json"
-    text = section(prompt_for(task=task_of(name), result_path=path), "Structured Output")
+    prompt = prompt_for(make_item('W"-1\\'), task, result_path=path)
+    text, told = section(prompt, "Structured Output"), skeleton(prompt)
     assert f"```text\n{path}\n```" in text
-    assert '"item_id": "WRK-042"' in text
-    assert f'"phase": "{name}"' in text
-    for code in ("phase_complete", "subphase_complete", "failed", "blocked"):
-        assert f"- `{code}`: " in text
-    keys = set(json.loads(text.split("```json\n")[1].split("\n```")[0]))
-    assert keys == {
-        "item_id", "phase", "result", "summary", "context", "block_type", "updated_assessments",
-        "commit_summary", "follow_ups",
+    assert (told["item_id"], told["phase"]) == ('W"-1\\', task.name)
+    keys = {
+        "item_id", "phase", "result", "summary", "context", "block_type", "updated_assessments", "commit_summary", "follow_ups",
     }
-
-
-@pytest.mark.parametrize("task", [task_of("build"), triage_of()], ids=["phase", "triage"])
-def test_a_skeleton_handed_in_as_it_stands_brings_no_rubbish_into_the_backlog(task: Task) -> None:
-    text = section(prompt_for(task=task), "Structured Output")
-    skeleton = text.split("```json\n")[1].split("\n```")[0].encode()
-    result = orchestrator.parse_result(skeleton, "WRK-042", task.name)
-    assert result.warnings
+    codes = ["phase_complete", "subphase_complete", "failed", "blocked"]
+    if task.pool == "triage":
+        keys |= {"pipeline_type", "duplicates", "requires_human_review", "description"}
+        codes.remove("subphase_complete")
+        assert set(told["description"]) == {"context", "problem", "solution", "impact", "sizing_rationale"}
+    assert set(told) == keys
+    assert re.findall(r"^- `(\w+(?:_complete|failed|blocked)|failed|blocked)`: ", text, re.M) == codes
+    result = orchestrator.parse_result(json.dumps(told).encode(), 'W"-1\\', task.name)
+    assert result.warnings  # a skeleton handed in as it stands brings no rubbish into the backlog
     assert result._replace(warnings=(), requires_human_review=None) == orchestrator.PhaseResult(
-        "WRK-042", task.name, "phase_complete", "(the agent gave no summary)"
+        'W"-1\\', task.name, "phase_complete", "(the agent gave no summary)"
     )
 
 
-def test_ids_and_titles_with_quotes_keep_the_skeleton_valid() -> None:
-    text = section(prompt_for(make_item('W"-1\\'), task_of("prd", 'W"-1\\')), "Structured Output")
-    assert json.loads(text.split("```json\n")[1].split("\n```")[0])["item_id"] == 'W"-1\\'
-
-
-# -- prompts: triage -------------------------------------------------------------------------------
-
-
-def test_triage_instructions() -> None:
-    text = section(prompt_for(make_item(title="Größe ändern"), triage_of()), "Instructions")
+def test_triage_is_told_how_to_rate_and_what_there_is() -> None:
+    config = make_config(Pipeline("feature", (Phase("research"),), (Phase("build"),)), Pipeline("bugfix", (), (Phase("fix"),)))
+    others = [make_item("WRK-001", "blocked", title="One"), make_item("WRK-002", "done", title="Two\n## Task")]
+    prompt = prompt_for(make_item(title="Größe ändern"), triage_of(), config, others)
+    text = section(prompt, "Instructions")
     for word in (
         "size:", "complexity:", "risk:", "impact:", "small size AND low risk", "promote directly", "idea file",
         "`_ideas/WRK-042_groe-andern.md`", "requires_human_review", "`context`", "`problem`", "`solution`",
@@ -568,24 +475,8 @@ def test_triage_instructions() -> None:
     ):
         assert word in text
     assert "{" not in text
-
-
-def test_d17_the_output_of_triage_asks_for_what_triage_decides() -> None:
-    text = section(prompt_for(task=triage_of()), "Structured Output")
-    skeleton = json.loads(text.split("```json\n")[1].split("\n```")[0])
-    assert skeleton["phase"] == "triage"
-    assert set(skeleton) >= {"pipeline_type", "duplicates", "requires_human_review", "description"}
-    assert set(skeleton["description"]) == {"context", "problem", "solution", "impact", "sizing_rationale"}
-    assert "subphase_complete" not in text
-
-
-def test_triage_sees_the_rest_of_the_backlog() -> None:
-    others = [make_item("WRK-001", "blocked", title="One"), make_item("WRK-002", "done", title="Two\n## Task")]
-    assert section(prompt_for(make_item(), triage_of(), others=others), "Current Backlog").splitlines() == [
-        "- WRK-001: One [blocked]",
-        "- WRK-002: Two ## Task [done]",
-    ]
-    assert "## Current Backlog" not in prompt_for(task=triage_of())
+    assert section(prompt, "Current Backlog") == "- WRK-001: One [blocked]\n- WRK-002: Two ## Task [done]"
+    assert section(prompt, "Available Pipeline Types") == "- `bugfix`: fix\n- `feature`: research → build"
 
 
 def test_of_a_huge_backlog_triage_sees_the_most_similar_items() -> None:
@@ -593,34 +484,30 @@ def test_of_a_huge_backlog_triage_sees_the_most_similar_items() -> None:
     others.append(make_item("WRK-01000", "new", title="Login page is slow"))
     text = section(prompt_for(make_item(title="Slow login page"), triage_of(), others=others), "Current Backlog")
     assert len(text.splitlines()) == 401
-    assert text.endswith("- WRK-01000: Login page is slow [new]\n- … and 601 more with less similar titles")
-
-
-def test_triage_may_choose_among_all_pipelines() -> None:
-    config = make_config(
-        Pipeline("feature", (Phase("research"),), (Phase("build"),)), Pipeline("bugfix", (), (Phase("fix"),))
-    )
-    text = section(prompt_for(task=triage_of(), config=config), "Available Pipeline Types")
-    assert text == "- `bugfix`: fix\n- `feature`: research → build"
+    assert text.startswith("- WRK-01000: Login page is slow [new]\n- WRK-00000: ")
+    assert text.endswith("\n- … and 601 more with less similar titles")
 
 
 # -- tables, status --------------------------------------------------------------------------------
 
 
 def test_d52_a_table_wraps_its_last_column_and_leaves_out_empty_ones() -> None:
-    columns = (Column("ID", "id"), Column("GONE", "gone"), Column("N", "n", 4), Column("TEXT", "text"))
-    rows = [{"id": "A-1", "n": 0, "text": "some words that go on"}, {"id": "日本", "n": "too long", "text": "語" * 9}, {"id": "B"}]
-    assert table(columns, rows, 34, "  ") == [
-        "  ID   N    TEXT",
-        "  A-1  0    some words that go on",
-        "  日本 too… 語語語語語語語語語",
-        "  B    -    -",
+    rows: list[dict[str, Any]] = [
+        {"id": "A-1", "phase": "b", "priority": 0, "title": "some words that go on"},
+        {"id": "日本", "phase": "far-too-long-a-name", "title": "語" * 9}, {"id": "B"},
+    ]  # fmt: skip
+    keys = "id gone phase priority title"
+    assert table(keys, rows, 50, "  ", heads=True) == [
+        "  ID   PHASE            PRIO TITLE",
+        "  A-1  b                0    some words that go on",
+        "  日本 far-too-long-a-… -    語語語語語語語語語",
+        "  B    -                -    -",
     ]
-    assert table(columns, rows, 22, "  ") == [
-        "  ID   N    TEXT", "  A-1  0", "      some words that", "      go on", "  日本 too…", "      語語語語語語語語",
-        "      語", "  B    -    -",
-    ]
-    assert table(columns, [{"id": ""}], 80) == []
+    assert table(keys, rows, 24, "  ") == [
+        "  A-1  b                0", "      some words that go", "      on", "  日本 far-too-long-a-…", "      語語語語語語語語語",
+        "  B",
+    ]  # fmt: skip
+    assert table("id", [{"id": ""}], 80, heads=True) == []
 
 
 def test_the_status_for_machines_and_the_order_of_items() -> None:
@@ -645,31 +532,14 @@ def test_the_status_for_machines_and_the_order_of_items() -> None:
 
 
 def test_everything_about_one_item() -> None:
-    item = make_item(
-        "WRK-001", "blocked", title="Fix\x1b[31m it", phase="build", size="small", attempts=2, blocked_from_status="in_progress",
+    item: Any = make_item(
+        "WRK-001", "blocked", title="Fix\x1b[31m it", phase=None, requires_human_review=True, tags=["ui", "api"], attempts=0,
         blocked_reason="Which\ncolour?", description={"context": "one\ntwo", "problem": ""}, unblock_context="Blue.",
-        requires_human_review=True, tags=["ui"], dependencies=["WRK-002"],
     )
     assert render_item(item, Usage(0.5), 80) == [
-        "WRK-001  Fix it", "", "Status:                blocked", "Phase:                 build",
-        "Size:                  small", "Requires human review: yes", "Blocked from status:   in_progress",
-        "Blocked reason:        Which colour?", "Tags:                  ui", "Dependencies:          WRK-002",
-        f"Created:               {NOW}", f"Updated:               {NOW}", "Pipeline type:         feature",
-        "Attempts:              2", "Cost:                  about $0.5000", "", "Context:", "  one", "  two", "",
-        "Your notes for the next phase:", "  Blue.",
-    ]
-
-
-def test_the_active_run_tells_what_each_agent_does() -> None:
-    phases = [
-        {"item": "WRK-1", "phase": "build", "since": "2026-11-28T05:03:00+00:00", "doing": "Bash: make\x1b[2J test"},
-        {"item": "WRK-12", "phase": "prd", "since": "2026-11-28T05:00:00+00:00", "doing": ""},
-    ]
-    run = {"pid": 4242, "since": "2026-11-28T05:00:00+00:00", "phases": phases}
-    assert render_active(run, datetime(2026, 11, 28, 5, 5, tzinfo=UTC), 80) == [
-        "A run is active: pid 4242, since 2026-11-28 05:00 (5 min)",
-        "  WRK-1  build 2 min Bash: make test",
-        "  WRK-12 prd   5 min",
+        "WRK-001  Fix it", "", "Status:                blocked", f"Created:               {NOW}", f"Updated:               {NOW}",
+        "Requires human review: yes", "Tags:                  ui, api", "Blocked reason:        Which colour?",
+        "Cost:                  about $0.5000", "", "Context:", "  one", "  two", "", "Your notes for the next phase:", "  Blue.",
     ]
 
 
@@ -690,93 +560,65 @@ def plan_backlog() -> Backlog:
 
 def plan(backlog: Backlog, *, cap: int = 100, config: Config | None = None, **options: Any) -> list[str]:
     rows = orchestrator.plan_rows(backlog, config or make_config(), RunOptions(cap, **options))
-    return [" ".join(line.split()) for line in render_plan(rows, (), 200).splitlines()]
+    *lines, blank, end = [" ".join(line.split()) for line in render_plan(rows, (), 200)]
+    assert (blank, end) == ("", "Nothing was started and nothing was written.")
+    return lines
 
 
-def test_the_plan_gives_the_phases_in_order_and_why_the_rest_does_not_run() -> None:
-    assert plan(plan_backlog()) == [
-        "Would run, if every phase succeeds:",
-        "1. WRK-001 Title of WRK-001 prd → design → build → review",
-        "5. WRK-005 Title of WRK-005 triage",
-        "6. WRK-002 Title of WRK-002 prd → design → build → review",
-        "",
-        "Would not run:",
-        "WRK-003 blocked: Which size?",
-        'WRK-006 its pipeline "odd" is not in orchestrator.toml',
-        "WRK-004 waits for WRK-003 (blocked)",
-        "",
-        "Nothing was started and nothing was written.",
-    ]
+LEFT_OUT = "items left out by --target or --only:"
 
 
-def test_the_plan_of_sixty_items_fits_a_screen() -> None:
-    """One line for each reason says how many wait."""
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({}, [
+            "Would start first:", "WRK-001 Title of WRK-001 prd (1/4, main)", "", "Would not:", "WRK-003 blocked: Which size?",
+            "WRK-002 ready; max_wip = 1 lets no further item start yet", 'WRK-006 its pipeline "odd" is not in orchestrator.toml',
+            "WRK-004 waits for WRK-003 (blocked)", "WRK-005 later; max_concurrent = 1, and a phase that changes code runs alone",
+        ]),
+        ({"cap": 0}, [
+            "Nothing would start.", "", "Would not:", "3 items later: the limit of phases for one run is used up: WRK-001, WRK-002, WRK-005",
+            "WRK-003 blocked: Which size?", 'WRK-006 its pipeline "odd" is not in orchestrator.toml', "WRK-004 waits for WRK-003 (blocked)",
+        ]),
+        ({"targets": ("WRK-007", "WRK-005")}, [
+            "Would start first:", "WRK-005 Title of WRK-005 triage", "", "Would not:",
+            f"5 {LEFT_OUT} WRK-001, WRK-003, WRK-002, WRK-006, WRK-004",
+        ]),
+        ({"targets": ("WRK-003", "WRK-005")}, [
+            "Nothing would start.", "", "Would not:", f"4 {LEFT_OUT} WRK-001, WRK-002, WRK-006, WRK-004", "WRK-003 blocked: Which size?",
+            "WRK-005 later: another target comes first",
+        ]),
+        ({"targets": ("WRK-003", "WRK-005"), "auto_advance": True}, [
+            "Would start first:", "WRK-005 Title of WRK-005 triage", "", "Would not:", f"4 {LEFT_OUT} WRK-001, WRK-002, WRK-006, WRK-004",
+            "WRK-003 blocked: Which size?",
+        ]),
+        ({"filters": [parse_filter("status=new")]}, [
+            "Would start first:", "WRK-005 Title of WRK-005 triage", "", "Would not:", f"4 {LEFT_OUT} WRK-001, WRK-003, WRK-002, WRK-006",
+            "WRK-004 waits for WRK-003 (blocked)",
+        ]),
+        ({"only_triage": True}, [
+            "Would start first:", "WRK-005 Title of WRK-005 triage", "", "Would not:", "WRK-004 waits for WRK-003 (blocked)",
+        ]),
+    ],
+    ids=["all", "no phases", "targets", "blocked target", "auto-advance", "d21 filter", "triage"],
+)  # fmt: skip
+def test_the_plan_says_what_would_start_first_and_why_the_rest_would_not(options: dict[str, Any], told: list[str]) -> None:
+    assert plan(plan_backlog(), **options) == told
+
+
+def test_the_plan_of_sixty_items_fits_a_screen_and_foresees_the_guardrails() -> None:
     new = [make_item(f"WRK-{n:03}", "ready") for n in range(1, 41)]
     waiting = [make_item(f"WRK-{n:03}", "new", dependencies=["WRK-061"]) for n in range(41, 61)]
-    asking = make_item("WRK-061", "blocked", blocked_reason="Which?")
-    text = plan(make_backlog(*new, *waiting, asking), cap=8)
-    assert len(text) < 10
-    assert text[4:] == [
-        "Would not run:",
-        "WRK-061 blocked: Which?",
-        "58 items later: the limit of phases for one run is used up: WRK-003, WRK-004, WRK-005, WRK-006, WRK-007,"
-        " WRK-008, WRK-009, WRK-010 and 50 more",
-        "",
-        "Nothing was started and nothing was written.",
-    ]
-
-
-def test_the_plan_lets_an_item_run_once_what_it_waits_for_is_done() -> None:
-    backlog = make_backlog(make_item("WRK-001", "new", dependencies=["WRK-002"]), make_item("WRK-002", "ready"))
-    assert plan(backlog)[1:3] == ["1. WRK-002 Title of WRK-002 prd → design → build → review", "5. WRK-001 Title of WRK-001 triage"]
-
-
-def test_phases_of_one_turn_have_one_number() -> None:
+    items = make_backlog(make_item("WRK-061", "ready", risk="high", impact="high"), *new, *waiting)
     config = make_config()
-    config = config._replace(execution=config.execution._replace(max_concurrent=2))
-    both = plan(make_backlog(make_item("WRK-001", "new"), make_item("WRK-002", "new")), config=config)
-    assert both[1:3] == ["1. WRK-001 Title of WRK-001 triage", "1. WRK-002 Title of WRK-002 triage"]
-
-
-def test_the_plan_ends_with_the_cap_and_foresees_the_guardrails() -> None:
-    risky = make_item("WRK-002", "ready", risk="high")
-    text = plan(make_backlog(make_item("WRK-001", "in_progress", phase="prd"), risky), cap=2)
-    assert text[:2] == ["Would run, if every phase succeeds:", "1. WRK-001 Title of WRK-001 prd → design"]
-    assert text[4] == "2 items later: the limit of phases for one run is used up: WRK-001, WRK-002"
-    (line,) = [line for line in plan(make_backlog(risky)) if line.startswith("WRK-002")]
-    assert line.startswith("WRK-002 blocked: the guardrails are exceeded by risk high (limit low)")
-    assert plan(make_backlog(risky), cap=0)[0] == "Nothing would start."
-
-
-def test_the_plan_of_targets_takes_them_in_order() -> None:
-    text = plan(plan_backlog(), targets=("WRK-007", "WRK-001", "WRK-005"))
-    assert text[1:3] == ["1. WRK-001 Title of WRK-001 prd → design → build → review", "5. WRK-005 Title of WRK-005 triage"]
-    assert any("left out by --target or --only" in line and "WRK-002" in line for line in text)
-
-
-def test_the_plan_of_a_blocked_target() -> None:
-    targets = ("WRK-003", "WRK-005")
-    assert plan(plan_backlog(), targets=targets)[0] == "Nothing would start."
-    assert plan(plan_backlog(), targets=targets, auto_advance=True)[1] == "1. WRK-005 Title of WRK-005 triage"
-    assert plan(plan_backlog(), targets=("WRK-007",))[0] == "Nothing would start."
-
-
-def test_d21_the_plan_of_a_filter_still_judges_dependencies_on_the_whole_backlog() -> None:
-    text = plan(plan_backlog(), filters=[parse_filter("status=new")])
-    assert text[:2] == ["Would run, if every phase succeeds:", "1. WRK-005 Title of WRK-005 triage"]
-    assert "WRK-004 waits for WRK-003 (blocked)" in text
-    assert any("left out by --target or --only" in line and "WRK-001" in line for line in text)
-
-
-def test_the_plan_for_machines() -> None:
-    rows = orchestrator.plan_rows(make_backlog(make_item("WRK-001", "ready"), make_item("WRK-002", "blocked")), make_config(), RunOptions(1))
-    capped = "later: the limit of phases for one run is used up"
-    assert [tuple(row.values()) for row in rows] == [
-        ("WRK-001", "Title of WRK-001", True, 1, "prd", "prd (1/4, main)", None),
-        ("WRK-001", "Title of WRK-001", False, None, None, f"then {capped}", capped),
-        ("WRK-002", "Title of WRK-002", False, None, None, "blocked: no reason recorded", "blocked, each needs you"),
+    config = config._replace(execution=config.execution._replace(max_concurrent=2, max_wip=2))
+    assert plan(items, config=config) == [
+        "Would start first:", "WRK-001 Title of WRK-001 prd (1/4, main)", "WRK-002 Title of WRK-002 prd (1/4, main)", "", "Would not:",
+        "WRK-061 blocked: the guardrails are exceeded by risk high (limit low); a human has to accept it",
+        "38 items ready; max_wip = 2 lets no further item start yet: WRK-003, WRK-004, WRK-005, WRK-006, WRK-007, WRK-008, WRK-009,"
+        " WRK-010 and 30 more",
+        "20 items waiting for other items: WRK-041, WRK-042, WRK-043, WRK-044, WRK-045, WRK-046, WRK-047, WRK-048 and 12 more",
     ]
-    assert list(rows[0]) == ["id", "title", "runs", "turn", "phase", "text", "kind"]
 
 
 # -- the graph -------------------------------------------------------------------------------------
@@ -873,15 +715,6 @@ def test_the_summary_of_a_night_of_forty_phases_fits_a_screen() -> None:
     assert "Needs you (7; all: python3 tools/orchestrator.py status --only status=blocked):" in lines
 
 
-def test_the_summary_of_a_run_that_did_nothing_is_short() -> None:
-    nothing: dict[str, Any] = dict.fromkeys(("cost_usd", "input_tokens", "output_tokens", "state_commit"))
-    told = ended(phases=0, cap=9, seconds=0, completed=[], follow_ups=[], kept=[], warnings=[], **nothing)
-    assert render_summary(told, "o").splitlines() == [
-        "Halt: nothing is left that can run (AllDoneOrBlocked)", "  0 phases (limit 9), 0 s, cost not reported", "",
-        "Done: no item was finished", "", "Backlog: no items", "", 'Next: orchestrator add "TITLE"  # adds work: nothing is left',
-    ]
-
-
 def test_what_to_do_next_depends_on_why_the_run_ended() -> None:
     def commands(reason: HaltReason | None, *targets: str) -> list[str]:
         steps = orchestrator.next_steps(reason, {"WRK-001": make_item("WRK-001", "new")}, targets, "python3 o.py")
@@ -909,9 +742,9 @@ def test_nothing_that_is_shown_can_paint_on_the_terminal() -> None:
     done = [{"id": "WRK-001", "title": nasty, "commit": None}]
     halt = orchestrator.halt_line(None, nasty)
     told = ended(list(backlog.items.values()), halt=halt, completed=done, warnings=[nasty], filters=[nasty])
-    plan_text = render_plan(orchestrator.plan_rows(backlog, make_config(), RunOptions(9)), (), 80)
-    item_text = "\n".join(render_item(backlog.items["WRK-002"], Usage(), 80))
-    text = "\n".join((render_summary(told, "o"), render_status(status_rows(backlog), 80, "o"), plan_text, item_text))
+    plan = render_plan(orchestrator.plan_rows(backlog, make_config(), RunOptions(9)), (), 80)
+    shown = render_item(backlog.items["WRK-002"], Usage(), 80)
+    text = "\n".join([render_summary(told, "o"), *render_status(status_rows(backlog), 80, "o"), *plan, *shown])
     assert "\x1b" not in text
     assert "\x07" not in text
     assert [line for line in text.splitlines() if line.startswith("Halt: all is well")] == []

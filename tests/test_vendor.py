@@ -95,19 +95,15 @@ def test_two_builds_are_identical_and_hold_no_time_or_place(built: str) -> None:
     assert len(built.encode()) <= 600_000
 
 
-def test_licence_and_hook_are_those_of_the_files(built: str) -> None:
+def test_the_licence_is_in_it_and_the_digest_is_of_what_is_below(built: str) -> None:
     licence = (HERE / "LICENSE").read_text()
     assert licence == orchestrator.LICENCE_TEXT
-    assert (HERE / "hooks/pre-commit").read_text() == orchestrator.HOOK_TEXT
     assert licence in built
-
-
-def test_the_digest_is_of_what_is_below(built: str) -> None:
-    (said,) = re.findall(r"^# sha256 of all below: ([0-9a-f]{64})$", built, re.M)
-    assert said == hashlib.sha256(built.partition(f"{said}\n")[2].encode()).hexdigest()
-    assert single_file_state(built.encode()) == "unmodified"
-    assert single_file_state(built.replace("EXIT_OK = ", "EXIT_OK  = ", 1).encode()) == "MODIFIED"
-    assert [single_file_state(text.encode()) for text in SOURCES.values()] == [""] * 3
+    source = digest_of(built)
+    assert source == hashlib.sha256(built.partition(f"{source}\n")[2].encode()).hexdigest()
+    assert single_file_state(built.encode()) == (source, "unmodified")
+    assert single_file_state(built.replace("EXIT_OK = ", "EXIT_OK  = ", 1).encode()) == (source, "MODIFIED")
+    assert [single_file_state(text.encode()) for text in SOURCES.values()] == [("", "")] * 3
 
 
 # ---- What cannot be joined -----------------------------------------------------------------------
@@ -155,19 +151,6 @@ def test_no_name_means_two_things_in_one_file() -> None:
     assert clashes(SOURCES) == []
 
 
-@pytest.mark.parametrize(
-    "more",
-    [
-        "def one():\n    pass\n", "one = 1\n", "if True:\n    a, (*b, one) = []\n", "class sleep:\n    pass\n", "from asyncio import sleep\n",
-        "def open():\n    pass\n", "import gitutil\n", "def two():\n    from gitutil import one\n", "from gitutil import one as two\n", "from gitutil import *\n",
-    ],
-)  # fmt: skip
-def test_a_clash_is_found(more: str) -> None:
-    small = {"gitutil": "from time import sleep\ndef one(): pass\n", "backlog": "def three(one, sleep): return [one for one in sleep]\n"}
-    assert clashes(small) == []
-    assert clashes({**small, "backlog": more})
-
-
 # ---- The command ---------------------------------------------------------------------------------
 
 
@@ -200,14 +183,6 @@ def test_the_agents_of_its_demo_are_the_single_file_itself(single: ModuleType) -
 def test_the_command_that_these_tests_start_is_the_one_that_was_asked_for(project: Any, pytestconfig: pytest.Config) -> None:
     said = project.run("--version").stdout
     assert ("single file" if pytestconfig.getoption("vendored") else "three modules") in said
-
-
-def test_version_of_the_modules_names_their_digest(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as caught:
-        orchestrator.main(["--version"])
-    assert caught.value.code == 0
-    source = digest_of(build_single_file(SOURCES))[:12]
-    assert capsys.readouterr().out == f"orchestrator {orchestrator.__version__} (three modules, source {source})\n"
 
 
 def test_version_from_an_archive(tmp_path: Path) -> None:
@@ -266,13 +241,12 @@ def test_a_path_that_is_no_file(tmp_path: Path, vendor: Callable[..., None], cap
 
 
 @pytest.mark.parametrize("name", ["there", "new/", "tools"])
-def test_a_folder_holds_the_file_by_its_usual_name(tmp_path: Path, built: str, vendor: Callable[..., None], name: str) -> None:
+def test_a_folder_holds_the_file_by_its_usual_name_and_a_link_is_followed(
+    tmp_path: Path, built: str, vendor: Callable[..., None], name: str
+) -> None:
     (tmp_path / "there").mkdir()
     vendor(f"{tmp_path}/{name}")
     assert (tmp_path / name / "orchestrator.py").read_text() == built
-
-
-def test_a_link_is_followed(tmp_path: Path, built: str, vendor: Callable[..., None]) -> None:
     (tmp_path / "link.py").symlink_to("target.py")
     vendor(tmp_path / "link.py")
     assert (tmp_path / "link.py").is_symlink()

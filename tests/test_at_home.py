@@ -1,0 +1,212 @@
+"""Promise P6: the repository's own files, tools and habits are left alone."""
+
+import json
+import shutil
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+
+@pytest.mark.parametrize("name", [".BACKLOG.yaml.swp", "BACKLOG.yaml~", ".#BACKLOG.yaml", "sub/.x.py.swo"])
+def test_an_editors_own_files_are_in_no_commit_and_in_nobodys_way(project: Any, name: str) -> None:
+    """One is there when the run starts, changes while a build runs, and is there afterwards."""
+    project.configure()
+    project.backlog("WRK-001 in_progress phase=build phase_pool=main")
+    (project.root / "sub").mkdir()
+    (project.root / "sub/keep").touch()
+    project.commit_all()
+    (project.root / name).write_text("before")
+    project.script({"*": [{"write": {"code.txt": "x\n"}, "sh": f"echo after > '{name}'; touch .new.txt.swp"}]})
+
+    project.run("run")
+
+    assert project.items() == {}
+    assert project.paths("HEAD") == ["BACKLOG.yaml", f"_worklog/{project.git('log', '-1', '--format=%cs')[:7]}.md", "code.txt"]
+    assert (project.root / name).read_text() == "after\n"
+    assert name not in project.git("log", "--name-only", "--format=")
+
+
+def test_the_file_that_our_output_goes_to_is_in_no_commit_and_in_nobodys_way(project: Any) -> None:
+    project.configure("build!")
+    project.backlog("WRK-001 in_progress phase=build phase_pool=main")
+    project.commit_all()
+    project.script({"*": [{"write": {"code.txt": "x\n"}}]})
+    argv = [sys.executable, str(project.program), "run"]
+
+    for name in ("run.log", "again.log"):
+        with (project.root / name).open("w") as out:
+            done = subprocess.run(argv, cwd=project.root, stdin=subprocess.DEVNULL, stdout=out, stderr=out, timeout=60)
+        assert done.returncode == 0, (project.root / name).read_text()
+        (project.root / name).rename(project.outside / name)
+
+    assert project.items() == {}
+    assert "run.log" not in project.git("log", "--name-only", "--format=")
+    assert "WRK-001 is done" in (project.outside / "run.log").read_text()
+
+
+def test_what_a_document_phase_leaves_elsewhere_is_a_stray_until_it_is_gone(project: Any) -> None:
+    project.configure()
+    project.backlog("WRK-001 in_progress phase=plan phase_pool=main")
+    project.commit_all()
+    project.script({"*/plan": [{"sh": "echo note > scratch.txt"}], "*/build": [{"write": {"code.txt": "x\n"}}]})
+
+    first = project.run("run", "--cap", "1")
+    second = project.run("run")
+
+    assert "touched files outside its outputs" in first.stderr
+    assert "scratch.txt" not in second.stderr
+    assert project.items() == {}
+    assert project.status() == "?? scratch.txt\n"
+    assert "scratch.txt" not in project.git("log", "--name-only", "--format=")
+    (project.root / "scratch.txt").unlink()
+    (project.root / "other.txt").write_text("the operator's\n")
+    assert "uncommitted changes: other.txt" in project.run("run", code=1).stderr
+
+
+def test_a_dirty_file_of_a_sibling_project_is_in_nobodys_way(project: Any) -> None:
+    """In a monorepo a run works in its own project; the neighbour's edits stay as they are."""
+    below = project.root / "app"
+    below.mkdir()
+    project.configure("build!")
+    project.backlog("WRK-001 in_progress phase=build phase_pool=main")
+    for name in ("BACKLOG.yaml", "orchestrator.toml"):
+        (project.root / name).rename(below / name)
+    (project.root / "lib").mkdir()
+    (project.root / "lib/a.py").write_text("1\n")
+    project.commit_all()
+    (project.root / "lib/a.py").write_text("2\n")
+    project.script({"*": [{"write": {"code.txt": "x\n"}}]})
+
+    argv = [sys.executable, str(project.program), "--root", str(below), "run"]
+    done = subprocess.run(argv, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=60)
+
+    assert done.returncode == 0, done.stderr
+    assert project.git("show", "HEAD:app/code.txt") == "x\n"
+    assert project.status() == " M lib/a.py\n"
+
+
+@pytest.mark.parametrize("more", [(), ("--only", "id=WRK-001")])
+def test_a_night_in_which_everything_waits_for_a_human_is_not_green(project: Any, more: tuple[str, ...]) -> None:
+    project.backlog("WRK-001 blocked blocked_reason=why blocked_type=decision blocked_from_status=ready")
+    project.commit_all()
+
+    project.run("run", *more, code=3)
+
+
+@pytest.mark.parametrize("kind", ["clone", "submodule"])
+def test_a_repository_that_an_agent_leaves_in_the_tree_is_named(project: Any, make_repo: Any, kind: str) -> None:
+    """A commit that nobody else has is not pointed to; what else the build did is committed."""
+    library, path = make_repo("library"), "vendor/lib"
+    project.configure("build!")
+    project.backlog(*(f"WRK-00{n} in_progress phase=build phase_pool=main" for n in (1, 2)))
+    act = f"git clone -q {library} {path}"
+    if kind == "submodule":
+        project.git("-c", "protocol.file.allow=always", "submodule", "--quiet", "add", str(library), path)
+        act = f"git -C {path} commit -q --allow-empty -m 'Only here'"
+    project.commit_all()
+    project.script({"*": [{"sh": f"{act}; date +%N > code.txt"}, {"sh": "date +%N > code.txt"}], "WRK-002/*": [{"write": {"b.txt": "b\n"}}]})
+
+    first, second = project.run("run", "--cap", "1"), project.run("run")
+
+    assert f"a submodule at a commit that none of its remotes has: {path}. No commit" in first.stderr
+    assert path not in second.stderr
+    assert project.items() == {}
+    assert project.git("log", "--format=", "--name-only", "-2", "--", "code.txt", "b.txt", "vendor") == "b.txt\ncode.txt\n"
+    assert project.status() == (f"?? {path}/\n" if kind == "clone" else f" M {path}\n").replace("vendor/lib/", "vendor/")
+
+
+@pytest.mark.parametrize("tracked", [True, False])
+def test_a_start_without_items_tells_of_a_stash_that_holds_the_backlog(project: Any, tracked: bool) -> None:
+    empty = project.text()
+    if not tracked:
+        project.git("rm", "-q", "BACKLOG.yaml")
+        project.commit_all()
+        (project.root / "BACKLOG.yaml").write_text(empty)
+    project.run("add", "Something to do")
+    project.git("stash", "push", "-q", "--include-untracked")
+    (project.root / "BACKLOG.yaml").write_text(empty)
+
+    told = project.run("run").stderr
+
+    assert "there are no items, but stash@{0} holds changes of BACKLOG.yaml; to have them back: git stash pop stash@{0}" in told
+
+
+# ---- How the repository wants its commits --------------------------------------------------------
+
+COMMITLINT = r"""#!/usr/bin/env python3
+# What commitlint's usual rules ask for, in short.
+import re, sys
+head, *rest = open(sys.argv[1]).read().rstrip("\n").split("\n")
+kinds = "build|chore|ci|docs|feat|fix|perf|refactor|revert|style|test"
+if not re.fullmatch(rf"({kinds})(\([^()]+\))?!?: [a-z].*[^.]", head) or max(map(len, [head, *rest])) > 100 or rest and rest[0]:
+    sys.exit(f"not conventional: {head}")
+"""
+
+
+def hook(project: Any, name: str, text: str) -> None:
+    path = project.root / ".git/hooks" / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text)
+    path.chmod(0o755)
+
+
+def test_conventional_commits(project: Any) -> None:
+    """Every commit is worded so, those of the backlog's state as well; by default the start is refused."""
+    said = "API limits, " + "explained at length, " * 12 + "and more."
+    project.backlog(*(f"WRK-00{n} new" for n in (1, 2)), "WRK-003 blocked blocked_reason=why blocked_type=decision blocked_from_status=ready")
+    project.configure(execution="max_concurrent = 2\nmax_wip = 2")
+    project.commit_all()
+    project.script({
+        "*/build": [{"sh": "date +%N > code.txt", "result": {"commit_summary": "Fix the limits.", "commit_type": "fix"}}],
+        "WRK-002/build": [{"write": {"b.txt": "b\n"}, "result": {"summary": said, "commit_type": "mine"}}],
+        "*/plan": [{"document": "PLAN.md", "result": {"summary": said}}],
+    })  # fmt: skip
+    hook(project, "commit-msg", COMMITLINT)
+
+    refused = project.run("run", code=1)
+    project.configure(execution="max_concurrent = 2\nmax_wip = 2", more='[commits]\nstyle = "conventional"\n')
+    project.run("run")
+    project.run("close", "WRK-003", "--reason", "No longer wanted", "--commit")
+
+    assert "hook rejected the commit's message, tried on a sample: not conventional: [WRK-001][build] a sample" in refused.stderr
+    subjects = project.subjects()[:-3]
+    assert "fix(wrk-001): build: Fix the limits" in subjects
+    assert any(one.startswith("feat(wrk-002): build: API limits, explained") for one in subjects)
+    assert any(one.startswith("chore(backlog): close WRK-003") for one in subjects)
+    for commit in project.git("log", "--format=%H").split()[:-3]:
+        message = project.outside / "message"
+        message.write_text(project.git("log", "-1", "--format=%B", commit).rstrip("\n"))
+        subprocess.run([sys.executable, "-c", COMMITLINT, message], check=True)
+    log = {(row["item"], row["phase"]): row["summary"] for row in json.loads(project.run("log", "--json").stdout)["log"]}
+    assert log["WRK-001", "build"] == "Fix the limits"
+    assert log["WRK-002", "plan"].startswith("API limits, explained")
+
+
+def test_commits_are_signed_and_signed_off(project: Any) -> None:
+    """With a key that git's own configuration names; a key that has gone is a reason not to start."""
+    if shutil.which("ssh-keygen") is None:
+        pytest.skip("ssh-keygen is not there")
+    key = project.outside / "key"
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", key], check=True)
+    (project.outside / "signers").write_text(f"operator@example.invalid {key.with_suffix('.pub').read_text()}")
+    settings = {"user.signingKey": key, "gpg.format": "ssh", "commit.gpgSign": "true"}
+    settings["gpg.ssh.allowedSignersFile"] = project.outside / "signers"
+    for name, value in settings.items():
+        project.git("config", name, str(value))
+    project.configure(more="[commits]\nsignoff = true\n")
+    project.backlog("WRK-001 in_progress phase=plan phase_pool=main", "WRK-002 new")
+    project.commit_all()
+    project.script({"*/plan": [{"document": "PLAN.md"}], "*/build": [{"sh": "date +%N > code.txt"}]})
+    hook(project, "commit-msg", "#!/bin/sh\ngrep -q '^Signed-off-by: ' $1 || { echo 'sign off'; exit 1; }\n")
+
+    project.run("run", "--cap", "3")
+    project.run("add", "Another", "--commit")
+
+    made = project.git("log", "--format=%G? %(trailers:key=Signed-off-by,valueonly,separator=%x2c) %s").splitlines()[:-3]
+    assert len(made) >= 4
+    assert {line.split(" ")[0] for line in made} == {"G"}
+    assert all("<operator@example.invalid>" in line for line in made)
+    key.unlink()
+    assert "commits cannot be signed" in project.run("run", code=1).stderr
