@@ -74,14 +74,15 @@ CASES = [
     Case("FilterExhausted", True, ("WRK-001 ready tags=[x]", "WRK-002 ready"), ("--only", "tag=x"), {"*": [BLOCKS]}, code=3),
     Case("FilterExhausted", False, (ACTIVE + " tags=[x]", "WRK-002 ready"), ("--only", "tag=x"), {"*/build": [{"write": {"code.py": "1\n"}}]}),
     Case("AllDoneOrBlocked", True, ("WRK-001 ready",), script={"*": [BLOCKS]}, code=3),
-    Case("AllDoneOrBlocked", False, ("WRK-001 blocked blocked_from_status=ready blocked_reason=why",)),
+    Case("AllDoneOrBlocked", False, ("WRK-001 blocked blocked_from_status=ready blocked_reason=why",), code=3),
     Case("CapReached", True, ("WRK-001 ready",), ("--cap", "0")),
     Case("CapReached", False, (ACTIVE,), ("--cap", "0")),
 ]
 
 
 def as_parameter(case: Case) -> Any:
-    quick = case.reason in ("ShutdownRequested", "CircuitBreakerTripped", "AllDoneOrBlocked") and (case.dirty or case.code)
+    quick = case.reason in ("ShutdownRequested", "CircuitBreakerTripped", "AllDoneOrBlocked")
+    quick = quick and (case.dirty or case.reason == "ShutdownRequested")
     marks = () if quick else (pytest.mark.slow,)
     return pytest.param(case, id=f"{case.reason}-{'dirty' if case.dirty else 'clean'}", marks=marks)
 
@@ -144,13 +145,13 @@ def test_a_backlog_the_operator_left_dirty_is_committed_staged_or_not_but_once(p
         project.backlog("WRK-001 blocked blocked_from_status=ready blocked_reason=why", head=f"# staged: {staged}\n")
         if staged:
             project.git("add", "BACKLOG.yaml")
-        project.run("run")
+        project.run("run", code=3)
         assert project.subjects()[0] == "[orchestrator] Save backlog state on halt (AllDoneOrBlocked)"
         assert project.paths() == ["BACKLOG.yaml"]
         assert project.committed().startswith(f"# staged: {staged}\n")
         assert project.status() == ""
     before = project.git("rev-parse", "HEAD")
-    project.run("run")
+    project.run("run", code=3)
     assert project.git("rev-parse", "HEAD") == before
 
 
