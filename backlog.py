@@ -44,10 +44,10 @@ from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Se
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
-from functools import cache, cached_property, lru_cache
+from functools import cached_property, lru_cache
 from itertools import pairwise, takewhile
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, NoReturn, Self, TypedDict, TypeVar, cast
+from typing import Any, Literal, NamedTuple, NoReturn, Self, TypeAlias, TypeVar, cast
 
 T = TypeVar("T")
 
@@ -85,10 +85,7 @@ class YamlError(ValueError):
 
     def __init__(self, source: str, line: int, column: int, problem: str) -> None:
         super().__init__(f"{source}:{line}:{column}: {problem}")
-        self.source = source
-        self.line = line
-        self.column = column
-        self.problem = problem
+        self.source, self.line, self.column, self.problem = source, line, column, problem
 
 
 def parse_yaml(data: bytes, source: str = "<yaml>") -> object:
@@ -98,7 +95,7 @@ def parse_yaml(data: bytes, source: str = "<yaml>") -> object:
     else, for everything that is not in the subset; takes time and memory linear in `data`.
     """
     text, _, _ = _yaml_decode(data, source)
-    return _YamlReader(text, source).document()
+    return _YamlReader(text, source).document().value
 
 
 # ==== 2. From bytes to text =======================================================================
@@ -111,24 +108,29 @@ _YAML_UNPRINTABLE = re.compile("[\0-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\ufeff
 
 def _yaml_decode(data: bytes, source: str) -> tuple[str, bool, str]:
     """The text of a file, its lines ending in LF; whether it has a BOM; how its lines end."""
+
+    def error(place: int, problem: str) -> YamlError:
+        start = data.rfind(b"\n", 0, place) + 1
+        column = len(data[start:place].decode(errors="replace")) + 1
+        return YamlError(source, data.count(b"\n", 0, place) + 1, column, problem)
+
     if len(data) > _YAML_MAX_BYTES:
-        problem = f"the file is larger than {_YAML_MAX_BYTES >> 20} MiB; archive what is done"
-        raise YamlError(source, 1, 1, problem)
-    bom = data.startswith(_YAML_BOM)
+        limit = f"{_YAML_MAX_BYTES >> 20} MiB"
+        raise error(0, f"the file is larger than {limit}; archive what is done")
+    bom, newline = data.startswith(_YAML_BOM), "\n"
     data = data.removeprefix(_YAML_BOM)
-    newline = "\n"
     if b"\r" in data:
         newline = "\r\n"
         if lone := re.search(rb"\r(?!\n)", data) or re.search(rb"(?<!\r)\n", data):
             what = "a lone carriage return is" if lone[0] == b"\r" else "mixed line endings are"
-            problem = f"{what} not supported; end lines with LF, or all with CR LF"
-            raise _yaml_byte_error(data, lone.start(), source, problem)
+            remedy = "end lines with LF, or all with CR LF"
+            raise error(lone.start(), f"{what} not supported; {remedy}")
         data = data.replace(b"\r\n", b"\n")
     try:
         text = data.decode()
-    except UnicodeDecodeError as error:
-        problem = f"invalid UTF-8 (byte 0x{data[error.start]:02X}); save the file as UTF-8"
-        raise _yaml_byte_error(data, error.start, source, problem) from None
+    except UnicodeDecodeError as bad:
+        problem = f"invalid UTF-8 (byte 0x{data[bad.start]:02X}); save the file as UTF-8"
+        raise error(bad.start, problem) from None
     # To leave out the usual bytes first is six times as fast as searching the text.
     rest = data.translate(None, _YAML_USUAL_BYTES)
     if rest and (found := _YAML_UNPRINTABLE.search(rest.decode())):
@@ -136,14 +138,8 @@ def _yaml_decode(data: bytes, source: str) -> tuple[str, bool, str]:
         name = "a byte order mark inside the text" if code == "FEFF" else "this character"
         remedy = f'remove it, or write it as "\\u{code}" in double quotes'
         problem = f"{name} (U+{code}) is not supported; {remedy}"
-        raise _yaml_byte_error(data, data.index(found[0].encode()), source, problem)
+        raise error(data.index(found[0].encode()), problem)
     return text, bom, newline
-
-
-def _yaml_byte_error(data: bytes, place: int, source: str, problem: str) -> YamlError:
-    start = data.rfind(b"\n", 0, place) + 1
-    column = len(data[start:place].decode(errors="replace")) + 1
-    return YamlError(source, data.count(b"\n", 0, place) + 1, column, problem)
 
 
 # ==== 3. Scalars ==================================================================================
@@ -201,25 +197,7 @@ _YAML_REFUSED_ALONE = {
 }
 
 
-def _yaml_number(text: str) -> int | float | None:
-    """The number that `text` is in every parser; None if there is no such number."""
-    match = _YAML_NUMBER.fullmatch(text)
-    if not match or len(text) > 2 * _YAML_MAX_DIGITS:
-        return None
-    if not match[2]:
-        return int(text) if len(match[1]) <= _YAML_MAX_DIGITS else None
-    number = float(text)
-    return None if math.isinf(number) else number
-
-
-def _yaml_fold(text: str) -> str:
-    """Fold the lines of a block scalar: a line break becomes a space, or less by one where blank
-    lines follow, but not around lines that are indented more."""
-    alike = r"(?m)^([^ \n].*)\n(\n*)(?=[^ \n])"
-    return re.sub(alike, lambda match: match[1] + (match[2] or " "), text)
-
-
-def _yaml_text_start(line: str, start: int) -> int:
+def _yaml_text_start(line: str, start: int = 0) -> int:
     """Column of the first character from `start` on that is not a space."""
     return len(line) - len(line[start:].lstrip(" "))
 
@@ -228,11 +206,6 @@ def _yaml_quote_end(line: str, begin: int, quote: str) -> int:
     """Where the closing quote stands of what begins at `begin`, or the end of its text."""
     match = _YAML_QUOTED[quote].match(line, begin)
     return match.end() if match else begin
-
-
-def _yaml_ends_in_backslash(text: str) -> bool:
-    """Whether the last backslash of `text` is not itself escaped."""
-    return (len(text) - len(text.rstrip("\\"))) % 2 == 1
 
 
 # ==== 4. The reader ===============================================================================
@@ -254,7 +227,7 @@ class _YamlNode(NamedTuple):
 class _YamlReader:
     """Reads lines into nodes, by recursive descent.
 
-    Every method that reads something starts on line `at` and leaves `at` on the next line that
+    Every method that reads something starts on line `at`, and leaves `at` on the next line that
     holds more than a comment. All columns count from 0; `column` or `parent` is always that of
     the collection which owns what is read: whatever is indented deeper belongs to its entry.
     """
@@ -279,34 +252,26 @@ class _YamlReader:
 
     # ---- document and lines ----
 
-    def document(self) -> object:
-        """Read all lines as one document."""
-        self.open()
-        if self.indent < 0:
-            return None
-        line = self.lines[self.at]
-        if self.indent > 0:
-            self.refuse(self.at, self.indent, "an indented document", "start it in column 1")
-        if line[0] in "[{":
-            value = self._flow(0)
-        elif self.is_dash(0) or self.is_entry(0):
-            value = self._block(0, 1).value
-        else:
-            self._check_start(0)
-            self.refuse(self.at, 0, "a bare scalar document", 'write "key: value" or "- value"')
-        if self.indent >= 0:
-            problem = "this line does not belong to what is above"
-            self.fail(self.at, self.indent, problem, "make the file one list or one mapping")
-        return value
-
-    def open(self) -> None:
-        """Go to the first line with content, past one document start marker."""
+    def document(self) -> _YamlNode:
         self.seek(0, opening=True)
         line = self.lines[self.at]
         if line[:3] == "---" and line[3:4] in ("", " "):
             if line[3:].lstrip(" ")[:1] not in ("", "#"):
                 self.refuse(self.at, 4, "content on the line of `---`", "move it to the next line")
             self.seek(self.at + 1)
+        if self.indent < 0:
+            return _YamlNode(None, 0, self.last, 0)
+        if self.indent > 0:
+            self.refuse(self.at, self.indent, "an indented document", "start it in column 1")
+        at, first = self.at, self.lines[self.at][0]
+        if first not in "[{" and not self.is_dash(0) and not self.is_entry(0):
+            self._check_start(0)
+            self.refuse(self.at, 0, "a bare scalar document", 'write "key: value" or "- value"')
+        node = self._below(0, 1) if first not in "[{" else _YamlNode(self._flow(0), at, self.end, 0)
+        if self.indent >= 0:
+            problem = "this line does not belong to what is above"
+            self.fail(self.at, self.indent, problem, "make the file one list or one mapping")
+        return node
 
     def seek(self, line: int, opening: bool = False) -> None:
         """All before `line` is read: go to the next line with content."""
@@ -324,13 +289,13 @@ class _YamlReader:
                 what = f"a document {name} marker ({text[:3]})"
                 self.refuse(line, 0, what, "keep one document per file")
 
-    def is_dash(self, column: int) -> bool:
-        return self._sign_alone(column) == "-"
-
     def _sign_alone(self, column: int) -> str:
         """Which of `-`, `?`, `:` stands at `column`, with a space or the line's end behind it."""
         sign, behind = self.lines[self.at][column : column + 1], self.lines[self.at][column + 1 :]
         return sign if sign in _YAML_REFUSED_ALONE and behind[:1] in ("", " ") else ""
+
+    def is_dash(self, column: int) -> bool:
+        return self._sign_alone(column) == "-"
 
     def is_entry(self, column: int) -> bool:
         """Whether a mapping entry (or what is wrongly written like one) starts at `column`."""
@@ -347,8 +312,11 @@ class _YamlReader:
 
     # ---- block collections ----
 
-    def _block(self, column: int, depth: int) -> _YamlNode:
+    def _below(self, column: int, depth: int) -> _YamlNode:
         """Read the block collection that starts at `column` of line `at`."""
+        if depth > _YAML_MAX_DEPTH:
+            what = f"nesting deeper than {_YAML_MAX_DEPTH}"
+            self.refuse(self.at, column, what, "flatten the structure")
         if self.is_dash(column):
             return self.sequence(column, depth)
         if not self.is_entry(column):
@@ -358,44 +326,19 @@ class _YamlReader:
         return self.mapping(column, depth)
 
     def mapping(self, column: int, depth: int) -> _YamlNode:
-        """Read the mapping whose first key stands at `column` of line `at`."""
         start = self.at
-        nodes = {
-            key: self.value(head, column, depth, dash_from=column)
-            for key, head in self.keys(column, depth)
-        }
+        nodes: dict[str, _YamlNode] = {}
+        while self.indent == column or not nodes:
+            key, colon = self._key(column)
+            if key in nodes:
+                problem = f"duplicate key {key[:40]!r}, first on line {nodes[key].start + 1}"
+                self.fail(self.at, column, problem, "remove one of the two")
+            nodes[key] = self.value(colon + 1, column, depth, dash_from=column)
+        self._check_not_deeper(column)
         found = {key: node.value for key, node in nodes.items()}
         return _YamlNode(found, start, self.end, column, column=column, keys=nodes)
 
-    def keys(self, column: int, depth: int) -> Iterator[tuple[str, int]]:
-        """The keys of a mapping, and the column behind the colon of each; the caller reads the
-        value that is there before it goes on."""
-        self._check_depth(column, depth)
-        lines: dict[str, int] = {}
-        while True:
-            key, colon = self._key(column)
-            if key in lines:
-                problem = f"duplicate key {key[:40]!r}, first on line {lines[key] + 1}"
-                self.fail(self.at, column, problem, "remove one of the two")
-            lines[key] = self.at
-            yield key, colon + 1
-            if self.indent != column:
-                self._check_not_deeper(column)
-                return
-
-    def opens_list(self, head: int) -> bool:
-        """Whether there is nothing but a list below the key on line `at`; then this goes there."""
-        at = self.at
-        if self.lines[at][head:].lstrip(" ")[:1] in ("", "#"):
-            self.seek(at + 1)
-            if self.indent >= 0 and self.is_dash(self.indent):
-                return True
-            self.seek(at)
-        return False
-
     def sequence(self, column: int, depth: int) -> _YamlNode:
-        """Read the sequence whose first dash stands at `column` of line `at`."""
-        self._check_depth(column, depth)
         start, nodes = self.at, [self.element(column, depth)]
         while self.indent == column and self.is_dash(column):
             nodes.append(self.element(column, depth))
@@ -407,18 +350,10 @@ class _YamlReader:
         """Read one entry of a sequence; its dash stands at `column`."""
         line = self.lines[self.at]
         start = _yaml_text_start(line, column + 1)
-        if self.is_dash(start):
-            node = self.sequence(start, depth + 1)
-        elif line[start : start + 1] not in ("", "#") and self.is_entry(start):
-            node = self.mapping(start, depth + 1)
-        else:
-            return self.value(column + 1, column, depth, dash_from=column + 1)
-        return node._replace(head=column + 1)
-
-    def _check_depth(self, column: int, depth: int) -> None:
-        if depth > _YAML_MAX_DEPTH:
-            what = f"nesting deeper than {_YAML_MAX_DEPTH}"
-            self.refuse(self.at, column, what, "flatten the structure")
+        compact = line[start : start + 1] not in ("", "#") and self.is_entry(start)
+        if compact or self.is_dash(start):
+            return self._below(start, depth + 1)._replace(head=column + 1)
+        return self.value(column + 1, column, depth, dash_from=column + 1)
 
     def _check_not_deeper(self, column: int) -> None:
         """Line `at` must not be deeper than the entries at `column` before it."""
@@ -427,11 +362,9 @@ class _YamlReader:
             problem = f"this line is indented deeper than its neighbours ({where})"
             self.fail(self.at, self.indent, problem, "align it with them or with the block above")
 
-    # ---- keys ----
-
     def _key(self, column: int) -> tuple[str, int]:
         """The key at `column` of line `at`, and the column of its colon."""
-        line = self.lines[self.at]
+        at, line = self.at, self.lines[self.at]
         usual = _YAML_USUAL_KEY.match(line, column)
         if usual and usual[1] not in _YAML_CONSTANTS:
             return usual[1], usual.end(1)
@@ -439,14 +372,14 @@ class _YamlReader:
             key, colon = self._plain_key(column)
         elif self.is_entry(column):
             close = _yaml_quote_end(line, column + 1, line[column])
-            key = self._unquoted(self.at, column + 1, close, line[column])
+            key = self._unquoted(column + 1, close, at, line[column])
             colon = _yaml_text_start(line, close + 1)
         else:
             hint = "a quoted key stands on one line with its colon"
-            self.fail(self.at, column, 'expected "key: value"', hint)
+            self.fail(at, column, 'expected "key: value"', hint)
         if len(key) > _YAML_MAX_KEY:
             what = f"a key of more than {_YAML_MAX_KEY} characters"
-            self.refuse(self.at, column, what, "shorten it")
+            self.refuse(at, column, what, "shorten it")
         return key, colon
 
     def _plain_key(self, column: int) -> tuple[str, int]:
@@ -461,15 +394,15 @@ class _YamlReader:
             self.fail(at, column, 'expected "key: value"', hint)
         colon = found.start()
         if found[0] == ":\t":
-            what = "a tab character behind a colon"
-            self.refuse(at, colon + 1, what, "use spaces, or quote the key")
+            remedy = "use spaces, or quote the key"
+            self.refuse(at, colon + 1, "a tab character behind a colon", remedy)
         key = line[column:colon].rstrip(" ")
         if not key:
             self.refuse(at, column, *_YAML_REFUSED_ALONE[":"])
         for sign, name in (("\t", "a tab character"), ("#", "`#`"), (":", "`:`")):
             if sign in key:
-                what = f"{name} in a plain key"
-                self.refuse(at, column + key.index(sign), what, "quote the key")
+                place = column + key.index(sign)
+                self.refuse(at, place, f"{name} in a plain key", "quote the key")
         if key == "<<":
             self.refuse(at, column, "a merge key (<<)", "write the keys out, or quote it")
         if key[0] in "-?:":
@@ -494,7 +427,7 @@ class _YamlReader:
             self.seek(at + 1)
             if self.indent <= column and not (self.indent == dash_from and self.is_dash(dash_from)):
                 return _YamlNode(None, at, at + 1, head, line[head:])
-            below = self._block(self.indent, depth + 1)
+            below = self._below(self.indent, depth + 1)
             return below._replace(start=at, head=head, tail=line[head:])
         if first in ("'", '"'):
             found = self._quoted(start, column)
@@ -562,12 +495,14 @@ class _YamlReader:
             return _YAML_CONSTANTS[text]
         if text[0] not in _YAML_NUMBER_START or not _YAML_NUMBER_LIKE.fullmatch(text):
             return text
-        number = _yaml_number(text)
-        if number is None:
-            what = f"a number in a form that parsers read differently ({text[:40]})"
-            remedy = "quote it, or write it as a decimal number of at most 15 digits"
-            self.refuse(line, column, what, remedy)
-        return number
+        number, most = _YAML_NUMBER.fullmatch(text), _YAML_MAX_DIGITS
+        if number and not number[2] and len(number[1]) <= most:
+            return int(text)
+        if number and number[2] and len(text) <= 2 * most and math.isfinite(float(text)):
+            return float(text)
+        what = f"a number in a form that parsers read differently ({text[:40]})"
+        remedy = f"quote it, or write it as a decimal number of at most {most} digits"
+        return self.refuse(line, column, what, remedy)
 
     # ---- quoted scalars ----
 
@@ -581,68 +516,60 @@ class _YamlReader:
             close = _yaml_quote_end(line, begin, quote)
             if line[close : close + 1] == quote:
                 break
-            joined = quote == '"' and _yaml_ends_in_backslash(line[begin:])
-            stop = len(line) - 1 if joined else self._segment_end(at, begin, quote)
-            parts += (glue, self._unquoted(at, begin, stop, quote))
-            following = at + 1
-            while following < self.last and not self.lines[following].strip(" "):
-                following += 1
-            begin = self._segment_start(following, parent, opened, start)
-            blank = following - at - 1
+            kept = line[begin:].rstrip(" ")
+            stop = begin + len(kept)
+            if kept.endswith("\t"):
+                what = "a tab character at the end of a line of a quoted scalar"
+                self.refuse(at, stop - 1, what, "write it as \\t, in double quotes")
+            # An odd backslash escapes the line break, or the first of the spaces before it.
+            escaped = quote == '"' and (len(kept) - len(kept.rstrip("\\"))) % 2 == 1
+            joined = escaped and stop == len(line)
+            stop += -1 if joined else escaped
+            parts += (glue, self._unquoted(begin, stop, at, quote))
+            below = at + 1
+            while below < self.last and not self.lines[below].strip(" "):
+                below += 1
+            begin = _yaml_text_start(self.lines[below])
+            if below == self.last:
+                problem = "this quoted scalar is never closed"
+                self.fail(opened, start, problem, "add the closing quote")
+            if self.lines[below][begin] == "\t":
+                what = "a tab character at the start of a line of a quoted scalar"
+                self.refuse(below, begin, what, "use spaces, or write it as \\t in double quotes")
+            if begin <= parent:
+                problem = "the continuation of a quoted scalar is not indented"
+                remedy = f"indent it, or close the quote of line {opened + 1}"
+                self.fail(below, begin, problem, remedy)
+            blank = below - at - 1
             if joined and blank:
                 what = "a blank line after an escaped line break"
                 self.refuse(at + 1, 0, what, "write \\n, or remove the line")
-            at, glue = following, "" if joined else "\n" * blank or " "
-        parts += (glue, self._unquoted(at, begin, close, quote))
+            at, glue = below, "" if joined else "\n" * blank or " "
+        parts += (glue, self._unquoted(begin, close, at, quote))
         self._check_behind(at, close + 1, "the closing quote")
         self.seek(at + 1)
         return "".join(parts)
 
-    def _segment_end(self, at: int, begin: int, quote: str) -> int:
-        """Where the text ends that `at`, not the last line of a quoted scalar, contributes."""
-        text = self.lines[at][begin:]
-        kept = text.rstrip(" ")
-        if kept.endswith("\t"):
-            what = "a tab character at the end of a line of a quoted scalar"
-            self.refuse(at, begin + len(kept) - 1, what, "write it as \\t, in double quotes")
-        escaped = quote == '"' and len(kept) < len(text) and _yaml_ends_in_backslash(kept)
-        return begin + len(kept) + escaped  # an escaped space is not cut off
-
-    def _segment_start(self, at: int, parent: int, opened: int, start: int) -> int:
-        """Where the text begins on `at`, a further line of a quoted scalar."""
-        if at >= self.last:
-            self.fail(opened, start, "this quoted scalar is never closed", "add the closing quote")
-        begin = _yaml_text_start(self.lines[at], 0)
-        if self.lines[at][begin] == "\t":
-            what = "a tab character at the start of a line of a quoted scalar"
-            self.refuse(at, begin, what, "use spaces, or write it as \\t in double quotes")
-        if begin <= parent:
-            problem = "the continuation of a quoted scalar is not indented"
-            self.fail(at, begin, problem, f"indent it, or close the quote of line {opened + 1}")
-        return begin
-
-    def _unquoted(self, at: int, begin: int, stop: int, quote: str) -> str:
-        """The text of a piece of a quoted scalar, `''` and escapes resolved."""
+    def _unquoted(self, begin: int, stop: int, at: int, quote: str) -> str:
+        """The text of a piece of a quoted scalar on line `at`, `''` and escapes resolved."""
         text = self.lines[at][begin:stop]
         if quote == "'":
             return text.replace("''", "'")
-        if "\\" not in text:
-            return text
-        return _YAML_ESCAPE.sub(lambda match: self._escaped(match, at, begin), text)
 
-    def _escaped(self, match: re.Match[str], at: int, begin: int) -> str:
-        """The character that an escape in a double-quoted scalar stands for."""
-        code, place = match[1], begin + match.start()
-        if len(code) == 1:
-            if code not in _YAML_ESCAPES:
-                remedy = "write \\\\ for a backslash, or use single quotes"
-                self.refuse(at, place, f"the unknown escape \\{code}", remedy)
-            return _YAML_ESCAPES[code]
-        number = int(code[1:], 16)
-        if number > 0x10FFFF or 0xD800 <= number <= 0xDFFF:
-            what = f"\\{code}, which is not a character (or half of one),"
-            self.refuse(at, place, what, "write the character itself")
-        return chr(number)
+        def escaped(match: re.Match[str]) -> str:
+            code, place = match[1], begin + match.start()
+            if len(code) == 1:
+                if code not in _YAML_ESCAPES:
+                    remedy = "write \\\\ for a backslash, or use single quotes"
+                    self.refuse(at, place, f"the unknown escape \\{code}", remedy)
+                return _YAML_ESCAPES[code]
+            number = int(code[1:], 16)
+            if number > 0x10FFFF or 0xD800 <= number <= 0xDFFF:
+                what = f"\\{code}, which is not a character (or half of one),"
+                self.refuse(at, place, what, "write the character itself")
+            return chr(number)
+
+        return _YAML_ESCAPE.sub(escaped, text) if "\\" in text else text
 
     def _check_behind(self, at: int, column: int, what: str) -> None:
         """Nothing but a comment may stand on the line from `column` on; it becomes the tail."""
@@ -653,51 +580,43 @@ class _YamlReader:
             remedy = "quote all of the text, or put a space before the # of a comment"
             self.refuse(at, place, f"text after {what}", remedy)
 
-    # ---- block scalars ----
+    # ---- block scalars and flow collections ----
 
     def _block_scalar(self, start: int, parent: int) -> str:
         """Read a literal or folded scalar; its lines are indented deeper than `parent`."""
-        style, (chomp, digit) = self.lines[self.at][start], self._block_header(start)
-        tail, first = self.tail, self.at + 1
-        indent = parent + digit if digit else self._block_indent(first, parent)
-        content, end = self._block_lines(first, indent, parent)
-        body = len(content)
-        while body and not content[body - 1]:
-            body -= 1
-        if not body:
-            self.refuse(self.at, start, "a block scalar without content", 'write ""')
-        if end == self.last and not self.complete and chomp != "-":
-            problem = "the file ends inside a block scalar without a final line break"
-            self.fail(end - 1, len(self.lines[end - 1]), problem, "add one")
-        trailing = len(content) - body
-        self.seek(end if chomp == "+" else end - trailing)
-        self.tail = tail
-        text = "\n".join(content[:body])
-        end_lines = {"-": 0, "": 1, "+": trailing + 1}[chomp]
-        return (text if style == "|" else _yaml_fold(text)) + "\n" * end_lines
-
-    def _block_header(self, start: int) -> tuple[str, int]:
-        """The chomping sign ("", "-" or "+") and the indentation digit (0: none) of a header."""
-        line = self.lines[self.at]
+        at, line = self.at, self.lines[self.at]
         signs = line[start + 1 :].partition(" ")[0]
         chomp, digit = signs.strip("123456789"), signs.strip("+-")
         if len(chomp) > 1 or len(digit) > 1 or len(signs) != len(chomp) + len(digit):
             remedy = "write `|`, `>`, `|-` or the like alone, and the text on the next lines"
-            self.refuse(self.at, start, "a malformed block scalar header", remedy)
-        self._check_behind(self.at, start + 1 + len(signs), "a block scalar header")
-        return chomp, int(digit or "0")
-
-    def _block_indent(self, first: int, parent: int) -> int:
-        """The indentation of the first line with text; `parent` + 1 if there is none."""
-        blank = list(takewhile(lambda line: not line.strip(" "), self.lines[first : self.last]))
-        line = first + len(blank)
-        indent = _yaml_text_start(self.lines[line], 0)
-        if line == self.last or indent <= parent:
-            return parent + 1
-        if max(map(len, blank), default=0) > indent:
-            problem = "a leading blank line has more spaces than the first line of the block scalar"
-            self.fail(line, indent, problem, "empty the blank lines")
-        return indent
+            self.refuse(at, start, "a malformed block scalar header", remedy)
+        self._check_behind(at, start + 1 + len(signs), "a block scalar header")
+        tail, indent = self.tail, parent + int(digit or "1")
+        if not digit:  # as deep as its first line with text
+            first = at + 1
+            while first < self.last and not self.lines[first].strip(" "):
+                first += 1
+            if (found := _yaml_text_start(self.lines[first])) > parent and first < self.last:
+                indent = found
+                if max(map(len, self.lines[at + 1 : first]), default=0) > indent:
+                    what = "a leading blank line has more spaces than the first line of the block"
+                    self.fail(first, indent, f"{what} scalar", "empty the blank lines")
+        content, end = self._block_lines(at + 1, indent, parent)
+        text = "\n".join(content).rstrip("\n")
+        trailing = len(content) - text.count("\n") - 1
+        if not text:
+            self.refuse(at, start, "a block scalar without content", 'write ""')
+        if end == self.last and not self.complete and chomp != "-":
+            problem = "the file ends inside a block scalar without a final line break"
+            self.fail(end - 1, len(self.lines[end - 1]), problem, "add one")
+        self.seek(end if chomp == "+" else end - trailing)
+        self.tail = tail
+        if line[start] == ">":
+            # A line break becomes a space, or less by one where blank lines follow, but not around
+            # lines that are indented more.
+            alike = r"(?m)^([^ \n].*)\n(\n*)(?=[^ \n])"
+            text = re.sub(alike, lambda match: match[1] + (match[2] or " "), text)
+        return text + "\n" * {"-": 0, "": 1, "+": trailing + 1}[chomp]
 
     def _block_lines(self, first: int, indent: int, parent: int) -> tuple[list[str], int]:
         """The lines of a block scalar without their indentation, and the line behind them."""
@@ -716,13 +635,11 @@ class _YamlReader:
                 self.refuse(at, indent, what, "empty the line")
             content.append(text)
             at += 1
-        below = _yaml_text_start(self.lines[at], 0)
+        below = _yaml_text_start(self.lines[at])
         if at < self.last and below > parent and self.lines[at][below] != "#":
             problem = "this line is indented less than the first line of the block scalar"
             self.fail(at, below, problem, "align the two")
         return content, at
-
-    # ---- flow collections ----
 
     def _flow(self, start: int) -> object:
         """Read a flow collection that stands on one line."""
@@ -739,11 +656,11 @@ class _YamlReader:
                 place = place if found else _yaml_text_start(line, place)
                 what = "a flow sequence that is not a one-line list of simple scalars"
                 self.refuse(at, place, what, "write one `- value` per line")
-            text, begin = match[1], match.start(1)
-            if text[0] in "'\"":
-                found.append(self._unquoted(at, begin + 1, match.end(1) - 1, text[0]))
+            begin, end = match.span(1)
+            if line[begin] in "'\"":
+                found.append(self._unquoted(begin + 1, end - 1, at, line[begin]))
             else:
-                found.append(self._resolve(text, at, begin))
+                found.append(self._resolve(match[1], at, begin))
             place = match.end() + 1
         self._check_behind(at, place, "the closing bracket")
         self.seek(at + 1)
@@ -841,15 +758,13 @@ def _yaml_scalar(value: object) -> str:
         if abs(value) >= 10**_YAML_MAX_DIGITS:
             raise ValueError(f"an integer of more than {_YAML_MAX_DIGITS} digits cannot be written")
         return str(int(value))
-    if isinstance(value, float):
-        if not math.isfinite(value):
-            raise ValueError(f"the number {value} cannot be written")
+    if isinstance(value, float) and math.isfinite(value):
+        # YAML 1.1 knows exponents only behind a decimal point and with a sign.
         text = repr(value)
-        # YAML 1.1 knows exponents only behind a decimal point and with a sign, as here.
-        return text.replace("e", ".0e") if "." not in text else text
+        return text if "." in text else text.replace("e", ".0e")
     if isinstance(value, dict | list):
         return "{}" if isinstance(value, dict) else "[]"
-    raise ValueError(f"a value of type {type(value).__name__} cannot be written")
+    raise ValueError(f"{value} of type {type(value).__name__} cannot be written")
 
 
 def _yaml_is_plain(text: str) -> bool:
@@ -870,18 +785,18 @@ def _yaml_is_literal(text: str) -> bool:
 
 def _yaml_quoted(text: str, double: bool = False) -> str:
     """`text` in single quotes, or in double quotes if it needs escapes (or if `double`)."""
+
+    def escape(match: re.Match[str]) -> str:
+        code = ord(match[0])
+        if 0xD800 <= code <= 0xDFFF:
+            raise ValueError(f"a text with half a character (U+{code:04X}) cannot be written")
+        short = {"\n": "\\n", "\t": "\\t"}.get(match[0])
+        return short or (f"\\x{code:02X}" if code < 0x100 else f"\\u{code:04X}")
+
     if not double and not _YAML_UNPRINTABLE.search(text):
         return "'" + text.replace("'", "''") + "'"
     text = text.replace("\\", "\\\\").replace('"', '\\"')
-    return '"' + _YAML_UNPRINTABLE.sub(_yaml_escape, text) + '"'
-
-
-def _yaml_escape(match: re.Match[str]) -> str:
-    code = ord(match[0])
-    if 0xD800 <= code <= 0xDFFF:
-        raise ValueError(f"a text with half a character (U+{code:04X}) cannot be written")
-    short = {"\n": "\\n", "\t": "\\t"}.get(match[0])
-    return short or (f"\\x{code:02X}" if code < 0x100 else f"\\u{code:04X}")
+    return '"' + _YAML_UNPRINTABLE.sub(escape, text) + '"'
 
 
 # ==== 6. Surgical edits ===========================================================================
@@ -914,7 +829,7 @@ def _yaml_edited(
         return lines[node.start : node.end]
     if node.keys and isinstance(new, dict) and new:
         return _yaml_edited_mapping(lines, node, new, tuple(new), offset)
-    if node.elements and isinstance(new, list) and new:
+    if node.elements and isinstance(new, list) and new and node.elements[0].start > node.start:
         return _yaml_edited_list(lines, node, new, offset)
     head, behind = lines[node.start][: node.head], lines[node.start][node.head :].lstrip(" ")
     tail = node.tail.rstrip(" ")
@@ -940,24 +855,24 @@ def _yaml_edited_mapping(
 
     New keys are put behind the key that is before them in `order`, else to the end.
     """
-    column, keys = node.column, [*node.keys]
-    added: dict[str, list[str]] = {key: [] for key in keys}
-    place = keys[0]
+    added: dict[str, list[str]] = {key: [] for key in node.keys}
+    first, *_, last = [*added, *added]
+    place = first
     for key in order:
         if key in added:
             place = key
         elif key in new:
             added[place].append(key)
-    added[keys[-1]] += [key for key in new if key not in added and key not in order]
-    done = node.keys[keys[0]].start
-    header, prefix = lines[node.start : done], lines[done][:column]
+    added[last] += [key for key in new if key not in added and key not in order]
+    done = node.keys[first].start
+    header, prefix = lines[node.start : done], lines[done][: node.column]
     out: list[str] = []
     for key, part in node.keys.items():
         out += lines[done : part.start]
         if key in new:
-            out += _yaml_edited(lines, part, new[key], column, offset)
+            out += _yaml_edited(lines, part, new[key], node.column, offset)
         if added[key]:
-            out += _yaml_block({name: new[name] for name in added[key]}, column, offset, 1)
+            out += _yaml_block({name: new[name] for name in added[key]}, node.column, offset, 1)
         done = part.end
     return [*header, *_yaml_prefixed(out, prefix)]
 
@@ -965,51 +880,23 @@ def _yaml_edited_mapping(
 def _yaml_edited_list(
     lines: list[str], node: _YamlNode, new: list[object], offset: int
 ) -> list[str]:
-    """The lines of a block list changed to read `new`: what stays keeps its lines and comments."""
-    nodes, compact = node.elements, node.elements[0].start == node.start
-    starts = [node.start if compact else node.start + 1, *(each.end for each in nodes)]
-    header, prefix = lines[node.start : starts[0]], lines[nodes[0].start][: node.column]
-    out: list[str] = []
-    for value, place in zip(new, _yaml_pairs([each.value for each in nodes], new), strict=True):
-        if place is None:
-            out += _yaml_block([value], node.column, offset, 1)
-        else:
-            out += lines[starts[place] : nodes[place].start]
-            out += _yaml_prefixed(
-                _yaml_edited(lines, nodes[place], value, node.column, offset), " " * node.column
-            )
-    return [*header, *_yaml_prefixed(out, prefix)]
+    """The lines of a block list changed to read `new`: an element that stays keeps its own."""
+    kept: defaultdict[str, list[list[str]]] = defaultdict(list)
+    done = node.start + 1
+    for part in node.elements:
+        kept[repr(part.value)].append(lines[done : part.end])
+        done = part.end
+    out = lines[node.start : node.start + 1]
+    for value in new:
+        known = kept.get(repr(value))
+        out += known.pop(0) if known else _yaml_block([value], node.column, offset, 1)
+    return out
 
 
 def _yaml_prefixed(lines: list[str], prefix: str) -> list[str]:
     """Lines, the first one with content beginning with `prefix`, which may hold a dash."""
     top = next(n for n, line in enumerate(lines) if line.lstrip(" ")[:1] not in ("", "#"))
     return [*lines[:top], prefix + lines[top][len(prefix) :], *lines[top + 1 :]]
-
-
-def _yaml_pairs(old: list[object], new: list[object]) -> list[int | None]:
-    """Which of the `old` elements each of the `new` ones is: an equal one, or the most similar."""
-    free: defaultdict[str, list[int]] = defaultdict(list)
-    for place, value in enumerate(old):
-        free[repr(value)].append(place)
-    pairs = [free[repr(value)].pop(0) if free.get(repr(value)) else None for value in new]
-    left = [place for places in free.values() for place in places]
-    for number, value in enumerate(new):
-        if pairs[number] is None and left:
-            best = max(left, key=lambda place: _yaml_likeness(old[place], value))
-            if _yaml_likeness(old[best], value):
-                pairs[number] = best
-                left.remove(best)
-    return pairs
-
-
-def _yaml_likeness(one: object, other: object) -> int:
-    """How many entries two collections share."""
-    if isinstance(one, dict) and isinstance(other, dict):
-        return sum(key in one and _yaml_same(one[key], other[key]) for key in other)
-    if isinstance(one, list) and isinstance(other, list):
-        return sum(any(_yaml_same(mine, each) for each in other) for mine in one)
-    return 0
 
 
 # ==== 7. The backlog file as a document ===========================================================
@@ -1045,11 +932,11 @@ class Document:
 
     The text is the truth: what is not edited stays as it is. A chunk begins with the comment lines
     directly above its dash, and ends where the next one begins; `head` holds all before the first,
-    the `items:` line included, `tail` all behind the last item (so blank lines behind it, too). All
-    three in lines that end in LF; only the last line of a file may have no end.
+    the `items:` line included, `tail` begins with the next key, or the comments directly above it.
+    All three in lines that end in LF; only the last line of a file may have no end.
 
-    An edit gives a new document. It is read back and compared; one that would not read back as
-    intended raises ValueError. Values are shared between documents: they must not be changed.
+    An edit gives a new document. What it changes is read back and compared; ValueError, if it would
+    not read as intended. Values are shared between documents: they must not be changed.
     """
 
     source: str  # the file's name, for messages
@@ -1063,30 +950,38 @@ class Document:
     def parse(cls, data: bytes, source: str) -> Document:
         """Read a file; YamlError if it is not a mapping, or `items` is neither list nor null."""
         text, bom, newline = _yaml_decode(data, source)
-        reader = _YamlReader(text, source)
-        reader.open()
-        if reader.indent < 0:
-            remedy = "take the file back from git history, or write `items: []`"
-            reader.fail(0, 0, "the file holds no backlog", remedy)
-        if reader.indent or reader.is_dash(0) or not reader.is_entry(0):
-            at = reader.at
-            reader.document()
-            reader.fail(at, 0, "this is not a mapping", "write the backlog's list below `items:`")
         lines = text.splitlines(keepends=True)
-        start, chunks, end = len(lines), list[str](), len(lines)
-        for key, head in reader.keys(0, 1):
-            if key == "items" and reader.opens_list(head):
-                start, chunks, end = _yaml_split(reader, lines, reader.end)
-                continue
-            node = reader.value(head, 0, 1, dash_from=0)
-            if key == "items" and node.value not in (None, []):
-                remedy = "write one `- id: …` below it per item"
-                reader.fail(node.start, 0, "`items` is not a list in block style", remedy)
-        above, below = "".join(lines[:start]), "".join(lines[end:])
-        return cls(source, bom, newline, above, tuple(chunks), below)
+        cuts = _yaml_cuts(lines)
+        chunks = tuple("".join(lines[start:end]) for start, end in pairwise(cuts))
+        above, below = "".join(lines[: cuts[0]]), "".join(lines[cuts[-1] :])
+        made = cls(source, bom, newline, above, chunks, below)
+        try:
+            _ = made.items
+            frame = _YamlReader(made._frame, source).document()
+        except YamlError:
+            _YamlReader(text, source).document()  # says the same with the lines of the file
+            raise
+
+        def fail(line: int, problem: str, remedy: str) -> NoReturn:
+            raise YamlError(source, line + 1, 1, f"{problem}; {remedy}")
+
+        if frame.value is None:
+            remedy = "take the file back from git history, or write `items: []`"
+            fail(0, "the file holds no backlog", remedy)
+        if not frame.keys:
+            fail(frame.start, "this is not a mapping", "write the backlog's list below `items:`")
+        items = frame.keys.get("items")
+        if items and items.value not in ([0] if chunks else None, []):
+            remedy = "write one `- id: …` below it per item"
+            fail(items.start, "`items` is not a list in block style", remedy)
+        return made
 
     def to_bytes(self) -> bytes:
         """The file; without edits, the bytes that were parsed."""
+        return self._bytes
+
+    @cached_property
+    def _bytes(self) -> bytes:
         text = "".join((self.head, *self.chunks, self.tail))
         if self.newline != "\n":
             text = text.replace("\n", self.newline)
@@ -1100,7 +995,7 @@ class Document:
     @cached_property
     def top(self) -> Mapping[str, object]:
         """The other keys and values of the file."""
-        found = _yaml_frame(self._frame, self.source).keys
+        found = _YamlReader(self._frame, self.source).document().keys
         return {key: node.value for key, node in found.items() if key != "items"}
 
     def line_of(self, index: int, key: str | None = None) -> int:
@@ -1108,91 +1003,6 @@ class Document:
         node = _yaml_chunk(self.chunks[index])
         above = "".join((self.head, *self.chunks[:index])).count("\n")
         return above + node.keys.get(key or "", node).start + 1
-
-    # ---- edits ----
-
-    def with_top(self, changes: Mapping[str, object], order: Sequence[str] = ()) -> Document:
-        """Change keys of the file other than `items`; None removes one, others are left alone.
-
-        A new key is put where `order` wants it, else behind all others. ValueError: see the class.
-        """
-        if "items" in changes:
-            raise ValueError("items are changed one by one, not as a whole")
-        if _yaml_same(self.top, _yaml_changed(self.top, changes)):
-            return self
-        return self._reframed(self._frame, changes, order)
-
-    def with_item(
-        self, index: int, changes: Mapping[str, object], order: Sequence[str] = ()
-    ) -> Document:
-        """Change keys of an item; None removes a key, an equal value changes nothing.
-
-        A new key is put where `order` wants it, else behind all others. ValueError: see the class,
-        and if the item is not a mapping.
-        """
-        old, chunk, column = self.items[index], self.chunks[index], self.column
-        if not isinstance(old, dict):
-            raise ValueError(f"{self.source}: item number {index + 1} is not a mapping")
-        new = _yaml_changed(old, changes)
-        if _yaml_same(old, new):
-            return self
-        node, lines = _yaml_chunk(chunk), chunk.split("\n")
-        if node.keys and new:
-            edited = _yaml_edited_mapping(lines, node, new, order, column)
-        else:
-            known = {key: new[key] for key in order if key in new}
-            edited = _yaml_block([{**known, **new}], _yaml_column(chunk), column, 2)
-        text = "\n".join([*lines[: node.start], *edited, *lines[node.end :]])
-        # Some block scalars cannot end a file that has no final line break: then it gets one.
-        for option in (text, text if text.endswith("\n") else text + "\n"):
-            if _yaml_reads(option, new):
-                chunks = (*self.chunks[:index], option, *self.chunks[index + 1 :])
-                return replace(self, chunks=chunks)._settled()
-        raise self._unsound()
-
-    def with_chunks(
-        self, chunks: Sequence[str], head: str | None = None, tail: str | None = None
-    ) -> Document:
-        """This file with other chunks, of this or another document; and with another frame.
-
-        Chunks of other documents are brought to this one's indentation. Where pieces meet that did
-        not before, there are as many blank lines as between the last two items, and never two;
-        comments in a chunk that is left out stay if they belong to no item. ValueError: see the
-        class.
-        """
-        head = self.head if head is None else head
-        tail = self.tail if tail is None else tail
-        if (tuple(chunks), head, tail) == (self.chunks, self.head, self.tail):
-            return self
-        known, column = set(self.chunks), self.column
-        pieces = [chunk if chunk in known else _yaml_moved(chunk, column) for chunk in chunks]
-        free = self._free_comments(pieces)
-        if (tail or free) and not head.endswith("\n"):
-            head += "\n"
-        head += free.pop(-1, "")
-        if not pieces and head.endswith("\n\n"):
-            tail = tail.removeprefix("\n")
-        made = tuple(_yaml_joined(self.chunks, pieces, free, tail))
-        framed, wanted = replace(self, head=head, chunks=made, tail=tail), [0] if made else []
-        with suppress(YamlError):  # of a hole below `items: []`
-            found = _yaml_frame(framed._frame, self.source).keys
-            filled = self.chunks or head != self.head
-            if filled and "items" in found and found["items"].value == wanted:
-                return framed._settled()
-        return framed._reframed(head + tail, {"items": wanted}, ("schema_version", "items"))
-
-    def render_chunk(self, item: Mapping[str, object]) -> str:
-        """The chunk of a new item, in this file's indentation; keys that hold None are left out.
-
-        ValueError: something in it cannot be written.
-        """
-        value, column = _yaml_changed({}, item), self.column
-        chunk = _yaml_written_chunk(value, column)
-        if not _yaml_reads(chunk, value):
-            raise self._unsound()
-        return chunk
-
-    # ---- how edits are made ----
 
     @property
     def column(self) -> int:
@@ -1205,126 +1015,165 @@ class Document:
         hole = " " * self.column + "- 0\n" if self.chunks else ""
         return self.head + hole + self.tail
 
-    def _reframed(
-        self, frame: str, changes: Mapping[str, object], order: Sequence[str]
-    ) -> Document:
-        """This document with another frame, of which some keys are changed."""
-        try:
-            old, lines = _yaml_frame(frame, self.source), frame.split("\n")
-            new = _yaml_changed(cast(Mapping[str, object], old.value), changes)
-            edited = _yaml_edited_mapping(lines, old, new, order, self.column)
-            lines = [*lines[: old.start], *edited, *lines[old.end :]]
-            found = _yaml_frame("\n".join(lines), self.source)
-        except YamlError as error:
-            raise self._unsound(error.problem) from error
+    # ---- edits ----
+
+    def with_top(self, changes: Mapping[str, object], frame: str = "") -> Document:
+        """Change keys of the file other than `items`; an equal value changes nothing.
+
+        `frame`: the lines without the items, if not as they are. ValueError: see the class.
+        """
+        frame = frame or self._frame
+        old, lines = _YamlReader(frame, self.source).document(), frame.split("\n")
+        new = _yaml_changed(cast(Item, old.value), changes)
+        edited = _yaml_edited_mapping(lines, old, new, TOP_KEYS, self.column)
+        lines = [*lines[: old.start], *edited, *lines[old.end :]]
+        found = _YamlReader("\n".join(lines), self.source).document()
         if not _yaml_same(found.value, new):
-            raise self._unsound()
+            raise ValueError(_YAML_UNSOUND)
         if not self.chunks:
             return replace(self, head="\n".join(lines), tail="")
         hole = found.keys["items"].end - 1
         head, tail = "\n".join([*lines[:hole], ""]), "\n".join(lines[hole + 1 :])
-        return replace(self, head=head, tail=tail)._settled()
+        return replace(self, head=head, chunks=_yaml_ended(self.chunks, tail), tail=tail)
 
-    def _settled(self) -> Document:
-        """This document with its last item and tail apart as `parse` has them."""
-        if not self.chunks:
-            return self
-        last, tail = self.chunks[-1], self.tail
-        if tail and not last.endswith("\n"):
-            last += "\n"
-        below = re.sub(r"\A(?: *+(?:#.*)?(?:\n|\Z))*+", "", tail)
-        free = tail[: len(tail) - len(below)]
-        if not _yaml_reads(last + free, read_chunk(last)):  # a block scalar takes lines of it
-            tail = re.sub(r"(?m)^ +|^ *\n", "", free) + below
-        lines, own = last.splitlines(keepends=True), _yaml_own_lines(last)
-        chunks = (*self.chunks[:-1], "".join(lines[:own]))
-        return replace(self, chunks=chunks, tail="".join([*lines[own:], tail]))
+    def with_item(
+        self, index: int, changes: Mapping[str, object], order: Sequence[str] = ()
+    ) -> Document:
+        """Change keys of an item; None removes a key, an equal value changes nothing.
 
-    def _free_comments(self, pieces: Sequence[str]) -> dict[int, str]:
-        """The comments that belong to no item, of the chunks that are left out of `pieces`.
-
-        By the place of the piece that they are to follow; -1: above all.
+        A new key is put where `order` wants it, else behind all others. ValueError: see the class,
+        and if the item is not a mapping.
         """
-        places = {piece: place for place, piece in enumerate(pieces)}
-        ids = {_yaml_id(read_chunk(piece)): place for place, piece in enumerate(pieces)}
-        ids.pop(None, None)
-        found: dict[int, str] = {}
-        place = -1
+        chunk, column = self.chunks[index], self.column
+        old = read_chunk(chunk)
+        if not isinstance(old, dict):
+            raise ValueError(f"{self.source}: item number {index + 1} is not a mapping")
+        new = _yaml_changed(old, changes)
+        if _yaml_same(old, new):
+            return self
+        node, lines, body = _yaml_chunk(chunk), chunk.split("\n"), ""
+        if node.keys and new:
+            edited = _yaml_edited_mapping(lines, node, new, order, column)
+            ended = "\n" * (node.end < len(lines))  # else the file has no final line break
+            body = "\n".join([*lines[: node.start], *edited]) + ended
+        text = _yaml_fitted(body, "\n".join(lines[node.end :]), new, column)
+        return replace(self, chunks=(*self.chunks[:index], text, *self.chunks[index + 1 :]))
+
+    def with_chunks(self, chunks: Sequence[str], tail: str | None = None) -> Document:
+        """This file with other chunks, of this or another document, and with another tail.
+
+        Chunks of other documents are brought to this one's indentation. Where pieces meet that did
+        not before, there are as many blank lines as between the last two items, and never two;
+        comments in a chunk that is left out stay if they belong to no item, and so does what is
+        behind the last one. ValueError: see the class.
+        """
+        tail = self.tail if tail is None else tail
+        if (tuple(chunks), tail) == (self.chunks, self.tail):
+            return self
+        known, column = set(self.chunks), self.column
+        pieces = [chunk if chunk in known else _yaml_moved(chunk, column) for chunk in chunks]
+        above, made = self._joined(pieces, tail)
+        head = self.head + "\n" * (bool(tail) and not self.head.endswith("\n")) + above
+        if self.chunks and made:
+            whole = replace(self, head=head, chunks=_yaml_ended(made, tail), tail=tail)
+            _ = whole.top  # raises where head and tail do not fit together
+            return whole
+        whole = replace(self, chunks=made)
+        whole = whole.with_top({"items": [0] if made else []}, head + tail)
+        if made:
+            free = cast(re.Match[str], re.match(r"(?: *(?:#.*)?\n)*", whole.tail))[0]
+            last = _yaml_fitted(made[-1], free, read_chunk(made[-1]), 0)
+            tail = whole.tail.removeprefix(free)
+            whole = replace(whole, chunks=(*made[:-1], last), tail=tail)
+        return Document.parse(whole.to_bytes(), self.source)
+
+    def render_chunk(self, item: Mapping[str, object]) -> str:
+        """The chunk of a new item, in this file's indentation; keys that hold None are left out.
+
+        ValueError: something in it cannot be written.
+        """
+        value = _yaml_changed({}, item)
+        return _yaml_fitted("", "", value, self.column)
+
+    # ---- how edits are made ----
+
+    def _joined(self, pieces: Sequence[str], tail: str) -> tuple[str, tuple[str, ...]]:
+        """The comments that come to stand above all items, and the pieces as they follow here."""
+        own = set(self.chunks)
+        places = {piece: at for at, piece in enumerate(pieces)}
+        edited = {_yaml_name(piece): at for piece, at in places.items() if piece not in own}
+        free: dict[int, str] = {}  # comments, by the place of the piece they are to follow
+        place, end = -1, ""  # and what stands behind the last item
+        last: int | None = None
         for chunk in self.chunks:
-            name = _yaml_id(read_chunk(chunk))
-            if chunk in places or name in ids:
-                place = places.get(chunk, ids.get(name, place))
-            elif rest := "".join(chunk.splitlines(True)[_yaml_own_lines(chunk) :]).strip("\n"):
-                found[place] = f"{found.get(place, '')}{rest}\n\n"
-        return found
-
-    def _unsound(self, reason: str = "it reads back as something else") -> ValueError:
-        what = f"{self.source}: an edit cannot be written so that it reads back"
-        return ValueError(f"{what} ({reason}); nothing was changed")
-
-
-def _yaml_reads(chunk: str, value: object) -> bool:
-    """Whether a chunk reads as `value`."""
-    with suppress(YamlError):
-        return _yaml_same(read_chunk(chunk), value)
-    return False
-
-
-def _yaml_id(item: object) -> str | None:
-    found = item.get("id") if isinstance(item, dict) else None
-    return found if isinstance(found, str) else None
-
-
-def _yaml_frame(frame: str, source: str) -> _YamlNode:
-    """The mapping that a file without its items is."""
-    reader = _YamlReader(frame, source)
-    reader.open()
-    return reader.mapping(0, 1)
+            known = places.get(chunk)
+            if known is None:
+                known = edited.get(_yaml_name(chunk))
+            place = place if known is None else known
+            if chunk is self.chunks[-1]:
+                last, ending = known, chunk if known is None else pieces[known]
+                end = ending[len(_yaml_own_text(ending)) :]
+            elif known is None and (rest := chunk[len(_yaml_own_text(chunk)) :].strip("\n")):
+                free[place] = f"{free[place]}\n\n{rest}" if place in free else rest
+        apart = len(self.chunks) > 1 and self.chunks[-2].endswith("\n\n")
+        met = dict(pairwise((*self.chunks, "")))
+        made: list[str] = []
+        for at, (piece, following) in enumerate(pairwise((*pieces, ""))):
+            if met.get(piece) == following and at not in free:
+                made.append(piece)
+                continue
+            body = _yaml_own_text(piece) if at == last else piece
+            had, below = body.endswith("\n\n"), following or end + tail
+            rest = "\n" * (had or apart if following else had and below[:1] == "#")
+            if at in free:
+                rest = f"\n{free[at]}\n" + "\n" * (below[:1] not in ("", "\n"))
+            rest += "" if following else end
+            body = body.rstrip("\n") + "\n"
+            made.append(_yaml_fitted(body, rest, read_chunk(piece), self.column))
+        above = f"{free[-1]}\n\n" if -1 in free else ""
+        return above if pieces else above + end, tuple(made)
 
 
-def _yaml_split(
-    reader: _YamlReader, lines: list[str], first: int
-) -> tuple[int, list[str], int]:
-    """The line where the chunks begin, the chunks, and the line behind them; reads each.
+_YAML_UNSOUND = "an edit cannot be written so that it reads back; nothing was changed"
 
-    The reader stands at the first dash, and then behind the items; `first` is the line behind
-    `items:`. Whatever belongs to an item stands deeper than its dash, so the dashes in one column
-    are the items.
+
+_YAML_ITEMS = re.compile(r"""(?:items|'items'|"items") *:(?: *| +#.*)\n?$""")
+
+
+def _yaml_cuts(lines: list[str]) -> list[int]:
+    """The lines where the chunks of a file begin, and the one behind the last; that alone if there
+    are none.
+
+    What stands in column 1 is a key, never text, and whatever belongs to an item stands deeper than
+    its dash: so the dashes in one column below `items:` are the items.
     """
-    column, stop, lead = reader.indent, len(lines), -1
-    cuts: list[int] = []
+    first = next((n for n, line in enumerate(lines, 1) if _YAML_ITEMS.match(line)), len(lines))
+    cuts, stop, pad, deeper = list[int](), len(lines), "", ""
     for number, line in enumerate(lines[first:], first):
-        text = line.lstrip(" ")
-        indent = len(line) - len(text)
-        if indent > column or text in ("\n", ""):
-            lead = -1
-        elif text[0] == "#":
-            lead = number if lead < 0 else lead
-        elif indent == column and text[0] == "-" and text[1:2] in (" ", "\n", ""):
-            cuts.append(number if lead < 0 else lead)
-            lead = -1
-        else:
+        if (deeper and line.startswith(deeper)) or line.lstrip(" ")[:1] in ("", "#", "\n"):
+            continue
+        dash = re.match(r"( *)-(?:[ \n]|$)", line)
+        if not dash or (cuts and dash[1] != pad):
             stop = number
             break
-    try:
-        cuts.append(cuts[-1] + _yaml_own_lines("".join(lines[cuts[-1] : stop])))
-        chunks = ["".join(lines[start:end]) for start, end in pairwise(cuts)]
-        for chunk in chunks:
-            read_chunk(chunk)
-    except YamlError:
-        reader.sequence(column, 2)  # says the same with the lines of the file
-        raise
-    reader.seek(stop)
-    return cuts[0], chunks, cuts[-1]
+        cuts.append(number)
+        pad, deeper = dash[1], dash[1] + " "
+    if not cuts:
+        return [len(lines)]
+    cuts += [stop] if stop < len(lines) else []
+    for place, cut in enumerate(cuts):  # the comments above it belong to it
+        while cut > first and re.match(f" {{0,{len(pad)}}}#", lines[cut - 1]):
+            cut -= 1
+        cuts[place] = cut
+    return cuts if stop < len(lines) else [*cuts, stop]
 
 
-def _yaml_own_lines(chunk: str) -> int:
-    """How many lines of a chunk belong to its item: not blank lines and comments behind it, but
-    comments directly below that are deeper than its dash."""
-    node, column = _yaml_chunk(chunk), _yaml_column(chunk)
-    below = chunk.split("\n")[node.end :]
-    own = takewhile(lambda line: re.match(f" {{{column + 1},}}#", line), below)
-    return node.end + sum(1 for _ in own)
+def _yaml_own_text(chunk: str) -> str:
+    """What of a chunk belongs to its item: not blank lines and comments behind it, but comments
+    directly below that are deeper than its dash."""
+    node, column, lines = _yaml_chunk(chunk), _yaml_column(chunk), chunk.splitlines(keepends=True)
+    own = takewhile(lambda line: re.match(f" {{{column + 1},}}#", line), lines[node.end :])
+    return "".join([*lines[: node.end], *own])
 
 
 def _yaml_column(chunk: str) -> int:
@@ -1333,47 +1182,41 @@ def _yaml_column(chunk: str) -> int:
     return len(found[0]) if found else 0
 
 
-def _yaml_written_chunk(item: object, column: int) -> str:
-    return "\n".join([*_yaml_block([item], column, column, 2), ""])
+def _yaml_name(chunk: str) -> object:
+    """What a chunk is known by in every version of it: the item's id, else its text."""
+    item = read_chunk(chunk)
+    found = item.get("id") if isinstance(item, dict) else None
+    return found if isinstance(found, str) else chunk
+
+
+def _yaml_ended(chunks: tuple[str, ...], tail: str) -> tuple[str, ...]:
+    """The chunks, a line break at the end of the last one if something is to follow."""
+    if chunks and tail and not chunks[-1].endswith("\n"):
+        return (*chunks[:-1], chunks[-1] + "\n")
+    return chunks
+
+
+def _yaml_fitted(body: str, rest: str, value: object, column: int) -> str:
+    """The chunk that an item's lines and what is behind them make, if they read as `value`; if not,
+    the item is written anew. ValueError if that does not read back either."""
+    flush = re.sub(r"(?m)^ +", " " * column, rest)  # deeper, a block scalar may take it for text
+    for text in (body + rest, body + flush, ""):
+        text = text or "\n".join([*_yaml_block([value], column, column, 2), flush])
+        with suppress(YamlError):
+            if _yaml_same(read_chunk(text), value):
+                return text
+    raise ValueError(_YAML_UNSOUND)
 
 
 def _yaml_moved(chunk: str, column: int) -> str:
-    """A chunk with its dash moved to `column`; written anew if its lines cannot just be moved."""
+    """A chunk with its dash moved to `column`."""
     by = column - _yaml_column(chunk)
-    if not by:
-        return chunk
-    lines = chunk.split("\n")
-    if by > 0:
-        moved = [" " * by + line if line.strip(" ") else line for line in lines]
-    else:
-        moved = [line[min(-by, _yaml_text_start(line, 0)) :] for line in lines]
-    value, text = read_chunk(chunk), "\n".join(moved)
-    return text if _yaml_reads(text, value) else _yaml_written_chunk(value, column)
-
-
-def _yaml_joined(
-    own: Sequence[str], pieces: Sequence[str], free: Mapping[int, str], tail: str
-) -> Iterator[str]:
-    """The pieces with sane gaps, where each meets another one than it did among its `own`."""
-    apart = len(own) > 1 and own[-2].endswith("\n\n")
-    met = dict(pairwise((*own, "")))
-    for number, (piece, following) in enumerate(pairwise((*pieces, ""))):
-        if met.get(piece) == following and number not in free:
-            yield piece
-            continue
-        text = piece if piece.endswith("\n") else piece + "\n"
-        body = text[: text.index("\n", len(text.rstrip(" \n"))) + 1]  # without blank lines behind
-        had, options = body != text, []
-        # Flush left where a block scalar in front would take the comment for its text.
-        for loose in dict.fromkeys((comment := free.get(number, ""), _yaml_flush(comment))):
-            gap = had or apart or loose if following else loose or (had and tail[:1] == "#")
-            behind = loose if following or tail[:1] not in ("", "\n") else loose[:-1]
-            options += [body + "\n" * bool(gap) + behind, text + loose]
-        yield next((each for each in options if _yaml_reads(each, read_chunk(piece))), text)
-
-
-def _yaml_flush(text: str) -> str:
-    return re.sub(r"(?m)^ +", "", text)
+    pad, cut = " " * by, max(-by, 0)
+    moved = [
+        pad + line[min(cut, _yaml_text_start(line)) :] if line.strip(" ") else ""
+        for line in chunk.split("\n")
+    ]
+    return _yaml_fitted("\n".join(moved), "", read_chunk(chunk), column) if by else chunk
 
 
 # ==== 8. Fields ===================================================================================
@@ -1403,34 +1246,34 @@ class Kind(NamedTuple):
         return self.meant.get(text.lower(), text)
 
 
+IN_QUOTES = dict.fromkeys((bool, int, float), " (in quotes it is text: '{}')")
+
+
 def choice(*words: str) -> Kind:
     """One of a few words; lenient readers take them in any case, and their first letters."""
     meant = {short: word for word in reversed(words) for short in (word[0], word)}
     return Kind(f"one of {', '.join(words)}", words.__contains__, words, meant)
 
 
-def whole_number(least: int | None = None, most: int | None = None) -> Kind:
-    """A whole number within bounds; bool is a kind of int in Python, but `2` is not `true`."""
+def number_within(
+    least: float = -math.inf,
+    most: float = math.inf,
+    what: str = "number",
+    types: tuple[type, ...] = (int, float),
+) -> Kind:
+    """A number within bounds; nan is none, nor is a bool, which is a kind of int in Python."""
 
     def fits(value: object) -> bool:
-        return type(value) is int and not (
-            (least is not None and value < least) or (most is not None and value > most)
-        )
+        return type(value) in types and least <= cast(float, value) <= most
 
-    return Kind(f"a whole number{_bounds(least, most)}", fits)
-
-
-def number_within(least: float, most: float) -> Kind:
-    """A number within bounds; nan and infinity are none."""
-
-    def fits(value: object) -> bool:
-        return type(value) in (int, float) and least <= cast(float, value) <= most
-
-    return Kind(f"a number{_bounds(least, most)}", fits)
+    bounds = ((" from ", least), (" to ", most))
+    return Kind(
+        f"a {what}" + "".join(f"{word}{end}" for word, end in bounds if math.isfinite(end)), fits
+    )
 
 
-def _bounds(least: float | None, most: float | None) -> str:
-    return ("" if least is None else f" from {least}") + ("" if most is None else f" to {most}")
+def whole_number(least: float = -math.inf, most: float = math.inf) -> Kind:
+    return number_within(least, most, "whole number", (int,))
 
 
 def matching_text(expected: str, pattern: str) -> Kind:
@@ -1451,7 +1294,6 @@ def list_of(kind: Kind, expected: str, remedy: str = "") -> Kind:
     return Kind(expected, fits, remedies={str: remedy})
 
 
-IN_QUOTES = dict.fromkeys((bool, int, float), " (in quotes it is text: '{}')")
 TEXT = Kind("text", lambda value: type(value) is str, remedies=IN_QUOTES)
 TEXTS = list_of(TEXT, "a list of texts", "; write it as [{}]")
 LIST = Kind("a list", lambda value: type(value) is list)
@@ -1480,13 +1322,13 @@ class Fields:
         self.complaints = complaints
         self.known: list[str] = []
 
-    def complain(self, key: str, trouble: str) -> None:
-        """Put a sentence that begins with the key on the list."""
-        self.complaints.append(f"{self.path(key)} {trouble}")
-
     def path(self, key: str) -> str:
         """How a message names a field."""
         return f"{self.where}.{key}" if self.where else key
+
+    def complain(self, key: str, trouble: str) -> None:
+        """Put a sentence that begins with the key on the list."""
+        self.complaints.append(f"{self.path(key)} {trouble}")
 
     def raw(self, key: str) -> object:
         """What stands there; None if nothing does. From now on the key is a known one."""
@@ -1501,6 +1343,12 @@ class Fields:
             value = kind.meant.get(value.lower(), value or None)
         return self._fitting(key, value, kind, default)
 
+    def _fitting(self, key: str, value: object, kind: Kind, default: object) -> Any:
+        problem = kind.problem(value) if value is not None else ""
+        if problem:
+            self.complain(key, f"{problem}; dropped" if self.lenient else problem)
+        return default if problem or value is None or value == "" else _frozen(value)
+
     def table(self, key: str) -> Self:
         """The mapping below a key; an empty one if there is none."""
         return self._below(key, self.raw(key))
@@ -1512,12 +1360,6 @@ class Fields:
 
     def _below(self, key: str, value: object) -> Self:
         return type(self)(self._fitting(key, value, MAPPING, {}), self.path(key), self.complaints)
-
-    def _fitting(self, key: str, value: object, kind: Kind, default: object) -> Any:
-        problem = kind.problem(value) if value is not None else ""
-        if problem:
-            self.complain(key, f"{problem}; dropped" if self.lenient else problem)
-        return default if problem or value is None or value == "" else _frozen(value)
 
     def close(self) -> None:
         """Complain about every key that nobody asked for."""
@@ -1535,8 +1377,6 @@ def shown(value: object) -> str:
 
     The texts of a mapping are left out: they may be anything, such as passwords.
     """
-    import json
-
     hidden: dict[type, object] = {str: "…", list: "[…]", dict: "{…}"}
     if isinstance(value, dict):
         value = {key: hidden.get(type(inner), inner) for key, inner in value.items()}
@@ -1665,37 +1505,9 @@ class BacklogError(Exception):
     """The backlog, or a request on it, cannot be used; the message is for the operator."""
 
 
-class Item(TypedDict, total=False):
-    """One backlog entry. Treated as immutable: an update makes a new dict.
-
-    The keys are those of ITEM_TABLE, of which REQUIRED_KEYS are always there; keys that it
-    does not know are kept beside them.
-    """
-
-    id: str
-    title: str
-    status: str
-    phase: str
-    size: str
-    complexity: str
-    risk: str
-    impact: str
-    requires_human_review: bool
-    origin: str
-    blocked_from_status: str
-    blocked_reason: str
-    blocked_type: str
-    unblock_context: str
-    tags: list[str]
-    dependencies: list[str]
-    created: str
-    updated: str
-    pipeline_type: str
-    description: dict[str, str]
-    phase_pool: str
-    guardrail_override: bool
-    priority: int
-    attempts: int
+# One entry, treated as immutable: an update makes a new dict. Its keys are those of ITEM_TABLE, of
+# which REQUIRED_KEYS are always there, and any that a person has added.
+Item: TypeAlias = dict[str, Any]
 
 
 class Backlog(NamedTuple):
@@ -1720,12 +1532,6 @@ def moment(text: object) -> datetime:
     except ValueError:
         return _LONG_AGO
     return found.astimezone(UTC) if found.tzinfo else found.replace(tzinfo=UTC)
-
-
-def _with_keys(item: Item, changes: Mapping[str, object]) -> Item:
-    """The item with some keys set, or deleted where the value is None."""
-    merged: dict[str, object] = {**item, **changes}
-    return cast(Item, {key: value for key, value in merged.items() if value is not None})
 
 
 # ---- Reading an item -----------------------------------------------------------------------------
@@ -1755,7 +1561,7 @@ def read_item(raw: object) -> tuple[Item, list[tuple[str, str]]]:
     if texts and None in texts.values():
         texts = {key: "" if text is None else text for key, text in texts.items()}
         item = {**item, "description": texts}
-    return cast(Item, item), problems
+    return item, problems
 
 
 # ==== 10. Drafts and rules ========================================================================
@@ -1790,19 +1596,17 @@ class Draft:
         BacklogError, and nothing changed, if a key cannot hold its value.
         """
         item = self.item(item_id)
-        old: Mapping[str, object] = item
-        changes = {key: value for key, value in changes.items() if old.get(key) != value}
+        changes = {key: value for key, value in changes.items() if item.get(key) != value}
         if changes:
             _refuse_bad_values(item_id, changes)
             self.put({**item, **changes}, now)
         return self.items[item_id]
 
-    def put(self, item: Mapping[str, object], now: datetime) -> None:
+    def put(self, item: Item, now: datetime) -> None:
         """Set a whole item; its `updated` is later than it was, whatever the clock does."""
-        known = self.items.get(cast(str, item["id"]), item)
+        known = self.items.get(item["id"], item)
         stamp = max(now, moment(known.get("updated")) + timedelta(microseconds=1))
-        kept = {key: value for key, value in item.items() if value is not None}
-        self.items[cast(str, item["id"])] = cast(Item, {**kept, "updated": timestamp(stamp)})
+        self.items[item["id"]] = _item_of({**item, "updated": timestamp(stamp)})
 
     def add(self, prefix: str, title: str, now: datetime, **fields: object) -> Item:
         """Append a new item with the next id; a field that is None is left out.
@@ -1813,29 +1617,22 @@ class Draft:
         if not title:
             raise BacklogError("a new item needs a title; this one is blank")
         _refuse_bad_values("the new item", {**fields, "title": title})
+        self.next_item_id = max(self.next_item_id, highest_number(prefix, self.items)) + 1
         known: dict[str, object] = {
             **{key: row.default for key, row in ITEM_TABLE.items() if row.written == "always"},
             **fields,
-            "id": self.allocate(prefix),
+            "id": f"{prefix}-{self.next_item_id:03d}",
             "title": title,
             "created": timestamp(now),
             "updated": timestamp(now),
         }
-        ordered = {key: known.get(key) for key in dict.fromkeys((*ITEM_KEYS, *known))}
-        item = _with_keys({}, ordered)
+        item = _item_of({key: known.get(key) for key in dict.fromkeys((*ITEM_KEYS, *known))})
         self.items[item["id"]] = item
         return item
 
-    def allocate(self, prefix: str) -> str:
-        """The next id, `PREFIX-007`; numbers are never handed out twice, whatever the prefix."""
-        self.next_item_id = max(self.next_item_id, highest_number(prefix, self.items)) + 1
-        return f"{prefix}-{self.next_item_id:03d}"
 
-    def remove(self, item_id: str) -> Item:
-        """Take an item out; BacklogError if there is none of this id."""
-        item = self.item(item_id)
-        del self.items[item_id]
-        return item
+def _item_of(values: Mapping[str, object]) -> Item:
+    return {key: value for key, value in values.items() if value is not None}
 
 
 def highest_number(prefix: str, ids: Iterable[str]) -> int:
@@ -1881,10 +1678,13 @@ _NOT_BLOCKED: Mapping[str, object] = dict.fromkeys(
 )
 
 
-def transition(draft: Draft, item_id: str, status: str, now: datetime) -> Item:
+def transition(
+    draft: Draft, item_id: str, status: str, now: datetime, **changes: object
+) -> Item:
     """Move an item to another status; BacklogError, and nothing changed, if it may not go there.
 
     Entering `blocked` remembers where it came from, leaving it clears what the block recorded.
+    `changes` are made with it.
     """
     item = draft.item(item_id)
     if status not in LEGAL_TRANSITIONS[item["status"]]:
@@ -1893,20 +1693,18 @@ def transition(draft: Draft, item_id: str, status: str, now: datetime) -> Item:
             f"{item_id}: it is {item['status']} and cannot become {status};"
             f" possible is {allowed or 'nothing'}"
         )
-    changes: dict[str, object] = {"status": status}
     if item["status"] == "blocked":
-        changes |= _NOT_BLOCKED
+        changes = {**_NOT_BLOCKED, **changes}
     if status == "blocked":
         changes["blocked_from_status"] = item["status"]
-    return draft.update(item_id, now, **changes)
+    return draft.update(item_id, now, status=status, **changes)
 
 
 def block(draft: Draft, item_id: str, reason: str, now: datetime, kind: str | None = None) -> Item:
     """Block an item until a human unblocks it; `kind` is one of BLOCK_WORDS. BacklogError if it
     is blocked already or done."""
-    _refuse_bad_values(item_id, {"blocked_reason": reason, "blocked_type": kind})
-    transition(draft, item_id, "blocked", now)
-    return draft.update(item_id, now, blocked_reason=reason, blocked_type=kind)
+    details = {"blocked_reason": reason, "blocked_type": kind}
+    return transition(draft, item_id, "blocked", now, **details)
 
 
 def unblock(
@@ -1921,13 +1719,13 @@ def unblock(
     if item["status"] != "blocked":
         raise BacklogError(f"{item_id}: it is not blocked, but {item['status']}")
     back = item.get("blocked_from_status", "new")
-    transition(draft, item_id, back if back in LEGAL_TRANSITIONS["blocked"] else "new", now)
     changes: dict[str, object] = {"attempts": None}
     if notes and notes.strip():
         changes["unblock_context"] = notes.strip()
     if override:
         changes["guardrail_override"] = True
-    return draft.update(item_id, now, **changes)
+    back = back if back in LEGAL_TRANSITIONS["blocked"] else "new"
+    return transition(draft, item_id, back, now, **changes)
 
 
 def advance(
@@ -1952,19 +1750,14 @@ def advance(
     return draft.update(item_id, now, phase=phase, phase_pool="main", attempts=None)
 
 
-def archive(draft: Draft, item_id: str, now: datetime) -> Item:
-    """Take an item out of the backlog and out of all dependencies; returns it."""
-    item = draft.remove(item_id)
-    for other in dependants_of(draft, item_id):
+def archive(draft: Draft, item_id: str, now: datetime) -> list[str]:
+    """Take an item out of the backlog and out of all dependencies; the ids that waited for it."""
+    del draft.items[draft.item(item_id)["id"]]
+    waited = [other for other in draft.items.values() if item_id in other.get("dependencies", ())]
+    for other in waited:
         rest = [need for need in other["dependencies"] if need != item_id]
         draft.update(other["id"], now, dependencies=rest or None)
-    return item
-
-
-def dependants_of(draft: Draft, item_id: str) -> list[Item]:
-    """The other items that depend on this one."""
-    others = (item for key, item in draft.items.items() if key != item_id)
-    return [item for item in others if item_id in item.get("dependencies", ())]
+    return [other["id"] for other in waited]
 
 
 # ---- New items -----------------------------------------------------------------------------------
@@ -1987,31 +1780,21 @@ def add_follow_ups(
     One that an open item already covers (same words in the title), or that cannot be added, is
     left out with a warning on the draft.
     """
-    if not follow_ups:
-        return []
+    added: list[Item] = []
     open_titles = {
         normalise_title(item["title"]): item["id"]
-        for item in reversed(draft.items.values())
+        for item in (reversed(draft.items.values()) if follow_ups else ())
         if item["status"] != "done"
     }
-    added: list[Item] = []
-    for follow_up in follow_ups:
-        known = open_titles.get(normalise_title(follow_up.title))
-        if known:
-            draft.warnings.append(f"follow-up {follow_up.title!r} is already there as {known}")
+    for title, context, size, risk in follow_ups:
+        if known := open_titles.get(normalise_title(title)):
+            draft.warnings.append(f"follow-up {title!r} is already there as {known}")
             continue
+        fields = {"size": size, "risk": risk, "description": context_description(context)}
         try:
-            item = draft.add(
-                prefix,
-                follow_up.title,
-                now,
-                size=follow_up.size,
-                risk=follow_up.risk,
-                origin=origin,
-                description=context_description(follow_up.context),
-            )
+            item = draft.add(prefix, title, now, origin=origin, **fields)
         except BacklogError as error:
-            draft.warnings.append(f"follow-up {follow_up.title!r} is left out: {error}")
+            draft.warnings.append(f"follow-up {title!r} is left out: {error}")
             continue
         open_titles[normalise_title(item["title"])] = item["id"]
         added.append(item)
@@ -2085,10 +1868,11 @@ def pipeline_name(item: Item) -> str:
     return item.get("pipeline_type") or DEFAULT_PIPELINE
 
 
-def unknown_pipeline(name: str, rules: Rules) -> str:
-    """The reason an item with such a pipeline is blocked."""
+def _unknown_pipeline(name: str, rules: Rules) -> str:
+    """The reason an item with such a pipeline is blocked; "" if there is one."""
     known = ", ".join(sorted(rules.pipelines))
-    return f"unknown pipeline type {name!r}; {rules.source} has: {known}"
+    problem = f"unknown pipeline type {name!r}; {rules.source} has: {known}"
+    return "" if name in rules.pipelines else problem
 
 
 def guardrail_objection(item: Item, limits: Mapping[str, str], before: Item | None = None) -> str:
@@ -2099,26 +1883,22 @@ def guardrail_objection(item: Item, limits: Mapping[str, str], before: Item | No
     """
     if item.get("guardrail_override"):
         return ""
-    now: Mapping[str, object] = item
-    since: Mapping[str, object] = before or {}
-    objections: list[str] = []
-    if now.get("requires_human_review") and not since.get("requires_human_review"):
+    since, objections = before or {}, list[str]()
+    if item.get("requires_human_review") and not since.get("requires_human_review"):
         objections.append("human review is required")
     excesses = [
-        f"{measure} {now[measure]} (limit {limit})"
+        f"{measure} {item[measure]} (limit {limit})"
         for measure, limit in limits.items()
-        if _rank(measure, now) > max(_rank(measure, limits), _rank(measure, since))
+        if _rank(measure, item) > max(_rank(measure, limits), _rank(measure, since))
     ]
     if excesses:
         objections.append(f"the guardrails are exceeded by {', '.join(excesses)}")
-    if not objections:
-        return ""
-    return f"{' and '.join(objections)}; a human has to accept it"
+    return f"{' and '.join(objections)}; a human has to accept it" if objections else ""
 
 
-def _rank(measure: str, ratings: Mapping[str, object]) -> int:
+def _rank(measure: str, ratings: Mapping[str, Any]) -> int:
     """How high a rating is; -1 without one."""
-    return (None, *RATING_WORDS[measure]).index(cast(str, ratings.get(measure))) - 1
+    return (None, *RATING_WORDS[measure]).index(ratings.get(measure)) - 1
 
 
 def apply_result(
@@ -2133,7 +1913,7 @@ def apply_result(
     origin = f"{item_id}/{result.phase}"
     added = add_follow_ups(draft, rules.prefix, origin, result.follow_ups, now)
     if item_id in draft.items:
-        applied = _Decision(draft, started, result, rules, now).made()
+        applied = _decide(draft, started, result, rules, now)
     else:  # removed meanwhile: what the phase said is kept in the worklog alone
         reason = "the item left the backlog while the phase ran"
         told = _told(started, result, f"{result.summary} ({reason})", now)
@@ -2143,12 +1923,115 @@ def apply_result(
     )
 
 
-def charge_attempt(draft: Draft, started: Item, now: datetime) -> int:
-    """Charge a failed attempt to the item; returns how many the current phase has had."""
-    attempts = (draft.items.get(started["id"], started).get("attempts") or 0) + 1
-    if started["id"] in draft.items:
-        draft.update(started["id"], now, attempts=attempts)
-    return attempts
+def _decide(
+    draft: Draft, started: Item, result: PhaseResult, rules: Rules, now: datetime
+) -> Applied:
+    """Block the item, with the question that its phase leaves, or let it go on."""
+    item_id, phase = result.item_id, result.phase
+    # A rating that stands is a floor: an agent may raise it, and ask for a review, never waive.
+    raised: dict[str, Any] = {
+        key: word
+        for key, word in result.ratings.items()
+        if _rank(key, result.ratings) > _rank(key, draft.items[item_id])
+    }
+    if result.requires_human_review:
+        raised["requires_human_review"] = True
+    draft.update(item_id, now, **raised)
+    reason, kind = result.context or result.summary, result.block_type
+    if result.result == "failed":
+        return _blocked(draft, item_id, phase, reason, now, kind, "Failed")
+    question = _duplicate_question(draft, result)
+    if result.result == "blocked":
+        reason = "; ".join(filter(None, (reason, question)))
+        return _blocked(draft, item_id, phase, reason, now, kind)
+    told = _told(draft.update(item_id, now, attempts=None), result, result.summary, now)
+    if phase == TRIAGE:
+        reason, kind = _after_triage(draft, result, question, rules, now)
+    else:
+        reason, kind = _after_phase(draft, started, result, rules, now)
+    if reason:
+        applied = _blocked(draft, item_id, phase, reason, now, kind)
+    elif draft.items[item_id]["status"] == "done":
+        item = draft.items[item_id]
+        archive(draft, item_id, now)
+        applied = Applied("completed", item, worklog=archive_entry(now, item))
+    else:
+        again = result.result == "subphase_complete"
+        applied = Applied("again" if again else "advanced", draft.items[item_id])
+    return applied._replace(worklog=told + applied.worklog)
+
+
+def _after_triage(
+    draft: Draft, result: PhaseResult, question: str, rules: Rules, now: datetime
+) -> tuple[str, str | None]:
+    """Small and safe items are ready, others start with the pre-phases; what stops it there, if
+    anything does, and the kind of block.
+
+    What needs a human is stopped here, before a pre-phase costs anything.
+    """
+    item_id = result.item_id
+    item = draft.items[item_id]
+    given = {field: text for field, text in result.description.items() if text}
+    if given:  # what the triage leaves out stays as it was
+        texts = {**item.get("description", {}), **given}
+        described = {field: texts.get(field, "") for field in DESCRIPTION_KEYS}
+        item = draft.update(item_id, now, description=described)
+    if question:
+        return question, "decision"
+    if result.result == "subphase_complete":
+        return "triage cannot be completed in parts", None
+    name = result.pipeline_type or pipeline_name(item)
+    if problem := _unknown_pipeline(name, rules):
+        return problem, None
+    chosen = {"pipeline_type": name} if result.pipeline_type else {}
+    item = transition(draft, item_id, "scoping", now, **chosen)
+    pre = rules.pipelines[name].pre
+    if not pre or (item.get("size") == "small" and item.get("risk") in ("low", None)):
+        item = transition(draft, item_id, "ready", now, phase=None, phase_pool=None)
+    else:
+        item = draft.update(item_id, now, phase=pre[0], phase_pool="pre")
+    return guardrail_objection(item, rules.limits), "decision"
+
+
+def _after_phase(
+    draft: Draft, started: Item, result: PhaseResult, rules: Rules, now: datetime
+) -> tuple[str, str | None]:
+    """The same phase again, the next one, ready, or done; what stops the item there, if anything
+    does, and the kind of block.
+
+    An item that a raised rating stops has moved on already: unblocked, it repeats nothing.
+    """
+    item_id, phase = result.item_id, result.phase
+    item, since = draft.items[item_id], started
+    if result.result == "phase_complete":
+        item = draft.update(item_id, now, unblock_context=None)  # its notes have been used
+        name = pipeline_name(item)
+        route = rules.pipelines.get(name, Route((), ()))
+        pool, phases = ("pre", route.pre) if phase in route.pre else ("main", route.main)
+        if phase not in phases:
+            return f"pipeline {name!r} has no phase {phase!r} to go on from", None
+        if following := phases[phases.index(phase) + 1 :]:
+            item = draft.update(item_id, now, phase=following[0], phase_pool=pool)
+        elif pool == "main":
+            transition(draft, item_id, "done", now)
+            return "", None
+        else:
+            item = transition(draft, item_id, "ready", now, phase=None, phase_pool=None)
+            since = {}
+    return guardrail_objection(item, rules.limits, since), "decision"
+
+
+def _duplicate_question(draft: Draft, result: PhaseResult) -> str:
+    """What to ask the operator about items that ask for the same; "" if there are none."""
+    known = []
+    for other in result.duplicates:
+        if other in draft.items and other != result.item_id:
+            known.append(f"{other} ({_one_line_title(draft.items[other]['title'])})")
+        else:
+            text = f"{result.item_id}: there is no other item {other} that it could repeat"
+            draft.warnings.append(text)
+    remedy = "if it is, `close` it, else `unblock` it with a note"
+    return f"it seems to be a duplicate of {', '.join(known)}; {remedy}" if known else ""
 
 
 def _told(item: Item, result: PhaseResult, summary: str, now: datetime) -> str:
@@ -2164,7 +2047,7 @@ def _blocked(
     phase: str,
     reason: str,
     now: datetime,
-    kind: str | None = None,
+    kind: str | None,
     outcome: str = "Blocked",
 ) -> Applied:
     """Block the item; the attempts start anew when it is unblocked."""
@@ -2175,135 +2058,15 @@ def _blocked(
     return Applied("blocked", item, reason, worklog=told)
 
 
-class _Decision:
-    """What becomes of an item by the result of its phase, while it is decided."""
-
-    def __init__(
-        self, draft: Draft, started: Item, result: PhaseResult, rules: Rules, now: datetime
-    ) -> None:
-        self.draft, self.started, self.result = draft, started, result
-        self.rules, self.now = rules, now
-
-    @property
-    def item(self) -> Item:
-        return self.draft.items[self.result.item_id]
-
-    def update(self, **changes: object) -> Item:
-        return self.draft.update(self.result.item_id, self.now, **changes)
-
-    def stop(self, reason: str, kind: str | None = None, outcome: str = "Blocked") -> Applied:
-        item_id, phase = self.result.item_id, self.result.phase
-        return _blocked(self.draft, item_id, phase, reason, self.now, kind, outcome)
-
-    def made(self) -> Applied:
-        self.take_ratings()
-        return self.decide()
-
-    def take_ratings(self) -> None:
-        """One that stands is a floor: an agent may raise it, and ask for a review, never waive."""
-        given = self.result.ratings
-        higher = {key: given[key] for key in given if _rank(key, given) > _rank(key, self.item)}
-        self.update(**higher)
-        if self.result.requires_human_review:
-            self.update(requires_human_review=True)
-
-    def decide(self) -> Applied:
-        """Block the item, with the question that its phase leaves, or let it go on."""
-        result = self.result
-        reason = result.context or result.summary
-        if result.result == "failed":
-            return self.stop(reason, result.block_type, "Failed")
-        question = self.duplicate_question()
-        if result.result == "blocked":
-            return self.stop("; ".join(filter(None, (reason, question))), result.block_type)
-        told = _told(self.update(attempts=None), result, result.summary, self.now)
-        if result.phase != TRIAGE:
-            applied = self.go_on()
-        else:
-            self.describe()
-            applied = self.stop(question, "decision") if question else self.route()
-        return applied._replace(worklog=told + applied.worklog)
-
-    def go_on(self) -> Applied:
-        """After a phase of a pipeline: the same again, the next one, ready, or done.
-
-        An item that a raised rating stops has moved on already: unblocked, it repeats nothing.
-        """
-        if self.result.result == "subphase_complete":
-            return self.unless_objected("again", since=self.started)
-        phase = self.result.phase
-        name = pipeline_name(self.update(unblock_context=None))  # its notes have been used
-        route = self.rules.pipelines.get(name, Route((), ()))
-        pool, phases = ("pre", route.pre) if phase in route.pre else ("main", route.main)
-        if phase not in phases:
-            return self.stop(f"pipeline {name!r} has no phase {phase!r} to go on from")
-        following = phases[phases.index(phase) + 1 :]
-        if following:
-            self.update(phase=following[0], phase_pool=pool)
-            return self.unless_objected("advanced", since=self.started)
-        if pool == "pre":
-            return self.make_ready()
-        transition(self.draft, self.result.item_id, "done", self.now)
-        item = archive(self.draft, self.result.item_id, self.now)
-        return Applied("completed", item, worklog=archive_entry(self.now, item))
-
-    def route(self) -> Applied:
-        """After triage: small and safe items are ready, others start with the pre-phases.
-
-        What needs a human is stopped here, before a pre-phase costs anything.
-        """
-        if self.result.result == "subphase_complete":
-            return self.stop("triage cannot be completed in parts")
-        name = self.result.pipeline_type or pipeline_name(self.item)
-        if name not in self.rules.pipelines:
-            return self.stop(unknown_pipeline(name, self.rules))
-        if self.result.pipeline_type:
-            self.update(pipeline_type=name)
-        item = transition(self.draft, self.result.item_id, "scoping", self.now)
-        pre = self.rules.pipelines[name].pre
-        if not pre or (item.get("size") == "small" and item.get("risk") in ("low", None)):
-            return self.make_ready()
-        self.update(phase=pre[0], phase_pool="pre")
-        return self.unless_objected("advanced")
-
-    def make_ready(self) -> Applied:
-        """What needs a human is blocked as a ready item, so that nothing is repeated."""
-        self.update(phase=None, phase_pool=None)
-        transition(self.draft, self.result.item_id, "ready", self.now)
-        return self.unless_objected("advanced")
-
-    def unless_objected(
-        self, state: Literal["advanced", "again"], since: Item | None = None
-    ) -> Applied:
-        """Let the item be where it is now, unless the guardrails object."""
-        objection = guardrail_objection(self.item, self.rules.limits, since)
-        return self.stop(objection, "decision") if objection else Applied(state, self.item)
-
-    def describe(self) -> None:
-        """Take the description, field by field: what the triage leaves out stays as it was."""
-        given = {field: text for field, text in self.result.description.items() if text}
-        if given:
-            texts = {**self.item.get("description", {}), **given}
-            self.update(description={field: texts.get(field, "") for field in DESCRIPTION_KEYS})
-
-    def duplicate_question(self) -> str:
-        """What to ask the operator about items that ask for the same; "" if there are none."""
-        item_id, items, known = self.result.item_id, self.draft.items, []
-        for other in self.result.duplicates:
-            if other in items and other != item_id:
-                known.append(f"{other} ({_one_line_title(items[other]['title'])})")
-            else:
-                text = f"{item_id}: there is no other item {other} that it could repeat"
-                self.draft.warnings.append(text)
-        if not known:
-            return ""
-        return (
-            f"it seems to be a duplicate of {', '.join(known)};"
-            " if it is, `close` it, else `unblock` it with a note"
-        )
-
-
 # ---- Promotion, repair, and what the operator takes out ------------------------------------------
+
+
+def charge_attempt(draft: Draft, started: Item, now: datetime) -> int:
+    """Charge a failed attempt to the item; returns how many the current phase has had."""
+    attempts = (draft.items.get(started["id"], started).get("attempts") or 0) + 1
+    if started["id"] in draft.items:
+        draft.update(started["id"], now, attempts=attempts)
+    return attempts
 
 
 def promote(draft: Draft, item_id: str, rules: Rules, now: datetime) -> Applied:
@@ -2315,16 +2078,12 @@ def promote(draft: Draft, item_id: str, rules: Rules, now: datetime) -> Applied:
     item = draft.items.get(item_id)
     if item is None or item["status"] != "ready":
         return Applied("dropped", item or Item(id=item_id), "it is not ready any more")
-    route = rules.pipelines.get(pipeline_name(item))
-    if route is None:
-        reason = unknown_pipeline(pipeline_name(item), rules)
-    else:
-        reason = guardrail_objection(item, rules.limits)
-    if route is None or reason:
+    name = pipeline_name(item)
+    reason = _unknown_pipeline(name, rules) or guardrail_objection(item, rules.limits)
+    if reason:
         return _blocked(draft, item_id, "promotion", reason, now, "decision")
-    transition(draft, item_id, "in_progress", now)
-    item = draft.update(item_id, now, phase=route.main[0], phase_pool="main", attempts=None)
-    return Applied("advanced", item)
+    start = {"phase": rules.pipelines[name].main[0], "phase_pool": "main", "attempts": None}
+    return Applied("advanced", transition(draft, item_id, "in_progress", now, **start))
 
 
 def repair_items(draft: Draft, rules: Rules, now: datetime) -> list[str]:
@@ -2344,32 +2103,25 @@ def repair_items(draft: Draft, rules: Rules, now: datetime) -> list[str]:
             draft.update(item_id, now, dependencies=rest or None)
             gone = ", ".join(finished)
             messages.append(f"{item_id}: dropped its dependencies on finished items: {gone}")
-        if item["status"] in ("scoping", "in_progress", "ready"):
-            messages += _repair_active(draft, item, rules, now)
+        if item["status"] not in ("scoping", "in_progress", "ready"):
+            continue
+        name, pool = pipeline_name(item), "pre" if item["status"] == "scoping" else "main"
+        if problem := _unknown_pipeline(name, rules):
+            block(draft, item_id, problem, now, "decision")
+            messages.append(f"{item_id}: blocked: {problem}")
+        elif item["status"] != "ready" and not item.get("phase"):
+            phases = getattr(rules.pipelines[name], pool)
+            if phases:
+                draft.update(item_id, now, phase=phases[0], phase_pool=pool)
+                done = f"starts with {phases[0]}"
+            else:
+                transition(draft, item_id, "ready", now)
+                done = f"{name} has no pre-phases, so it is ready"
+                if objection := guardrail_objection(item, rules.limits):
+                    block(draft, item_id, objection, now, "decision")
+                    done = f"blocked: {objection}"
+            messages.append(f"{item_id}: was {item['status']} without a phase; {done}")
     return messages
-
-
-def _repair_active(draft: Draft, item: Item, rules: Rules, now: datetime) -> list[str]:
-    item_id, name = item["id"], pipeline_name(item)
-    route = rules.pipelines.get(name)
-    if route is None:
-        reason = unknown_pipeline(name, rules)
-        block(draft, item_id, reason, now, "decision")
-        return [f"{item_id}: blocked: {reason}"]
-    if item["status"] == "ready" or item.get("phase"):
-        return []
-    what = f"{item_id}: was {item['status']} without a phase"
-    scoping = item["status"] == "scoping"
-    if scoping and not route.pre:
-        transition(draft, item_id, "ready", now)
-        objection = guardrail_objection(item, rules.limits)
-        if objection:
-            block(draft, item_id, objection, now, "decision")
-            return [f"{what}; blocked: {objection}"]
-        return [f"{what}; {name} has no pre-phases, so it is ready"]
-    first = (route.pre if scoping else route.main)[0]
-    draft.update(item_id, now, phase=first, phase_pool="pre" if scoping else "main")
-    return [f"{what}; starts with {first}"]
 
 
 class Farewell(NamedTuple):
@@ -2388,8 +2140,7 @@ def take_out(
     Whatever depended on it depends on it no longer, and says why in its context.
     """
     item = draft.item(item_id)
-    dependants = tuple(one["id"] for one in dependants_of(draft, item_id))
-    archive(draft, item_id, now)
+    dependants = archive(draft, item_id, now)
     fate = "was done outside of this backlog" if status == "Done" else "was closed"
     note = f"[{item_id}, which this depended on, {fate}] {_one_line_title(item['title'])}"
     note = f"{note}: {why}" if why else note
@@ -2397,7 +2148,7 @@ def take_out(
         texts = dict.fromkeys(DESCRIPTION_KEYS, "") | draft.items[one].get("description", {})
         context = "\n".join(filter(None, (texts["context"], note)))
         draft.update(one, now, description={**texts, "context": context})
-    return Farewell(item, dependants, archive_entry(now, item, status, why))
+    return Farewell(item, tuple(dependants), archive_entry(now, item, status, why))
 
 
 # ---- Ids and dependencies ------------------------------------------------------------------------
@@ -2425,35 +2176,24 @@ class IssuedIds:
 
 def unmet_dependencies(items: Mapping[str, Item], item: Item) -> list[str]:
     """The ids that must be done first: an id that is not in the backlog (any more) is met."""
-    return [
-        need
-        for need in item.get("dependencies", ())
-        if need in items and items[need]["status"] != "done"
-    ]
+    needs = item.get("dependencies", ())
+    return [need for need in needs if need in items and items[need]["status"] != "done"]
 
 
 def dependency_cycles(items: Mapping[str, Item]) -> list[list[str]]:
-    """Cycles among the items that are not done, each once and as a closed path A, B, A.
+    """Cycles among the items that are not done, each as a closed path A, B, A."""
+    import graphlib
 
-    Depth-first search without recursion: a chain may be longer than Python's own stack.
-    """
-    needs = {item_id: unmet_dependencies(items, item) for item_id, item in items.items()}
+    needs = {key: dict.fromkeys(unmet_dependencies(items, item)) for key, item in items.items()}
     cycles: list[list[str]] = []
-    finished: set[str] = set()
-    for start in needs:
-        path = {} if start in finished else {start: iter(needs[start])}  # in walking order
-        while path:
-            here = next(reversed(path))
-            need = next(path[here], None)
-            if need is None:
-                finished.add(here)
-                del path[here]
-            elif need in path:
-                walked = list(path)
-                cycles.append([*walked[walked.index(need) :], need])
-            elif need not in finished:
-                path[need] = iter(needs[need])
-    return cycles
+    while True:
+        try:
+            graphlib.TopologicalSorter(needs).prepare()
+            return cycles
+        except graphlib.CycleError as error:
+            cycle = error.args[1][::-1]  # from an item to what it needs
+            cycles.append(cycle)
+            del needs[cycle[0]][cycle[1]]
 
 
 # ==== 12. Filters =================================================================================
@@ -2475,7 +2215,6 @@ class Filter(NamedTuple):
 
 
 FILTER_KEYS = {row.filter: key for key, row in ITEM_TABLE.items() if row.filter}
-_FILTER_FORM = r"(?s)\s*([^=]*?)\s*(!?=)\s*(.*?)\s*"
 
 
 def parse_filter(text: str) -> Filter:
@@ -2484,58 +2223,51 @@ def parse_filter(text: str) -> Filter:
     Key and words in any case, with their first letters as short forms of sizes and levels; ids,
     tags, pipelines and origins exactly as they are.
     """
-    parts = re.fullmatch(_FILTER_FORM, text)
+    parts = re.fullmatch(r"(?s)\s*([^=]*?)\s*(!?=)\s*(.*?)\s*", text)
     if parts is None or not parts[1] or not parts[3]:
         form = "KEY=VALUE[,VALUE…] or KEY!=VALUE[,VALUE…]"
         raise FilterError(f"Filter must be in format {form}, not '{text}'")
     key = parts[1].lower()
     if key not in FILTER_KEYS:
-        hint = did_you_mean(key, FILTER_KEYS)
-        raise FilterError(
-            f"Unknown filter field: {key}{hint}. Supported: {', '.join(FILTER_KEYS)}"
-        )
-    values: list[str] = []
-    for token in parts[3].split(","):
-        value = _filter_value(key, token.strip(), text)
-        if value in values:
-            raise FilterError(
-                f"Duplicate value '{value}' in comma-separated list for field '{key}'"
-            )
-        values.append(value)
+        hint = f"{did_you_mean(key, FILTER_KEYS)}. Supported: {', '.join(FILTER_KEYS)}"
+        raise FilterError(f"Unknown filter field: {key}{hint}")
+    kind, values = ITEM_TABLE[FILTER_KEYS[key]].kind, list[str]()
+    for token in map(str.strip, parts[3].split(",")):
+        if not token:
+            raise FilterError(f"Empty value in comma-separated list: '{text}'")
+        value = kind.typed(token)
+        if problem := kind.problem([value] if kind is TEXTS else value):
+            raise FilterError(f"Invalid value '{token}' for field '{key}': it {problem}")
+        if str(value) in values:
+            where = f"comma-separated list for field '{key}'"
+            raise FilterError(f"Duplicate value '{value}' in {where}")
+        values.append(str(value))
     return Filter(key, tuple(values), parts[2] == "!=")
-
-
-def _filter_value(key: str, token: str, text: str) -> str:
-    if not token:
-        raise FilterError(f"Empty value in comma-separated list: '{text}'")
-    kind = ITEM_TABLE[FILTER_KEYS[key]].kind
-    value = kind.typed(token)
-    problem = kind.problem([value] if kind is TEXTS else value)
-    if problem:
-        raise FilterError(f"Invalid value '{token}' for field '{key}': it {problem}")
-    return str(value)
 
 
 def check_filters(filters: Sequence[Filter]) -> None:
     """Refuse flags that contradict or repeat each other; all of them have to hold together."""
-    for position, later in enumerate(filters):
-        for earlier in filters[:position]:
-            if later == earlier and later.key == "tag":
-                raise FilterError(f"Duplicate filter: {later} specified multiple times")
-            if later.key != "tag" and earlier[::2] == later[::2]:
-                sign = "!=" if later.negated else "="
-                raise FilterError(
-                    f"Field '{later.key}' specified multiple times in separate --only flags;"
-                    f" put the values in one: --only {later.key}{sign}value1,value2"
-                )
+    for earlier, later in itertools.combinations(filters, 2):
+        if later == earlier and later.key == "tag":
+            raise FilterError(f"Duplicate filter: {later} specified multiple times")
+        if later.key != "tag" and earlier[::2] == later[::2]:
+            sign = "!=" if later.negated else "="
+            raise FilterError(
+                f"Field '{later.key}' specified multiple times in separate --only flags;"
+                f" put the values in one: --only {later.key}{sign}value1,value2"
+            )
 
 
 def matches(item: Item, filters: Iterable[Filter]) -> bool:
     """Whether an item passes all filters. One without the key passes only a negated filter."""
-    return all(
-        filter_.negated != any(value in filter_.values for value in _filtered_values(item, filter_))
-        for filter_ in filters
-    )
+    for key, wanted, negated in filters:
+        value = item.get(FILTER_KEYS[key])
+        found = value if isinstance(value, list) else [] if value is None else [str(value)]
+        if key == "origin" and found:  # `ID/phase` is found by the id alone, too
+            found = [*found, found[0].partition("/")[0]]
+        if negated == any(one in wanted for one in found):
+            return False
+    return True
 
 
 def matching(backlog: Backlog, filters: Sequence[Filter]) -> set[str]:
@@ -2543,17 +2275,11 @@ def matching(backlog: Backlog, filters: Sequence[Filter]) -> set[str]:
     return {item_id for item_id, item in backlog.items.items() if matches(item, filters)}
 
 
-def _filtered_values(item: Item, filter_: Filter) -> Sequence[str]:
-    """What a filter compares: an origin `ID/phase` is found by the id alone, too."""
-    value = cast(Mapping[str, object], item).get(FILTER_KEYS[filter_.key])
-    if value is None:
-        return ()
-    if filter_.key == "origin":
-        return (str(value), str(value).partition("/")[0])
-    return cast(Sequence[str], value) if isinstance(value, list) else (str(value),)
-
-
 # ==== 13. Worklog =================================================================================
+
+_WORKLOG_RULE = "\n---\n"  # between entries; what people wrote is indented, so it cannot be theirs
+_WORKLOG_HEAD = r"## (\S+) — (\S+) \((.*)\)$"
+_WORKLOG_BULLET = r"- \*\*(\w+):\*\* (.*)"
 
 
 def worklog_entry(
@@ -2573,14 +2299,11 @@ def archive_entry(now: datetime, item: Item, status: str = "Done", why: str = ""
 
 
 def _worklog_text(now: datetime, item_id: str, title: str, facts: Mapping[str, str]) -> str:
-    bullets = "".join(f"- **{name}:** {_indented(text)}\n" for name, text in facts.items())
-    return f"## {timestamp(now)} — {item_id} ({_one_line_title(title)})\n\n{bullets}\n---\n\n"
-
-
-def _indented(text: str) -> str:
-    """Text that belongs to a Markdown bullet, whatever is in it."""
-    first, *others = text.strip().splitlines() or [""]
-    return "\n".join([first, *(f"  {line}".rstrip() for line in others)])
+    lines = [f"## {timestamp(now)} — {item_id} ({_one_line_title(title)})", ""]
+    for name, text in facts.items():
+        first, *others = text.strip().splitlines() or [""]
+        lines += [f"- **{name}:** {first}", *(f"  {line}".rstrip() for line in others)]
+    return "\n".join([*lines, _WORKLOG_RULE, ""])
 
 
 def with_cost(text: str, cost: str) -> str:
@@ -2612,21 +2335,13 @@ def read_worklog(text: str) -> list[dict[str, str]]:
     return [{key: value.strip() for key, value in entry.items()} for entry in entries]
 
 
-_WORKLOG_RULE = "\n---\n"  # between entries; what people wrote is indented, so it cannot be theirs
-_WORKLOG_HEAD = r"## (\S+) — (\S+) \((.*)\)$"
-_WORKLOG_BULLET = r"- \*\*(\w+):\*\* (.*)"
-
-
 def last_summary(entries: Iterable[Mapping[str, str]], item_id: str) -> str | None:
     """What the item's last completed phase reported; `entries`: see `read_worklog`."""
-    done = [
-        entry["summary"]
-        for entry in entries
-        if entry["item"] == item_id
-        and entry.get("outcome") in ("Complete", "Subphase Complete")
-        and "summary" in entry
-    ]
-    return done[-1] if done else None
+    summary = None
+    for entry in entries:
+        if entry["item"] == item_id and entry.get("outcome") in ("Complete", "Subphase Complete"):
+            summary = entry.get("summary", summary)
+    return summary
 
 
 def recent_worklogs(directory: Path) -> list[Path]:
@@ -2665,62 +2380,80 @@ def sync_directory(directory: Path) -> None:
         os.close(fd)
 
 
-def replace_file(path: Path, data: bytes, mode: int = 0o644) -> None:
-    """Write a file so that a crash leaves the old or the new content, never a part; OSError."""
+def replace_file(
+    path: Path, data: bytes, mode: int = 0o644, still: Callable[[], bool] = lambda: True
+) -> bool:
+    """Write a file so that a crash leaves the old or the new content, never a part; OSError.
+
+    If not `still()` just before it is replaced, it stays as it is: False.
+    """
     path.parent.mkdir(exist_ok=True)  # not a folder above it that vanished
     unfinished = path.with_name(f".{path.name}.tmp")
-    with open(unfinished, "wb") as file:
-        os.fchmod(file.fileno(), mode)
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)
-    sync_directory(path.parent)
+    unfinished.unlink(missing_ok=True)  # it may be a link
+    try:
+        with open(os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            os.fchmod(file.fileno(), mode)
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        if not still():
+            return False
+        os.replace(unfinished, path)
+        sync_directory(path.parent)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    return True
 
 
 # ==== 14. States, and their merge =================================================================
 
-
 _GIVEN_KEYS = ("id", "status", "created", "updated")  # what the program gives a new item
 
 
-@cache
-def _item_in(chunk: str) -> tuple[Item, tuple[tuple[str, str], ...]]:
-    """An item and its problems; what only has to be completed, in one with a title, is none."""
+class _Row(NamedTuple):
+    """What a chunk holds."""
+
+    key: str  # its item's id, or its own text
+    item: Item
+    problems: tuple[tuple[str, str], ...]  # (key, what is wrong)
+    whole: bool  # nothing is lacking
+
+
+@lru_cache(maxsize=_YAML_REMEMBERED)
+def _row_of(chunk: str) -> _Row:
+    """What only has to be completed, in an item with a title, is no problem."""
     item, problems = read_item(read_chunk(chunk))
     if "title" in item:
-        raw = cast(Mapping[str, object], read_chunk(chunk))
+        raw = cast(Item, read_chunk(chunk))
         lacking = {key for key in _GIVEN_KEYS if raw.get(key) is None}
         problems = [one for one in problems if one[0] not in lacking]
-    return item, tuple(problems)
+    whole = item.keys() >= set(REQUIRED_KEYS)
+    return _Row(item.get("id", chunk), item, tuple(problems), whole)
 
 
 class State:
     """A backlog at one moment: a document, and what can be read of it. Never changes.
 
-    `chunks` and what follows are keyed by the item's id, or by the chunk's own text where it has no
-    id of its own. `items` holds what can be used, `fresh` what a person has added with a title and
-    the program has to complete, `partial` what is spoilt, or not written to its end.
+    All is keyed by the item's id, or by the chunk's own text where it has no id of its own. `found`
+    holds every item as it stands there, `items` those that can be used, `problems` what is wrong.
+    One that is neither usable nor wrong has been added by hand, and lacks what we complete.
     """
 
     def __init__(self, document: Document) -> None:
         self.document = document
-        self.chunks: dict[str, str] = {}
-        self.items: dict[str, Item] = {}
-        self.fresh: dict[str, Item] = {}
-        self.partial: dict[str, Item] = {}
-        self.problems: dict[str, tuple[tuple[str, str], ...]] = {}  # (key, problem) by chunk
-        for chunk in document.chunks:
-            item, problems = _item_in(chunk)
-            key = item.get("id", chunk)
-            if key in self.chunks:
-                key, twice = chunk, f"the id {key} is used twice; give one of the two another one"
-                item, problems = {}, (*problems, ("id", twice))
-            self.chunks[key] = chunk
-            if problems:
-                self.problems[key] = problems
-            whole = item.keys() >= set(REQUIRED_KEYS)
-            (self.items if whole else self.partial if problems else self.fresh)[key] = item
+        rows = list(map(_row_of, document.chunks))
+        if len({row.key for row in rows}) < len(rows):
+            seen: set[str] = set()
+            for at, (key, _, problems, _) in enumerate(rows):
+                if key in seen:
+                    twice = f"the id {key} is used twice; give one of the two another one"
+                    problems = (*problems, ("id", twice))
+                    rows[at] = _Row(document.chunks[at], {}, problems, False)
+                seen.add(key)
+        self.chunks = {row.key: chunk for row, chunk in zip(rows, document.chunks, strict=True)}
+        self.found = {row.key: row.item for row in rows}
+        self.items = {row.key: row.item for row in rows if row.whole}
+        self.problems = {row.key: row.problems for row in rows if row.problems}
 
     @classmethod
     def read(cls, data: bytes, source: str) -> State:
@@ -2731,7 +2464,7 @@ class State:
         if not document.chunks and not (isinstance(root, dict) and root.get("items") == []):
             problem, remedy = "no items", "write 'items: []' for an empty backlog"
         elif type(version) is not int or version != SCHEMA_VERSION:
-            found = "missing" if version is None else f"{shown(version)}"
+            found = "missing" if version is None else shown(version)
             raise BacklogError(
                 f"{source}: schema_version is {found}, and only {SCHEMA_VERSION} can be read; use"
                 " the program that wrote the file, or bring its items to schema"
@@ -2752,43 +2485,39 @@ class State:
     def counter(self) -> int:
         return cast(int, self.document.top["next_item_id"])
 
-    @cached_property
+    @property
     def backlog(self) -> Backlog:
         return Backlog(self.items, self.counter)
 
     def complaints(self) -> list[str]:
         """All that is wrong with items, each with file, line and item."""
-        places = list(self.chunks)
-        return [
-            f"{self.document.source}:{self.document.line_of(places.index(owner), key or None)}:"
-            f" {owner if owner != self.chunks[owner] else f'item number {places.index(owner) + 1}'}"
-            f": {problem}"
-            for owner, problems in self.problems.items()
-            for key, problem in problems
-        ]
+        told: list[str] = []
+        for at, (owner, chunk) in enumerate(self.chunks.items()):
+            name = owner if owner != chunk else f"item number {at + 1}"
+            for key, problem in self.problems.get(owner, ()):
+                line = self.document.line_of(at, key or None)
+                told.append(f"{self.document.source}:{line}: {name}: {problem}")
+        return told
 
     def changed(self, backlog: Backlog) -> State:
         """This state with the items and the counter of `backlog`, line by line where it can be.
 
         BacklogError if something cannot be written as YAML.
         """
-        old, new = self.items, backlog.items
-        document, places = self.document, {key: at for at, key in enumerate(self.chunks)}
+        old, new, document = self.items, backlog.items, self.document
+        edited = [key for key, item in new.items() if old.get(key, item) is not item]
+        places = list(self.chunks) if edited else []
         try:
-            for item_id, item in new.items():
-                if item_id in old and item is not old[item_id]:
-                    changes = _differing(old[item_id], item)
-                    document = document.with_item(places[item_id], changes, ITEM_KEYS)
-            kept = [
-                chunk
-                for key, chunk in zip(self.chunks, document.chunks, strict=True)
-                if key not in old or key in new
-            ]
+            for key in edited:
+                changes = _differing(old[key], new[key])
+                document = document.with_item(places.index(key), changes, ITEM_KEYS)
             fresh = [document.render_chunk(new[key]) for key in new if key not in old]
-            if fresh or len(kept) < len(document.chunks):
+            if fresh or len(new) < len(old):
+                pairs = zip(self.chunks, document.chunks, strict=True)
+                kept = [chunk for key, chunk in pairs if key not in old or key in new]
                 document = document.with_chunks([*kept, *fresh])
             if backlog.next_item_id != self.counter:
-                document = document.with_top({"next_item_id": backlog.next_item_id}, TOP_KEYS)
+                document = document.with_top({"next_item_id": backlog.next_item_id})
         except ValueError as error:
             raise BacklogError(f"the change cannot be written as YAML: {error}") from error
         return self if document is self.document else State(document)
@@ -2799,46 +2528,64 @@ def _differing(old: Mapping[str, object], new: Mapping[str, object]) -> dict[str
     return {key: new.get(key) for key in {**old, **new} if old.get(key) != new.get(key)}
 
 
-def _distance(one: State, other: State) -> tuple[int, int, int]:
-    """Items whose stamp differs, then keys that differ, then pieces of text that do.
+def _distance(one: State, other: State, key: str) -> tuple[int, int, int]:
+    """How far apart two states are in one item: its stamp, keys, whether the text differs.
 
     A decision moves an item's `updated`, a person does not: so the stamps tell which decisions a
     copy knows of, however it was edited since.
     """
-    stamps = keys = 0
-    texts = sum(
-        getattr(one.document, part) != getattr(other.document, part) for part in ("head", "tail")
-    )
-    shared = [key for key in one.chunks if key in other.chunks]
-    texts += shared != [key for key in other.chunks if key in one.chunks]
-    for key in one.chunks.keys() | other.chunks.keys():
-        if one.chunks.get(key) == other.chunks.get(key):
-            continue
-        texts += 1
-        mine, theirs = one.items.get(key), other.items.get(key)
-        if mine is None or theirs is None:
-            stamps, keys = stamps + 1, keys + 4
-        elif mine != theirs:
-            stamps += mine["updated"] != theirs["updated"]
-            keys += len(_differing(mine, theirs).keys() - {"updated"})
-    return stamps, keys, texts
+    if one.chunks.get(key) == other.chunks.get(key):
+        return 0, 0, 0
+    mine, theirs = one.items.get(key), other.items.get(key)
+    if mine is None or theirs is None:
+        return 1, 4, 1
+    keys = _differing(mine, theirs).keys()
+    return int("updated" in keys), len(keys - {"updated"}), 1
 
 
-class _Past:
-    """What the states up to now tell about a file: its start, and all that there ever was."""
+class _Merge:
+    """The merge while it is made; see `merge`."""
 
-    def __init__(self, file: State, states: Iterable[State]) -> None:
+    def __init__(
+        self,
+        decided: State,
+        file: State,
+        earlier: Iterable[State],
+        now: datetime,
+        running: Container[str],
+    ) -> None:
+        self.decided, self.file, self.running = decided, file, running
         # By id and `updated`, each text that there was of an item, and what it held.
         self.versions: dict[str, dict[str, dict[str, Item]]] = {}
-        best: tuple[bool, tuple[int, int, int]] | None = None
-        last: Mapping[str, str] = {}
+        self.find_base(itertools.chain(earlier, [decided]))
+        self.now = max([now, *map(self.newest, self.versions)])
+        self.counter = max(decided.counter, file.counter)
+        self.items: dict[str, Item] = {}
+        self.chunks: dict[str, str] = {}  # what an item's lines start from
+        self.renamed: dict[str, str] = {}  # key in the file → key in the result
+        self.notes: list[str] = []
+
+    def find_base(self, states: Iterable[State]) -> None:
+        """Look through the states up to now for the one that somebody started from."""
+        file, last, best = self.file, dict[str, str](), None
+        far: dict[str, tuple[int, int, int]] = {}  # how far the file is from a state, by item
+        total = [0, 0, 0]
         for state in states:
-            for item_id, item in state.items.items():
-                if last.get(item_id) is not (chunk := state.chunks[item_id]):
-                    stamps = self.versions.setdefault(item_id, {})
-                    stamps.setdefault(item["updated"], {})[chunk] = item
+            new = {key for key, chunk in state.chunks.items() if last.get(key) is not chunk}
+            for key in new | (last or file.chunks).keys() - state.chunks.keys():
+                was, far[key] = far.get(key, (0, 0, 0)), _distance(file, state, key)
+                total = [all_ - a + b for all_, a, b in zip(total, was, far[key], strict=True)]
+            for key in new & state.items.keys():
+                stamps = self.versions.setdefault(key, {})
+                texts = stamps.setdefault(state.items[key]["updated"], {})
+                texts[state.chunks[key]] = state.items[key]
             last = state.chunks
-            found = state.counter != file.counter, _distance(file, state)
+            mine, theirs = file.document, state.document
+            layout = (mine.head != theirs.head) + (mine.tail != theirs.tail)
+            layout += [key for key in file.chunks if key in last] != [
+                key for key in last if key in file.chunks
+            ]
+            found = state.counter != file.counter, *total[:2], total[2] + layout
             if best is None or found <= best:  # the newest of equals
                 best, self.base = found, state
 
@@ -2858,96 +2605,67 @@ class _Past:
             return base, (self.base.chunks.get(item_id),)
         return list(known.values())[-1], known
 
-    def is_mixed(self, file: State) -> bool:
-        """Whether the file is of several states, so that what it lacks tells nothing."""
-        return any(
-            self.start_of(item_id, item)[0] is not self.base.items.get(item_id)
-            for item_id, item in file.items.items()
-        )
-
-
-class _Merge:
-    """The merge while it is made; see `merge`."""
-
-    def __init__(
-        self, decided: State, file: State, past: _Past, now: datetime, running: Container[str]
-    ) -> None:
-        self.decided, self.file, self.past, self.base = decided, file, past, past.base
-        self.running = running
-        self.now = max([now, *map(past.newest, past.versions)])
-        self.counter = max(decided.counter, file.counter)
-        self.items: dict[str, Item] = {}
-        self.chunks: dict[str, str] = {}  # what an item's lines start from
-        self.order: dict[str, str] = {}  # key in the file → key in the result
-        self.notes: list[str] = []
-
     def stamp(self) -> str:
         self.now += timedelta(microseconds=1)
         return timestamp(self.now)
 
-    def take(self, key: str, item: Item | None, chunk: str, new_key: str = "") -> None:
-        self.chunks[new_key or key] = chunk
-        self.order[key] = new_key or key
+    def take(self, key: str, item: Item | None, chunk: str) -> None:
+        self.chunks[key] = chunk
         if item is not None:
-            self.items[new_key or key] = item
+            self.items[key] = item
 
     def add(self, key: str, item: Item, prefix: str) -> None:
         """A new item of somebody's: what it lacks is completed."""
-        taken = {*self.decided.items, *self.items, *self.past.versions}
+        taken = {*self.decided.items, *self.items, *self.versions}
         item_id = asked = item.get("id", "")
         if not asked or asked in taken:
             self.counter = max(self.counter, highest_number(prefix, {*taken, *self.file.items})) + 1
-            item_id = f"{prefix}-{self.counter:03d}"
+            item_id = self.renamed[key] = f"{prefix}-{self.counter:03d}"
         if asked in taken:
             title = item.get("title")
             self.notes.append(f"{asked} is taken; the one added by hand is {item_id} now: {title}")
         now = self.stamp()
         fresh = {"status": "new", "created": now, "updated": now, **item, "id": item_id}
-        self.take(key, cast(Item, fresh), self.file.chunks[key], item_id)
+        self.take(item_id, fresh, self.file.chunks[key])
         # So that older copies of the file are told apart from this one by their counter.
         self.counter = max(self.counter, self.base.counter + 1)
 
-    def meet(self, key: str, f: Item) -> None:
+    def meet(self, key: str) -> None:
         """An item that both have: what was edited is taken, what was decided since stands."""
         d, d_chunk = self.decided.items[key], self.decided.chunks[key]
-        f_chunk = self.file.chunks[key]
+        f, f_chunk = self.file.found[key], self.file.chunks[key]
+        if f_chunk == d_chunk:
+            return self.take(key, d, d_chunk)
         bad = {name for name, _ in self.file.problems.get(key, ())}
-        whole = not bad and f.keys() >= set(REQUIRED_KEYS)
-        if whole and moment(f["updated"]) > self.past.newest(key):
+        if key in self.file.items and not bad and moment(f["updated"]) > self.newest(key):
             return self.take(key, f, f_chunk)
-        b, texts = self.past.start_of(key, f)
-        merged: dict[str, object] = dict(d)
-        old = cast(Mapping[str, object], b)
-        for name in {**b, **f} if b else ():
+        b, texts = self.start_of(key, f)
+        merged, old = dict(d), b or {}
+        for name in {**old, **f} if b else ():
             if name in ("id", "updated") or name in bad or f.get(name) == old.get(name):
                 continue
             if name in REQUIRED_KEYS and name not in f:
                 self.notes.append(f"{key}: the key '{name}' is missing; it stays as it was")
                 continue
             merged[name] = self.chosen(key, name, old.get(name), f.get(name), merged.get(name))
-        item = cast(Item, {name: value for name, value in merged.items() if value is not None})
+        item = _item_of(merged)
         if item != d:
-            item = cast(Item, {**item, "updated": self.stamp()})
+            item = _item_of({**merged, "updated": self.stamp()})
         return self.take(key, item, d_chunk if f_chunk in texts or not b else f_chunk)
 
     def chosen(self, key: str, name: str, old: Any, edit: Any, ours: Any) -> Any:
         """Of an edit from `old`, and what was decided since (`ours`), the one that counts."""
-        if name in OWNED_KEYS and key in self.running:
-            loser, winner = edit, ours
-        elif ours in (old, edit):
+        owned = name in OWNED_KEYS
+        if ours in (old, edit) and not (owned and key in self.running):
             return edit
-        elif name in RATING_WORDS and edit is not None and ours is not None:
-            words = RATING_WORDS[name]
-            return max(edit, ours, key=words.index)
-        elif isinstance(edit, list) or isinstance(ours, list):
+        if name in RATING_WORDS and edit is not None and ours is not None:
+            return max(edit, ours, key=RATING_WORDS[name].index)
+        if isinstance(edit, list) or isinstance(ours, list):
             was, theirs, mine = old or [], edit or [], ours or []
             kept = [one for one in mine if one in theirs or one not in was]
             return [*kept, *(one for one in theirs if one not in was and one not in kept)] or None
-        elif name in OWNED_KEYS:
-            loser, winner = edit, ours
-        else:
-            loser, winner = ours, edit
-        if loser != winner:
+        winner = ours if owned else edit
+        if edit != ours:
             self.notes.append(
                 f"{key}: {name} was edited to {edit!r} and decided as {ours!r}; kept {winner!r}"
             )
@@ -2956,41 +2674,45 @@ class _Merge:
     def document(self) -> Document:
         """The lines: a piece that is as in the base is no edit, any other is the file's."""
         file, decided, base = self.file.document, self.decided.document, self.base.document
-        frame = decided if (file.head, file.column) == (base.head, base.column) else file
+        as_base = (file.head, file.column) == (base.head, base.column)
+        frame = decided if as_base and (decided.chunks or file.tail == base.tail) else file
         tail = decided.tail if file.tail == base.tail else file.tail
-        keys = _in_order(self.chunks, self.decided, self.file, self.base, self.order)
-        document = frame.with_chunks([self.chunks[key] for key in keys], tail=tail)
-        bom = decided.bom if file.bom == base.bom else file.bom
-        newline = decided.newline if file.newline == base.newline else file.newline
-        document = replace(document, bom=bom, newline=newline)
+        keys = self.in_order()
+        chunks = [self.chunks[key] for key in keys]
+        try:
+            document = frame.with_chunks(chunks, tail)
+        except ValueError:  # the two do not fit together
+            document = file.with_chunks(chunks)
+        document = replace(
+            document,
+            bom=decided.bom if file.bom == base.bom else file.bom,
+            newline=decided.newline if file.newline == base.newline else file.newline,
+        )
         for at, key in enumerate(keys):
-            found, _ = _item_in(document.chunks[at])
+            found = _row_of(document.chunks[at]).item
             if key in self.items and found != self.items[key]:
                 changes = _differing(found, self.items[key])
                 document = document.with_item(at, changes, ITEM_KEYS)
         if document.top.get("next_item_id") != self.counter:
-            document = document.with_top({"next_item_id": self.counter}, TOP_KEYS)
+            document = document.with_top({"next_item_id": self.counter})
         return document
 
-
-def _in_order(
-    keys: Container[str], decided: State, file: State, base: State, renamed: Mapping[str, str]
-) -> list[str]:
-    """The order of the result: the file's, if somebody has changed it, else the decided one."""
-    in_file = [renamed.get(key, key) for key in file.chunks]
-    was = [key for key in base.chunks if key in file.chunks]
-    moved = [key for key in file.chunks if key in base.chunks] != was
-    first, second = (in_file, list(decided.chunks)) if moved else (list(decided.chunks), in_file)
-    order = [key for key in first if key in keys]
-    known = set(order)
-    before: str | None = None
-    for key in second:
-        if key in keys and key not in known:
-            order.insert(order.index(before) + 1 if before is not None else 0, key)
-            known.add(key)
-        if key in known:
-            before = key
-    return order
+    def in_order(self) -> list[str]:
+        """The order of the result: the file's, if somebody has changed it, else the decided one."""
+        file, base, decided = self.file.chunks, self.base.chunks, list(self.decided.chunks)
+        in_file = [self.renamed.get(key, key) for key in file]
+        moved = [key for key in file if key in base] != [key for key in base if key in file]
+        first, second = (in_file, decided) if moved else (decided, in_file)
+        order = [key for key in first if key in self.chunks]
+        known, place = set(order), 0
+        if known != self.chunks.keys():
+            for key in second:
+                if key in known:
+                    place = order.index(key) + 1
+                elif key in self.chunks:
+                    order.insert(place, key)
+                    place += 1
+        return order
 
 
 def merge(
@@ -3010,40 +2732,42 @@ def merge(
     agent does not mark them done. `prefix` is for ids of items added by hand. `shown`: the lines of
     items as the file had them when it was last written; what is gone since was not brought back.
     """
-    past = _Past(file, [*earlier, decided])
-    made = _Merge(decided, file, past, now, running)
+    made = _Merge(decided, file, earlier, now, running)
+    base = made.base
     for key, chunk in file.chunks.items():
-        f = file.items.get(key) or file.fresh.get(key) or file.partial.get(key) or {}
-        problems = file.problems.get(key, ())
+        item, problems = file.found[key], file.problems.get(key, ())
         if key in decided.items:
-            if key not in past.base.items and f.get("created") != decided.items[key]["created"]:
-                made.add(key, f, prefix)
+            known = decided.items[key]
+            if key not in base.items and item.get("created") != known["created"]:
+                made.add(key, item, prefix)
             else:
-                made.meet(key, f)
+                made.meet(key)
                 made.notes += [f"{key}: {problem}; it stays as it was" for _, problem in problems]
-        elif key in past.versions:
+        elif key in made.versions:
             if chunk not in shown:
                 made.notes.append(
                     f"{key} in the file is an old copy of an item that was finished, closed or"
                     " deleted; it is left out. To bring it back, add it under a new id"
                 )
         elif not problems:
-            made.add(key, f, prefix)
-        elif key not in past.base.chunks or key in decided.chunks:
+            made.add(key, item, prefix)
+        elif key not in base.chunks or key in decided.chunks:
             # Somebody is still writing it; its lines stay as they are.
             if key not in decided.chunks:
-                made.notes.append(f"{_first_line(chunk)}: {problems[0][1]}; it waits")
+                first = next((line.strip() for line in chunk.splitlines() if line.strip()), "")
+                made.notes.append(f"{first[:60]}: {problems[0][1]}; it waits")
             made.take(key, None, chunk)
-    mixed = past.is_mixed(file)
-    for key in [key for key in decided.chunks if key not in file.chunks]:
-        if key not in past.base.chunks or mixed:  # else deleted by hand
-            made.take(key, decided.items.get(key), decided.chunks[key])
+    if missing := [key for key in decided.chunks if key not in file.chunks]:
+        # What a file of several states lacks tells nothing; else it was deleted by hand.
+        mixed = any(
+            made.start_of(key, item)[0] is not base.items.get(key)
+            for key, item in file.found.items()
+        )
+        for key in missing:
+            if mixed or key not in base.chunks:
+                made.take(key, decided.items.get(key), decided.chunks[key])
     document = made.document()
     return (decided if document == decided.document else State(document)), made.notes
-
-
-def _first_line(chunk: str) -> str:
-    return next((line.strip() for line in chunk.splitlines() if line.strip()), "")[:60]
 
 
 # ==== 15. The journal =============================================================================
@@ -3119,21 +2843,19 @@ class Journal:
             raise ValueError("it is not one of this version of the program")
         self.run = line.get("run", self.run)
         if "state" in line:
-            self._first, self._steps = line["state"], []
-            _ = self._first["head"], self._first["chunks"], self._first["tail"]
+            self._first, self._steps = {"chunks": {}, **line["state"]}, []
+            _ = self._first["head"], self._first["tail"]
         if "step" in line:
             self._steps.append(line["step"])
-        if "attempt" in line:
-            self.attempts[line["attempt"]["token"]] = line["attempt"]
+        for key, book in (("attempt", self.attempts), ("outcome", self.outcomes)):
+            if key in line:
+                book[line[key]["token"]] = line[key]
         if "process" in line and line["process"]["token"] in self.attempts:
             pair = line["process"]["pid"], line["process"]["since"]
             self.attempts[line["process"]["token"]].setdefault("processes", []).append(pair)
-        if "outcome" in line:
-            self.outcomes[line["outcome"]["token"]] = line["outcome"]
-        for token in line.get("ended", ()):
-            self.attempts.pop(token, None)
-        for token in line.get("committed", ()):
-            self.outcomes.pop(token, None)
+        for key, book in (("ended", self.attempts), ("committed", self.outcomes)):
+            for token in line.get(key, ()):
+                book.pop(token, None)
         for key, book in (("rests", self.rests), ("spent", self.spent)):
             for name, entry in line.get(key, {}).items():
                 book.pop(name, None)
@@ -3142,7 +2864,7 @@ class Journal:
 
     def start(self, state: State, run: Mapping[str, Any]) -> None:
         """Begin the file, with a state that is in git or on disk. OSError."""
-        line = {"version": self.VERSION, "run": run, "state": _as_parts(state)}
+        line = {"version": self.VERSION, "run": run, "state": _parts_of(state)}
         data = (json.dumps(line) + "\n").encode()
         replace_file(self.path, data, 0o600)
         self.catch_up()
@@ -3162,20 +2884,28 @@ class Journal:
             os.close(fd)
         self.catch_up()
 
-    def state(self) -> State:
-        """The decided state."""
-        parts = dict(self._first, chunks=dict(self._first["chunks"]))
-        for step in self._steps:
-            _take_step(parts, step)
-        return _from_parts(parts, self.source)
-
     def states(self) -> Iterator[State]:
         """Every state up to now, the oldest first."""
+        for parts in self._played():
+            yield self._state_of(parts)
+
+    def state(self) -> State:
+        """The decided state."""
+        *_, parts = self._played()
+        return self._state_of(parts)
+
+    def _played(self) -> Iterator[dict[str, Any]]:
+        """The parts of every state, one after another in the same dict."""
         parts = dict(self._first, chunks=dict(self._first["chunks"]))
-        yield _from_parts(parts, self.source)
+        yield parts
         for step in self._steps:
-            _take_step(parts, step)
-            yield _from_parts(parts, self.source)
+            parts |= {**step, "chunks": _take_step(parts["chunks"], step)}
+            yield parts
+
+    def _state_of(self, parts: Mapping[str, Any]) -> State:
+        bom, newline, head, tail = (parts[name] for name in _FRAME)
+        chunks = tuple(parts["chunks"].values())
+        return State(Document(self.source, bom, newline, head, chunks, tail))
 
     @property
     def settled(self) -> bool:
@@ -3183,39 +2913,33 @@ class Journal:
         return not (self.attempts or self.outcomes or self.rests)
 
 
-def _as_parts(state: State) -> dict[str, Any]:
-    parts = {name: getattr(state.document, name) for name in ("bom", "newline", "head", "tail")}
-    return {**parts, "chunks": state.chunks}
+_FRAME = ("bom", "newline", "head", "tail")  # what a document is besides its chunks
 
 
-def _from_parts(parts: Mapping[str, Any], source: str) -> State:
-    bom, newline, head, tail = (parts[name] for name in ("bom", "newline", "head", "tail"))
-    return State(Document(source, bom, newline, head, tuple(parts["chunks"].values()), tail))
+def _parts_of(state: State) -> dict[str, Any]:
+    frame = {name: getattr(state.document, name) for name in _FRAME}
+    return {**frame, "chunks": state.chunks}
 
 
-def _take_step(parts: dict[str, Any], step: Mapping[str, Any]) -> None:
-    chunks: dict[str, str] = parts["chunks"]
+def _take_step(chunks: dict[str, Any], step: Mapping[str, Any]) -> dict[str, str]:
+    """Change the chunks by a step; in another order they are a new dict."""
     for key, chunk in step.get("chunks", {}).items():
         if chunk is None:
             chunks.pop(key, None)
         else:
             chunks[key] = chunk
-    if "order" in step:
-        parts["chunks"] = {key: chunks[key] for key in step["order"]}
-    parts.update({name: step[name] for name in ("bom", "newline", "head", "tail") if name in step})
+    return {key: chunks[key] for key in step["order"]} if "order" in step else chunks
 
 
 def _step_between(old: State, new: State) -> dict[str, Any]:
-    before, after = _as_parts(old), _as_parts(new)
-    step = {name: part for name, part in after.items() if part != before[name]}
-    if "chunks" not in step:
-        return step
-    chunks: dict[str, str | None] = dict.fromkeys(old.chunks.keys() - new.chunks.keys())
+    before, after = _parts_of(old), _parts_of(new)
+    step = {name: after[name] for name in _FRAME if after[name] != before[name]}
+    gone = [key for key in old.chunks if key not in new.chunks]
+    chunks: dict[str, str | None] = dict.fromkeys(gone)
     chunks |= {key: text for key, text in new.chunks.items() if old.chunks.get(key) != text}
-    step["chunks"] = chunks
-    played: dict[str, Any] = {"chunks": dict(old.chunks)}
-    _take_step(played, {"chunks": chunks})
-    if list(played["chunks"]) != list(new.chunks):
+    if chunks:
+        step["chunks"] = chunks
+    if list(_take_step(dict(old.chunks), step)) != list(new.chunks):
         step["order"] = list(new.chunks)
     return step
 
@@ -3266,6 +2990,7 @@ class Store:
         """`aside`: the folder for files that cannot be read; `prefix`: of new ids;
         `lock_limit_s`: how long to wait for another process that holds the lock."""
         self.path = path
+        self.temporary = path.with_name(f".{path.name}.tmp")  # where it is written
         self.lock_path = state_dir / "backlog.lock"
         self.journal_path = state_dir / "journal"
         self.journal: Journal | None = None
@@ -3292,7 +3017,7 @@ class Store:
     def backlog(self) -> Backlog:
         return self.state.backlog
 
-    # -- reading -----------------------------------------------------------------------------------
+    # ---- looking ----
 
     def look(self) -> Backlog:
         """Read the backlog; touches nothing. YamlError or BacklogError if it cannot be used.
@@ -3308,8 +3033,7 @@ class Store:
         with suppress(YamlError, BacklogError):
             data = self._read() if self._home else None
             if data not in (None, self._state.document.to_bytes()):
-                merged, _ = self._merged(State.read(data, self.path.name))
-                self._state = merged
+                self._state, _ = self._merged(State.read(data, self.path.name))
         return self.backlog
 
     def _usable(self, data: bytes | None) -> tuple[State, bytes]:
@@ -3324,13 +3048,12 @@ class Store:
             raise BacklogError("\n".join(complaints))
         return state, data
 
-    def _merged(self, file: State) -> tuple[State, list[str]]:
-        journal = cast(Journal, self.journal)
-        earlier = itertools.chain(self._versions or (), journal.states())
-        running = {attempt["item"] for attempt in journal.attempts.values()}
-        written = self._readable([self._written] if self._written else [])
-        shown = {chunk for state in written for chunk in state.document.chunks}
-        return merge(self.state, file, earlier, self._clock(), self._prefix, running, shown)
+    def _readable(self, *versions: bytes) -> list[State]:
+        found: list[State] = []
+        for data in versions:
+            with suppress(YamlError, BacklogError):
+                found.append(State.read(data, self.path.name))
+        return found
 
     def _ask_outside(self) -> None:
         """Ask git what a merge needs, before the lock is taken."""
@@ -3346,33 +3069,30 @@ class Store:
         with suppress(SaveError):
             if self._read() in same:
                 return
-        self._versions = list(self._readable(self._outside.versions(run)))
+        self._versions = self._readable(*self._outside.versions(run))
 
-    def _readable(self, versions: Iterable[bytes]) -> Iterator[State]:
-        for data in versions:
-            with suppress(YamlError, BacklogError):
-                yield State.read(data, self.path.name)
+    def _read(self) -> bytes | None:
+        """The file's bytes, None if there is no file; SaveError if it is none that we replace."""
+        path = self.path
+        try:
+            mode = path.lstat().st_mode
+            if stat.S_ISLNK(mode):
+                raise SaveError(
+                    f"{path}: it is a symbolic link, which a save would replace; put the file"
+                    " itself there, or name the real file in the config"
+                )
+            if not stat.S_ISREG(mode):
+                raise SaveError(f"{path}: it is not a regular file; move it away")
+            self._mode = stat.S_IMODE(mode)
+            # Whatever it has become meanwhile: a named pipe must not hold us up.
+            with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
+                return file.read()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise SaveError(f"{path}: cannot be read ({error.strerror})") from error
 
-    def _without_journal(self, data: bytes | None, before: State | None) -> None:
-        """The file is the truth, but an old copy in it undoes nothing that is committed."""
-        made = self._state
-        if before is not None and data is None:  # it was deleted just now: it is written again
-            return
-        self._state, self._written = self._usable(data)
-        for committed in self._readable([self._committed] if data != self._committed else []):
-            if not committed.problems:
-                earlier, now = self._versions or (), self._clock()
-                self._state, notes = merge(committed, self.state, earlier, now, self._prefix)
-                self._warn_of(notes)
-        if made is not None and before is not None:
-            self._state, notes = merge(made, self.state, [before], self._clock(), self._prefix)
-            self._warn_of(notes)
-
-    def _warn_of(self, notes: Iterable[str]) -> None:
-        for text in notes:
-            self._warn(text)
-
-    # -- changing ----------------------------------------------------------------------------------
+    # ---- changing ----
 
     def change(
         self,
@@ -3393,12 +3113,10 @@ class Store:
             self.look()
         self._ask_outside()
         with self._locked():
-            self._catch_up()
             found, before = self._take_in(patient), self.state
             draft = Draft(self.backlog)
             answer = edit(draft)
-            extra = dict(note(answer)) if note else {}
-            self._decide(self.state.changed(draft.backlog()), extra)
+            self._decide(self.state.changed(draft.backlog()), note(answer) if note else {})
             self._warn_of(draft.warnings)
             for _ in range(_SAVE_TRIES):
                 if self._publish(found):
@@ -3411,7 +3129,6 @@ class Store:
     def note(self, line: Mapping[str, Any], *, flush: bool = True) -> None:
         """Journal something that does not change the backlog; SaveError."""
         with self._locked():
-            self._catch_up()
             self._append(line, flush=flush)
 
     def begin(self, run: Mapping[str, Any], committed: bytes | None) -> None:
@@ -3420,20 +3137,15 @@ class Store:
         `committed` is the file as HEAD has it: what is not as there has been edited since.
         """
         with self._locked():
-            self._catch_up()
             if self.journal is not None:
                 return self._append({"run": run})
-            state, _ = self._usable(self._read())
-            with suppress(YamlError, BacklogError):
-                state = State.read(committed or b"", self.path.name)
-            if state.problems:  # what is spoilt in HEAD is mended in the file
-                state, _ = self._usable(self._read())
+            states = self._readable(committed or b"")
+            if not states or states[0].problems:  # what is spoilt in HEAD is mended in the file
+                states = [self._usable(self._read())[0]]
             journal = Journal(self.journal_path, self.path.name)
-            try:
-                journal.start(state, run)
-            except OSError as error:
-                raise self._unsaved(self.journal_path, error) from error
-            self.journal, self._state, self._written = journal, state, None
+            with self._writing(self.journal_path):
+                journal.start(states[0], run)
+            self.journal, self._state, self._written = journal, states[0], None
             return None
 
     def settle(self, committed: bytes | None) -> bool:
@@ -3442,26 +3154,12 @@ class Store:
         Whether there is no journal any more.
         """
         with self._locked():
-            self._catch_up()
             data = self.state.document.to_bytes()
             done = self.journal is not None and self.journal.settled
             if done and data == committed == self._read():
                 self.journal_path.unlink()
                 self.journal = None
             return self.journal is None
-
-    def _catch_up(self) -> None:
-        """Learn what other processes decided."""
-        try:
-            if self.journal is not None:
-                if self.journal.catch_up():
-                    self._state = self.journal.state()
-                return
-        except FileNotFoundError:
-            self._written = None
-        self.journal = Journal.read(self.journal_path, self.path.name)
-        if self.journal is not None:
-            self._state = self.journal.state()
 
     def _take_in(self, patient: bool, before: State | None = None) -> bytes | None:
         """Merge the file into the decided state; returns what it holds (None: it is missing).
@@ -3478,20 +3176,46 @@ class Store:
             self.trouble = str(error)
             return None
         if self.journal is None:
-            self._without_journal(data, before)
-            return data
-        if not self._home or data in (None, self._written, self.state.document.to_bytes()):
+            self._take_in_alone(data, before)
+        elif not self._home or data in (None, self._written, self.state.document.to_bytes()):
             self.trouble = ""
-            return data
-        try:
-            state, notes = self._merged(State.read(data, self.path.name))
-        except (YamlError, BacklogError) as error:
-            self._suffer(data, str(error), patient)
-            return data
-        self.trouble, self._written = "", data
-        self._decide(state)
-        self._warn_of(notes)
+        else:
+            try:
+                state, notes = self._merged(State.read(data, self.path.name))
+            except (YamlError, BacklogError) as error:
+                self._suffer(data, str(error), patient)
+                return data
+            self.trouble, self._written = "", data
+            self._decide(state)
+            self._warn_of(notes)
         return data
+
+    def _take_in_alone(self, data: bytes | None, before: State | None) -> None:
+        """The file is the truth, but an old copy in it undoes nothing that is committed."""
+        made, bases = self._state, list[tuple[State, Iterable[State]]]()
+        if before is not None and data is None:  # it was deleted just now: it is written again
+            return
+        self._state, self._written = self._usable(data)
+        for committed in self._readable(self._committed) if data != self._committed else ():
+            if not committed.problems:
+                bases.append((committed, self._versions or ()))
+        if made is not None and before is not None:
+            bases.append((made, [before]))
+        for decided, earlier in bases:
+            self._state, notes = merge(decided, self.state, earlier, self._clock(), self._prefix)
+            self._warn_of(notes)
+
+    def _merged(self, file: State) -> tuple[State, list[str]]:
+        journal = cast(Journal, self.journal)
+        earlier = itertools.chain(self._versions or (), journal.states())
+        running = {attempt["item"] for attempt in journal.attempts.values()}
+        written = self._readable(self._written) if self._written else []
+        shown = {chunk for state in written for chunk in state.document.chunks}
+        return merge(self.state, file, earlier, self._clock(), self._prefix, running, shown)
+
+    def _warn_of(self, notes: Iterable[str]) -> None:
+        for text in notes:
+            self._warn(text)
 
     def _suffer(self, data: bytes, why: str, patient: bool) -> None:
         """A file that does not parse: somebody may be typing, or an agent has wrecked it."""
@@ -3504,116 +3228,84 @@ class Store:
         if patient and now - self._wreck[1] < WRECK_S:
             return
         kept = self._aside / f"{self.path.name}.broken-{self._clock():%Y%m%dT%H%M%S}"
-        try:
+        with self._writing(kept):
             replace_file(kept, data)
-        except OSError as error:
-            raise self._unsaved(kept, error) from error
         self._warn(f"{why}. It is set aside as {kept}, and the backlog is written again.")
         self.trouble, self._wreck = "", (None, 0.0)
 
-    def _decide(self, state: State, extra: Mapping[str, Any] | None = None) -> None:
+    def _decide(self, state: State, extra: Mapping[str, Any] = {}) -> None:
         """Make this the decided state: a line of the journal, before anything else."""
-        step = _step_between(self.state, state) if self.journal is not None else {}
-        if self.journal is not None and (step or extra):
-            self._append({**({"step": step} if step else {}), **(extra or {})})
+        if self.journal is not None:
+            step = _step_between(self.state, state) if state is not self.state else {}
+            if line := {**({"step": step} if step else {}), **extra}:
+                self._append(line)
         self._state = state
 
     def _append(self, line: Mapping[str, Any], *, flush: bool = True) -> None:
         if self.journal is None:
             raise SaveError(f"{self.journal_path}: the run's journal is gone")
-        try:
+        with self._writing(self.journal_path):
             self.journal.append(line, flush=flush)
-        except OSError as error:
-            raise self._unsaved(self.journal_path, error) from error
 
     def _publish(self, found: bytes | None) -> bool:
         """Write the decided state, if the file is still as it was found; False if it is not."""
         data = self.state.document.to_bytes()
         if self.trouble or not self._home:
             return True
-        if data == found:
-            self._written = data
-            return True
-        try:
-            self._write_temporary(data)
-            if self._read() != found:
-                return False
-            os.replace(self.temporary, self.path)
-            sync_directory(self.path.parent)
-        except OSError as error:
-            raise self._unsaved(self.path, error) from error
-        finally:
-            with suppress(OSError):
-                self.temporary.unlink()
+        if data != found:
+            with self._writing(self.path):
+                if not replace_file(self.path, data, self._mode, lambda: self._read() == found):
+                    return False
         self._written = data
         return True
 
-    @staticmethod
-    def _unsaved(path: Path, error: OSError) -> SaveError:
-        return SaveError(f"{path}: cannot be written ({error.strerror}); mend that and start again")
-
-    @property
-    def temporary(self) -> Path:
-        """Where the new content is written: one name is enough, only the lock's holder writes."""
-        return self.path.with_name(f".{self.path.name}.tmp")
-
-    def _write_temporary(self, data: bytes) -> None:
-        with suppress(FileNotFoundError):
-            self.temporary.unlink()
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
-        with open(os.open(self.temporary, flags, 0o600), "wb") as file:
-            os.fchmod(file.fileno(), self._mode)
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-
-    def _read(self) -> bytes | None:
-        """The file's bytes, None if there is no file; SaveError if it is none that we replace."""
-        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK  # a named pipe must not hold us up
-        path = self.path
+    @contextmanager
+    def _writing(self, path: Path) -> Iterator[None]:
         try:
-            mode = path.lstat().st_mode
-            if stat.S_ISLNK(mode):
-                raise SaveError(
-                    f"{path}: it is a symbolic link, which a save would replace; put the file"
-                    " itself there, or name the real file in the config"
-                )
-            if not stat.S_ISREG(mode):
-                raise SaveError(f"{path}: it is not a regular file; move it away")
-            with open(os.open(path, flags), "rb") as file:
-                self._mode = stat.S_IMODE(mode)
-                return file.read()
-        except FileNotFoundError:
-            return None
+            yield
         except OSError as error:
-            raise SaveError(f"{path}: cannot be read ({error.strerror})") from error
+            problem = f"cannot be written ({error.strerror}); mend that and start again"
+            raise SaveError(f"{path}: {problem}") from error
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        """Hold the lock that all writers of the file take; SaveError if it is not had in time."""
+        """Hold the lock that all writers of the file take, and know what other processes decided;
+        SaveError if it is not had in time."""
         try:
             self.lock_path.parent.mkdir(exist_ok=True)  # not a folder above it that vanished
             fd = os.open(self.lock_path, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
             raise SaveError(f"{self.lock_path}: cannot be locked ({error.strerror})") from error
-        try:
-            self._take_lock(fd)
-            os.pwrite(fd, b"%-12d\n" % os.getpid(), 0)  # for the message of whoever waits in vain
-            yield
-        finally:
-            os.close(fd)
-
-    def _take_lock(self, fd: int) -> None:
         give_up = time.monotonic() + self._lock_limit_s
-        while True:
-            try:
-                return fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if time.monotonic() >= give_up:
+        try:
+            while True:
+                try:
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if time.monotonic() < give_up:
+                        time.sleep(_LOCK_POLL_S)
+                        continue
                     holder = os.pread(fd, 32, 0).decode("ascii", "replace").strip()
                     raise SaveError(
                         f"{self.path}: locked for {self._lock_limit_s:g} s by another process"
                         f" (probably {holder or 'unknown'}, see 'ps'); wait for it or end it, then"
                         f" try again; the lock is {self.lock_path}"
                     ) from None
-                time.sleep(_LOCK_POLL_S)
+            os.pwrite(fd, b"%-12d\n" % os.getpid(), 0)  # for the message of whoever waits in vain
+            self._catch_up()
+            yield
+        finally:
+            os.close(fd)
+
+    def _catch_up(self) -> None:
+        try:
+            if self.journal is not None:
+                if self.journal.catch_up():
+                    self._state = self.journal.state()
+                return
+        except FileNotFoundError:
+            self._written = None
+        self.journal = Journal.read(self.journal_path, self.path.name)
+        if self.journal is not None:
+            self._state = self.journal.state()

@@ -1267,6 +1267,8 @@ SHOWN: Mapping[str, Callable[[Any], str]] = {
     "commit": lambda commit: commit[:10],
     "pipeline_type": lambda name: "" if name == DEFAULT_PIPELINE else name,
     "waiting_for": ", ".join,
+    "phases": " → ".join,
+    "turn": "{}.".format,
     "works": lambda works: "works" if works else "does not work",
     "seconds": human_duration,
     "cost_usd": dollars,
@@ -2114,14 +2116,13 @@ def render_graph(backlog: Backlog, only: Container[str] | None = None) -> str:
     return "\n".join(lines)
 
 
-def render_item(known: Mapping[str, Any], spent: Usage, width: int) -> list[str]:
-    """Everything about one item, for `show`; of one that has left the backlog see `finished_rows`.
-
-    What it is made of comes one by one, texts of several lines below.
-    """
+def render_item(known: Mapping[str, Any], width: int) -> list[str]:
+    """Everything that a row of `status_rows` or `finished_rows` tells, for `show`: what an item is
+    made of one by one, texts of several lines below."""
     apart = {"id", "title", "description", "unblock_context", *Usage._fields}
+    spent = usage_text(Usage(*map(known.get, Usage._fields)))
     rows = []
-    for key, value in {**known, "cost": usage_text(spent)}.items():
+    for key, value in {**known, "cost": spent}.items():
         if value and key not in apart:
             said = ", ".join(value) if isinstance(value, list) else value
             label = key.replace("_", " ").capitalize()
@@ -2148,35 +2149,48 @@ def render_salvage(kept: Sequence[Mapping[str, object]], width: int) -> list[str
 
 
 def plan_rows(backlog: Backlog, config: Config, options: RunOptions) -> list[dict[str, Any]]:
-    """The plan of `run --dry-run`: what a run would start first, then why the other items would
-    not; by the run's own decisions. Done items are not listed, nor with `triage` those that are not
-    new; `kind` is what a reason has in common with others."""
-    draft, rules, only = Draft(backlog), rules_of(config), matching(backlog, options.filters)
-    while True:
-        actions = actions_for(options, draft.backlog(), {}, config, only)
-        promoted = [action for action in actions if isinstance(action, Promote)]
-        if not promoted:
-            break
-        for action in promoted:
-            promote(draft, action.item_id, rules, PLAN_TIME)
-    ended, rows = draft.backlog(), []
-    tasks = {one.item_id: one for one in actions[: options.cap] if isinstance(one, Task)}
-    for item in status_order(ended.items.values()):
-        task, kind = tasks.get(item["id"]), None
-        listed = item["status"] == "new" if options.only_triage else item["status"] != "done"
-        if task is not None:
-            text = phase_position(pipeline_of(config, item), task)
-        elif not listed:
-            continue
-        elif item["id"] not in (options.targets or only):
-            kind = text = "left out by --target or --only"
-        elif options.targets and item["status"] != "blocked":
-            kind = text = "later: another target comes first"
-        else:
-            kind, text = _idle_reason(item, ended, config, len(tasks) == options.cap)
+    """The plan of `run --dry-run`: the phases in order, then why the other items do not move.
+
+    Played through with the run's own decisions, as if every phase succeeded and took equally long;
+    what comes after a triage is for the triage to say. Done items are not listed, nor with `triage`
+    those that are not new. `kind` is what a reason has in common with others.
+    """
+    draft, rows, triaged = Draft(backlog), list[dict[str, Any]](), set[str]()
+    rules, only, turn = rules_of(config), matching(backlog, options.filters), 0
+
+    def add(item: Item, text: str, task: Task | None = None, kind: str | None = None) -> None:
         row = {"id": item["id"], "title": item["title"], "runs": task is not None}
-        rows.append({**row, "phase": task and task.name, "text": text, "kind": kind})
-    return sorted(rows, key=lambda row: not row["runs"])
+        row |= {"turn": task and turn, "phase": task and task.name}
+        rows.append({**row, "text": text, "kind": kind})
+
+    while len(rows) < options.cap:
+        actions = actions_for(options, draft.backlog(), {}, config, only - triaged)
+        if not actions:
+            break
+        turn += any(isinstance(action, Task) for action in actions)
+        for action in actions:
+            if isinstance(action, Promote):
+                promote(draft, action.item_id, rules, PLAN_TIME)
+            elif len(rows) < options.cap:
+                item = draft.item(action.item_id)
+                add(item, phase_position(pipeline_of(config, item), action), action)
+                if action.pool == TRIAGE:
+                    triaged.add(item["id"])
+                else:
+                    result = PhaseResult(item["id"], action.name, "phase_complete", "planned")
+                    apply_result(draft, item, result, rules, PLAN_TIME)
+    ended, used_up = draft.backlog(), len(rows) >= options.cap
+    started, wanted = {row["id"] for row in rows}, options.targets or only
+    for item in status_order(ended.items.values()):
+        listed = item["status"] == "new" if options.only_triage else item["status"] != "done"
+        if listed and item["id"] not in triaged:
+            kind, text = _idle_reason(item, ended, config, used_up)
+            if item["id"] not in wanted:
+                kind = text = "left out by --target or --only"
+            elif options.targets and item["status"] != "blocked" and not used_up:
+                kind = text = "later: another target comes first"
+            add(item, f"then {text}" if item["id"] in started else text, kind=kind)
+    return rows
 
 
 def _idle_reason(item: Item, backlog: Backlog, config: Config, used_up: bool) -> tuple[str, str]:
@@ -2184,12 +2198,12 @@ def _idle_reason(item: Item, backlog: Backlog, config: Config, used_up: bool) ->
     needs, limits = waits_for(item, backlog), config.execution
     if item["status"] == "blocked":
         return "blocked, each needs you", f"blocked: {block_reason(item)}"
-    if needs:
-        return "waiting for other items", f"waits for {', '.join(needs)}"
-    if item["status"] != "new" and pipeline_of(config, item) is None:
-        text = f'its pipeline "{pipeline_name(item)}" is not in {CONFIG_NAME}'
-    elif used_up:
+    if used_up:
         text = "later: the limit of phases for one run is used up"
+    elif needs:
+        return "waiting for other items", f"waits for {', '.join(needs)}"
+    elif item["status"] != "new" and pipeline_of(config, item) is None:
+        text = f'its pipeline "{pipeline_name(item)}" is not in {CONFIG_NAME}'
     elif item["status"] == "ready":
         text = f"ready; max_wip = {limits.max_wip} lets no further item start yet"
     else:
@@ -2201,18 +2215,23 @@ def _idle_reason(item: Item, backlog: Backlog, config: Config, used_up: bool) ->
 def render_plan(
     rows: Sequence[Mapping[str, Any]], problems: Sequence[Problem], width: int
 ) -> list[str]:
-    """`run --dry-run` for people: what would start, and one line for each reason why others would
-    not. `problems` keep a run from starting at all."""
-    lines = table("id title text", [row for row in rows if row["runs"]], width, "  ")
-    lines = ["Would start first:", *lines] if lines else ["Nothing would start."]
+    """`run --dry-run` for people: a line for each item that moves, and one for each reason why
+    others do not. `problems` keep a run from starting at all."""
+    moves, idle = dict[str, dict[str, Any]](), dict[str, list[Mapping[str, Any]]]()
+    for row in rows:
+        if row["runs"]:
+            moves.setdefault(row["id"], {**row, "phases": []})["phases"].append(row["phase"])
+        else:
+            idle.setdefault(row["kind"], []).append(row)
+    lines = table("turn id title phases", list(moves.values()), width, "  ")
+    lines = ["Would run, if every phase succeeds:", *lines] if lines else ["Nothing would start."]
     why = []
-    for kind in dict.fromkeys(row["kind"] for row in rows if not row["runs"]):
-        group = [row for row in rows if row["kind"] == kind]
+    for kind, group in idle.items():
         text = f"{kind}: {id_list([row['id'] for row in group])}"
         many = {"id": plural(len(group), "item"), "text": text}
         why.append(many if len(group) > 1 else group[0])
     told = table("id text", why, width, "  ")
-    lines += ["", "Would not:", *told] if told else []
+    lines += ["", "Would not run:", *told] if told else []
     if problems:
         lines += ["", "But a run cannot start:", *problem_lines(problems, width)]
     return [*lines, "", "Nothing was started and nothing was written."]
@@ -2408,7 +2427,7 @@ def render_summary(told: Mapping[str, Any], program: str, width: int = WHOLE_LIN
 
 def _effort(told: Mapping[str, Any]) -> str:
     """What a run took: phases, time, cost."""
-    spent = usage_text(Usage(*(told[key] for key in Usage._fields)))
+    spent = usage_text(Usage(*map(told.get, Usage._fields)))
     parts = [f"{plural(told['phases'], 'phase')} (limit {told['cap']})"]
     parts += [human_duration(told["seconds"]), spent or "cost not reported"]
     if told["filters"]:
@@ -6023,22 +6042,22 @@ def salvages(space: Workspace) -> list[dict[str, Any]]:
 
 def cmd_show(args: argparse.Namespace) -> int:
     space, width = open_workspace(args.root, args.config), output_width(sys.stdout)
-    item = space.store.look().items.get(args.id)
-    gone = None if item else next(iter(finished(space, args.id)), None)
-    known: Mapping[str, Any] = gone or _item(space.store.backlog, args.id)
+    backlog = space.store.look()
+    item = backlog.items.get(args.id)
+    found = status_rows(backlog, [args.id], item_costs(space)) if item else finished(space, args.id)
+    known: Any = found[0] if found else _item(backlog, args.id)
     place = item_folder(space.repo.root, Item(id=args.id, title=known["title"]))
     documents = documents_in(place, space.repo.root)
     rows = read_log(space, item_id=args.id)
     kept = [one for one in salvages(space) if one["item"] == safe_name(args.id)]
-    spent = item_costs(space).get(args.id, NOTHING_SPENT)
-    full = {key: known.get(key, row.default) for key, row in ITEM_TABLE.items()} if item else known
-    lines = render_item(full, spent, width)
+    lines = render_item(known, width)
     history = table("when phase outcome commit summary", rows, width, "  ")
     lines += ["", "History:", *history] if rows else []
     listed = [f"  {one_line(path)}" for path in documents]
     lines += ["", "Documents:", *listed] if listed else []
-    facts = {"item": known, "documents": documents, "commits": rows, "salvage": kept}
-    return answer(args, {**facts, **usage_json(spent)}, [*lines, *render_salvage(kept, width)])
+    facts = {"item": item or known, "documents": documents, "commits": rows, "salvage": kept}
+    facts |= {key: known[key] for key in Usage._fields}
+    return answer(args, facts, [*lines, *render_salvage(kept, width)])
 
 
 def cmd_log(args: argparse.Namespace) -> int:
@@ -6820,7 +6839,7 @@ ARGUMENTS: Mapping[str, Mapping[str, Any]] = {
     },
     "--auto-advance": _flag("go on to the next target when one is blocked"),
     "--allow-dirty": _flag("start although there are uncommitted changes"),
-    "--dry-run": _flag("only say what would start first, and why the rest would not"),
+    "--dry-run": _flag("only say what would be done, and what not and why"),
     "--strict": _flag("exit with 1 when the halt commit met trouble"),
     "--json": _flag("print it as JSON on stdout"),
     "--done": _flag("the finished and closed items instead, newest first"),
@@ -6899,8 +6918,8 @@ _FORMS = {
         "title", "question", "command", "waiting": [id]}], "follow_ups": [id], COST, "spent":
         [{"item", "phase", COST}], "filters", "targets", "state_commit", "kept" (as "salvage"
         elsewhere), "warnings": [text], "counts": {STATUS: number}, "next": [{"command", "why"}]};
-        with --dry-run {"schema": 1, RUNS, "items": [{"id", "title", "runs", "phase", "text", "kind"
-        (of reason, where it does not run)}], "problems": [{"what", "remedy"}]}""",
+        with --dry-run {"schema": 1, RUNS, "items": [{"id", "title", "runs", "turn", "phase",
+        "text", "kind" (of reason, where it does not run)}], "problems": [{"what", "remedy"}]}""",
 }
 
 

@@ -164,7 +164,7 @@ def test_of_an_edit_that_fails_nothing_is_kept(bench: Bench) -> None:
     def torn(draft: Draft) -> None:
         draft.warnings.append("never told")
         draft.update("WRK-001", NOW, size="large")
-        draft.remove("WRK-003")
+        del draft.items["WRK-003"]
         raise BacklogError("no")
 
     with pytest.raises(BacklogError, match="no"):

@@ -20,7 +20,6 @@ from orchestrator import (
     Pipeline,
     RunOptions,
     Task,
-    Usage,
     build_prompt,
     change_dir_name,
     clean_text,
@@ -534,9 +533,9 @@ def test_the_status_for_machines_and_the_order_of_items() -> None:
 def test_everything_about_one_item() -> None:
     item: Any = make_item(
         "WRK-001", "blocked", title="Fix\x1b[31m it", phase=None, requires_human_review=True, tags=["ui", "api"], attempts=0,
-        blocked_reason="Which\ncolour?", description={"context": "one\ntwo", "problem": ""}, unblock_context="Blue.",
+        blocked_reason="Which\ncolour?", description={"context": "one\ntwo", "problem": ""}, unblock_context="Blue.", cost_usd=0.5,
     )
-    assert render_item(item, Usage(0.5), 80) == [
+    assert render_item(item, 80) == [
         "WRK-001  Fix it", "", "Status:                blocked", f"Created:               {NOW}", f"Updated:               {NOW}",
         "Requires human review: yes", "Tags:                  ui, api", "Blocked reason:        Which colour?",
         "Cost:                  about $0.5000", "", "Context:", "  one", "  two", "", "Your notes for the next phase:", "  Blue.",
@@ -565,60 +564,56 @@ def plan(backlog: Backlog, *, cap: int = 100, config: Config | None = None, **op
     return lines
 
 
-LEFT_OUT = "items left out by --target or --only:"
+RUNS = ["Would run, if every phase succeeds:"]
+WHOLE = "prd → design → build → review"
+OUT, WAITS = "items left out by --target or --only:", "WRK-004 waits for WRK-003 (blocked)"
+BLOCKED, ODD = "WRK-003 blocked: Which size?", 'WRK-006 its pipeline "odd" is not in orchestrator.toml'
+USED_UP = "items later: the limit of phases for one run is used up:"
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "told", "not_told"),
     [
-        ({}, [
-            "Would start first:", "WRK-001 Title of WRK-001 prd (1/4, main)", "", "Would not:", "WRK-003 blocked: Which size?",
-            "WRK-002 ready; max_wip = 1 lets no further item start yet", 'WRK-006 its pipeline "odd" is not in orchestrator.toml',
-            "WRK-004 waits for WRK-003 (blocked)", "WRK-005 later; max_concurrent = 1, and a phase that changes code runs alone",
-        ]),
-        ({"cap": 0}, [
-            "Nothing would start.", "", "Would not:", "3 items later: the limit of phases for one run is used up: WRK-001, WRK-002, WRK-005",
-            "WRK-003 blocked: Which size?", 'WRK-006 its pipeline "odd" is not in orchestrator.toml', "WRK-004 waits for WRK-003 (blocked)",
-        ]),
-        ({"targets": ("WRK-007", "WRK-005")}, [
-            "Would start first:", "WRK-005 Title of WRK-005 triage", "", "Would not:",
-            f"5 {LEFT_OUT} WRK-001, WRK-003, WRK-002, WRK-006, WRK-004",
-        ]),
-        ({"targets": ("WRK-003", "WRK-005")}, [
-            "Nothing would start.", "", "Would not:", f"4 {LEFT_OUT} WRK-001, WRK-002, WRK-006, WRK-004", "WRK-003 blocked: Which size?",
-            "WRK-005 later: another target comes first",
-        ]),
-        ({"targets": ("WRK-003", "WRK-005"), "auto_advance": True}, [
-            "Would start first:", "WRK-005 Title of WRK-005 triage", "", "Would not:", f"4 {LEFT_OUT} WRK-001, WRK-002, WRK-006, WRK-004",
-            "WRK-003 blocked: Which size?",
-        ]),
-        ({"filters": [parse_filter("status=new")]}, [
-            "Would start first:", "WRK-005 Title of WRK-005 triage", "", "Would not:", f"4 {LEFT_OUT} WRK-001, WRK-003, WRK-002, WRK-006",
-            "WRK-004 waits for WRK-003 (blocked)",
-        ]),
-        ({"only_triage": True}, [
-            "Would start first:", "WRK-005 Title of WRK-005 triage", "", "Would not:", "WRK-004 waits for WRK-003 (blocked)",
-        ]),
+        ({}, [*RUNS, f"1. WRK-001 Title of WRK-001 {WHOLE}", "5. WRK-005 Title of WRK-005 triage", f"6. WRK-002 Title of WRK-002 {WHOLE}"], [BLOCKED, ODD, WAITS]),
+        ({"cap": 2}, [*RUNS, "1. WRK-001 Title of WRK-001 prd → design"], [f"5 {USED_UP} WRK-001, WRK-002, WRK-006, WRK-004, WRK-005", BLOCKED]),
+        ({"targets": ("WRK-007", "WRK-001", "WRK-005")}, [*RUNS, f"1. WRK-001 Title of WRK-001 {WHOLE}", "5. WRK-005 Title of WRK-005 triage"], [f"4 {OUT} WRK-003, WRK-002, WRK-006, WRK-004"]),
+        ({"targets": ("WRK-003", "WRK-005")}, ["Nothing would start."], [f"4 {OUT} WRK-001, WRK-002, WRK-006, WRK-004", BLOCKED, "WRK-005 later: another target comes first"]),
+        ({"targets": ("WRK-003", "WRK-005"), "auto_advance": True}, [*RUNS, "1. WRK-005 Title of WRK-005 triage"], [f"4 {OUT} WRK-001, WRK-002, WRK-006, WRK-004", BLOCKED]),
+        ({"filters": [parse_filter("status=new")]}, [*RUNS, "1. WRK-005 Title of WRK-005 triage"], [f"4 {OUT} WRK-001, WRK-003, WRK-002, WRK-006", WAITS]),
+        ({"only_triage": True}, [*RUNS, "1. WRK-005 Title of WRK-005 triage"], [WAITS]),
     ],
-    ids=["all", "no phases", "targets", "blocked target", "auto-advance", "d21 filter", "triage"],
+    ids=["all", "cap", "targets", "blocked target", "auto-advance", "d21 filter", "triage"],
 )  # fmt: skip
-def test_the_plan_says_what_would_start_first_and_why_the_rest_would_not(options: dict[str, Any], told: list[str]) -> None:
-    assert plan(plan_backlog(), **options) == told
+def test_the_plan_gives_the_phases_in_order_and_why_the_rest_does_not_run(options: dict[str, Any], told: list[str], not_told: list[str]) -> None:
+    lines = plan(plan_backlog(), **options)
+    assert lines[: len(told)] == told
+    assert lines[len(told) : len(told) + 2] == ["", "Would not run:"]
+    assert sorted(lines[len(told) + 2 :]) == sorted(not_told)
 
 
 def test_the_plan_of_sixty_items_fits_a_screen_and_foresees_the_guardrails() -> None:
-    new = [make_item(f"WRK-{n:03}", "ready") for n in range(1, 41)]
+    new = [make_item(f"WRK-{n:03}", "new") for n in range(1, 41)]
     waiting = [make_item(f"WRK-{n:03}", "new", dependencies=["WRK-061"]) for n in range(41, 61)]
-    items = make_backlog(make_item("WRK-061", "ready", risk="high", impact="high"), *new, *waiting)
+    items = make_backlog(make_item("WRK-061", "ready", risk="high"), *new, *waiting)
     config = make_config()
-    config = config._replace(execution=config.execution._replace(max_concurrent=2, max_wip=2))
-    assert plan(items, config=config) == [
-        "Would start first:", "WRK-001 Title of WRK-001 prd (1/4, main)", "WRK-002 Title of WRK-002 prd (1/4, main)", "", "Would not:",
+    config = config._replace(execution=config.execution._replace(max_concurrent=2))
+    lines = plan(items, config=config, cap=3)
+    assert lines[1:] == [
+        "1. WRK-001 Title of WRK-001 triage", "1. WRK-002 Title of WRK-002 triage", "2. WRK-003 Title of WRK-003 triage", "", "Would not run:",
         "WRK-061 blocked: the guardrails are exceeded by risk high (limit low); a human has to accept it",
-        "38 items ready; max_wip = 2 lets no further item start yet: WRK-003, WRK-004, WRK-005, WRK-006, WRK-007, WRK-008, WRK-009,"
-        " WRK-010 and 30 more",
-        "20 items waiting for other items: WRK-041, WRK-042, WRK-043, WRK-044, WRK-045, WRK-046, WRK-047, WRK-048 and 12 more",
+        f"57 {USED_UP} WRK-004, WRK-005, WRK-006, WRK-007, WRK-008, WRK-009, WRK-010, WRK-011 and 49 more",
     ]
+
+
+def test_the_plan_for_machines() -> None:
+    rows = orchestrator.plan_rows(make_backlog(make_item("WRK-001", "ready"), make_item("WRK-002", "blocked")), make_config(), RunOptions(1))
+    capped = "later: the limit of phases for one run is used up"
+    assert [tuple(row.values()) for row in rows] == [
+        ("WRK-001", "Title of WRK-001", True, 1, "prd", "prd (1/4, main)", None),
+        ("WRK-001", "Title of WRK-001", False, None, None, f"then {capped}", capped),
+        ("WRK-002", "Title of WRK-002", False, None, None, "blocked: no reason recorded", "blocked, each needs you"),
+    ]
+    assert list(rows[0]) == ["id", "title", "runs", "turn", "phase", "text", "kind"]
 
 
 # -- the graph -------------------------------------------------------------------------------------
@@ -743,7 +738,7 @@ def test_nothing_that_is_shown_can_paint_on_the_terminal() -> None:
     halt = orchestrator.halt_line(None, nasty)
     told = ended(list(backlog.items.values()), halt=halt, completed=done, warnings=[nasty], filters=[nasty])
     plan = render_plan(orchestrator.plan_rows(backlog, make_config(), RunOptions(9)), (), 80)
-    shown = render_item(backlog.items["WRK-002"], Usage(), 80)
+    shown = render_item(status_rows(backlog)[0], 80)
     text = "\n".join([render_summary(told, "o"), *render_status(status_rows(backlog), 80, "o"), *plan, *shown])
     assert "\x1b" not in text
     assert "\x07" not in text

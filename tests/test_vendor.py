@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import builtins
 import hashlib
 import importlib.util
@@ -12,7 +11,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -106,49 +105,13 @@ def test_the_licence_is_in_it_and_the_digest_is_of_what_is_below(built: str) -> 
     assert [single_file_state(text.encode()) for text in SOURCES.values()] == [("", "")] * 3
 
 
-# ---- What cannot be joined -----------------------------------------------------------------------
-
-
-def meanings(module: str, node: ast.AST) -> Iterator[tuple[str, str]]:
-    """Every name that a statement binds at its own level, and what it means."""
-    match node:
-        case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.ClassDef():
-            yield node.name, f"{module}.{node.name}"
-        case ast.Assign(targets=[ast.Name("TYPE_CHECKING")], value=ast.Constant(False)):
-            yield "TYPE_CHECKING", "typing.TYPE_CHECKING"  # without importing it
-        case ast.Name(ctx=ast.Store()):
-            yield node.id, f"{module}.{node.id}"
-        case ast.Import():
-            yield from ((alias.name.partition(".")[0], f"module {alias.name}") for alias in node.names)
-        case ast.ImportFrom():
-            yield from ((alias.name, f"{node.module}.{alias.name}") for alias in node.names)
-        case ast.Lambda() | ast.ListComp() | ast.SetComp() | ast.DictComp() | ast.GeneratorExp():
-            pass  # a scope of its own
-        case _:
-            for child in ast.iter_child_nodes(node):
-                yield from meanings(module, child)
-
-
-def clashes(sources: Mapping[str, str]) -> list[str]:
-    """What would mean something else in one file."""
-    known: dict[str, str] = {}
-    found = []
-    for module, text in sources.items():
-        tree = ast.parse(text)
-        for name, meaning in (pair for node in tree.body for pair in meanings(module, node)):
-            if known.setdefault(name, meaning) != meaning or hasattr(builtins, name):
-                found.append(f"{meaning} and {known[name]}")
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Import) and any(alias.name in sources for alias in node.names):
-                found.append(f"{module}: a module imported as a whole")
-            if isinstance(node, ast.ImportFrom) and node.module in sources:
-                whole = node in tree.body and not any(a.asname or a.name == "*" for a in node.names)
-                found += [] if whole else [f"{module}: an import that is not `from … import names` at the top"]
-    return found
-
-
 def test_no_name_means_two_things_in_one_file() -> None:
-    assert clashes(SOURCES) == []
+    known: dict[str, object] = {}
+    for name in MODULE_ORDER:
+        for word, value in vars(importlib.import_module(name)).items():
+            if not word.startswith("__"):
+                assert known.setdefault(word, value) is value, f"{name}.{word} means another thing in an earlier module"
+                assert not hasattr(builtins, word)
 
 
 # ---- The command ---------------------------------------------------------------------------------
