@@ -307,16 +307,6 @@ class Progress(NamedTuple):
     usage: Usage = Usage()  # of the attempt so far
 
 
-class Salvage(NamedTuple):
-    """What an attempt left that became no commit on the branch, kept on a ref."""
-
-    ref: str
-    item: str  # as `safe_name` writes it, like the phase
-    phase: str
-    commit: str
-    finished: bool  # the item is done, so nobody will come back to it
-
-
 class RunOptions(NamedTuple):
     """What `run` was asked to do."""
 

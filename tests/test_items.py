@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta, timezone
 from itertools import product
@@ -11,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from backlog import (
-    ITEM_KEYS,
     LEGAL_TRANSITIONS,
     STATUS_WORDS,
     Backlog,
