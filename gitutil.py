@@ -742,8 +742,8 @@ class Repo:
                     shutil.copy2(self.git_dir / "index", path)
             yield {"GIT_INDEX_FILE": str(path)}
         finally:
-            path.unlink(missing_ok=True)
-            Path(f"{path}.lock").unlink(missing_ok=True)
+            for end in ("", ".lock", "-message"):
+                Path(f"{path}{end}").unlink(missing_ok=True)
 
     def _graft(self, base: str | None, entries: Iterable[Entry]) -> str:
         """The tree of `base` (a tree or a commit) with these entries."""
@@ -1356,32 +1356,16 @@ class Repo:
         message = self.signed_off(message)
         if not hooks:
             return HookResult("passed", "", "", list(entries), message)
-        head, name, ended = self.head(), "", _GitEnded(0, b"", b"")
+        head = self.head()
         ours = self.blobs({path: path.read_bytes() for path in own if path.is_file()})
-        file = self.git_dir / f"orchestrator-message-{os.urandom(8).hex()}"
         with self._private_index(copied=True) as env:
-            try:
-                file.write_bytes(message.encode(errors="replace"))
-                tree = self._show_commit(head, self._news(head, [*entries, *ours]), env)
-                for _ in range(HOOK_ROUNDS):
-                    for path in hooks:
-                        name, ended = path.name, self._run_hook(path, file, env, limit_s)
-                        if ended.status != 0:
-                            break
-                    shown, again = tree, name == "pre-commit" and ended.status not in _GIT_ENDINGS
-                    if again:  # what it mended is in the work tree
-                        changed = [c.after for c in self.changes(head.commit, tree)]
-                        kept = _git_paths(e.path for e in changed if e.mode != GITLINK_MODE)
-                        update = ("update-index", "--add", "--remove", "-z", "--stdin")
-                        self.git(*update, stdin=kept, env=env, ok=(0, 128), limit_s=TREE_LIMIT_S)
-                    tree = self._write_tree(env, "--missing-ok")
-                    if not again or tree == shown:
-                        break
-                message = file.read_text("utf-8", "replace").strip("\n") + "\n"
-            finally:
-                file.unlink(missing_ok=True)
-        left = [change.after for change in self.changes(head.commit, tree)]
+            file = Path(f"{env['GIT_INDEX_FILE']}-message")
+            file.write_bytes(message.encode(errors="replace"))
+            tree = self._show_commit(head, self._news(head, [*entries, *ours]), env)
+            name, ended, tree = self._run_in_rounds(hooks, file, head, tree, env, limit_s)
+            message = file.read_text("utf-8", "replace").strip("\n") + "\n"
         kept_out = {entry.path for entry in ours}
+        left = [change.after for change in self.changes(head.commit, tree)]
         left = [e for e in left if e.path not in kept_out and e.path not in theirs]
         said = (ended.out + ended.err).decode(errors="replace").strip().splitlines()
         outcome = _GIT_ENDINGS.get(ended.status) or ("files" if name == "pre-commit" else "message")
@@ -1391,6 +1375,33 @@ class Repo:
             outcome, said = "message", [*said, "it left an empty message"]
         entries = list(entries) if message_only else left
         return HookResult(outcome, name, "\n".join(said[-40:]), entries, message)
+
+    def _run_in_rounds(
+        self,
+        hooks: Sequence[Path],
+        message: Path,
+        head: Head,
+        tree: str,
+        env: Mapping[str, str],
+        limit_s: float,
+    ) -> tuple[str, _GitEnded, str]:
+        """The last hook that ran, how it ended, and the tree that the hooks left in the index."""
+        name, ended = "", _GitEnded(0, b"", b"")
+        for _ in range(HOOK_ROUNDS):
+            for path in hooks:
+                name, ended = path.name, self._run_hook(path, message, env, limit_s)
+                if ended.status != 0:
+                    break
+            shown, again = tree, name == "pre-commit" and ended.status not in _GIT_ENDINGS
+            if again:  # what it mended is in the work tree
+                changed = [change.after for change in self.changes(head.commit, tree)]
+                kept = _git_paths(e.path for e in changed if e.mode != GITLINK_MODE)
+                update = ("update-index", "--add", "--remove", "-z", "--stdin")
+                self.git(*update, stdin=kept, env=env, ok=(0, 128), limit_s=TREE_LIMIT_S)
+            tree = self._write_tree(env, "--missing-ok")
+            if not again or tree == shown:
+                break
+        return name, ended, tree
 
     def _show_commit(self, head: Head, entries: Sequence[Entry], env: Mapping[str, str]) -> str:
         """Let a private copy of the index hold HEAD and the entries, as `git commit` shows them.
