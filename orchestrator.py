@@ -2862,9 +2862,9 @@ def attempt_file(root: Path, kind: Literal["results", "prompts"], task: Task, to
 
 def log_paths(root: Path, task: Task, name: int | str) -> tuple[Path, Path]:
     """New files for both outputs of an attempt; those of an earlier run are kept."""
-    folder, stem = root / WORK_DIR / "logs" / safe_name(task.item_id), safe_name(task.name)
-    numbers = ("", *(f".{number}" for number in range(2, 10_000)))
-    pairs = ((folder / f"{stem}-{name}{n}.out", folder / f"{stem}-{name}{n}.err") for n in numbers)
+    stem = root / WORK_DIR / "logs" / safe_name(task.item_id) / f"{safe_name(task.name)}-{name}"
+    stems = (f"{stem}.{number}" if number > 1 else f"{stem}" for number in itertools.count(1))
+    pairs = ((Path(f"{one}.out"), Path(f"{one}.err")) for one in stems)
     return next(pair for pair in pairs if not any(map(os.path.lexists, pair)))
 
 
@@ -3464,15 +3464,16 @@ def end_processes(
 
     TERM goes to what is there at first, so that it may start something to tidy up with. Until
     nothing is found twice in a row, because a process may fork and leave while the table is being
-    read, and shows no environment during exec. Returns one line for each. Blocks; gives up after
-    SWEEP_LIMIT_S.
+    read, and shows no environment during exec; once, if we have no child that could have forked.
+    Returns one line for each. Blocks; gives up after SWEEP_LIMIT_S.
     """
     ended: dict[tuple[int, int], str] = {}
     begun, clean, seen = time.monotonic(), 0, dict(known or {})
-    while clean < 2 and time.monotonic() < begun + grace_s + SWEEP_LIMIT_S:
+    enough = 1 if _is_subreaper() and _children() | _children() == {leader} else 2
+    while clean < enough and time.monotonic() < begun + grace_s + SWEEP_LIMIT_S:
         left = _leftovers(variable, leader, seen)
         gentle = time.monotonic() < begun + grace_s and not hurry()
-        clean = 0 if left else clean + 1
+        clean, enough = (0, 2) if left else (clean + 1, enough)
         for pid, start in () if gentle and ended else left:
             words = one_line(_proc(pid, "cmdline").decode(errors="replace").replace("\0", " "), 120)
             ended.setdefault((pid, start), f"process {pid}" + (f" ({words})" if words else ""))
@@ -3481,7 +3482,7 @@ def end_processes(
                 with suppress(ProcessLookupError, PermissionError):
                     os.kill(pid, signal.SIGTERM if gentle else signal.SIGKILL)
         seen.update(left)  # once its parent is gone, nothing else may tell whose it is
-        if clean < 2:
+        if clean < enough:
             time.sleep(0.02 if left else 0.002)
     for pid, _ in ended:
         if pid not in LIVE.values():
@@ -3508,6 +3509,15 @@ def _leftovers(variable: str, leader: int, known: Mapping[int, int]) -> list[tup
         ancestor = table.pop(ancestor).ppid
     found = {pid for pid in found if pid in table and table[pid].alive}
     return [(pid, table[pid].start) for pid in sorted(found, key=lambda pid: pid != leader)]
+
+
+def _children() -> set[int]:
+    """What the kernel lists; it may leave out a child while another one is being reaped."""
+    found: set[int] = set()
+    for listed in Path("/proc/self/task").glob("*/children"):
+        with suppress(OSError):  # the thread has ended
+            found.update(map(int, listed.read_bytes().split()))
+    return found
 
 
 def _reap(pid: int) -> None:
