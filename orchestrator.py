@@ -3635,10 +3635,6 @@ class Child:
             del LIVE[self._marker]
         self.look()
 
-    @property
-    def log(self) -> Path:
-        return self.logs[0].relative_to(self.spec.root)
-
     def with_tail(self, text: str) -> str:
         """Append the last lines of both outputs, what was printed as an error last."""
         tail = "\n".join([*self.out.tail, *self.err.tail][-TAIL_LINES:])
@@ -3700,16 +3696,16 @@ class Child:
                 grown = now if self._take() else grown
                 self.seconds, self.silent_s = now - begun, now - grown
                 settled = self.look()
-                if gone.is_set():
-                    return "exit"
-                if self.stop.is_set():
-                    return "stop"
-                if self.seconds >= self.timeout_s:
-                    return "timeout"
-                if 0 < self.idle_s <= self.silent_s:
-                    return "idle"
-                if settled:
-                    return "settled"
+                reasons: dict[Ending, bool] = {
+                    "exit": gone.is_set(),
+                    "stop": self.stop.is_set(),
+                    "timeout": self.seconds >= self.timeout_s,
+                    "idle": 0 < self.idle_s <= self.silent_s,
+                    "settled": settled,
+                }
+                for why, holds in reasons.items():
+                    if holds:
+                        return why
                 if now - looked >= LOOK_AROUND_S:
                     looked = now
                     for pid, start in await asyncio.to_thread(self._look_around):
@@ -3818,11 +3814,11 @@ def read_result(spec: AttemptSpec) -> PhaseResult | None:
     """
     import stat
 
-    refused = f"the result file {spec.result_path} was refused"
+    path, careful = spec.result_path, os.O_NOFOLLOW | os.O_NONBLOCK
+    refused = f"the result file {path} was refused"
     try:
-        handle = os.open(spec.result_path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-        with open(handle, "rb") as file:
-            if not stat.S_ISREG(os.fstat(handle).st_mode):
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | careful)) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise ResultError(f"{refused}: it is no regular file")
             data = file.read(RESULT_LIMIT + 1)
     except FileNotFoundError:
@@ -3922,7 +3918,8 @@ def _if_early(spec: AttemptSpec, child: Child, failed: AgentOutcome) -> AgentOut
     trouble = cast("Any", error_kind(words, status))
     text = f"{name}: {words}"
     if not words:
-        text = f"{name} gave no reason ({_code_text(child.code)}); its output is in {child.log}"
+        log = child.logs[0].relative_to(spec.root)
+        text = f"{name} gave no reason ({_code_text(child.code)}); its output is in {log}"
     return failed._replace(error=one_line(text, TAIL_COLUMNS), trouble=trouble)
 
 
