@@ -3161,9 +3161,9 @@ RESET_CLOCK = re.compile(
 def reset_time(text: str, now: float) -> float | None:
     """Epoch seconds of a reset told in words, or None; `now` in epoch seconds, too.
 
-    Known are an epoch ("reached|1759780800"), a span ("in 3 days 4 hours"), and a clock time, with
-    a date or without one, in the zone it names ("resets Oct 6, 1pm (Europe/Berlin)") or in the
-    local one. A time of day is the next such moment, or one that has passed within the hour.
+    An epoch ("reached|1759780800"), a span ("in 3 days 4 hours"), or a clock time in the zone it
+    names or the local one ("resets Oct 6, 1pm (Europe/Berlin)"); one without a date is the next
+    such moment, or one that has passed within the hour.
     """
     if epoch := re.search(r"\|(\d{10})\b", text):
         return float(epoch[1])
@@ -3270,7 +3270,8 @@ def agent_argv(spec: AttemptSpec) -> list[str]:
     if spec.task.phase.run:
         return list(spec.task.phase.run)
     if settings.cli == "demo":
-        return [*_demo_argv(), *settings.args]
+        here = str(Path(__file__).resolve())  # this very program; -E and -S start quicker
+        return [sys.executable, "-E", "-S", here, DEMO_AGENT, *settings.args]
     values = {
         "{prompt_file}": str(spec.prompt_path),
         "{result_path}": str(spec.result_path),
@@ -3760,11 +3761,10 @@ async def run_attempt(
     started: Callable[[int, int], None],
     progress: Callable[[Progress], None] = lambda seen: None,
 ) -> AgentOutcome:
-    """Run one attempt of a phase and judge how it ended.
+    """Run one attempt of a phase and judge how it ended; see `Child` for stop, hurry and started.
 
-    `started(pid, start time)` is called once the process exists, and for every process of it that
-    hides whose it is. `stop` ends it (TERM, grace, KILL), `hurry` cuts the grace short. Everything
-    expected is an outcome; an exception is a bug, and even then nothing that was started is left.
+    Everything expected is an outcome; an exception is a bug, and even then nothing that was started
+    is left.
     """
     if stop.is_set():
         return AgentOutcome("cancelled", detail="not started: the run is stopping")
@@ -3974,11 +3974,10 @@ async def run_verify(
     stop: asyncio.Event,
     hurry: asyncio.Event,
 ) -> str | None:
-    """Run a phase's verify commands in turn after its agent; None if all of them exit with 0.
+    """Run a phase's verify commands in turn, within its time limit; None if all exit with 0.
 
     Else the text of the first failure with the tail of its output, a `CannotRun` if the command
-    itself is the trouble. They share the phase's time limit. If `stop` is set meanwhile the text
-    says so: the attempt is then cancelled, not failed.
+    itself is the trouble.
     """
     clock = time.monotonic
     deadline = clock() + spec.timeout_s
@@ -4063,18 +4062,6 @@ def probe_agent(settings: AgentSettings, root: Path) -> Probe:
 
 
 # ---- The demo agent ------------------------------------------------------------------------------
-
-
-def _demo_argv() -> list[str]:
-    """This very program, imported so that its compiled form is used; -E and -S start quicker."""
-    here = Path(__file__).resolve()
-    if Repo.__module__ == __name__:  # the single file: of any name, and no cache is left beside it
-        return [sys.executable, "-E", "-S", str(here), DEMO_AGENT]
-    code = (
-        f"import importlib, sys; sys.path.insert(0, {str(here.parent)!r});"
-        f" sys.exit(importlib.import_module({here.stem!r}).main([{DEMO_AGENT!r}]))"
-    )
-    return [sys.executable, "-E", "-S", "-c", code]
 
 
 def demo_agent(env: Mapping[str, str], prompt: str, root: Path) -> int:
