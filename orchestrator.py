@@ -3020,7 +3020,7 @@ def read_claude(report: AgentReport, event: Event) -> str:
 
 
 def read_codex(report: AgentReport, event: Event) -> str:
-    """`codex exec --json` (seen: 0.169)."""
+    """`codex exec --json` (seen: 0.169 to 0.171)."""
     kind, item = event.get("type"), event.get("item")
     what, name = _text_at(item, "type"), _text_at(item, "id")
     if kind == "turn.started":
