@@ -1648,7 +1648,7 @@ turns out to be wrong, mend it in the document and say so in the summary.""",
     "review": """\
 Judge the finished work as an experienced colleague who did not write it. Change no code.
 
-1. Find the commits: `git log --fixed-strings --grep='[{id}]'`. Read each with `git show COMMIT`.
+1. Find the commits: `git log --grep='^Orchestrator-Item: {id}$'`. Read each with `git show COMMIT`.
 2. Go through the requirements one by one: is it met, and which test proves it?
 3. Look for mistakes: errors that are not handled, edge cases, races, security, data loss, broken
    compatibility, wrong or missing documentation. Follow the callers of what changed.
@@ -1728,6 +1728,7 @@ UNBLOCK_NOTE = (
     "This item had been blocked. A human unblocked it and left these notes. Follow them; where they"
     " differ from the description or from older documents, the notes are right."
 )
+TAKEN_NOTE = "These came from this item and are in the backlog: report only what is new."
 RETRY_NOTE = (
     "Analyse why before you start, and try a different approach: the same steps will fail the same"
     " way."
@@ -1839,6 +1840,11 @@ def build_prompt(
     failures += ["What went wrong:", quote(failure), RETRY_NOTE] if failure else []
     failures += [SALVAGE_NOTE.format(ref=salvage_ref)] if salvage_ref else []
     read_first = ["Read these first; earlier phases wrote them:", _bullets(documents)]
+    taken = [
+        f"{one['id']}: {one['title']}"
+        for one in backlog.items.values()
+        if (one.get("origin") or "").partition("/")[0] == item["id"]
+    ]
     sections = [
         _section("Item to Triage" if triage else "Item", _facts(facts)),
         _section("Position", _facts(position)),
@@ -1848,6 +1854,7 @@ def build_prompt(
         _section("Unblock Context", *([UNBLOCK_NOTE, quote(notes)] if notes.strip() else ())),
         _section("Previous Failure", *(failures if len(failures) > 1 else ())),
         _section("Documents", *(read_first if documents else ())),
+        _section("Follow-ups Taken", *([TAKEN_NOTE, quote(_bullets(taken))] if taken else ())),
         *(_triage_sections(item, config, backlog) if triage else ()),
         _task_section(item, task, config, str(change_dir)),
         _section("Rules", _rules(item, task, config, str(change_dir))),
@@ -2345,8 +2352,10 @@ def next_steps(
 ) -> list[dict[str, str]]:
     """Commands, and why one would give them after a run that ended for this reason."""
     steps = {}
-    if reason in (None, HaltReason.CIRCUIT_BREAKER_TRIPPED):
-        steps["check"] = f"shows what stands in the way; agents' logs: {WORK_DIR}/logs/"
+    if reason is None:
+        steps["check"] = "shows what stands in the way"
+    if reason is HaltReason.CIRCUIT_BREAKER_TRIPPED:
+        steps["check --probe"] = f"tries each agent once; their logs: {WORK_DIR}/logs/"
     if reason is HaltReason.NO_MATCHING_ITEMS:
         steps["status"] = "shows what there is to match"
     if all(item["status"] == "done" for item in items.values()):
