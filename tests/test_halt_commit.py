@@ -74,14 +74,15 @@ CASES = [
     Case("FilterExhausted", True, ("WRK-001 ready tags=[x]", "WRK-002 ready"), ("--only", "tag=x"), {"*": [BLOCKS]}, code=3),
     Case("FilterExhausted", False, (ACTIVE + " tags=[x]", "WRK-002 ready"), ("--only", "tag=x"), {"*/build": [{"write": {"code.py": "1\n"}}]}),
     Case("AllDoneOrBlocked", True, ("WRK-001 ready",), script={"*": [BLOCKS]}, code=3),
-    Case("AllDoneOrBlocked", False, ("WRK-001 blocked blocked_from_status=ready blocked_reason=why",)),
+    Case("AllDoneOrBlocked", False, ("WRK-001 blocked blocked_from_status=ready blocked_reason=why",), code=3),
     Case("CapReached", True, ("WRK-001 ready",), ("--cap", "0")),
     Case("CapReached", False, (ACTIVE,), ("--cap", "0")),
 ]
 
 
 def as_parameter(case: Case) -> Any:
-    quick = case.reason in ("ShutdownRequested", "CircuitBreakerTripped", "AllDoneOrBlocked") and (case.dirty or case.code)
+    quick = case.reason in ("ShutdownRequested", "CircuitBreakerTripped", "AllDoneOrBlocked")
+    quick = quick and (case.dirty or case.reason == "ShutdownRequested")
     marks = () if quick else (pytest.mark.slow,)
     return pytest.param(case, id=f"{case.reason}-{'dirty' if case.dirty else 'clean'}", marks=marks)
 
