@@ -528,11 +528,6 @@ class Repo:
         reftable = (self.common_dir / "reftable").is_dir()
         return self._branch[1] if same and not reftable else self.head().branch
 
-    def commit_id(self, name: str) -> str | None:
-        """The commit that somebody means; None if there is none of the name."""
-        found = self._call(("rev-parse", "-q", "--verify", f"{name}^{{commit}}"), ok=(0, 1, 128))
-        return None if found.status else found.out.decode().strip()
-
     def operation(self) -> str | None:
         """The operation that is open in this work tree ("merge", "rebase", …), if any."""
         here, reftable = self.git_dir, (self.common_dir / "reftable").is_dir()
@@ -1317,13 +1312,12 @@ class Repo:
         import tempfile
 
         with tempfile.TemporaryDirectory(prefix="orchestrator-") as folder:
-            place = Path(folder).resolve() / self.top.name
-            made = ("worktree", "add", "--quiet", "--detach", str(place), commit)
-            self.git(*made, limit_s=TREE_LIMIT_S)
+            place = Path(folder, self.top.name)
+            self.git("worktree", "add", "-q", "--detach", str(place), commit, limit_s=TREE_LIMIT_S)
             try:
                 yield place / self.prefix
             finally:
-                self.git("worktree", "remove", "--force", "--force", str(place))
+                self.git("worktree", "remove", "--force", str(place))
 
     def refs(self, prefix: str) -> dict[str, str]:
         """Full name → object id of every ref below `prefix`, which ends in "/"."""

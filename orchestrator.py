@@ -817,39 +817,31 @@ phases = [
 """
 
 
-# What tells how a project is tested: the files to look for, what they hold then, the command.
-TESTED_WITH: Sequence[tuple[str, str, Sequence[str]]] = (
-    ("GNUmakefile makefile Makefile", r"^test\s*:(?!=)", ("make", "test")),
-    ("justfile Justfile .justfile", r"^@?test\b[^:=]*:(?!=)", ("just", "test")),
-    (
-        "package.json",
-        r'"scripts"\s*:\s*\{[^}]*"test"\s*:\s*"(?!echo \\"Error: no test)',
-        ("npm", "test"),
-    ),
-    ("pytest.ini", "", ("pytest",)),
-    ("pyproject.toml", r"^\[tool\.pytest", ("pytest",)),
-    ("setup.cfg tox.ini", r"^\[(?:tool:)?pytest\]", ("pytest",)),
-    ("conftest.py tests/conftest.py", "", ("pytest",)),
-    ("Cargo.toml", "", ("cargo", "test")),
-    ("go.mod", "", ("go", "test", "./...")),
+# What tells how a project is tested: the files to look for, what is in them then, the command.
+_NPM_TEST = r'"scripts"\s*:\s*\{[^}]*"test"\s*:\s*"(?!echo \\"Error: no test)'
+TESTED_WITH = (
+    ("GNUmakefile makefile Makefile", r"^test\s*:(?!=)", "make test"),
+    ("justfile Justfile .justfile", r"^@?test\b[^:=]*:(?!=)", "just test"),
+    ("package.json", _NPM_TEST, "npm test"),
+    ("pytest.ini conftest.py tests/conftest.py", "", "pytest"),
+    ("pyproject.toml setup.cfg tox.ini", r"^\[(?:tool[.:])?pytest", "pytest"),
+    ("Cargo.toml", "", "cargo test"),
+    ("go.mod", "", "go test ./..."),
 )
 
 
-def test_command(root: Path) -> Sequence[str]:
-    """What a project seems to be tested with; () if nothing tells."""
+def test_command(root: Path) -> str:
+    """What a project seems to be tested with; "" if nothing tells."""
     for names, pattern, command in TESTED_WITH:
         for path in (root / name for name in names.split()):
-            with suppress(OSError):
-                if re.search(pattern, path.read_text(errors="replace"), re.M):
-                    return command
-    return ()
+            if path.is_file() and re.search(pattern, path.read_text(errors="replace"), re.M):
+                return command
+    return ""
 
 
-def config_template(prefix: str, agent: str, check: Sequence[str] = ()) -> str:
-    """The text of a new orchestrator.toml: the defaults, explained, with this prefix and agent.
-
-    `check`: a command that could be the `verify` of what changes code.
-    """
+def config_template(prefix: str, agent: str, check: str = "") -> str:
+    """The text of a new orchestrator.toml: the defaults, explained, with this prefix and agent;
+    `check`, what the project is tested with, as a remark."""
     import json
 
     def rows(phases: Iterable[Phase]) -> str:
@@ -858,8 +850,8 @@ def config_template(prefix: str, agent: str, check: Sequence[str] = ()) -> str:
             text = f'name = "{one.name}"' + ", is_destructive = true" * one.destructive
             lines.append(f"  {{ {text} }},")
             if check and one.destructive:
-                lines.append("  # the same, and committed only if this passes:")
-                lines.append(f"  # {{ {text}, verify = {json.dumps([check])} }},")
+                text += f", verify = {json.dumps([check.split()])}"
+                lines.append(f"  # {{ {text} }},  # or this: only what passes is committed")
         return "\n".join(lines)
 
     chosen, tables = {"prefix": prefix, "cli": agent}, ""
@@ -1302,7 +1294,7 @@ SHOWN: Mapping[str, Callable[[Any], str]] = {
     **dict.fromkeys(("summary", "blocked_reason"), lambda text: one_line(text, 300)),
     "commit": lambda commit: commit[:10],
     "pipeline_type": lambda name: "" if name == DEFAULT_PIPELINE else name,
-    **dict.fromkeys(("waiting_for", "verified"), ", ".join),
+    "waiting_for": ", ".join,
     "phases": " → ".join,
     "turn": "{}.".format,
     "works": lambda works: "works" if works else "does not work",
@@ -2339,55 +2331,34 @@ def log_rows(output: str) -> list[dict[str, Any]]:
             text = max(told, key=len, default=re.sub(f"^(?:{begin})", "", subject))
             text = one_line(text).removeprefix(f"{outcome.capitalize()}: ")
             row = {"when": when, "item": item, "phase": phase, "outcome": outcome, "summary": text}
-            row |= {"commit": commit, "run_id": run_id, "subject": subject}
-            rows.append({**row, "verified": one["Verified"]})
+            row |= {"commit": commit, "run_id": run_id, "verified": one["Verified"]}
+            rows.append({**row, "subject": subject})
     return rows
 
 
-def checked_text(commands: Sequence[str], needed: bool = True) -> str:
-    """What checked something, or that nothing did, unless that was not `needed`."""
-    told = ", ".join(commands)
-    return f"checked by {told}" if told else "not checked" if needed else ""
-
-
-def with_checks(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row of `finished_rows` that says so where nothing checked what is done."""
-    return {**row, "verified": row["verified"] or ["not checked"] * (row["status"] == "done")}
-
-
-def history_rows(
+def proofs(
     rows: Iterable[Mapping[str, Any]], code: Container[str]
-) -> Iterator[dict[str, Any]]:
-    """Rows of `log_rows` for a table, with what checked a phase in the text of it."""
+) -> dict[str, Mapping[str, Any]]:
+    """By item the newest row of `log_rows` that tells what checked it, or that nothing did: of a
+    phase in `code`, those that change code."""
+    found = dict[str, Mapping[str, Any]]()
     for row in rows:
-        needed = row["phase"] in code and row["outcome"] == "complete"
-        if told := checked_text(row["verified"], needed):
-            row = {**row, "summary": f"{one_line(row['summary'], 200)} ({told})"}
-        yield {**row}
-
-
-def rows_by_item(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
-    """Rows of `log_rows` by item, in their order."""
-    found: dict[str, list[Mapping[str, Any]]] = {}
-    for row in rows:
-        found.setdefault(row["item"], []).append(row)
+        if row["outcome"] == "complete" and (row["phase"] in code or row["verified"]):
+            found.setdefault(row["item"], row)
     return found
 
 
-def proof_of(
-    rows: Iterable[Mapping[str, Any]], code: Container[str]
-) -> tuple[str | None, list[str]]:
-    """What checked an item, by what `log_rows` tell of it, newest first: a commit, the commands.
+def checked(row: Mapping[str, Any], code: Container[str] = ()) -> str:
+    """What checked a finished item, or a phase, or that nothing did, if something ought to have."""
+    told, done = ", ".join(row["verified"]), row.get("status", row.get("outcome"))
+    needed = done == "done" or (done == "complete" and row["phase"] in code)
+    return f"checked by {told}" if told else "not checked" if needed else ""
 
-    What passed before the last commit of a phase in `code`, which changes code, counts no longer.
-    """
-    commit, commands = None, list[str]()
-    for row in rows:
-        commit = commit or (row["commit"] if row["verified"] else None)
-        commands[:0] = [one for one in row["verified"] if one not in commands]
-        if row["phase"] in code and row["outcome"] == "complete":
-            break
-    return commit, commands
+
+def history_rows(rows: Iterable[Mapping[str, Any]], code: Container[str]) -> list[dict[str, Any]]:
+    """Rows of `log_rows` for a table: behind the summary what checked it."""
+    told = ((row, checked(row, code)) for row in rows)
+    return [{**row, "summary": row["summary"] + f" ({text})" * bool(text)} for row, text in told]
 
 
 def finished_rows(
@@ -2396,7 +2367,7 @@ def finished_rows(
     """The items that have left the backlog, newest first, with the keys of `json_form`.
 
     `entries`: the worklogs', see `read_worklog`. `told` (see `log_rows`), newest first, has the
-    commits; an item that only it knows to have left counts, too. `code`: see `proof_of`.
+    commits; an item that only it knows to have left counts, too. `code`: see `proofs`.
     """
     ends, last = list[tuple[str, str, str, str, str]](), dict[str, str]()
     for entry in entries:
@@ -2410,14 +2381,15 @@ def finished_rows(
     for row in told:
         if row["item"] not in in_worklog and row["outcome"] in ("done", "closed", "removed"):
             ends.append((row["when"], row["item"], row["summary"], row["outcome"], row["summary"]))
-    costs, told_of = worklog_costs(entries), rows_by_item(told)
+    costs, commits = worklog_costs(entries), {row["item"]: row["commit"] for row in reversed(told)}
+    checks = proofs(told, code)
     rows = dict[str, dict[str, Any]]()
     for when, item_id, title, status, why in ends:
-        end: dict[str, Any] = {"id": item_id, "title": title, "status": status, "finished": when}
+        end = {"id": item_id, "title": title, "status": status, "finished": when}
         spent = usage_json(costs.get(item_id, NOTHING_SPENT))
-        known = told_of.get(item_id, [])
-        end |= {"summary": one_line(why), "commit": known[0]["commit"] if known else None}
-        rows[item_id] = {**end, "verified": proof_of(known, code)[1], **spent}
+        told_of = {"summary": one_line(why), "commit": commits.get(item_id)}
+        verified = checks[item_id]["verified"] if item_id in checks else []
+        rows[item_id] = {**end, **told_of, "verified": verified, **spent}
     return sorted(rows.values(), key=lambda row: str(row["finished"]))[::-1]
 
 
@@ -2505,7 +2477,7 @@ def render_summary(told: Mapping[str, Any], program: str, width: int = WHOLE_LIN
         finished += table("id commit title", done[-SHOWN_DONE:], width, "  ")
     checks: dict[str, list[str]] = {}
     for row in done:
-        checks.setdefault(checked_text(row["verified"]), []).append(row["id"])
+        checks.setdefault(checked({**row, "status": "done"}), []).append(row["id"])
     for text, ids in checks.items():
         finished += wrap(f"  {text}: {id_list(ids, 5)}", width, "    ")
     needs = []
@@ -4084,15 +4056,6 @@ class Held(str):
     """Why the outcome of a phase cannot be committed now, which is not the phase's doing."""
 
 
-class Passed(NamedTuple):
-    """What hooks and checks have passed, to be committed as it is."""
-
-    seen: Aftermath
-    entries: list[Entry]
-    message: str = ""  # "": of documents, still to be made
-    verified: tuple[str, ...] = ()
-
-
 class Ledger:
     """Everything a run writes: decisions, worklog and commits. Synchronous, for one thread.
 
@@ -4179,10 +4142,12 @@ class Ledger:
     def decide(
         self,
         attempt: Attempt,
-        passed: Passed,
+        entries: Iterable[Entry],
         outcome: str,
         summary: str,
         result: PhaseResult,
+        message: str = "",
+        verified: tuple[str, ...] = (),
     ) -> Applied:
         """Decision and outcome of a phase: one line of the journal, then the file, the worklog."""
         item_id, spent = attempt.task.item_id, self._spent(attempt)
@@ -4199,12 +4164,12 @@ class Ledger:
                 attempt.task.name,
                 outcome,
                 summary,
-                tuple(passed.entries),
+                tuple(entries),
                 applied.worklog,
                 attempt.item,
                 _commit_type(attempt, result),
-                passed.message,
-                passed.verified,
+                message,
+                verified,
             )
             return {"ended": [attempt.token], "outcome": made.line(), "spent": {item_id: None}}
 
@@ -4288,20 +4253,21 @@ class Ledger:
         Returns a text instead, and nothing is decided, where the attempt has failed after all: Held
         or CannotRun, where that is not its doing.
         """
+        seen, message, verified = self.look(attempt), "", tuple[str, ...]()
         outcome, summary = "complete", result.commit_summary or result.summary
         if result.result == "blocked":
-            summary, seen = result.context or result.summary, self.look(attempt)
-            passed: Passed | str = Passed(seen, self._documents(attempt, seen))
+            entries, summary = self._documents(attempt, seen), result.context or result.summary
             summary = _with_salvage_note(summary, self._salvage(attempt, seen))
             outcome, result = "blocked", result._replace(context=summary)
         else:
-            passed = self._pass(attempt, result)
-        if isinstance(passed, str):
-            return passed
+            passed = self._pass(attempt, result, seen)
+            if isinstance(passed, str):
+                return passed
+            seen, entries, message, verified = passed
         if attempt.destructive and outcome == "complete":
-            self._name_unshared(attempt, passed.seen)
-            self.repo.restage(attempt.before, passed.seen.after)
-        applied = self.decide(attempt, passed, outcome, summary, result)
+            self._name_unshared(attempt, seen)
+            self.repo.restage(attempt.before, seen.after)
+        applied = self.decide(attempt, entries, outcome, summary, result, message, verified)
         batched = result.result == "phase_complete" and attempt.task.pool != TRIAGE
         if outcome == "complete" and (attempt.destructive or not batched):
             self.commit()
@@ -4325,7 +4291,7 @@ class Ledger:
         reason = _with_salvage_note(reason, self._salvage(attempt, seen))
         failed = result or PhaseResult(attempt.task.item_id, attempt.task.name, "failed", reason)
         failed = failed._replace(result="failed", context=reason)
-        return self.decide(attempt, Passed(seen, entries), "failed", reason, failed)
+        return self.decide(attempt, entries, "failed", reason, failed)
 
     def cancel(self, attempt: Attempt) -> str | None:
         """An attempt was interrupted: nothing is charged, nothing it left is lost.
@@ -4452,20 +4418,18 @@ class Ledger:
             )
             self.space.add_strays(alone)
 
-    def _pass(self, attempt: Attempt, result: PhaseResult) -> Passed | str:
-        """Hooks, then checks, and both again while either changes what is to be committed: so the
-        checks have passed on exactly that. Returns why the attempt has failed, if it has.
-
-        What only the checks make is none of it, and left as a stray.
+    def _pass(
+        self, attempt: Attempt, result: PhaseResult, seen: Aftermath
+    ) -> tuple[Aftermath, list[Entry], str, tuple[str, ...]] | str:
+        """Hooks, then checks, and again while the work tree is not just what is to be committed: so
+        the checks have passed on that. Or why the attempt has failed.
         """
         item = self.store.backlog.items.get(attempt.task.item_id, attempt.item)
-        complete = result.result == "phase_complete"
+        complete, apart = result.result == "phase_complete", set[str]()
         checks = checks_of(self.config, item, attempt.task.name) if complete else ()
-        verified, made, wrong = tuple(map(command_text, checks)), set[str](), list[str]()
-        seen = self.look(attempt)
+        verified = tuple(map(command_text, checks))
         for _ in range(HOOK_ROUNDS):
-            seen = seen._replace(changes=[c for c in seen.changes if c.after.path not in made])
-            entries, message, hook = self._outputs(attempt, seen)[0], "", ""
+            entries, message, hook = self._documents(attempt, seen), "", ""
             if attempt.destructive:
                 refusal = self._objection(attempt, result, seen)
                 judged = refusal or self._pass_hooks(attempt, result, seen, verified)
@@ -4476,36 +4440,19 @@ class Ledger:
                 return trouble
             if checks or hook:  # what they did to the work tree is the phase's, too
                 seen = self.look(attempt)
-            wrong = self._unlike(attempt, seen, entries, made) if checks else []
-            if not wrong:
-                self._documents(attempt, seen)  # names what a document phase changed beside them
-                if left := made - self.space.strays():
-                    names = one_line(", ".join(sorted(left)), 200)
-                    log().warning("%s its checks left this, not committed: %s", attempt.tag, names)
-                    self.space.add_strays(left)
-                return Passed(seen, entries, message, verified)
-        names = one_line(", ".join(wrong), 200)
+            there = self._outputs(attempt, seen)[0]
+            if attempt.destructive:
+                changes = self._changes(seen.after.head.commit, seen.after.tree)
+                there = [change.after for change in changes]
+            apart = {entry.path for entry in {*there} ^ {*entries}}
+            apart -= {*seen.theirs, *self.space.strays()}
+            if not (checks and apart):
+                return seen, entries, message, verified
+        paths = one_line(", ".join(sorted(apart)), 200)
         return (
-            f"hooks and checks change what is to be committed each time, after {HOOK_ROUNDS} rounds"
-            f" still: {names}. Let git ignore what is made by a check"
+            f"hooks and checks change what is to be committed, in {HOOK_ROUNDS} rounds each time:"
+            f" {paths}. Let git ignore what only a check makes"
         )
-
-    def _unlike(
-        self, attempt: Attempt, seen: Aftermath, entries: Sequence[Entry], made: set[str]
-    ) -> list[str]:
-        """The paths in which the work tree differs from what is to be committed.
-
-        New files that a destructive phase's commit does not hold go to `made`.
-        """
-        wanted = {entry.path: entry for entry in entries}
-        if not attempt.destructive:
-            there = {entry.path: entry for entry in self._outputs(attempt, seen)[0]}
-        else:
-            changes = self._changes(seen.after.head.commit, seen.after.tree)
-            made |= {c.after.path for c in changes if c.before.absent} - {*wanted, *seen.theirs}
-            there = {c.after.path: c.after for c in changes if c.after.path not in made}
-        paths = {path for path in {*wanted, *there} if wanted.get(path) != there.get(path)}
-        return sorted(paths - seen.theirs.keys())
 
     def _pass_hooks(
         self, attempt: Attempt, result: PhaseResult, seen: Aftermath, verified: tuple[str, ...]
@@ -5990,7 +5937,7 @@ def summary_of(space: Workspace, run: Run, code: int) -> dict[str, Any]:
     # What checked an item that is done may have been committed by a run long ago.
     most = None if totals.completed else 2 * totals.phases + 10
     history = read_log(space, most) if totals.spent else []
-    told_of, phases = rows_by_item(history), code_phases(space.config)
+    checks = proofs(history, code_phases(space.config))
     log_rows = [row for row in history if row["run_id"] == run.run_id]
     finished = {(row["item"], row["phase"]) for row in log_rows if row["outcome"] == "complete"}
     failed = {(safe_name(id), safe_name(phase)) for id, phase in totals.spent.keys() - finished}
@@ -6013,7 +5960,7 @@ def summary_of(space: Workspace, run: Run, code: int) -> dict[str, Any]:
                 "id": id,
                 "title": titles.get(id, ""),
                 "commit": commits.get(id),
-                "verified": proof_of(told_of.get(id, ()), phases)[1],
+                "verified": checks[id]["verified"] if id in checks else [],
             }
             for id in totals.completed
         ],
@@ -6102,7 +6049,8 @@ def cmd_status(args: argparse.Namespace) -> int:
             raise UsageError("--done and --only cannot be combined: a finished item has no keys")
         rows = finished(space)
         keys = "finished id status commit cost_usd title verified"
-        lines = table(keys, list(map(with_checks, rows)), width, heads=True)
+        told = [{**row, "verified": checked(row)} for row in rows]
+        lines = table(keys, told, width, heads=True)
         lines = lines or ["No item has been finished yet."]
         return answer(args, {"items": rows}, lines)
     rows, runs = status_rows(backlog, only, item_costs(space)), run_facts(space)
@@ -6241,9 +6189,8 @@ def cmd_show(args: argparse.Namespace) -> int:
     documents = documents_in(place, space.repo.root)
     rows, code = read_log(space, item_id=args.id), code_phases(space.config)
     kept = [one for one in salvages(space) if one["item"] == safe_name(args.id)]
-    lines = render_item(known if item else with_checks(known), width)
-    told = list(history_rows(rows, code))
-    history = table("when phase outcome commit summary", told, width, "  ")
+    lines = render_item(known if item else {**known, "verified": checked(known)}, width)
+    history = table("when phase outcome commit summary", history_rows(rows, code), width, "  ")
     lines += ["", "History:", *history] if rows else []
     listed = [f"  {one_line(path)}" for path in documents]
     lines += ["", "Documents:", *listed] if listed else []
@@ -6257,20 +6204,16 @@ def cmd_log(args: argparse.Namespace) -> int:
     rows = read_log(space, args.n, args.since, args.id)
     if args.id is not None and not rows and not args.since:
         _item(space.store.look(), args.id)
-    told = list(history_rows(rows, code_phases(space.config)))
+    told = history_rows(rows, code_phases(space.config))
     lines = table("when item phase outcome commit summary", told, width, heads=True)
     none = "Nothing that the orchestrator did has been committed yet."
     return answer(args, {"log": rows}, lines or [none])
 
 
 def read_log(
-    space: Workspace,
-    most: int | None = None,
-    since: str | None = None,
-    item_id: str | None = None,
-    start: str = "HEAD",
+    space: Workspace, most: int | None = None, since: str | None = None, item_id: str | None = None
 ) -> list[dict[str, Any]]:
-    """What the commits of a history say that the orchestrator did here, newest first; see
+    """What the commits of HEAD's history say that the orchestrator did here, newest first; see
     `log_rows`. `most` rows; `since` as git reads a time. One git process."""
     repo = space.repo
     if repo.head().commit is None:
@@ -6279,7 +6222,7 @@ def read_log(
     options = ["-z", "-E", f"--grep=^{TRAILER}Item: {wanted}", "--no-show-signature", LOG_FORMAT]
     options += [f"--max-count={most}"] if most is not None else []
     options += [f"--since={since}"] if since else []
-    options += [start, *(["--full-history", "--", repo.prefix] if repo.prefix else [])]
+    options += ["--full-history", "--", repo.prefix] if repo.prefix else []
     output = repo.git("-c", "trailer.separators=:", "log", *options)
     rows = log_rows(output.decode(errors="replace"))
     return [row for row in rows if item_id in (None, row["item"])][:most]
@@ -6538,66 +6481,55 @@ def cmd_verify(args: argparse.Namespace) -> int:
 
     What a commit says is not to be run blindly: only commands that the config or the item names.
     """
-    space, what = open_workspace(args.root, args.config), args.what
-    backlog = space.store.look()
-    rows = read_log(space, item_id=what)
-    if rows:
-        commit, told = proof_of(rows, code_phases(space.config))
-    else:
-        if (commit := space.repo.commit_id(what)) is None:
+    space, what, commit = open_workspace(args.root, args.config), args.what, ""
+    backlog, history = space.store.look(), read_log(space)
+    with suppress(GitError):
+        found = space.repo.git("rev-parse", "-q", "--verify", f"{what}^{{commit}}")
+        commit = found.decode().strip()
+    proof = proofs(history, code_phases(space.config)).get(what)
+    rows = [proof] if proof else [row for row in history if row["commit"] == commit]
+    told = dict.fromkeys(text for row in rows for text in row["verified"])
+    if not told:
+        if not commit and not any(row["item"] == what for row in history):
             _item(backlog, what)
-        rows = [row for row in read_log(space, start=commit or "HEAD") if row["commit"] == commit]
-        told = list(dict.fromkeys(text for row in rows for text in row["verified"]))
-    if not commit or not told:
-        raise OrchestratorError(f"{what}: not checked: no commit of it says what it has passed")
-    known = _known_checks(space, commit, {row["item"] for row in rows})
-    named = {text: argv for text in told if (argv := known.get("".join(text.split())))}
+        raise OrchestratorError(f"{what}: not checked, as far as the history of HEAD tells")
+    commit, pipelines = rows[0]["commit"], space.config.pipelines.values()
+    named = [argv for line in pipelines for one in line.all_phases for argv in one.verify]
+    items = [backlog.items]
+    with suppress(GitError, BacklogError, YamlError):  # an item that has left: as it was before
+        before = space.repo.committed(f"{commit}^", space.repo.relative(space.store.path))
+        items.append(State.read(before or b"", space.store.path.name).items)
+    own = (kept.get(row["item"], {}).get("verify", ()) for kept in items for row in rows)
+    named += itertools.chain.from_iterable(own)
+    known = {"".join(command_text(argv).split()): argv for argv in named}
+    held = 0
     with space.repo.checkout(commit) as root:
-        troubles = dict(zip(named, _check_again(space.config, root, named.values()), strict=True))
-    for text in told:
-        strange = f"{text}: not run: neither {space.config.source} nor the item names it"
-        say(args, (troubles[text] or f"{text}: holds") if text in named else strange)
-    held = sum(trouble is None for trouble in troubles.values())
-    say(args, f"{what}: {held} of {plural(len(told), 'check')} of {commit[:10]} held")
+        for text in told:
+            trouble = f"{text}: not run, for neither {space.config.source} nor the item names it"
+            if argv := known.get("".join(text.split())):
+                trouble = _check_again(space.config, root, argv)
+            held += not trouble
+            say(args, trouble or f"{text}: holds")
+    say(args, f"{held} of {plural(len(told), 'check')} of {what} ({commit[:10]}) held")
     return EXIT_OK if held == len(told) else EXIT_ERROR
 
 
-def _known_checks(
-    space: Workspace, commit: str, item_ids: Collection[str]
-) -> dict[str, Sequence[str]]:
-    """The commands that the config and some items name, by their text without blanks; an item may
-    have left the backlog: what it was before the commit counts, too."""
-    phases = [one for line in space.config.pipelines.values() for one in line.all_phases]
-    checks, store = [argv for one in phases for argv in one.verify], space.store
-    items = list(store.backlog.items.values())
-    with suppress(GitError, BacklogError, YamlError):
-        data = space.repo.committed(f"{commit}^", space.repo.relative(store.path))
-        items += State.read(data or b"", store.path.name).items.values()
-    checks += [argv for one in items if one["id"] in item_ids for argv in one.get("verify", ())]
-    return {"".join(command_text(argv).split()): argv for argv in checks}
-
-
-def _check_again(
-    config: Config, root: Path, checks: Iterable[Sequence[str]]
-) -> Iterable[str | None]:
-    """Run checks in a fresh work tree; of each why it does not hold, or None."""
+def _check_again(config: Config, root: Path, argv: Sequence[str]) -> str:
+    """Run a check in a fresh work tree; "", or why it does not hold."""
     import asyncio
 
-    async def check() -> list[str | None]:
-        stop, loop = asyncio.Event(), asyncio.get_running_loop()
-        for number in ending_signals():
-            loop.add_signal_handler(number, stop.set)
-        return [await run_verify(spec, [argv], stop=stop, hurry=stop) for argv in checks]
+    async def check() -> str:
+        never = asyncio.Event()
+        return await run_verify(spec, [argv], stop=never, hurry=never) or ""
 
-    task, run_id, seconds = Task("verify", Phase("verify"), "main"), new_run_id(), 60.0
-    limits = seconds * config.execution.phase_timeout_minutes, 0.0, LEFTOVER_GRACE_S
-    spec = AttemptSpec(run_id, task, 1, run_id, root, "", root, config.agent, *limits)
+    run_id, phase = new_run_id(), Phase("verify")
+    limits = phase_timeout_s(config, phase), 0.0, LEFTOVER_GRACE_S
+    names = run_id, Task("verify", phase, "main"), 1, run_id
+    spec = AttemptSpec(*names, root, "", root, config.agent, *limits)
     become_subreaper()
-    for trouble in asyncio.run(check()):
-        if isinstance(trouble, CannotRun):
-            trouble += "\nWhat a check needs of ignored files, as an environment, is not there: the"
-            trouble += " work tree is a fresh one."
-        yield trouble
+    trouble = asyncio.run(check())
+    missing = "\nThe work tree is a fresh one: what git ignores, such as an environment, is missing"
+    return trouble + missing * isinstance(trouble, CannotRun)
 
 
 def cmd_stop(args: argparse.Namespace) -> int:
@@ -6649,8 +6581,7 @@ def cmd_init(args: argparse.Namespace) -> int:
         replace_file(path, wanted[path].encode())
         print(f"made {os.path.relpath(path, repo.root)}")
         if check and path.name == CONFIG_NAME:
-            told = f"`{command_text(check)}`, so it holds a `verify` line with that"
-            print(f"this project seems to be tested with {told}, commented out: look at it")
+            print(f"  with a line, commented out, for this project's tests as `verify`: {check}")
     make_work_folder(repo.root, repo.root / WORK_DIR)
     if not made:
         print("nothing to do: the files are there already")

@@ -1,0 +1,173 @@
+"""Checks: what runs on exactly the tree that is committed, what the commit says of it, and `verify`."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import orchestrator
+
+IN_BUILD = "in_progress phase=build phase_pool=main"
+LONG = 'true "a command whose text is longer than a line of a commit may be" and "goes on for quite a while behind that"'
+
+
+def prepare(project: Any, *checks: list[str], own: str = "", **execution: str) -> None:
+    """A project whose build is checked by these commands; WRK-002 waits, WRK-003 is built unchecked."""
+    more = f"verify = {json.dumps(checks)}\n" if checks else ""
+    bare = '[[pipelines.bare.phases]]\nname = "make"\ndestructive = true\n'
+    project.configure("build!", more=more + bare, execution="".join(f"{k} = {v}\n" for k, v in {"max_retries": "0", **execution}.items()))
+    project.backlog(f"WRK-001 {IN_BUILD}", "WRK-002 blocked blocked_from_status=ready", "WRK-003 in_progress phase=make phase_pool=main pipeline_type=bare")
+    project.script({"*": [{"write": {"code.py": "ugly\n"}, "result": {"verify": [["touch", "owned"]]}}], "*/make": [{"write": {"made.py": "1\n"}}]})
+    (project.root / "BACKLOG.yaml").write_text(project.text().replace("  phase: build\n", f"  phase: build\n{own}", 1))
+    project.commit_all()
+
+
+def trailers(project: Any, commit: str = "HEAD") -> list[str]:
+    out: str = project.git("log", "-1", "--format=%(trailers:key=Orchestrator-Verified,valueonly,unfold)", commit)
+    return out.split("\n")[:-2]
+
+
+def hook(project: Any, text: str) -> None:
+    path = project.root / ".git/hooks/pre-commit"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+
+
+def test_a_commit_says_what_checked_it_and_everything_tells_it(project: Any) -> None:
+    """The checks see what the hook has mended; the item's own come last; no check is no line."""
+    seen = project.outside / "seen"
+    prepare(project, ["sh", "-c", LONG], ["sh", "-c", f"cat code.py >> {seen}; exec sleep 0"], own="  verify:\n  - [grep, nice, code.py]\n")
+    hook(project, "sed s/ugly/nice/ code.py > x && mv x code.py && git add code.py")
+    told = json.loads(project.run("run", "--json").stdout)
+    assert seen.read_text() == "nice\n"
+    assert not (project.root / "owned").exists()
+    one, three = told["completed"]
+    commands = [f"sh -c '{LONG}'", f"sh -c 'cat code.py >> {seen}; exec sleep 0'", "grep nice code.py"]
+    assert (one["verified"], three["verified"]) == (commands, [])
+    assert (trailers(project, one["commit"]), trailers(project, three["commit"])) == (commands, [])
+    assert max(map(len, project.git("log", "-1", "--format=%B", one["commit"]).splitlines())) <= 100
+    checked = f"checked by {', '.join(commands)}"
+    summary = orchestrator.render_summary(told, "o").splitlines()
+    assert {f"  {checked}: WRK-001", "  not checked: WRK-003"} <= set(summary)
+    assert [row["verified"] for row in json.loads(project.run("status", "--done", "--json").stdout)["items"]] == [[], commands]
+    assert [row["verified"] for row in json.loads(project.run("log", "--json").stdout)["log"] if row["phase"]] == [[], commands]
+    for argv in (["show", "WRK-001"], ["log"], ["status", "--done"]):
+        assert checked in project.run(*argv).stdout
+    for argv in (["show", "WRK-003"], ["log"], ["status", "--done"]):
+        assert "not checked" in project.run(*argv).stdout
+    assert project.run("check").stdout.count("no `verify`, so what an agent calls done is committed unchecked: make\n") == 1
+
+
+SHELL = {
+    "mends": "echo nice > code.py; echo round >> {outside}/rounds",
+    "leaves": "touch left.txt; echo round >> {outside}/rounds",
+    "commits": "git add code.py; git commit -qm mine || true; echo round >> {outside}/rounds",
+    "edits": "sed s/title:.Item.WRK-002/title:\\ Renamed/ BACKLOG.yaml > x && mv x BACKLOG.yaml; echo round >> {outside}/rounds",
+    "restless": "echo more >> code.py",
+    "hangs": "sleep 100",
+    "fails": "echo no good; exit 3",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "rounds", "text"),
+    [
+        ("mends", 2, ""), ("leaves", 2, ""), ("commits", 2, ""), ("edits", 1, ""),
+        ("restless", 0, "hooks and checks change what is to be committed, in 4 rounds each time: code.py. Let git"),
+        ("hangs", 0, "verify command `sh -c sleep 100` ran out of time"), ("fails", 0, "failed with exit code 3\nLast output:\nno good"),
+    ],
+)  # fmt: skip
+def test_checks_that_do_more_than_check(project: Any, name: str, rounds: int, text: str) -> None:
+    """What is committed is what they passed on last; or the attempt fails, and nothing is lost."""
+    prepare(project, ["sh", "-c", SHELL[name].format(outside=project.outside)], phase_timeout_minutes="0.02" if name == "hangs" else "5")
+    project.run("run", "--target", "WRK-001", code=3 if text else 0)
+    assert text in project.items().get("WRK-001", {}).get("blocked_reason", "")
+    if text:
+        assert "code.py" in project.git("show", "--name-only", "refs/orchestrator/salvage/WRK-001/build/1")
+        assert not (project.root / "code.py").exists()
+    else:
+        assert (project.outside / "rounds").read_text() == "round\n" * rounds
+        assert project.git("show", "HEAD:code.py") == ("nice\n" if name == "mends" else "ugly\n")
+        assert ("left.txt" in project.paths()) == (name == "leaves")
+        assert len(trailers(project)) == 1
+    assert project.items()["WRK-002"]["title"] == ("Renamed" if name == "edits" else "Item WRK-002")
+    assert project.status() == ""
+    assert project.committed() == project.text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("passes", [True, False])
+def test_what_a_hook_held_up_is_checked_at_the_next_start(project: Any, passes: bool) -> None:
+    """Checks come behind the hooks, so the next start runs them; a failing one: the phase starts again."""
+    prepare(project, ["sh", "-c", f"echo round >> {project.outside}/rounds; test -e {project.outside}/fine"])
+    hook(project, "exit 127")
+    project.run("run", "--target", "WRK-001", code=4)
+    assert not (project.outside / "rounds").exists()
+    hook(project, "exit 0")
+    if passes:
+        (project.outside / "fine").touch()
+    done = project.run("run", "--target", "WRK-001", code=3)
+    assert len(project.agent_log()) == 2 - passes
+    assert [len(trailers(project, c)) for c in project.git("log", "--format=%H", "--grep", "Outcome: complete").split()] == [1] * passes
+    assert passes or "failed with exit code 1" in done.stderr
+    assert project.status() == ""
+
+
+@pytest.mark.parametrize("bad", ["make test", "[make, test]", "\n  - []", '\n  - [""]', "\n  - [make, 5]", "\n  - make"])
+def test_a_bad_list_of_an_item_is_named(project: Any, bad: str) -> None:
+    project.backlog("WRK-001 new", "WRK-002 new")
+    path = project.root / "BACKLOG.yaml"
+    path.write_text(project.text().replace("  status: new\n", f"  status: new\n  verify: {bad}\n", 1))
+    before = path.read_bytes()
+    done = project.run("status", code=1)
+    assert "WRK-001: verify must be a list of commands, each on a line of its own such as - [make, test], not " in done.stderr
+    assert path.read_bytes() == before
+
+
+@pytest.mark.slow
+def test_verify_says_what_holds_now(project: Any) -> None:
+    script = project.outside / "check.sh"
+    script.write_text("test -e code.py")
+    prepare(project, ["sh", str(script)], own="  verify:\n  - [grep, ugly, code.py]\n")
+    project.run("run")
+    commit = project.git("log", "-1", "--format=%H", "--grep", "Item: WRK-001$").strip()
+    (project.root / "code.py").write_text("what is here now does not matter\n")
+    held = f"sh {script}: holds\ngrep ugly code.py: holds\n2 of 2 checks of"
+    assert project.run("verify", "WRK-001").stdout == f"{held} WRK-001 ({commit[:10]}) held\n"
+    assert project.run("verify", commit[:12]).stdout == f"{held} {commit[:12]} ({commit[:10]}) held\n"
+    script.write_text("echo broken since; exit 2")
+    assert "failed with exit code 2\nLast output:\nbroken since\ngrep ugly code.py: holds\n1 of 2 " in project.run("verify", commit, code=1).stdout
+    script.write_text("exit 127")
+    assert "\nThe work tree is a fresh one: what git ignores" in project.run("verify", "WRK-001", code=1).stdout
+    project.configure("build!", more='verify = [["true"]]\n')
+    assert f"sh {script}: not run, for neither " in project.run("verify", "WRK-001", code=1).stdout
+    assert "not checked" in project.run("verify", "WRK-003", code=1).stderr
+    assert "not checked" in project.run("verify", "HEAD", code=1).stderr
+    assert "there is no such item" in project.run("verify", "WRK-9", code=2).stderr
+    assert len(project.git("worktree", "list").splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "command"),
+    [
+        ("Makefile", "all:\n\ntest: all\n\ttrue\n", "make test"), ("Makefile", "test := x\ntests:\n", ""), ("justfile", "test *args:\n  true\n", "just test"),
+        ("package.json", '{"scripts": {"build": "x", "test": "jest"}}', "npm test"), ("package.json", r'{"scripts": {"test": "echo \"Error: no test specified\" && exit 1"}}', ""),
+        ("pyproject.toml", "[tool.pytest.ini_options]\n", "pytest"), ("pyproject.toml", "[project]\n", ""), ("conftest.py", "", "pytest"),
+        ("Cargo.toml", "", "cargo test"), ("go.mod", "module x\n", "go test ./..."),
+    ],
+)  # fmt: skip
+def test_init_finds_what_a_project_is_tested_with(make_repo: Any, capsys: pytest.CaptureFixture[str], file: str, text: str, command: str) -> None:
+    root: Path = make_repo()
+    (root / file).write_text(text)
+    assert orchestrator.main(["--root", str(root), "init"]) == 0
+    said, config = capsys.readouterr().out, (root / "orchestrator.toml").read_text()
+    assert (f"`verify`: {command}\n" in said) == bool(command)
+    lines = [line.partition("# ")[2] for line in config.splitlines() if line.startswith("  # {")]
+    build = [tomllib.loads(f"x = {line.partition(',  #')[0]}")["x"] for line in lines]
+    assert build == [{"name": "build", "is_destructive": True, "verify": [command.split()]}] * bool(command)
