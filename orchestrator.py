@@ -2457,7 +2457,7 @@ def halt_line(reason: HaltReason | None, detail: str, only_triage: bool = False)
 
 
 SCREEN = 24  # lines that the summary of a night is to fit into
-SHOWN_DONE, SHOWN_ASKING, SHOWN_KEPT = 5, 3, 2
+SHOWN_DONE, SHOWN_ASKING, SHOWN_KEPT = 4, 3, 2
 
 
 def render_summary(told: Mapping[str, Any], program: str, width: int = WHOLE_LINES) -> str:
@@ -4425,7 +4425,7 @@ class Ledger:
         the checks have passed on that. Or why the attempt has failed.
         """
         item = self.store.backlog.items.get(attempt.task.item_id, attempt.item)
-        complete, apart = result.result == "phase_complete", set[str]()
+        complete, apart = result.result == "phase_complete", list[str]()
         checks = checks_of(self.config, item, attempt.task.name) if complete else ()
         verified = tuple(map(command_text, checks))
         for _ in range(HOOK_ROUNDS):
@@ -4440,19 +4440,24 @@ class Ledger:
                 return trouble
             if checks or hook:  # what they did to the work tree is the phase's, too
                 seen = self.look(attempt)
-            there = self._outputs(attempt, seen)[0]
-            if attempt.destructive:
-                changes = self._changes(seen.after.head.commit, seen.after.tree)
-                there = [change.after for change in changes]
-            apart = {entry.path for entry in {*there} ^ {*entries}}
-            apart -= {*seen.theirs, *self.space.strays()}
-            if not (checks and apart):
+            apart = self._apart(attempt, seen, {*entries}) if checks else []
+            if not apart:
                 return seen, entries, message, verified
-        paths = one_line(", ".join(sorted(apart)), 200)
+        paths = one_line(", ".join(apart), 200)
         return (
             f"hooks and checks change what is to be committed, in {HOOK_ROUNDS} rounds each time:"
             f" {paths}. Let git ignore what only a check makes"
         )
+
+    def _apart(self, attempt: Attempt, seen: Aftermath, entries: set[Entry]) -> list[str]:
+        """The paths in which the work tree is not what is to be committed."""
+        left = {*self._outputs(attempt, seen)[0]}
+        if attempt.destructive:
+            changes = self._changes(seen.after.head.commit, seen.after.tree)
+            left = {change.after for change in changes}
+        gone = entries - left - {change.after for change in seen.changes}
+        apart = {entry.path for entry in gone | (left - entries)}
+        return sorted(apart - {*seen.theirs, *self.space.strays()})
 
     def _pass_hooks(
         self, attempt: Attempt, result: PhaseResult, seen: Aftermath, verified: tuple[str, ...]

@@ -998,7 +998,8 @@ def test_demo_agent_by_phase_and_title(make_spec: SpecMaker) -> None:
     assert demo("prd", "Plain").summary == "Wrote PRD.md"
     assert (spec.change_dir / "PRD.md").read_text() == "# Plain: prd\n\nWritten by the demo agent.\n"
     assert demo("prd", "Something unclear").result == "blocked"
-    assert demo("build", "A flaky thing").result == "failed"
+    assert demo("build", "A flaky thing").result == "phase_complete"
+    assert "def feature(:\n" in (spec.root / "demo/a_flaky_thing.py").read_text()
     assert demo("build", "A flaky thing", attempt=2).commit_summary == "Add demo/a_flaky_thing.py"
     assert (spec.root / "demo/a_flaky_thing.py").read_text().startswith("# A flaky thing\n")
     assert demo("build", "Plain").follow_ups == ()
