@@ -817,28 +817,6 @@ phases = [
 """
 
 
-# What tells how a project is tested: the files to look for, what is in them then, the command.
-_NPM_TEST = r'"scripts"\s*:\s*\{[^}]*"test"\s*:\s*"(?!echo \\"Error: no test)'
-TESTED_WITH = (
-    ("GNUmakefile makefile Makefile", r"^test\s*:(?!=)", "make test"),
-    ("justfile Justfile .justfile", r"^@?test\b[^:=]*:(?!=)", "just test"),
-    ("package.json", _NPM_TEST, "npm test"),
-    ("pytest.ini conftest.py tests/conftest.py", "", "pytest"),
-    ("pyproject.toml setup.cfg tox.ini", r"^\[(?:tool[.:])?pytest", "pytest"),
-    ("Cargo.toml", "", "cargo test"),
-    ("go.mod", "", "go test ./..."),
-)
-
-
-def test_command(root: Path) -> str:
-    """What a project seems to be tested with; "" if nothing tells."""
-    for names, pattern, command in TESTED_WITH:
-        for path in (root / name for name in names.split()):
-            if path.is_file() and re.search(pattern, path.read_text(errors="replace"), re.M):
-                return command
-    return ""
-
-
 def config_template(prefix: str, agent: str, check: str = "") -> str:
     """The text of a new orchestrator.toml: the defaults, explained, with this prefix and agent;
     `check`, what the project is tested with, as a remark."""
@@ -6550,6 +6528,28 @@ def cmd_stop(args: argparse.Namespace) -> int:
         replace_file(space.repo.state_dir / "stop", found[1].encode())
         print(f"Run {found[1]} finishes the phases in flight and halts.")
     return EXIT_OK
+
+
+# What tells how a project is tested: the files to look for, what is in them then, the command.
+_NPM_TEST = r'"scripts"\s*:\s*\{[^}]*"test"\s*:\s*"(?!echo \\"Error: no test)'
+TESTED_WITH = (
+    ("GNUmakefile makefile Makefile", r"^test\s*:(?!=)", "make test"),
+    ("justfile Justfile .justfile", r"^@?test\b[^:=]*:(?!=)", "just test"),
+    ("package.json", _NPM_TEST, "npm test"),
+    ("pytest.ini conftest.py tests/conftest.py", "", "pytest"),
+    ("pyproject.toml setup.cfg tox.ini", r"^\[(?:tool[.:])?pytest", "pytest"),
+    ("Cargo.toml", "", "cargo test"),
+    ("go.mod", "", "go test ./..."),
+)
+
+
+def test_command(root: Path) -> str:
+    """What a project seems to be tested with; "" if nothing tells."""
+    for names, pattern, command in TESTED_WITH:
+        for path in (root / name for name in names.split()):
+            if path.is_file() and re.search(pattern, path.read_text(errors="replace"), re.M):
+                return command
+    return ""
 
 
 def cmd_init(args: argparse.Namespace) -> int:

@@ -112,7 +112,7 @@ def test_the_remedy_for_dirt_names_it_and_leaves_the_backlog_alone(project: Proj
     command = problem["remedy"].partition("set them aside: ")[2]
     assert command == "git stash push --include-untracked -- ':/my notes.txt'"
     sh(project.root, "sh", "-c", command)
-    assert project.run("check").stdout == "ready to run\n"
+    assert project.run("check").stdout.endswith("unchecked: build\nready to run\n")
     assert project.items().keys() == {"WRK-001"}
 
 

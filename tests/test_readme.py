@@ -90,7 +90,7 @@ def test_positional_arguments_are_documented() -> None:
     for name, parser in parsers().items():
         for action in parser._actions:
             if not action.option_strings:
-                word = "\\|".join(action.choices) if action.choices else str(action.metavar or action.dest).upper()
+                word = "\\|".join(action.choices) if action.choices else str(action.metavar or action.dest).upper().replace("|", "\\|")
                 assert (f"[{word}]" if action.nargs == "?" else word) in documented()[name]
 
 
