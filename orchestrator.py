@@ -2523,9 +2523,9 @@ def attempt_file(root: Path, kind: Literal["results", "prompts"], task: Task, to
 
 def log_paths(root: Path, task: Task, name: int | str) -> tuple[Path, Path]:
     """New files for both outputs of an attempt; those of an earlier run are kept."""
-    folder, stem = root / WORK_DIR / "logs" / safe_name(task.item_id), safe_name(task.name)
-    numbers = ("", *(f".{number}" for number in range(2, 10_000)))
-    pairs = ((folder / f"{stem}-{name}{n}.out", folder / f"{stem}-{name}{n}.err") for n in numbers)
+    stem = root / WORK_DIR / "logs" / safe_name(task.item_id) / f"{safe_name(task.name)}-{name}"
+    stems = (f"{stem}.{number}" if number > 1 else f"{stem}" for number in itertools.count(1))
+    pairs = ((Path(f"{one}.out"), Path(f"{one}.err")) for one in stems)
     return next(pair for pair in pairs if not any(map(os.path.lexists, pair)))
 
 
@@ -2681,7 +2681,7 @@ def read_claude(report: AgentReport, event: Event) -> str:
 
 
 def read_codex(report: AgentReport, event: Event) -> str:
-    """`codex exec --json` (seen: 0.169)."""
+    """`codex exec --json` (seen: 0.169 to 0.171)."""
     kind, item = event.get("type"), event.get("item")
     what, name = _text_at(item, "type"), _text_at(item, "id")
     if kind == "turn.started":
@@ -2822,9 +2822,9 @@ RESET_CLOCK = re.compile(
 def reset_time(text: str, now: float) -> float | None:
     """Epoch seconds of a reset told in words, or None; `now` in epoch seconds, too.
 
-    Known are an epoch ("reached|1759780800"), a span ("in 3 days 4 hours"), and a clock time, with
-    a date or without one, in the zone it names ("resets Oct 6, 1pm (Europe/Berlin)") or in the
-    local one. A time of day is the next such moment, or one that has passed within the hour.
+    An epoch ("reached|1759780800"), a span ("in 3 days 4 hours"), or a clock time in the zone it
+    names or the local one ("resets Oct 6, 1pm (Europe/Berlin)"); one without a date is the next
+    such moment, or one that has passed within the hour.
     """
     if epoch := re.search(r"\|(\d{10})\b", text):
         return float(epoch[1])
@@ -2931,7 +2931,8 @@ def agent_argv(spec: AttemptSpec) -> list[str]:
     if spec.task.phase.run:
         return list(spec.task.phase.run)
     if settings.cli == "demo":
-        return [*_demo_argv(), *settings.args]
+        here = str(Path(__file__).resolve())  # this very program; -E and -S start quicker
+        return [sys.executable, "-E", "-S", here, DEMO_AGENT, *settings.args]
     values = {
         "{prompt_file}": str(spec.prompt_path),
         "{result_path}": str(spec.result_path),
@@ -3125,15 +3126,16 @@ def end_processes(
 
     TERM goes to what is there at first, so that it may start something to tidy up with. Until
     nothing is found twice in a row, because a process may fork and leave while the table is being
-    read, and shows no environment during exec. Returns one line for each. Blocks; gives up after
-    SWEEP_LIMIT_S.
+    read, and shows no environment during exec; once, if we have no child that could have forked.
+    Returns one line for each. Blocks; gives up after SWEEP_LIMIT_S.
     """
     ended: dict[tuple[int, int], str] = {}
     begun, clean, seen = time.monotonic(), 0, dict(known or {})
-    while clean < 2 and time.monotonic() < begun + grace_s + SWEEP_LIMIT_S:
+    enough = 1 if _is_subreaper() and _children() | _children() == {leader} else 2
+    while clean < enough and time.monotonic() < begun + grace_s + SWEEP_LIMIT_S:
         left = _leftovers(variable, leader, seen)
         gentle = time.monotonic() < begun + grace_s and not hurry()
-        clean = 0 if left else clean + 1
+        clean, enough = (0, 2) if left else (clean + 1, enough)
         for pid, start in () if gentle and ended else left:
             words = one_line(_proc(pid, "cmdline").decode(errors="replace").replace("\0", " "), 120)
             ended.setdefault((pid, start), f"process {pid}" + (f" ({words})" if words else ""))
@@ -3142,7 +3144,7 @@ def end_processes(
                 with suppress(ProcessLookupError, PermissionError):
                     os.kill(pid, signal.SIGTERM if gentle else signal.SIGKILL)
         seen.update(left)  # once its parent is gone, nothing else may tell whose it is
-        if clean < 2:
+        if clean < enough:
             time.sleep(0.02 if left else 0.002)
     for pid, _ in ended:
         if pid not in LIVE.values():
@@ -3169,6 +3171,15 @@ def _leftovers(variable: str, leader: int, known: Mapping[int, int]) -> list[tup
         ancestor = table.pop(ancestor).ppid
     found = {pid for pid in found if pid in table and table[pid].alive}
     return [(pid, table[pid].start) for pid in sorted(found, key=lambda pid: pid != leader)]
+
+
+def _children() -> set[int]:
+    """What the kernel lists; it may leave out a child while another one is being reaped."""
+    found: set[int] = set()
+    for listed in Path("/proc/self/task").glob("*/children"):
+        with suppress(OSError):  # the thread has ended
+            found.update(map(int, listed.read_bytes().split()))
+    return found
 
 
 def _reap(pid: int) -> None:
@@ -3286,10 +3297,6 @@ class Child:
             del LIVE[self._marker]
         self.look()
 
-    @property
-    def log(self) -> Path:
-        return self.logs[0].relative_to(self.spec.root)
-
     def with_tail(self, text: str) -> str:
         """Append the last lines of both outputs, what was printed as an error last."""
         tail = "\n".join([*self.out.tail, *self.err.tail][-TAIL_LINES:])
@@ -3351,16 +3358,16 @@ class Child:
                 grown = now if self._take() else grown
                 self.seconds, self.silent_s = now - begun, now - grown
                 settled = self.look()
-                if gone.is_set():
-                    return "exit"
-                if self.stop.is_set():
-                    return "stop"
-                if self.seconds >= self.timeout_s:
-                    return "timeout"
-                if 0 < self.idle_s <= self.silent_s:
-                    return "idle"
-                if settled:
-                    return "settled"
+                reasons: dict[Ending, bool] = {
+                    "exit": gone.is_set(),
+                    "stop": self.stop.is_set(),
+                    "timeout": self.seconds >= self.timeout_s,
+                    "idle": 0 < self.idle_s <= self.silent_s,
+                    "settled": settled,
+                }
+                for why, holds in reasons.items():
+                    if holds:
+                        return why
                 if now - looked >= LOOK_AROUND_S:
                     looked = now
                     for pid, start in await asyncio.to_thread(self._look_around):
@@ -3415,11 +3422,10 @@ async def run_attempt(
     started: Callable[[int, int], None],
     progress: Callable[[Progress], None] = lambda seen: None,
 ) -> AgentOutcome:
-    """Run one attempt of a phase and judge how it ended.
+    """Run one attempt of a phase and judge how it ended; see `Child` for stop, hurry and started.
 
-    `started(pid, start time)` is called once the process exists, and for every process of it that
-    hides whose it is. `stop` ends it (TERM, grace, KILL), `hurry` cuts the grace short. Everything
-    expected is an outcome; an exception is a bug, and even then nothing that was started is left.
+    Everything expected is an outcome; an exception is a bug, and even then nothing that was started
+    is left.
     """
     if stop.is_set():
         return AgentOutcome("cancelled", detail="not started: the run is stopping")
@@ -3469,11 +3475,11 @@ def read_result(spec: AttemptSpec) -> PhaseResult | None:
     """
     import stat
 
-    refused = f"the result file {spec.result_path} was refused"
+    path, careful = spec.result_path, os.O_NOFOLLOW | os.O_NONBLOCK
+    refused = f"the result file {path} was refused"
     try:
-        handle = os.open(spec.result_path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-        with open(handle, "rb") as file:
-            if not stat.S_ISREG(os.fstat(handle).st_mode):
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | careful)) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise ResultError(f"{refused}: it is no regular file")
             data = file.read(RESULT_LIMIT + 1)
     except FileNotFoundError:
@@ -3573,7 +3579,8 @@ def _if_early(spec: AttemptSpec, child: Child, failed: AgentOutcome) -> AgentOut
     trouble = cast("Any", error_kind(words, status))
     text = f"{name}: {words}"
     if not words:
-        text = f"{name} gave no reason ({_code_text(child.code)}); its output is in {child.log}"
+        log = child.logs[0].relative_to(spec.root)
+        text = f"{name} gave no reason ({_code_text(child.code)}); its output is in {log}"
     return failed._replace(error=one_line(text, TAIL_COLUMNS), trouble=trouble)
 
 
@@ -3628,11 +3635,10 @@ async def run_verify(
     stop: asyncio.Event,
     hurry: asyncio.Event,
 ) -> str | None:
-    """Run a phase's verify commands in turn after its agent; None if all of them exit with 0.
+    """Run a phase's verify commands in turn, within its time limit; None if all exit with 0.
 
     Else the text of the first failure with the tail of its output, a `CannotRun` if the command
-    itself is the trouble. They share the phase's time limit. If `stop` is set meanwhile the text
-    says so: the attempt is then cancelled, not failed.
+    itself is the trouble.
     """
     clock = time.monotonic
     deadline = clock() + spec.timeout_s
@@ -3717,18 +3723,6 @@ def probe_agent(settings: AgentSettings, root: Path) -> Probe:
 
 
 # ---- The demo agent ------------------------------------------------------------------------------
-
-
-def _demo_argv() -> list[str]:
-    """This very program, imported so that its compiled form is used; -E and -S start quicker."""
-    here = Path(__file__).resolve()
-    if Repo.__module__ == __name__:  # the single file: of any name, and no cache is left beside it
-        return [sys.executable, "-E", "-S", str(here), DEMO_AGENT]
-    code = (
-        f"import importlib, sys; sys.path.insert(0, {str(here.parent)!r});"
-        f" sys.exit(importlib.import_module({here.stem!r}).main([{DEMO_AGENT!r}]))"
-    )
-    return [sys.executable, "-E", "-S", "-c", code]
 
 
 def demo_agent(env: Mapping[str, str], prompt: str, root: Path) -> int:
