@@ -45,6 +45,7 @@ import os
 import re
 import secrets
 import signal
+import stat
 import sys
 import time
 from collections import deque
@@ -4986,7 +4987,11 @@ class Run:
     def blocked_now(self) -> list[str]:
         """The items in this run's scope that wait for a human, whenever they were blocked."""
         options = self.options
-        scope = self.matched if options.filters else options.targets or self.backlog.items
+        scope: Container[str] = options.targets or self.backlog.items
+        if options.only_triage:
+            scope = self.totals.blocked
+        elif options.filters:
+            scope = self.matched
         blocked = (i for i, item in self.backlog.items.items() if item["status"] == "blocked")
         return [item_id for item_id in blocked if item_id in scope]
 
@@ -5420,19 +5425,29 @@ class Workspace(NamedTuple):
             return any(os.path.samestat(found, os.fstat(fd)) for fd in (1, 2))
         return False
 
-    def strays(self) -> set[str]:
-        """The paths that document phases changed beside their outputs, until they are gone."""
+    def strays(self) -> dict[str, str]:
+        """What phases left beside their outputs, by path; what is gone or edited since is not."""
+        known = dict[str, str]()
         with suppress(OSError):
-            known = os.fsdecode((self.repo.state_dir / "strays").read_bytes()).split("\0")
-            return {path for path in known if os.path.lexists(self.repo.top / path)}
-        return set()
+            text = os.fsdecode((self.repo.state_dir / "strays").read_bytes())
+            for stamp, _, path in (line.partition(" ") for line in text.split("\0")):
+                if stamp == self._stamp(path):
+                    known[path] = stamp
+        return known
 
-    def add_strays(self, paths: Collection[str]) -> None:
+    def add_strays(self, paths: Iterable[str]) -> None:
         """Remember paths as strays: never committed by us, and never taken for the operator's."""
-        known = self.strays()
-        if not known.issuperset(paths):
-            data = os.fsencode("\0".join(sorted({*known, *paths})))
-            replace_file(self.repo.state_dir / "strays", data)
+        known = self.strays() | {path: self._stamp(path) for path in paths}
+        text = "\0".join(f"{stamp} {path}" for path, stamp in known.items() if stamp)
+        replace_file(self.repo.state_dir / "strays", os.fsencode(text))
+
+    def _stamp(self, path: str) -> str:
+        """By what a stray is known again: its time and size, of a folder only that it is one."""
+        try:
+            found = (self.repo.top / path).lstat()
+        except OSError:
+            return ""
+        return "folder" if stat.S_ISDIR(found.st_mode) else f"{found.st_mtime_ns}-{found.st_size}"
 
     def run_lock(self, owner: str = "a command") -> RunLock:
         return RunLock(self.repo.state_dir / "run.lock", owner)
