@@ -37,6 +37,11 @@ Reading order, pure chapters first:
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # while modules are loaded; see `main`
+
 import argparse
 import errno
 import io
@@ -44,7 +49,6 @@ import itertools
 import os
 import re
 import secrets
-import signal
 import stat
 import sys
 import time
@@ -1796,6 +1800,13 @@ TRIAGE_OUTPUT = """
 - `description`: all five texts."""
 
 
+def _taken(item: Item, backlog: Backlog) -> list[str]:
+    """What came from an item already, so that a retry does not report it in other words."""
+    origins = ((one, (one.get("origin") or "").partition("/")[0]) for one in backlog.items.values())
+    taken = [f"{one['id']}: {one['title']}" for one, origin in origins if origin == item["id"]]
+    return [TAKEN_NOTE, quote(_bullets(taken))] if taken else []
+
+
 def build_prompt(
     item: Item,
     task: Task,
@@ -1840,11 +1851,6 @@ def build_prompt(
     failures += ["What went wrong:", quote(failure), RETRY_NOTE] if failure else []
     failures += [SALVAGE_NOTE.format(ref=salvage_ref)] if salvage_ref else []
     read_first = ["Read these first; earlier phases wrote them:", _bullets(documents)]
-    taken = [
-        f"{one['id']}: {one['title']}"
-        for one in backlog.items.values()
-        if (one.get("origin") or "").partition("/")[0] == item["id"]
-    ]
     sections = [
         _section("Item to Triage" if triage else "Item", _facts(facts)),
         _section("Position", _facts(position)),
@@ -1854,7 +1860,7 @@ def build_prompt(
         _section("Unblock Context", *([UNBLOCK_NOTE, quote(notes)] if notes.strip() else ())),
         _section("Previous Failure", *(failures if len(failures) > 1 else ())),
         _section("Documents", *(read_first if documents else ())),
-        _section("Follow-ups Taken", *([TAKEN_NOTE, quote(_bullets(taken))] if taken else ())),
+        _section("Follow-ups Taken", *_taken(item, backlog)),
         *(_triage_sections(item, config, backlog) if triage else ()),
         _task_section(item, task, config, str(change_dir)),
         _section("Rules", _rules(item, task, config, str(change_dir))),
@@ -3815,7 +3821,9 @@ def set_up_logging(args: argparse.Namespace, live: LiveLine | None = None) -> No
             text = record.getMessage()
             if record.exc_info:
                 text += f"\n{logging.Formatter().formatException(record.exc_info)}"
-            text = f"{clock} {tag}{clean_text(text)}"
+            lines = f"{clock} {tag}{clean_text(text)}".split("\n")
+            width = output_width(sys.stderr)
+            text = "\n".join(part for line in lines for part in wrap(line, width, " " * 9))
             return tint(text) if tinted else text
 
         def emit(self, record: logging.LogRecord) -> None:
@@ -6994,6 +7002,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     _make_output_safe()
     words = sys.argv[1:] if argv is None else list(argv)
     if words[:1] == [DEMO_AGENT]:
