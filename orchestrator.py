@@ -3433,7 +3433,7 @@ async def run_attempt(
         if child.silent_s >= SILENT_S:
             since = datetime.now() - timedelta(seconds=child.silent_s)
             silent = f"says nothing since {since:%H:%M} ({child.silent_s // 60:.0f} min)"
-            last = f"{last}; {silent}" if last else silent
+            last = f"{silent}, before: {last}" if last else silent  # lines are cut at their end
         seen = Progress(last, child.report.usage())
         if seen != told:
             told = seen
