@@ -137,6 +137,7 @@ from backlog import (
     with_cost,
 )
 from gitutil import (
+    GIT_DROPPED_ENV,
     HOOK_LIMIT_S,
     Change,
     Entry,
@@ -2511,19 +2512,12 @@ OWN_MARK = "ORCHESTRATOR_PID"  # in the environment of everything that we start 
 ATTEMPT_MARK = "ORCHESTRATOR_RESULT_PATH"  # unique per attempt, as the path holds its token
 RUN_MARK = "ORCHESTRATOR_RUN_ID"
 
-# What `git rev-parse --local-env-vars` lists, and the variables git sets for hooks: an agent must
-# find the repository by its working directory, even if we run inside a hook.
-LOCAL_GIT_VARIABLE = (
-    r"GIT_(ALTERNATE_OBJECT_DIRECTORIES|COMMON_DIR|CONFIG(_COUNT|_PARAMETERS|_KEY_\d+|_VALUE_\d+)?"
-    r"|DIR|GRAFT_FILE|IMPLICIT_WORK_TREE|INDEX_FILE|INTERNAL_SUPER_PREFIX|NAMESPACE"
-    r"|NO_REPLACE_OBJECTS|OBJECT_DIRECTORY|PREFIX|QUARANTINE_PATH|REFLOG_ACTION|REPLACE_REF_BASE"
-    r"|SHALLOW_FILE|WORK_TREE)"
-)
-# Variables by which an agent CLI tells its children that they run inside it. Their settings and
-# credentials (CLAUDE_CODE_OAUTH_TOKEN, CLAUDE_CODE_USE_BEDROCK …) must stay.
+# Variables by which an agent CLI tells its children that they run inside it, and git its hooks with
+# which settings. Credentials (CLAUDE_CODE_OAUTH_TOKEN, CLAUDE_CODE_USE_BEDROCK …) must stay.
 SESSION_VARIABLE = (
     r"CLAUDECODE|CLAUDE_PID|CLAUDE_CODE_(ENTRYPOINT|SSE_PORT|EXECPATH|\w*(SESSION|CHILD|PARENT)\w*)"
     r"|CODEX_(SANDBOX\w*|THREAD_ID)|GEMINI_CLI|OPENCODE|OPENCODE_(PID|SESSION\w*)|ORCHESTRATOR_\w+"
+    r"|GIT_CONFIG_(COUNT|KEY_\d+|VALUE_\d+)"
 )
 QUIET_TOOLS = {"GIT_TERMINAL_PROMPT": "0", "GIT_EDITOR": "true", "PAGER": "cat", "GIT_PAGER": "cat"}
 
@@ -2972,7 +2966,7 @@ def agent_environment(spec: AttemptSpec, outer: Mapping[str, str]) -> dict[str, 
     kept = {
         name: value
         for name, value in outer.items()
-        if not (re.fullmatch(LOCAL_GIT_VARIABLE, name) or re.fullmatch(SESSION_VARIABLE, name))
+        if not (GIT_DROPPED_ENV.fullmatch(name) or re.fullmatch(SESSION_VARIABLE, name))
     }
     return {
         **dict(word.split("=") for word in PROFILES[settings.cli].env.split()),
@@ -3454,7 +3448,7 @@ async def run_attempt(
         if child.silent_s >= SILENT_S:
             since = datetime.now() - timedelta(seconds=child.silent_s)
             silent = f"says nothing since {since:%H:%M} ({child.silent_s // 60:.0f} min)"
-            last = f"{last}; {silent}" if last else silent
+            last = f"{silent}, before: {last}" if last else silent  # lines are cut at their end
         seen = Progress(last, child.report.usage())
         if seen != told:
             told = seen
