@@ -1733,6 +1733,7 @@ UNBLOCK_NOTE = (
     "This item had been blocked. A human unblocked it and left these notes. Follow them; where they"
     " differ from the description or from older documents, the notes are right."
 )
+DOCUMENTS_NOTE = "Read these first; earlier phases wrote them:"
 TAKEN_NOTE = "These came from this item and are in the backlog: report only what is new."
 RETRY_NOTE = (
     "Analyse why before you start, and try a different approach: the same steps will fail the same"
@@ -1845,13 +1846,12 @@ def build_prompt(
         "Attempt": f"{attempt} of {attempts}",
         "Time limit": f"{limit}; then the attempt is ended and counts as failed",
     }
-    described = item.get("description") or {}
-    texts = {label: described.get(key, "").strip() for key, label in DESCRIPTION_LABELS.items()}
+    described = (item.get("description") or {}).get
+    texts = {label: described(key, "").strip() for key, label in DESCRIPTION_LABELS.items()}
     rated = {key.capitalize(): cast(Any, item).get(key) for key in RATING_WORDS}
     failures = [f"This is attempt {attempt} of {attempts}. Earlier work on it did not succeed."]
     failures += ["What went wrong:", quote(failure), RETRY_NOTE] if failure else []
     failures += [SALVAGE_NOTE.format(ref=salvage_ref)] if salvage_ref else []
-    read_first = ["Read these first; earlier phases wrote them:", _bullets(documents)]
     sections = [
         _section("Item to Triage" if triage else "Item", _facts(facts)),
         _section("Position", _facts(position)),
@@ -1860,7 +1860,7 @@ def build_prompt(
         _section("Previous Phase Summary", quote(previous_summary or "")),
         _section("Unblock Context", *([UNBLOCK_NOTE, quote(notes)] if notes.strip() else ())),
         _section("Previous Failure", *(failures if len(failures) > 1 else ())),
-        _section("Documents", *(read_first if documents else ())),
+        _section("Documents", *([DOCUMENTS_NOTE, _bullets(documents)] if documents else ())),
         _section("Follow-ups Taken", *_taken(item, backlog)),
         *(_triage_sections(item, config, backlog) if triage else ()),
         _task_section(item, task, config, str(change_dir)),
