@@ -6333,8 +6333,7 @@ def cmd_check(args: argparse.Namespace) -> int:
     lines += [f"note: {one['ref']} keeps what [{one['item']}][{one['phase']}] left" for one in kept]
     if drop := [shlex.quote(one["ref"]) for one in kept if one["finished"]]:
         command = f"printf 'delete %s\\n' {' '.join(drop)} | git update-ref --stdin"
-        whose = f"{len(drop)} of these belong to finished items"
-        lines.append(f"note: {whose}; to drop them: {command}")
+        lines.append(f"note: to drop the {len(drop)} of these that finished items left: {command}")
     lines += run_lines(runs, width) or ([] if problems else ["ready to run"])
     lines += [plural(len(problems), "problem")] if problems else []
     facts = {**runs, "problems": [one._asdict() for one in problems], "remarks": remarks}

@@ -138,7 +138,7 @@ def test_salvage_is_listed_with_the_command_that_drops_that_of_finished_items(ke
     assert [line for line in out.splitlines() if "keeps what" in line] == [
         f"note: {ref} keeps what [{item}][{phase}] left" for ref, (item, phase, _) in names.items()
     ]
-    assert "note: 3 of these belong to finished items; to drop them: printf " in out
+    assert "note: to drop the 3 of these that finished items left: printf " in out
     assert json.loads(cli("check", "--json")[1])["salvage"] == known
     (note,) = [line for line in out.splitlines() if "to drop them: " in line]
     assert project.git("for-each-ref", "--format=%(refname)", "refs/orchestrator/").split() == list(refs)
