@@ -138,11 +138,10 @@ def test_salvage_is_listed_with_the_command_that_drops_that_of_finished_items(ke
     assert [line for line in out.splitlines() if "keeps what" in line] == [
         f"note: {ref} keeps what [{item}][{phase}] left" for ref, (item, phase, _) in names.items()
     ]
-    assert "note: to drop the 3 of these that finished items left: printf " in out
     assert json.loads(cli("check", "--json")[1])["salvage"] == known
-    (note,) = [line for line in out.splitlines() if "to drop them: " in line]
+    (note,) = [line for line in out.splitlines() if "finished items left: " in line]
     assert project.git("for-each-ref", "--format=%(refname)", "refs/orchestrator/").split() == list(refs)
-    sh(project.root, "sh", "-c", note.partition("to drop them: ")[2])
+    sh(project.root, "sh", "-c", note.partition("finished items left: ")[2])
     left = [ref for ref in refs if "WRK-002" not in ref and "WRK-003" not in ref]
     assert project.git("for-each-ref", "--format=%(refname)", "refs/orchestrator/").split() == left
     assert "finished" not in cli("check")[1]
