@@ -57,7 +57,7 @@ BLOBS_AT_ONCE = 500  # that are read into one temporary file
 
 # Variables by which a surrounding git, or the operator's shell, would send our calls elsewhere:
 # `git rev-parse --local-env-vars`, plus those that change dates, pathspecs, diffs or traces.
-_GIT_DROPPED_ENV = re.compile(
+GIT_DROPPED_ENV = re.compile(
     r"GIT_(DIR|WORK_TREE|IMPLICIT_WORK_TREE|INDEX_FILE|PREFIX|INTERNAL_SUPER_PREFIX|COMMON_DIR"
     r"|OBJECT_DIRECTORY|ALTERNATE_OBJECT_DIRECTORIES|NAMESPACE|QUARANTINE_PATH|SHALLOW_FILE"
     r"|GRAFT_FILE|REPLACE_REF_BASE|NO_REPLACE_OBJECTS|CONFIG|CONFIG_PARAMETERS|ATTR_SOURCE"
@@ -329,7 +329,7 @@ def _git_wait(pid: int, wait: Callable[[float | None], int], limit_s: float) -> 
 
 def _git_environment() -> dict[str, str]:
     """The environment without what would send git to another repository, index or date."""
-    return {k: v for k, v in os.environ.items() if not _GIT_DROPPED_ENV.fullmatch(k)}
+    return {k: v for k, v in os.environ.items() if not GIT_DROPPED_ENV.fullmatch(k)}
 
 
 def _git_rows(output: bytes) -> list[str]:

@@ -37,6 +37,11 @@ Reading order, pure chapters first:
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # while modules are loaded; see `main`
+
 import argparse
 import errno
 import io
@@ -44,7 +49,6 @@ import itertools
 import os
 import re
 import secrets
-import signal
 import stat
 import sys
 import time
@@ -136,6 +140,7 @@ from backlog import (
     with_cost,
 )
 from gitutil import (
+    GIT_DROPPED_ENV,
     HOOK_LIMIT_S,
     HOOK_ROUNDS,
     Change,
@@ -1754,6 +1759,7 @@ UNBLOCK_NOTE = (
     "This item had been blocked. A human unblocked it and left these notes. Follow them; where they"
     " differ from the description or from older documents, the notes are right."
 )
+DOCUMENTS_NOTE = "Read these first; earlier phases wrote them:"
 TAKEN_NOTE = "These came from this item and are in the backlog: report only what is new."
 RETRY_NOTE = (
     "Analyse why before you start, and try a different approach: the same steps will fail the same"
@@ -1822,6 +1828,13 @@ TRIAGE_OUTPUT = """
 - `description`: all five texts."""
 
 
+def _taken(item: Item, backlog: Backlog) -> list[str]:
+    """What came from an item already, so that a retry does not report it in other words."""
+    origins = ((one, (one.get("origin") or "").partition("/")[0]) for one in backlog.items.values())
+    taken = [f"{one['id']}: {one['title']}" for one, origin in origins if origin == item["id"]]
+    return [TAKEN_NOTE, quote(_bullets(taken))] if taken else []
+
+
 def build_prompt(
     item: Item,
     task: Task,
@@ -1859,18 +1872,12 @@ def build_prompt(
         "Attempt": f"{attempt} of {attempts}",
         "Time limit": f"{limit}; then the attempt is ended and counts as failed",
     }
-    described = item.get("description") or {}
-    texts = {label: described.get(key, "").strip() for key, label in DESCRIPTION_LABELS.items()}
+    described = (item.get("description") or {}).get
+    texts = {label: described(key, "").strip() for key, label in DESCRIPTION_LABELS.items()}
     rated = {key.capitalize(): cast(Any, item).get(key) for key in RATING_WORDS}
     failures = [f"This is attempt {attempt} of {attempts}. Earlier work on it did not succeed."]
     failures += ["What went wrong:", quote(failure), RETRY_NOTE] if failure else []
     failures += [SALVAGE_NOTE.format(ref=salvage_ref)] if salvage_ref else []
-    read_first = ["Read these first; earlier phases wrote them:", _bullets(documents)]
-    taken = [
-        f"{one['id']}: {one['title']}"
-        for one in backlog.items.values()
-        if (one.get("origin") or "").partition("/")[0] == item["id"]
-    ]
     sections = [
         _section("Item to Triage" if triage else "Item", _facts(facts)),
         _section("Position", _facts(position)),
@@ -1879,8 +1886,8 @@ def build_prompt(
         _section("Previous Phase Summary", quote(previous_summary or "")),
         _section("Unblock Context", *([UNBLOCK_NOTE, quote(notes)] if notes.strip() else ())),
         _section("Previous Failure", *(failures if len(failures) > 1 else ())),
-        _section("Documents", *(read_first if documents else ())),
-        _section("Follow-ups Taken", *([TAKEN_NOTE, quote(_bullets(taken))] if taken else ())),
+        _section("Documents", *([DOCUMENTS_NOTE, _bullets(documents)] if documents else ())),
+        _section("Follow-ups Taken", *_taken(item, backlog)),
         *(_triage_sections(item, config, backlog) if triage else ()),
         _task_section(item, task, config, str(change_dir)),
         _section("Rules", _rules(item, task, config, str(change_dir))),
@@ -2565,19 +2572,12 @@ OWN_MARK = "ORCHESTRATOR_PID"  # in the environment of everything that we start 
 ATTEMPT_MARK = "ORCHESTRATOR_RESULT_PATH"  # unique per attempt, as the path holds its token
 RUN_MARK = "ORCHESTRATOR_RUN_ID"
 
-# What `git rev-parse --local-env-vars` lists, and the variables git sets for hooks: an agent must
-# find the repository by its working directory, even if we run inside a hook.
-LOCAL_GIT_VARIABLE = (
-    r"GIT_(ALTERNATE_OBJECT_DIRECTORIES|COMMON_DIR|CONFIG(_COUNT|_PARAMETERS|_KEY_\d+|_VALUE_\d+)?"
-    r"|DIR|GRAFT_FILE|IMPLICIT_WORK_TREE|INDEX_FILE|INTERNAL_SUPER_PREFIX|NAMESPACE"
-    r"|NO_REPLACE_OBJECTS|OBJECT_DIRECTORY|PREFIX|QUARANTINE_PATH|REFLOG_ACTION|REPLACE_REF_BASE"
-    r"|SHALLOW_FILE|WORK_TREE)"
-)
-# Variables by which an agent CLI tells its children that they run inside it. Their settings and
-# credentials (CLAUDE_CODE_OAUTH_TOKEN, CLAUDE_CODE_USE_BEDROCK …) must stay.
+# Variables by which an agent CLI tells its children that they run inside it, and git its hooks with
+# which settings. Credentials (CLAUDE_CODE_OAUTH_TOKEN, CLAUDE_CODE_USE_BEDROCK …) must stay.
 SESSION_VARIABLE = (
     r"CLAUDECODE|CLAUDE_PID|CLAUDE_CODE_(ENTRYPOINT|SSE_PORT|EXECPATH|\w*(SESSION|CHILD|PARENT)\w*)"
     r"|CODEX_(SANDBOX\w*|THREAD_ID)|GEMINI_CLI|OPENCODE|OPENCODE_(PID|SESSION\w*)|ORCHESTRATOR_\w+"
+    r"|GIT_CONFIG_(COUNT|KEY_\d+|VALUE_\d+)"
 )
 QUIET_TOOLS = {"GIT_TERMINAL_PROMPT": "0", "GIT_EDITOR": "true", "PAGER": "cat", "GIT_PAGER": "cat"}
 
@@ -3026,7 +3026,7 @@ def agent_environment(spec: AttemptSpec, outer: Mapping[str, str]) -> dict[str, 
     kept = {
         name: value
         for name, value in outer.items()
-        if not (re.fullmatch(LOCAL_GIT_VARIABLE, name) or re.fullmatch(SESSION_VARIABLE, name))
+        if not (GIT_DROPPED_ENV.fullmatch(name) or re.fullmatch(SESSION_VARIABLE, name))
     }
     return {
         **dict(word.split("=") for word in PROFILES[settings.cli].env.split()),
@@ -3508,7 +3508,7 @@ async def run_attempt(
         if child.silent_s >= SILENT_S:
             since = datetime.now() - timedelta(seconds=child.silent_s)
             silent = f"says nothing since {since:%H:%M} ({child.silent_s // 60:.0f} min)"
-            last = f"{last}; {silent}" if last else silent
+            last = f"{silent}, before: {last}" if last else silent  # lines are cut at their end
         seen = Progress(last, child.report.usage())
         if seen != told:
             told = seen
@@ -3874,7 +3874,9 @@ def set_up_logging(args: argparse.Namespace, live: LiveLine | None = None) -> No
             text = record.getMessage()
             if record.exc_info:
                 text += f"\n{logging.Formatter().formatException(record.exc_info)}"
-            text = f"{clock} {tag}{clean_text(text)}"
+            lines = f"{clock} {tag}{clean_text(text)}".split("\n")
+            width = output_width(sys.stderr)
+            text = "\n".join(part for line in lines for part in wrap(line, width, " " * 9))
             return tint(text) if tinted else text
 
         def emit(self, record: logging.LogRecord) -> None:
@@ -6450,8 +6452,7 @@ def cmd_check(args: argparse.Namespace) -> int:
     lines += [f"note: {one['ref']} keeps what [{one['item']}][{one['phase']}] left" for one in kept]
     if drop := [shlex.quote(one["ref"]) for one in kept if one["finished"]]:
         command = f"printf 'delete %s\\n' {' '.join(drop)} | git update-ref --stdin"
-        whose = f"{len(drop)} of these belong to finished items"
-        lines.append(f"note: {whose}; to drop them: {command}")
+        lines.append(f"note: to drop the {len(drop)} of these that finished items left: {command}")
     lines += run_lines(runs, width) or ([] if problems else ["ready to run"])
     lines += [plural(len(problems), "problem")] if problems else []
     facts = {**runs, "problems": [one._asdict() for one in problems], "remarks": remarks}
@@ -7206,6 +7207,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     _make_output_safe()
     words = sys.argv[1:] if argv is None else list(argv)
     if words[:1] == [DEMO_AGENT]:

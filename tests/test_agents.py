@@ -549,7 +549,7 @@ def test_progress_is_told_when_it_changes_and_silence_too(make_spec: SpecMaker, 
 
     attempt(spec, progress=note)
     silent = f"says nothing since {datetime.now():%H:%M} (0 min)"
-    assert seen[:3] == [silent, "one", f"one; {silent}"]
+    assert seen[:3] == [silent, "one", f"{silent}, before: one"]
 
 
 # ---- Agent CLIs, as recorded event streams -------------------------------------------------------

@@ -292,22 +292,6 @@ def test_history(project: Path, repo: Repo) -> None:
     assert not repo.mentions("abc", start)
 
 
-OPERATIONS: Mapping[str, tuple[Act, str | None]] = {
-    "none": (run("true"), None),
-    "range_between_steps": (run("mkdir .git/sequencer", "echo 'revert abc' > .git/sequencer/todo"), "revert"),
-    "picks_between_steps": (run("mkdir .git/sequencer", "echo 'pick abc' > .git/sequencer/todo"), "cherry-pick"),
-    "empty_sequencer": (run("mkdir .git/sequencer"), "cherry-pick"),
-    "reftable_ref": (run("mkdir .git/reftable"), None),
-    "squash_is_none": (run("echo x > .git/SQUASH_MSG"), None),
-}
-
-
-@pytest.mark.parametrize(("act", "operation"), table(OPERATIONS))
-def test_operation(project: Path, repo: Repo, act: Act, operation: str | None) -> None:
-    act(project)
-    assert repo.operation() == operation
-
-
 HARD_NAMES = ["plain.txt", "with space.txt", "ünï.txt", "tab\there", "new\nline", 'quo"te\\', "arrow -> b", "-dash", ":(top)x", "*", "data[1].txt", " lead and trail ", os.fsdecode(b"latin-\xe4")]  # fmt: skip
 
 
@@ -866,6 +850,8 @@ PROBLEMS: Mapping[str, tuple[Act, str, str]] = {
     "a22_cherry_pick": (run("git rev-parse HEAD > .git/CHERRY_PICK_HEAD"), "a cherry-pick is in progress", "git cherry-pick --abort"),
     "a22_revert": (run("git rev-parse HEAD > .git/REVERT_HEAD"), "a revert is in progress", "git revert --abort"),
     "a22_am": (run("mkdir .git/rebase-apply && touch .git/rebase-apply/applying"), "an am is in progress", "git am --abort"),
+    "revert_between_steps": (run("mkdir .git/sequencer", "echo 'revert abc' > .git/sequencer/todo"), "a revert is in progress", "git revert --abort"),
+    "picks_between_steps": (run("mkdir .git/sequencer .git/reftable"), "a cherry-pick is in progress", "git cherry-pick --abort"),
     "rebase": (run("mkdir .git/rebase-merge"), "a rebase is in progress", "git rebase --abort"),
     "bisect": (run("git bisect start -q"), "a bisect is in progress", "git bisect reset"),
     "detached": (run("git checkout -q --detach"), "HEAD is detached", "git switch BRANCH"),
@@ -885,7 +871,7 @@ PROBLEMS: Mapping[str, tuple[Act, str, str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("act", "what", "remedy"), table(PROBLEMS, slow="merge rebase a22_am a22_cherry_pick index_damaged backlog_symlink bisect head_lock branch_lock packed_refs_lock a22_revert backlog_folder backlog_assume_unchanged"))
+@pytest.mark.parametrize(("act", "what", "remedy"), table(PROBLEMS, slow="merge revert_between_steps rebase a22_am a22_cherry_pick index_damaged backlog_symlink bisect head_lock branch_lock packed_refs_lock a22_revert backlog_folder backlog_assume_unchanged"))
 def test_problem(project: Path, repo: Repo, act: Act, what: str, remedy: str) -> None:
     act(project)
     [problem] = repo.problems(project / NAME)
@@ -898,13 +884,6 @@ def test_no_problem(messy: Path) -> None:
     assert repo.problems(project / NAME) == []
     assert repo.remarks(project / NAME) == []
     (project / NAME).unlink()
-    assert repo.problems(project / NAME) == []
-
-
-def test_a_lock_held_for_a_moment_is_no_problem(project: Path) -> None:
-    lock = project / ".git/index.lock"
-    lock.touch()
-    repo = Repo.open(project, delay=lambda _: lock.unlink())
     assert repo.problems(project / NAME) == []
 
 

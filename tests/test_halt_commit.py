@@ -81,8 +81,7 @@ CASES = [
 
 
 def as_parameter(case: Case) -> Any:
-    quick = case.reason in ("ShutdownRequested", "CircuitBreakerTripped", "AllDoneOrBlocked")
-    quick = quick and (case.dirty or case.reason == "ShutdownRequested")
+    quick = case.dirty and case.reason in ("ShutdownRequested", "AllDoneOrBlocked")
     marks = () if quick else (pytest.mark.slow,)
     return pytest.param(case, id=f"{case.reason}-{'dirty' if case.dirty else 'clean'}", marks=marks)
 
@@ -174,6 +173,7 @@ def test_the_commit_holds_what_the_coordinator_saved_last(project: Any) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_documents_of_two_phases_in_flight_and_an_operator_editing(project: Any) -> None:
     """Two document phases that end apart, while the operator adds, edits and stages."""
     project.configure("plan", execution="max_concurrent = 2\nmax_wip = 2")

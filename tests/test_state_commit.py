@@ -112,7 +112,7 @@ COMMITTED: Mapping[str, Act] = {
     "modified_staged": run(f"echo 'v: 2' > {NAME}", f"git add {NAME}"),
     "staged_older_than_worktree": run(f"echo 'v: 1.5' > {NAME}", f"git add {NAME}"),
     "staged_deletion_file_present": run(f"git rm -q --cached {NAME}"),
-    "other_staged_everything": stage_everything,
+    "d08_other_staged_everything": stage_everything,
     "a01_other_file_staged": run("echo x > a.txt", "git add a.txt"),
     "a10_renamed_onto_it": run(f"git rm -q --cached {NAME}", f"git mv -f a.txt {NAME}"),
     "untracked": run(f"git rm -q --cached {NAME}", "git commit -q -m gone"),
@@ -141,7 +141,7 @@ COMMITTED: Mapping[str, Act] = {
 }  # fmt: skip
 
 
-QUICK = {"modified_unstaged", "other_staged_everything", "a29_stash_pop_conflict", "a13_hostile_settings"}
+QUICK = {"modified_unstaged", "d08_other_staged_everything", "a29_stash_pop_conflict", "a13_hostile_settings"}
 
 
 @pytest.mark.parametrize("prepare", table(COMMITTED, slow=" ".join(COMMITTED.keys() - QUICK)))
@@ -155,14 +155,6 @@ def test_committed_alone(project: Path, prepare: Act) -> None:
     assert work_tree(project) == files
     assert_only_the_backlog(project, made, head)
     assert blob(project, f"HEAD:{NAME}") == NEW
-
-
-def test_d08_only_the_backlog_of_much_that_is_staged(project: Path) -> None:
-    stage_everything(project)
-    head, status = git(project, "rev-parse", "HEAD").strip(), git(project, "status", "--porcelain")
-    assert_only_the_backlog(project, save(project), head)
-    assert git(project, "status", "--porcelain") == status
-    assert "intended.txt" not in git(project, "diff", "--cached", "--name-only").split()
 
 
 def test_unborn_branch_gets_a_root_commit(project: Path) -> None:
