@@ -823,18 +823,18 @@ phases = [
 
 
 def config_template(prefix: str, agent: str, check: str = "") -> str:
-    """The text of a new orchestrator.toml: the defaults, explained, with this prefix and agent;
-    `check`, what the project is tested with, as a remark."""
+    """The text of a new orchestrator.toml: the defaults, explained, with this prefix and agent, and
+    in a remark with what the project is tested with."""
     import json
+
+    hint = f", verify = {json.dumps([check.split()])} }},  # instead: only what passes is committed"
 
     def rows(phases: Iterable[Phase]) -> str:
         lines = []
         for one in phases:
-            text = f'name = "{one.name}"' + ", is_destructive = true" * one.destructive
-            lines.append(f"  {{ {text} }},")
-            if check and one.destructive:
-                text += f", verify = {json.dumps([check.split()])}"
-                lines.append(f"  # {{ {text} }},  # or this: only what passes is committed")
+            begin = f'{{ name = "{one.name}"' + ", is_destructive = true" * one.destructive
+            lines.append(f"  {begin} }},")
+            lines += [f"  # {begin}{hint}"] * bool(check and one.destructive)
         return "\n".join(lines)
 
     chosen, tables = {"prefix": prefix, "cli": agent}, ""
@@ -6479,12 +6479,10 @@ def cmd_verify(args: argparse.Namespace) -> int:
         raise OrchestratorError(f"{what}: not checked, as far as the history of HEAD tells")
     commit, pipelines = rows[0]["commit"], space.config.pipelines.values()
     named = [argv for line in pipelines for one in line.all_phases for argv in one.verify]
-    items = [backlog.items]
-    with suppress(GitError, BacklogError, YamlError):  # an item that has left: as it was before
-        before = space.repo.committed(f"{commit}^", space.repo.relative(space.store.path))
-        items.append(State.read(before or b"", space.store.path.name).items)
-    own = (kept.get(row["item"], {}).get("verify", ()) for kept in items for row in rows)
-    named += itertools.chain.from_iterable(own)
+    with suppress(GitError, BacklogError, YamlError):  # items as they were then: they may be gone
+        data = space.repo.committed(f"{commit}^", space.repo.relative(space.store.path))
+        then = State.read(data or b"", space.store.path.name).items
+        named += [argv for row in rows for argv in then.get(row["item"], {}).get("verify", ())]
     known = {"".join(command_text(argv).split()): argv for argv in named}
     held = 0
     with space.repo.checkout(commit) as root:
@@ -6502,16 +6500,12 @@ def _check_again(config: Config, root: Path, argv: Sequence[str]) -> str:
     """Run a check in a fresh work tree; "", or why it does not hold."""
     import asyncio
 
-    async def check() -> str:
-        never = asyncio.Event()
-        return await run_verify(spec, [argv], stop=never, hurry=never) or ""
-
-    run_id, phase = new_run_id(), Phase("verify")
+    run_id, phase, never = new_run_id(), Phase("verify"), asyncio.Event()
     limits = phase_timeout_s(config, phase), 0.0, LEFTOVER_GRACE_S
     names = run_id, Task("verify", phase, "main"), 1, run_id
     spec = AttemptSpec(*names, root, "", root, config.agent, *limits)
     become_subreaper()
-    trouble = asyncio.run(check())
+    trouble = asyncio.run(run_verify(spec, [argv], stop=never, hurry=never)) or ""
     missing = "\nThe work tree is a fresh one: what git ignores, such as an environment, is missing"
     return trouble + missing * isinstance(trouble, CannotRun)
 
@@ -6544,7 +6538,7 @@ TESTED_WITH = (
 )
 
 
-def test_command(root: Path) -> str:
+def how_tested(root: Path) -> str:
     """What a project seems to be tested with; "" if nothing tells."""
     for names, pattern, command in TESTED_WITH:
         for path in (root / name for name in names.split()):
@@ -6570,7 +6564,7 @@ def cmd_init(args: argparse.Namespace) -> int:
             f" folder alone: {SCRIPT} --root {shlex.quote(str(repo.root))} init"
         )
     config = load_config(repo.root, None)  # the one that is there already, or the defaults
-    check = test_command(repo.root)
+    check = how_tested(repo.root)
     empty = {"schema_version": 3, "items": [], "next_item_id": 0}
     wanted = {
         repo.root / CONFIG_NAME: config_template(args.prefix, args.agent, check),

@@ -569,7 +569,7 @@ def test_run_json_is_the_only_thing_on_stdout_and_the_summary_goes_to_stderr(pro
     form = re.findall(r'"(\w+)"', orchestrator.json_form("run").partition("with --dry-run")[0])
     assert set(got) <= set(form)
     assert (got["schema"], got["halt_reason"], got["exit_code"]) == (1, "TargetCompleted", 0)
-    assert got["completed"] == [{"id": "WRK-001", "title": "Item WRK-001", "commit": project.git("rev-parse", "HEAD").strip()}]
+    assert got["completed"] == [{"id": "WRK-001", "title": "Item WRK-001", "commit": project.git("rev-parse", "HEAD").strip(), "verified": []}]
     done = project.run("run", "--log-level", "error")
     assert done.stdout == ""
     assert done.stderr.startswith("\nHalt: nothing is left that can run (AllDoneOrBlocked)\n")
