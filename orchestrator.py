@@ -4436,8 +4436,10 @@ class Ledger:
             changes = self._changes(seen.after.head.commit, seen.after.tree)
             left = {change.after for change in changes}
         gone = entries - left - {change.after for change in seen.changes}
-        apart = {entry.path for entry in gone | (left - entries)}
-        return sorted(apart - {*seen.theirs, *self.space.strays()})
+        apart = {entry.path for entry in gone | (left - entries)} - self.space.strays().keys()
+        # The operator's, but for what was changed now: `_objection` sees to that.
+        theirs = seen.theirs.keys() - {*seen.paths} | {self.repo.prefix + CONFIG_NAME}
+        return sorted(apart - theirs)
 
     def _pass_hooks(
         self, attempt: Attempt, result: PhaseResult, seen: Aftermath, verified: tuple[str, ...]
@@ -6484,6 +6486,8 @@ def cmd_verify(args: argparse.Namespace) -> int:
         then = State.read(data or b"", space.store.path.name).items
         named += [argv for row in rows for argv in then.get(row["item"], {}).get("verify", ())]
     known = {"".join(command_text(argv).split()): argv for argv in named}
+    for number in ending_signals():  # whatever ends it, the check and the work tree go first
+        signal.signal(number, signal.default_int_handler)
     held = 0
     with space.repo.checkout(commit) as root:
         for text in told:

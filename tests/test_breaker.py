@@ -208,8 +208,8 @@ def run_by(clock: Clock, project: Any, monkeypatch: pytest.MonkeyPatch) -> Run:
     monkeypatch.setattr(orchestrator.log(), "propagate", True)
     space = orchestrator.open_workspace(project.root, None)
 
-    def begin() -> Ledger:
-        ledger = orchestrator.begin_run(space, "test", lambda *_: None, allow_dirty=False)
+    def begin(check: orchestrator.Check) -> Ledger:
+        ledger = orchestrator.begin_run(space, "test", check, allow_dirty=False)
         ledger.clock = clock
         return ledger
 
