@@ -385,6 +385,7 @@ class Repo:
         self._empty_tree, self._empty_blob = _GIT_EMPTY[len(self._null)]
         self.sign: bool | None = None  # whether commits are; None: as git's configuration says
         self.signoff = False  # whether they carry Signed-off-by:
+        self.hook_env: Mapping[str, str] = {}  # by which a hook is found that outlives its run
         self.sign_trouble = ""  # why no commit is signed any more, for the rest of the run
         self.unsigned: list[str] = []  # commits that were made without a signature since
         self.apart: tuple[str, ...] = ()  # paths that snapshots take from the index: not to be read
@@ -1415,7 +1416,8 @@ class Repo:
     ) -> _GitEnded:
         import errno
 
-        env = {**_git_environment(), **index, "GIT_EDITOR": ":", "GIT_TERMINAL_PROMPT": "0"}
+        env = {**_git_environment(), **self.hook_env, **index}
+        env |= {"GIT_EDITOR": ":", "GIT_TERMINAL_PROMPT": "0"}
         args = {"prepare-commit-msg": (str(message), "message"), "commit-msg": (str(message),)}
         argv = (str(path), *args.get(path.name, ()))
         try:

@@ -4352,6 +4352,7 @@ class Ledger:
             return verdict
         if verdict.outcome == "files":
             return f"{_hook_trouble(verdict)}:\n{verdict.output}"
+        self.look(attempt)  # a hook that was ended may have stashed the operator's files away
         kept = self.repo.snapshot(f"{SNAPSHOT_REFS}{self.run_id}/{attempt.token}-held")
         line = {"result": result._asdict(), "after": kept.tree}
         self.store.note({"attempt": {**attempt.line(), "held": line}, **self._costs(attempt)})
@@ -5536,6 +5537,7 @@ def begin_run(space: Workspace, run_id: str, *, allow_dirty: bool) -> Ledger:
     store.look()
     ledger = Ledger(space, run_id, utc_now)
     if last is not None:
+        repo.hook_env = {RUN_MARK: last.run["id"]}  # the one that the journal names
         ledger.recover()
         if space.config.execution.on_usage_limit != "wait":  # somebody starts it to try again
             store.note({"rests": dict.fromkeys(ledger.journal.rests)})
@@ -5544,6 +5546,7 @@ def begin_run(space: Workspace, run_id: str, *, allow_dirty: bool) -> Ledger:
     _refuse([*preflight(space, allow_dirty=allow_dirty), *signing_problems(repo)])
     make_work_folder(repo.root, repo.root / WORK_DIR)
     run = {"id": run_id, "branch": head.branch, "head": head.commit}
+    repo.hook_env = {RUN_MARK: run_id}
     store.begin(run, repo.committed(head.commit, repo.relative(store.path)))
     return ledger
 
