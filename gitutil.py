@@ -98,7 +98,7 @@ _GIT_IDENTITY = {
     for key, value in (("NAME", "orchestrator"), ("EMAIL", "orchestrator@localhost"))
 }
 _GIT_HOOKS = ("--git-path", "hooks")
-_GIT_HOOK_NAMES = ("pre-commit", "prepare-commit-msg", "commit-msg")
+HOOK_NAMES = ("pre-commit", "prepare-commit-msg", "commit-msg")
 _GIT_ENDINGS: Mapping[int | None, Literal["passed", "broken"]]  # of hooks; others reject
 _GIT_ENDINGS = {0: "passed", 126: "broken", 127: "broken", None: "broken"}
 _GIT_EMPTY = {  # tree and blob, by the length of ids
@@ -1357,7 +1357,7 @@ class Repo:
         mends, four times at most. `message_only` is for documents: no pre-commit hook, the entries
         stay. `limit_s` counts per hook.
         """
-        names = _GIT_HOOK_NAMES[1:] if message_only else _GIT_HOOK_NAMES
+        names = HOOK_NAMES[1:] if message_only else HOOK_NAMES
         hooks = [self.hook_path(name) for name in names]
         hooks = [path for path in hooks if path.is_file() and os.access(path, os.X_OK)]
         message = self.signed_off(message)

@@ -133,6 +133,7 @@ from backlog import (
 )
 from gitutil import (
     HOOK_LIMIT_S,
+    HOOK_NAMES,
     Change,
     Entry,
     GitError,
@@ -809,8 +810,11 @@ phases = [
 """
 
 
-def config_template(prefix: str, agent: str) -> str:
-    """The text of a new orchestrator.toml: the defaults, explained, with this prefix and agent."""
+def config_template(prefix: str, agent: str, hints: Mapping[str, object] = {}) -> str:
+    """The text of a new orchestrator.toml: the defaults, explained, with this prefix and agent.
+
+    `hints`: values of [commits] that the repository seems to want; they stay remarks.
+    """
 
     def rows(phases: Iterable[Phase]) -> str:
         more = {False: "", True: ", is_destructive = true"}
@@ -822,8 +826,10 @@ def config_template(prefix: str, agent: str) -> str:
         for field, key in CONFIG_KEYS[table].items():
             # What is only an example is a remark; but `command` is refused without one.
             needed = (table, field, agent) == ("agent", "command", "command")
-            mark = "# " if key.example and not needed else ""
-            tables += f"{mark}{key.line(field, chosen.get(field, key.default))}\n"
+            hint = hints.get(field) if table == "commits" else None
+            mark = "# " if hint is not None or (key.example and not needed) else ""
+            value = chosen.get(field, key.default) if hint is None else hint
+            tables += f"{mark}{key.line(field, value)}\n"
     pipeline, keys = BUILT_IN_PIPELINE, CONFIG_KEYS["phase"].items()
     return _TEMPLATE.format(
         tables=tables,
@@ -6357,13 +6363,16 @@ def cmd_init(args: argparse.Namespace) -> int:
             f" folder alone: {SCRIPT} --root {shlex.quote(str(repo.root))} init"
         )
     config = load_config(repo.root, None)  # the one that is there already, or the defaults
+    repo.signoff, repo.sign = config.commits.signoff, config.commits.sign
+    hints = commit_hints(repo, config.commits)
     empty = {"schema_version": 3, "items": [], "next_item_id": 0}
+    values = {key: hint.value for key, hint in hints.items()}
     wanted = {
-        repo.root / CONFIG_NAME: config_template(args.prefix, args.agent),
+        repo.root / CONFIG_NAME: config_template(args.prefix, args.agent, values),
         repo.root / config.backlog_path: render_yaml(empty),
     }
     made = [path for path in wanted if not os.path.lexists(path)]
-    head = repo.head().commit
+    head, told = repo.head().commit, "nothing to do: the files are there already"
     for path in made:
         if repo.committed(head, repo.relative(path)) is not None:
             raise OrchestratorError(
@@ -6371,22 +6380,71 @@ def cmd_init(args: argparse.Namespace) -> int:
                 f" Bring it back first: git -C {shlex.quote(str(path.parent))} restore {path.name}"
             )
         replace_file(path, wanted[path].encode())
-        print(f"made {os.path.relpath(path, repo.root)}")
+        told = f"made {' and '.join(os.path.relpath(one, repo.root) for one in made)}"
     make_work_folder(repo.root, repo.root / WORK_DIR)
-    if not made:
-        print("nothing to do: the files are there already")
-    elif not args.no_commit:
+    if made and not args.no_commit:
         try:
             blobs = repo.blobs({path: path.read_bytes() for path in made})
-            commit = repo.commit(blobs, state_message("Set up the backlog"))
-            print(f"committed them as {str(commit)[:10]}")
+            style = str(values.get("style", config.commits.style))
+            commit = repo.commit(blobs, state_message("Set up the backlog", style=style))
+            told += f", committed as {str(commit)[:10]}"
         except HeadBusy as error:
             print(f"not committed: {error}", file=sys.stderr)
+    print("\n".join([told, *_house_rules(repo, load_config(repo.root, None), hints)]))
     program = program_name()
     print(f'Next: {program} add "What shall be done", then {program} run')
     if args.hook:
         install_hook(open_workspace(args.root, args.config))
     return EXIT_OK
+
+
+class Hint(NamedTuple):
+    """A value of a key of [commits] that the repository seems to want, and what shows it."""
+
+    value: object
+    shown_by: list[str]
+
+
+COMMITLINT_FILES = ("commitlint.config.*", ".commitlintrc*")
+HOOK_MANAGERS = (".pre-commit-config.yaml", ".husky", "lefthook.yml")
+UNASKED = re.compile(r"--(dangerously\S+|yolo|auto)")  # the flags of CLIs that then ask nobody
+
+
+def commit_hints(repo: Repo, chosen: Commits) -> dict[str, Hint]:
+    """What the last commits and commitlint's files say of how commits are made, if not chosen."""
+    options = ("-20", "--no-merges", "--no-show-signature", "--format=%x00%B")
+    said = repo.git("log", *options).decode(errors="replace") if repo.head().commit else ""
+    messages = said.split("\0")[1:]
+    shown = [path.name for name in COMMITLINT_FILES for path in sorted(repo.top.glob(name))]
+    hints = {"style": Hint("conventional", shown), "signoff": Hint(True, [])}
+    types = rf"({'|'.join(COMMIT_TYPES)})(\(.+?\))?!?: \S"
+    for key, pattern in {"style": rf"\A{types}", "signoff": r"^Signed-off-by: .+@"}.items():
+        count = sum(bool(re.search(pattern, message, re.M)) for message in messages)
+        if 2 * count > len(messages) > 2:
+            hints[key].shown_by.append(f"{count} of the last {len(messages)} commits")
+    return {k: h for k, h in hints.items() if h.shown_by and getattr(chosen, k) != h.value}
+
+
+def _house_rules(repo: Repo, config: Config, hints: Mapping[str, Hint]) -> list[str]:
+    """What `init` says of the repository's own rules: at most four lines."""
+    lines = []
+    hooks = [name for name in HOOK_NAMES if os.access(repo.hook_path(name), os.X_OK)]
+    idle = [name for name in HOOK_MANAGERS if (repo.top / name).exists() and not hooks]
+    if hooks:
+        lines.append(f"hooks: {', '.join(hooks)}; what agents build has to pass them")
+    elif idle:
+        lines.append(f"hooks: none is installed, though there is {idle[0]}; install them first")
+    if hints:
+        seen = [f"{key} = {_dumps(v)} ({', '.join(shown)})" for key, (v, shown) in hints.items()]
+        lines.append(f"commits: look like {'; '.join(seen)}; for ours, set that in {CONFIG_NAME}")
+    if repo.wants_signatures():
+        trouble = repo.sign_trouble and f", but that failed: {one_line(repo.sign_trouble, 200)}"
+        lines.append(f"signatures: git is configured to sign commits, and so are ours{trouble}")
+    flags = {one.cli: UNASKED.search(PROFILES[one.cli].argv) for one in configured_agents(config)}
+    free = ", ".join(f"{cli} {flag[0]}" for cli, flag in flags.items() if flag)
+    off = f"permission prompts are off ({free}); " if free else ""
+    lines.append(f"agents: {off}commits go to {_branch_name(repo.head())}, see protected_branches")
+    return lines
 
 
 DEMO_CONFIG = """\
