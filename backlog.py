@@ -3254,6 +3254,7 @@ class Store:
             return True
         if data != found:
             with self._writing(self.path):
+                os.stat(self.path.parent)  # a project that vanished is not made anew
                 if not replace_file(self.path, data, self._mode, lambda: self._read() == found):
                     return False
         self._written = data

@@ -13,7 +13,7 @@ remembered, what the index holds is asked again when its file was replaced, fact
 are asked once.
 
 Reading order: errors and records, starting a program, `Repo` (looking, the index, snapshots,
-commits, state commits, salvage and restore, refs, hooks, preconditions).
+commits, state commits, salvage and restore, refs, hooks, signatures, preconditions).
 
 Paths inside git are `str` decoded with surrogateescape, '/'-separated, relative to the top of the
 work tree. Object ids are lower-case hexadecimal `str`.
@@ -51,14 +51,13 @@ ADD_TRIES = 3  # a file that vanishes while the work tree is read makes a try in
 ABSENT_MODE = "000000"
 ABSENT_OID = "0" * 40
 GITLINK_MODE = "160000"
-LEFTOVER_PREFIXES = ("orchestrator-index-", "orchestrator-message-")
 LOW_SPACE_BYTES = 16 * 1024 * 1024
 FEW_PATHS = 100  # as arguments of one command; it is to list all where there are more
 BLOBS_AT_ONCE = 500  # that are read into one temporary file
 
 # Variables by which a surrounding git, or the operator's shell, would send our calls elsewhere:
 # `git rev-parse --local-env-vars`, plus those that change dates, pathspecs, diffs or traces.
-_GIT_DROPPED_ENV = re.compile(
+GIT_DROPPED_ENV = re.compile(
     r"GIT_(DIR|WORK_TREE|IMPLICIT_WORK_TREE|INDEX_FILE|PREFIX|INTERNAL_SUPER_PREFIX|COMMON_DIR"
     r"|OBJECT_DIRECTORY|ALTERNATE_OBJECT_DIRECTORIES|NAMESPACE|QUARANTINE_PATH|SHALLOW_FILE"
     r"|GRAFT_FILE|REPLACE_REF_BASE|NO_REPLACE_OBJECTS|CONFIG|CONFIG_PARAMETERS|ATTR_SOURCE"
@@ -87,8 +86,6 @@ _GIT_CONFIG = (
     *("-c", "core.quotePath=false", "-c", "log.showRoot=true"),
     *("-c", "advice.addEmbeddedRepo=false"),
 )
-# Git flushes nothing by default: a power cut leaves HEAD at nothing then.
-_GIT_DURABLE = "fsync=objects,reference,index"
 # An index of ours is gone before a power cut could matter, and is to have no shared part.
 _GIT_PRIVATE = ("-c", "core.splitIndex=false", "-c", "core.fsync=objects")
 # Identity for a commit where the operator has configured none; the configuration stays as it is.
@@ -332,7 +329,7 @@ def _git_wait(pid: int, wait: Callable[[float | None], int], limit_s: float) -> 
 
 def _git_environment() -> dict[str, str]:
     """The environment without what would send git to another repository, index or date."""
-    return {k: v for k, v in os.environ.items() if not _GIT_DROPPED_ENV.fullmatch(k)}
+    return {k: v for k, v in os.environ.items() if not GIT_DROPPED_ENV.fullmatch(k)}
 
 
 def _git_rows(output: bytes) -> list[str]:
@@ -473,9 +470,11 @@ class Repo:
         env = env or {}
         limit_s = limit_s or (TERMINAL_LIMIT_S if terminal else self._limit_s)
         where = self.top if self.top.is_dir() else self.root
-        durable = "fsyncObjectFiles=true" if self.version < FSYNC_GIT else _GIT_DURABLE
+        # Git flushes nothing by default: a power cut leaves HEAD at nothing then.
+        old = self.version < FSYNC_GIT
+        flushed = "fsyncObjectFiles=true" if old else "fsync=objects,reference,index"
         private = _GIT_PRIVATE if "GIT_INDEX_FILE" in env else ()
-        ours = (*_GIT_CONFIG, "-c", f"core.{durable}", *private)
+        ours = (*_GIT_CONFIG, "-c", f"core.{flushed}", *private)
         argv = ("git", *(ours if settings else ()), *args)
         environment = {**_git_environment(), **_GIT_ENV, **env}
         try:
@@ -663,9 +662,10 @@ class Repo:
     @cached_property
     def _settings(self) -> dict[str, bool]:
         """Settings of git's that do not change while we run."""
-        wanted = r"^core\.(filemode|sparsecheckout)$"
-        said = self.git("config", "-z", "--type=bool", "--get-regexp", wanted, ok=(0, 1))
-        pairs = (row.partition("\n") for row in _git_rows(said))
+        wanted = r"^(core\.(filemode|sparsecheckout)|commit\.gpgsign)$"
+        asked = ("config", "-z", "--type=bool", "--get-regexp", wanted)
+        said = self._call(asked, ok=(0, 1), settings=False)  # ours switch signatures off
+        pairs = (row.partition("\n") for row in _git_rows(said.out))
         return {name: value == "true" for name, _, value in pairs}
 
     def old_versions(self, path: str, commit: str, most: int = 50) -> list[bytes]:
@@ -743,22 +743,17 @@ class Repo:
                     shutil.copy2(self.git_dir / "index", path)
             yield {"GIT_INDEX_FILE": str(path)}
         finally:
-            path.unlink(missing_ok=True)
-            Path(f"{path}.lock").unlink(missing_ok=True)
+            for end in ("", ".lock", "-message"):
+                Path(f"{path}{end}").unlink(missing_ok=True)
 
     def _graft(self, base: str | None, entries: Iterable[Entry]) -> str:
         """The tree of `base` (a tree or a commit) with these entries."""
         with self._private_index() as env:
-            self._load(base, entries, env)
+            self.git("read-tree", "--no-sparse-checkout", base or "--empty", env=env)
+            rows = [_GitRow("H", e.mode, e.oid, "0", e.path) for e in entries]
+            self.git("update-index", "-z", "--index-info", stdin=self._index_info(rows), env=env)
             # What a partial clone has not fetched is of `base`; for ours, see `_read_back`.
             return self._write_tree(env, "--missing-ok")
-
-    def _load(self, base: str | None, entries: Iterable[Entry], env: Mapping[str, str]) -> None:
-        """Let a private index hold a tree (or that of a commit) with these entries."""
-        self.git("read-tree", "--no-sparse-checkout", base or "--empty", env=env)
-        rows = [_GitRow("H", e.mode, e.oid, "0", e.path) for e in entries]
-        if rows:
-            self.git("update-index", "-z", "--index-info", stdin=self._index_info(rows), env=env)
 
     def _write_tree(self, env: Mapping[str, str], *options: str) -> str:
         tree = self._line("write-tree", *options, env=env)
@@ -1045,7 +1040,7 @@ class Repo:
                 raise
             return None  # moved meanwhile, or locked: looked at again by the next try
         self._trees[commit] = tree
-        self.unsigned += [commit] if self.sign and self.sign_trouble else []
+        self.unsigned += [commit] if self.sign_trouble else []
         self._stage(wanted)  # a git that read the index before us may have written it back since
         if known == (stamp, head.commit):
             # What is staged now need not be asked, if nobody else has changed the index.
@@ -1325,9 +1320,8 @@ class Repo:
 
     def clean_leftovers(self) -> None:
         """Remove what a killed process left in the git directory (ours by name)."""
-        for prefix in LEFTOVER_PREFIXES:
-            for path in self.git_dir.glob(f"{prefix}*"):
-                path.unlink(missing_ok=True)
+        for path in self.git_dir.glob("orchestrator-*"):
+            path.unlink(missing_ok=True)
 
     # -- hooks -------------------------------------------------------------------------------------
 
@@ -1363,32 +1357,16 @@ class Repo:
         message = self.signed_off(message)
         if not hooks:
             return HookResult("passed", "", "", list(entries), message)
-        head, name, ended = self.head(), "", _GitEnded(0, b"", b"")
+        head = self.head()
         ours = self.blobs({path: path.read_bytes() for path in own if path.is_file()})
-        file = self.git_dir / f"orchestrator-message-{os.urandom(8).hex()}"
         with self._private_index(copied=True) as env:
-            try:
-                file.write_bytes(message.encode(errors="replace"))
-                tree = self._show_commit(head, self._news(head, [*entries, *ours]), env)
-                for _ in range(HOOK_ROUNDS):
-                    for path in hooks:
-                        name, ended = path.name, self._run_hook(path, file, env, limit_s)
-                        if ended.status != 0:
-                            break
-                    shown, again = tree, name == "pre-commit" and ended.status not in _GIT_ENDINGS
-                    if again:  # what it mended is in the work tree
-                        changed = [c.after for c in self.changes(head.commit, tree)]
-                        kept = _git_paths(e.path for e in changed if e.mode != GITLINK_MODE)
-                        update = ("update-index", "--add", "--remove", "-z", "--stdin")
-                        self.git(*update, stdin=kept, env=env, limit_s=TREE_LIMIT_S)
-                    tree = self._write_tree(env, "--missing-ok")
-                    if not again or tree == shown:
-                        break
-                message = file.read_text("utf-8", "replace").strip("\n") + "\n"
-            finally:
-                file.unlink(missing_ok=True)
-        left = [change.after for change in self.changes(head.commit, tree)]
+            file = Path(f"{env['GIT_INDEX_FILE']}-message")
+            file.write_bytes(message.encode(errors="replace"))
+            tree = self._show_commit(head, self._news(head, [*entries, *ours]), env)
+            name, ended, tree = self._run_in_rounds(hooks, file, head, tree, env, limit_s)
+            message = file.read_text("utf-8", "replace").strip("\n") + "\n"
         kept_out = {entry.path for entry in ours}
+        left = [change.after for change in self.changes(head.commit, tree)]
         left = [e for e in left if e.path not in kept_out and e.path not in theirs]
         said = (ended.out + ended.err).decode(errors="replace").strip().splitlines()
         outcome = _GIT_ENDINGS.get(ended.status) or ("files" if name == "pre-commit" else "message")
@@ -1398,6 +1376,33 @@ class Repo:
             outcome, said = "message", [*said, "it left an empty message"]
         entries = list(entries) if message_only else left
         return HookResult(outcome, name, "\n".join(said[-40:]), entries, message)
+
+    def _run_in_rounds(
+        self,
+        hooks: Sequence[Path],
+        message: Path,
+        head: Head,
+        tree: str,
+        env: Mapping[str, str],
+        limit_s: float,
+    ) -> tuple[str, _GitEnded, str]:
+        """The last hook that ran, how it ended, and the tree that the hooks left in the index."""
+        name, ended = "", _GitEnded(0, b"", b"")
+        for _ in range(HOOK_ROUNDS):
+            for path in hooks:
+                name, ended = path.name, self._run_hook(path, message, env, limit_s)
+                if ended.status != 0:
+                    break
+            shown, again = tree, name == "pre-commit" and ended.status not in _GIT_ENDINGS
+            if again:  # what it mended is in the work tree
+                changed = [change.after for change in self.changes(head.commit, tree)]
+                kept = _git_paths(e.path for e in changed if e.mode != GITLINK_MODE)
+                update = ("update-index", "--add", "--remove", "-z", "--stdin")
+                self.git(*update, stdin=kept, env=env, ok=(0, 128), limit_s=TREE_LIMIT_S)
+            tree = self._write_tree(env, "--missing-ok")
+            if not again or tree == shown:
+                break
+        return name, ended, tree
 
     def _show_commit(self, head: Head, entries: Sequence[Entry], env: Mapping[str, str]) -> str:
         """Let a private copy of the index hold HEAD and the entries, as `git commit` shows them.
@@ -1431,11 +1436,8 @@ class Repo:
     # -- signatures --------------------------------------------------------------------------------
 
     def wants_signatures(self) -> bool:
-        """Whether commits are to be signed; git's configuration is asked once."""
-        if self.sign is None:
-            asked = ("config", "--type=bool", "--get", "commit.gpgSign")
-            self.sign = self._call(asked, ok=(0, 1), settings=False).out == b"true\n"
-        return self.sign
+        """Whether commits are to be signed; where nothing else was said, as git is configured."""
+        return self._settings.get("commit.gpgsign", False) if self.sign is None else self.sign
 
     def try_signing(self, *, terminal: bool = False) -> Problem | None:
         """Sign an object that nobody refers to; on a terminal a passphrase may be asked for."""

@@ -37,6 +37,11 @@ Reading order, pure chapters first:
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # while modules are loaded; see `main`
+
 import argparse
 import errno
 import io
@@ -44,7 +49,7 @@ import itertools
 import os
 import re
 import secrets
-import signal
+import stat
 import sys
 import time
 from collections import deque
@@ -132,6 +137,7 @@ from backlog import (
     with_cost,
 )
 from gitutil import (
+    GIT_DROPPED_ENV,
     HOOK_LIMIT_S,
     HOOK_NAMES,
     Change,
@@ -1653,7 +1659,7 @@ turns out to be wrong, mend it in the document and say so in the summary.""",
     "review": """\
 Judge the finished work as an experienced colleague who did not write it. Change no code.
 
-1. Find the commits: `git log --fixed-strings --grep='[{id}]'`. Read each with `git show COMMIT`.
+1. Find the commits: `git log --grep='^Orchestrator-Item: {id}$'`. Read each with `git show COMMIT`.
 2. Go through the requirements one by one: is it met, and which test proves it?
 3. Look for mistakes: errors that are not handled, edge cases, races, security, data loss, broken
    compatibility, wrong or missing documentation. Follow the callers of what changed.
@@ -1733,6 +1739,8 @@ UNBLOCK_NOTE = (
     "This item had been blocked. A human unblocked it and left these notes. Follow them; where they"
     " differ from the description or from older documents, the notes are right."
 )
+DOCUMENTS_NOTE = "Read these first; earlier phases wrote them:"
+TAKEN_NOTE = "These came from this item and are in the backlog: report only what is new."
 RETRY_NOTE = (
     "Analyse why before you start, and try a different approach: the same steps will fail the same"
     " way."
@@ -1800,6 +1808,13 @@ TRIAGE_OUTPUT = """
 - `description`: all five texts."""
 
 
+def _taken(item: Item, backlog: Backlog) -> list[str]:
+    """What came from an item already, so that a retry does not report it in other words."""
+    origins = ((one, (one.get("origin") or "").partition("/")[0]) for one in backlog.items.values())
+    taken = [f"{one['id']}: {one['title']}" for one, origin in origins if origin == item["id"]]
+    return [TAKEN_NOTE, quote(_bullets(taken))] if taken else []
+
+
 def build_prompt(
     item: Item,
     task: Task,
@@ -1837,13 +1852,12 @@ def build_prompt(
         "Attempt": f"{attempt} of {attempts}",
         "Time limit": f"{limit}; then the attempt is ended and counts as failed",
     }
-    described = item.get("description") or {}
-    texts = {label: described.get(key, "").strip() for key, label in DESCRIPTION_LABELS.items()}
+    described = (item.get("description") or {}).get
+    texts = {label: described(key, "").strip() for key, label in DESCRIPTION_LABELS.items()}
     rated = {key.capitalize(): cast(Any, item).get(key) for key in RATING_WORDS}
     failures = [f"This is attempt {attempt} of {attempts}. Earlier work on it did not succeed."]
     failures += ["What went wrong:", quote(failure), RETRY_NOTE] if failure else []
     failures += [SALVAGE_NOTE.format(ref=salvage_ref)] if salvage_ref else []
-    read_first = ["Read these first; earlier phases wrote them:", _bullets(documents)]
     sections = [
         _section("Item to Triage" if triage else "Item", _facts(facts)),
         _section("Position", _facts(position)),
@@ -1852,7 +1866,8 @@ def build_prompt(
         _section("Previous Phase Summary", quote(previous_summary or "")),
         _section("Unblock Context", *([UNBLOCK_NOTE, quote(notes)] if notes.strip() else ())),
         _section("Previous Failure", *(failures if len(failures) > 1 else ())),
-        _section("Documents", *(read_first if documents else ())),
+        _section("Documents", *([DOCUMENTS_NOTE, _bullets(documents)] if documents else ())),
+        _section("Follow-ups Taken", *_taken(item, backlog)),
         *(_triage_sections(item, config, backlog) if triage else ()),
         _task_section(item, task, config, str(change_dir)),
         _section("Rules", _rules(item, task, config, str(change_dir))),
@@ -2350,8 +2365,10 @@ def next_steps(
 ) -> list[dict[str, str]]:
     """Commands, and why one would give them after a run that ended for this reason."""
     steps = {}
-    if reason in (None, HaltReason.CIRCUIT_BREAKER_TRIPPED):
-        steps["check"] = f"shows what stands in the way; agents' logs: {WORK_DIR}/logs/"
+    if reason is None:
+        steps["check"] = "shows what stands in the way"
+    if reason is HaltReason.CIRCUIT_BREAKER_TRIPPED:
+        steps["check --probe"] = f"tries each agent once; their logs: {WORK_DIR}/logs/"
     if reason is HaltReason.NO_MATCHING_ITEMS:
         steps["status"] = "shows what there is to match"
     if all(item["status"] == "done" for item in items.values()):
@@ -2501,19 +2518,12 @@ OWN_MARK = "ORCHESTRATOR_PID"  # in the environment of everything that we start 
 ATTEMPT_MARK = "ORCHESTRATOR_RESULT_PATH"  # unique per attempt, as the path holds its token
 RUN_MARK = "ORCHESTRATOR_RUN_ID"
 
-# What `git rev-parse --local-env-vars` lists, and the variables git sets for hooks: an agent must
-# find the repository by its working directory, even if we run inside a hook.
-LOCAL_GIT_VARIABLE = (
-    r"GIT_(ALTERNATE_OBJECT_DIRECTORIES|COMMON_DIR|CONFIG(_COUNT|_PARAMETERS|_KEY_\d+|_VALUE_\d+)?"
-    r"|DIR|GRAFT_FILE|IMPLICIT_WORK_TREE|INDEX_FILE|INTERNAL_SUPER_PREFIX|NAMESPACE"
-    r"|NO_REPLACE_OBJECTS|OBJECT_DIRECTORY|PREFIX|QUARANTINE_PATH|REFLOG_ACTION|REPLACE_REF_BASE"
-    r"|SHALLOW_FILE|WORK_TREE)"
-)
-# Variables by which an agent CLI tells its children that they run inside it. Their settings and
-# credentials (CLAUDE_CODE_OAUTH_TOKEN, CLAUDE_CODE_USE_BEDROCK …) must stay.
+# Variables by which an agent CLI tells its children that they run inside it, and git its hooks with
+# which settings. Credentials (CLAUDE_CODE_OAUTH_TOKEN, CLAUDE_CODE_USE_BEDROCK …) must stay.
 SESSION_VARIABLE = (
     r"CLAUDECODE|CLAUDE_PID|CLAUDE_CODE_(ENTRYPOINT|SSE_PORT|EXECPATH|\w*(SESSION|CHILD|PARENT)\w*)"
     r"|CODEX_(SANDBOX\w*|THREAD_ID)|GEMINI_CLI|OPENCODE|OPENCODE_(PID|SESSION\w*)|ORCHESTRATOR_\w+"
+    r"|GIT_CONFIG_(COUNT|KEY_\d+|VALUE_\d+)"
 )
 QUIET_TOOLS = {"GIT_TERMINAL_PROMPT": "0", "GIT_EDITOR": "true", "PAGER": "cat", "GIT_PAGER": "cat"}
 
@@ -2529,9 +2539,9 @@ def attempt_file(root: Path, kind: Literal["results", "prompts"], task: Task, to
 
 def log_paths(root: Path, task: Task, name: int | str) -> tuple[Path, Path]:
     """New files for both outputs of an attempt; those of an earlier run are kept."""
-    folder, stem = root / WORK_DIR / "logs" / safe_name(task.item_id), safe_name(task.name)
-    numbers = ("", *(f".{number}" for number in range(2, 10_000)))
-    pairs = ((folder / f"{stem}-{name}{n}.out", folder / f"{stem}-{name}{n}.err") for n in numbers)
+    stem = root / WORK_DIR / "logs" / safe_name(task.item_id) / f"{safe_name(task.name)}-{name}"
+    stems = (f"{stem}.{number}" if number > 1 else f"{stem}" for number in itertools.count(1))
+    pairs = ((Path(f"{one}.out"), Path(f"{one}.err")) for one in stems)
     return next(pair for pair in pairs if not any(map(os.path.lexists, pair)))
 
 
@@ -2687,7 +2697,7 @@ def read_claude(report: AgentReport, event: Event) -> str:
 
 
 def read_codex(report: AgentReport, event: Event) -> str:
-    """`codex exec --json` (seen: 0.169)."""
+    """`codex exec --json` (seen: 0.169 to 0.171)."""
     kind, item = event.get("type"), event.get("item")
     what, name = _text_at(item, "type"), _text_at(item, "id")
     if kind == "turn.started":
@@ -2828,9 +2838,9 @@ RESET_CLOCK = re.compile(
 def reset_time(text: str, now: float) -> float | None:
     """Epoch seconds of a reset told in words, or None; `now` in epoch seconds, too.
 
-    Known are an epoch ("reached|1759780800"), a span ("in 3 days 4 hours"), and a clock time, with
-    a date or without one, in the zone it names ("resets Oct 6, 1pm (Europe/Berlin)") or in the
-    local one. A time of day is the next such moment, or one that has passed within the hour.
+    An epoch ("reached|1759780800"), a span ("in 3 days 4 hours"), or a clock time in the zone it
+    names or the local one ("resets Oct 6, 1pm (Europe/Berlin)"); one without a date is the next
+    such moment, or one that has passed within the hour.
     """
     if epoch := re.search(r"\|(\d{10})\b", text):
         return float(epoch[1])
@@ -2937,7 +2947,8 @@ def agent_argv(spec: AttemptSpec) -> list[str]:
     if spec.task.phase.run:
         return list(spec.task.phase.run)
     if settings.cli == "demo":
-        return [*_demo_argv(), *settings.args]
+        here = str(Path(__file__).resolve())  # this very program; -E and -S start quicker
+        return [sys.executable, "-E", "-S", here, DEMO_AGENT, *settings.args]
     values = {
         "{prompt_file}": str(spec.prompt_path),
         "{result_path}": str(spec.result_path),
@@ -2961,7 +2972,7 @@ def agent_environment(spec: AttemptSpec, outer: Mapping[str, str]) -> dict[str, 
     kept = {
         name: value
         for name, value in outer.items()
-        if not (re.fullmatch(LOCAL_GIT_VARIABLE, name) or re.fullmatch(SESSION_VARIABLE, name))
+        if not (GIT_DROPPED_ENV.fullmatch(name) or re.fullmatch(SESSION_VARIABLE, name))
     }
     return {
         **dict(word.split("=") for word in PROFILES[settings.cli].env.split()),
@@ -3131,15 +3142,16 @@ def end_processes(
 
     TERM goes to what is there at first, so that it may start something to tidy up with. Until
     nothing is found twice in a row, because a process may fork and leave while the table is being
-    read, and shows no environment during exec. Returns one line for each. Blocks; gives up after
-    SWEEP_LIMIT_S.
+    read, and shows no environment during exec; once, if we have no child that could have forked.
+    Returns one line for each. Blocks; gives up after SWEEP_LIMIT_S.
     """
     ended: dict[tuple[int, int], str] = {}
     begun, clean, seen = time.monotonic(), 0, dict(known or {})
-    while clean < 2 and time.monotonic() < begun + grace_s + SWEEP_LIMIT_S:
+    enough = 1 if _is_subreaper() and _children() | _children() == {leader} else 2
+    while clean < enough and time.monotonic() < begun + grace_s + SWEEP_LIMIT_S:
         left = _leftovers(variable, leader, seen)
         gentle = time.monotonic() < begun + grace_s and not hurry()
-        clean = 0 if left else clean + 1
+        clean, enough = (0, 2) if left else (clean + 1, enough)
         for pid, start in () if gentle and ended else left:
             words = one_line(_proc(pid, "cmdline").decode(errors="replace").replace("\0", " "), 120)
             ended.setdefault((pid, start), f"process {pid}" + (f" ({words})" if words else ""))
@@ -3148,7 +3160,7 @@ def end_processes(
                 with suppress(ProcessLookupError, PermissionError):
                     os.kill(pid, signal.SIGTERM if gentle else signal.SIGKILL)
         seen.update(left)  # once its parent is gone, nothing else may tell whose it is
-        if clean < 2:
+        if clean < enough:
             time.sleep(0.02 if left else 0.002)
     for pid, _ in ended:
         if pid not in LIVE.values():
@@ -3175,6 +3187,15 @@ def _leftovers(variable: str, leader: int, known: Mapping[int, int]) -> list[tup
         ancestor = table.pop(ancestor).ppid
     found = {pid for pid in found if pid in table and table[pid].alive}
     return [(pid, table[pid].start) for pid in sorted(found, key=lambda pid: pid != leader)]
+
+
+def _children() -> set[int]:
+    """What the kernel lists; it may leave out a child while another one is being reaped."""
+    found: set[int] = set()
+    for listed in Path("/proc/self/task").glob("*/children"):
+        with suppress(OSError):  # the thread has ended
+            found.update(map(int, listed.read_bytes().split()))
+    return found
 
 
 def _reap(pid: int) -> None:
@@ -3292,10 +3313,6 @@ class Child:
             del LIVE[self._marker]
         self.look()
 
-    @property
-    def log(self) -> Path:
-        return self.logs[0].relative_to(self.spec.root)
-
     def with_tail(self, text: str) -> str:
         """Append the last lines of both outputs, what was printed as an error last."""
         tail = "\n".join([*self.out.tail, *self.err.tail][-TAIL_LINES:])
@@ -3357,16 +3374,16 @@ class Child:
                 grown = now if self._take() else grown
                 self.seconds, self.silent_s = now - begun, now - grown
                 settled = self.look()
-                if gone.is_set():
-                    return "exit"
-                if self.stop.is_set():
-                    return "stop"
-                if self.seconds >= self.timeout_s:
-                    return "timeout"
-                if 0 < self.idle_s <= self.silent_s:
-                    return "idle"
-                if settled:
-                    return "settled"
+                reasons: dict[Ending, bool] = {
+                    "exit": gone.is_set(),
+                    "stop": self.stop.is_set(),
+                    "timeout": self.seconds >= self.timeout_s,
+                    "idle": 0 < self.idle_s <= self.silent_s,
+                    "settled": settled,
+                }
+                for why, holds in reasons.items():
+                    if holds:
+                        return why
                 if now - looked >= LOOK_AROUND_S:
                     looked = now
                     for pid, start in await asyncio.to_thread(self._look_around):
@@ -3421,11 +3438,10 @@ async def run_attempt(
     started: Callable[[int, int], None],
     progress: Callable[[Progress], None] = lambda seen: None,
 ) -> AgentOutcome:
-    """Run one attempt of a phase and judge how it ended.
+    """Run one attempt of a phase and judge how it ended; see `Child` for stop, hurry and started.
 
-    `started(pid, start time)` is called once the process exists, and for every process of it that
-    hides whose it is. `stop` ends it (TERM, grace, KILL), `hurry` cuts the grace short. Everything
-    expected is an outcome; an exception is a bug, and even then nothing that was started is left.
+    Everything expected is an outcome; an exception is a bug, and even then nothing that was started
+    is left.
     """
     if stop.is_set():
         return AgentOutcome("cancelled", detail="not started: the run is stopping")
@@ -3438,7 +3454,7 @@ async def run_attempt(
         if child.silent_s >= SILENT_S:
             since = datetime.now() - timedelta(seconds=child.silent_s)
             silent = f"says nothing since {since:%H:%M} ({child.silent_s // 60:.0f} min)"
-            last = f"{last}; {silent}" if last else silent
+            last = f"{silent}, before: {last}" if last else silent  # lines are cut at their end
         seen = Progress(last, child.report.usage())
         if seen != told:
             told = seen
@@ -3475,11 +3491,11 @@ def read_result(spec: AttemptSpec) -> PhaseResult | None:
     """
     import stat
 
-    refused = f"the result file {spec.result_path} was refused"
+    path, careful = spec.result_path, os.O_NOFOLLOW | os.O_NONBLOCK
+    refused = f"the result file {path} was refused"
     try:
-        handle = os.open(spec.result_path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-        with open(handle, "rb") as file:
-            if not stat.S_ISREG(os.fstat(handle).st_mode):
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | careful)) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise ResultError(f"{refused}: it is no regular file")
             data = file.read(RESULT_LIMIT + 1)
     except FileNotFoundError:
@@ -3579,7 +3595,8 @@ def _if_early(spec: AttemptSpec, child: Child, failed: AgentOutcome) -> AgentOut
     trouble = cast("Any", error_kind(words, status))
     text = f"{name}: {words}"
     if not words:
-        text = f"{name} gave no reason ({_code_text(child.code)}); its output is in {child.log}"
+        log = child.logs[0].relative_to(spec.root)
+        text = f"{name} gave no reason ({_code_text(child.code)}); its output is in {log}"
     return failed._replace(error=one_line(text, TAIL_COLUMNS), trouble=trouble)
 
 
@@ -3634,11 +3651,10 @@ async def run_verify(
     stop: asyncio.Event,
     hurry: asyncio.Event,
 ) -> str | None:
-    """Run a phase's verify commands in turn after its agent; None if all of them exit with 0.
+    """Run a phase's verify commands in turn, within its time limit; None if all exit with 0.
 
     Else the text of the first failure with the tail of its output, a `CannotRun` if the command
-    itself is the trouble. They share the phase's time limit. If `stop` is set meanwhile the text
-    says so: the attempt is then cancelled, not failed.
+    itself is the trouble.
     """
     clock = time.monotonic
     deadline = clock() + spec.timeout_s
@@ -3725,18 +3741,6 @@ def probe_agent(settings: AgentSettings, root: Path) -> Probe:
 # ---- The demo agent ------------------------------------------------------------------------------
 
 
-def _demo_argv() -> list[str]:
-    """This very program, imported so that its compiled form is used; -E and -S start quicker."""
-    here = Path(__file__).resolve()
-    if Repo.__module__ == __name__:  # the single file: of any name, and no cache is left beside it
-        return [sys.executable, "-E", "-S", str(here), DEMO_AGENT]
-    code = (
-        f"import importlib, sys; sys.path.insert(0, {str(here.parent)!r});"
-        f" sys.exit(importlib.import_module({here.stem!r}).main([{DEMO_AGENT!r}]))"
-    )
-    return [sys.executable, "-E", "-S", "-c", code]
-
-
 def demo_agent(env: Mapping[str, str], prompt: str, root: Path) -> int:
     """A scripted agent that shows the whole machinery in seconds; returns its exit code.
 
@@ -3817,7 +3821,9 @@ def set_up_logging(args: argparse.Namespace, live: LiveLine | None = None) -> No
             text = record.getMessage()
             if record.exc_info:
                 text += f"\n{logging.Formatter().formatException(record.exc_info)}"
-            text = f"{clock} {tag}{clean_text(text)}"
+            lines = f"{clock} {tag}{clean_text(text)}".split("\n")
+            width = output_width(sys.stderr)
+            text = "\n".join(part for line in lines for part in wrap(line, width, " " * 9))
             return tint(text) if tinted else text
 
         def emit(self, record: logging.LogRecord) -> None:
@@ -4999,7 +5005,11 @@ class Run:
     def blocked_now(self) -> list[str]:
         """The items in this run's scope that wait for a human, whenever they were blocked."""
         options = self.options
-        scope = self.matched if options.filters else options.targets or self.backlog.items
+        scope: Container[str] = options.targets or self.backlog.items
+        if options.only_triage:
+            scope = self.totals.blocked
+        elif options.filters:
+            scope = self.matched
         blocked = (i for i, item in self.backlog.items.items() if item["status"] == "blocked")
         return [item_id for item_id in blocked if item_id in scope]
 
@@ -5433,19 +5443,29 @@ class Workspace(NamedTuple):
             return any(os.path.samestat(found, os.fstat(fd)) for fd in (1, 2))
         return False
 
-    def strays(self) -> set[str]:
-        """The paths that document phases changed beside their outputs, until they are gone."""
+    def strays(self) -> dict[str, str]:
+        """What phases left beside their outputs, by path; what is gone or edited since is not."""
+        known = dict[str, str]()
         with suppress(OSError):
-            known = os.fsdecode((self.repo.state_dir / "strays").read_bytes()).split("\0")
-            return {path for path in known if os.path.lexists(self.repo.top / path)}
-        return set()
+            text = os.fsdecode((self.repo.state_dir / "strays").read_bytes())
+            for stamp, _, path in (line.partition(" ") for line in text.split("\0")):
+                if stamp == self._stamp(path):
+                    known[path] = stamp
+        return known
 
-    def add_strays(self, paths: Collection[str]) -> None:
+    def add_strays(self, paths: Iterable[str]) -> None:
         """Remember paths as strays: never committed by us, and never taken for the operator's."""
-        known = self.strays()
-        if not known.issuperset(paths):
-            data = os.fsencode("\0".join(sorted({*known, *paths})))
-            replace_file(self.repo.state_dir / "strays", data)
+        known = self.strays() | {path: self._stamp(path) for path in paths}
+        text = "\0".join(f"{stamp} {path}" for path, stamp in known.items() if stamp)
+        replace_file(self.repo.state_dir / "strays", os.fsencode(text))
+
+    def _stamp(self, path: str) -> str:
+        """By what a stray is known again: its time and size, of a folder only that it is one."""
+        try:
+            found = (self.repo.top / path).lstat()
+        except OSError:
+            return ""
+        return "folder" if stat.S_ISDIR(found.st_mode) else f"{found.st_mtime_ns}-{found.st_size}"
 
     def run_lock(self, owner: str = "a command") -> RunLock:
         return RunLock(self.repo.state_dir / "run.lock", owner)
@@ -6322,8 +6342,7 @@ def cmd_check(args: argparse.Namespace) -> int:
     lines += [f"note: {one['ref']} keeps what [{one['item']}][{one['phase']}] left" for one in kept]
     if drop := [shlex.quote(one["ref"]) for one in kept if one["finished"]]:
         command = f"printf 'delete %s\\n' {' '.join(drop)} | git update-ref --stdin"
-        whose = f"{len(drop)} of these belong to finished items"
-        lines.append(f"note: {whose}; to drop them: {command}")
+        lines.append(f"note: to drop the {len(drop)} of these that finished items left: {command}")
     lines += run_lines(runs, width) or ([] if problems else ["ready to run"])
     lines += [plural(len(problems), "problem")] if problems else []
     facts = {**runs, "problems": [one._asdict() for one in problems], "remarks": remarks}
@@ -7037,6 +7056,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     _make_output_safe()
     words = sys.argv[1:] if argv is None else list(argv)
     if words[:1] == [DEMO_AGENT]:

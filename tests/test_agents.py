@@ -201,7 +201,7 @@ def test_d39_agent_works_in_the_project_root_with_absolute_paths(
 ) -> None:
     """And no signal is blocked in it; its pid and start time are told."""
     monkeypatch.chdir(tmp_path)
-    spec = make_spec(f"pwd; cut -d' ' -f22 /proc/$$/stat; echo $$; grep SigBlk /proc/$$/status; {report()}")
+    spec = make_spec(f"pwd; cut -d' ' -f22 /proc/$$/stat; echo $$; grep SigBlk /proc/self/status; {report()}")
     told: list[tuple[int, int]] = []
 
     outcome = attempt(spec, started=lambda *pair: told.append(pair))
@@ -549,7 +549,7 @@ def test_progress_is_told_when_it_changes_and_silence_too(make_spec: SpecMaker, 
 
     attempt(spec, progress=note)
     silent = f"says nothing since {datetime.now():%H:%M} (0 min)"
-    assert seen[:3] == [silent, "one", f"one; {silent}"]
+    assert seen[:3] == [silent, "one", f"{silent}, before: one"]
 
 
 # ---- Agent CLIs, as recorded event streams -------------------------------------------------------

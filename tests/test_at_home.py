@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 
+SLOW = pytest.mark.slow
 
-@pytest.mark.parametrize("name", [".BACKLOG.yaml.swp", "BACKLOG.yaml~", ".#BACKLOG.yaml", "sub/.x.py.swo"])
+
+@pytest.mark.parametrize("name", [".BACKLOG.yaml.swp", *(pytest.param(one, marks=SLOW) for one in ("BACKLOG.yaml~", ".#BACKLOG.yaml", "sub/.x.py.swo"))])
 def test_an_editors_own_files_are_in_no_commit_and_in_nobodys_way(project: Any, name: str) -> None:
     """One is there when the run starts, changes while a build runs, and is there afterwards."""
     project.configure()
@@ -60,11 +62,11 @@ def test_what_a_document_phase_leaves_elsewhere_is_a_stray_until_it_is_gone(proj
     assert project.items() == {}
     assert project.status() == "?? scratch.txt\n"
     assert "scratch.txt" not in project.git("log", "--name-only", "--format=")
-    (project.root / "scratch.txt").unlink()
-    (project.root / "other.txt").write_text("the operator's\n")
-    assert "uncommitted changes: other.txt" in project.run("run", code=1).stderr
+    (project.root / "scratch.txt").write_text("the operator's, by now\n")
+    assert "uncommitted changes: scratch.txt" in project.run("run", code=1).stderr
 
 
+@pytest.mark.slow
 def test_a_dirty_file_of_a_sibling_project_is_in_nobodys_way(project: Any) -> None:
     """In a monorepo a run works in its own project; the neighbour's edits stay as they are."""
     below = project.root / "app"
@@ -87,7 +89,7 @@ def test_a_dirty_file_of_a_sibling_project_is_in_nobodys_way(project: Any) -> No
     assert project.status() == " M lib/a.py\n"
 
 
-@pytest.mark.parametrize("more", [(), ("--only", "id=WRK-001")])
+@pytest.mark.parametrize("more", [(), pytest.param(("--only", "id=WRK-001"), marks=SLOW)])
 def test_a_night_in_which_everything_waits_for_a_human_is_not_green(project: Any, more: tuple[str, ...]) -> None:
     project.backlog("WRK-001 blocked blocked_reason=why blocked_type=decision blocked_from_status=ready")
     project.commit_all()
@@ -95,7 +97,7 @@ def test_a_night_in_which_everything_waits_for_a_human_is_not_green(project: Any
     project.run("run", *more, code=3)
 
 
-@pytest.mark.parametrize("kind", ["clone", "submodule"])
+@pytest.mark.parametrize("kind", ["clone", pytest.param("submodule", marks=SLOW)])
 def test_a_repository_that_an_agent_leaves_in_the_tree_is_named(project: Any, make_repo: Any, kind: str) -> None:
     """A commit that nobody else has is not pointed to; what else the build did is committed."""
     library, path = make_repo("library"), "vendor/lib"
@@ -117,7 +119,7 @@ def test_a_repository_that_an_agent_leaves_in_the_tree_is_named(project: Any, ma
     assert project.status() == (f"?? {path}/\n" if kind == "clone" else f" M {path}\n").replace("vendor/lib/", "vendor/")
 
 
-@pytest.mark.parametrize("tracked", [True, False])
+@pytest.mark.parametrize("tracked", [True, pytest.param(False, marks=SLOW)])
 def test_a_start_without_items_tells_of_a_stash_that_holds_the_backlog(project: Any, tracked: bool) -> None:
     empty = project.text()
     if not tracked:
@@ -152,6 +154,7 @@ def hook(project: Any, name: str, text: str) -> None:
     path.chmod(0o755)
 
 
+@pytest.mark.slow
 def test_conventional_commits(project: Any) -> None:
     """Every commit is worded so, those of the backlog's state as well; by default the start is refused."""
     said = "API limits, " + "explained at length, " * 12 + "and more."

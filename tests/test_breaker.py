@@ -520,12 +520,16 @@ def test_the_live_line_tells_what_runs_what_rests_and_what_it_cost(
 def test_the_log_tells_now_and_then_what_an_agent_does(
     project: Any, claude: Claude, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """Also that one says nothing, and since when."""
     monkeypatch.setattr(orchestrator, "PROGRESS_LOG_S", 0.0)
+    monkeypatch.setattr(orchestrator, "SILENT_S", 0.1)
+    claude.script(FAKE_CLAUDE.replace("for event in", "sleep 1\nfor event in"))
 
     with caplog.at_level("INFO", "orchestrator"):
         run_by(Clock(), project, monkeypatch)
 
     assert re.search(r"\[WRK-001\]\[PLAN\] at work: \d+ s, about \$0\.5000, 10 tokens in and 1 out, Done", caplog.text)
+    assert re.search(r"\[WRK-001\]\[PLAN\] at work: \d+ s, says nothing since \d\d:\d\d \(0 min\)\n", caplog.text)
 
 
 # ---- What it costs -------------------------------------------------------------------------------

@@ -18,6 +18,10 @@ def git(root: Path, *argv: str) -> str:
     return subprocess.run(["git", "-C", str(root), *argv], check=True, capture_output=True, text=True).stdout
 
 
+def start_demo(program: Path, where: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, str(program), "demo", str(where)], capture_output=True, text=True, timeout=100)
+
+
 def processes_naming(text: str) -> list[str]:
     """Command lines and environments of live processes that mention a text."""
     found = []
@@ -34,7 +38,7 @@ def processes_naming(text: str) -> list[str]:
 @pytest.mark.slow
 def test_the_demo_shows_what_it_promises(tmp_path: Path, program: Path) -> None:
     where = tmp_path / "demo"
-    done = subprocess.run([sys.executable, str(program), "demo", str(where)], capture_output=True, text=True, timeout=100)
+    done = start_demo(program, where)
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
     assert done.stdout.startswith(f"A demo project in {where}: five items, a scripted agent, no account needed.\n")
@@ -58,18 +62,11 @@ def test_the_demo_shows_what_it_promises(tmp_path: Path, program: Path) -> None:
     assert processes_naming(str(where)) == []
 
 
-def test_the_demo_refuses_a_folder_with_something_in_it(tmp_path: Path, program: Path) -> None:
+@pytest.mark.parametrize(("name", "code", "says"), [("", 2, "is not empty; name a new folder, or none\n"), ("mine.txt", 1, "\n")])
+def test_the_demo_refuses_a_place_with_something_in_it(tmp_path: Path, program: Path, name: str, code: int, says: str) -> None:
     (tmp_path / "mine.txt").write_text("mine\n")
-    done = subprocess.run([sys.executable, str(program), "demo", str(tmp_path)], capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == f"orchestrator: {tmp_path} is not empty; name a new folder, or none\n"
-    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
-
-
-def test_the_demo_refuses_a_file(tmp_path: Path, program: Path) -> None:
-    (tmp_path / "mine.txt").write_text("mine\n")
-    done = subprocess.run([sys.executable, str(program), "demo", str(tmp_path / "mine.txt")], capture_output=True, text=True, timeout=60)
-    assert done.returncode in (1, 2)
-    assert done.stderr.count("\n") == 1
-    assert str(tmp_path / "mine.txt") in done.stderr
-    assert (tmp_path / "mine.txt").read_text() == "mine\n"
+    done = start_demo(program, tmp_path / name)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (code, "", 1)
+    assert str(tmp_path / name) in done.stderr
+    assert done.stderr.endswith(says)
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["mine\n"]

@@ -57,16 +57,6 @@ def linked(project: Any) -> None:
     project.root = project.root.parent / "linked tree"
 
 
-def submodule(project: Any) -> None:
-    """The project is a submodule of another repository."""
-    outer = project.root.parent / "outer"
-    outer.mkdir()
-    sh(outer, "git", "init", "-q", "-b", "main")
-    sh(outer, "git", "-c", "protocol.file.allow=always", "submodule", "--quiet", "add", str(project.root), "sub")
-    sh(outer, "git", "commit", "-q", "-m", "Add the submodule")
-    project.root = outer / "sub"
-
-
 def with_submodule(project: Any) -> None:
     """The project has a submodule, with commits of its own that the operator has not recorded yet."""
     shutil.copytree(project.root, project.root.parent / "library", symlinks=True)
@@ -98,33 +88,9 @@ def below(name: str) -> Callable[[Any], None]:
     return lambda project: below_the_top(project, name)
 
 
-def other_git_in_the_environment(project: Any) -> None:
-    """As left in a shell by a script or a surrounding git."""
-    other = project.outside / "other"
-    other.mkdir()
-    sh(other, "git", "init", "-q")
-    project.environment |= {
-        "GIT_DIR": str(other / ".git"), "GIT_WORK_TREE": str(other), "GIT_OBJECT_DIRECTORY": str(other / ".git/objects"),
-        "GIT_COMMON_DIR": str(other / ".git"), "GIT_ICASE_PATHSPECS": "1", "GIT_CONFIG_PARAMETERS": "'core.bare'='true'",
-    }  # fmt: skip
-
-
 def no_identity(project: Any) -> None:
     project.environment |= dict.fromkeys(IDENTITY)
     project.git("config", "user.useConfigOnly", "true")
-
-
-def lock_that_goes(project: Any) -> None:
-    """Somebody's git holds the index while we wait, and lets go of it in the end."""
-    project.inject(f"""
-left = [1]
-def watch(event, args):
-    lock = {str(project.root / ".git/index.lock")!r}
-    if event == "subprocess.Popen" and "update-index" in args[1] and os.path.exists(lock):
-        left[0] -= 1
-        if not left[0]:
-            os.unlink(lock)
-""")
 
 
 SIGN = "git config commit.gpgSign true; git config gpg.program"
@@ -140,7 +106,6 @@ FAULTS = {
     "signing program is missing": Fault(act=f"{SIGN} /nonexistent"),
     "no identity, useConfigOnly": Fault(prepare=no_identity),
     # locks
-    "index.lock, released after a while": Fault(prepare=lock_that_goes, act="touch .git/index.lock"),
     "index.lock, stale": Fault(act="touch .git/index.lock", says="index.lock", end="rm .git/index.lock"),
     "HEAD.lock, stale": Fault(act="touch .git/HEAD.lock", says="HEAD.lock", end="rm .git/HEAD.lock", lax=True),
     "branch lock, stale": Fault(act="touch .git/refs/heads/main.lock", says="main.lock", end="rm .git/refs/heads/main.lock", lax=True),
@@ -163,7 +128,6 @@ FAULTS = {
     # where the project is
     "linked work tree": Fault(prepare=linked),
     "linked work tree, merge": Fault(prepare=linked, act="git merge -q --no-commit --no-ff side", says="a merge", end="git merge --abort", files="dirty untracked"),
-    "inside a submodule": Fault(prepare=submodule),
     "with a submodule": Fault(prepare=with_submodule),
     "below the repository's top": Fault(prepare=below_the_top),
     "below the top, HEAD detached": Fault(prepare=below_the_top, act="git checkout -q --detach", says="detached", end="git switch -q main", code=1, lax=True),
@@ -172,7 +136,6 @@ FAULTS = {
     "leading dash": Fault(prepare=renamed("-rf")),
     "leading dash below the top": Fault(prepare=below("-rf"), act="git checkout -q --detach", says="detached", end="git switch -q main", code=1, lax=True),
     "line break below the top": Fault(prepare=below("two\nlin'es\\"), act="git checkout -q --detach", says="detached", end="git switch -q main", code=1, lax=True),
-    "variables of another repository": Fault(prepare=other_git_in_the_environment),
     # how git sees the file
     "sparse checkout": Fault(before="git sparse-checkout set --no-cone '/README.md' '/orchestrator.toml' '/BACKLOG.yaml'", files="dirty untracked"),
     "sparse checkout that leaves the backlog out": Fault(act="git sparse-checkout set --no-cone '/README.md' '/orchestrator.toml'", files="untracked"),
@@ -430,27 +393,16 @@ def without_root_rights(project: Any) -> None:
         project.launcher = launcher
 
 
-def disk_of_its_own(project: Any) -> None:
-    """The project's folder on a small file system, its git directory elsewhere."""
-    place = project.root.parent / "disk"
+def small_disk(project: Any) -> None:
+    """The project, git directory and all, on a small file system."""
+    original, place = project.root, project.root.parent / "disk"
     place.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(place)]
     if os.geteuid() or subprocess.run(mount, capture_output=True, check=False).returncode:
         pytest.skip("no file system can be mounted here")
     project.at_end.append(lambda: sh(place.parent, "umount", "-l", str(place)))
+    sh(original.parent, "git", "clone", "-q", str(original), str(place))
     project.root = place
-
-
-def small_disk(project: Any) -> None:
-    original = project.root
-    disk_of_its_own(project)
-    sh(original, "git", "worktree", "add", "-q", "-b", "work", str(project.root))
-
-
-def small_disk_with_git(project: Any) -> None:
-    original = project.root
-    disk_of_its_own(project)
-    sh(original.parent, "git", "clone", "-q", str(original), str(project.root))
 
 
 FILL = "dd if=/dev/zero of=fill bs=4k 2> /dev/null || true"
@@ -458,8 +410,7 @@ AWAY, BACK = 'mv "$ROOT" ../gone', 'cd ..; mv gone "$ROOT"'
 NO_SAVES = {
     "read-only folder": NoSave("chmod a-w .", "Permission denied", "chmod u+w .", without_root_rights),
     "read-only git directory": NoSave("chmod -R a-w .git", "Permission denied", "chmod -R u+w .git", without_root_rights, kept=""),
-    "full disk": NoSave(FILL, "No space left on device", "rm fill", small_disk, kept="attempts: 1"),  # the agent cannot write its result either
-    "full disk, journal and all": NoSave(FILL, "No space left on device", "rm fill", small_disk_with_git, kept=""),
+    "full disk, journal and all": NoSave(FILL, "No space left on device", "rm fill", small_disk, kept=""),
     "vanished folder": NoSave(AWAY, "is gone", BACK, linked, kept=""),
     "vanished folder, git directory and all": NoSave(AWAY, "is gone", BACK, kept=""),
     "symbolic link in its place": NoSave("mv BACKLOG.yaml real; ln -s real BACKLOG.yaml", "symbolic link", "mv real BACKLOG.yaml"),

@@ -74,14 +74,14 @@ CASES = [
     Case("FilterExhausted", True, ("WRK-001 ready tags=[x]", "WRK-002 ready"), ("--only", "tag=x"), {"*": [BLOCKS]}, code=3),
     Case("FilterExhausted", False, (ACTIVE + " tags=[x]", "WRK-002 ready"), ("--only", "tag=x"), {"*/build": [{"write": {"code.py": "1\n"}}]}),
     Case("AllDoneOrBlocked", True, ("WRK-001 ready",), script={"*": [BLOCKS]}, code=3),
-    Case("AllDoneOrBlocked", False, ("WRK-001 blocked blocked_from_status=ready blocked_reason=why",)),
+    Case("AllDoneOrBlocked", False, ("WRK-001 blocked blocked_from_status=ready blocked_reason=why",), code=3),
     Case("CapReached", True, ("WRK-001 ready",), ("--cap", "0")),
     Case("CapReached", False, (ACTIVE,), ("--cap", "0")),
 ]
 
 
 def as_parameter(case: Case) -> Any:
-    quick = case.reason in ("ShutdownRequested", "CircuitBreakerTripped", "AllDoneOrBlocked") and (case.dirty or case.code)
+    quick = case.dirty and case.reason in ("ShutdownRequested", "AllDoneOrBlocked")
     marks = () if quick else (pytest.mark.slow,)
     return pytest.param(case, id=f"{case.reason}-{'dirty' if case.dirty else 'clean'}", marks=marks)
 
@@ -173,6 +173,7 @@ def test_the_commit_holds_what_the_coordinator_saved_last(project: Any) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_documents_of_two_phases_in_flight_and_an_operator_editing(project: Any) -> None:
     """Two document phases that end apart, while the operator adds, edits and stages."""
     project.configure("plan", execution="max_concurrent = 2\nmax_wip = 2")

@@ -49,7 +49,7 @@ KINDS = {
 }
 
 
-QUICK = ("plain", "sparse", "linked", "partial")
+QUICK = ("sparse", "linked")
 
 
 @pytest.mark.parametrize("kind", table(dict(zip(KINDS, KINDS, strict=True)), slow=" ".join(KINDS.keys() - set(QUICK))))

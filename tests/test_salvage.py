@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,102 +13,46 @@ import pytest
 
 import orchestrator
 from tests.conftest import sh
+from tests.gitkit import work_tree
 
 BUILDING = "in_progress phase=build phase_pool=main"
 PLANNING = "WRK-001 in_progress phase=plan phase_pool=main"
 FAILS = {"result": {"result": "failed", "summary": "cannot"}}
 REF = "refs/orchestrator/salvage/WRK-001/build/1"
 
-# One of each kind: what git tracks, before and after the phase, as {path: (mode, content)}.
-BEFORE = {
-    b"keep.txt": ("100644", b"kept\n"),
-    b"mode.sh": ("100644", b"mode\n"),
-    b"gone.txt": ("100644", b"gone\n"),
-    b"old name.txt": ("100644", b"renamed\n"),
-    b"file-to-folder": ("100644", b"a file\n"),
-    b"folder-to-file/inner.txt": ("100644", b"inner\n"),
-    b"file-to-link": ("100644", b"no link\n"),
-    b"link": ("120000", b"keep.txt"),
-}
-AFTER = {
-    b"keep.txt": ("100644", b"kept\n"),
-    b"mode.sh": ("100755", b"mode\n"),
-    b"new name.txt": ("100644", b"renamed\n"),
-    b"file-to-folder/inner.txt": ("100644", b"now inside\n"),
-    b"folder-to-file": ("100644", b"now a file\n"),
-    b"file-to-link": ("120000", b"keep.txt"),
-    b"link": ("120000", b"mode.sh"),
-    b"new/deep/file.txt": ("100644", b"new\n"),
-    b"empty": ("100644", b""),
-    b"line\nbreak": ("100644", b"newline\n"),
-    b"latin-\xe9": ("100644", b"no UTF-8\n"),
-    b"-rf": ("100644", b"dash\n"),
-    b"binary": ("100644", bytes(range(256))),
-}
+# One of each kind: what git tracks, before the phase, and what the phase makes of it.
+BEFORE = """
+echo kept > keep.txt; echo mode > mode.sh; echo gone > gone.txt; echo renamed > 'old name.txt'
+echo file > file-to-folder; mkdir folder-to-file; echo x > folder-to-file/inner.txt
+echo file > file-to-link; ln -s keep.txt link; echo base > op.txt; echo base > op-staged.txt
+"""
+OPERATORS = "echo edited > op.txt; echo staged > op-staged.txt; git add op-staged.txt; echo more >> op-staged.txt; echo new > op-new.txt"
+PHASE = """
+chmod +x mode.sh; rm gone.txt; mv 'old name.txt' 'new name.txt'; rm file-to-folder; mkdir -p file-to-folder new/deep
+echo inside > file-to-folder/inner.txt; rm -r folder-to-file; echo file > folder-to-file
+ln -sf keep.txt file-to-link; ln -sf mode.sh link; echo new > new/deep/file.txt; : > empty; echo dash > ./-rf
+echo x > "$(printf 'line\\nbreak')"; echo x > "$(printf 'latin-\\351')"; head -c 999 /dev/urandom > binary
+"""
+OURS = (".orchestrator", "_worklog", "changes", "BACKLOG.yaml")
 
 
-def lay_out(root: Path, files: dict[bytes, tuple[str, bytes]]) -> None:
-    for name, (mode, content) in files.items():
-        path = os.path.join(os.fsencode(root), name)
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        if mode == "120000":
-            os.symlink(content, path)
-        else:
-            Path(os.fsdecode(path)).write_bytes(content)
-            os.chmod(path, int(mode[-3:], 8))
-
-
-def tree(root: Path, commit: str) -> dict[bytes, tuple[str, bytes]]:
-    """What a commit holds, by git alone."""
-    def git(*args: str) -> bytes:
-        return subprocess.run(["git", *args], cwd=root, check=True, capture_output=True).stdout
-
-    rows = [row.split(b"\t", 1) for row in git("ls-tree", "-r", "-z", commit).split(b"\0") if row]
-    return {name: (facts[:6].decode(), git("cat-file", "blob", facts[12:].decode())) for facts, name in rows}
-
-
-def folder(root: Path) -> dict[bytes, tuple[str, bytes]]:
-    """The files on disk, ours and git's left out."""
-    found = {}
-    for where, folders, files in os.walk(os.fsencode(root)):
-        folders[:] = [f for f in folders if f not in (b".git", b".orchestrator", b"_worklog", b"changes")]
-        for name in (*files, *(f for f in folders if os.path.islink(os.path.join(where, f)))):
-            path = os.path.join(where, name)
-            facts = os.lstat(path)
-            if os.path.islink(path):
-                row = ("120000", os.readlink(path))
-            else:
-                row = ("100755" if facts.st_mode & 0o100 else "100644", Path(os.fsdecode(path)).read_bytes())
-            found[os.path.relpath(path, os.fsencode(root))] = row
-    return found
+def theirs(root: Path) -> dict[str, tuple[int, bytes]]:
+    return {name: row for name, row in work_tree(root).items() if not name.startswith(OURS)}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ending", ["failed", "blocked", "timed out", "cancelled"])
 def test_what_a_phase_left_is_kept_whole_and_nothing_else_moves(project: Any, tmp_path: Path, ending: str) -> None:
-    limit = "timeout_minutes = 0.15\n" if ending == "timed out" else ""
-    project.configure("build!", execution="max_retries = 0", more=limit)
+    project.configure("build!", execution="max_retries = 0", more="timeout_minutes = 0.15\n" if ending == "timed out" else "")
     project.backlog(f"WRK-001 {BUILDING}", f"WRK-002 {BUILDING}")
-    lay_out(project.root, BEFORE)
-    (project.root / "op.txt").write_text("base\n")
-    (project.root / "op-staged.txt").write_text("base\n")
+    sh(project.root, "sh", "-ec", BEFORE)
     project.commit_all()
-    after = tmp_path / "after"
-    lay_out(after, AFTER)
-    shell = f"rm -rf {' '.join(sorted({repr(os.fsdecode(name).split('/')[0]) for name in BEFORE}))}; cp -a {after}/. ."
-    hangs = ending in ("timed out", "cancelled")
-    result = {"result": {"blocked": "blocked"}.get(ending, "failed"), "summary": "not finished"}
-    project.script({
-        "WRK-001/build": [{"sh": shell, "hang": hangs, "result": result, **({"announce": True} if ending == "cancelled" else {})}, {"write": {"late.txt": "1\n"}}],
-        "WRK-002/build": [{"write": {"other.txt": "1\n"}}],
-    })
-    (project.root / "op.txt").write_text("edited\n")
-    (project.root / "op-staged.txt").write_text("staged\n")
-    project.git("add", "op-staged.txt")
-    (project.root / "op-staged.txt").write_text("staged and edited\n")
-    (project.root / "op-new.txt").write_text("untracked\n")
-    ours = (project.root / "BACKLOG.yaml", project.root / "orchestrator.toml")
-    before, staged = folder(project.root), project.git("diff", "--cached")
+    build = {"sh": f"{PHASE} cp -a . {tmp_path}/left", "hang": ending in ("timed out", "cancelled")}
+    build |= {"result": {"result": "blocked" if ending == "blocked" else "failed", "summary": "not finished"}}
+    build |= {"announce": True} if ending == "cancelled" else {}
+    project.script({"WRK-001/build": [build, {"write": {"late.txt": "1\n"}}], "WRK-002/build": [{"write": {"other.txt": "1\n"}}]})
+    sh(project.root, "sh", "-ec", OPERATORS)
+    before, staged = theirs(project.root), project.git("diff", "--cached")
 
     process = project.start("run", "--target", "WRK-001", "--allow-dirty")
     if ending == "cancelled":
@@ -117,13 +60,11 @@ def test_what_a_phase_left_is_kept_whole_and_nothing_else_moves(project: Any, tm
         process.send_signal(signal.SIGTERM)
     log = project.finish(process, 143 if ending == "cancelled" else 3)
 
-    kept = {name: row for name, row in tree(project.root, REF).items() if name in AFTER or name in BEFORE}
-    assert kept == AFTER
-    now = folder(project.root)
-    assert {n: row for n, row in now.items() if n != b"BACKLOG.yaml"} == {n: row for n, row in before.items() if n != b"BACKLOG.yaml"}
+    project.git("worktree", "add", "-q", "--detach", str(tmp_path / "kept"), REF)
+    assert theirs(tmp_path / "kept") == theirs(tmp_path / "left")
+    assert theirs(project.root) == before
     assert project.git("diff", "--cached") == staged
     assert project.status() == "MM op-staged.txt\n M op.txt\n?? op-new.txt\n"
-    assert all(path.exists() for path in ours)
     assert f"[WRK-001][BUILD] what it left is kept on {REF}: " in log
     if ending != "cancelled":
         assert f"(its changes are kept on {REF})" in project.items()["WRK-001"]["blocked_reason"]
@@ -197,11 +138,10 @@ def test_salvage_is_listed_with_the_command_that_drops_that_of_finished_items(ke
     assert [line for line in out.splitlines() if "keeps what" in line] == [
         f"note: {ref} keeps what [{item}][{phase}] left" for ref, (item, phase, _) in names.items()
     ]
-    assert "note: 3 of these belong to finished items; to drop them: printf " in out
     assert json.loads(cli("check", "--json")[1])["salvage"] == known
-    (note,) = [line for line in out.splitlines() if "to drop them: " in line]
+    (note,) = [line for line in out.splitlines() if "finished items left: " in line]
     assert project.git("for-each-ref", "--format=%(refname)", "refs/orchestrator/").split() == list(refs)
-    sh(project.root, "sh", "-c", note.partition("to drop them: ")[2])
+    sh(project.root, "sh", "-c", note.partition("finished items left: ")[2])
     left = [ref for ref in refs if "WRK-002" not in ref and "WRK-003" not in ref]
     assert project.git("for-each-ref", "--format=%(refname)", "refs/orchestrator/").split() == left
     assert "finished" not in cli("check")[1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 from pathlib import Path
@@ -22,8 +23,13 @@ DEAF_CHILD = (
 )
 
 
-def prepare(project: Any, *items: str, phases: str = "plan build!", execution: str = "", script: Any = None) -> None:
+def prepare(
+    project: Any, *items: str, phases: str = "plan build!", execution: str = "", script: Any = None, **settings: float
+) -> None:
     project.configure(phases, execution=execution)
+    config = project.root / "orchestrator.toml"
+    for name, value in settings.items():
+        config.write_text(re.sub(f"{name} = .*", f"{name} = {value}", config.read_text()))
     project.backlog(*items)
     project.commit_all()
     project.script(script or {"*": [HANG]})
@@ -66,11 +72,9 @@ def test_b2_each_signal_to_the_whole_group_during_a_destructive_phase(project: A
 @pytest.mark.slow
 def test_twice_ends_deaf_agents_and_their_children_without_the_grace(project: Any) -> None:
     """With a grace of an hour only the second signal can end this; it does not skip the commit."""
-    prepare(project, "WRK-001 ready", script={"*": [{"on_term": "ignore", "sh": DEAF_CHILD.format(project.outside), **HANG}]})
+    deaf = {"on_term": "ignore", "sh": DEAF_CHILD.format(project.outside), **HANG}
+    prepare(project, "WRK-001 ready", script={"*": [deaf]}, kill_grace_seconds=3600)
     os.mkfifo(project.outside / "ready")
-    text = (project.root / "orchestrator.toml").read_text().replace("kill_grace_seconds = 5", "kill_grace_seconds = 3600")
-    (project.root / "orchestrator.toml").write_text(text)
-    project.commit_all()
     process = project.start("run")
     project.announced()
     child = int((project.outside / "child.pid").read_text())
@@ -117,10 +121,8 @@ def test_d10_k4_during_triage_nothing_is_blocked_or_charged(project: Any) -> Non
 @pytest.mark.slow
 def test_between_attempts_the_delay_is_not_waited_for(project: Any) -> None:
     """The failed attempt stays charged: the next run goes on with the second one."""
-    prepare(project, "WRK-001 ready", script={"*": [{"result": {"result": "failed", "summary": "cannot"}}]})
-    text = (project.root / "orchestrator.toml").read_text().replace("retry_delay_seconds = 0", "retry_delay_seconds = 300")
-    (project.root / "orchestrator.toml").write_text(text)
-    project.commit_all()
+    failed = {"result": {"result": "failed", "summary": "cannot"}}
+    prepare(project, "WRK-001 ready", script={"*": [failed]}, retry_delay_seconds=300)
     process = project.start("run")
     project.read_until(process, "attempt 1 of 3 failed")
     process.send_signal(signal.SIGINT)
@@ -210,33 +212,24 @@ def test_ctrl_c_while_the_event_loop_closes_is_no_noise(project: Any) -> None:
 
 
 @pytest.mark.slow
-def test_nohup_is_respected(project: Any) -> None:
-    prepare(project, "WRK-001 ready", script={"*/plan": [{"announce": True, "await": "go", "document": "p.md"}]})
+@pytest.mark.parametrize("nohup", [True, False], ids=["nohup", "terminal gone"])
+def test_a_terminal_that_goes_away_is_no_reason_to_lose_anything(project: Any, nohup: bool) -> None:
+    """HUP, and nobody reads what is logged any more; below nohup the run goes on."""
+    prepare(project, "WRK-001 ready", script={"*": [{"announce": True, "await": "go", "document": "p.md"}]})
     os.mkfifo(project.outside / "go")
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN if nohup else signal.SIG_DFL)
     try:
         process = project.start("run", "--cap", "1")
     finally:
         signal.signal(signal.SIGHUP, before)
     project.announced()
-    process.send_signal(signal.SIGHUP)
-    (project.outside / "go").write_text("")
-    project.finish(process)
-    ended_well(project, {"WRK-001": "in_progress build"})
-
-
-@pytest.mark.slow
-def test_a_terminal_that_goes_away_is_no_reason_to_lose_the_commit(project: Any) -> None:
-    """HUP, and nobody reads what is logged any more."""
-    prepare(project, "WRK-001 ready")
-    process = project.start("run")
-    project.announced()
     process.stderr.close()
     process.stdout.close()
     process.send_signal(signal.SIGHUP)
-    assert process.wait(timeout=60) == 129
-    assert project.subjects()[0] == HALT
-    ended_well(project, {"WRK-001": "in_progress plan"})
+    if nohup:
+        (project.outside / "go").write_text("")
+    assert process.wait(timeout=60) == (0 if nohup else 129)
+    ended_well(project, {"WRK-001": f"in_progress {'build' if nohup else 'plan'}"})
 
 
 @pytest.mark.slow
@@ -246,12 +239,9 @@ def test_i4_an_internal_error_ends_the_agents_too(project: Any) -> None:
     prepare(project, "WRK-001 ready", "WRK-002 ready", phases="plan", execution="max_wip = 2\nmax_concurrent = 2", script={
         "WRK-001/plan": [{"announce": True, "await": "go", "sh": "true", "document": "p.md"}],
         "WRK-002/plan": [{**HANG, "on_term": "ignore", "sh": DEAF_CHILD.format(project.outside)}],
-    })
+    }, kill_grace_seconds=0.1)
     for name in ("go", "ready"):
         os.mkfifo(project.outside / name)
-    text = (project.root / "orchestrator.toml").read_text().replace("kill_grace_seconds = 5", "kill_grace_seconds = 0.1")
-    (project.root / "orchestrator.toml").write_text(text)
-    project.commit_all()
     process = project.start("run")
     assert {project.announced(), project.announced()} == {"WRK-001 plan 1", "WRK-002 plan 1"}
     project.git("switch", "-q", "-c", "elsewhere")

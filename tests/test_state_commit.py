@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 
-import gitutil
 from gitutil import Entry, HeadBusy, Repo, StateCommit
 from tests.conftest import IDENTITY, sh
 from tests.gitkit import (
@@ -24,7 +23,6 @@ from tests.gitkit import (
     blob,
     git,
     index,
-    is_alive,
     leftovers,
     new_project,
     no_delay,
@@ -114,7 +112,7 @@ COMMITTED: Mapping[str, Act] = {
     "modified_staged": run(f"echo 'v: 2' > {NAME}", f"git add {NAME}"),
     "staged_older_than_worktree": run(f"echo 'v: 1.5' > {NAME}", f"git add {NAME}"),
     "staged_deletion_file_present": run(f"git rm -q --cached {NAME}"),
-    "other_staged_everything": stage_everything,
+    "d08_other_staged_everything": stage_everything,
     "a01_other_file_staged": run("echo x > a.txt", "git add a.txt"),
     "a10_renamed_onto_it": run(f"git rm -q --cached {NAME}", f"git mv -f a.txt {NAME}"),
     "untracked": run(f"git rm -q --cached {NAME}", "git commit -q -m gone"),
@@ -143,7 +141,7 @@ COMMITTED: Mapping[str, Act] = {
 }  # fmt: skip
 
 
-QUICK = {"modified_unstaged", "other_staged_everything", "sparse_noncone", "a29_stash_pop_conflict", "a13_hostile_settings", "staged_deletion_file_present"}
+QUICK = {"modified_unstaged", "d08_other_staged_everything", "a29_stash_pop_conflict", "a13_hostile_settings"}
 
 
 @pytest.mark.parametrize("prepare", table(COMMITTED, slow=" ".join(COMMITTED.keys() - QUICK)))
@@ -159,17 +157,8 @@ def test_committed_alone(project: Path, prepare: Act) -> None:
     assert blob(project, f"HEAD:{NAME}") == NEW
 
 
-def test_d08_only_the_backlog_of_much_that_is_staged(project: Path) -> None:
-    stage_everything(project)
-    head, status = git(project, "rev-parse", "HEAD").strip(), git(project, "status", "--porcelain")
-    assert_only_the_backlog(project, save(project), head)
-    assert git(project, "status", "--porcelain") == status
-    assert "intended.txt" not in git(project, "diff", "--cached", "--name-only").split()
-
-
-@pytest.mark.parametrize("prepare", [run("git checkout -q --orphan fresh"), run("git update-ref -d HEAD")])
-def test_unborn_branch_gets_a_root_commit(project: Path, prepare: Act) -> None:
-    prepare(project)
+def test_unborn_branch_gets_a_root_commit(project: Path) -> None:
+    git(project, "checkout", "-q", "--orphan", "fresh")
     staged = others(project)
     assert_only_the_backlog(project, save(project), None)
     assert others(project) == staged
@@ -338,7 +327,7 @@ def test_nothing_is_touched_and_the_operation_can_be_finished(
     assert blob(project, f"HEAD:{NAME}") == NEW
 
 
-@pytest.mark.parametrize("name", [NAME, "a.txt"])
+@pytest.mark.parametrize("name", [NAME, pytest.param("a.txt", marks=pytest.mark.slow)])
 def test_a_conflict_that_a_stash_left_is_settled_by_a_commit(project: Path, name: str) -> None:
     """No operation is open, so an unmerged entry keeps no decision out of history."""
     sh(project, "sh", "-ec", f"echo one > {name} && git stash -q && echo two > {name} && git commit -q -am two; ! git stash pop -q")
@@ -418,20 +407,6 @@ def test_skipped_with_a_warning(project: Path, prepare: Act, why: str) -> None:
     assert NAME in made.warning
     assert "\n" not in made.warning
     assert state_files(project) == before
-
-
-@pytest.mark.slow
-def test_a12_filter_that_hangs_is_ended(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gitutil, "KILL_GRACE_S", 0.2)
-    mark = project / "filter.pid"
-    (project / ".gitattributes").write_text(f"{NAME} filter=f\n")
-    git(project, "config", "filter.f.clean", f"trap '' TERM; echo $$ > {mark}; sleep 60")
-    (project / NAME).write_bytes(NEW)
-    made = Repo.open(project, limit_s=1.0).commit_state(project / NAME, NEW, MESSAGE)
-    assert made.outcome == "skipped"
-    assert "did not end within" in str(made.warning)
-    assert not is_alive(mark)
-    assert leftovers(project) == []
 
 
 # ---- races ---------------------------------------------------------------------------------------

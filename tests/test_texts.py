@@ -325,6 +325,11 @@ def test_a_plain_prompt_has_only_the_sections_that_have_something_to_say() -> No
         assert words in intro
 
 
+def test_a_retry_is_told_which_follow_ups_were_taken_already() -> None:
+    mine, other = make_item("WRK-050", title="Docs", origin="WRK-042/prd"), make_item("WRK-051", origin="WRK-001/prd")
+    assert section(prompt_for(others=[mine, other]), "Follow-ups Taken").endswith("\n\n> - WRK-050: Docs")
+
+
 def test_what_is_known_of_the_item_and_where_the_agent_stands() -> None:
     config = make_config()
     config = config._replace(execution=config.execution._replace(phase_timeout_minutes=45))
@@ -383,7 +388,7 @@ def test_built_in_instructions_of_a_document_phase(name: str) -> None:
     assert "Assumptions" in task
     assert "{" not in task
     assert "only these paths, relative to the project root: `changes/WRK-042_*/`, `_ideas/WRK-042_*`." in rules
-    assert ("--grep='[WRK-042]'" in task) is (name == "review")
+    assert ("--grep='^Orchestrator-Item: WRK-042$'" in task) is (name == "review")
 
 
 def test_built_in_instructions_of_the_build() -> None:
@@ -716,7 +721,8 @@ def test_what_to_do_next_depends_on_why_the_run_ended() -> None:
         return [step["command"].removeprefix("python3 o.py ") for step in steps]
 
     assert commands(HaltReason.CAP_REACHED) == commands(HaltReason.SHUTDOWN_REQUESTED) == ["run"]
-    assert commands(HaltReason.CIRCUIT_BREAKER_TRIPPED) == commands(None) == ["check", "run"]
+    assert commands(None) == ["check", "run"]
+    assert commands(HaltReason.CIRCUIT_BREAKER_TRIPPED) == ["check --probe", "run"]
     assert commands(HaltReason.NO_MATCHING_ITEMS) == ["status", "run"]
     goes_on = commands(HaltReason.TARGET_BLOCKED, "WRK-003", "WRK-004")
     assert goes_on == ["run --target WRK-003 --target WRK-004 --auto-advance"]
