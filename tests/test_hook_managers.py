@@ -138,6 +138,7 @@ def test_three_items_are_done_as_the_repository_wants_it(project: Any, name: str
     prompt = (project.outside / "prompt-WRK-001-build-2.md").read_text()
     assert "the repository's pre-commit hook rejected the commit" in prompt
     assert setup.words in prompt
+    assert ("Unstaged files detected" in prompt) == (beside and setup.suffix == ".py")  # none of ours
     assert project.items() == {}
     assert look() == before
     assert project.status().count("\n") == 2 * beside
