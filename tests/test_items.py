@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta, timezone
 from itertools import product
@@ -11,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from backlog import (
-    ITEM_KEYS,
     LEGAL_TRANSITIONS,
     STATUS_WORDS,
     Backlog,
@@ -27,8 +25,8 @@ from backlog import (
     archive,
     archive_entry,
     block,
-    highest_number,
     normalise_title,
+    parse_yaml,
     read_item,
     timestamp,
     transition,
@@ -43,7 +41,7 @@ NOW_TEXT = "2026-02-13T17:41:26.593891+00:00"
 
 def item(item_id: str = "WRK-001", status: str = "new", **fields: object) -> Item:
     known = {"title": f"Title of {item_id}", "created": timestamp(START), "updated": timestamp(START)}
-    return {"id": item_id, "status": status, **known, **fields}  # type: ignore[return-value, typeddict-item]
+    return {"id": item_id, "status": status, **known, **fields}
 
 
 def draft_of(*items: Item, counter: int = 0) -> Draft:
@@ -132,50 +130,7 @@ next_item_id: 1
 def test_every_key_is_read() -> None:
     backlog = load(FULL)
     assert backlog.next_item_id == 17
-    assert backlog.items["WRK-001"] == {
-        "id": "WRK-001",
-        "title": "A full item",
-        "status": "blocked",
-        "phase": "build",
-        "size": "medium",
-        "complexity": "low",
-        "risk": "high",
-        "impact": "medium",
-        "requires_human_review": True,
-        "origin": "WRK-000/build",
-        "blocked_from_status": "in_progress",
-        "blocked_reason": "Two lines:\nof reason",
-        "blocked_type": "decision",
-        "unblock_context": "try again",
-        "tags": ["auth", "yes"],
-        "dependencies": ["WRK-009"],
-        "created": "2026-02-12T16:23:33.711239234+00:00",
-        "updated": "2026-02-12T16:23:33+00:00",
-        "pipeline_type": "feature",
-        "description": {
-            "context": "c",
-            "problem": "p",
-            "solution": "s",
-            "impact": "i",
-            "sizing_rationale": "r",
-        },
-        "phase_pool": "main",
-        "last_phase_commit": "8957cea715e8f9607e0b6112ab5ef80c00756b1c",
-        "guardrail_override": True,
-        "priority": -3,
-        "attempts": 2,
-        "ticket": 42,
-    }
-
-
-def test_optional_keys_stay_absent() -> None:
-    assert load(MINIMAL).items["WRK-001"] == {
-        "id": "WRK-001",
-        "title": "Minimal",
-        "status": "new",
-        "created": "2026-02-12T00:00:00+00:00",
-        "updated": "2026-02-12T00:00:00+00:00",
-    }
+    assert [backlog.items["WRK-001"]] == parse_yaml(FULL.encode())["items"]  # type: ignore[index, call-overload]
 
 
 def test_null_is_the_same_as_absent() -> None:
@@ -191,10 +146,6 @@ def test_null_is_the_same_as_absent() -> None:
 
 def test_an_empty_backlog() -> None:
     assert load("schema_version: 3\nitems: []\nnext_item_id: 15\n") == Backlog({}, 15)
-
-
-def test_a_counter_behind_the_highest_id_loads() -> None:
-    assert load(MINIMAL.replace("_id: 1\n", "_id: 0\n")).next_item_id == 0
 
 
 @pytest.mark.parametrize(
@@ -237,19 +188,16 @@ def test_broken_yaml_names_line_and_column() -> None:
         ("'3'", 'is "3"'),
         ("true", "is true"),
         ("null", "is missing"),
+        (None, "is missing"),
     ],
 )
-def test_another_schema_is_refused_by_name(version: str, found: str) -> None:
-    message = refusal(MINIMAL.replace("schema_version: 3", f"schema_version: {version}"))
+def test_another_schema_is_refused_by_name(version: str | None, found: str) -> None:
+    line = f"schema_version: {version}\n" if version else ""
+    message = refusal(MINIMAL.replace("schema_version: 3\n", line))
     assert message == (
         f"BACKLOG.yaml: schema_version {found}, and only 3 can be read; use the program that wrote"
         " the file, or bring its items to schema 3 and write 'schema_version: 3'"
     )
-
-
-def test_a_missing_schema_version_is_refused() -> None:
-    message = refusal(MINIMAL.replace("schema_version: 3\n", ""))
-    assert message.startswith("BACKLOG.yaml: schema_version is missing, and only 3 can be read;")
 
 
 @pytest.mark.parametrize(
@@ -320,12 +268,6 @@ def test_an_item_without_a_fault_is_the_mapping_itself() -> None:
     assert read_item(raw)[0] is raw
 
 
-def test_the_type_of_an_item_names_the_keys_of_the_table() -> None:
-    source = (Path(__file__).parent.parent / "backlog.py").read_text()
-    body = source.partition("class Item(TypedDict, total=False):")[2].partition("\nclass ")[0]
-    assert tuple(re.findall(r"^    ([a-z_]+): ", body, re.M)) == ITEM_KEYS
-
-
 def test_all_problems_are_listed_at_once_with_their_lines() -> None:
     text = """\
 # mine
@@ -358,13 +300,6 @@ next_item_id: 9
         "BACKLOG.yaml:12: item number 3: the id WRK-001 is used twice; give one",
         "BACKLOG.yaml:17: item number 4: id must be up to 100 letters, digits, ",
     ]
-
-
-def test_duplicate_ids_are_refused() -> None:
-    text = MINIMAL.replace("next_item_id: 1\n", MINIMAL.split("items:\n")[1])
-    assert refusal(text) == (
-        "BACKLOG.yaml:8: item number 2: the id WRK-001 is used twice; give one of the two another one"
-    )
 
 
 @pytest.mark.parametrize("counter", ["many", "-1", "1.5"])
@@ -473,24 +408,6 @@ def test_ids_go_on_across_prefixes_and_after_removal() -> None:
     third = draft.add("HAMY", "3", NOW)
     assert [i["id"] for i in (first, second, third)] == ["WRK-001", "WRK-002", "HAMY-003"]
     assert draft.add("WRK", "4", NOW)["id"] == "WRK-004"
-
-
-def test_highest_number() -> None:
-    assert highest_number("WRK", []) == 0
-    assert highest_number("WRK", ["WRK-010", "WRK-9", "PROJ-42", "WRK-x", "WRK-12-1", "AWRK-99"]) == 10
-    assert highest_number("PROJ", ["WRK-010", "PROJ-42"]) == 42
-
-
-@pytest.mark.parametrize(
-    ("now", "text"),
-    [
-        (NOW, NOW_TEXT),
-        (START, "2026-02-10T00:00:00+00:00"),
-        (datetime(2026, 1, 1, 1, tzinfo=timezone(timedelta(hours=2))), "2025-12-31T23:00:00+00:00"),
-    ],
-)
-def test_timestamps_are_utc_with_an_offset(now: datetime, text: str) -> None:
-    assert timestamp(now) == text
 
 
 # ---- Life cycle ----------------------------------------------------------------------------------
@@ -642,15 +559,6 @@ def test_archive_removes_the_item_and_what_depended_on_it() -> None:
     unchanged_after(draft, lambda: archive(draft, "WRK-001", NOW))
 
 
-def test_a_whole_life() -> None:
-    draft = draft_of()
-    item_id = draft.add("WRK", "T", NOW)["id"]
-    for status in ("scoping", "ready", "in_progress", "done"):
-        transition(draft, item_id, status, NOW)
-    assert archive(draft, item_id, NOW) == []
-    assert draft.backlog() == Backlog({}, 1)
-
-
 # ---- Follow-ups ----------------------------------------------------------------------------------
 
 
@@ -658,35 +566,11 @@ def test_d35_follow_ups_become_items_with_their_context() -> None:
     draft = draft_of(item("WRK-007"), counter=3)
     follow_ups = [FollowUp("One", " why \n", "small", "low"), FollowUp("Two", "  ")]
     added = add_follow_ups(draft, "WRK", "WRK-007/build", follow_ups, NOW)
-    assert added == [
-        {
-            "id": "WRK-008",
-            "title": "One",
-            "status": "new",
-            "size": "small",
-            "risk": "low",
-            "requires_human_review": False,
-            "origin": "WRK-007/build",
-            "created": NOW_TEXT,
-            "updated": NOW_TEXT,
-            "description": {
-                "context": "why",
-                "problem": "",
-                "solution": "",
-                "impact": "",
-                "sizing_rationale": "",
-            },
-        },
-        {
-            "id": "WRK-009",
-            "title": "Two",
-            "status": "new",
-            "requires_human_review": False,
-            "origin": "WRK-007/build",
-            "created": NOW_TEXT,
-            "updated": NOW_TEXT,
-        },
-    ]
+    first = {"id": "WRK-008", "title": "One", "status": "new", "size": "small", "risk": "low"}
+    texts = {"context": "why", "problem": "", "solution": "", "impact": "", "sizing_rationale": ""}
+    given = {"requires_human_review": False, "origin": "WRK-007/build", "created": NOW_TEXT, "updated": NOW_TEXT}
+    second = {"id": "WRK-009", "title": "Two", "status": "new"}
+    assert added == [{**first, **given, "description": texts}, {**second, **given}]
     assert list(draft.items) == ["WRK-007", "WRK-008", "WRK-009"]
     assert draft.next_item_id == 9
 
@@ -714,12 +598,6 @@ def test_d59_a_bad_follow_up_is_left_out_and_the_rest_kept() -> None:
         "follow-up 'Bad' is left out: the new item: size must be one of small, medium, large,"
         ' not "gigantic"',
     ]
-
-
-def test_no_follow_ups_change_nothing() -> None:
-    draft = draft_of(item(), counter=1)
-    assert add_follow_ups(draft, "WRK", "o", [], NOW) == []
-    assert draft.backlog() == Backlog({"WRK-001": item()}, 1)
 
 
 @pytest.mark.parametrize(
