@@ -25,8 +25,7 @@ Reading order:
 15. The journal
 16. Store
 
-Chapters 1 to 6 and 8 know nothing of backlogs, the others nothing of each other's files; `Store`
-puts all of it together and is the only code that writes BACKLOG.yaml.
+`Store` puts all of it together, and is the only code that writes BACKLOG.yaml.
 """
 
 from __future__ import annotations
@@ -1207,42 +1206,32 @@ def choice(*words: str) -> Kind:
 
 
 def number_within(
-    least: float = -math.inf,
-    most: float = math.inf,
-    what: str = "number",
-    types: tuple[type, ...] = (int, float),
+    least: float = -math.inf, most: float = math.inf, types: tuple[type, ...] = (int, float)
 ) -> Kind:
     """A number within bounds; nan is none, nor is a bool, which is a kind of int in Python."""
-
-    def fits(value: object) -> bool:
-        return type(value) in types and least <= cast(float, value) <= most
-
-    bounds = ((" from ", least), (" to ", most))
-    return Kind(
-        f"a {what}" + "".join(f"{word}{end}" for word, end in bounds if math.isfinite(end)), fits
-    )
+    expected = "a number" if float in types else "a whole number"
+    expected += "" if math.isinf(least) else f" from {least}"
+    expected += "" if math.isinf(most) else f" to {most}"
+    return Kind(expected, lambda n: type(n) in types and least <= cast(float, n) <= most)
 
 
 def whole_number(least: float = -math.inf, most: float = math.inf) -> Kind:
-    return number_within(least, most, "whole number", (int,))
+    return number_within(least, most, (int,))
 
 
 def matching_text(expected: str, pattern: str) -> Kind:
     """A text that a regular expression matches as a whole."""
-
-    def fits(value: object) -> bool:
-        return isinstance(value, str) and bool(re.fullmatch(pattern, value))
-
-    return Kind(expected, fits, remedies=IN_QUOTES)
+    fits = re.compile(pattern).fullmatch
+    return Kind(expected, lambda text: type(text) is str and bool(fits(text)), remedies=IN_QUOTES)
 
 
 def list_of(kind: Kind, expected: str, remedy: str = "") -> Kind:
     """A list, possibly empty, whose elements are all of a kind; the remedy is for a text."""
-
-    def fits(value: object) -> bool:
-        return isinstance(value, list) and all(map(kind.fits, value))
-
-    return Kind(expected, fits, remedies={str: remedy})
+    return Kind(
+        expected,
+        lambda value: type(value) is list and all(map(kind.fits, value)),
+        remedies={str: remedy},
+    )
 
 
 TEXT = Kind("text", lambda value: type(value) is str, remedies=IN_QUOTES)
@@ -2122,9 +2111,7 @@ def parse_filter(text: str) -> Filter:
 def check_filters(filters: Sequence[Filter]) -> None:
     """Refuse flags that contradict or repeat each other; all of them have to hold together."""
     for earlier, later in itertools.combinations(filters, 2):
-        if later == earlier and later.key == "tag":
-            raise FilterError(f"Duplicate filter: {later} specified multiple times")
-        if later.key != "tag" and earlier[::2] == later[::2]:
+        if earlier[::2] == later[::2] and (later.key != "tag" or earlier == later):
             sign = "!=" if later.negated else "="
             raise FilterError(
                 f"Field '{later.key}' specified multiple times in separate --only flags;"

@@ -390,10 +390,7 @@ ACCEPT = "a human has to accept it"
         ({"size": "large"}, "the guardrails are exceeded by size large (limit medium)"),
         ({"complexity": "high"}, "the guardrails are exceeded by complexity high (limit medium)"),
         ({"risk": "medium"}, "the guardrails are exceeded by risk medium (limit low)"),
-        (
-            {"size": "large", "risk": "high"},
-            "the guardrails are exceeded by size large (limit medium), risk high (limit low)",
-        ),
+        ({"size": "large", "risk": "high"}, "the guardrails are exceeded by size large (limit medium), risk high (limit low)"),
         ({"requires_human_review": True}, "human review is required"),
         (
             {"requires_human_review": True, "size": "large"},
@@ -876,10 +873,7 @@ def test_repair_leaves_healthy_items_alone() -> None:
 def test_d23_active_items_without_a_phase_get_the_first_one() -> None:
     items, messages = repaired(item("A-1", "scoping"), item("A-2", "in_progress"))
     assert items == {"A-1": at("A-1", "research", updated=STAMP), "A-2": at("A-2", "prd", updated=STAMP)}
-    assert messages == [
-        "A-1: was scoping without a phase; starts with research",
-        "A-2: was in_progress without a phase; starts with prd",
-    ]
+    assert messages == ["A-1: was scoping without a phase; starts with research", "A-2: was in_progress without a phase; starts with prd"]
 
 
 def test_d23_scoping_without_pre_phases_is_ready_unless_guardrails_object() -> None:

@@ -134,10 +134,7 @@ def test_every_key_is_read() -> None:
 
 
 def test_null_is_the_same_as_absent() -> None:
-    text = MINIMAL.replace(
-        "  status: new\n",
-        "  status: new\n  origin: null\n  tags: ~\n  description:\n    context:\n    problem: p\n",
-    )
+    text = MINIMAL.replace("  status: new\n", "  status: new\n  origin: null\n  tags: ~\n  description:\n    context:\n    problem: p\n")
     found = load(text).items["WRK-001"]
     assert "origin" not in found
     assert "tags" not in found
@@ -181,15 +178,7 @@ def test_broken_yaml_names_line_and_column() -> None:
 
 @pytest.mark.parametrize(
     ("version", "found"),
-    [
-        ("1", "is 1"),
-        ("2", "is 2"),
-        ("99", "is 99"),
-        ("'3'", 'is "3"'),
-        ("true", "is true"),
-        ("null", "is missing"),
-        (None, "is missing"),
-    ],
+    [("1", "is 1"), ("2", "is 2"), ("99", "is 99"), ("'3'", 'is "3"'), ("true", "is true"), ("null", "is missing"), (None, "is missing")],
 )
 def test_another_schema_is_refused_by_name(version: str | None, found: str) -> None:
     line = f"schema_version: {version}\n" if version else ""
@@ -500,21 +489,13 @@ PHASES = ("prd", "design", "build", "review")
 
 @pytest.mark.parametrize(
     ("phase", "to", "expected"),
-    [
-        ("prd", None, "design"),
-        ("build", None, "review"),
-        ("prd", "review", "review"),
-        ("review", "prd", "prd"),
-        (None, "build", "build"),
-    ],
+    [("prd", None, "design"), ("build", None, "review"), ("prd", "review", "review"), ("review", "prd", "prd"), (None, "build", "build")],
 )
 def test_d53_advance_sets_phase_and_pool(
     phase: str | None, to: str | None, expected: str
 ) -> None:
     fields = {"phase": phase} if phase else {}
-    draft = draft_of(
-        item(status="in_progress", phase_pool="pre", attempts=2, **fields)
-    )
+    draft = draft_of(item(status="in_progress", phase_pool="pre", attempts=2, **fields))
     changed = advance(draft, "WRK-001", PHASES, to, NOW)
     expected_item = item(status="in_progress", phase=expected, phase_pool="main")
     assert changed == {**expected_item, "updated": NOW_TEXT}
@@ -527,12 +508,7 @@ def test_d53_advance_sets_phase_and_pool(
         ("in_progress", "prd", "ship", "no main phase ship; there are prd, design, build, review"),
         ("in_progress", "review", None, "review is its last phase; 'complete' finishes it"),
         ("in_progress", None, None, "it is in no phase; name one with --to: prd, design, build, review"),
-        (
-            "in_progress",
-            "research",
-            None,
-            "it is in research, which is no main phase; name one with --to: prd, design, build, review",
-        ),
+        ("in_progress", "research", None, "it is in research, which is no main phase; name one with --to: prd, design, build, review"),
     ],
 )
 def test_an_impossible_advance_changes_nothing(
@@ -576,9 +552,7 @@ def test_d35_follow_ups_become_items_with_their_context() -> None:
 
 
 def test_d35_the_same_idea_is_not_added_twice() -> None:
-    draft = draft_of(
-        item(title="Add `--json` to status!"), item("WRK-002", "done", title="Write docs")
-    )
+    draft = draft_of(item(title="Add `--json` to status!"), item("WRK-002", "done", title="Write docs"))
     follow_ups = [FollowUp("add --JSON to  Status"), FollowUp("Write docs"), FollowUp("write DOCS.")]
     added = add_follow_ups(draft, "WRK", "o", follow_ups, NOW)
     assert [i["title"] for i in added] == ["Write docs"]

@@ -10,12 +10,7 @@ import pytest
 import orchestrator
 from orchestrator import AgentOutcome, FollowUp, PhaseResult, ResultError, parse_result
 
-MINIMAL = {
-    "item_id": "WRK-001",
-    "phase": "prd",
-    "result": "phase_complete",
-    "summary": "Wrote the PRD.",
-}
+MINIMAL = {"item_id": "WRK-001", "phase": "prd", "result": "phase_complete", "summary": "Wrote the PRD."}
 
 
 def parse(changes: dict[str, Any] | None = None, *, without: str = "") -> PhaseResult:
@@ -43,9 +38,7 @@ def test_a_full_result_is_taken_over_completely() -> None:
             "context": "Which database?",
             "block_type": "decision",
             "updated_assessments": {"size": "large", "complexity": "high", "risk": "low", "impact": "medium"},
-            "follow_ups": [
-                {"title": "Tidy up", "context": "see a.py", "suggested_size": "small", "suggested_risk": "low"}
-            ],
+            "follow_ups": [{"title": "Tidy up", "context": "see a.py", "suggested_size": "small", "suggested_risk": "low"}],
             "pipeline_type": "feature",
             "commit_summary": "Add the PRD",
             "duplicates": ["WRK-007"],
@@ -225,11 +218,7 @@ def test_an_overlong_follow_up_title_is_cut_and_kept_whole_in_the_context() -> N
 
 @pytest.mark.parametrize(
     ("given", "read"),
-    [
-        ("plain text", {"context": "plain text"}),
-        ({}, {}),
-        ({"problem": "x", "context": "", "other": "y"}, {"problem": "x"}),
-    ],
+    [("plain text", {"context": "plain text"}), ({}, {}), ({"problem": "x", "context": "", "other": "y"}, {"problem": "x"})],
 )
 def test_a_description_may_be_partial_or_plain_text(given: object, read: dict[str, str]) -> None:
     assert parse({"description": given}) == parse()._replace(description=read)

@@ -83,9 +83,7 @@ class Bench:
 
     def fresh(self, **options: Any) -> Store:
         """Another store on the same file, as another command has one."""
-        store = make_store(
-            self.path, self.state_dir, self.warnings.append, monotonic=lambda: self.time, **options
-        )
+        store = make_store(self.path, self.state_dir, self.warnings.append, monotonic=lambda: self.time, **options)
         store.look()
         return store
 
@@ -437,11 +435,7 @@ def make_folder(path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [
-        (make_link, "it is a symbolic link"),
-        (make_pipe, "it is not a regular file"),
-        (make_folder, "it is not a regular file"),
-    ],
+    [(make_link, "it is a symbolic link"), (make_pipe, "it is not a regular file"), (make_folder, "it is not a regular file")],
 )
 def test_what_is_no_regular_file_is_neither_read_nor_replaced(
     bench: Bench, change: Callable[[Path], None], message: str

@@ -513,9 +513,7 @@ def test_texts_that_no_reader_takes_for_numbers_stay_plain(text: str) -> None:
 def test_key_e9_quoted() -> None:
     value = {"e9": 1, "yes": 2, "1": 3, "a b": 4, "a: b": 5, "": 6, "é": 7, "a-b_c": 8, "-": 9, "\t": 10}
     text = render_yaml(value)
-    assert text == (
-        "'e9': 1\n'yes': 2\n'1': 3\n'a b': 4\n'a: b': 5\n'': 6\n'é': 7\na-b_c: 8\n'-': 9\n\"\\t\": 10\n"
-    )
+    assert text == ("'e9': 1\n'yes': 2\n'1': 3\n'a b': 4\n'a: b': 5\n'': 6\n'é': 7\na-b_c: 8\n'-': 9\n\"\\t\": 10\n")
     assert same(read(text), value)
 
 
@@ -527,9 +525,7 @@ def test_nbsp_and_ideographic_space_at_ends_quoted(space: str) -> None:
 
 
 def test_control_and_line_separator_escaped() -> None:
-    assert written("\x00\x1b\x7f\x85\u2028\u2029\ufeff\t\"\\") == (
-        '"\\x00\\x1B\\x7F\\x85\\u2028\\u2029\\uFEFF\\t\\"\\\\"'
-    )
+    assert written("\x00\x1b\x7f\x85\u2028\u2029\ufeff\t\"\\") == ('"\\x00\\x1B\\x7F\\x85\\u2028\\u2029\\uFEFF\\t\\"\\\\"')
     assert written("a\rb") == '"a\\x0Db"'
 
 
