@@ -244,19 +244,6 @@ def test_one_bad_value_costs_that_key_alone() -> None:
     assert [key for key, _ in problems] == ["status", "tags"]
 
 
-@pytest.mark.parametrize("raw", [None, 5, "text", ["id", "WRK-001"]])
-def test_what_is_no_mapping_is_no_item(raw: object) -> None:
-    read, [(key, problem)] = read_item(raw)
-    assert (read, key) == ({}, "")
-    assert problem.startswith("must be a mapping that begins with 'id: …', not ")
-
-
-def test_an_item_without_a_fault_is_the_mapping_itself() -> None:
-    """So that items whose text did not change are the same object before and after."""
-    raw = item(tags=["a"], own=1)
-    assert read_item(raw)[0] is raw
-
-
 def test_all_problems_are_listed_at_once_with_their_lines() -> None:
     text = """\
 # mine

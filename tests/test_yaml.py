@@ -1042,12 +1042,6 @@ def test_chunks_are_the_lines_of_the_items() -> None:
     assert Document(*parts).top == made.top
 
 
-@pytest.mark.parametrize("text", ["", "# c\n", "id: A\n", "- a\n- b\n", "- a\nb: 1\n", "- a\n  - b: 1\n", "- 'a\n"])
-def test_what_is_no_chunk_is_refused(text: str) -> None:
-    with pytest.raises(YamlError):
-        read_chunk(text)
-
-
 def test_chunks_of_another_document_take_its_indentation() -> None:
     deep = document("items:\n    # lead\n    - id: D\n      tags:\n          - x\n      title: |\n        a\n\n          b\n  # low\nn: 1\n")
     flat = document("items:\n- id: A\n\n- id: B\nn: 1\n")
