@@ -301,8 +301,6 @@ class _YamlReader:
         text = line[column:].partition(" #")[0]
         return self._sign_alone(column) in ("?", ":") or ": " in text or text.endswith(":")
 
-    # ---- block collections ----
-
     def _below(self, column: int, depth: int) -> _YamlNode:
         """Read the block collection that starts at `column` of line `at`."""
         if depth > _YAML_MAX_DEPTH:
@@ -353,37 +351,33 @@ class _YamlReader:
 
     def _key(self, column: int) -> tuple[str, int]:
         """The key at `column` of line `at`, and the column of its colon."""
-        at, line = self.at, self.lines[self.at]
+        line = self.lines[self.at]
         usual = _YAML_USUAL_KEY.match(line, column)
         if usual and usual[1] not in _YAML_CONSTANTS:
             return usual[1], usual.end(1)
-        if line[column] not in "'\"":
-            key, colon = self._plain_key(column)
-        elif self.is_entry(column):
+        if line[column] in "'\"" and self.is_entry(column):
             close = _yaml_quote_end(line, column + 1, line[column])
-            key = self._unquoted(column + 1, close, at, line[column])
+            key = self._unquoted(column + 1, close, self.at, line[column])
             colon = _yaml_text_start(line, close + 1)
         else:
-            hint = "a quoted key stands on one line with its colon"
-            self.fail(column, 'expected "key: value"', hint)
+            if self.indent == column and self.is_dash(column):
+                remedy = "indent it, or write it directly below its key"
+                self.fail(column, "a sequence entry among mapping keys", remedy)
+            self._check_start(column)
+            found = _YAML_COLON.search(line, column)
+            if not found or line[column] in "'\"":
+                hint = "a quoted key stands on one line with its colon, a text that goes on is"
+                self.fail(column, 'expected "key: value"', f"{hint} indented deeper than its key")
+            colon, key = found.start(), line[column : found.start()].rstrip(" ")
+            self._check_plain_key(key, column, found)
         if len(key) > _YAML_MAX_KEY:
             self.refuse(column, f"a key of more than {_YAML_MAX_KEY} characters", "shorten it")
         return key, colon
 
-    def _plain_key(self, column: int) -> tuple[str, int]:
-        line = self.lines[self.at]
-        found = _YAML_COLON.search(line, column)
-        if self.indent == column and self.is_dash(column):
-            remedy = "indent it, or write it directly below its key"
-            self.fail(column, "a sequence entry among mapping keys", remedy)
-        self._check_start(column)
-        if not found:
-            hint = "a text that goes on is indented deeper than its key"
-            self.fail(column, 'expected "key: value"', hint)
-        colon = found.start()
-        if found[0] == ":\t":
-            self.refuse(colon + 1, "a tab character behind a colon", "use spaces, or quote the key")
-        key = line[column:colon].rstrip(" ")
+    def _check_plain_key(self, key: str, column: int, colon: re.Match[str]) -> None:
+        if colon[0] == ":\t":
+            remedy = "use spaces, or quote the key"
+            self.refuse(colon.end() - 1, "a tab character behind a colon", remedy)
         if not key:
             self.refuse(column, *_YAML_REFUSED_ALONE[":"])
         for sign, name in (("\t", "a tab character"), ("#", "`#`"), (":", "`:`")):
@@ -395,9 +389,6 @@ class _YamlReader:
             self.refuse(column, f"a plain key that starts with `{key[0]}`", "quote the key")
         if key in _YAML_CONSTANTS or _YAML_NUMBER_LIKE.fullmatch(key):
             self.fail(column, f"the key {key[:40]} is not a string", "quote it")
-        return key, colon
-
-    # ---- values ----
 
     def value(self, head: int, column: int, depth: int, dash_from: int) -> _YamlNode:
         """Read what stands behind the colon or dash of an entry, from `head` of line `at` on.
@@ -562,8 +553,6 @@ class _YamlReader:
             remedy = "quote all of the text, or put a space before the # of a comment"
             self.refuse(place, f"text after {what}", remedy, at)
 
-    # ---- block scalars and flow collections ----
-
     def _block_scalar(self, start: int, parent: int) -> str:
         """Read a literal or folded scalar; its lines are indented deeper than `parent`."""
         at, line = self.at, self.lines[self.at]
@@ -679,7 +668,7 @@ def render_yaml(value: object) -> str:
 
 
 def _yaml_block(
-    value: Mapping[str, object] | Sequence[object], column: int, offset: int, depth: int
+    value: Mapping[Any, object] | Sequence[object], column: int, offset: int, depth: int
 ) -> list[str]:
     """The lines of a dict or list that is not empty, its keys or dashes at `column`; the dashes of
     lists in it stand `offset` right of their key."""
@@ -688,7 +677,12 @@ def _yaml_block(
     pad, lines = " " * column, []
     if isinstance(value, Mapping):
         for key, item in value.items():
-            lines += _yaml_entry(f"{pad}{_yaml_key_text(key)}:", item, column, offset, depth)
+            if not isinstance(key, str) or len(key) > _YAML_MAX_KEY:
+                limit = f"a string of at most {_YAML_MAX_KEY} characters"
+                raise ValueError(f"the key {str(key)[:40]!r} is not {limit}")
+            plain = key.replace("-", "_").isidentifier() and key.isascii() and _yaml_is_plain(key)
+            name = key if plain else _yaml_quoted(key)
+            lines += _yaml_entry(f"{pad}{name}:", item, column, offset, depth)
         return lines
     for item in value:
         if isinstance(item, dict | list) and item:
@@ -719,15 +713,6 @@ def _yaml_entry(
         pad = " " * (column + 2)
         return [f"{head} {sign}{tail}", *(line and pad + line for line in body.split("\n"))]
     return [f"{head} {_yaml_scalar(value)}{tail}"]
-
-
-def _yaml_key_text(key: object) -> str:
-    if not isinstance(key, str):
-        raise ValueError(f"the key {key!r} is not a string")
-    if len(key) > _YAML_MAX_KEY:
-        raise ValueError(f"the key {key[:40]!r}… has more than {_YAML_MAX_KEY} characters")
-    plain = key.replace("-", "_").isidentifier() and key.isascii() and _yaml_is_plain(key)
-    return key if plain else _yaml_quoted(key)
 
 
 def _yaml_scalar(value: object) -> str:
@@ -848,7 +833,9 @@ def _yaml_edited_mapping(
         if added[key]:
             out += _yaml_block({name: new[name] for name in added[key]}, node.column, offset, 1)
         done = part.end
-    return [*header, *_yaml_prefixed(out, prefix)]
+    top = next(n for n, line in enumerate(out) if line.lstrip(" ")[:1] not in ("", "#"))
+    out[top] = prefix + out[top][len(prefix) :]  # there may be a dash in it
+    return [*header, *out]
 
 
 def _yaml_edited_list(
@@ -865,12 +852,6 @@ def _yaml_edited_list(
         known = kept.get(repr(value))
         out += known.pop(0) if known else _yaml_block([value], node.column, offset, 1)
     return out
-
-
-def _yaml_prefixed(lines: list[str], prefix: str) -> list[str]:
-    """Lines, the first one with content beginning with `prefix`, which may hold a dash."""
-    top = next(n for n, line in enumerate(lines) if line.lstrip(" ")[:1] not in ("", "#"))
-    return [*lines[:top], prefix + lines[top][len(prefix) :], *lines[top + 1 :]]
 
 
 # ==== 7. The backlog file as a document ===========================================================
@@ -1027,8 +1008,13 @@ class Document:
         tail = self.tail if tail is None else tail
         if (tuple(chunks), tail) == (self.chunks, self.tail):
             return self
-        known, column = set(self.chunks), self.column
-        pieces = [chunk if chunk in known else _yaml_moved(chunk, column) for chunk in chunks]
+        known, pieces = set(self.chunks), list(chunks)
+        for place, chunk in enumerate(chunks):
+            if chunk not in known and (by := self.column - _yaml_column(chunk)):
+                lines, pad, cut = chunk.split("\n"), " " * by, max(-by, 0)
+                moved = [pad + line[min(cut, _yaml_text_start(line)) :] for line in lines]
+                text = "\n".join(line if line.strip(" ") else "" for line in moved)
+                pieces[place] = _yaml_fitted(text, "", read_chunk(chunk), self.column)
         above, made = self._joined(pieces, tail)
         head = self.head + "\n" * (bool(tail) and not self.head.endswith("\n")) + above
         if self.chunks and made:
@@ -1156,17 +1142,6 @@ def _yaml_fitted(body: str, rest: str, value: object, column: int) -> str:
             if _yaml_same(read_chunk(text), value):
                 return text
     raise ValueError(_YAML_UNSOUND)
-
-
-def _yaml_moved(chunk: str, column: int) -> str:
-    """A chunk with its dash moved to `column`."""
-    by = column - _yaml_column(chunk)
-    pad, cut = " " * by, max(-by, 0)
-    moved = [
-        pad + line[min(cut, _yaml_text_start(line)) :] if line.strip(" ") else ""
-        for line in chunk.split("\n")
-    ]
-    return _yaml_fitted("\n".join(moved), "", read_chunk(chunk), column) if by else chunk
 
 
 # ==== 8. Fields ===================================================================================
