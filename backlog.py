@@ -140,7 +140,6 @@ _YAML_CONSTANTS = {
     "null": None, "Null": None, "NULL": None, "~": None,
     "true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False,
 }  # fmt: skip
-_YAML_NUMBER_START = frozenset("-+.0123456789")
 # Written the one way that all parsers read the same: group 1 is the integer part, 2 the rest.
 _YAML_NUMBER = re.compile(r"-?(0|[1-9][0-9]*+)((?:\.[0-9]++)?(?:[eE][-+]?[0-9]++)?)")
 # Everything that some YAML 1.2 parser takes for a number.
@@ -468,7 +467,7 @@ class _YamlReader:
         """The value of a plain scalar of one line, by the core schema."""
         if text in _YAML_CONSTANTS:
             return _YAML_CONSTANTS[text]
-        if text[0] not in _YAML_NUMBER_START or not _YAML_NUMBER_LIKE.fullmatch(text):
+        if not _YAML_NUMBER_LIKE.fullmatch(text):
             return text
         number, most = _YAML_NUMBER.fullmatch(text), _YAML_MAX_DIGITS
         if number and not number[2] and len(number[1]) <= most:
@@ -1314,8 +1313,6 @@ SCHEMA_VERSION = 3
 STATUS_WORDS = ("new", "scoping", "ready", "in_progress", "done", "blocked")
 SIZE_WORDS = ("small", "medium", "large")
 LEVEL_WORDS = ("low", "medium", "high")
-BLOCK_WORDS = ("clarification", "decision")
-POOL_WORDS = ("pre", "main")
 DESCRIPTION_KEYS = ("context", "problem", "solution", "impact", "sizing_rationale")
 DEFAULT_PIPELINE = "feature"  # of an item that names none
 MAX_COUNTER = 10**15 - 1  # more digits do not survive every YAML reader
@@ -1363,7 +1360,7 @@ ITEM_TABLE: Mapping[str, ItemKey] = {
     "origin": ItemKey(TEXT, "ID/phase that suggested it", "both", "origin"),
     "blocked_from_status": ItemKey(_STATUS, "where unblocking puts it back", "run"),
     "blocked_reason": ItemKey(TEXT, "what a human is asked", "run"),
-    "blocked_type": ItemKey(choice(*BLOCK_WORDS), "what is needed", "run"),
+    "blocked_type": ItemKey(choice("clarification", "decision"), "what is needed", "run"),
     "unblock_context": ItemKey(TEXT, "a human's notes for the next phase", "person"),
     "tags": ItemKey(TEXTS, "may be repeated", "person", "tag", "tag", []),
     "dependencies": ItemKey(
@@ -1376,7 +1373,7 @@ ITEM_TABLE: Mapping[str, ItemKey] = {
         "pipeline", DEFAULT_PIPELINE,
     ),
     "description": ItemKey(_TEXTS, "what the agents should know", "person", "", "description"),
-    "phase_pool": ItemKey(choice(*POOL_WORDS), "the list its phase is in", "run"),
+    "phase_pool": ItemKey(choice("pre", "main"), "the list its phase is in", "run"),
     "guardrail_override": ItemKey(FLAG, "a human lets it pass", "person", default=False),
     "priority": ItemKey(
         whole_number(), "higher goes first, before impact", "person", "priority", "priority"
@@ -1568,7 +1565,7 @@ def transition(draft: Draft, item_id: str, status: str, now: datetime, **changes
 
 
 def block(draft: Draft, item_id: str, reason: str, now: datetime, kind: str | None = None) -> Item:
-    """Block an item until a human unblocks it; `kind` is one of BLOCK_WORDS. BacklogError."""
+    """Block an item until a human unblocks it; `kind`: see `blocked_type`. BacklogError."""
     details = {"blocked_reason": reason, "blocked_type": kind}
     return transition(draft, item_id, "blocked", now, **details)
 
@@ -2114,8 +2111,6 @@ def matching(backlog: Backlog, filters: Sequence[Filter]) -> set[str]:
 # ==== 13. Worklog =================================================================================
 
 _WORKLOG_RULE = "\n---\n"  # between entries; what people wrote is indented, so it cannot be theirs
-_WORKLOG_HEAD = r"## (\S+) — (\S+) \((.*)\)$"
-_WORKLOG_BULLET = r"- \*\*(\w+):\*\* (.*)"
 
 
 def worklog_entry(
@@ -2156,10 +2151,10 @@ def read_worklog(text: str) -> list[dict[str, str]]:
     entries: list[dict[str, str]] = []
     key = ""
     for line in text.split("\n"):
-        if line.startswith("## ") and (head := re.match(_WORKLOG_HEAD, line)):
+        if head := re.match(r"## (\S+) — (\S+) \((.*)\)$", line):
             entries.append({"when": head[1], "item": head[2], "title": head[3]})
             key = ""
-        elif entries and line.startswith("- **") and (found := re.match(_WORKLOG_BULLET, line)):
+        elif entries and (found := re.match(r"- \*\*(\w+):\*\* (.*)", line)):
             key = found[1].lower()
             entries[-1][key] = found[2]
         elif key and (not line or line.startswith("  ")):
