@@ -1253,9 +1253,6 @@ class Fields:
         value = self.raw(key)
         if self.lenient and isinstance(value, str):
             value = kind.meant.get(value.lower(), value or None)
-        return self._fitting(key, value, kind, default)
-
-    def _fitting(self, key: str, value: object, kind: Kind, default: object) -> Any:
         problem = kind.problem(value) if value is not None else ""
         if problem:
             self.complain(key, f"{problem}; dropped" if self.lenient else problem)
@@ -1263,15 +1260,12 @@ class Fields:
 
     def table(self, key: str) -> Self:
         """The mapping below a key; an empty one if there is none."""
-        return self._below(key, self.raw(key))
+        return type(self)(self.get(key, MAPPING, {}), self.path(key), self.complaints)
 
     def tables(self, key: str) -> list[Self]:
         """The mappings that are listed below a key."""
-        listed = enumerate(self.get(key, LIST, ()))
-        return [self._below(f"{key}[{i}]", entry) for i, entry in listed]
-
-    def _below(self, key: str, value: object) -> Self:
-        return type(self)(self._fitting(key, value, MAPPING, {}), self.path(key), self.complaints)
+        listed = {f"{key}[{n}]": entry for n, entry in enumerate(self.get(key, LIST, ()))}
+        return list(map(type(self)(listed, self.where, self.complaints).table, listed))
 
     def close(self) -> None:
         """Complain about every key that nobody asked for."""
