@@ -170,11 +170,7 @@ _YAML_REFUSED = {
     "*": ("an alias (*)", "write the value out, or quote the text"),
     "!": ("a tag (!)", "remove it, or quote the text"),
     "%": ("a directive indicator (%)", "remove the directive, or quote the text"),
-    "@": ("the reserved indicator @ at the start of a text", "quote the text"),
-    "`": ("the reserved indicator ` at the start of a text", "quote the text"),
-    ",": ("the flow indicator , at the start of a text", "quote the text"),
-    "]": ("the flow indicator ] at the start of a text", "quote the text"),
-    "}": ("the flow indicator } at the start of a text", "quote the text"),
+    **{sign: (f"the reserved indicator {sign} at the start", "quote the text") for sign in "@`,]}"},
     "[": ("a flow sequence in this place", "write it behind its key or dash, or quote the text"),
     "{": ("a flow mapping in this place", 'write "key: value" lines, or quote the text'),
     "|": ("a block scalar in this place", "write the | behind its key or dash"),
@@ -1417,14 +1413,8 @@ def read_item(raw: object) -> tuple[Item, list[tuple[str, str]]]:
     the key is "" for what is no mapping at all."""
     if not isinstance(raw, dict):
         return {}, [("", f"must be a mapping that begins with 'id: …', not {shown(raw)}")]
-    problems = [
-        (key, f"the key '{key}' is missing") for key in REQUIRED_KEYS if raw.get(key) is None
-    ]
-    problems += [
-        (key, f"{key} {row.kind.problem(value)}")
-        for key, value in raw.items()
-        if value is not None and (row := ITEM_TABLE.get(key)) and not row.kind.fits(value)
-    ]
+    missing = [key for key in REQUIRED_KEYS if raw.get(key) is None]
+    problems = [(key, f"the key '{key}' is missing") for key in missing] + _misfits(raw)
     bad = dict(problems)
     item = raw
     if bad or None in raw.values():
@@ -1434,6 +1424,15 @@ def read_item(raw: object) -> tuple[Item, list[tuple[str, str]]]:
         texts = {key: "" if text is None else text for key, text in texts.items()}
         item = {**item, "description": texts}
     return item, problems
+
+
+def _misfits(values: Item) -> list[tuple[str, str]]:
+    """The keys whose values do not fit, and the problem."""
+    return [
+        (key, f"{key} {row.kind.problem(value)}")
+        for key, value in values.items()
+        if value is not None and (row := ITEM_TABLE.get(key)) and not row.kind.fits(value)
+    ]
 
 
 # ==== 10. Drafts and rules ========================================================================
@@ -1520,12 +1519,9 @@ def _one_line_title(title: str) -> str:
 
 
 def _refuse_bad_values(owner: str, changes: Mapping[str, object]) -> None:
-    for key, value in changes.items():
-        row = ITEM_TABLE.get(key)
-        if value is None and key in REQUIRED_KEYS:
-            raise BacklogError(f"{owner}: {key} cannot be removed")
-        if row is not None and value is not None and not row.kind.fits(value):
-            raise BacklogError(f"{owner}: {key} {row.kind.problem(value)}")
+    gone = [f"{key} cannot be removed" for key in REQUIRED_KEYS if changes.get(key, 0) is None]
+    if problems := gone + [problem for _, problem in _misfits({**changes})]:
+        raise BacklogError(f"{owner}: {problems[0]}")
 
 
 # ---- Life cycle ----------------------------------------------------------------------------------

@@ -64,11 +64,6 @@ def test_a_full_result_is_taken_over_completely() -> None:
     )
 
 
-@pytest.mark.parametrize("code", ["phase_complete", "subphase_complete", "failed", "blocked"])
-def test_every_result_code_is_known(code: str) -> None:
-    assert parse({"result": code}).result == code
-
-
 @pytest.mark.parametrize(
     "key",
     [
@@ -106,10 +101,6 @@ def test_broken_json_is_refused_with_its_position() -> None:
         "the result file is not valid JSON: Expecting property name enclosed in double quotes:"
         " line 2 column 3 (char 25)"
     )
-
-
-def test_a_number_too_long_for_python_is_refused_like_broken_json() -> None:
-    assert refusal(b'{"a": ' + b"1" * 10_000 + b"}").startswith("the result file is not valid JSON")
 
 
 def test_d15_another_items_result_is_refused_with_both_values_in_one_message() -> None:
@@ -170,12 +161,6 @@ def test_d59_a_field_that_does_not_fit_is_dropped_with_a_warning_and_the_rest_ke
     assert result == parse({"commit_summary": "Kept"})._replace(warnings=(told,))
 
 
-def test_a_bad_rating_does_not_cost_the_good_ones() -> None:
-    result = parse({"updated_assessments": {"size": "huge", "complexity": "High ", "risk": "", "impact": None}})
-    assert result.ratings == {"complexity": "high"}
-    assert len(result.warnings) == 1
-
-
 def test_d35_follow_ups_may_be_titles_or_objects_and_a_bad_one_does_not_cost_the_others() -> None:
     result = parse(
         {
@@ -227,15 +212,6 @@ def test_a_description_may_be_partial_or_plain_text(given: object, read: dict[st
 @pytest.mark.parametrize(("given", "read"), [("true", True), ("Yes", True), ("no", False), (False, False)])
 def test_d17_the_wish_for_a_human_review_is_understood(given: object, read: bool) -> None:
     assert parse({"requires_human_review": given}) == parse()._replace(requires_human_review=read)
-
-
-@pytest.mark.parametrize("kind", ["clarification", "decision"])
-def test_d18_the_kind_of_a_block_is_taken_over(kind: str) -> None:
-    assert parse({"block_type": kind}).block_type == kind
-
-
-def test_repeated_duplicates_count_once() -> None:
-    assert parse({"duplicates": ["WRK-2", " WRK-2 ", "WRK-3"]}).duplicates == ("WRK-2", "WRK-3")
 
 
 # -- bytes and characters --------------------------------------------------------------------------
