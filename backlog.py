@@ -2448,22 +2448,24 @@ class _Merge:
             return self.take(key, f, f_chunk)
         b, texts = self.start_of(key, f)
         merged, old = dict(d), b or {}
+        # A stamp that nobody knows is an older one: it was decided since, whatever the base says.
+        firm = key in self.running or f.get("updated", d["updated"]) not in self.versions[key]
         for name in {**old, **f} if b else ():
             if name in ("id", "updated") or name in bad or f.get(name) == old.get(name):
                 continue
             if name in REQUIRED_KEYS and name not in f:
                 self.notes.append(f"{key}: the key '{name}' is missing; it stays as it was")
                 continue
-            merged[name] = self.chosen(key, name, old.get(name), f.get(name), merged.get(name))
+            three = old.get(name), f.get(name), merged.get(name)
+            merged[name] = self.chosen(key, name, *three, firm=name in OWNED_KEYS and firm)
         item = _item_of(merged)
         if item != d:
             item = _item_of({**merged, "updated": self.stamp()})
         return self.take(key, item, d_chunk if f_chunk in texts or not b else f_chunk)
 
-    def chosen(self, key: str, name: str, old: Any, edit: Any, ours: Any) -> Any:
+    def chosen(self, key: str, name: str, old: Any, edit: Any, ours: Any, firm: bool) -> Any:
         """Of an edit from `old`, and what was decided since (`ours`), the one that counts."""
-        owned = name in OWNED_KEYS
-        if ours in (old, edit) and not (owned and key in self.running):
+        if ours in (old, edit) and not firm:
             return edit
         if name in RATING_WORDS and edit is not None and ours is not None:
             return max(edit, ours, key=RATING_WORDS[name].index)
@@ -2471,7 +2473,7 @@ class _Merge:
             was, theirs, mine = old or [], edit or [], ours or []
             kept = [one for one in mine if one in theirs or one not in was]
             return [*kept, *(one for one in theirs if one not in was and one not in kept)] or None
-        winner = ours if owned else edit
+        winner = ours if name in OWNED_KEYS else edit
         if edit != ours:
             self.notes.append(
                 f"{key}: {name} was edited to {edit!r} and decided as {ours!r}; kept {winner!r}"
