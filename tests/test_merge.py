@@ -490,7 +490,7 @@ def test_an_old_copy_of_a_state_that_nobody_remembers_undoes_no_decision() -> No
 
 
 def test_random_histories() -> None:
-    fail_if_any(1, 100)
+    fail_if_any(1, 40)
 
 
 @pytest.mark.slow

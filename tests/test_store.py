@@ -561,6 +561,7 @@ def test_a_writer_between_reading_and_renaming_is_waited_for(bench: Bench) -> No
     assert bench.in_step()
 
 
+@pytest.mark.slow
 def test_four_processes_adding_at_once_lose_nothing(bench: Bench) -> None:
     adders = [child(ADDER, bench.path, bench.state_dir, name, ROOT) for name in "abcd"]
     for adder in adders:
