@@ -25,8 +25,7 @@ Reading order:
 15. The journal
 16. Store
 
-Chapters 1 to 6 and 8 know nothing of backlogs, the others nothing of each other's files; `Store`
-puts all of it together and is the only code that writes BACKLOG.yaml.
+`Store` puts all of it together, and is the only code that writes BACKLOG.yaml.
 """
 
 from __future__ import annotations
@@ -77,11 +76,7 @@ _YAML_MAX_DIGITS = 15  # more do not survive a reader that takes numbers for dou
 
 
 class YamlError(ValueError):
-    """A YAML text that cannot be used; `str()` is `SOURCE:LINE:COLUMN: PROBLEM`.
-
-    `line` and `column` count from 1, columns in characters; `problem` names the construct and
-    says what to write instead.
-    """
+    """A YAML text that cannot be used: `SOURCE:LINE:COLUMN: PROBLEM`, counted from 1."""
 
     def __init__(self, source: str, line: int, column: int, problem: str) -> None:
         super().__init__(f"{source}:{line}:{column}: {problem}")
@@ -89,11 +84,8 @@ class YamlError(ValueError):
 
 
 def parse_yaml(data: bytes, source: str = "<yaml>") -> object:
-    """Read one document into dicts, lists, strings, ints, floats, bools and None.
-
-    An empty document is None. `source` is only used in messages. Raises YamlError, and nothing
-    else, for everything that is not in the subset; takes time and memory linear in `data`.
-    """
+    """Read one document, in linear time; None if it is empty, YamlError, and nothing else, for all
+    that is not in the subset. `source` is what messages name."""
     text, _, _ = _yaml_decode(data, source)
     return _YamlReader(text, source).document().value
 
@@ -148,7 +140,6 @@ _YAML_CONSTANTS = {
     "null": None, "Null": None, "NULL": None, "~": None,
     "true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False,
 }  # fmt: skip
-_YAML_NUMBER_START = frozenset("-+.0123456789")
 # Written the one way that all parsers read the same: group 1 is the integer part, 2 the rest.
 _YAML_NUMBER = re.compile(r"-?(0|[1-9][0-9]*+)((?:\.[0-9]++)?(?:[eE][-+]?[0-9]++)?)")
 # Everything that some YAML 1.2 parser takes for a number.
@@ -179,11 +170,7 @@ _YAML_REFUSED = {
     "*": ("an alias (*)", "write the value out, or quote the text"),
     "!": ("a tag (!)", "remove it, or quote the text"),
     "%": ("a directive indicator (%)", "remove the directive, or quote the text"),
-    "@": ("the reserved indicator @ at the start of a text", "quote the text"),
-    "`": ("the reserved indicator ` at the start of a text", "quote the text"),
-    ",": ("the flow indicator , at the start of a text", "quote the text"),
-    "]": ("the flow indicator ] at the start of a text", "quote the text"),
-    "}": ("the flow indicator } at the start of a text", "quote the text"),
+    **{sign: (f"the reserved indicator {sign} at the start", "quote the text") for sign in "@`,]}"},
     "[": ("a flow sequence in this place", "write it behind its key or dash, or quote the text"),
     "{": ("a flow mapping in this place", 'write "key: value" lines, or quote the text'),
     "|": ("a block scalar in this place", "write the | behind its key or dash"),
@@ -228,8 +215,8 @@ class _YamlReader:
     """Reads lines into nodes, by recursive descent.
 
     Every method that reads something starts on line `at`, and leaves `at` on the next line that
-    holds more than a comment. All columns count from 0; `column` or `parent` is always that of
-    the collection which owns what is read: whatever is indented deeper belongs to its entry.
+    holds more than a comment. `column` or `parent` is that of the collection which owns what is
+    read: whatever is indented deeper belongs to its entry.
     """
 
     def __init__(self, text: str, source: str) -> None:
@@ -242,35 +229,34 @@ class _YamlReader:
         self.end = 0  # the line behind the last one that was read
         self.tail = ""  # what stood behind the last scalar on its line
 
-    def fail(self, line: int, column: int, problem: str, remedy: str) -> NoReturn:
-        """Raise for what stands at `column` of `line`; all four go into the message."""
+    def fail(self, column: int, problem: str, remedy: str, at: int | None = None) -> NoReturn:
+        """Raise for what stands at `column` of line `at`, the present one if not given."""
+        line = self.at if at is None else at
         raise YamlError(self.source, line + 1, column + 1, f"{problem}; {remedy}")
 
-    def refuse(self, line: int, column: int, construct: str, remedy: str) -> NoReturn:
+    def refuse(self, column: int, construct: str, remedy: str, at: int | None = None) -> NoReturn:
         """Raise for a construct that is not in the subset."""
-        self.fail(line, column, f"{construct} is not supported here", remedy)
-
-    # ---- document and lines ----
+        self.fail(column, f"{construct} is not supported here", remedy, at)
 
     def document(self) -> _YamlNode:
         self.seek(0, opening=True)
         line = self.lines[self.at]
         if line[:3] == "---" and line[3:4] in ("", " "):
             if line[3:].lstrip(" ")[:1] not in ("", "#"):
-                self.refuse(self.at, 4, "content on the line of `---`", "move it to the next line")
+                self.refuse(4, "content on the line of `---`", "move it to the next line")
             self.seek(self.at + 1)
         if self.indent < 0:
             return _YamlNode(None, 0, self.last, 0)
         if self.indent > 0:
-            self.refuse(self.at, self.indent, "an indented document", "start it in column 1")
+            self.refuse(self.indent, "an indented document", "start it in column 1")
         at, first = self.at, self.lines[self.at][0]
         if first not in "[{" and not self.is_dash(0) and not self.is_entry(0):
             self._check_start(0)
-            self.refuse(self.at, 0, "a bare scalar document", 'write "key: value" or "- value"')
+            self.refuse(0, "a bare scalar document", 'write "key: value" or "- value"')
         node = self._below(0, 1) if first not in "[{" else _YamlNode(self._flow(0), at, self.end, 0)
         if self.indent >= 0:
             problem = "this line does not belong to what is above"
-            self.fail(self.at, self.indent, problem, "make the file one list or one mapping")
+            self.fail(self.indent, problem, "make the file one list or one mapping")
         return node
 
     def seek(self, line: int, opening: bool = False) -> None:
@@ -282,12 +268,12 @@ class _YamlReader:
             text = self.lines[line].lstrip(" ")
         self.at, self.indent = line, len(self.lines[line]) - len(text) if text else -1
         if text[:1] == "\t":
-            self.refuse(line, self.indent, "a tab character in indentation", "use spaces")
+            self.refuse(self.indent, "a tab character in indentation", "use spaces", line)
         if self.indent == 0 and text[:3] in ("---", "...") and text[3:4] in ("", " ", "\t"):
             name = "start" if text[0] == "-" else "end"
             if name == "end" or not opening or text[3:4] == "\t":
                 what = f"a document {name} marker ({text[:3]})"
-                self.refuse(line, 0, what, "keep one document per file")
+                self.refuse(0, what, "keep one document per file", line)
 
     def _sign_alone(self, column: int) -> str:
         """Which of `-`, `?`, `:` stands at `column`, with a space or the line's end behind it."""
@@ -310,19 +296,15 @@ class _YamlReader:
         text = line[column:].partition(" #")[0]
         return self._sign_alone(column) in ("?", ":") or ": " in text or text.endswith(":")
 
-    # ---- block collections ----
-
     def _below(self, column: int, depth: int) -> _YamlNode:
         """Read the block collection that starts at `column` of line `at`."""
         if depth > _YAML_MAX_DEPTH:
-            what = f"nesting deeper than {_YAML_MAX_DEPTH}"
-            self.refuse(self.at, column, what, "flatten the structure")
+            self.refuse(column, f"nesting deeper than {_YAML_MAX_DEPTH}", "flatten the structure")
         if self.is_dash(column):
             return self.sequence(column, depth)
         if not self.is_entry(column):
             self._check_start(column)
-            what = "a scalar on a line of its own"
-            self.refuse(self.at, column, what, "write it behind its key or dash")
+            self.refuse(column, "a scalar on a line of its own", "write it behind its key or dash")
         return self.mapping(column, depth)
 
     def mapping(self, column: int, depth: int) -> _YamlNode:
@@ -332,7 +314,7 @@ class _YamlReader:
             key, colon = self._key(column)
             if key in nodes:
                 problem = f"duplicate key {key[:40]!r}, first on line {nodes[key].start + 1}"
-                self.fail(self.at, column, problem, "remove one of the two")
+                self.fail(column, problem, "remove one of the two")
             nodes[key] = self.value(colon + 1, column, depth, dash_from=column)
         self._check_not_deeper(column)
         found = {key: node.value for key, node in nodes.items()}
@@ -360,59 +342,48 @@ class _YamlReader:
         if self.indent > column:
             where = f"column {self.indent + 1}, theirs is {column + 1}"
             problem = f"this line is indented deeper than its neighbours ({where})"
-            self.fail(self.at, self.indent, problem, "align it with them or with the block above")
+            self.fail(self.indent, problem, "align it with them or with the block above")
 
     def _key(self, column: int) -> tuple[str, int]:
         """The key at `column` of line `at`, and the column of its colon."""
-        at, line = self.at, self.lines[self.at]
+        line = self.lines[self.at]
         usual = _YAML_USUAL_KEY.match(line, column)
         if usual and usual[1] not in _YAML_CONSTANTS:
             return usual[1], usual.end(1)
-        if line[column] not in "'\"":
-            key, colon = self._plain_key(column)
-        elif self.is_entry(column):
+        if line[column] in "'\"" and self.is_entry(column):
             close = _yaml_quote_end(line, column + 1, line[column])
-            key = self._unquoted(column + 1, close, at, line[column])
+            key = self._unquoted(column + 1, close, self.at, line[column])
             colon = _yaml_text_start(line, close + 1)
         else:
-            hint = "a quoted key stands on one line with its colon"
-            self.fail(at, column, 'expected "key: value"', hint)
+            if self.indent == column and self.is_dash(column):
+                remedy = "indent it, or write it directly below its key"
+                self.fail(column, "a sequence entry among mapping keys", remedy)
+            self._check_start(column)
+            found = _YAML_COLON.search(line, column)
+            if not found or line[column] in "'\"":
+                hint = "a quoted key stands on one line with its colon, a text that goes on is"
+                self.fail(column, 'expected "key: value"', f"{hint} indented deeper than its key")
+            colon, key = found.start(), line[column : found.start()].rstrip(" ")
+            self._check_plain_key(key, column, found)
         if len(key) > _YAML_MAX_KEY:
-            what = f"a key of more than {_YAML_MAX_KEY} characters"
-            self.refuse(at, column, what, "shorten it")
+            self.refuse(column, f"a key of more than {_YAML_MAX_KEY} characters", "shorten it")
         return key, colon
 
-    def _plain_key(self, column: int) -> tuple[str, int]:
-        at, line = self.at, self.lines[self.at]
-        found = _YAML_COLON.search(line, column)
-        if self.indent == column and self.is_dash(column):
-            remedy = "indent it, or write it directly below its key"
-            self.fail(at, column, "a sequence entry among mapping keys", remedy)
-        self._check_start(column)
-        if not found:
-            hint = "a text that goes on is indented deeper than its key"
-            self.fail(at, column, 'expected "key: value"', hint)
-        colon = found.start()
-        if found[0] == ":\t":
+    def _check_plain_key(self, key: str, column: int, colon: re.Match[str]) -> None:
+        if colon[0] == ":\t":
             remedy = "use spaces, or quote the key"
-            self.refuse(at, colon + 1, "a tab character behind a colon", remedy)
-        key = line[column:colon].rstrip(" ")
+            self.refuse(colon.end() - 1, "a tab character behind a colon", remedy)
         if not key:
-            self.refuse(at, column, *_YAML_REFUSED_ALONE[":"])
+            self.refuse(column, *_YAML_REFUSED_ALONE[":"])
         for sign, name in (("\t", "a tab character"), ("#", "`#`"), (":", "`:`")):
             if sign in key:
-                place = column + key.index(sign)
-                self.refuse(at, place, f"{name} in a plain key", "quote the key")
+                self.refuse(column + key.index(sign), f"{name} in a plain key", "quote the key")
         if key == "<<":
-            self.refuse(at, column, "a merge key (<<)", "write the keys out, or quote it")
+            self.refuse(column, "a merge key (<<)", "write the keys out, or quote it")
         if key[0] in "-?:":
-            what = f"a plain key that starts with `{key[0]}`"
-            self.refuse(at, column, what, "quote the key")
+            self.refuse(column, f"a plain key that starts with `{key[0]}`", "quote the key")
         if key in _YAML_CONSTANTS or _YAML_NUMBER_LIKE.fullmatch(key):
-            self.fail(at, column, f"the key {key[:40]} is not a string", "quote it")
-        return key, colon
-
-    # ---- values ----
+            self.fail(column, f"the key {key[:40]} is not a string", "quote it")
 
     def value(self, head: int, column: int, depth: int, dash_from: int) -> _YamlNode:
         """Read what stands behind the colon or dash of an entry, from `head` of line `at` on.
@@ -443,17 +414,16 @@ class _YamlReader:
         """Raise if no plain text can start at `column` of line `at`."""
         first = self.lines[self.at][column]
         if first in _YAML_REFUSED:
-            self.refuse(self.at, column, *_YAML_REFUSED[first])
+            self.refuse(column, *_YAML_REFUSED[first])
         if self._sign_alone(column):
-            self.refuse(self.at, column, *_YAML_REFUSED_ALONE[first])
+            self.refuse(column, *_YAML_REFUSED_ALONE[first])
 
     def _plain(self, start: int, parent: int) -> object:
         at, first = self.at, self.lines[self.at][start]
         if not first.isalnum():
             self._check_start(start)
         if first in "?:":
-            what = f"a plain text that starts with `{first}`"
-            self.refuse(at, start, what, "quote the text")
+            self.refuse(start, f"a plain text that starts with `{first}`", "quote the text")
         text = self._plain_line(start)
         self.seek(at + 1)
         if self.indent <= parent:
@@ -464,36 +434,36 @@ class _YamlReader:
             gap = self.lines[self.end : at]
             if self.tail.strip(" ") or any(line.strip(" ") for line in gap):
                 what = "text after a comment inside a multi-line plain scalar"
-                self.refuse(at, start, what, "move the comment, or quote the text")
+                self.refuse(start, what, "move the comment, or quote the text")
             sign = self._sign_alone(start)
             if sign or self.is_entry(start):
                 why = f"this line continues line {self.end}, because it is indented deeper"
                 what = f'"{sign or ":"} " inside a plain scalar ({why})'
-                self.refuse(at, start, what, "align it with its neighbours, or quote the text")
+                self.refuse(start, what, "align it with its neighbours, or quote the text")
             parts += ("\n" * len(gap) or " ", self._plain_line(start))
             self.seek(at + 1)
         return "".join(parts)
 
     def _plain_line(self, start: int) -> str:
         """The plain text on line `at` from `start` on, without the comment behind it."""
-        at, line = self.at, self.lines[self.at]
+        line = self.lines[self.at]
         comment = line.find(" #", start)
         text = line[start:].rstrip(" ") if comment < 0 else line[start:comment].rstrip(" ")
         self.tail = line[start + len(text) :]
         if "\t" in text:
             place = start + text.index("\t")
             remedy = "use a space, or quote the text"
-            self.refuse(at, place, "a tab character in a plain scalar", remedy)
+            self.refuse(place, "a tab character in a plain scalar", remedy)
         if ": " in text or text.endswith(":"):
             place = start + (text + " ").index(": ")
-            self.refuse(at, place, '": " inside a plain scalar', "quote the text")
+            self.refuse(place, '": " inside a plain scalar', "quote the text")
         return text
 
     def _resolve(self, text: str, line: int, column: int) -> object:
         """The value of a plain scalar of one line, by the core schema."""
         if text in _YAML_CONSTANTS:
             return _YAML_CONSTANTS[text]
-        if text[0] not in _YAML_NUMBER_START or not _YAML_NUMBER_LIKE.fullmatch(text):
+        if not _YAML_NUMBER_LIKE.fullmatch(text):
             return text
         number, most = _YAML_NUMBER.fullmatch(text), _YAML_MAX_DIGITS
         if number and not number[2] and len(number[1]) <= most:
@@ -502,9 +472,7 @@ class _YamlReader:
             return float(text)
         what = f"a number in a form that parsers read differently ({text[:40]})"
         remedy = f"quote it, or write it as a decimal number of at most {most} digits"
-        return self.refuse(line, column, what, remedy)
-
-    # ---- quoted scalars ----
+        return self.refuse(column, what, remedy, line)
 
     def _quoted(self, start: int, parent: int) -> str:
         """Read a quoted scalar; `parent` is the column its further lines must be deeper than."""
@@ -520,7 +488,7 @@ class _YamlReader:
             stop = begin + len(kept)
             if kept.endswith("\t"):
                 what = "a tab character at the end of a line of a quoted scalar"
-                self.refuse(at, stop - 1, what, "write it as \\t, in double quotes")
+                self.refuse(stop - 1, what, "write it as \\t, in double quotes", at)
             # An odd backslash escapes the line break, or the first of the spaces before it.
             escaped = quote == '"' and (len(kept) - len(kept.rstrip("\\"))) % 2 == 1
             joined = escaped and stop == len(line)
@@ -532,18 +500,18 @@ class _YamlReader:
             begin = _yaml_text_start(self.lines[below])
             if below == self.last:
                 problem = "this quoted scalar is never closed"
-                self.fail(opened, start, problem, "add the closing quote")
+                self.fail(start, problem, "add the closing quote", opened)
             if self.lines[below][begin] == "\t":
                 what = "a tab character at the start of a line of a quoted scalar"
-                self.refuse(below, begin, what, "use spaces, or write it as \\t in double quotes")
+                self.refuse(begin, what, "use spaces, or write it as \\t in double quotes", below)
             if begin <= parent:
                 problem = "the continuation of a quoted scalar is not indented"
                 remedy = f"indent it, or close the quote of line {opened + 1}"
-                self.fail(below, begin, problem, remedy)
+                self.fail(begin, problem, remedy, below)
             blank = below - at - 1
             if joined and blank:
                 what = "a blank line after an escaped line break"
-                self.refuse(at + 1, 0, what, "write \\n, or remove the line")
+                self.refuse(0, what, "write \\n, or remove the line", at + 1)
             at, glue = below, "" if joined else "\n" * blank or " "
         parts += (glue, self._unquoted(begin, close, at, quote))
         self._check_behind(at, close + 1, "the closing quote")
@@ -561,12 +529,12 @@ class _YamlReader:
             if len(code) == 1:
                 if code not in _YAML_ESCAPES:
                     remedy = "write \\\\ for a backslash, or use single quotes"
-                    self.refuse(at, place, f"the unknown escape \\{code}", remedy)
+                    self.refuse(place, f"the unknown escape \\{code}", remedy, at)
                 return _YAML_ESCAPES[code]
             number = int(code[1:], 16)
             if number > 0x10FFFF or 0xD800 <= number <= 0xDFFF:
                 what = f"\\{code}, which is not a character (or half of one),"
-                self.refuse(at, place, what, "write the character itself")
+                self.refuse(place, what, "write the character itself", at)
             return chr(number)
 
         return _YAML_ESCAPE.sub(escaped, text) if "\\" in text else text
@@ -578,9 +546,7 @@ class _YamlReader:
         if text and (text[0] != "#" or self.tail[0] != " "):
             place = _yaml_text_start(self.lines[at], column)
             remedy = "quote all of the text, or put a space before the # of a comment"
-            self.refuse(at, place, f"text after {what}", remedy)
-
-    # ---- block scalars and flow collections ----
+            self.refuse(place, f"text after {what}", remedy, at)
 
     def _block_scalar(self, start: int, parent: int) -> str:
         """Read a literal or folded scalar; its lines are indented deeper than `parent`."""
@@ -589,7 +555,7 @@ class _YamlReader:
         chomp, digit = signs.strip("123456789"), signs.strip("+-")
         if len(chomp) > 1 or len(digit) > 1 or len(signs) != len(chomp) + len(digit):
             remedy = "write `|`, `>`, `|-` or the like alone, and the text on the next lines"
-            self.refuse(at, start, "a malformed block scalar header", remedy)
+            self.refuse(start, "a malformed block scalar header", remedy)
         self._check_behind(at, start + 1 + len(signs), "a block scalar header")
         tail, indent = self.tail, parent + int(digit or "1")
         if not digit:  # as deep as its first line with text
@@ -600,15 +566,15 @@ class _YamlReader:
                 indent = found
                 if max(map(len, self.lines[at + 1 : first]), default=0) > indent:
                     what = "a leading blank line has more spaces than the first line of the block"
-                    self.fail(first, indent, f"{what} scalar", "empty the blank lines")
+                    self.fail(indent, f"{what} scalar", "empty the blank lines", first)
         content, end = self._block_lines(at + 1, indent, parent)
         text = "\n".join(content).rstrip("\n")
         trailing = len(content) - text.count("\n") - 1
         if not text:
-            self.refuse(at, start, "a block scalar without content", 'write ""')
+            self.refuse(start, "a block scalar without content", 'write ""')
         if end == self.last and not self.complete and chomp != "-":
             problem = "the file ends inside a block scalar without a final line break"
-            self.fail(end - 1, len(self.lines[end - 1]), problem, "add one")
+            self.fail(len(self.lines[end - 1]), problem, "add one", end - 1)
         self.seek(end if chomp == "+" else end - trailing)
         self.tail = tail
         if line[start] == ">":
@@ -629,16 +595,16 @@ class _YamlReader:
                 break
             if text[:1] == "\t":
                 what = "a line of a block scalar that starts with a tab character"
-                self.refuse(at, indent, what, "use spaces, or a quoted text")
+                self.refuse(indent, what, "use spaces, or a quoted text", at)
             if text and not text.strip(" "):
                 what = "a blank line with more spaces than the indentation of its block scalar"
-                self.refuse(at, indent, what, "empty the line")
+                self.refuse(indent, what, "empty the line", at)
             content.append(text)
             at += 1
         below = _yaml_text_start(self.lines[at])
         if at < self.last and below > parent and self.lines[at][below] != "#":
             problem = "this line is indented less than the first line of the block scalar"
-            self.fail(at, below, problem, "align the two")
+            self.fail(below, problem, "align the two", at)
         return content, at
 
     def _flow(self, start: int) -> object:
@@ -647,7 +613,7 @@ class _YamlReader:
         empty = _YAML_FLOW_EMPTY.match(line, start)
         if line[start] == "{" and not empty:
             remedy = 'write one "key: value" per line'
-            self.refuse(at, start, "a flow mapping that is not empty", remedy)
+            self.refuse(start, "a flow mapping that is not empty", remedy)
         found: list[object] = []
         place = empty.end() if empty else start + 1
         while not empty and line[place - 1] != "]":
@@ -655,7 +621,7 @@ class _YamlReader:
             if not match:
                 place = place if found else _yaml_text_start(line, place)
                 what = "a flow sequence that is not a one-line list of simple scalars"
-                self.refuse(at, place, what, "write one `- value` per line")
+                self.refuse(place, what, "write one `- value` per line")
             begin, end = match.span(1)
             if line[begin] in "'\"":
                 found.append(self._unquoted(begin + 1, end - 1, at, line[begin]))
@@ -686,12 +652,8 @@ _YAML_QUOTE_NUMBER = re.compile(
 
 
 def render_yaml(value: object) -> str:
-    """Write a dict or list (or None: an empty text) as one document in block style.
-
-    Raises ValueError for what cannot be written so that every reader agrees on it: other types,
-    a bare scalar, keys that are not strings, lone surrogates, integers of more than 15 digits,
-    infinities, nesting deeper than 32.
-    """
+    """Write a dict or list (or None: an empty text) as one document in block style; ValueError for
+    what cannot be written so that every reader agrees on it."""
     if value is None:
         return ""
     if not isinstance(value, dict | list):
@@ -701,18 +663,21 @@ def render_yaml(value: object) -> str:
 
 
 def _yaml_block(
-    value: Mapping[str, object] | Sequence[object], column: int, offset: int, depth: int
+    value: Mapping[Any, object] | Sequence[object], column: int, offset: int, depth: int
 ) -> list[str]:
-    """The lines of a dict or list that is not empty, its keys or dashes at `column`.
-
-    `offset`: how far the dashes of a list stand right of its key (0 or more).
-    """
+    """The lines of a dict or list that is not empty, its keys or dashes at `column`; the dashes of
+    lists in it stand `offset` right of their key."""
     if depth > _YAML_MAX_DEPTH:
         raise ValueError(f"nesting deeper than {_YAML_MAX_DEPTH} cannot be written")
     pad, lines = " " * column, []
     if isinstance(value, Mapping):
         for key, item in value.items():
-            lines += _yaml_entry(f"{pad}{_yaml_key_text(key)}:", item, column, offset, depth)
+            if not isinstance(key, str) or len(key) > _YAML_MAX_KEY:
+                limit = f"a string of at most {_YAML_MAX_KEY} characters"
+                raise ValueError(f"the key {str(key)[:40]!r} is not {limit}")
+            plain = key.replace("-", "_").isidentifier() and key.isascii() and _yaml_is_plain(key)
+            name = key if plain else _yaml_quoted(key)
+            lines += _yaml_entry(f"{pad}{name}:", item, column, offset, depth)
         return lines
     for item in value:
         if isinstance(item, dict | list) and item:
@@ -730,20 +695,19 @@ def _yaml_entry(
     if isinstance(value, dict | list) and value:
         inner = column + (2 if isinstance(value, dict) else offset)
         return [head + tail, *_yaml_block(value, inner, offset, depth + 1)]
-    if isinstance(value, str) and _yaml_is_literal(value):
+    # A literal block holds it, if no reader disagrees about its line breaks.
+    if (
+        isinstance(value, str)
+        and "\n" in value
+        and value[0] not in " \n"
+        and not value.endswith(("\n\n", " "))
+        and " \n" not in value
+        and not _YAML_UNPRINTABLE.search(value.replace("\n", ""))
+    ):
         body, sign = (value[:-1], "|") if value.endswith("\n") else (value, "|-")
         pad = " " * (column + 2)
         return [f"{head} {sign}{tail}", *(line and pad + line for line in body.split("\n"))]
     return [f"{head} {_yaml_scalar(value)}{tail}"]
-
-
-def _yaml_key_text(key: object) -> str:
-    if not isinstance(key, str):
-        raise ValueError(f"the key {key!r} is not a string")
-    if len(key) > _YAML_MAX_KEY:
-        raise ValueError(f"the key {key[:40]!r}… has more than {_YAML_MAX_KEY} characters")
-    plain = key.replace("-", "_").isidentifier() and key.isascii() and _yaml_is_plain(key)
-    return key if plain else _yaml_quoted(key)
 
 
 def _yaml_scalar(value: object) -> str:
@@ -774,13 +738,6 @@ def _yaml_is_plain(text: str) -> bool:
     if ": " in text or " #" in text or text[-1] == ":" or text != text.strip():
         return False
     return not (_YAML_UNPRINTABLE.search(text) or _YAML_QUOTE_NUMBER.fullmatch(text))
-
-
-def _yaml_is_literal(text: str) -> bool:
-    """Whether a literal block holds `text`, and no reader disagrees about its line breaks."""
-    if "\n" not in text or text[0] in " \n" or text.endswith(("\n\n", " ")) or " \n" in text:
-        return False
-    return not _YAML_UNPRINTABLE.search(text.replace("\n", ""))
 
 
 def _yaml_quoted(text: str, double: bool = False) -> str:
@@ -837,24 +794,21 @@ def _yaml_edited(
         written = _yaml_quoted(new, double=behind[0] == '"')
         return [f"{head} {written}{tail}"]
     if behind[:1] == "[" and node.value and isinstance(new, list) and new:
-        texts = [_yaml_flow_text(item) for item in new if isinstance(item, str)]
+        texts = [item for item in new if isinstance(item, str)]
+        for place, text in enumerate(texts):
+            found = _YAML_FLOW_ITEM.match(text + "]") if _yaml_is_plain(text) else None
+            if not found or found.end() < len(text):
+                texts[place] = _yaml_quoted(text)
         if len(texts) == len(new):
             return [f"{head} [{', '.join(texts)}]{tail}"]
     return _yaml_entry(head, new, column, offset, 1, tail)
 
 
-def _yaml_flow_text(text: str) -> str:
-    match = _YAML_FLOW_ITEM.match(text + "]") if _yaml_is_plain(text) else None
-    return text if match and match.end() == len(text) else _yaml_quoted(text)
-
-
 def _yaml_edited_mapping(
     lines: list[str], node: _YamlNode, new: Mapping[str, object], order: Sequence[str], offset: int
 ) -> list[str]:
-    """The lines of a block mapping changed to read `new`, which is not empty.
-
-    New keys are put behind the key that is before them in `order`, else to the end.
-    """
+    """The lines of a block mapping changed to read `new`; a new key is put behind the one that is
+    before it in `order`, else to the end."""
     added: dict[str, list[str]] = {key: [] for key in node.keys}
     first, *_, last = [*added, *added]
     place = first
@@ -874,7 +828,9 @@ def _yaml_edited_mapping(
         if added[key]:
             out += _yaml_block({name: new[name] for name in added[key]}, node.column, offset, 1)
         done = part.end
-    return [*header, *_yaml_prefixed(out, prefix)]
+    top = next(n for n, line in enumerate(out) if line.lstrip(" ")[:1] not in ("", "#"))
+    out[top] = prefix + out[top][len(prefix) :]  # there may be a dash in it
+    return [*header, *out]
 
 
 def _yaml_edited_list(
@@ -893,12 +849,6 @@ def _yaml_edited_list(
     return out
 
 
-def _yaml_prefixed(lines: list[str], prefix: str) -> list[str]:
-    """Lines, the first one with content beginning with `prefix`, which may hold a dash."""
-    top = next(n for n, line in enumerate(lines) if line.lstrip(" ")[:1] not in ("", "#"))
-    return [*lines[:top], prefix + lines[top][len(prefix) :], *lines[top + 1 :]]
-
-
 # ==== 7. The backlog file as a document ===========================================================
 
 _YAML_REMEMBERED = 50_000  # chunks whose values are kept: a few versions of a large backlog
@@ -906,10 +856,7 @@ _YAML_REMEMBERED = 50_000  # chunks whose values are kept: a few versions of a l
 
 @lru_cache(maxsize=_YAML_REMEMBERED)
 def read_chunk(chunk: str) -> object:
-    """The value of one chunk of a Document, remembered by its text; it is shared: never change it.
-
-    Raises YamlError (with lines from 1 for the chunk's first one) if it is not one list entry.
-    """
+    """The value of one chunk of a Document, remembered by its text: never change it. YamlError."""
     return _yaml_chunk(chunk).value
 
 
@@ -918,25 +865,21 @@ def _yaml_chunk(chunk: str) -> _YamlNode:
     reader.seek(0)
     column = max(reader.indent, 0)
     if not reader.is_dash(column):
-        reader.fail(reader.at, column, "this is not an item", "begin it with `- `")
+        reader.fail(column, "this is not an item", "begin it with `- `")
     node = reader.element(column, 2)
     if reader.indent >= 0:
         what = "this line does not belong to the item above"
-        reader.fail(reader.at, reader.indent, what, "indent it, or remove it")
+        reader.fail(reader.indent, what, "indent it, or remove it")
     return node
 
 
 @dataclass(frozen=True)
 class Document:
-    """A backlog file: a preamble, one chunk of lines per item, and a tail.
+    """A backlog file: a head up to the `items:` line, one chunk of lines per item, and a tail.
 
-    The text is the truth: what is not edited stays as it is. A chunk begins with the comment lines
-    directly above its dash, and ends where the next one begins; `head` holds all before the first,
-    the `items:` line included, `tail` begins with the next key, or the comments directly above it.
-    All three in lines that end in LF; only the last line of a file may have no end.
-
-    An edit gives a new document. What it changes is read back and compared; ValueError, if it would
-    not read as intended. Values are shared between documents: they must not be changed.
+    A chunk begins with the comments directly above its dash, and ends where the next one begins, as
+    the tail does with the next key. An edit gives a new document; what it changes is read back and
+    compared, and ValueError if it would not read as intended.
     """
 
     source: str  # the file's name, for messages
@@ -1015,13 +958,8 @@ class Document:
         hole = " " * self.column + "- 0\n" if self.chunks else ""
         return self.head + hole + self.tail
 
-    # ---- edits ----
-
     def with_top(self, changes: Mapping[str, object], frame: str = "") -> Document:
-        """Change keys of the file other than `items`; an equal value changes nothing.
-
-        `frame`: the lines without the items, if not as they are. ValueError: see the class.
-        """
+        """Change keys of the file besides the items; `frame`: its other lines, if not as now."""
         frame = frame or self._frame
         old, lines = _YamlReader(frame, self.source).document(), frame.split("\n")
         new = _yaml_changed(cast(Item, old.value), changes)
@@ -1039,11 +977,7 @@ class Document:
     def with_item(
         self, index: int, changes: Mapping[str, object], order: Sequence[str] = ()
     ) -> Document:
-        """Change keys of an item; None removes a key, an equal value changes nothing.
-
-        A new key is put where `order` wants it, else behind all others. ValueError: see the class,
-        and if the item is not a mapping.
-        """
+        """Change keys of an item; None removes one. A new one is put where `order` wants it."""
         chunk, column = self.chunks[index], self.column
         old = read_chunk(chunk)
         if not isinstance(old, dict):
@@ -1062,16 +996,20 @@ class Document:
     def with_chunks(self, chunks: Sequence[str], tail: str | None = None) -> Document:
         """This file with other chunks, of this or another document, and with another tail.
 
-        Chunks of other documents are brought to this one's indentation. Where pieces meet that did
-        not before, there are as many blank lines as between the last two items, and never two;
-        comments in a chunk that is left out stay if they belong to no item, and so does what is
-        behind the last one. ValueError: see the class.
+        Where pieces meet that did not before, there are as many blank lines as between the last two
+        items. Comments in a chunk that is left out stay if they belong to no item, and what is
+        behind the last item stays at the end.
         """
         tail = self.tail if tail is None else tail
         if (tuple(chunks), tail) == (self.chunks, self.tail):
             return self
-        known, column = set(self.chunks), self.column
-        pieces = [chunk if chunk in known else _yaml_moved(chunk, column) for chunk in chunks]
+        known, pieces = set(self.chunks), list(chunks)
+        for place, chunk in enumerate(chunks):
+            if chunk not in known and (by := self.column - _yaml_column(chunk)):
+                lines, pad, cut = chunk.split("\n"), " " * by, max(-by, 0)
+                moved = [pad + line[min(cut, _yaml_text_start(line)) :] for line in lines]
+                text = "\n".join(line if line.strip(" ") else "" for line in moved)
+                pieces[place] = _yaml_fitted(text, "", read_chunk(chunk), self.column)
         above, made = self._joined(pieces, tail)
         head = self.head + "\n" * (bool(tail) and not self.head.endswith("\n")) + above
         if self.chunks and made:
@@ -1088,14 +1026,8 @@ class Document:
         return Document.parse(whole.to_bytes(), self.source)
 
     def render_chunk(self, item: Mapping[str, object]) -> str:
-        """The chunk of a new item, in this file's indentation; keys that hold None are left out.
-
-        ValueError: something in it cannot be written.
-        """
-        value = _yaml_changed({}, item)
-        return _yaml_fitted("", "", value, self.column)
-
-    # ---- how edits are made ----
+        """The chunk of a new item, in this file's indentation; keys that hold None are left out."""
+        return _yaml_fitted("", "", _yaml_changed({}, item), self.column)
 
     def _joined(self, pieces: Sequence[str], tail: str) -> tuple[str, tuple[str, ...]]:
         """The comments that come to stand above all items, and the pieces as they follow here."""
@@ -1141,8 +1073,7 @@ _YAML_ITEMS = re.compile(r"""(?:items|'items'|"items") *:(?: *| +#.*)\n?$""")
 
 
 def _yaml_cuts(lines: list[str]) -> list[int]:
-    """The lines where the chunks of a file begin, and the one behind the last; that alone if there
-    are none.
+    """The lines where the chunks of a file begin, and the one behind the last.
 
     What stands in column 1 is a key, never text, and whatever belongs to an item stands deeper than
     its dash: so the dashes in one column below `items:` are the items.
@@ -1208,17 +1139,6 @@ def _yaml_fitted(body: str, rest: str, value: object, column: int) -> str:
     raise ValueError(_YAML_UNSOUND)
 
 
-def _yaml_moved(chunk: str, column: int) -> str:
-    """A chunk with its dash moved to `column`."""
-    by = column - _yaml_column(chunk)
-    pad, cut = " " * by, max(-by, 0)
-    moved = [
-        pad + line[min(cut, _yaml_text_start(line)) :] if line.strip(" ") else ""
-        for line in chunk.split("\n")
-    ]
-    return _yaml_fitted("\n".join(moved), "", read_chunk(chunk), column) if by else chunk
-
-
 # ==== 8. Fields ===================================================================================
 
 
@@ -1256,42 +1176,32 @@ def choice(*words: str) -> Kind:
 
 
 def number_within(
-    least: float = -math.inf,
-    most: float = math.inf,
-    what: str = "number",
-    types: tuple[type, ...] = (int, float),
+    least: float = -math.inf, most: float = math.inf, types: tuple[type, ...] = (int, float)
 ) -> Kind:
     """A number within bounds; nan is none, nor is a bool, which is a kind of int in Python."""
-
-    def fits(value: object) -> bool:
-        return type(value) in types and least <= cast(float, value) <= most
-
-    bounds = ((" from ", least), (" to ", most))
-    return Kind(
-        f"a {what}" + "".join(f"{word}{end}" for word, end in bounds if math.isfinite(end)), fits
-    )
+    expected = "a number" if float in types else "a whole number"
+    expected += "" if math.isinf(least) else f" from {least}"
+    expected += "" if math.isinf(most) else f" to {most}"
+    return Kind(expected, lambda n: type(n) in types and least <= cast(float, n) <= most)
 
 
 def whole_number(least: float = -math.inf, most: float = math.inf) -> Kind:
-    return number_within(least, most, "whole number", (int,))
+    return number_within(least, most, (int,))
 
 
 def matching_text(expected: str, pattern: str) -> Kind:
     """A text that a regular expression matches as a whole."""
-
-    def fits(value: object) -> bool:
-        return isinstance(value, str) and bool(re.fullmatch(pattern, value))
-
-    return Kind(expected, fits, remedies=IN_QUOTES)
+    fits = re.compile(pattern).fullmatch
+    return Kind(expected, lambda text: type(text) is str and bool(fits(text)), remedies=IN_QUOTES)
 
 
 def list_of(kind: Kind, expected: str, remedy: str = "") -> Kind:
     """A list, possibly empty, whose elements are all of a kind; the remedy is for a text."""
-
-    def fits(value: object) -> bool:
-        return isinstance(value, list) and all(map(kind.fits, value))
-
-    return Kind(expected, fits, remedies={str: remedy})
+    return Kind(
+        expected,
+        lambda value: type(value) is list and all(map(kind.fits, value)),
+        remedies={str: remedy},
+    )
 
 
 TEXT = Kind("text", lambda value: type(value) is str, remedies=IN_QUOTES)
@@ -1325,9 +1235,7 @@ class Fields:
     """A mapping that comes from outside, while it is read field by field.
 
     A field that does not fit reads as its default, and a complaint goes to the list that all
-    mappings of a document share; so the reading goes on and finds the rest. A lenient reader drops
-    the field, where a strict one is not content until all complaints are met. Texts are stripped,
-    and a blank one that fits counts as absent, as null does.
+    mappings of a document share. Texts are stripped; a blank one counts as absent, as null does.
     """
 
     lenient = False
@@ -1357,9 +1265,6 @@ class Fields:
         value = self.raw(key)
         if self.lenient and isinstance(value, str):
             value = kind.meant.get(value.lower(), value or None)
-        return self._fitting(key, value, kind, default)
-
-    def _fitting(self, key: str, value: object, kind: Kind, default: object) -> Any:
         problem = kind.problem(value) if value is not None else ""
         if problem:
             self.complain(key, f"{problem}; dropped" if self.lenient else problem)
@@ -1367,15 +1272,12 @@ class Fields:
 
     def table(self, key: str) -> Self:
         """The mapping below a key; an empty one if there is none."""
-        return self._below(key, self.raw(key))
+        return type(self)(self.get(key, MAPPING, {}), self.path(key), self.complaints)
 
     def tables(self, key: str) -> list[Self]:
         """The mappings that are listed below a key."""
-        listed = enumerate(self.get(key, LIST, ()))
-        return [self._below(f"{key}[{i}]", entry) for i, entry in listed]
-
-    def _below(self, key: str, value: object) -> Self:
-        return type(self)(self._fitting(key, value, MAPPING, {}), self.path(key), self.complaints)
+        listed = {f"{key}[{n}]": entry for n, entry in enumerate(self.get(key, LIST, ()))}
+        return list(map(type(self)(listed, self.where, self.complaints).table, listed))
 
     def close(self) -> None:
         """Complain about every key that nobody asked for."""
@@ -1389,10 +1291,7 @@ def _frozen(value: object) -> object:
 
 
 def shown(value: object) -> str:
-    """A value as a message names it: as JSON, which YAML and TOML look much like; cut short.
-
-    The texts of a mapping are left out: they may be anything, such as passwords.
-    """
+    """A value as a message names it: as JSON, cut short, without a mapping's texts (passwords)."""
     hidden: dict[type, object] = {str: "…", list: "[…]", dict: "{…}"}
     if isinstance(value, dict):
         value = {key: hidden.get(type(inner), inner) for key, inner in value.items()}
@@ -1420,8 +1319,6 @@ SCHEMA_VERSION = 3
 STATUS_WORDS = ("new", "scoping", "ready", "in_progress", "done", "blocked")
 SIZE_WORDS = ("small", "medium", "large")
 LEVEL_WORDS = ("low", "medium", "high")
-BLOCK_WORDS = ("clarification", "decision")
-POOL_WORDS = ("pre", "main")
 DESCRIPTION_KEYS = ("context", "problem", "solution", "impact", "sizing_rationale")
 DEFAULT_PIPELINE = "feature"  # of an item that names none
 MAX_COUNTER = 10**15 - 1  # more digits do not survive every YAML reader
@@ -1435,17 +1332,10 @@ class ItemKey(NamedTuple):
     # Whose word counts where an edit and a decision meet: "run" (what the orchestrator decided
     # stays), "person" (the edit stays); "both" for what is written once, and for times.
     owner: Literal["person", "run", "both"]
-    default: object = None  # what an item without the key means
-    written: Literal["always", "if set"] = "if set"
     filter: str = ""  # its name in `--only`
     option: str = ""  # the option of `add` that sets it
-
-
-def _is_description(value: object) -> bool:
-    """Unknown keys may hold anything."""
-    return isinstance(value, dict) and all(
-        value.get(key) is None or type(value[key]) is str for key in DESCRIPTION_KEYS
-    )
+    default: object = None  # what an item without the key means
+    written: Literal["always", "if set"] = "if set"
 
 
 _ID = matching_text(  # it goes into file names and git refs
@@ -1453,67 +1343,54 @@ _ID = matching_text(  # it goes into file names and git refs
     r"\w[\w.-]{0,99}",
 )
 _STATUS, _SIZE, _LEVEL = choice(*STATUS_WORDS), choice(*SIZE_WORDS), choice(*LEVEL_WORDS)
-_DESCRIPTION = Kind(
+_TEXTS = Kind(
     f"a mapping of texts with the keys {', '.join(DESCRIPTION_KEYS)}",
-    _is_description,
+    lambda value: isinstance(value, dict)  # unknown keys may hold anything
+    and all(value.get(key) is None or type(value[key]) is str for key in DESCRIPTION_KEYS),
     remedies={str: "; put the text below it, indented, as 'context: …'"},
 )
-
 # The one place that knows an item's keys, in the order in which they are written. Keys that are
 # not here are kept as they are.
 ITEM_TABLE: Mapping[str, ItemKey] = {
-    "id": ItemKey(_ID, "PREFIX-NUMBER, never used twice", "both", None, "always", filter="id"),
-    "title": ItemKey(TEXT, "one line", "person", None, "always"),
-    "status": ItemKey(_STATUS, "where it stands", "run", "new", "always", filter="status"),
+    "id": ItemKey(_ID, "PREFIX-NUMBER, never used twice", "both", "id", written="always"),
+    "title": ItemKey(TEXT, "one line", "person", written="always"),
+    "status": ItemKey(_STATUS, "where it stands", "run", "status", "", "new", "always"),
     "phase": ItemKey(TEXT, "the one to run next, or at work", "run"),
-    "size": ItemKey(_SIZE, "of the change", "person", filter="size", option="size"),
-    "complexity": ItemKey(
-        _LEVEL, "of the change", "person", filter="complexity", option="complexity"
-    ),
-    "risk": ItemKey(_LEVEL, "of the change", "person", filter="risk", option="risk"),
-    "impact": ItemKey(_LEVEL, "higher goes first", "person", filter="impact", option="impact"),
+    "size": ItemKey(_SIZE, "of the change", "person", "size", "size"),
+    "complexity": ItemKey(_LEVEL, "of the change", "person", "complexity", "complexity"),
+    "risk": ItemKey(_LEVEL, "of the change", "person", "risk", "risk"),
+    "impact": ItemKey(_LEVEL, "higher goes first", "person", "impact", "impact"),
     "requires_human_review": ItemKey(
-        FLAG, "a human must approve it before code is touched", "person", False, "always"
+        FLAG, "a human must approve it before code is touched", "person", "", "", False, "always"
     ),
-    "origin": ItemKey(TEXT, "ID/phase that suggested it", "both", filter="origin"),
+    "origin": ItemKey(TEXT, "ID/phase that suggested it", "both", "origin"),
     "blocked_from_status": ItemKey(_STATUS, "where unblocking puts it back", "run"),
     "blocked_reason": ItemKey(TEXT, "what a human is asked", "run"),
-    "blocked_type": ItemKey(choice(*BLOCK_WORDS), "what is needed", "run"),
+    "blocked_type": ItemKey(choice("clarification", "decision"), "what is needed", "run"),
     "unblock_context": ItemKey(TEXT, "a human's notes for the next phase", "person"),
-    "tags": ItemKey(TEXTS, "may be repeated", "person", [], filter="tag", option="tag"),
+    "tags": ItemKey(TEXTS, "may be repeated", "person", "tag", "tag", []),
     "dependencies": ItemKey(
-        TEXTS, "ids that must be done first; may be repeated", "person", [], option="depends-on"
+        TEXTS, "ids that must be done first; may be repeated", "person", "", "depends-on", []
     ),
-    "created": ItemKey(TEXT, "RFC 3339, in UTC", "both", None, "always"),
-    "updated": ItemKey(TEXT, "RFC 3339, in UTC; by us at every change", "run", None, "always"),
+    "created": ItemKey(TEXT, "RFC 3339, in UTC", "both", written="always"),
+    "updated": ItemKey(TEXT, "RFC 3339, in UTC; by us at every change", "run", written="always"),
     "pipeline_type": ItemKey(
-        TEXT,
-        "a pipeline of the config; default: triage chooses",
-        "person",
-        DEFAULT_PIPELINE,
-        filter="pipeline_type",
-        option="pipeline",
+        TEXT, "a pipeline of the config; default: triage chooses", "person", "pipeline_type",
+        "pipeline", DEFAULT_PIPELINE,
     ),
-    "description": ItemKey(
-        _DESCRIPTION, "what the agents should know", "person", option="description"
-    ),
-    "phase_pool": ItemKey(choice(*POOL_WORDS), "the list its phase is in", "run"),
-    "guardrail_override": ItemKey(FLAG, "a human lets it pass", "person", False),
+    "description": ItemKey(_TEXTS, "what the agents should know", "person", "", "description"),
+    "phase_pool": ItemKey(choice("pre", "main"), "the list its phase is in", "run"),
+    "guardrail_override": ItemKey(FLAG, "a human lets it pass", "person", default=False),
     "priority": ItemKey(
-        whole_number(),
-        "higher goes first, before impact",
-        "person",
-        filter="priority",
-        option="priority",
+        whole_number(), "higher goes first, before impact", "person", "priority", "priority"
     ),
-    "attempts": ItemKey(whole_number(0), "failed ones of its phase", "run", 0),
+    "attempts": ItemKey(whole_number(0), "failed ones of its phase", "run", default=0),
     "verify": ItemKey(
         list_of(ARGV, "a list of commands, each on a line of its own such as - [make, test]"),
-        "must succeed, too, before the last phase that changes code is committed",
-        "person",
-        [],
+        "must succeed, too, before the last phase that changes code is committed", "person",
+        default=[],
     ),
-}
+}  # fmt: skip
 ITEM_KEYS = tuple(ITEM_TABLE)
 REQUIRED_KEYS = ("id", "title", "status", "created", "updated")
 RATING_KEYS = ("size", "complexity", "risk", "impact")
@@ -1544,37 +1421,21 @@ def timestamp(now: datetime) -> str:
     return now.astimezone(UTC).isoformat()
 
 
-_LONG_AGO = datetime.min.replace(tzinfo=UTC)
-
-
 def moment(text: object) -> datetime:
     """The time that `created` or `updated` tell; long ago for what tells none."""
-    try:
+    found = datetime.min
+    with suppress(ValueError):
         found = datetime.fromisoformat(str(text))
-    except ValueError:
-        return _LONG_AGO
     return found.astimezone(UTC) if found.tzinfo else found.replace(tzinfo=UTC)
 
 
-# ---- Reading an item -----------------------------------------------------------------------------
-
-
 def read_item(raw: object) -> tuple[Item, list[tuple[str, str]]]:
-    """An item as a document holds it, and (key, problem) of all that is wrong with it.
-
-    A bad value costs its key alone, and null counts as absent; so the item may lack required keys.
-    The key is "" for what is no mapping at all.
-    """
+    """An item without its bad values and nulls, and (key, problem) of all that is wrong with it;
+    the key is "" for what is no mapping at all."""
     if not isinstance(raw, dict):
         return {}, [("", f"must be a mapping that begins with 'id: …', not {shown(raw)}")]
-    problems = [
-        (key, f"the key '{key}' is missing") for key in REQUIRED_KEYS if raw.get(key) is None
-    ]
-    problems += [
-        (key, f"{key} {row.kind.problem(value)}")
-        for key, value in raw.items()
-        if value is not None and (row := ITEM_TABLE.get(key)) and not row.kind.fits(value)
-    ]
+    missing = [key for key in REQUIRED_KEYS if raw.get(key) is None]
+    problems = [(key, f"the key '{key}' is missing") for key in missing] + _misfits(raw)
     bad = dict(problems)
     item = raw
     if bad or None in raw.values():
@@ -1586,14 +1447,20 @@ def read_item(raw: object) -> tuple[Item, list[tuple[str, str]]]:
     return item, problems
 
 
+def _misfits(values: Item) -> list[tuple[str, str]]:
+    """The keys whose values do not fit, and the problem."""
+    return [
+        (key, f"{key} {row.kind.problem(value)}")
+        for key, value in values.items()
+        if value is not None and (row := ITEM_TABLE.get(key)) and not row.kind.fits(value)
+    ]
+
+
 # ==== 10. Drafts and rules ========================================================================
 
 
 class Draft:
-    """A working copy of a backlog that one edit changes; the backlog itself stays as it is.
-
-    `warnings` collects what the edit could not do without failing for it; the store passes them on.
-    """
+    """A working copy of a backlog that one edit changes; `warnings` are for the operator."""
 
     def __init__(self, backlog: Backlog) -> None:
         self.items: dict[str, Item] = dict(backlog.items)
@@ -1613,10 +1480,8 @@ class Draft:
             raise BacklogError(f"item {item_id} not found in the backlog{hint}") from None
 
     def update(self, item_id: str, now: datetime, **changes: object) -> Item:
-        """Set keys, or delete those whose value is None; `updated` follows if anything changed.
-
-        BacklogError, and nothing changed, if a key cannot hold its value.
-        """
+        """Set keys, or delete those whose value is None; BacklogError, and nothing changed, if a
+        key cannot hold its value."""
         item = self.item(item_id)
         changes = {key: value for key, value in changes.items() if item.get(key) != value}
         if changes:
@@ -1631,10 +1496,8 @@ class Draft:
         self.items[item["id"]] = _item_of({**item, "updated": timestamp(stamp)})
 
     def add(self, prefix: str, title: str, now: datetime, **fields: object) -> Item:
-        """Append a new item with the next id; a field that is None is left out.
-
-        BacklogError, and nothing changed, if the title is blank or a field cannot hold its value.
-        """
+        """Append a new item with the next id; BacklogError, and nothing changed, if the title is
+        blank or a field cannot hold its value."""
         title = _one_line_title(title)
         if not title:
             raise BacklogError("a new item needs a title; this one is blank")
@@ -1677,12 +1540,9 @@ def _one_line_title(title: str) -> str:
 
 
 def _refuse_bad_values(owner: str, changes: Mapping[str, object]) -> None:
-    for key, value in changes.items():
-        row = ITEM_TABLE.get(key)
-        if value is None and key in REQUIRED_KEYS:
-            raise BacklogError(f"{owner}: {key} cannot be removed")
-        if row is not None and value is not None and not row.kind.fits(value):
-            raise BacklogError(f"{owner}: {key} {row.kind.problem(value)}")
+    gone = [f"{key} cannot be removed" for key in REQUIRED_KEYS if changes.get(key, 0) is None]
+    if problems := gone + [problem for _, problem in _misfits({**changes})]:
+        raise BacklogError(f"{owner}: {problems[0]}")
 
 
 # ---- Life cycle ----------------------------------------------------------------------------------
@@ -1695,36 +1555,28 @@ LEGAL_TRANSITIONS: Mapping[str, frozenset[str]] = {
     "done": frozenset(),
     "blocked": frozenset({"new", "scoping", "ready", "in_progress"}),
 }
-_NOT_BLOCKED: Mapping[str, object] = dict.fromkeys(
-    ("blocked_from_status", "blocked_reason", "blocked_type", "unblock_context")
-)
 
 
-def transition(
-    draft: Draft, item_id: str, status: str, now: datetime, **changes: object
-) -> Item:
-    """Move an item to another status; BacklogError, and nothing changed, if it may not go there.
+def transition(draft: Draft, item_id: str, status: str, now: datetime, **changes: object) -> Item:
+    """Move an item to another status, with other changes; BacklogError if it may not go there.
 
     Entering `blocked` remembers where it came from, leaving it clears what the block recorded.
-    `changes` are made with it.
     """
     item = draft.item(item_id)
     if status not in LEGAL_TRANSITIONS[item["status"]]:
         allowed = ", ".join(w for w in STATUS_WORDS if w in LEGAL_TRANSITIONS[item["status"]])
-        raise BacklogError(
-            f"{item_id}: it is {item['status']} and cannot become {status};"
-            f" possible is {allowed or 'nothing'}"
-        )
+        problem = f"it is {item['status']} and cannot become {status}"
+        raise BacklogError(f"{item_id}: {problem}; possible is {allowed or 'nothing'}")
     if item["status"] == "blocked":
-        changes = {**_NOT_BLOCKED, **changes}
+        block = ("blocked_from_status", "blocked_reason", "blocked_type", "unblock_context")
+        changes = {**dict.fromkeys(block), **changes}
     if status == "blocked":
         changes["blocked_from_status"] = item["status"]
     return draft.update(item_id, now, status=status, **changes)
 
 
 def block(draft: Draft, item_id: str, reason: str, now: datetime, kind: str | None = None) -> Item:
-    """Block an item until a human unblocks it; `kind` is one of BLOCK_WORDS. BacklogError if it
-    is blocked already or done."""
+    """Block an item until a human unblocks it; `kind`: see `blocked_type`. BacklogError."""
     details = {"blocked_reason": reason, "blocked_type": kind}
     return transition(draft, item_id, "blocked", now, **details)
 
@@ -1732,11 +1584,8 @@ def block(draft: Draft, item_id: str, reason: str, now: datetime, kind: str | No
 def unblock(
     draft: Draft, item_id: str, now: datetime, notes: str | None = None, override: bool = False
 ) -> Item:
-    """Put a blocked item back to where it was, with fresh attempts.
-
-    `notes` reach the next prompt; `override` lets it pass the guardrails from now on.
-    BacklogError if it is not blocked.
-    """
+    """Put a blocked item back to where it was, with fresh attempts; `notes` reach the next prompt,
+    `override` lets it pass the guardrails from now on. BacklogError if it is not blocked."""
     item = draft.item(item_id)
     if item["status"] != "blocked":
         raise BacklogError(f"{item_id}: it is not blocked, but {item['status']}")
@@ -1753,10 +1602,7 @@ def unblock(
 def advance(
     draft: Draft, item_id: str, phases: Sequence[str], to: str | None, now: datetime
 ) -> Item:
-    """Move an item that is in progress to the next of its main phases, or to the one named.
-
-    BacklogError if it is not in progress or there is no such phase.
-    """
+    """Move an item that is in progress to its next main phase, or the one named; BacklogError."""
     item = draft.item(item_id)
     if item["status"] != "in_progress":
         raise BacklogError(f"{item_id}: it is {item['status']}; only items in_progress advance")
@@ -1797,11 +1643,8 @@ class FollowUp(NamedTuple):
 def add_follow_ups(
     draft: Draft, prefix: str, origin: str, follow_ups: Sequence[FollowUp], now: datetime
 ) -> list[Item]:
-    """Add what an agent suggests as new items; returns those added.
-
-    One that an open item already covers (same words in the title), or that cannot be added, is
-    left out with a warning on the draft.
-    """
+    """Add what an agent suggests as new items; one that an open item covers already (same words in
+    the title), or that cannot be added, is left out with a warning."""
     added: list[Item] = []
     open_titles = {
         normalise_title(item["title"]): item["id"]
@@ -1900,8 +1743,7 @@ def _unknown_pipeline(name: str, rules: Rules) -> str:
 def guardrail_objection(item: Item, limits: Mapping[str, str], before: Item | None = None) -> str:
     """Why a human has to decide before the item goes on; "" when it may.
 
-    Names every measure with its value and limit. An unset rating passes, an equal one too.
-    `before`: only what has risen since then counts. `guardrail_override` waives everything.
+    An unset rating passes, an equal one too. `before`: only what has risen since then counts.
     """
     if item.get("guardrail_override"):
         return ""
@@ -1926,10 +1768,9 @@ def _rank(measure: str, ratings: Mapping[str, Any]) -> int:
 def apply_result(
     draft: Draft, started: Item, result: PhaseResult, rules: Rules, now: datetime
 ) -> Applied:
-    """Apply what a phase reported: ratings, follow-ups, the next phase or status, the worklog text.
+    """Apply what a phase reported; `started` is the item as it began.
 
-    `started` is the item as the phase began: status, phase and pool follow from it, whatever the
-    operator has made of them meanwhile. A failed result blocks the item: its attempts are used up.
+    A failed result blocks the item: its attempts are used up.
     """
     item_id, noted = result.item_id, len(draft.warnings)
     origin = f"{item_id}/{result.phase}"
@@ -1986,11 +1827,8 @@ def _decide(
 def _after_triage(
     draft: Draft, result: PhaseResult, question: str, rules: Rules, now: datetime
 ) -> tuple[str, str | None]:
-    """Small and safe items are ready, others start with the pre-phases; what stops it there, if
-    anything does, and the kind of block.
-
-    What needs a human is stopped here, before a pre-phase costs anything.
-    """
+    """Small and safe items are ready, others start with the pre-phases; what stops the item there,
+    before a pre-phase costs anything, and the kind of block."""
     item_id = result.item_id
     item = draft.items[item_id]
     given = {field: text for field, text in result.description.items() if text}
@@ -2018,11 +1856,8 @@ def _after_triage(
 def _after_phase(
     draft: Draft, started: Item, result: PhaseResult, rules: Rules, now: datetime
 ) -> tuple[str, str | None]:
-    """The same phase again, the next one, ready, or done; what stops the item there, if anything
-    does, and the kind of block.
-
-    An item that a raised rating stops has moved on already: unblocked, it repeats nothing.
-    """
+    """The same phase again, the next one, ready, or done; what stops the item there, and the kind
+    of block. It has moved on then: unblocked, it repeats nothing."""
     item_id, phase = result.item_id, result.phase
     item, since = draft.items[item_id], started
     if result.result == "phase_complete":
@@ -2092,11 +1927,8 @@ def charge_attempt(draft: Draft, started: Item, now: datetime) -> int:
 
 
 def promote(draft: Draft, item_id: str, rules: Rules, now: datetime) -> Applied:
-    """Move a ready item to its first main phase, or block it where it may not start.
-
-    State "dropped", and nothing changed, if it is not ready any more: the file may have been
-    edited since the promotion was chosen.
-    """
+    """Move a ready item to its first main phase, or block it where it may not start; "dropped", if
+    an edit of the file has made something else of it since."""
     item = draft.items.get(item_id)
     if item is None or item["status"] != "ready":
         return Applied("dropped", item or Item(id=item_id), "it is not ready any more")
@@ -2111,9 +1943,8 @@ def promote(draft: Draft, item_id: str, rules: Rules, now: datetime) -> Applied:
 def repair_items(draft: Draft, rules: Rules, now: datetime) -> list[str]:
     """Before a run: bring items that could never be scheduled back on track; says what it did.
 
-    Such items come from hand edits and configs that have changed. Dependencies on items that left
-    the backlog are removed; ids that were never handed out stay: to remove them would lose the
-    order meant.
+    Dependencies on items that left the backlog are removed, ids that were never handed out stay: to
+    remove them would lose the order meant.
     """
     messages: list[str] = []
     issued = IssuedIds(rules.prefix, draft)
@@ -2157,10 +1988,8 @@ class Farewell(NamedTuple):
 def take_out(
     draft: Draft, item_id: str, status: Literal["Done", "Closed"], why: str, now: datetime
 ) -> Farewell:
-    """Take an item out of the backlog, from wherever it is, because the operator says so.
-
-    Whatever depended on it depends on it no longer, and says why in its context.
-    """
+    """Take an item out of the backlog because the operator says so; whatever depended on it depends
+    on it no longer, and says why in its context."""
     item = draft.item(item_id)
     dependants = archive(draft, item_id, now)
     fate = "was done outside of this backlog" if status == "Done" else "was closed"
@@ -2177,10 +2006,9 @@ def take_out(
 
 
 class IssuedIds:
-    """The ids that were ever handed out, as far as a backlog can tell: `"WRK-007" in issued`.
+    """The ids that were ever handed out: `"WRK-007" in issued`.
 
-    The counter is shared by all prefixes, so an id counts with the prefix of the config or of any
-    item that is still there.
+    All prefixes share the counter: that of the config, and those of items that are still there.
     """
 
     def __init__(self, prefix: str, backlog: Backlog | Draft) -> None:
@@ -2240,11 +2068,8 @@ FILTER_KEYS = {row.filter: key for key, row in ITEM_TABLE.items() if row.filter}
 
 
 def parse_filter(text: str) -> Filter:
-    """Read `KEY=VALUE[,VALUE…]` or `KEY!=VALUE[,VALUE…]`; FilterError says what is wrong.
-
-    Key and words in any case, with their first letters as short forms of sizes and levels; ids,
-    tags, pipelines and origins exactly as they are.
-    """
+    """Read `KEY=VALUE[,VALUE…]` or `KEY!=VALUE[,VALUE…]`, words of a choice in any case and by
+    their first letters; FilterError says what is wrong."""
     parts = re.fullmatch(r"(?s)\s*([^=]*?)\s*(!?=)\s*(.*?)\s*", text)
     if parts is None or not parts[1] or not parts[3]:
         form = "KEY=VALUE[,VALUE…] or KEY!=VALUE[,VALUE…]"
@@ -2270,9 +2095,7 @@ def parse_filter(text: str) -> Filter:
 def check_filters(filters: Sequence[Filter]) -> None:
     """Refuse flags that contradict or repeat each other; all of them have to hold together."""
     for earlier, later in itertools.combinations(filters, 2):
-        if later == earlier and later.key == "tag":
-            raise FilterError(f"Duplicate filter: {later} specified multiple times")
-        if later.key != "tag" and earlier[::2] == later[::2]:
+        if earlier[::2] == later[::2] and (later.key != "tag" or earlier == later):
             sign = "!=" if later.negated else "="
             raise FilterError(
                 f"Field '{later.key}' specified multiple times in separate --only flags;"
@@ -2300,8 +2123,6 @@ def matching(backlog: Backlog, filters: Sequence[Filter]) -> set[str]:
 # ==== 13. Worklog =================================================================================
 
 _WORKLOG_RULE = "\n---\n"  # between entries; what people wrote is indented, so it cannot be theirs
-_WORKLOG_HEAD = r"## (\S+) — (\S+) \((.*)\)$"
-_WORKLOG_BULLET = r"- \*\*(\w+):\*\* (.*)"
 
 
 def worklog_entry(
@@ -2335,19 +2156,17 @@ def with_cost(text: str, cost: str) -> str:
 
 
 def read_worklog(text: str) -> list[dict[str, str]]:
-    """The entries of a worklog, in its order, as far as people have left them what they were.
+    """The entries of a worklog, as far as people have left them what they were.
 
-    Each has "when" (RFC 3339), "item" and "title", and what its bullets hold under their names in
-    lower case: "phase", "outcome", "summary" and "cost" of a phase, "status" ("Done" or "Closed"),
-    "phase" and "summary" or "reason" of an item that left the backlog.
+    Each has "when", "item" and "title", and what its bullets hold, by their names in lower case.
     """
     entries: list[dict[str, str]] = []
     key = ""
     for line in text.split("\n"):
-        if line.startswith("## ") and (head := re.match(_WORKLOG_HEAD, line)):
+        if head := re.match(r"## (\S+) — (\S+) \((.*)\)$", line):
             entries.append({"when": head[1], "item": head[2], "title": head[3]})
             key = ""
-        elif entries and line.startswith("- **") and (found := re.match(_WORKLOG_BULLET, line)):
+        elif entries and (found := re.match(r"- \*\*(\w+):\*\* (.*)", line)):
             key = found[1].lower()
             entries[-1][key] = found[2]
         elif key and (not line or line.startswith("  ")):
@@ -2372,11 +2191,8 @@ def recent_worklogs(directory: Path) -> list[Path]:
 
 
 def append_worklog(directory: Path, now: datetime, text: str) -> Path:
-    """Append an entry to the month's file and bring it to the disk; returns the file.
-
-    Does nothing when one of the last two months has exactly this text already, so that it can be
-    done again after a crash; nor for an empty text. Raises OSError.
-    """
+    """Append an entry to the month's file, unless one of the last two has exactly this text already
+    (so that it can be done again after a crash); returns the file. OSError."""
     path = directory / f"{now.astimezone(UTC):%Y-%m}.md"
     written = {month: month.read_bytes() for month in recent_worklogs(directory)}
     entry = text.encode("utf-8", "replace")
@@ -2405,10 +2221,8 @@ def sync_directory(directory: Path) -> None:
 def replace_file(
     path: Path, data: bytes, mode: int = 0o644, still: Callable[[], bool] = lambda: True
 ) -> bool:
-    """Write a file so that a crash leaves the old or the new content, never a part; OSError.
-
-    If not `still()` just before it is replaced, it stays as it is: False.
-    """
+    """Write a file so that a crash leaves the old or the new content; OSError. False, and the old
+    one, if not `still()` just before it is replaced."""
     path.parent.mkdir(exist_ok=True)  # not a folder above it that vanished
     unfinished = path.with_name(f".{path.name}.tmp")
     unfinished.unlink(missing_ok=True)  # it may be a link
@@ -2457,8 +2271,8 @@ class State:
     """A backlog at one moment: a document, and what can be read of it. Never changes.
 
     All is keyed by the item's id, or by the chunk's own text where it has no id of its own. `found`
-    holds every item as it stands there, `items` those that can be used, `problems` what is wrong.
-    One that is neither usable nor wrong has been added by hand, and lacks what we complete.
+    holds every item, `items` those that can be used, `problems` what is wrong; one that is neither
+    usable nor wrong was added by hand, and lacks what we complete.
     """
 
     def __init__(self, document: Document) -> None:
@@ -2522,10 +2336,8 @@ class State:
         return told
 
     def changed(self, backlog: Backlog) -> State:
-        """This state with the items and the counter of `backlog`, line by line where it can be.
-
-        BacklogError if something cannot be written as YAML.
-        """
+        """This state with the items and the counter of `backlog`; BacklogError if something cannot
+        be written as YAML."""
         old, new, document = self.items, backlog.items, self.document
         edited = [key for key, item in new.items() if old.get(key, item) is not item]
         places = list(self.chunks) if edited else []
@@ -2551,11 +2363,8 @@ def _differing(old: Mapping[str, object], new: Mapping[str, object]) -> dict[str
 
 
 def _distance(one: State, other: State, key: str) -> tuple[int, int, int]:
-    """How far apart two states are in one item: its stamp, keys, whether the text differs.
-
-    A decision moves an item's `updated`, a person does not: so the stamps tell which decisions a
-    copy knows of, however it was edited since.
-    """
+    """How far apart two states are in one item: its stamp, which a decision moves and a person does
+    not, then keys, then the text."""
     if one.chunks.get(key) == other.chunks.get(key):
         return 0, 0, 0
     mine, theirs = one.items.get(key), other.items.get(key)
@@ -2616,10 +2425,8 @@ class _Merge:
         return max(map(moment, self.versions[item_id]))
 
     def start_of(self, item_id: str, item: Item) -> tuple[Item | None, Container[str | None]]:
-        """What somebody started from in one item, and the texts of it that are no edit.
-
-        The base's, unless the item's own stamp is an older one: git mixes lines of several states,
-        where a `stash pop` merges them.
+        """What somebody started from in one item, and the texts of it that are no edit: the base's,
+        unless its own stamp is an older one, as where a `stash pop` mixes lines of several states.
         """
         base, stamp = self.base.items.get(item_id), item.get("updated", "")
         known = self.versions.get(item_id, {}).get(stamp)
@@ -2663,22 +2470,24 @@ class _Merge:
             return self.take(key, f, f_chunk)
         b, texts = self.start_of(key, f)
         merged, old = dict(d), b or {}
+        # A stamp that nobody knows is an older one: it was decided since, whatever the base says.
+        firm = key in self.running or f.get("updated", d["updated"]) not in self.versions[key]
         for name in {**old, **f} if b else ():
             if name in ("id", "updated") or name in bad or f.get(name) == old.get(name):
                 continue
             if name in REQUIRED_KEYS and name not in f:
                 self.notes.append(f"{key}: the key '{name}' is missing; it stays as it was")
                 continue
-            merged[name] = self.chosen(key, name, old.get(name), f.get(name), merged.get(name))
+            three = old.get(name), f.get(name), merged.get(name)
+            merged[name] = self.chosen(key, name, *three, firm=name in OWNED_KEYS and firm)
         item = _item_of(merged)
         if item != d:
             item = _item_of({**merged, "updated": self.stamp()})
         return self.take(key, item, d_chunk if f_chunk in texts or not b else f_chunk)
 
-    def chosen(self, key: str, name: str, old: Any, edit: Any, ours: Any) -> Any:
+    def chosen(self, key: str, name: str, old: Any, edit: Any, ours: Any, firm: bool) -> Any:
         """Of an edit from `old`, and what was decided since (`ours`), the one that counts."""
-        owned = name in OWNED_KEYS
-        if ours in (old, edit) and not (owned and key in self.running):
+        if ours in (old, edit) and not firm:
             return edit
         if name in RATING_WORDS and edit is not None and ours is not None:
             return max(edit, ours, key=RATING_WORDS[name].index)
@@ -2686,7 +2495,7 @@ class _Merge:
             was, theirs, mine = old or [], edit or [], ours or []
             kept = [one for one in mine if one in theirs or one not in was]
             return [*kept, *(one for one in theirs if one not in was and one not in kept)] or None
-        winner = ours if owned else edit
+        winner = ours if name in OWNED_KEYS else edit
         if edit != ours:
             self.notes.append(
                 f"{key}: {name} was edited to {edit!r} and decided as {ours!r}; kept {winner!r}"
@@ -2750,9 +2559,9 @@ def merge(
 
     A three-way merge whose base is the state that somebody started from: of all states up to now
     with the file's counter (else of all) the one least different, the newest of equals. What is as
-    in the base is no edit, however old it is. `running` holds the ids whose phase is at work: an
-    agent does not mark them done. `prefix` is for ids of items added by hand. `shown`: the lines of
-    items as the file had them when it was last written; what is gone since was not brought back.
+    in the base is no edit, however old it is. `running`: ids whose phase is at work, which an agent
+    does not mark done. `shown`: the chunks that were last written; what is gone since was not
+    brought back.
     """
     made = _Merge(decided, file, earlier, now, running)
     base = made.base
@@ -2833,9 +2642,7 @@ class Journal:
 
     def catch_up(self) -> bool:
         """Take in the lines that were added since; whether one of them changed the backlog.
-
-        FileNotFoundError if the run has ended and dropped it, be there another run's by now.
-        """
+        FileNotFoundError if the run has ended and dropped it, be there another run's by now."""
         with self.path.open("rb") as file:
             begin = file.read(80)  # the id of the run that began it is in there
             if self._read and begin != self._begin:
@@ -3039,13 +2846,9 @@ class Store:
     def backlog(self) -> Backlog:
         return self.state.backlog
 
-    # ---- looking ----
-
     def look(self) -> Backlog:
-        """Read the backlog; touches nothing. YamlError or BacklogError if it cannot be used.
-
-        With a journal: what the next save would make of it and the file.
-        """
+        """Read the backlog, with a journal as the next save would leave it; touches nothing.
+        YamlError or BacklogError if it cannot be used."""
         self.journal = Journal.read(self.journal_path, self.path.name)
         if self.journal is None:
             self._state, self._written = self._usable(self._read())
@@ -3114,8 +2917,6 @@ class Store:
         except OSError as error:
             raise SaveError(f"{path}: cannot be read ({error.strerror})") from error
 
-    # ---- changing ----
-
     def change(
         self,
         edit: Callable[[Draft], T],
@@ -3127,9 +2928,8 @@ class Store:
 
         `note` gives what else belongs into the same line of the journal. A file that cannot be read
         is left alone for a minute, or, if not `patient`, set aside at once. Raises what `edit`
-        raises (nothing of it is kept then), YamlError or BacklogError for a file that cannot be
-        used where there is no journal, and SaveError where file or journal cannot be written: with
-        a journal the decision stands, unless the journal was the trouble.
+        raises (nothing is kept then), and SaveError: with a journal the decision stands, unless the
+        journal was the trouble.
         """
         if self._state is None:
             self.look()
@@ -3154,10 +2954,8 @@ class Store:
             self._append(line, flush=flush)
 
     def begin(self, run: Mapping[str, Any], committed: bytes | None) -> None:
-        """Open the journal of a run, or go on with the one there is; SaveError.
-
-        `committed` is the file as HEAD has it: what is not as there has been edited since.
-        """
+        """Open the journal of a run with the file as HEAD has it, or go on with the one there is;
+        SaveError."""
         with self._locked():
             if self.journal is not None:
                 return self._append({"run": run})
@@ -3171,10 +2969,7 @@ class Store:
             return None
 
     def settle(self, committed: bytes | None) -> bool:
-        """Drop the journal, if nothing is left to do; `committed` is the content that HEAD holds.
-
-        Whether there is no journal any more.
-        """
+        """Drop the journal, if nothing is left to do and HEAD holds all; whether there is none."""
         with self._locked():
             data = self.state.document.to_bytes()
             done = self.journal is not None and self.journal.settled
@@ -3185,9 +2980,7 @@ class Store:
 
     def _take_in(self, patient: bool, before: State | None = None) -> bytes | None:
         """Merge the file into the decided state; returns what it holds (None: it is missing).
-
-        `before`: what an edit was made from that is not in the file yet.
-        """
+        `before`: what an edit was made from that is not in the file yet."""
         try:
             data = self._read() if self._home else None
         except SaveError as error:  # a link or a folder is in its place

@@ -95,7 +95,7 @@ _GIT_IDENTITY = {
     for key, value in (("NAME", "orchestrator"), ("EMAIL", "orchestrator@localhost"))
 }
 _GIT_HOOKS = ("--git-path", "hooks")
-_GIT_HOOK_NAMES = ("pre-commit", "prepare-commit-msg", "commit-msg")
+HOOK_NAMES = ("pre-commit", "prepare-commit-msg", "commit-msg")
 _GIT_ENDINGS: Mapping[int | None, Literal["passed", "broken"]]  # of hooks; others reject
 _GIT_ENDINGS = {0: "passed", 126: "broken", 127: "broken", None: "broken"}
 _GIT_EMPTY = {  # tree and blob, by the length of ids
@@ -382,6 +382,7 @@ class Repo:
         self._empty_tree, self._empty_blob = _GIT_EMPTY[len(self._null)]
         self.sign: bool | None = None  # whether commits are; None: as git's configuration says
         self.signoff = False  # whether they carry Signed-off-by:
+        self.hook_env: Mapping[str, str] = {}  # by which a hook is found that outlives its run
         self.sign_trouble = ""  # why no commit is signed any more, for the rest of the run
         self.unsigned: list[str] = []  # commits that were made without a signature since
         self.apart: tuple[str, ...] = ()  # paths that snapshots take from the index: not to be read
@@ -1363,7 +1364,7 @@ class Repo:
         mends, four times at most. `message_only` is for documents: no pre-commit hook, the entries
         stay. `limit_s` counts per hook.
         """
-        names = _GIT_HOOK_NAMES[1:] if message_only else _GIT_HOOK_NAMES
+        names = HOOK_NAMES[1:] if message_only else HOOK_NAMES
         hooks = [self.hook_path(name) for name in names]
         hooks = [path for path in hooks if path.is_file() and os.access(path, os.X_OK)]
         message = self.signed_off(message)
@@ -1433,7 +1434,8 @@ class Repo:
     ) -> _GitEnded:
         import errno
 
-        env = {**_git_environment(), **index, "GIT_EDITOR": ":", "GIT_TERMINAL_PROMPT": "0"}
+        env = {**_git_environment(), **self.hook_env, **index}
+        env |= {"GIT_EDITOR": ":", "GIT_TERMINAL_PROMPT": "0"}
         args = {"prepare-commit-msg": (str(message), "message"), "commit-msg": (str(message),)}
         argv = (str(path), *args.get(path.name, ()))
         try:

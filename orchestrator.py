@@ -142,6 +142,7 @@ from backlog import (
 from gitutil import (
     GIT_DROPPED_ENV,
     HOOK_LIMIT_S,
+    HOOK_NAMES,
     HOOK_ROUNDS,
     Change,
     Entry,
@@ -822,19 +823,24 @@ phases = [
 """
 
 
-def config_template(prefix: str, agent: str, check: str = "") -> str:
-    """The text of a new orchestrator.toml: the defaults, explained, with this prefix and agent, and
-    in a remark with what the project is tested with."""
+def config_template(
+    prefix: str, agent: str, hints: Mapping[str, object] = {}, check: str = ""
+) -> str:
+    """The text of a new orchestrator.toml: the defaults, explained, with this prefix and agent.
+
+    `hints`: values of [commits] that the repository seems to want; they stay remarks, as does
+    `check`, what the project is tested with.
+    """
     import json
 
-    hint = f", verify = {json.dumps([check.split()])} }},  # instead: only what passes is committed"
+    instead = f", verify = {json.dumps([check.split()])} }},  # only what passes counts"
 
     def rows(phases: Iterable[Phase]) -> str:
         lines = []
         for one in phases:
             begin = f'{{ name = "{one.name}"' + ", is_destructive = true" * one.destructive
             lines.append(f"  {begin} }},")
-            lines += [f"  # {begin}{hint}"] * bool(check and one.destructive)
+            lines += [f"  # {begin}{instead}"] * bool(check and one.destructive)
         return "\n".join(lines)
 
     chosen, tables = {"prefix": prefix, "cli": agent}, ""
@@ -843,8 +849,10 @@ def config_template(prefix: str, agent: str, check: str = "") -> str:
         for field, key in CONFIG_KEYS[table].items():
             # What is only an example is a remark; but `command` is refused without one.
             needed = (table, field, agent) == ("agent", "command", "command")
-            mark = "# " if key.example and not needed else ""
-            tables += f"{mark}{key.line(field, chosen.get(field, key.default))}\n"
+            hint = hints.get(field) if table == "commits" else None
+            mark = "# " if hint is not None or (key.example and not needed) else ""
+            value = chosen.get(field, key.default) if hint is None else hint
+            tables += f"{mark}{key.line(field, value)}\n"
     pipeline, keys = BUILT_IN_PIPELINE, CONFIG_KEYS["phase"].items()
     return _TEMPLATE.format(
         tables=tables,
@@ -4463,6 +4471,7 @@ class Ledger:
             return verdict
         if verdict.outcome == "files":
             return f"{_hook_trouble(verdict)}:\n{verdict.output}"
+        self.look(attempt)  # a hook that was ended may have stashed the operator's files away
         kept = self.repo.snapshot(f"{SNAPSHOT_REFS}{self.run_id}/{attempt.token}-held")
         line = {"result": result._asdict(), "after": kept.tree}
         self.store.note({"attempt": {**attempt.line(), "held": line}, **self._costs(attempt)})
@@ -5662,6 +5671,7 @@ def begin_run(space: Workspace, run_id: str, check: Check, *, allow_dirty: bool)
     store.look()
     ledger = Ledger(space, run_id, utc_now, check)
     if last is not None:
+        repo.hook_env = {RUN_MARK: last.run["id"]}  # the one that the journal names
         ledger.recover()
         if space.config.execution.on_usage_limit != "wait":  # somebody starts it to try again
             store.note({"rests": dict.fromkeys(ledger.journal.rests)})
@@ -5670,6 +5680,7 @@ def begin_run(space: Workspace, run_id: str, check: Check, *, allow_dirty: bool)
     _refuse([*preflight(space, allow_dirty=allow_dirty), *signing_problems(repo)])
     make_work_folder(repo.root, repo.root / WORK_DIR)
     run = {"id": run_id, "branch": head.branch, "head": head.commit}
+    repo.hook_env = {RUN_MARK: run_id}
     store.begin(run, repo.committed(head.commit, repo.relative(store.path)))
     return ledger
 
@@ -6568,14 +6579,16 @@ def cmd_init(args: argparse.Namespace) -> int:
             f" folder alone: {SCRIPT} --root {shlex.quote(str(repo.root))} init"
         )
     config = load_config(repo.root, None)  # the one that is there already, or the defaults
-    check = how_tested(repo.root)
+    repo.signoff, repo.sign = config.commits.signoff, config.commits.sign
+    hints, check = commit_hints(repo, config.commits), how_tested(repo.root)
     empty = {"schema_version": 3, "items": [], "next_item_id": 0}
+    values = {key: hint.value for key, hint in hints.items()}
     wanted = {
-        repo.root / CONFIG_NAME: config_template(args.prefix, args.agent, check),
+        repo.root / CONFIG_NAME: config_template(args.prefix, args.agent, values, check),
         repo.root / config.backlog_path: render_yaml(empty),
     }
     made = [path for path in wanted if not os.path.lexists(path)]
-    head = repo.head().commit
+    head, told = repo.head().commit, "nothing to do: the files are there already"
     for path in made:
         if repo.committed(head, repo.relative(path)) is not None:
             raise OrchestratorError(
@@ -6583,24 +6596,73 @@ def cmd_init(args: argparse.Namespace) -> int:
                 f" Bring it back first: git -C {shlex.quote(str(path.parent))} restore {path.name}"
             )
         replace_file(path, wanted[path].encode())
-        print(f"made {os.path.relpath(path, repo.root)}")
-        if check and path.name == CONFIG_NAME:
-            print(f"  with a line, commented out, for this project's tests as `verify`: {check}")
+        told = f"made {' and '.join(os.path.relpath(one, repo.root) for one in made)}"
     make_work_folder(repo.root, repo.root / WORK_DIR)
-    if not made:
-        print("nothing to do: the files are there already")
-    elif not args.no_commit:
+    if made and not args.no_commit:
         try:
             blobs = repo.blobs({path: path.read_bytes() for path in made})
-            commit = repo.commit(blobs, state_message("Set up the backlog"))
-            print(f"committed them as {str(commit)[:10]}")
+            style = str(values.get("style", config.commits.style))
+            commit = repo.commit(blobs, state_message("Set up the backlog", style=style))
+            told += f", committed as {str(commit)[:10]}"
         except HeadBusy as error:
             print(f"not committed: {error}", file=sys.stderr)
+    print("\n".join([told, *_house_rules(repo, load_config(repo.root, None), hints)]))
+    if check and repo.root / CONFIG_NAME in made:
+        print(f"in it, commented out, this project's tests as `verify`: {check}")
     program = program_name()
     print(f'Next: {program} add "What shall be done", then {program} run')
     if args.hook:
         install_hook(open_workspace(args.root, args.config))
     return EXIT_OK
+
+
+class Hint(NamedTuple):
+    """A value of a key of [commits] that the repository seems to want, and what shows it."""
+
+    value: object
+    shown_by: list[str]
+
+
+COMMITLINT_FILES = ("commitlint.config.*", ".commitlintrc*")
+HOOK_MANAGERS = (".pre-commit-config.yaml", ".husky", "lefthook.yml")
+UNASKED = re.compile(r"--(dangerously\S+|yolo|auto)")  # the flags of CLIs that then ask nobody
+
+
+def commit_hints(repo: Repo, chosen: Commits) -> dict[str, Hint]:
+    """What the last commits and commitlint's files say of how commits are made, if not chosen."""
+    options = ("-20", "--no-merges", "--no-show-signature", "--format=%x00%B")
+    said = repo.git("log", *options).decode(errors="replace") if repo.head().commit else ""
+    messages = said.split("\0")[1:]
+    shown = [path.name for name in COMMITLINT_FILES for path in sorted(repo.top.glob(name))]
+    hints = {"style": Hint("conventional", shown), "signoff": Hint(True, [])}
+    types = rf"({'|'.join(COMMIT_TYPES)})(\(.+?\))?!?: \S"
+    for key, pattern in {"style": rf"\A{types}", "signoff": r"^Signed-off-by: .+@"}.items():
+        count = sum(bool(re.search(pattern, message, re.M)) for message in messages)
+        if 2 * count > len(messages) > 2:
+            hints[key].shown_by.append(f"{count} of the last {len(messages)} commits")
+    return {k: h for k, h in hints.items() if h.shown_by and getattr(chosen, k) != h.value}
+
+
+def _house_rules(repo: Repo, config: Config, hints: Mapping[str, Hint]) -> list[str]:
+    """What `init` says of the repository's own rules: at most four lines."""
+    lines = []
+    hooks = [name for name in HOOK_NAMES if os.access(repo.hook_path(name), os.X_OK)]
+    idle = [name for name in HOOK_MANAGERS if (repo.top / name).exists() and not hooks]
+    if hooks:
+        lines.append(f"hooks: {', '.join(hooks)}; what agents build has to pass them")
+    elif idle:
+        lines.append(f"hooks: none is installed, though there is {idle[0]}; install them first")
+    if hints:
+        seen = [f"{key} = {_dumps(v)} ({', '.join(shown)})" for key, (v, shown) in hints.items()]
+        lines.append(f"commits: look like {'; '.join(seen)}; for ours, set that in {CONFIG_NAME}")
+    if repo.wants_signatures():
+        trouble = repo.sign_trouble and f", but that failed: {one_line(repo.sign_trouble, 200)}"
+        lines.append(f"signatures: git is configured to sign commits, and so are ours{trouble}")
+    flags = {one.cli: UNASKED.search(PROFILES[one.cli].argv) for one in configured_agents(config)}
+    free = ", ".join(f"{cli} {flag[0]}" for cli, flag in flags.items() if flag)
+    off = f"permission prompts are off ({free}); " if free else ""
+    lines.append(f"agents: {off}commits go to {_branch_name(repo.head())}, see protected_branches")
+    return lines
 
 
 DEMO_CONFIG = """\

@@ -171,6 +171,7 @@ class Project:
         self.launcher: tuple[str, ...] = ()  # a command that starts the command
         self.environment: dict[str, str | None] = {}  # beside our own; None takes a variable away
         self.at_end: list[Callable[[], object]] = []
+        self.patience = 60  # seconds that a command may take
         outside.mkdir()
         (outside / "agent.py").write_text(SCRIPTED_AGENT)
         os.mkfifo(outside / "announce")
@@ -213,7 +214,7 @@ class Project:
     def run(self, *args: str, code: int | None = 0) -> subprocess.CompletedProcess[str]:
         """Run the command to its end; asserts the exit code unless it is None."""
         process = self.start(*args)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=self.patience)
         if code is not None and process.returncode != code:
             raise AssertionError(f"{args} exited {process.returncode}, not {code}:\n{out}{err}")
         return subprocess.CompletedProcess(args, process.returncode, out, err)

@@ -209,9 +209,8 @@ def test_init_makes_and_commits_exactly_two_files(bare: Path, cli: Cli) -> None:
     done = cli("--root", bare, "init")
     commit = git(bare, "rev-parse", "--short=10", "HEAD").strip()
     assert done.out.splitlines() == [
-        "made orchestrator.toml",
-        "made BACKLOG.yaml",
-        f"committed them as {commit}",
+        f"made orchestrator.toml and BACKLOG.yaml, committed as {commit}",
+        "agents: permission prompts are off (claude --dangerously-skip-permissions); commits go to main, see protected_branches",
         f'Next: python3 orchestrator.py --root {bare} add "What shall be done", then python3 orchestrator.py --root {bare} run',
     ]
     assert done.err == ""
@@ -225,7 +224,7 @@ def test_init_makes_and_commits_exactly_two_files(bare: Path, cli: Cli) -> None:
 
 def test_init_never_writes_over_a_file_and_heeds_the_config(bare: Path, cli: Cli) -> None:
     (bare / "orchestrator.toml").write_text('[project]\nbacklog_path = "plan/TODO.yaml"\n')
-    assert cli("--root", bare, "init").out.splitlines()[0] == "made plan/TODO.yaml"
+    assert cli("--root", bare, "init").out.startswith("made plan/TODO.yaml, committed as ")
     assert git(bare, "show", "--format=", "--name-only", "HEAD") == "plan/TODO.yaml\n"
     assert git(bare, "status", "--porcelain") == "?? orchestrator.toml\n"
     before = photograph(bare)
@@ -233,6 +232,37 @@ def test_init_never_writes_over_a_file_and_heeds_the_config(bare: Path, cli: Cli
     assert done.out.splitlines()[0] == "nothing to do: the files are there already"
     assert photograph(bare) == before
     assert cli("--root", bare, "add", "x").out == "Added WRK-001: x\n"
+
+
+def test_init_says_what_the_repository_seems_to_want(bare: Path, cli: Cli) -> None:
+    """Six lines at most; nothing is set but the wording of its own commit."""
+    for subject in ("fix: one", "feat(app)!: two", "Three"):
+        git(bare, "commit", "-q", "--allow-empty", "-s", "-m", subject)
+    git(bare, "config", "commit.gpgSign", "true")
+    git(bare, "config", "gpg.program", "/nonexistent")
+    (bare / ".commitlintrc.yml").touch()
+    (bare / ".husky").mkdir()
+    says = cli("--root", bare, "init", "--agent", "gemini").out.splitlines()
+    config = orchestrator.load_config(bare, None)
+    assert says[1] == "hooks: none is installed, though there is .husky; install them first"
+    assert says[2] == (
+        'commits: look like style = "conventional" (.commitlintrc.yml); signoff = true (3 of the last 4 commits);'
+        " for ours, set that in orchestrator.toml"
+    )
+    assert says[3].startswith("signatures: git is configured to sign commits, and so are ours, but that failed: ")
+    assert says[4].startswith("agents: permission prompts are off (gemini --yolo); commits go to main")
+    assert len(says) == 6
+    assert (config.commits.style, config.commits.signoff) == ("bracket", False)
+    assert git(bare, "log", "-1", "--format=%B").split("\n")[:3] == ["chore(backlog): set up the backlog", "", "[orchestrator] Set up the backlog"]
+    text = (bare / "orchestrator.toml").read_text()
+    (bare / "orchestrator.toml").write_text(re.sub("# (style|signoff)", r"\1", text))
+    hook = bare / ".git/hooks/commit-msg"
+    hook.parent.mkdir(exist_ok=True)
+    hook.write_text("#!/bin/sh\n")
+    hook.chmod(0o755)
+    again = cli("--root", bare, "init").out.splitlines()
+    assert again[:2] == ["nothing to do: the files are there already", "hooks: commit-msg; what agents build has to pass them"]
+    assert "commits: " not in "\n".join(again)
 
 
 def test_init_in_a_subfolder(bare: Path, cli: Cli) -> None:

@@ -8,7 +8,7 @@ from backlog import Filter, FilterError, Item, check_filters, matches, parse_fil
 
 
 def item(item_id: str = "WRK-001", **fields: object) -> Item:
-    return {"id": item_id, "title": "T", "status": "new", **fields}  # type: ignore[typeddict-item]
+    return {"id": item_id, "title": "T", "status": "new", **fields}
 
 
 def error_of(text: str) -> str:
@@ -22,21 +22,15 @@ def error_of(text: str) -> str:
     [
         ("status=ready", Filter("status", ("ready",))),
         ("status=i", Filter("status", ("in_progress",))),
-        ("status=IN_PROGRESS", Filter("status", ("in_progress",))),
-        ("impact=high", Filter("impact", ("high",))),
-        ("impact=HIGH", Filter("impact", ("high",))),
         ("IMPACT=h", Filter("impact", ("high",))),
         ("Risk=M", Filter("risk", ("medium",))),
         ("complexity=l", Filter("complexity", ("low",))),
         ("size=s", Filter("size", ("small",))),
-        ("size=M", Filter("size", ("medium",))),
         ("size=Large", Filter("size", ("large",))),
         ("tag=Auth", Filter("tag", ("Auth",))),
-        ("tag=a=b", Filter("tag", ("a=b",))),
         ("tag=a=b,c=d", Filter("tag", ("a=b", "c=d"))),
         ("tag=a,A", Filter("tag", ("a", "A"))),
         ("pipeline_type=Feature", Filter("pipeline_type", ("Feature",))),
-        ("pipeline_type=feature,bug", Filter("pipeline_type", ("feature", "bug"))),
         ("impact=high, medium", Filter("impact", ("high", "medium"))),
         ("  size = small ", Filter("size", ("small",))),
         ("id=WRK-001,WRK-2", Filter("id", ("WRK-001", "WRK-2"))),
@@ -54,59 +48,20 @@ def test_parse(text: str, expected: Filter) -> None:
 
 @pytest.mark.parametrize("text", ["", "   ", "status", "status=", "=ready", "!=ready", "status!="])
 def test_without_key_or_value_the_form_is_explained(text: str) -> None:
-    assert error_of(text) == (
-        f"Filter must be in format KEY=VALUE[,VALUE…] or KEY!=VALUE[,VALUE…], not '{text}'"
-    )
+    assert error_of(text) == (f"Filter must be in format KEY=VALUE[,VALUE…] or KEY!=VALUE[,VALUE…], not '{text}'")
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (
-            "foo=bar",
-            "Unknown filter field: foo. Supported: id, status, size, complexity, risk, impact,"
-            " origin, tag, pipeline_type, priority",
-        ),
-        (
-            "size=huge",
-            "Invalid value 'huge' for field 'size': it must be one of small, medium, large,"
-            ' not "huge"',
-        ),
-        (
-            "impact=hihg",
-            "Invalid value 'hihg' for field 'impact': it must be one of low, medium, high,"
-            ' not "hihg" (did you mean "high"?)',
-        ),
-        (
-            "status=open",
-            "Invalid value 'open' for field 'status': it must be one of new, scoping, ready,"
-            ' in_progress, done, blocked, not "open"',
-        ),
-        (
-            "impact=high,bad,worse",
-            "Invalid value 'bad' for field 'impact': it must be one of low, medium, high, not"
-            ' "bad"',
-        ),
-        (
-            "priority=1.5",
-            "Invalid value '1.5' for field 'priority': it must be a whole number, not \"1.5\"",
-        ),
-        (
-            "priority=²",
-            "Invalid value '²' for field 'priority': it must be a whole number, not \"²\"",
-        ),
+        ("foo=bar", "Unknown filter field: foo. Supported: id, status, size, complexity, risk, impact, origin, tag, pipeline_type, priority"),
+        ("key=val=ue", "Unknown filter field: key. Supported: id, status, size, complexity, risk, impact, origin, tag, pipeline_type, priority"),
+        ("impact=hihg", "Invalid value 'hihg' for field 'impact': it must be one of low, medium, high, not \"hihg\" (did you mean \"high\"?)"),
+        ("impact=high,bad,worse", "Invalid value 'bad' for field 'impact': it must be one of low, medium, high, not \"bad\""),
+        ("priority=²", "Invalid value '²' for field 'priority': it must be a whole number, not \"²\""),
         ("tag=a,,b", "Empty value in comma-separated list: 'tag=a,,b'"),
-        ("tag=,a", "Empty value in comma-separated list: 'tag=,a'"),
         ("tag=a,", "Empty value in comma-separated list: 'tag=a,'"),
-        ("tag=,", "Empty value in comma-separated list: 'tag=,'"),
-        (
-            "impact=high,high",
-            "Duplicate value 'high' in comma-separated list for field 'impact'",
-        ),
-        (
-            "impact=high,H",
-            "Duplicate value 'high' in comma-separated list for field 'impact'",
-        ),
+        ("impact=high,H", "Duplicate value 'high' in comma-separated list for field 'impact'"),
         ("tag=a,a", "Duplicate value 'a' in comma-separated list for field 'tag'"),
     ],
 )
@@ -114,71 +69,34 @@ def test_refused(text: str, message: str) -> None:
     assert error_of(text) == message
 
 
-def test_only_the_first_sign_of_equality_counts() -> None:
-    assert error_of("key=val=ue").startswith("Unknown filter field: key.")
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "status=in_progress",
-        "impact=high,medium",
-        "size=small",
-        "risk=low",
-        "complexity=medium",
-        "tag=a=b,c",
-        "pipeline_type=feature",
-        "id!=WRK-001",
-        "priority=-3",
-    ],
-)
+@pytest.mark.parametrize("text", ["status=in_progress", "impact=high,medium", "tag=a=b,c", "id!=WRK-001", "priority=-3"])
 def test_canonical_text_reads_the_same(text: str) -> None:
     assert str(parse_filter(text)) == text
-    assert parse_filter(str(parse_filter(text))) == parse_filter(text)
 
 
 @pytest.mark.parametrize(
-    "flags",
-    [
-        [],
-        ["impact=high"],
-        ["impact=high", "size=small"],
-        ["tag=a", "tag=b"],
-        ["tag=a", "tag=a,b"],
-        ["tag=a", "impact=low", "status=new"],
-        ["status=ready,new", "status!=new"],
-    ],
+    "flags", [[], ["impact=high", "size=small"], ["tag=a", "tag=b"], ["tag=a", "tag=a,b"], ["status=ready,new", "status!=new"]]
 )
 def test_flags_that_go_together(flags: list[str]) -> None:
     check_filters([parse_filter(flag) for flag in flags])
 
 
+ONCE = "specified multiple times in separate --only flags; put the values in one: --only"
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (
-            ["impact=high", "impact=low"],
-            "Field 'impact' specified multiple times in separate --only flags;"
-            " put the values in one: --only impact=value1,value2",
-        ),
-        (
-            ["id!=A-1", "size=small", "id!=A-2"],
-            "Field 'id' specified multiple times in separate --only flags;"
-            " put the values in one: --only id!=value1,value2",
-        ),
-        (["tag=a,b", "tag=a,b"], "Duplicate filter: tag=a,b specified multiple times"),
+        (["impact=high", "impact=low"], f"Field 'impact' {ONCE} impact=value1,value2"),
+        (["impact=h", "impact=high"], f"Field 'impact' {ONCE} impact=value1,value2"),
+        (["id!=A-1", "size=small", "id!=A-2"], f"Field 'id' {ONCE} id!=value1,value2"),
+        (["tag=a,b", "tag=a,b"], f"Field 'tag' {ONCE} tag=value1,value2"),
     ],
 )
 def test_flags_that_do_not_go_together(flags: list[str], message: str) -> None:
     with pytest.raises(FilterError) as caught:
         check_filters([parse_filter(flag) for flag in flags])
     assert str(caught.value) == message
-
-
-@pytest.mark.parametrize("flag", ["impact=high,low", "impact=h"])
-def test_identical_and_overlapping_flags_of_one_field_are_refused(flag: str) -> None:
-    with pytest.raises(FilterError, match="specified multiple times"):
-        check_filters([parse_filter(flag), parse_filter("impact=high")])
 
 
 ITEMS = [
@@ -194,21 +112,16 @@ ITEMS = [
     [
         ([], "1234"),
         (["status=in_progress"], "1"),
-        (["status=blocked,new"], "234"),
         (["impact=high,medium"], "124"),
         (["impact=high,medium", "size=s"], "12"),
-        (["risk=low"], ""),
         (["complexity=high"], ""),
         (["tag=V1"], ""),
         (["tag=v1"], "2"),
         (["tag=a,b"], "124"),
         (["tag=a,b", "tag=c"], "14"),
         (["pipeline_type=feature"], "3"),
-        (["pipeline_type=Feature"], ""),
         (["status=new", "impact=high", "tag=c"], "4"),
         (["id=WRK-003,WRK-001"], "13"),
-        (["id=wrk-003"], ""),
-        (["origin=import"], "4"),
         (["origin=WRK-001"], "3"),
         (["origin=WRK-001/build"], "3"),
         (["origin=WRK-001/review"], ""),

@@ -25,8 +25,8 @@ from backlog import (
     archive,
     archive_entry,
     block,
-    highest_number,
     normalise_title,
+    parse_yaml,
     read_item,
     timestamp,
     transition,
@@ -41,7 +41,7 @@ NOW_TEXT = "2026-02-13T17:41:26.593891+00:00"
 
 def item(item_id: str = "WRK-001", status: str = "new", **fields: object) -> Item:
     known = {"title": f"Title of {item_id}", "created": timestamp(START), "updated": timestamp(START)}
-    return {"id": item_id, "status": status, **known, **fields}  # type: ignore[return-value, typeddict-item]
+    return {"id": item_id, "status": status, **known, **fields}
 
 
 def draft_of(*items: Item, counter: int = 0) -> Draft:
@@ -130,57 +130,11 @@ next_item_id: 1
 def test_every_key_is_read() -> None:
     backlog = load(FULL)
     assert backlog.next_item_id == 17
-    assert backlog.items["WRK-001"] == {
-        "id": "WRK-001",
-        "title": "A full item",
-        "status": "blocked",
-        "phase": "build",
-        "size": "medium",
-        "complexity": "low",
-        "risk": "high",
-        "impact": "medium",
-        "requires_human_review": True,
-        "origin": "WRK-000/build",
-        "blocked_from_status": "in_progress",
-        "blocked_reason": "Two lines:\nof reason",
-        "blocked_type": "decision",
-        "unblock_context": "try again",
-        "tags": ["auth", "yes"],
-        "dependencies": ["WRK-009"],
-        "created": "2026-02-12T16:23:33.711239234+00:00",
-        "updated": "2026-02-12T16:23:33+00:00",
-        "pipeline_type": "feature",
-        "description": {
-            "context": "c",
-            "problem": "p",
-            "solution": "s",
-            "impact": "i",
-            "sizing_rationale": "r",
-        },
-        "phase_pool": "main",
-        "last_phase_commit": "8957cea715e8f9607e0b6112ab5ef80c00756b1c",
-        "guardrail_override": True,
-        "priority": -3,
-        "attempts": 2,
-        "ticket": 42,
-    }
-
-
-def test_optional_keys_stay_absent() -> None:
-    assert load(MINIMAL).items["WRK-001"] == {
-        "id": "WRK-001",
-        "title": "Minimal",
-        "status": "new",
-        "created": "2026-02-12T00:00:00+00:00",
-        "updated": "2026-02-12T00:00:00+00:00",
-    }
+    assert [backlog.items["WRK-001"]] == parse_yaml(FULL.encode())["items"]  # type: ignore[index, call-overload]
 
 
 def test_null_is_the_same_as_absent() -> None:
-    text = MINIMAL.replace(
-        "  status: new\n",
-        "  status: new\n  origin: null\n  tags: ~\n  description:\n    context:\n    problem: p\n",
-    )
+    text = MINIMAL.replace("  status: new\n", "  status: new\n  origin: null\n  tags: ~\n  description:\n    context:\n    problem: p\n")
     found = load(text).items["WRK-001"]
     assert "origin" not in found
     assert "tags" not in found
@@ -189,10 +143,6 @@ def test_null_is_the_same_as_absent() -> None:
 
 def test_an_empty_backlog() -> None:
     assert load("schema_version: 3\nitems: []\nnext_item_id: 15\n") == Backlog({}, 15)
-
-
-def test_a_counter_behind_the_highest_id_loads() -> None:
-    assert load(MINIMAL.replace("_id: 1\n", "_id: 0\n")).next_item_id == 0
 
 
 @pytest.mark.parametrize(
@@ -228,26 +178,15 @@ def test_broken_yaml_names_line_and_column() -> None:
 
 @pytest.mark.parametrize(
     ("version", "found"),
-    [
-        ("1", "is 1"),
-        ("2", "is 2"),
-        ("99", "is 99"),
-        ("'3'", 'is "3"'),
-        ("true", "is true"),
-        ("null", "is missing"),
-    ],
+    [("1", "is 1"), ("2", "is 2"), ("99", "is 99"), ("'3'", 'is "3"'), ("true", "is true"), ("null", "is missing"), (None, "is missing")],
 )
-def test_another_schema_is_refused_by_name(version: str, found: str) -> None:
-    message = refusal(MINIMAL.replace("schema_version: 3", f"schema_version: {version}"))
+def test_another_schema_is_refused_by_name(version: str | None, found: str) -> None:
+    line = f"schema_version: {version}\n" if version else ""
+    message = refusal(MINIMAL.replace("schema_version: 3\n", line))
     assert message == (
         f"BACKLOG.yaml: schema_version {found}, and only 3 can be read; use the program that wrote"
         " the file, or bring its items to schema 3 and write 'schema_version: 3'"
     )
-
-
-def test_a_missing_schema_version_is_refused() -> None:
-    message = refusal(MINIMAL.replace("schema_version: 3\n", ""))
-    assert message.startswith("BACKLOG.yaml: schema_version is missing, and only 3 can be read;")
 
 
 @pytest.mark.parametrize(
@@ -258,24 +197,17 @@ def test_a_missing_schema_version_is_refused() -> None:
             "BACKLOG.yaml:5: WRK-001: status must be one of new, scoping, ready, in_progress, done,"
             ' blocked, not "blokced" (did you mean "blocked"?)',
         ),
-        ("size: huge", 'WRK-001: size must be one of small, medium, large, not "huge"'),
         ("size: Small", 'WRK-001: size must be one of small, medium, large, not "Small" (did you mean "small"?)'),
-        ("complexity: 3", "complexity must be one of low, medium, high, not 3"),
         ("risk: [low]", 'risk must be one of low, medium, high, not ["low"]'),
-        ("impact: true", "impact must be one of low, medium, high, not true"),
-        ("blocked_from_status: nowhere", "blocked_from_status must be one of new, scoping, ready,"),
         ("blocked_type: other", 'blocked_type must be one of clarification, decision, not "other"'),
-        ("phase_pool: post", 'phase_pool must be one of pre, main, not "post"'),
         ("requires_human_review: 'no'", 'requires_human_review must be true or false, not "no"'),
         ("guardrail_override: 1", "guardrail_override must be true or false, not 1"),
         ("priority: high", 'priority must be a whole number, not "high"'),
-        ("priority: true", "priority must be a whole number, not true"),
         ("attempts: -1", "attempts must be a whole number from 0, not -1"),
         ("tags: auth", 'tags must be a list of texts, not "auth"; write it as ["auth"]'),
         ("tags: [a, 1]", 'tags must be a list of texts, not ["a", 1]'),
         ("dependencies: [null]", "dependencies must be a list of texts, not [null]"),
         ("phase: 12", "phase must be text, not 12 (in quotes it is text: '12')"),
-        ("phase: false", "phase must be text, not false (in quotes it is text: 'false')"),
         (
             "description:\n    context: 5\n    problem: x",
             "description must be a mapping of texts with the keys context, problem, solution,"
@@ -303,19 +235,6 @@ def test_one_bad_value_costs_that_key_alone() -> None:
         key: value for key, value in item(size="small").items() if key != "status"
     } | {"own": {"x": None}, "description": {"context": "c", "problem": ""}}
     assert [key for key, _ in problems] == ["status", "tags"]
-
-
-@pytest.mark.parametrize("raw", [None, 5, "text", ["id", "WRK-001"]])
-def test_what_is_no_mapping_is_no_item(raw: object) -> None:
-    read, [(key, problem)] = read_item(raw)
-    assert (read, key) == ({}, "")
-    assert problem.startswith("must be a mapping that begins with 'id: …', not ")
-
-
-def test_an_item_without_a_fault_is_the_mapping_itself() -> None:
-    """So that items whose text did not change are the same object before and after."""
-    raw = item(tags=["a"], own=1)
-    assert read_item(raw)[0] is raw
 
 
 def test_all_problems_are_listed_at_once_with_their_lines() -> None:
@@ -350,13 +269,6 @@ next_item_id: 9
         "BACKLOG.yaml:12: item number 3: the id WRK-001 is used twice; give one",
         "BACKLOG.yaml:17: item number 4: id must be up to 100 letters, digits, ",
     ]
-
-
-def test_duplicate_ids_are_refused() -> None:
-    text = MINIMAL.replace("next_item_id: 1\n", MINIMAL.split("items:\n")[1])
-    assert refusal(text) == (
-        "BACKLOG.yaml:8: item number 2: the id WRK-001 is used twice; give one of the two another one"
-    )
 
 
 @pytest.mark.parametrize("counter", ["many", "-1", "1.5"])
@@ -440,13 +352,10 @@ def test_a_refused_item_takes_no_id(title: str, fields: dict[str, str], message:
     ("ids", "counter", "expected"),
     [
         ([], 0, "WRK-001"),
-        (["WRK-001"], 1, "WRK-002"),
         (["WRK-001", "WRK-007"], 0, "WRK-008"),
         (["OTHER-040", "WRK-2"], 0, "WRK-003"),
         (["WRK-abc", "WRK-²", "WRK-", "WRK-1x"], 0, "WRK-001"),
-        ([], 5, "WRK-006"),
         (["WRK-009"], 5, "WRK-010"),
-        (["WRK-003"], 15, "WRK-016"),
         (["WRK-999"], 0, "WRK-1000"),
         (["WRK-99999999999999999999"], 0, "WRK-001"),
     ],
@@ -465,24 +374,6 @@ def test_ids_go_on_across_prefixes_and_after_removal() -> None:
     third = draft.add("HAMY", "3", NOW)
     assert [i["id"] for i in (first, second, third)] == ["WRK-001", "WRK-002", "HAMY-003"]
     assert draft.add("WRK", "4", NOW)["id"] == "WRK-004"
-
-
-def test_highest_number() -> None:
-    assert highest_number("WRK", []) == 0
-    assert highest_number("WRK", ["WRK-010", "WRK-9", "PROJ-42", "WRK-x", "WRK-12-1", "AWRK-99"]) == 10
-    assert highest_number("PROJ", ["WRK-010", "PROJ-42"]) == 42
-
-
-@pytest.mark.parametrize(
-    ("now", "text"),
-    [
-        (NOW, NOW_TEXT),
-        (START, "2026-02-10T00:00:00+00:00"),
-        (datetime(2026, 1, 1, 1, tzinfo=timezone(timedelta(hours=2))), "2025-12-31T23:00:00+00:00"),
-    ],
-)
-def test_timestamps_are_utc_with_an_offset(now: datetime, text: str) -> None:
-    assert timestamp(now) == text
 
 
 # ---- Life cycle ----------------------------------------------------------------------------------
@@ -575,21 +466,13 @@ PHASES = ("prd", "design", "build", "review")
 
 @pytest.mark.parametrize(
     ("phase", "to", "expected"),
-    [
-        ("prd", None, "design"),
-        ("build", None, "review"),
-        ("prd", "review", "review"),
-        ("review", "prd", "prd"),
-        (None, "build", "build"),
-    ],
+    [("prd", None, "design"), ("build", None, "review"), ("prd", "review", "review"), ("review", "prd", "prd"), (None, "build", "build")],
 )
 def test_d53_advance_sets_phase_and_pool(
     phase: str | None, to: str | None, expected: str
 ) -> None:
     fields = {"phase": phase} if phase else {}
-    draft = draft_of(
-        item(status="in_progress", phase_pool="pre", attempts=2, **fields)
-    )
+    draft = draft_of(item(status="in_progress", phase_pool="pre", attempts=2, **fields))
     changed = advance(draft, "WRK-001", PHASES, to, NOW)
     expected_item = item(status="in_progress", phase=expected, phase_pool="main")
     assert changed == {**expected_item, "updated": NOW_TEXT}
@@ -602,12 +485,7 @@ def test_d53_advance_sets_phase_and_pool(
         ("in_progress", "prd", "ship", "no main phase ship; there are prd, design, build, review"),
         ("in_progress", "review", None, "review is its last phase; 'complete' finishes it"),
         ("in_progress", None, None, "it is in no phase; name one with --to: prd, design, build, review"),
-        (
-            "in_progress",
-            "research",
-            None,
-            "it is in research, which is no main phase; name one with --to: prd, design, build, review",
-        ),
+        ("in_progress", "research", None, "it is in research, which is no main phase; name one with --to: prd, design, build, review"),
     ],
 )
 def test_an_impossible_advance_changes_nothing(
@@ -634,15 +512,6 @@ def test_archive_removes_the_item_and_what_depended_on_it() -> None:
     unchanged_after(draft, lambda: archive(draft, "WRK-001", NOW))
 
 
-def test_a_whole_life() -> None:
-    draft = draft_of()
-    item_id = draft.add("WRK", "T", NOW)["id"]
-    for status in ("scoping", "ready", "in_progress", "done"):
-        transition(draft, item_id, status, NOW)
-    assert archive(draft, item_id, NOW) == []
-    assert draft.backlog() == Backlog({}, 1)
-
-
 # ---- Follow-ups ----------------------------------------------------------------------------------
 
 
@@ -650,43 +519,17 @@ def test_d35_follow_ups_become_items_with_their_context() -> None:
     draft = draft_of(item("WRK-007"), counter=3)
     follow_ups = [FollowUp("One", " why \n", "small", "low"), FollowUp("Two", "  ")]
     added = add_follow_ups(draft, "WRK", "WRK-007/build", follow_ups, NOW)
-    assert added == [
-        {
-            "id": "WRK-008",
-            "title": "One",
-            "status": "new",
-            "size": "small",
-            "risk": "low",
-            "requires_human_review": False,
-            "origin": "WRK-007/build",
-            "created": NOW_TEXT,
-            "updated": NOW_TEXT,
-            "description": {
-                "context": "why",
-                "problem": "",
-                "solution": "",
-                "impact": "",
-                "sizing_rationale": "",
-            },
-        },
-        {
-            "id": "WRK-009",
-            "title": "Two",
-            "status": "new",
-            "requires_human_review": False,
-            "origin": "WRK-007/build",
-            "created": NOW_TEXT,
-            "updated": NOW_TEXT,
-        },
-    ]
+    first = {"id": "WRK-008", "title": "One", "status": "new", "size": "small", "risk": "low"}
+    texts = {"context": "why", "problem": "", "solution": "", "impact": "", "sizing_rationale": ""}
+    given = {"requires_human_review": False, "origin": "WRK-007/build", "created": NOW_TEXT, "updated": NOW_TEXT}
+    second = {"id": "WRK-009", "title": "Two", "status": "new"}
+    assert added == [{**first, **given, "description": texts}, {**second, **given}]
     assert list(draft.items) == ["WRK-007", "WRK-008", "WRK-009"]
     assert draft.next_item_id == 9
 
 
 def test_d35_the_same_idea_is_not_added_twice() -> None:
-    draft = draft_of(
-        item(title="Add `--json` to status!"), item("WRK-002", "done", title="Write docs")
-    )
+    draft = draft_of(item(title="Add `--json` to status!"), item("WRK-002", "done", title="Write docs"))
     follow_ups = [FollowUp("add --JSON to  Status"), FollowUp("Write docs"), FollowUp("write DOCS.")]
     added = add_follow_ups(draft, "WRK", "o", follow_ups, NOW)
     assert [i["title"] for i in added] == ["Write docs"]
@@ -706,12 +549,6 @@ def test_d59_a_bad_follow_up_is_left_out_and_the_rest_kept() -> None:
         "follow-up 'Bad' is left out: the new item: size must be one of small, medium, large,"
         ' not "gigantic"',
     ]
-
-
-def test_no_follow_ups_change_nothing() -> None:
-    draft = draft_of(item(), counter=1)
-    assert add_follow_ups(draft, "WRK", "o", [], NOW) == []
-    assert draft.backlog() == Backlog({"WRK-001": item()}, 1)
 
 
 @pytest.mark.parametrize(

@@ -83,9 +83,7 @@ class Bench:
 
     def fresh(self, **options: Any) -> Store:
         """Another store on the same file, as another command has one."""
-        store = make_store(
-            self.path, self.state_dir, self.warnings.append, monotonic=lambda: self.time, **options
-        )
+        store = make_store(self.path, self.state_dir, self.warnings.append, monotonic=lambda: self.time, **options)
         store.look()
         return store
 
@@ -225,7 +223,7 @@ def test_an_item_added_by_hand_is_completed_and_the_counter_moves(running: Bench
 
 
 def moment_of(item: Item) -> datetime:
-    return max(datetime.fromisoformat(item[key]) for key in ("created", "updated"))  # type: ignore[literal-required]
+    return max(datetime.fromisoformat(item[key]) for key in ("created", "updated"))
 
 
 def racing(bench: Bench, *edits: Callable[[], object]) -> Item:
@@ -296,13 +294,6 @@ def test_a_broken_file_is_left_alone_for_a_minute_then_set_aside(running: Bench)
     assert not running.store.trouble
     assert running.item("WRK-001")["size"] == "small"
     assert running.text == running.store.state.document.to_bytes().decode()
-
-
-def test_a_broken_file_is_set_aside_at_once_by_who_cannot_wait(running: Bench) -> None:
-    running.path.write_text(BROKEN)
-    running.take_in(patient=False)
-    assert running.text == TEXT
-    assert len(running.warnings) == 1
 
 
 CUT = TEXT[: TEXT.index("# numbers")]
@@ -444,11 +435,7 @@ def make_folder(path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [
-        (make_link, "it is a symbolic link"),
-        (make_pipe, "it is not a regular file"),
-        (make_folder, "it is not a regular file"),
-    ],
+    [(make_link, "it is a symbolic link"), (make_pipe, "it is not a regular file"), (make_folder, "it is not a regular file")],
 )
 def test_what_is_no_regular_file_is_neither_read_nor_replaced(
     bench: Bench, change: Callable[[Path], None], message: str
@@ -574,6 +561,7 @@ def test_a_writer_between_reading_and_renaming_is_waited_for(bench: Bench) -> No
     assert bench.in_step()
 
 
+@pytest.mark.slow
 def test_four_processes_adding_at_once_lose_nothing(bench: Bench) -> None:
     adders = [child(ADDER, bench.path, bench.state_dir, name, ROOT) for name in "abcd"]
     for adder in adders:

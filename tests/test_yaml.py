@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import itertools
 import json
 import random
@@ -74,24 +73,15 @@ READ: dict[str, tuple[str, object]] = {
     "key_yes_and_on_are_strings": ("yes: no\non: off\n", {"yes": "no", "on": "off"}),
     "quoted_keys": ("'1': a\n\"b: c\" : d\n'it''s': e\n", {"1": "a", "b: c": "d", "it's": "e"}),
     "spaces_before_colon": ("a : 1\nb   :\n", {"a": 1, "b": None}),
-    "plain_with_brackets_hash_colon_inside": (
-        "a: b [c] {d}, e#f g:h 'i' \"j\" & * !\n",
-        {"a": "b [c] {d}, e#f g:h 'i' \"j\" & * !"},
-    ),
+    "plain_with_brackets_hash_colon_inside": ("a: b [c] {d}, e#f g:h 'i' \"j\" & * !\n", {"a": "b [c] {d}, e#f g:h 'i' \"j\" & * !"}),
     "plain_with_dash_in_front": ("- -x\n- a: -y\n", ["-x", {"a": "-y"}]),
     "trailing_comment_needs_space": ("a: b#c\nb: b #c\n", {"a": "b#c", "b": "b"}),
     "plain_multi_line_folds": ("a: b\n  c  \n\n\n   d\ne: f\n", {"a": "b c\n\nd", "e": "f"}),
     "plain_multi_line_is_text": ("a: 1\n  2\nb: null\n  x\n", {"a": "1 2", "b": "null x"}),
-    "plain_continuation_starting_with_quote_sign": (
-        "a: b\n  'c'\n  \"d\n  [e\n  &f\n",
-        {"a": "b 'c' \"d [e &f"},
-    ),
+    "plain_continuation_starting_with_quote_sign": ("a: b\n  'c'\n  \"d\n  [e\n  &f\n", {"a": "b 'c' \"d [e &f"}),
     "single_quote_doubled": ("a: 'it''s'\nb: ''''\nc: ''\n", {"a": "it's", "b": "'", "c": ""}),
     "single_multi_line": ("a: 'b  \n\n  c\n  d '\n", {"a": "b\nc d "}),
-    "double_all_escapes": (
-        r'a: "\0\a\b\t\n\v\f\r\e\ \"\/\\\N\_\L\P\x41\u263A\U0001F600"' + "\n",
-        {"a": "\0\a\b\t\n\v\f\r\x1b \"/\\\x85\xa0\u2028\u2029A☺😀"},
-    ),
+    "double_all_escapes": (r'a: "\0\a\b\t\n\v\f\r\e\ \"\/\\\N\_\L\P\x41\u263A\U0001F600"' + "\n", {"a": "\0\a\b\t\n\v\f\r\x1b \"/\\\x85\xa0\u2028\u2029A☺😀"}),
     "double_multi_line_folds": ('a: "b\n\n\n  c\n  d"\n', {"a": "b\n\nc d"}),
     "double_multi_line_backslash_join": ('a: "b \\\n   c\\\n  \\ d"\n', {"a": "b c d"}),
     "double_escaped_space_before_break": ('a: "b\\   \n  c"\n', {"a": "b  c"}),
@@ -101,47 +91,14 @@ READ: dict[str, tuple[str, object]] = {
     "literal_keep": ("a: |+\n  b\n\n\nc: 1\n", {"a": "b\n\n\n", "c": 1}),
     "literal_indent_digit_serde": ("a: |2-\n    b\n   c\n", {"a": "  b\n c"}),
     "literal_digit_behind_sign": ("a: |-1\n  b\n", {"a": " b"}),
-    "literal_contains_hash_dash_and_key_like_lines": (
-        "a: | # c\n  # b\n  - c\n  d: e\n  ---\n",
-        {"a": "# b\n- c\nd: e\n---\n"},
-    ),
+    "literal_contains_hash_dash_and_key_like_lines": ("a: | # c\n  # b\n  - c\n  d: e\n  ---\n", {"a": "# b\n- c\nd: e\n---\n"}),
     "folded": ("a: >\n  b\n  c\n\n  d\n", {"a": "b c\nd\n"}),
-    "folded_more_indented_and_leading_blanks": (
-        "a: >-\n\n  b\n  c\n    d\n  e\n\n    f\n\n  g\n",
-        {"a": "\nb c\n  d\ne\n\n  f\n\ng"},
-    ),
+    "folded_more_indented_and_leading_blanks": ("a: >-\n\n  b\n  c\n    d\n  e\n\n    f\n\n  g\n", {"a": "\nb c\n  d\ne\n\n  f\n\ng"}),
     "block_eof_without_newline_strip": ("a: |-\n  b", {"a": "b"}),
-    "comment_below_block_scalar_less_indented": (
-        "a: |\n    b\n  # c\n    # d\n# e\nf: 1\n",
-        {"a": "b\n", "f": 1},
-    ),
+    "comment_below_block_scalar_less_indented": ("a: |\n    b\n  # c\n    # d\n# e\nf: 1\n", {"a": "b\n", "f": 1}),
     "block_scalar_in_list_entry": ("- |\n a\n- >-\n  b\n  c\n", ["a\n", "b c"]),
-    "flow_list_of_scalars": (
-        "a: [b, 'c, d', \"e]\", 1, -2, true, x y, a/b.c] # f\n",
-        {"a": ["b", "c, d", "e]", 1, -2, True, "x y", "a/b.c"]},
-    ),
-    "dates_times_stay_text_with_nanoseconds": (
-        "a: 2026-02-12T16:23:33.711239234+00:00\nb: 2026-02-13\nc: 12:30:45\nd: 1_000\n",
-        {
-            "a": "2026-02-12T16:23:33.711239234+00:00",
-            "b": "2026-02-13",
-            "c": "12:30:45",
-            "d": "1_000",
-        },
-    ),
-    "continuation_after_memoised_value": (
-        "a: b\nc:\n  a: b\nd:\n  a: b\n    more\ne: b\n  more\n",
-        {"a": "b", "c": {"a": "b"}, "d": {"a": "b more"}, "e": "b more"},
-    ),
-    "continuation_after_memoised_first_key": (
-        "- a: b\n- a: b\n    more\n  c: b\n- a\n- a\n  more\n",
-        [{"a": "b"}, {"a": "b more", "c": "b"}, "a", "a more"],
-    ),
-    "first_keys_that_differ": (
-        "- a: 1\n  b: 2\n- b: 1\n  a: 2\n- a: 1\n- b: 2\n",
-        [{"a": 1, "b": 2}, {"b": 1, "a": 2}, {"a": 1}, {"b": 2}],
-    ),
-    "known_key_as_text": ("- a: b\n- a\n- a:\n    a: a\n", [{"a": "b"}, "a", {"a": {"a": "a"}}]),
+    "flow_list_of_scalars": ("a: [b, 'c, d', \"e]\", 1, -2, true, x y, a/b.c] # f\n", {"a": ["b", "c, d", "e]", 1, -2, True, "x y", "a/b.c"]}),
+    "dates_times_stay_text_with_nanoseconds": ("a: 2026-02-12T16:23:33.711239234+00:00\nb: 2026-02-13\nc: 12:30:45\nd: 1_000\n", {"a": "2026-02-12T16:23:33.711239234+00:00", "b": "2026-02-13", "c": "12:30:45", "d": "1_000"}),
     "tab_inside_quotes": ("a: 'b\tc'\nd: \"e\tf\"\n", {"a": "b\tc", "d": "e\tf"}),
     "tab_behind_a_colon_that_is_text": ('a: "b:\tc"\nd: x # e:\tf\n', {"a": "b:\tc", "d": "x"}),
     "tab_inside_literal_and_comment": ("a: | #\tx\n  b\tc\t\n", {"a": "b\tc\t\n"}),
@@ -189,14 +146,6 @@ def test_leading_zero_hex_octal_inf_nan_16_digits_1e400_refused(text: str) -> No
         assert "quote it" in error.problem
     assert "number" in refusal(f"a: [x, {text}]\n").problem
     assert read(f"a: '{text}'\n") == {"a": text}
-
-
-@pytest.mark.parametrize("key", ["1", "1.5", "true", "null", "~", "0x1", "-1", ".inf"])
-def test_non_string_keys_refused(key: str) -> None:
-    error = refusal(f"a: 1\n{key}: b\n")
-    assert (error.line, error.column) == (2, 1)
-    assert "is not a string" in error.problem or key == "-1"
-    assert read(f"'{key}': b\n") == {key: "b"}
 
 
 # name: text, line, column, what the message names
@@ -306,56 +255,10 @@ def test_refused(text: str, line: int, column: int, names: str) -> None:
     assert names in error.problem
 
 
-@pytest.mark.parametrize(
-    ("sign", "name"), [("&x", "anchor"), ("*x", "alias"), ("!t", "tag"), ("!!str", "tag"), ("!", "tag")]
-)
-@pytest.mark.parametrize(
-    ("before", "line", "column"),
-    [("a: {} b\n", 1, 4), ("- {} b\n", 1, 3), ("- a: {}\n", 1, 6), ("{} a: b\n", 1, 1), ("{}\na: b\n", 1, 1),
-     ("a:\n  {} b: c\n", 2, 3), ("a:\n- {}\n", 2, 3), ("a: 1\n{}: b\n", 2, 1), ("--- {}\na: b\n", 1, 5)],
-)  # fmt: skip
-def test_anchor_alias_tag_each_position_refused(
-    sign: str, name: str, before: str, line: int, column: int
-) -> None:
-    error = refusal(before.replace("{}", sign))
-    assert (error.line, error.column) == (line, column)
-    assert name in error.problem or "---" in error.problem
-
-
-def test_value_memo_not_shared_mutable() -> None:
-    value = read("a: []\nb: []\nc: {}\nd: {}\ne: [x]\nf: [x]\n")
-    assert isinstance(value, dict)
-    value["a"].append(1)
-    value["c"]["x"] = 1
-    value["e"].append(1)
-    assert value == {"a": [1], "b": [], "c": {"x": 1}, "d": {}, "e": ["x", 1], "f": ["x"]}
-
-
 @pytest.mark.parametrize("path", OTHER_WRITERS, ids=lambda path: path.stem)
 def test_other_writers_output_reads_equal(path: Path) -> None:
     expected = json.loads((DATA / "value.json").read_text(encoding="utf-8"))
     assert same(parse_yaml(path.read_bytes(), path.name), expected)
-
-
-def careful(text: str) -> object:
-    """Read with comments behind all lines of plain values, which no shortcut of the reader takes."""
-    return read("".join(f"{line}   # c\n" for line in text.splitlines()))
-
-
-def test_fast_path_equals_careful_path() -> None:
-    rng = random.Random(63)
-    values = ["x", "two words", "'q'", '"d"', "12", "-3", "1.5", "true", "~", "", "2026-02-13", "a:b", "[]", "-x"]
-    for _ in range(300):
-        lines = []
-        for item in range(rng.randint(1, 4)):
-            keys = rng.sample("abcdef", rng.randint(1, 5))
-            lines += [
-                f"{'- ' if not n else '  '}{key}: {rng.choice(values)}" for n, key in enumerate(keys)
-            ]
-            if rng.random() < 0.5:
-                lines += [f"  z{item}:", f"    a: {rng.choice(values)}", "    b: x"]
-        text = "\n".join(lines)
-        assert same(read(text + "\n"), careful(text)), text
 
 
 # ---- real files and the public test suite, where this machine has them -------------------------------
@@ -465,6 +368,12 @@ HOSTILE: dict[str, Callable[[], bytes]] = {
     "long_flow_list": lambda: b"a: [" + b"b, " * 200_000 + b"c]\n",
     "million_colons": lambda: b"a" + b": " * 500_000,
     "million_backslashes": lambda: b'a: "' + b"\\" * 1_000_001,
+    "million_escapes": lambda: b'a: "' + b"\\n" * 1_000_000 + b'"\n',
+    "hundred_thousand_documents": lambda: b"---\na: 1\n" * 100_000,
+    "block_scalar_of_many_lines": lambda: b"a: >\n" + b"  x\n\n" * 50_000,
+    "blank_lines_in_a_quoted_scalar": lambda: b'a: "b' + b"\n" * 100_000 + b' c"\n',
+    "invalid_utf8_far_behind": lambda: b"a: " + "é".encode() * 1_000_000 + b"\xc3",
+    "carriage_returns": lambda: b"\r" * 1_000_000,
     "million_quotes": lambda: b"a: " + b"'" * 1_000_001,
     "huge_integer_refused_quickly": lambda: b"a: " + b"1" * 1_000_000 + b"\n",
     "huge_float": lambda: b"a: 1." + b"1" * 1_000_000 + b"\n",
@@ -475,7 +384,7 @@ HOSTILE: dict[str, Callable[[], bytes]] = {
 }
 
 
-HOSTILE_AND_LONG = ("late_duplicate", "unclosed_over_many_lines", "million_backslashes", "hundred_thousand_levels")
+HOSTILE_AND_LONG = ("million_escapes", "block_scalar_of_many_lines", "late_duplicate", "unclosed_over_many_lines", "million_backslashes", "hundred_thousand_levels")
 
 
 @pytest.mark.parametrize("make", [
@@ -506,18 +415,6 @@ def test_ten_mb_line_memory_bound() -> None:
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert peak < 8 * len(data)
-
-
-@pytest.mark.parametrize("collecting", [True, False])
-def test_gc_state_restored_after_error(collecting: bool) -> None:
-    before = gc.isenabled()
-    (gc.enable if collecting else gc.disable)()
-    try:
-        for data in (b"a: 1\n", b"a: \0"):
-            attempt(parse_yaml, data)
-            assert gc.isenabled() == collecting
-    finally:
-        (gc.enable if before else gc.disable)()
 
 
 def test_mutated_files_raise_nothing_but_yaml_error() -> None:
@@ -592,9 +489,7 @@ def test_texts_that_no_reader_takes_for_numbers_stay_plain(text: str) -> None:
 def test_key_e9_quoted() -> None:
     value = {"e9": 1, "yes": 2, "1": 3, "a b": 4, "a: b": 5, "": 6, "é": 7, "a-b_c": 8, "-": 9, "\t": 10}
     text = render_yaml(value)
-    assert text == (
-        "'e9': 1\n'yes': 2\n'1': 3\n'a b': 4\n'a: b': 5\n'': 6\n'é': 7\na-b_c: 8\n'-': 9\n\"\\t\": 10\n"
-    )
+    assert text == ("'e9': 1\n'yes': 2\n'1': 3\n'a b': 4\n'a: b': 5\n'': 6\n'é': 7\na-b_c: 8\n'-': 9\n\"\\t\": 10\n")
     assert same(read(text), value)
 
 
@@ -606,14 +501,8 @@ def test_nbsp_and_ideographic_space_at_ends_quoted(space: str) -> None:
 
 
 def test_control_and_line_separator_escaped() -> None:
-    assert written("\x00\x1b\x7f\x85\u2028\u2029\ufeff\t\"\\") == (
-        '"\\x00\\x1B\\x7F\\x85\\u2028\\u2029\\uFEFF\\t\\"\\\\"'
-    )
+    assert written("\x00\x1b\x7f\x85\u2028\u2029\ufeff\t\"\\") == ('"\\x00\\x1B\\x7F\\x85\\u2028\\u2029\\uFEFF\\t\\"\\\\"')
     assert written("a\rb") == '"a\\x0Db"'
-
-
-def test_astral_raw() -> None:
-    assert written("😀") == "😀"
 
 
 @pytest.mark.parametrize("value", ["a\ud800", ["\udfff"], {"\ud800": 1}])
@@ -675,11 +564,6 @@ def test_nesting_written_up_to_32() -> None:
     for deeper in ([value], cycle):
         with pytest.raises(ValueError, match="nesting deeper than 32"):
             render_yaml(deeper)
-
-
-def test_long_line_never_wrapped() -> None:
-    for text in ("word " * 500 + "end", "it's: " * 300 + "x"):
-        assert "\n" not in written(text)
 
 
 def test_empty_collections_and_none() -> None:
@@ -846,19 +730,10 @@ def test_document_values() -> None:
     }
 
 
-def test_unedited_bytes_are_kept() -> None:
-    assert document().to_bytes() == BACKLOG.encode()
-
-
 def test_set_same_value_changes_nothing() -> None:
     everything = document().items[0]
     assert edited(BACKLOG, change(0, everything), update(0, gone=None)) == BACKLOG
     assert edited(BACKLOG, set_top("next_item_id", 3), set_top("no", None)) == BACKLOG
-
-
-def test_true_is_not_one() -> None:
-    text = "items:\n- id: A\n  attempts: 1\n"
-    assert edited(text, update(0, attempts=True)) == "items:\n- id: A\n  attempts: true\n"
 
 
 EDITS: dict[str, tuple[dict[str, object], list[str], list[str]]] = {
@@ -905,22 +780,6 @@ def test_edit(changes: dict[str, object], old: list[str], new: list[str]) -> Non
     text = edited(BACKLOG, change(0, changes))
     assert changed(BACKLOG, text) == (old, new)
     assert edited(BACKLOG, update(0, id="A-1"), change(0, changes)) == text
-
-
-def test_set_keeps_quoted_key() -> None:
-    text = edited(BACKLOG, update(1, status="ready"))
-    assert changed(BACKLOG, text) == (["  'status': new"], ["  'status': ready"])
-
-
-def test_set_scalar_to_mapping_moves_comment_to_header() -> None:
-    text = edited("items:\n- id: A\n  description: x  # why\n", update(0, description={"context": "z"}))
-    assert text == "items:\n- id: A\n  description:  # why\n    context: z\n"
-
-
-def test_new_key_before_trailing_comments() -> None:
-    text = edited(BACKLOG, update(1, priority=1))
-    created = "  created: 2026-02-12T16:23:33.711239234+00:00\n"
-    assert text == BACKLOG.replace(created, created + "  priority: 1\n")
 
 
 def test_new_keys_in_canonical_order() -> None:
@@ -1054,20 +913,6 @@ def test_set_top() -> None:
     )
 
 
-def test_keep_block_scalars_survive_edits_around_them() -> None:
-    text = "items:\n- id: A\n  title: |+\n    x\n\n- id: B\n- id: C\n\n# file\n- id: D\n\nn: 1\n"
-    assert document(text).items[0]["title"] == "x\n\n"
-    for edit in (
-        remove(1),
-        append({"id": "E"}),
-        lambda made: made.with_chunks(made.chunks[:1]),
-        lambda made: made.with_chunks(made.chunks[:2]),
-        change(0, {"title": "y", "phase": "z"}),
-        change(0, {"created": "y"}),
-    ):
-        edited(text, edit)
-
-
 def test_key_removed_below_a_keep_block_scalar_at_the_end() -> None:
     text = "items:\n- title: |+\n    x\n  id: A\n\nn: 1\n"
     assert edited(text, update(0, id=None)) == "items:\n- title: |\n    x\n\nn: 1\n"
@@ -1104,22 +949,6 @@ def test_edit_self_check_raises_not_writes(text: str, edit: Edit) -> None:
     with pytest.raises(ValueError, match=r"."):
         edit(made)
     assert made == document(text)
-
-
-def test_first_append_that_cannot_be_written_leaves_the_document() -> None:
-    made = document("items: []\n")
-    with pytest.raises(ValueError, match="reads back"):
-        append({"id": Liar("x")})(made)
-
-
-def test_an_edit_leaves_the_document_it_is_made_of() -> None:
-    made = document()
-    for edit in (update(0, title="x", tags=["y"]), remove(1), append({"id": "Z"}), set_top("next_item_id", 9)):
-        edit(made)
-    assert made == document()
-    assert made.to_bytes() == BACKLOG.encode()
-    assert same(made.items, document().items)
-    assert made.top == {"schema_version": 3, "next_item_id": 3}
 
 
 DOCUMENT_REFUSED: dict[str, tuple[str, int, int, str]] = {
@@ -1176,12 +1005,6 @@ def test_chunks_are_the_lines_of_the_items() -> None:
     parts = (made.source, made.bom, made.newline, made.head, made.chunks, made.tail)
     assert Document(*parts) == made
     assert Document(*parts).top == made.top
-
-
-@pytest.mark.parametrize("text", ["", "# c\n", "id: A\n", "- a\n- b\n", "- a\nb: 1\n", "- a\n  - b: 1\n", "- 'a\n"])
-def test_what_is_no_chunk_is_refused(text: str) -> None:
-    with pytest.raises(YamlError):
-        read_chunk(text)
 
 
 def test_chunks_of_another_document_take_its_indentation() -> None:
@@ -1297,6 +1120,8 @@ def check_random_edits(texts: list[str], count: int) -> None:
             known = [repr(item) for item in before.items]
             gained = [item for item in made.items if repr(item) not in known]
             assert len(gained) <= 1
+            if len(made.chunks) == len(before.chunks):
+                assert sum(map(str.__ne__, made.chunks, before.chunks)) <= 1
             if same(made.items, before.items) and made.top == before.top:
                 assert made.to_bytes() == before.to_bytes()
 
@@ -1317,13 +1142,3 @@ def test_random_4000_edits_only_touched_lines() -> None:
 def test_random_edits_of_corpus(corpus: Path) -> None:
     texts = [path.read_text(encoding="utf-8") for path in backlogs(corpus) if "backlogs" in path.parts]
     check_random_edits([text for text in texts if "\nitems:" in text and len(text) < 60_000], 200)
-
-
-def test_incremental_equals_full_reload() -> None:
-    made = document()
-    for number in range(12):
-        reason = "a\nb" if number % 2 else None
-        made = update(number % 3, attempts=number, phase=f"p{number}", blocked_reason=reason)(made)
-        again = Document.parse(made.to_bytes(), "B.yaml")
-        assert again == made
-        assert same(again.items, made.items)

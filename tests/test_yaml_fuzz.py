@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import random
-import re
-from collections.abc import Callable
 
 import pytest
 
@@ -280,48 +278,3 @@ def test_a_fault_anywhere_in_a_document_is_refused_by_name_and_line(fault: str, 
             parse_yaml("\n".join(lines).encode(), "f")
         assert refused.value.line == lines.index(fault) + 1, "\n".join([str(refused.value), *lines])
         assert name in refused.value.problem
-
-
-HOSTILE: dict[str, Callable[[], bytes]] = {
-    "10 MB of one word": lambda: b"a: " + b"x" * 10_000_000,
-    "10 MB of spaces behind a value": lambda: b"a: b" + b" " * 10_000_000 + b"c\n",
-    "a million escapes": lambda: b'a: "' + b"\\n" * 1_000_000 + b'"\n',
-    "10 MB in single quotes": lambda: b"a: '" + b"''" * 5_000_000 + b"'\n",
-    "100,000 levels of dashes": lambda: b"- " * 100_000 + b"x\n",
-    "100,000 levels of brackets": lambda: b"a: " + b"[" * 100_000 + b"]" * 100_000 + b"\n",
-    "100,000 levels of braces": lambda: b"a: " + b"{a: " * 100_000,
-    "100,000 explicit keys": lambda: b"? " * 100_000,
-    "100,000 anchors": lambda: b"".join(b"a%d: &x%d\n" % (n, n) for n in range(100_000)),
-    "100,000 merge keys": lambda: b"<<: {}\n" * 100_000,
-    "100,000 documents": lambda: b"---\na: 1\n" * 100_000,
-    "100,000 comments": lambda: b"a: 1\n" + b"# c\n" * 100_000 + b"b: 2\n",
-    "100,000 blank lines in a quoted scalar": lambda: b'a: "b' + b"\n" * 100_000 + b' c"\n',
-    "100,000 lines of a block scalar": lambda: b"a: >\n" + b"  x\n\n" * 50_000,
-    "100,000 keys alike": lambda: b"".join(b"%s%d: v\n" % (b"k" * 40, n) for n in range(100_000)),
-    "an integer of 10,000 digits": lambda: b"a: " + b"9" * 10_000 + b"\n",
-    "an integer of 10,000 digits as a key": lambda: b"9" * 10_000 + b": a\n",
-    "an integer of 10,000 digits in a list": lambda: b"a: [" + b"9" * 10_000 + b"]\n",
-    "an exponent of 10,000 digits": lambda: b"a: 1e" + b"9" * 10_000 + b"\n",
-    "tabs": lambda: b"a:\n" + b"\t" * 100_000 + b"b: 1\n",
-    "NUL": lambda: b"\0" * 1_000_000,
-    "invalid UTF-8 far behind": lambda: b"a: " + "é".encode() * 1_000_000 + b"\xc3",
-    "CR LF": lambda: b"a: 1\r\n" + b"# c\r\n" * 100_000,
-    "CR": lambda: b"\r" * 1_000_000,
-    "byte order marks": lambda: b"\xef\xbb\xbf" * 300_000,
-}  # fmt: skip
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("load", [parse_yaml, Document.parse])
-@pytest.mark.parametrize("make", HOSTILE.values(), ids=list(HOSTILE))
-def test_hostile_input_is_read_or_refused_but_raises_nothing_else(
-    make: Callable[[], bytes], load: Callable[[bytes, str], object]
-) -> None:
-    """Ten megabytes would take hours if anything but time linear in the input were needed."""
-    refused = "hostile:1:1: "
-    try:
-        load(make(), "hostile")
-    except YamlError as error:
-        refused = str(error)
-    assert re.match(r"hostile:[1-9][0-9]*:[1-9][0-9]*: ", refused)
-    assert len(refused) < 300, "a message fits on a screen"
