@@ -2595,7 +2595,8 @@ def merge(
             for key, item in file.found.items()
         )
         for key in missing:
-            if mixed or key not in base.chunks:
+            newer = highest_number(prefix, [key]) > file.counter  # than whatever the file shows
+            if mixed or newer or key not in base.chunks:
                 made.take(key, decided.items.get(key), decided.chunks[key])
     document = made.document()
     return (decided if document == decided.document else State(document)), made.notes

@@ -489,6 +489,15 @@ def test_an_old_copy_of_a_state_that_nobody_remembers_undoes_no_decision() -> No
     assert notes == ["WRK-001: phase was edited to 'p0' and decided as 'p2'; kept 'p2'"]
 
 
+def test_an_item_that_is_newer_than_a_copy_which_nobody_remembers_stays() -> None:
+    """Seen in the soak: an editor had loaded a state of the run before, which was in no commit."""
+    world = World()
+    old = world.file
+    world.save(lambda state: decide(state, "WRK-004", new("t4", world.stamp()), next_item_id=4))
+    merged, _ = merge(world.decided, parse(altered(old, "WRK-001", title="mine")), [], world.now())
+    assert [item["title"] for item in merged.items.values()] == ["mine", "t2", "t3", "t4"]
+
+
 def test_random_histories() -> None:
     fail_if_any(1, 40)
 

@@ -784,7 +784,7 @@ def test_edit(changes: dict[str, object], old: list[str], new: list[str]) -> Non
 
 def test_new_keys_in_canonical_order() -> None:
     assert ITEM_KEYS[:3] == ("id", "title", "status")
-    assert ITEM_KEYS[-3:] == ("guardrail_override", "priority", "attempts")
+    assert ITEM_KEYS[-3:] == ("priority", "attempts", "verify")
     every = {key: "x" for key in reversed(ITEM_KEYS) if key != "id"}
     text = edited("items:\n- id: A\n", change(0, {"own": "x", **every}))
     assert text == "items:\n- id: A\n" + "".join(f"  {key}: x\n" for key in (*ITEM_KEYS[1:], "own"))
