@@ -275,6 +275,10 @@ class _YamlReader:
                 what = f"a document {name} marker ({text[:3]})"
                 self.refuse(0, what, "keep one document per file", line)
 
+    def _filled(self, line: int) -> int:
+        """The first line from `line` on that is not blank, or the last one."""
+        return next((n for n in range(line, self.last) if self.lines[n].strip(" ")), self.last)
+
     def _sign_alone(self, column: int) -> str:
         """Which of `-`, `?`, `:` stands at `column`, with a space or the line's end behind it."""
         sign, behind = self.lines[self.at][column : column + 1], self.lines[self.at][column + 1 :]
@@ -300,33 +304,28 @@ class _YamlReader:
         """Read the block collection that starts at `column` of line `at`."""
         if depth > _YAML_MAX_DEPTH:
             self.refuse(column, f"nesting deeper than {_YAML_MAX_DEPTH}", "flatten the structure")
+        start, keys, elements = self.at, dict[str, _YamlNode](), list[_YamlNode]()
+        found: object
         if self.is_dash(column):
-            return self.sequence(column, depth)
-        if not self.is_entry(column):
+            while not elements or (self.indent == column and self.is_dash(column)):
+                elements.append(self.element(column, depth))
+            found = [node.value for node in elements]
+        elif self.is_entry(column):
+            while not keys or self.indent == column:
+                key, colon = self._key(column)
+                if key in keys:
+                    problem = f"duplicate key {key[:40]!r}, first on line {keys[key].start + 1}"
+                    self.fail(column, problem, "remove one of the two")
+                keys[key] = self.value(colon + 1, column, depth, dash_from=column)
+            found = {key: node.value for key, node in keys.items()}
+        else:
             self._check_start(column)
             self.refuse(column, "a scalar on a line of its own", "write it behind its key or dash")
-        return self.mapping(column, depth)
-
-    def mapping(self, column: int, depth: int) -> _YamlNode:
-        start = self.at
-        nodes: dict[str, _YamlNode] = {}
-        while self.indent == column or not nodes:
-            key, colon = self._key(column)
-            if key in nodes:
-                problem = f"duplicate key {key[:40]!r}, first on line {nodes[key].start + 1}"
-                self.fail(column, problem, "remove one of the two")
-            nodes[key] = self.value(colon + 1, column, depth, dash_from=column)
-        self._check_not_deeper(column)
-        found = {key: node.value for key, node in nodes.items()}
-        return _YamlNode(found, start, self.end, column, column=column, keys=nodes)
-
-    def sequence(self, column: int, depth: int) -> _YamlNode:
-        start, nodes = self.at, [self.element(column, depth)]
-        while self.indent == column and self.is_dash(column):
-            nodes.append(self.element(column, depth))
-        self._check_not_deeper(column)
-        found = [node.value for node in nodes]
-        return _YamlNode(found, start, self.end, column, column=column, elements=nodes)
+        if self.indent > column:
+            where = f"column {self.indent + 1}, theirs is {column + 1}"
+            problem = f"this line is indented deeper than its neighbours ({where})"
+            self.fail(self.indent, problem, "align it with them or with the block above")
+        return _YamlNode(found, start, self.end, column, "", column, keys, elements)
 
     def element(self, column: int, depth: int) -> _YamlNode:
         """Read one entry of a sequence; its dash stands at `column`."""
@@ -336,13 +335,6 @@ class _YamlReader:
         if compact or self.is_dash(start):
             return self._below(start, depth + 1)._replace(head=column + 1)
         return self.value(column + 1, column, depth, dash_from=column + 1)
-
-    def _check_not_deeper(self, column: int) -> None:
-        """Line `at` must not be deeper than the entries at `column` before it."""
-        if self.indent > column:
-            where = f"column {self.indent + 1}, theirs is {column + 1}"
-            problem = f"this line is indented deeper than its neighbours ({where})"
-            self.fail(self.indent, problem, "align it with them or with the block above")
 
     def _key(self, column: int) -> tuple[str, int]:
         """The key at `column` of line `at`, and the column of its colon."""
@@ -364,26 +356,21 @@ class _YamlReader:
                 hint = "a quoted key stands on one line with its colon, a text that goes on is"
                 self.fail(column, 'expected "key: value"', f"{hint} indented deeper than its key")
             colon, key = found.start(), line[column : found.start()].rstrip(" ")
-            self._check_plain_key(key, column, found)
+            if found[0] == ":\t":
+                what, remedy = "a tab character behind a colon", "use spaces, or quote the key"
+                self.refuse(colon + 1, what, remedy)
+            for sign, name in (("\t", "a tab character"), ("#", "`#`"), (":", "`:`")):
+                if sign in key:
+                    self.refuse(column + key.index(sign), f"{name} in a plain key", "quote the key")
+            if key == "<<":
+                self.refuse(column, "a merge key (<<)", "write the keys out, or quote it")
+            if key[0] in "-?":
+                self.refuse(column, f"a plain key that starts with `{key[0]}`", "quote the key")
+            if key in _YAML_CONSTANTS or _YAML_NUMBER_LIKE.fullmatch(key):
+                self.fail(column, f"the key {key[:40]} is not a string", "quote it")
         if len(key) > _YAML_MAX_KEY:
             self.refuse(column, f"a key of more than {_YAML_MAX_KEY} characters", "shorten it")
         return key, colon
-
-    def _check_plain_key(self, key: str, column: int, colon: re.Match[str]) -> None:
-        if colon[0] == ":\t":
-            remedy = "use spaces, or quote the key"
-            self.refuse(colon.end() - 1, "a tab character behind a colon", remedy)
-        if not key:
-            self.refuse(column, *_YAML_REFUSED_ALONE[":"])
-        for sign, name in (("\t", "a tab character"), ("#", "`#`"), (":", "`:`")):
-            if sign in key:
-                self.refuse(column + key.index(sign), f"{name} in a plain key", "quote the key")
-        if key == "<<":
-            self.refuse(column, "a merge key (<<)", "write the keys out, or quote it")
-        if key[0] in "-?:":
-            self.refuse(column, f"a plain key that starts with `{key[0]}`", "quote the key")
-        if key in _YAML_CONSTANTS or _YAML_NUMBER_LIKE.fullmatch(key):
-            self.fail(column, f"the key {key[:40]} is not a string", "quote it")
 
     def value(self, head: int, column: int, depth: int, dash_from: int) -> _YamlNode:
         """Read what stands behind the colon or dash of an entry, from `head` of line `at` on.
@@ -419,19 +406,14 @@ class _YamlReader:
             self.refuse(column, *_YAML_REFUSED_ALONE[first])
 
     def _plain(self, start: int, parent: int) -> object:
-        at, first = self.at, self.lines[self.at][start]
+        opened, first = (self.at, start), self.lines[self.at][start]
         if not first.isalnum():
             self._check_start(start)
         if first in "?:":
             self.refuse(start, f"a plain text that starts with `{first}`", "quote the text")
-        text = self._plain_line(start)
-        self.seek(at + 1)
-        if self.indent <= parent:
-            return self._resolve(text, at, start)
-        parts = [text]
+        parts = [self._plain_line(start)]
         while self.indent > parent:
-            at, start = self.at, self.indent
-            gap = self.lines[self.end : at]
+            start, gap = self.indent, self.lines[self.end : self.at]
             if self.tail.strip(" ") or any(line.strip(" ") for line in gap):
                 what = "text after a comment inside a multi-line plain scalar"
                 self.refuse(start, what, "move the comment, or quote the text")
@@ -441,8 +423,7 @@ class _YamlReader:
                 what = f'"{sign or ":"} " inside a plain scalar ({why})'
                 self.refuse(start, what, "align it with its neighbours, or quote the text")
             parts += ("\n" * len(gap) or " ", self._plain_line(start))
-            self.seek(at + 1)
-        return "".join(parts)
+        return "".join(parts) if len(parts) > 1 else self._resolve(parts[0], *opened)
 
     def _plain_line(self, start: int) -> str:
         """The plain text on line `at` from `start` on, without the comment behind it."""
@@ -457,6 +438,7 @@ class _YamlReader:
         if ": " in text or text.endswith(":"):
             place = start + (text + " ").index(": ")
             self.refuse(place, '": " inside a plain scalar', "quote the text")
+        self.seek(self.at + 1)
         return text
 
     def _resolve(self, text: str, line: int, column: int) -> object:
@@ -494,9 +476,7 @@ class _YamlReader:
             joined = escaped and stop == len(line)
             stop += -1 if joined else escaped
             parts += (glue, self._unquoted(begin, stop, at, quote))
-            below = at + 1
-            while below < self.last and not self.lines[below].strip(" "):
-                below += 1
+            below = self._filled(at + 1)
             begin = _yaml_text_start(self.lines[below])
             if below == self.last:
                 problem = "this quoted scalar is never closed"
@@ -559,9 +539,7 @@ class _YamlReader:
         self._check_behind(at, start + 1 + len(signs), "a block scalar header")
         tail, indent = self.tail, parent + int(digit or "1")
         if not digit:  # as deep as its first line with text
-            first = at + 1
-            while first < self.last and not self.lines[first].strip(" "):
-                first += 1
+            first = self._filled(at + 1)
             if (found := _yaml_text_start(self.lines[first])) > parent and first < self.last:
                 indent = found
                 if max(map(len, self.lines[at + 1 : first]), default=0) > indent:
@@ -905,26 +883,21 @@ class Document:
             _YamlReader(text, source).document()  # says the same with the lines of the file
             raise
 
-        def fail(line: int, problem: str, remedy: str) -> NoReturn:
-            raise YamlError(source, line + 1, 1, f"{problem}; {remedy}")
-
+        items, line = frame.keys.get("items"), frame.start
         if frame.value is None:
             remedy = "take the file back from git history, or write `items: []`"
-            fail(0, "the file holds no backlog", remedy)
-        if not frame.keys:
-            fail(frame.start, "this is not a mapping", "write the backlog's list below `items:`")
-        items = frame.keys.get("items")
-        if items and items.value not in ([0] if chunks else None, []):
+            problem = f"the file holds no backlog; {remedy}"
+        elif not frame.keys:
+            problem = "this is not a mapping; write the backlog's list below `items:`"
+        elif items and items.value not in ([0] if chunks else None, []):
             remedy = "write one `- id: …` below it per item"
-            fail(items.start, "`items` is not a list in block style", remedy)
-        return made
+            line, problem = items.start, f"`items` is not a list in block style; {remedy}"
+        else:
+            return made
+        raise YamlError(source, line + 1, 1, problem)
 
     def to_bytes(self) -> bytes:
         """The file; without edits, the bytes that were parsed."""
-        return self._bytes
-
-    @cached_property
-    def _bytes(self) -> bytes:
         text = "".join((self.head, *self.chunks, self.tail))
         if self.newline != "\n":
             text = text.replace("\n", self.newline)
@@ -958,10 +931,9 @@ class Document:
         hole = " " * self.column + "- 0\n" if self.chunks else ""
         return self.head + hole + self.tail
 
-    def with_top(self, changes: Mapping[str, object], frame: str = "") -> Document:
-        """Change keys of the file besides the items; `frame`: its other lines, if not as now."""
-        frame = frame or self._frame
-        old, lines = _YamlReader(frame, self.source).document(), frame.split("\n")
+    def with_top(self, changes: Mapping[str, object]) -> Document:
+        """Change keys of the file besides the items."""
+        old, lines = _YamlReader(self._frame, self.source).document(), self._frame.split("\n")
         new = _yaml_changed(cast(Item, old.value), changes)
         edited = _yaml_edited_mapping(lines, old, new, TOP_KEYS, self.column)
         lines = [*lines[: old.start], *edited, *lines[old.end :]]
@@ -1003,6 +975,12 @@ class Document:
         tail = self.tail if tail is None else tail
         if (tuple(chunks), tail) == (self.chunks, self.tail):
             return self
+        if not self.chunks:
+            gap = "\n" * (bool(tail) and not self.head.endswith("\n"))
+            frame = replace(self, head=self.head + gap + tail).with_top({"items": [0]})
+            frame = Document.parse(frame.to_bytes(), self.source)
+            free = re.sub(r"(?m)^ +#", "#", frame.chunks[0])  # no comments of what is not there
+            return replace(frame, chunks=(free,)).with_chunks(chunks)
         known, pieces = set(self.chunks), list(chunks)
         for place, chunk in enumerate(chunks):
             if chunk not in known and (by := self.column - _yaml_column(chunk)):
@@ -1011,19 +989,13 @@ class Document:
                 text = "\n".join(line if line.strip(" ") else "" for line in moved)
                 pieces[place] = _yaml_fitted(text, "", read_chunk(chunk), self.column)
         above, made = self._joined(pieces, tail)
-        head = self.head + "\n" * (bool(tail) and not self.head.endswith("\n")) + above
-        if self.chunks and made:
-            whole = replace(self, head=head, chunks=_yaml_ended(made, tail), tail=tail)
+        if made:
+            ended = _yaml_ended(made, tail)
+            whole = replace(self, head=self.head + above, chunks=ended, tail=tail)
             _ = whole.top  # raises where head and tail do not fit together
             return whole
-        whole = replace(self, chunks=made)
-        whole = whole.with_top({"items": [0] if made else []}, head + tail)
-        if made:
-            free = cast(re.Match[str], re.match(r"(?: *(?:#.*)?\n)*", whole.tail))[0]
-            last = _yaml_fitted(made[-1], free, read_chunk(made[-1]), 0)
-            tail = whole.tail.removeprefix(free)
-            whole = replace(whole, chunks=(*made[:-1], last), tail=tail)
-        return Document.parse(whole.to_bytes(), self.source)
+        whole = replace(self, head=self.head + above + tail, chunks=(), tail="")
+        return Document.parse(whole.with_top({"items": []}).to_bytes(), self.source)
 
     def render_chunk(self, item: Mapping[str, object]) -> str:
         """The chunk of a new item, in this file's indentation; keys that hold None are left out."""
@@ -1032,21 +1004,19 @@ class Document:
     def _joined(self, pieces: Sequence[str], tail: str) -> tuple[str, tuple[str, ...]]:
         """The comments that come to stand above all items, and the pieces as they follow here."""
         own = set(self.chunks)
-        places = {piece: at for at, piece in enumerate(pieces)}
-        edited = {_yaml_name(piece): at for piece, at in places.items() if piece not in own}
+        # An edited piece follows on its item's earlier one.
+        names = (piece if piece in own else _yaml_name(piece) for piece in pieces)
+        places = {name: at for at, name in enumerate(names)}
         free: dict[int, str] = {}  # comments, by the place of the piece they are to follow
-        place, end = -1, ""  # and what stands behind the last item
-        last: int | None = None
+        place, last = -1, cast(int | None, None)
         for chunk in self.chunks:
-            known = places.get(chunk)
-            if known is None:
-                known = edited.get(_yaml_name(chunk))
-            place = place if known is None else known
-            if chunk is self.chunks[-1]:
-                last, ending = known, chunk if known is None else pieces[known]
-                end = ending[len(_yaml_own_text(ending)) :]
-            elif known is None and (rest := chunk[len(_yaml_own_text(chunk)) :].strip("\n")):
+            last = places.get(chunk, places.get(_yaml_name(chunk)))
+            place = place if last is None else last
+            rest = "" if last is not None else chunk[len(_yaml_own_text(chunk)) :].strip("\n")
+            if rest and chunk is not self.chunks[-1]:
                 free[place] = f"{free[place]}\n\n{rest}" if place in free else rest
+        ending = self.chunks[-1] if last is None else pieces[last]
+        end = ending[len(_yaml_own_text(ending)) :]  # what stands behind the last item
         apart = len(self.chunks) > 1 and self.chunks[-2].endswith("\n\n")
         met = dict(pairwise((*self.chunks, "")))
         made: list[str] = []
