@@ -2226,19 +2226,17 @@ class State:
 
     def __init__(self, document: Document) -> None:
         self.document = document
-        rows = list(map(_row_of, document.chunks))
-        if len({row.key for row in rows}) < len(rows):
-            seen: set[str] = set()
-            for at, (key, _, problems, _) in enumerate(rows):
-                if key in seen:
-                    twice = f"the id {key} is used twice; give one of the two another one"
-                    problems = (*problems, ("id", twice))
-                    rows[at] = _Row(document.chunks[at], {}, problems, False)
-                seen.add(key)
-        self.chunks = {row.key: chunk for row, chunk in zip(rows, document.chunks, strict=True)}
-        self.found = {row.key: row.item for row in rows}
-        self.items = {row.key: row.item for row in rows if row.whole}
-        self.problems = {row.key: row.problems for row in rows if row.problems}
+        self.chunks: dict[str, str] = {}
+        rows: dict[str, _Row] = {}
+        for chunk in document.chunks:
+            row = _row_of(chunk)
+            if row.key in rows:
+                twice = f"the id {row.key} is used twice; give one of the two another one"
+                row = _Row(chunk, {}, (*row.problems, ("id", twice)), False)
+            self.chunks[row.key], rows[row.key] = chunk, row
+        self.found = {key: row.item for key, row in rows.items()}
+        self.items = {key: row.item for key, row in rows.items() if row.whole}
+        self.problems = {key: row.problems for key, row in rows.items() if row.problems}
 
     @classmethod
     def read(cls, data: bytes, source: str) -> State:
@@ -2326,26 +2324,17 @@ def _distance(one: State, other: State, key: str) -> tuple[int, int, int]:
 class _Merge:
     """The merge while it is made; see `merge`."""
 
-    def __init__(
-        self,
-        decided: State,
-        file: State,
-        earlier: Iterable[State],
-        now: datetime,
-        running: Container[str],
-    ) -> None:
+    def __init__(self, decided: State, file: State, running: Container[str]) -> None:
         self.decided, self.file, self.running = decided, file, running
         # By id and `updated`, each text that there was of an item, and what it held.
         self.versions: dict[str, dict[str, dict[str, Item]]] = {}
-        self.find_base(itertools.chain(earlier, [decided]))
-        self.now = max([now, *map(self.newest, self.versions)])
         self.counter = max(decided.counter, file.counter)
         self.items: dict[str, Item] = {}
         self.chunks: dict[str, str] = {}  # what an item's lines start from
         self.renamed: dict[str, str] = {}  # key in the file → key in the result
         self.notes: list[str] = []
 
-    def find_base(self, states: Iterable[State]) -> None:
+    def find_base(self, states: Iterable[State], now: datetime) -> None:
         """Look through the states up to now for the one that somebody started from."""
         file, last, best = self.file, dict[str, str](), None
         far: dict[str, tuple[int, int, int]] = {}  # how far the file is from a state, by item
@@ -2368,10 +2357,7 @@ class _Merge:
             found = state.counter != file.counter, *total[:2], total[2] + layout
             if best is None or found <= best:  # the newest of equals
                 best, self.base = found, state
-
-    def newest(self, item_id: str) -> datetime:
-        """The last `updated` that an item ever had."""
-        return max(map(moment, self.versions[item_id]))
+        self.now = max(now, *map(moment, set().union(*self.versions.values())))
 
     def start_of(self, item_id: str, item: Item) -> tuple[Item | None, Container[str | None]]:
         """What somebody started from in one item, and the texts of it that are no edit: the base's,
@@ -2387,11 +2373,6 @@ class _Merge:
         self.now += timedelta(microseconds=1)
         return timestamp(self.now)
 
-    def take(self, key: str, item: Item | None, chunk: str) -> None:
-        self.chunks[key] = chunk
-        if item is not None:
-            self.items[key] = item
-
     def add(self, key: str, item: Item, prefix: str) -> None:
         """A new item of somebody's: what it lacks is completed."""
         taken = {*self.decided.items, *self.items, *self.versions}
@@ -2404,19 +2385,20 @@ class _Merge:
             self.notes.append(f"{asked} is taken; the one added by hand is {item_id} now: {title}")
         now = self.stamp()
         fresh = {"status": "new", "created": now, "updated": now, **item, "id": item_id}
-        self.take(item_id, fresh, self.file.chunks[key])
+        self.items[item_id], self.chunks[item_id] = fresh, self.file.chunks[key]
         # So that older copies of the file are told apart from this one by their counter.
         self.counter = max(self.counter, self.base.counter + 1)
 
-    def meet(self, key: str) -> None:
+    def meet(self, key: str) -> tuple[Item, str]:
         """An item that both have: what was edited is taken, what was decided since stands."""
         d, d_chunk = self.decided.items[key], self.decided.chunks[key]
         f, f_chunk = self.file.found[key], self.file.chunks[key]
         if f_chunk == d_chunk:
-            return self.take(key, d, d_chunk)
+            return d, d_chunk
         bad = {name for name, _ in self.file.problems.get(key, ())}
-        if key in self.file.items and not bad and moment(f["updated"]) > self.newest(key):
-            return self.take(key, f, f_chunk)
+        newest = max(map(moment, self.versions[key]))
+        if key in self.file.items and not bad and moment(f["updated"]) > newest:
+            return f, f_chunk
         b, texts = self.start_of(key, f)
         merged, old = dict(d), b or {}
         # A stamp that nobody knows is an older one: it was decided since, whatever the base says.
@@ -2432,7 +2414,7 @@ class _Merge:
         item = _item_of(merged)
         if item != d:
             item = _item_of({**merged, "updated": self.stamp()})
-        return self.take(key, item, d_chunk if f_chunk in texts or not b else f_chunk)
+        return item, d_chunk if f_chunk in texts or not b else f_chunk
 
     def chosen(self, key: str, name: str, old: Any, edit: Any, ours: Any, firm: bool) -> Any:
         """Of an edit from `old`, and what was decided since (`ours`), the one that counts."""
@@ -2512,7 +2494,8 @@ def merge(
     does not mark done. `shown`: the chunks that were last written; what is gone since was not
     brought back.
     """
-    made = _Merge(decided, file, earlier, now, running)
+    made = _Merge(decided, file, running)
+    made.find_base(itertools.chain(earlier, [decided]), now)
     base = made.base
     for key, chunk in file.chunks.items():
         item, problems = file.found[key], file.problems.get(key, ())
@@ -2521,7 +2504,7 @@ def merge(
             if key not in base.items and item.get("created") != known["created"]:
                 made.add(key, item, prefix)
             else:
-                made.meet(key)
+                made.items[key], made.chunks[key] = made.meet(key)
                 made.notes += [f"{key}: {problem}; it stays as it was" for _, problem in problems]
         elif key in made.versions:
             if chunk not in shown:
@@ -2536,16 +2519,16 @@ def merge(
             if key not in decided.chunks:
                 first = next((line.strip() for line in chunk.splitlines() if line.strip()), "")
                 made.notes.append(f"{first[:60]}: {problems[0][1]}; it waits")
-            made.take(key, None, chunk)
+            made.chunks[key] = chunk
     if missing := [key for key in decided.chunks if key not in file.chunks]:
         # What a file of several states lacks tells nothing; else it was deleted by hand.
         mixed = any(
             made.start_of(key, item)[0] is not base.items.get(key)
             for key, item in file.found.items()
         )
-        for key in missing:
-            if mixed or key not in base.chunks:
-                made.take(key, decided.items.get(key), decided.chunks[key])
+        kept = [key for key in missing if mixed or key not in base.chunks]
+        made.chunks |= {key: decided.chunks[key] for key in kept}
+        made.items |= {key: decided.items[key] for key in kept if key in decided.items}
     document = made.document()
     return (decided if document == decided.document else State(document)), made.notes
 
@@ -2643,29 +2626,23 @@ class Journal:
     def start(self, state: State, run: Mapping[str, Any]) -> None:
         """Begin the file, with a state that is in git or on disk. OSError."""
         line = {"version": self.VERSION, "run": run, "state": _parts_of(state)}
-        data = (json.dumps(line) + "\n").encode()
-        replace_file(self.path, data, 0o600)
+        replace_file(self.path, (json.dumps(line) + "\n").encode(), 0o600)
         self.catch_up()
 
     def append(self, line: Mapping[str, Any], *, flush: bool = True) -> None:
         """Add a line; OSError. Without `flush` a power cut may take it back."""
-        fd = os.open(self.path, os.O_RDWR | os.O_APPEND)
-        try:
-            if os.fstat(fd).st_size != self._read:
-                os.ftruncate(fd, self._read)  # what a crash left of a line
-            data = memoryview((json.dumps(line) + "\n").encode())
-            while data:
-                data = data[os.write(fd, data) :]
+        with self.path.open("r+b") as file:
+            file.truncate(self._read)  # what a crash left of a line
+            file.seek(self._read)
+            file.write((json.dumps(line) + "\n").encode())
+            file.flush()
             if flush:
-                os.fsync(fd)
-        finally:
-            os.close(fd)
+                os.fsync(file.fileno())
         self.catch_up()
 
     def states(self) -> Iterator[State]:
         """Every state up to now, the oldest first."""
-        for parts in self._played():
-            yield self._state_of(parts)
+        return map(self._state_of, self._played())
 
     def state(self) -> State:
         """The decided state."""
@@ -2742,6 +2719,7 @@ class Outside(NamedTuple):
     committed: Callable[[], tuple[str | None, bytes]]  # HEAD, and the file in it (b"": none)
 
 
+@dataclass(eq=False)
 class Store:
     """BACKLOG.yaml and the journal beside it: the only code that writes the file.
 
@@ -2749,33 +2727,25 @@ class Store:
     apply the change, append it to the journal, write the file. Without a journal (no run is active,
     and the last one left nothing unfinished) the file is the truth, and is just changed.
 
-    For one thread at a time. `warn` gets complete messages for the operator.
+    For one thread at a time.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        state_dir: Path,
-        aside: Path,
-        outside: Outside,
-        *,
-        prefix: str,
-        warn: Callable[[str], None],
-        clock: Callable[[], datetime],
-        monotonic: Callable[[], float] = time.monotonic,
-        lock_limit_s: float = 30.0,
-    ) -> None:
-        """`aside`: the folder for files that cannot be read; `prefix`: of new ids;
-        `lock_limit_s`: how long to wait for another process that holds the lock."""
-        self.path = path
-        self.temporary = path.with_name(f".{path.name}.tmp")  # where it is written
-        self.lock_path = state_dir / "backlog.lock"
-        self.journal_path = state_dir / "journal"
+    path: Path
+    state_dir: Path
+    aside: Path  # the folder for files that cannot be read
+    outside: Outside
+    prefix: str  # of new ids
+    warn: Callable[[str], None]  # gets complete messages for the operator
+    clock: Callable[[], datetime]
+    monotonic: Callable[[], float] = time.monotonic
+    lock_limit_s: float = 30.0  # how long to wait for another process that holds the lock
+
+    def __post_init__(self) -> None:
+        self.temporary = self.path.with_name(f".{self.path.name}.tmp")  # where it is written
+        self.lock_path = self.state_dir / "backlog.lock"
+        self.journal_path = self.state_dir / "journal"
         self.journal: Journal | None = None
         self.trouble = ""  # why the file cannot be read just now: nothing new is to be started
-        self._aside, self._outside, self._prefix = aside, outside, prefix
-        self._warn, self._clock, self._monotonic = warn, clock, monotonic
-        self._lock_limit_s = lock_limit_s
         self._state: State | None = None
         self._written: bytes | None = None  # the file's content as last written or merged
         self._wreck: tuple[bytes | None, float] = None, 0.0  # its content, and since when
@@ -2831,10 +2801,10 @@ class Store:
 
     def _ask_outside(self) -> None:
         """Ask git what a merge needs, before the lock is taken."""
-        self._home = self.journal is None or self._outside.at_home(self.journal.run)
+        self._home = self.journal is None or self.outside.at_home(self.journal.run)
         same: tuple[bytes | None, ...]
         if self.journal is None:
-            head, self._committed = self._outside.committed()
+            head, self._committed = self.outside.committed()
             same, run = (self._committed,), {"head": head}
         elif self._home and self._versions is None:
             same, run = (None, self._written, self.state.document.to_bytes()), self.journal.run
@@ -2843,7 +2813,7 @@ class Store:
         with suppress(SaveError):
             if self._read() in same:
                 return
-        self._versions = self._readable(*self._outside.versions(run))
+        self._versions = self._readable(*self.outside.versions(run))
 
     def _read(self) -> bytes | None:
         """The file's bytes, None if there is no file; SaveError if it is none that we replace."""
@@ -2936,7 +2906,7 @@ class Store:
             if self.journal is None:
                 raise
             if str(error) != self.trouble:
-                self._warn(str(error))
+                self.warn(str(error))
             self.trouble = str(error)
             return None
         if self.journal is None:
@@ -2956,45 +2926,42 @@ class Store:
 
     def _take_in_alone(self, data: bytes | None, before: State | None) -> None:
         """The file is the truth, but an old copy in it undoes nothing that is committed."""
-        made, bases = self._state, list[tuple[State, Iterable[State]]]()
         if before is not None and data is None:  # it was deleted just now: it is written again
             return
-        self._state, self._written = self._usable(data)
-        for committed in self._readable(self._committed) if data != self._committed else ():
-            if not committed.problems:
-                bases.append((committed, self._versions or ()))
-        if made is not None and before is not None:
-            bases.append((made, [before]))
+        made, (self._state, self._written) = self.state, self._usable(data)
+        known = self._readable(self._committed) if data != self._committed else ()
+        bases = [(state, self._versions or []) for state in known if not state.problems]
+        bases += [] if before is None else [(made, [before])]
         for decided, earlier in bases:
-            self._state, notes = merge(decided, self.state, earlier, self._clock(), self._prefix)
+            self._state, notes = merge(decided, self.state, earlier, self.clock(), self.prefix)
             self._warn_of(notes)
 
     def _merged(self, file: State) -> tuple[State, list[str]]:
         journal = cast(Journal, self.journal)
         earlier = itertools.chain(self._versions or (), journal.states())
         running = {attempt["item"] for attempt in journal.attempts.values()}
-        written = self._readable(self._written) if self._written else []
+        written = self._readable(self._written or b"")
         shown = {chunk for state in written for chunk in state.document.chunks}
-        return merge(self.state, file, earlier, self._clock(), self._prefix, running, shown)
+        return merge(self.state, file, earlier, self.clock(), self.prefix, running, shown)
 
     def _warn_of(self, notes: Iterable[str]) -> None:
         for text in notes:
-            self._warn(text)
+            self.warn(text)
 
     def _suffer(self, data: bytes, why: str, patient: bool) -> None:
         """A file that does not parse: somebody may be typing, or an agent has wrecked it."""
-        now = self._monotonic()
+        now = self.monotonic()
         if self._wreck[0] != data:
             self._wreck = data, now
             if patient:
-                self._warn(f"{why}. Nothing new is started until the file is mended.")
+                self.warn(f"{why}. Nothing new is started until the file is mended.")
         self.trouble = why
         if patient and now - self._wreck[1] < WRECK_S:
             return
-        kept = self._aside / f"{self.path.name}.broken-{self._clock():%Y%m%dT%H%M%S}"
+        kept = self.aside / f"{self.path.name}.broken-{self.clock():%Y%m%dT%H%M%S}"
         with self._writing(kept):
             replace_file(kept, data)
-        self._warn(f"{why}. It is set aside as {kept}, and the backlog is written again.")
+        self.warn(f"{why}. It is set aside as {kept}, and the backlog is written again.")
         self.trouble, self._wreck = "", (None, 0.0)
 
     def _decide(self, state: State, extra: Mapping[str, Any] = {}) -> None:
@@ -3041,7 +3008,7 @@ class Store:
             fd = os.open(self.lock_path, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
             raise SaveError(f"{self.lock_path}: cannot be locked ({error.strerror})") from error
-        give_up = time.monotonic() + self._lock_limit_s
+        give_up = time.monotonic() + self.lock_limit_s
         try:
             while True:
                 try:
@@ -3053,7 +3020,7 @@ class Store:
                         continue
                     holder = os.pread(fd, 32, 0).decode("ascii", "replace").strip()
                     raise SaveError(
-                        f"{self.path}: locked for {self._lock_limit_s:g} s by another process"
+                        f"{self.path}: locked for {self.lock_limit_s:g} s by another process"
                         f" (probably {holder or 'unknown'}, see 'ps'); wait for it or end it, then"
                         f" try again; the lock is {self.lock_path}"
                     ) from None
