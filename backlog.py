@@ -6,26 +6,10 @@ save replaces the lines of changed keys and nothing else, and what somebody else
 meantime is read and merged first. While a run is active, the truth is its journal, out of reach
 of any git command: what is in the file counts by what it changes of what was decided before.
 
-Reading order:
-
- 1. The YAML subset: what it is, and its one error
- 2. From bytes to text
- 3. Scalars
- 4. The reader
- 5. The writer
- 6. Surgical edits
- 7. The backlog file as a document
- 8. Fields
- 9. Items
-10. Drafts and rules
-11. What a phase decides
-12. Filters
-13. Worklog
-14. States, and their merge
-15. The journal
-16. Store
-
-`Store` puts all of it together, and is the only code that writes BACKLOG.yaml.
+The chapters build on each other: 1-5 read and write a subset of YAML, 6 and 7 edit a file of it and
+keep what they do not change, 8-10 say what an item is and which rules it obeys, 11 what the end of
+a phase makes of it, 12 and 13 are filters and worklog, 14-16 bring together what was decided and
+what others did to the file. `Store`, the last, is the only code that writes BACKLOG.yaml.
 """
 
 from __future__ import annotations
@@ -673,18 +657,13 @@ def _yaml_entry(
     if isinstance(value, dict | list) and value:
         inner = column + (2 if isinstance(value, dict) else offset)
         return [head + tail, *_yaml_block(value, inner, offset, depth + 1)]
-    # A literal block holds it, if no reader disagrees about its line breaks.
-    if (
-        isinstance(value, str)
-        and "\n" in value
-        and value[0] not in " \n"
-        and not value.endswith(("\n\n", " "))
-        and " \n" not in value
-        and not _YAML_UNPRINTABLE.search(value.replace("\n", ""))
-    ):
-        body, sign = (value[:-1], "|") if value.endswith("\n") else (value, "|-")
-        pad = " " * (column + 2)
-        return [f"{head} {sign}{tail}", *(line and pad + line for line in body.split("\n"))]
+    if isinstance(value, str) and "\n" in value and value[0] not in " \n":
+        # A literal block holds it, if no reader disagrees about its line breaks.
+        odd = value.endswith(("\n\n", " ")) or " \n" in value
+        if not odd and not _YAML_UNPRINTABLE.search(value.replace("\n", "")):
+            body, sign = (value[:-1], "|") if value.endswith("\n") else (value, "|-")
+            pad = " " * (column + 2)
+            return [f"{head} {sign}{tail}", *(line and pad + line for line in body.split("\n"))]
     return [f"{head} {_yaml_scalar(value)}{tail}"]
 
 
@@ -692,10 +671,8 @@ def _yaml_scalar(value: object) -> str:
     """How a value is written on one line."""
     if isinstance(value, str):
         return value if _yaml_is_plain(value) else _yaml_quoted(value)
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return "true" if value else "false"
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, int):
         if abs(value) >= 10**_YAML_MAX_DIGITS:
             raise ValueError(f"an integer of more than {_YAML_MAX_DIGITS} digits cannot be written")
@@ -829,6 +806,7 @@ def _yaml_edited_list(
 
 # ==== 7. The backlog file as a document ===========================================================
 
+_YAML_UNSOUND = "an edit cannot be written so that it reads back; nothing was changed"
 _YAML_REMEMBERED = 50_000  # chunks whose values are kept: a few versions of a large backlog
 
 
@@ -1036,9 +1014,6 @@ class Document:
         return above if pieces else above + end, tuple(made)
 
 
-_YAML_UNSOUND = "an edit cannot be written so that it reads back; nothing was changed"
-
-
 _YAML_ITEMS = re.compile(r"""(?:items|'items'|"items") *:(?: *| +#.*)\n?$""")
 
 
@@ -1061,12 +1036,12 @@ def _yaml_cuts(lines: list[str]) -> list[int]:
         pad, deeper = dash[1], dash[1] + " "
     if not cuts:
         return [len(lines)]
-    cuts += [stop] if stop < len(lines) else []
+    cuts.append(stop)
     for place, cut in enumerate(cuts):  # the comments above it belong to it
-        while cut > first and re.match(f" {{0,{len(pad)}}}#", lines[cut - 1]):
+        while first < cut < len(lines) and re.match(f" {{0,{len(pad)}}}#", lines[cut - 1]):
             cut -= 1
         cuts[place] = cut
-    return cuts if stop < len(lines) else [*cuts, stop]
+    return cuts
 
 
 def _yaml_own_text(chunk: str) -> str:
@@ -1538,10 +1513,8 @@ def unblock(
     item = draft.item(item_id)
     if item["status"] != "blocked":
         raise BacklogError(f"{item_id}: it is not blocked, but {item['status']}")
-    back = item.get("blocked_from_status", "new")
-    changes: dict[str, object] = {"attempts": None}
-    if notes and notes.strip():
-        changes["unblock_context"] = notes.strip()
+    back = item.get("blocked_from_status")
+    changes: dict[str, Any] = {"attempts": None, "unblock_context": (notes or "").strip() or None}
     if override:
         changes["guardrail_override"] = True
     back = back if back in LEGAL_TRANSITIONS["blocked"] else "new"
@@ -2127,11 +2100,9 @@ def read_worklog(text: str) -> list[dict[str, str]]:
 
 def last_summary(entries: Iterable[Mapping[str, str]], item_id: str) -> str | None:
     """What the item's last completed phase reported; `entries`: see `read_worklog`."""
-    summary = None
-    for entry in entries:
-        if entry["item"] == item_id and entry.get("outcome") in ("Complete", "Subphase Complete"):
-            summary = entry.get("summary", summary)
-    return summary
+    done = ("Complete", "Subphase Complete")
+    told = (one for one in entries if one["item"] == item_id and one.get("outcome") in done)
+    return [None, *(one["summary"] for one in told if "summary" in one)][-1]
 
 
 def recent_worklogs(directory: Path) -> list[Path]:
@@ -2445,11 +2416,9 @@ class _Merge:
             document = frame.with_chunks(chunks, tail)
         except ValueError:  # the two do not fit together
             document = file.with_chunks(chunks)
-        document = replace(
-            document,
-            bom=decided.bom if file.bom == base.bom else file.bom,
-            newline=decided.newline if file.newline == base.newline else file.newline,
-        )
+        same_form = (file.bom, file.newline) == (base.bom, base.newline)
+        form = decided if same_form else file
+        document = replace(document, bom=form.bom, newline=form.newline)
         for at, key in enumerate(keys):
             found = _row_of(document.chunks[at]).item
             if key in self.items and found != self.items[key]:
@@ -2465,15 +2434,11 @@ class _Merge:
         in_file = [self.renamed.get(key, key) for key in file]
         moved = [key for key in file if key in base] != [key for key in base if key in file]
         first, second = (in_file, decided) if moved else (decided, in_file)
-        order = [key for key in first if key in self.chunks]
-        known, place = set(order), 0
-        if known != self.chunks.keys():
-            for key in second:
-                if key in known:
-                    place = order.index(key) + 1
-                elif key in self.chunks:
-                    order.insert(place, key)
-                    place += 1
+        order, others = ([key for key in keys if key in self.chunks] for keys in (first, second))
+        known = set(order)
+        for place, key in enumerate(others):
+            if key not in known:  # it keeps its place behind the one before it
+                order.insert(order.index(others[place - 1]) + 1 if place else 0, key)
         return order
 
 
