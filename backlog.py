@@ -6,10 +6,14 @@ save replaces the lines of changed keys and nothing else, and what somebody else
 meantime is read and merged first. While a run is active, the truth is its journal, out of reach
 of any git command: what is in the file counts by what it changes of what was decided before.
 
-The chapters build on each other: 1-5 read and write a subset of YAML, 6 and 7 edit a file of it and
-keep what they do not change, 8-10 say what an item is and which rules it obeys, 11 what the end of
-a phase makes of it, 12 and 13 are filters and worklog, 14-16 bring together what was decided and
-what others did to the file. `Store`, the last, is the only code that writes BACKLOG.yaml.
+Reading order:
+
+1. The YAML subset: what it is, and its one error · 2. From bytes to text · 3. Scalars ·
+4. The reader · 5. The writer · 6. Surgical edits · 7. The backlog file as a document ·
+8. Fields · 9. Items · 10. Drafts and rules · 11. What a phase decides · 12. Filters ·
+13. Worklog · 14. States, and their merge · 15. The journal · 16. Store
+
+`Store` puts all of it together, and is the only code that writes BACKLOG.yaml.
 """
 
 from __future__ import annotations
@@ -70,8 +74,7 @@ class YamlError(ValueError):
 def parse_yaml(data: bytes, source: str = "<yaml>") -> object:
     """Read one document, in linear time; None if it is empty, YamlError, and nothing else, for all
     that is not in the subset. `source` is what messages name."""
-    text, _, _ = _yaml_decode(data, source)
-    return _YamlReader(text, source).document().value
+    return _YamlReader(_yaml_decode(data, source)[0], source).document().value
 
 
 # ==== 2. From bytes to text =======================================================================
@@ -91,8 +94,8 @@ def _yaml_decode(data: bytes, source: str) -> tuple[str, bool, str]:
         return YamlError(source, data.count(b"\n", 0, place) + 1, column, problem)
 
     if len(data) > _YAML_MAX_BYTES:
-        limit = f"{_YAML_MAX_BYTES >> 20} MiB"
-        raise error(0, f"the file is larger than {limit}; archive what is done")
+        limit = _YAML_MAX_BYTES >> 20
+        raise error(0, f"the file is larger than {limit} MiB; archive what is done")
     bom, newline = data.startswith(_YAML_BOM), "\n"
     data = data.removeprefix(_YAML_BOM)
     if b"\r" in data:
@@ -175,8 +178,7 @@ def _yaml_text_start(line: str, start: int = 0) -> int:
 
 def _yaml_quote_end(line: str, begin: int, quote: str) -> int:
     """Where the closing quote stands of what begins at `begin`, or the end of its text."""
-    match = _YAML_QUOTED[quote].match(line, begin)
-    return match.end() if match else begin
+    return cast(re.Match[str], _YAML_QUOTED[quote].match(line, begin)).end()
 
 
 # ==== 4. The reader ===============================================================================
@@ -876,9 +878,7 @@ class Document:
 
     def to_bytes(self) -> bytes:
         """The file; without edits, the bytes that were parsed."""
-        text = "".join((self.head, *self.chunks, self.tail))
-        if self.newline != "\n":
-            text = text.replace("\n", self.newline)
+        text = "".join((self.head, *self.chunks, self.tail)).replace("\n", self.newline)
         return (_YAML_BOM if self.bom else b"") + text.encode()
 
     @cached_property
@@ -962,9 +962,8 @@ class Document:
         known, pieces = set(self.chunks), list(chunks)
         for place, chunk in enumerate(chunks):
             if chunk not in known and (by := self.column - _yaml_column(chunk)):
-                lines, pad, cut = chunk.split("\n"), " " * by, max(-by, 0)
-                moved = [pad + line[min(cut, _yaml_text_start(line)) :] for line in lines]
-                text = "\n".join(line if line.strip(" ") else "" for line in moved)
+                text = re.sub(rf"(?m)^ {{0,{max(-by, 0)}}}", " " * by, chunk)
+                text = re.sub(r"(?m)^ +$", "", text)
                 pieces[place] = _yaml_fitted(text, "", read_chunk(chunk), self.column)
         above, made = self._joined(pieces, tail)
         if made:
@@ -1397,11 +1396,10 @@ class Draft:
 
     def item(self, item_id: str) -> Item:
         """The item; BacklogError if there is none of this id."""
-        try:
-            return self.items[item_id]
-        except KeyError:
+        if item_id not in self.items:
             hint = did_you_mean(item_id, self.items)
-            raise BacklogError(f"item {item_id} not found in the backlog{hint}") from None
+            raise BacklogError(f"item {item_id} not found in the backlog{hint}")
+        return self.items[item_id]
 
     def update(self, item_id: str, now: datetime, **changes: object) -> Item:
         """Set keys, or delete those whose value is None; BacklogError, and nothing changed, if a
@@ -1712,7 +1710,7 @@ def _decide(
     draft: Draft, started: Item, result: PhaseResult, rules: Rules, now: datetime
 ) -> Applied:
     """Block the item, with the question that its phase leaves, or let it go on."""
-    item_id, phase = result.item_id, result.phase
+    item_id = result.item_id
     # A rating that stands is a floor: an agent may raise it, and ask for a review, never waive.
     raised: dict[str, Any] = {
         key: word
@@ -1723,19 +1721,17 @@ def _decide(
         raised["requires_human_review"] = True
     draft.update(item_id, now, **raised)
     reason, kind = result.context or result.summary, result.block_type
-    if result.result == "failed":
-        return _blocked(draft, item_id, phase, reason, now, kind, "Failed")
-    question = _duplicate_question(draft, result)
-    if result.result == "blocked":
+    question = _duplicate_question(draft, result) if result.result != "failed" else ""
+    if result.result in ("failed", "blocked"):
         reason = "; ".join(filter(None, (reason, question)))
-        return _blocked(draft, item_id, phase, reason, now, kind)
+        return _blocked(draft, result, reason, kind, now)
     told = _told(draft.update(item_id, now, attempts=None), result, result.summary, now)
-    if phase == TRIAGE:
+    if result.phase == TRIAGE:
         reason, kind = _after_triage(draft, result, question, rules, now)
     else:
         reason, kind = _after_phase(draft, started, result, rules, now)
     if reason:
-        applied = _blocked(draft, item_id, phase, reason, now, kind)
+        applied = _blocked(draft, result, reason, kind, now)
     elif draft.items[item_id]["status"] == "done":
         item = draft.items[item_id]
         archive(draft, item_id, now)
@@ -1755,9 +1751,8 @@ def _after_triage(
     item = draft.items[item_id]
     given = {field: text for field, text in result.description.items() if text}
     if given:  # what the triage leaves out stays as it was
-        texts = {**item.get("description", {}), **given}
-        described = {field: texts.get(field, "") for field in DESCRIPTION_KEYS}
-        item = draft.update(item_id, now, description=described)
+        texts = dict.fromkeys(DESCRIPTION_KEYS, "") | item.get("description", {}) | given
+        item = draft.update(item_id, now, description=texts)
     if question:
         return question, "decision"
     if result.result == "subphase_complete":
@@ -1821,18 +1816,14 @@ def _told(item: Item, result: PhaseResult, summary: str, now: datetime) -> str:
 
 
 def _blocked(
-    draft: Draft,
-    item_id: str,
-    phase: str,
-    reason: str,
-    now: datetime,
-    kind: str | None,
-    outcome: str = "Blocked",
+    draft: Draft, result: PhaseResult, reason: str, kind: str | None, now: datetime
 ) -> Applied:
     """Block the item; the attempts start anew when it is unblocked."""
+    item_id, phase = result.item_id, result.phase
     reason = reason or f"{phase} gave no reason"
     draft.update(item_id, now, attempts=None)
     item = block(draft, item_id, reason, now, kind)
+    outcome = "Failed" if result.result == "failed" else "Blocked"
     told = worklog_entry(now, item_id, item["title"], phase, outcome, reason)
     return Applied("blocked", item, reason, worklog=told)
 
@@ -1857,7 +1848,8 @@ def promote(draft: Draft, item_id: str, rules: Rules, now: datetime) -> Applied:
     name = pipeline_name(item)
     reason = _unknown_pipeline(name, rules) or guardrail_objection(item, rules.limits)
     if reason:
-        return _blocked(draft, item_id, "promotion", reason, now, "decision")
+        result = PhaseResult(item_id, "promotion", "blocked", reason)
+        return _blocked(draft, result, reason, "decision", now)
     start = {"phase": rules.pipelines[name].main[0], "phase_pool": "main", "attempts": None}
     return Applied("advanced", transition(draft, item_id, "in_progress", now, **start))
 
@@ -1872,8 +1864,7 @@ def repair_items(draft: Draft, rules: Rules, now: datetime) -> list[str]:
     issued = IssuedIds(rules.prefix, draft)
     for item_id, item in list(draft.items.items()):
         needs = item.get("dependencies", [])
-        finished = [need for need in needs if need not in draft.items and need in issued]
-        if finished:
+        if finished := [need for need in needs if need not in draft.items and need in issued]:
             rest = [need for need in needs if need not in finished]
             draft.update(item_id, now, dependencies=rest or None)
             gone = ", ".join(finished)
@@ -1885,8 +1876,7 @@ def repair_items(draft: Draft, rules: Rules, now: datetime) -> list[str]:
             block(draft, item_id, problem, now, "decision")
             messages.append(f"{item_id}: blocked: {problem}")
         elif item["status"] != "ready" and not item.get("phase"):
-            phases = getattr(rules.pipelines[name], pool)
-            if phases:
+            if phases := getattr(rules.pipelines[name], pool):
                 draft.update(item_id, now, phase=phases[0], phase_pool=pool)
                 done = f"starts with {phases[0]}"
             else:
@@ -2163,8 +2153,6 @@ def replace_file(
 
 # ==== 14. States, and their merge =================================================================
 
-_GIVEN_KEYS = ("id", "status", "created", "updated")  # what the program gives a new item
-
 
 class _Row(NamedTuple):
     """What a chunk holds."""
@@ -2181,10 +2169,9 @@ def _row_of(chunk: str) -> _Row:
     item, problems = read_item(read_chunk(chunk))
     if "title" in item:
         raw = cast(Item, read_chunk(chunk))
-        lacking = {key for key in _GIVEN_KEYS if raw.get(key) is None}
+        lacking = {key for key in REQUIRED_KEYS if raw.get(key) is None}
         problems = [one for one in problems if one[0] not in lacking]
-    whole = item.keys() >= set(REQUIRED_KEYS)
-    return _Row(item.get("id", chunk), item, tuple(problems), whole)
+    return _Row(item.get("id", chunk), item, tuple(problems), item.keys() >= set(REQUIRED_KEYS))
 
 
 class State:
@@ -2214,8 +2201,7 @@ class State:
         """YamlError or BacklogError for a file that cannot be meant: broken, cut off, foreign."""
         document = Document.parse(data, source)
         version, counter = document.top.get("schema_version"), document.top.get("next_item_id")
-        root = {} if document.chunks else parse_yaml(data, source)
-        if not document.chunks and not (isinstance(root, dict) and root.get("items") == []):
+        if not document.chunks and cast(Item, parse_yaml(data, source)).get("items") != []:
             problem, remedy = "no items", "write 'items: []' for an empty backlog"
         elif type(version) is not int or version != SCHEMA_VERSION:
             found = "missing" if version is None else shown(version)
@@ -2421,12 +2407,9 @@ class _Merge:
         document = replace(document, bom=form.bom, newline=form.newline)
         for at, key in enumerate(keys):
             found = _row_of(document.chunks[at]).item
-            if key in self.items and found != self.items[key]:
-                changes = _differing(found, self.items[key])
+            if key in self.items and (changes := _differing(found, self.items[key])):
                 document = document.with_item(at, changes, ITEM_KEYS)
-        if document.top.get("next_item_id") != self.counter:
-            document = document.with_top({"next_item_id": self.counter})
-        return document
+        return document.with_top({"next_item_id": self.counter})
 
     def in_order(self) -> list[str]:
         """The order of the result: the file's, if somebody has changed it, else the decided one."""
@@ -2623,9 +2606,8 @@ class Journal:
             yield parts
 
     def _state_of(self, parts: Mapping[str, Any]) -> State:
-        bom, newline, head, tail = (parts[name] for name in _FRAME)
-        chunks = tuple(parts["chunks"].values())
-        return State(Document(self.source, bom, newline, head, chunks, tail))
+        chunks, frame = tuple(parts["chunks"].values()), {name: parts[name] for name in _FRAME}
+        return State(Document(self.source, chunks=chunks, **frame))
 
     @property
     def settled(self) -> bool:
@@ -2654,10 +2636,7 @@ def _take_step(chunks: dict[str, Any], step: Mapping[str, Any]) -> dict[str, str
 def _step_between(old: State, new: State) -> dict[str, Any]:
     before, after = _parts_of(old), _parts_of(new)
     step = {name: after[name] for name in _FRAME if after[name] != before[name]}
-    gone = [key for key in old.chunks if key not in new.chunks]
-    chunks: dict[str, str | None] = dict.fromkeys(gone)
-    chunks |= {key: text for key, text in new.chunks.items() if old.chunks.get(key) != text}
-    if chunks:
+    if chunks := _differing(old.chunks, new.chunks):
         step["chunks"] = chunks
     if list(_take_step(dict(old.chunks), step)) != list(new.chunks):
         step["order"] = list(new.chunks)
