@@ -1405,8 +1405,7 @@ class Draft:
         """Set keys, or delete those whose value is None; BacklogError, and nothing changed, if a
         key cannot hold its value."""
         item = self.item(item_id)
-        changes = {key: value for key, value in changes.items() if item.get(key) != value}
-        if changes:
+        if changes := {key: value for key, value in changes.items() if item.get(key) != value}:
             _refuse_bad_values(item_id, changes)
             self.put({**item, **changes}, now)
         return self.items[item_id]
@@ -1499,8 +1498,7 @@ def transition(draft: Draft, item_id: str, status: str, now: datetime, **changes
 
 def block(draft: Draft, item_id: str, reason: str, now: datetime, kind: str | None = None) -> Item:
     """Block an item until a human unblocks it; `kind`: see `blocked_type`. BacklogError."""
-    details = {"blocked_reason": reason, "blocked_type": kind}
-    return transition(draft, item_id, "blocked", now, **details)
+    return transition(draft, item_id, "blocked", now, blocked_reason=reason, blocked_type=kind)
 
 
 def unblock(
@@ -1749,8 +1747,8 @@ def _after_triage(
     before a pre-phase costs anything, and the kind of block."""
     item_id = result.item_id
     item = draft.items[item_id]
-    given = {field: text for field, text in result.description.items() if text}
-    if given:  # what the triage leaves out stays as it was
+    if given := {field: text for field, text in result.description.items() if text}:
+        # What the triage leaves out stays as it was.
         texts = dict.fromkeys(DESCRIPTION_KEYS, "") | item.get("description", {}) | given
         item = draft.update(item_id, now, description=texts)
     if question:
@@ -1846,8 +1844,7 @@ def promote(draft: Draft, item_id: str, rules: Rules, now: datetime) -> Applied:
     if item is None or item["status"] != "ready":
         return Applied("dropped", item or Item(id=item_id), "it is not ready any more")
     name = pipeline_name(item)
-    reason = _unknown_pipeline(name, rules) or guardrail_objection(item, rules.limits)
-    if reason:
+    if reason := _unknown_pipeline(name, rules) or guardrail_objection(item, rules.limits):
         result = PhaseResult(item_id, "promotion", "blocked", reason)
         return _blocked(draft, result, reason, "decision", now)
     start = {"phase": rules.pipelines[name].main[0], "phase_pool": "main", "attempts": None}
