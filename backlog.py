@@ -957,8 +957,10 @@ class Document:
             gap = "\n" * (bool(tail) and not self.head.endswith("\n"))
             frame = replace(self, head=self.head + gap + tail).with_top({"items": [0]})
             frame = Document.parse(frame.to_bytes(), self.source)
-            free = re.sub(r"(?m)^ +#", "#", frame.chunks[0])  # no comments of what is not there
-            return replace(frame, chunks=(free,)).with_chunks(chunks)
+            whole = replace(frame, chunks=("- 0\n",)).with_chunks(chunks)
+            free = frame.chunks[0].removeprefix("- 0").removeprefix("\n")  # comments below `[]`
+            last = _yaml_fitted(whole.chunks[-1], free, read_chunk(whole.chunks[-1]), 0)
+            return replace(whole, chunks=(*whole.chunks[:-1], last))
         known, pieces = set(self.chunks), list(chunks)
         for place, chunk in enumerate(chunks):
             if chunk not in known and (by := self.column - _yaml_column(chunk)):
@@ -2311,7 +2313,7 @@ class _Merge:
             found = state.counter != file.counter, *total[:2], total[2] + layout
             if best is None or found <= best:  # the newest of equals
                 best, self.base = found, state
-        self.now = max(now, *map(moment, set().union(*self.versions.values())))
+        self.now = max([now, *map(moment, set().union(*self.versions.values()))])
 
     def start_of(self, item_id: str, item: Item) -> tuple[Item | None, Container[str | None]]:
         """What somebody started from in one item, and the texts of it that are no edit: the base's,
@@ -2399,8 +2401,7 @@ class _Merge:
             document = frame.with_chunks(chunks, tail)
         except ValueError:  # the two do not fit together
             document = file.with_chunks(chunks)
-        same_form = (file.bom, file.newline) == (base.bom, base.newline)
-        form = decided if same_form else file
+        form = decided if (file.bom, file.newline) == (base.bom, base.newline) else file
         document = replace(document, bom=form.bom, newline=form.newline)
         for at, key in enumerate(keys):
             found = _row_of(document.chunks[at]).item
@@ -2527,8 +2528,7 @@ class Journal:
             self._begin = begin
             file.seek(self._read)
             data = file.read()
-        steps = len(self._steps)
-        whole = data[: data.rfind(b"\n") + 1]
+        steps, whole = len(self._steps), data[: data.rfind(b"\n") + 1]
         for line in whole.splitlines():
             self._lines += 1
             try:
