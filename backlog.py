@@ -8,22 +8,10 @@ of any git command: what is in the file counts by what it changes of what was de
 
 Reading order:
 
- 1. The YAML subset: what it is, and its one error
- 2. From bytes to text
- 3. Scalars
- 4. The reader
- 5. The writer
- 6. Surgical edits
- 7. The backlog file as a document
- 8. Fields
- 9. Items
-10. Drafts and rules
-11. What a phase decides
-12. Filters
-13. Worklog
-14. States, and their merge
-15. The journal
-16. Store
+1. The YAML subset: what it is, and its one error · 2. From bytes to text · 3. Scalars ·
+4. The reader · 5. The writer · 6. Surgical edits · 7. The backlog file as a document ·
+8. Fields · 9. Items · 10. Drafts and rules · 11. What a phase decides · 12. Filters ·
+13. Worklog · 14. States, and their merge · 15. The journal · 16. Store
 
 `Store` puts all of it together, and is the only code that writes BACKLOG.yaml.
 """
@@ -86,8 +74,7 @@ class YamlError(ValueError):
 def parse_yaml(data: bytes, source: str = "<yaml>") -> object:
     """Read one document, in linear time; None if it is empty, YamlError, and nothing else, for all
     that is not in the subset. `source` is what messages name."""
-    text, _, _ = _yaml_decode(data, source)
-    return _YamlReader(text, source).document().value
+    return _YamlReader(_yaml_decode(data, source)[0], source).document().value
 
 
 # ==== 2. From bytes to text =======================================================================
@@ -107,8 +94,8 @@ def _yaml_decode(data: bytes, source: str) -> tuple[str, bool, str]:
         return YamlError(source, data.count(b"\n", 0, place) + 1, column, problem)
 
     if len(data) > _YAML_MAX_BYTES:
-        limit = f"{_YAML_MAX_BYTES >> 20} MiB"
-        raise error(0, f"the file is larger than {limit}; archive what is done")
+        limit = _YAML_MAX_BYTES >> 20
+        raise error(0, f"the file is larger than {limit} MiB; archive what is done")
     bom, newline = data.startswith(_YAML_BOM), "\n"
     data = data.removeprefix(_YAML_BOM)
     if b"\r" in data:
@@ -191,8 +178,7 @@ def _yaml_text_start(line: str, start: int = 0) -> int:
 
 def _yaml_quote_end(line: str, begin: int, quote: str) -> int:
     """Where the closing quote stands of what begins at `begin`, or the end of its text."""
-    match = _YAML_QUOTED[quote].match(line, begin)
-    return match.end() if match else begin
+    return cast(re.Match[str], _YAML_QUOTED[quote].match(line, begin)).end()
 
 
 # ==== 4. The reader ===============================================================================
@@ -275,6 +261,10 @@ class _YamlReader:
                 what = f"a document {name} marker ({text[:3]})"
                 self.refuse(0, what, "keep one document per file", line)
 
+    def _filled(self, line: int) -> int:
+        """The first line from `line` on that is not blank, or the last one."""
+        return next((n for n in range(line, self.last) if self.lines[n].strip(" ")), self.last)
+
     def _sign_alone(self, column: int) -> str:
         """Which of `-`, `?`, `:` stands at `column`, with a space or the line's end behind it."""
         sign, behind = self.lines[self.at][column : column + 1], self.lines[self.at][column + 1 :]
@@ -300,33 +290,28 @@ class _YamlReader:
         """Read the block collection that starts at `column` of line `at`."""
         if depth > _YAML_MAX_DEPTH:
             self.refuse(column, f"nesting deeper than {_YAML_MAX_DEPTH}", "flatten the structure")
+        start, keys, elements = self.at, dict[str, _YamlNode](), list[_YamlNode]()
+        found: object
         if self.is_dash(column):
-            return self.sequence(column, depth)
-        if not self.is_entry(column):
+            while not elements or (self.indent == column and self.is_dash(column)):
+                elements.append(self.element(column, depth))
+            found = [node.value for node in elements]
+        elif self.is_entry(column):
+            while not keys or self.indent == column:
+                key, colon = self._key(column)
+                if key in keys:
+                    problem = f"duplicate key {key[:40]!r}, first on line {keys[key].start + 1}"
+                    self.fail(column, problem, "remove one of the two")
+                keys[key] = self.value(colon + 1, column, depth, dash_from=column)
+            found = {key: node.value for key, node in keys.items()}
+        else:
             self._check_start(column)
             self.refuse(column, "a scalar on a line of its own", "write it behind its key or dash")
-        return self.mapping(column, depth)
-
-    def mapping(self, column: int, depth: int) -> _YamlNode:
-        start = self.at
-        nodes: dict[str, _YamlNode] = {}
-        while self.indent == column or not nodes:
-            key, colon = self._key(column)
-            if key in nodes:
-                problem = f"duplicate key {key[:40]!r}, first on line {nodes[key].start + 1}"
-                self.fail(column, problem, "remove one of the two")
-            nodes[key] = self.value(colon + 1, column, depth, dash_from=column)
-        self._check_not_deeper(column)
-        found = {key: node.value for key, node in nodes.items()}
-        return _YamlNode(found, start, self.end, column, column=column, keys=nodes)
-
-    def sequence(self, column: int, depth: int) -> _YamlNode:
-        start, nodes = self.at, [self.element(column, depth)]
-        while self.indent == column and self.is_dash(column):
-            nodes.append(self.element(column, depth))
-        self._check_not_deeper(column)
-        found = [node.value for node in nodes]
-        return _YamlNode(found, start, self.end, column, column=column, elements=nodes)
+        if self.indent > column:
+            where = f"column {self.indent + 1}, theirs is {column + 1}"
+            problem = f"this line is indented deeper than its neighbours ({where})"
+            self.fail(self.indent, problem, "align it with them or with the block above")
+        return _YamlNode(found, start, self.end, column, "", column, keys, elements)
 
     def element(self, column: int, depth: int) -> _YamlNode:
         """Read one entry of a sequence; its dash stands at `column`."""
@@ -336,13 +321,6 @@ class _YamlReader:
         if compact or self.is_dash(start):
             return self._below(start, depth + 1)._replace(head=column + 1)
         return self.value(column + 1, column, depth, dash_from=column + 1)
-
-    def _check_not_deeper(self, column: int) -> None:
-        """Line `at` must not be deeper than the entries at `column` before it."""
-        if self.indent > column:
-            where = f"column {self.indent + 1}, theirs is {column + 1}"
-            problem = f"this line is indented deeper than its neighbours ({where})"
-            self.fail(self.indent, problem, "align it with them or with the block above")
 
     def _key(self, column: int) -> tuple[str, int]:
         """The key at `column` of line `at`, and the column of its colon."""
@@ -364,26 +342,21 @@ class _YamlReader:
                 hint = "a quoted key stands on one line with its colon, a text that goes on is"
                 self.fail(column, 'expected "key: value"', f"{hint} indented deeper than its key")
             colon, key = found.start(), line[column : found.start()].rstrip(" ")
-            self._check_plain_key(key, column, found)
+            if found[0] == ":\t":
+                what, remedy = "a tab character behind a colon", "use spaces, or quote the key"
+                self.refuse(colon + 1, what, remedy)
+            for sign, name in (("\t", "a tab character"), ("#", "`#`"), (":", "`:`")):
+                if sign in key:
+                    self.refuse(column + key.index(sign), f"{name} in a plain key", "quote the key")
+            if key == "<<":
+                self.refuse(column, "a merge key (<<)", "write the keys out, or quote it")
+            if key[0] in "-?":
+                self.refuse(column, f"a plain key that starts with `{key[0]}`", "quote the key")
+            if key in _YAML_CONSTANTS or _YAML_NUMBER_LIKE.fullmatch(key):
+                self.fail(column, f"the key {key[:40]} is not a string", "quote it")
         if len(key) > _YAML_MAX_KEY:
             self.refuse(column, f"a key of more than {_YAML_MAX_KEY} characters", "shorten it")
         return key, colon
-
-    def _check_plain_key(self, key: str, column: int, colon: re.Match[str]) -> None:
-        if colon[0] == ":\t":
-            remedy = "use spaces, or quote the key"
-            self.refuse(colon.end() - 1, "a tab character behind a colon", remedy)
-        if not key:
-            self.refuse(column, *_YAML_REFUSED_ALONE[":"])
-        for sign, name in (("\t", "a tab character"), ("#", "`#`"), (":", "`:`")):
-            if sign in key:
-                self.refuse(column + key.index(sign), f"{name} in a plain key", "quote the key")
-        if key == "<<":
-            self.refuse(column, "a merge key (<<)", "write the keys out, or quote it")
-        if key[0] in "-?:":
-            self.refuse(column, f"a plain key that starts with `{key[0]}`", "quote the key")
-        if key in _YAML_CONSTANTS or _YAML_NUMBER_LIKE.fullmatch(key):
-            self.fail(column, f"the key {key[:40]} is not a string", "quote it")
 
     def value(self, head: int, column: int, depth: int, dash_from: int) -> _YamlNode:
         """Read what stands behind the colon or dash of an entry, from `head` of line `at` on.
@@ -419,19 +392,14 @@ class _YamlReader:
             self.refuse(column, *_YAML_REFUSED_ALONE[first])
 
     def _plain(self, start: int, parent: int) -> object:
-        at, first = self.at, self.lines[self.at][start]
+        opened, first = (self.at, start), self.lines[self.at][start]
         if not first.isalnum():
             self._check_start(start)
         if first in "?:":
             self.refuse(start, f"a plain text that starts with `{first}`", "quote the text")
-        text = self._plain_line(start)
-        self.seek(at + 1)
-        if self.indent <= parent:
-            return self._resolve(text, at, start)
-        parts = [text]
+        parts = [self._plain_line(start)]
         while self.indent > parent:
-            at, start = self.at, self.indent
-            gap = self.lines[self.end : at]
+            start, gap = self.indent, self.lines[self.end : self.at]
             if self.tail.strip(" ") or any(line.strip(" ") for line in gap):
                 what = "text after a comment inside a multi-line plain scalar"
                 self.refuse(start, what, "move the comment, or quote the text")
@@ -441,8 +409,7 @@ class _YamlReader:
                 what = f'"{sign or ":"} " inside a plain scalar ({why})'
                 self.refuse(start, what, "align it with its neighbours, or quote the text")
             parts += ("\n" * len(gap) or " ", self._plain_line(start))
-            self.seek(at + 1)
-        return "".join(parts)
+        return "".join(parts) if len(parts) > 1 else self._resolve(parts[0], *opened)
 
     def _plain_line(self, start: int) -> str:
         """The plain text on line `at` from `start` on, without the comment behind it."""
@@ -457,6 +424,7 @@ class _YamlReader:
         if ": " in text or text.endswith(":"):
             place = start + (text + " ").index(": ")
             self.refuse(place, '": " inside a plain scalar', "quote the text")
+        self.seek(self.at + 1)
         return text
 
     def _resolve(self, text: str, line: int, column: int) -> object:
@@ -494,9 +462,7 @@ class _YamlReader:
             joined = escaped and stop == len(line)
             stop += -1 if joined else escaped
             parts += (glue, self._unquoted(begin, stop, at, quote))
-            below = at + 1
-            while below < self.last and not self.lines[below].strip(" "):
-                below += 1
+            below = self._filled(at + 1)
             begin = _yaml_text_start(self.lines[below])
             if below == self.last:
                 problem = "this quoted scalar is never closed"
@@ -559,9 +525,7 @@ class _YamlReader:
         self._check_behind(at, start + 1 + len(signs), "a block scalar header")
         tail, indent = self.tail, parent + int(digit or "1")
         if not digit:  # as deep as its first line with text
-            first = at + 1
-            while first < self.last and not self.lines[first].strip(" "):
-                first += 1
+            first = self._filled(at + 1)
             if (found := _yaml_text_start(self.lines[first])) > parent and first < self.last:
                 indent = found
                 if max(map(len, self.lines[at + 1 : first]), default=0) > indent:
@@ -695,18 +659,13 @@ def _yaml_entry(
     if isinstance(value, dict | list) and value:
         inner = column + (2 if isinstance(value, dict) else offset)
         return [head + tail, *_yaml_block(value, inner, offset, depth + 1)]
-    # A literal block holds it, if no reader disagrees about its line breaks.
-    if (
-        isinstance(value, str)
-        and "\n" in value
-        and value[0] not in " \n"
-        and not value.endswith(("\n\n", " "))
-        and " \n" not in value
-        and not _YAML_UNPRINTABLE.search(value.replace("\n", ""))
-    ):
-        body, sign = (value[:-1], "|") if value.endswith("\n") else (value, "|-")
-        pad = " " * (column + 2)
-        return [f"{head} {sign}{tail}", *(line and pad + line for line in body.split("\n"))]
+    if isinstance(value, str) and "\n" in value and value[0] not in " \n":
+        # A literal block holds it, if no reader disagrees about its line breaks.
+        odd = value.endswith(("\n\n", " ")) or " \n" in value
+        if not odd and not _YAML_UNPRINTABLE.search(value.replace("\n", "")):
+            body, sign = (value[:-1], "|") if value.endswith("\n") else (value, "|-")
+            pad = " " * (column + 2)
+            return [f"{head} {sign}{tail}", *(line and pad + line for line in body.split("\n"))]
     return [f"{head} {_yaml_scalar(value)}{tail}"]
 
 
@@ -714,10 +673,8 @@ def _yaml_scalar(value: object) -> str:
     """How a value is written on one line."""
     if isinstance(value, str):
         return value if _yaml_is_plain(value) else _yaml_quoted(value)
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return "true" if value else "false"
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, int):
         if abs(value) >= 10**_YAML_MAX_DIGITS:
             raise ValueError(f"an integer of more than {_YAML_MAX_DIGITS} digits cannot be written")
@@ -851,6 +808,7 @@ def _yaml_edited_list(
 
 # ==== 7. The backlog file as a document ===========================================================
 
+_YAML_UNSOUND = "an edit cannot be written so that it reads back; nothing was changed"
 _YAML_REMEMBERED = 50_000  # chunks whose values are kept: a few versions of a large backlog
 
 
@@ -905,29 +863,22 @@ class Document:
             _YamlReader(text, source).document()  # says the same with the lines of the file
             raise
 
-        def fail(line: int, problem: str, remedy: str) -> NoReturn:
-            raise YamlError(source, line + 1, 1, f"{problem}; {remedy}")
-
+        items, line = frame.keys.get("items"), frame.start
         if frame.value is None:
             remedy = "take the file back from git history, or write `items: []`"
-            fail(0, "the file holds no backlog", remedy)
-        if not frame.keys:
-            fail(frame.start, "this is not a mapping", "write the backlog's list below `items:`")
-        items = frame.keys.get("items")
-        if items and items.value not in ([0] if chunks else None, []):
+            problem = f"the file holds no backlog; {remedy}"
+        elif not frame.keys:
+            problem = "this is not a mapping; write the backlog's list below `items:`"
+        elif items and items.value not in ([0] if chunks else None, []):
             remedy = "write one `- id: …` below it per item"
-            fail(items.start, "`items` is not a list in block style", remedy)
-        return made
+            line, problem = items.start, f"`items` is not a list in block style; {remedy}"
+        else:
+            return made
+        raise YamlError(source, line + 1, 1, problem)
 
     def to_bytes(self) -> bytes:
         """The file; without edits, the bytes that were parsed."""
-        return self._bytes
-
-    @cached_property
-    def _bytes(self) -> bytes:
-        text = "".join((self.head, *self.chunks, self.tail))
-        if self.newline != "\n":
-            text = text.replace("\n", self.newline)
+        text = "".join((self.head, *self.chunks, self.tail)).replace("\n", self.newline)
         return (_YAML_BOM if self.bom else b"") + text.encode()
 
     @cached_property
@@ -958,10 +909,9 @@ class Document:
         hole = " " * self.column + "- 0\n" if self.chunks else ""
         return self.head + hole + self.tail
 
-    def with_top(self, changes: Mapping[str, object], frame: str = "") -> Document:
-        """Change keys of the file besides the items; `frame`: its other lines, if not as now."""
-        frame = frame or self._frame
-        old, lines = _YamlReader(frame, self.source).document(), frame.split("\n")
+    def with_top(self, changes: Mapping[str, object]) -> Document:
+        """Change keys of the file besides the items."""
+        old, lines = _YamlReader(self._frame, self.source).document(), self._frame.split("\n")
         new = _yaml_changed(cast(Item, old.value), changes)
         edited = _yaml_edited_mapping(lines, old, new, TOP_KEYS, self.column)
         lines = [*lines[: old.start], *edited, *lines[old.end :]]
@@ -1003,27 +953,28 @@ class Document:
         tail = self.tail if tail is None else tail
         if (tuple(chunks), tail) == (self.chunks, self.tail):
             return self
+        if not self.chunks:
+            gap = "\n" * (bool(tail) and not self.head.endswith("\n"))
+            frame = replace(self, head=self.head + gap + tail).with_top({"items": [0]})
+            frame = Document.parse(frame.to_bytes(), self.source)
+            whole = replace(frame, chunks=("- 0\n",)).with_chunks(chunks)
+            free = frame.chunks[0].removeprefix("- 0").removeprefix("\n")  # comments below `[]`
+            last = _yaml_fitted(whole.chunks[-1], free, read_chunk(whole.chunks[-1]), 0)
+            return replace(whole, chunks=(*whole.chunks[:-1], last))
         known, pieces = set(self.chunks), list(chunks)
         for place, chunk in enumerate(chunks):
             if chunk not in known and (by := self.column - _yaml_column(chunk)):
-                lines, pad, cut = chunk.split("\n"), " " * by, max(-by, 0)
-                moved = [pad + line[min(cut, _yaml_text_start(line)) :] for line in lines]
-                text = "\n".join(line if line.strip(" ") else "" for line in moved)
+                text = re.sub(rf"(?m)^ {{0,{max(-by, 0)}}}", " " * by, chunk)
+                text = re.sub(r"(?m)^ +$", "", text)
                 pieces[place] = _yaml_fitted(text, "", read_chunk(chunk), self.column)
         above, made = self._joined(pieces, tail)
-        head = self.head + "\n" * (bool(tail) and not self.head.endswith("\n")) + above
-        if self.chunks and made:
-            whole = replace(self, head=head, chunks=_yaml_ended(made, tail), tail=tail)
+        if made:
+            ended = _yaml_ended(made, tail)
+            whole = replace(self, head=self.head + above, chunks=ended, tail=tail)
             _ = whole.top  # raises where head and tail do not fit together
             return whole
-        whole = replace(self, chunks=made)
-        whole = whole.with_top({"items": [0] if made else []}, head + tail)
-        if made:
-            free = cast(re.Match[str], re.match(r"(?: *(?:#.*)?\n)*", whole.tail))[0]
-            last = _yaml_fitted(made[-1], free, read_chunk(made[-1]), 0)
-            tail = whole.tail.removeprefix(free)
-            whole = replace(whole, chunks=(*made[:-1], last), tail=tail)
-        return Document.parse(whole.to_bytes(), self.source)
+        whole = replace(self, head=self.head + above + tail, chunks=(), tail="")
+        return Document.parse(whole.with_top({"items": []}).to_bytes(), self.source)
 
     def render_chunk(self, item: Mapping[str, object]) -> str:
         """The chunk of a new item, in this file's indentation; keys that hold None are left out."""
@@ -1032,21 +983,19 @@ class Document:
     def _joined(self, pieces: Sequence[str], tail: str) -> tuple[str, tuple[str, ...]]:
         """The comments that come to stand above all items, and the pieces as they follow here."""
         own = set(self.chunks)
-        places = {piece: at for at, piece in enumerate(pieces)}
-        edited = {_yaml_name(piece): at for piece, at in places.items() if piece not in own}
+        # An edited piece follows on its item's earlier one.
+        names = (piece if piece in own else _yaml_name(piece) for piece in pieces)
+        places = {name: at for at, name in enumerate(names)}
         free: dict[int, str] = {}  # comments, by the place of the piece they are to follow
-        place, end = -1, ""  # and what stands behind the last item
-        last: int | None = None
+        place, last = -1, cast(int | None, None)
         for chunk in self.chunks:
-            known = places.get(chunk)
-            if known is None:
-                known = edited.get(_yaml_name(chunk))
-            place = place if known is None else known
-            if chunk is self.chunks[-1]:
-                last, ending = known, chunk if known is None else pieces[known]
-                end = ending[len(_yaml_own_text(ending)) :]
-            elif known is None and (rest := chunk[len(_yaml_own_text(chunk)) :].strip("\n")):
+            last = places.get(chunk, places.get(_yaml_name(chunk)))
+            place = place if last is None else last
+            rest = "" if last is not None else chunk[len(_yaml_own_text(chunk)) :].strip("\n")
+            if rest and chunk is not self.chunks[-1]:
                 free[place] = f"{free[place]}\n\n{rest}" if place in free else rest
+        ending = self.chunks[-1] if last is None else pieces[last]
+        end = ending[len(_yaml_own_text(ending)) :]  # what stands behind the last item
         apart = len(self.chunks) > 1 and self.chunks[-2].endswith("\n\n")
         met = dict(pairwise((*self.chunks, "")))
         made: list[str] = []
@@ -1064,9 +1013,6 @@ class Document:
             made.append(_yaml_fitted(body, rest, read_chunk(piece), self.column))
         above = f"{free[-1]}\n\n" if -1 in free else ""
         return above if pieces else above + end, tuple(made)
-
-
-_YAML_UNSOUND = "an edit cannot be written so that it reads back; nothing was changed"
 
 
 _YAML_ITEMS = re.compile(r"""(?:items|'items'|"items") *:(?: *| +#.*)\n?$""")
@@ -1091,12 +1037,12 @@ def _yaml_cuts(lines: list[str]) -> list[int]:
         pad, deeper = dash[1], dash[1] + " "
     if not cuts:
         return [len(lines)]
-    cuts += [stop] if stop < len(lines) else []
+    cuts.append(stop)
     for place, cut in enumerate(cuts):  # the comments above it belong to it
-        while cut > first and re.match(f" {{0,{len(pad)}}}#", lines[cut - 1]):
+        while first < cut < len(lines) and re.match(f" {{0,{len(pad)}}}#", lines[cut - 1]):
             cut -= 1
         cuts[place] = cut
-    return cuts if stop < len(lines) else [*cuts, stop]
+    return cuts
 
 
 def _yaml_own_text(chunk: str) -> str:
@@ -1207,22 +1153,12 @@ def list_of(kind: Kind, expected: str, remedy: str = "") -> Kind:
 TEXT = Kind("text", lambda value: type(value) is str, remedies=IN_QUOTES)
 TEXTS = list_of(TEXT, "a list of texts", "; write it as [{}]")
 LIST = Kind("a list", lambda value: type(value) is list)
-
-
-def is_plain(value: object) -> bool:
-    return isinstance(value, str) and "\0" not in value  # a program's arguments end at a NUL
-
-
-def is_word(value: object) -> bool:
-    return is_plain(value) and bool(str(value).strip())
-
-
-def _is_argv(value: object) -> bool:
-    """A command is a list of words, and runs without a shell."""
-    return isinstance(value, list) and all(map(is_plain, value)) and any(map(is_word, value[:1]))
-
-
-ARGV = Kind('a command such as ["make", "test"]', _is_argv)
+PLAIN = Kind("text", lambda text: type(text) is str and "\0" not in text)  # an argument ends there
+WORD = Kind("text", lambda text: PLAIN.fits(text) and bool(str(text).strip()))
+ARGV = Kind(  # a list of words, which runs without a shell
+    'a command such as ["make", "test"]',
+    lambda row: type(row) is list and all(map(PLAIN.fits, row)) and any(map(WORD.fits, row[:1])),
+)
 MAPPING = Kind("a mapping of keys to values", lambda value: type(value) is dict)
 FLAG = Kind(
     "true or false",
@@ -1473,18 +1409,16 @@ class Draft:
 
     def item(self, item_id: str) -> Item:
         """The item; BacklogError if there is none of this id."""
-        try:
-            return self.items[item_id]
-        except KeyError:
+        if item_id not in self.items:
             hint = did_you_mean(item_id, self.items)
-            raise BacklogError(f"item {item_id} not found in the backlog{hint}") from None
+            raise BacklogError(f"item {item_id} not found in the backlog{hint}")
+        return self.items[item_id]
 
     def update(self, item_id: str, now: datetime, **changes: object) -> Item:
         """Set keys, or delete those whose value is None; BacklogError, and nothing changed, if a
         key cannot hold its value."""
         item = self.item(item_id)
-        changes = {key: value for key, value in changes.items() if item.get(key) != value}
-        if changes:
+        if changes := {key: value for key, value in changes.items() if item.get(key) != value}:
             _refuse_bad_values(item_id, changes)
             self.put({**item, **changes}, now)
         return self.items[item_id]
@@ -1577,8 +1511,7 @@ def transition(draft: Draft, item_id: str, status: str, now: datetime, **changes
 
 def block(draft: Draft, item_id: str, reason: str, now: datetime, kind: str | None = None) -> Item:
     """Block an item until a human unblocks it; `kind`: see `blocked_type`. BacklogError."""
-    details = {"blocked_reason": reason, "blocked_type": kind}
-    return transition(draft, item_id, "blocked", now, **details)
+    return transition(draft, item_id, "blocked", now, blocked_reason=reason, blocked_type=kind)
 
 
 def unblock(
@@ -1589,10 +1522,8 @@ def unblock(
     item = draft.item(item_id)
     if item["status"] != "blocked":
         raise BacklogError(f"{item_id}: it is not blocked, but {item['status']}")
-    back = item.get("blocked_from_status", "new")
-    changes: dict[str, object] = {"attempts": None}
-    if notes and notes.strip():
-        changes["unblock_context"] = notes.strip()
+    back = item.get("blocked_from_status")
+    changes: dict[str, Any] = {"attempts": None, "unblock_context": (notes or "").strip() or None}
     if override:
         changes["guardrail_override"] = True
     back = back if back in LEGAL_TRANSITIONS["blocked"] else "new"
@@ -1790,7 +1721,7 @@ def _decide(
     draft: Draft, started: Item, result: PhaseResult, rules: Rules, now: datetime
 ) -> Applied:
     """Block the item, with the question that its phase leaves, or let it go on."""
-    item_id, phase = result.item_id, result.phase
+    item_id = result.item_id
     # A rating that stands is a floor: an agent may raise it, and ask for a review, never waive.
     raised: dict[str, Any] = {
         key: word
@@ -1801,19 +1732,17 @@ def _decide(
         raised["requires_human_review"] = True
     draft.update(item_id, now, **raised)
     reason, kind = result.context or result.summary, result.block_type
-    if result.result == "failed":
-        return _blocked(draft, item_id, phase, reason, now, kind, "Failed")
-    question = _duplicate_question(draft, result)
-    if result.result == "blocked":
+    question = _duplicate_question(draft, result) if result.result != "failed" else ""
+    if result.result in ("failed", "blocked"):
         reason = "; ".join(filter(None, (reason, question)))
-        return _blocked(draft, item_id, phase, reason, now, kind)
+        return _blocked(draft, result, reason, kind, now)
     told = _told(draft.update(item_id, now, attempts=None), result, result.summary, now)
-    if phase == TRIAGE:
+    if result.phase == TRIAGE:
         reason, kind = _after_triage(draft, result, question, rules, now)
     else:
         reason, kind = _after_phase(draft, started, result, rules, now)
     if reason:
-        applied = _blocked(draft, item_id, phase, reason, now, kind)
+        applied = _blocked(draft, result, reason, kind, now)
     elif draft.items[item_id]["status"] == "done":
         item = draft.items[item_id]
         archive(draft, item_id, now)
@@ -1831,11 +1760,10 @@ def _after_triage(
     before a pre-phase costs anything, and the kind of block."""
     item_id = result.item_id
     item = draft.items[item_id]
-    given = {field: text for field, text in result.description.items() if text}
-    if given:  # what the triage leaves out stays as it was
-        texts = {**item.get("description", {}), **given}
-        described = {field: texts.get(field, "") for field in DESCRIPTION_KEYS}
-        item = draft.update(item_id, now, description=described)
+    if given := {field: text for field, text in result.description.items() if text}:
+        # What the triage leaves out stays as it was.
+        texts = dict.fromkeys(DESCRIPTION_KEYS, "") | item.get("description", {}) | given
+        item = draft.update(item_id, now, description=texts)
     if question:
         return question, "decision"
     if result.result == "subphase_complete":
@@ -1899,18 +1827,14 @@ def _told(item: Item, result: PhaseResult, summary: str, now: datetime) -> str:
 
 
 def _blocked(
-    draft: Draft,
-    item_id: str,
-    phase: str,
-    reason: str,
-    now: datetime,
-    kind: str | None,
-    outcome: str = "Blocked",
+    draft: Draft, result: PhaseResult, reason: str, kind: str | None, now: datetime
 ) -> Applied:
     """Block the item; the attempts start anew when it is unblocked."""
+    item_id, phase = result.item_id, result.phase
     reason = reason or f"{phase} gave no reason"
     draft.update(item_id, now, attempts=None)
     item = block(draft, item_id, reason, now, kind)
+    outcome = "Failed" if result.result == "failed" else "Blocked"
     told = worklog_entry(now, item_id, item["title"], phase, outcome, reason)
     return Applied("blocked", item, reason, worklog=told)
 
@@ -1933,9 +1857,9 @@ def promote(draft: Draft, item_id: str, rules: Rules, now: datetime) -> Applied:
     if item is None or item["status"] != "ready":
         return Applied("dropped", item or Item(id=item_id), "it is not ready any more")
     name = pipeline_name(item)
-    reason = _unknown_pipeline(name, rules) or guardrail_objection(item, rules.limits)
-    if reason:
-        return _blocked(draft, item_id, "promotion", reason, now, "decision")
+    if reason := _unknown_pipeline(name, rules) or guardrail_objection(item, rules.limits):
+        result = PhaseResult(item_id, "promotion", "blocked", reason)
+        return _blocked(draft, result, reason, "decision", now)
     start = {"phase": rules.pipelines[name].main[0], "phase_pool": "main", "attempts": None}
     return Applied("advanced", transition(draft, item_id, "in_progress", now, **start))
 
@@ -1950,8 +1874,7 @@ def repair_items(draft: Draft, rules: Rules, now: datetime) -> list[str]:
     issued = IssuedIds(rules.prefix, draft)
     for item_id, item in list(draft.items.items()):
         needs = item.get("dependencies", [])
-        finished = [need for need in needs if need not in draft.items and need in issued]
-        if finished:
+        if finished := [need for need in needs if need not in draft.items and need in issued]:
             rest = [need for need in needs if need not in finished]
             draft.update(item_id, now, dependencies=rest or None)
             gone = ", ".join(finished)
@@ -1963,8 +1886,7 @@ def repair_items(draft: Draft, rules: Rules, now: datetime) -> list[str]:
             block(draft, item_id, problem, now, "decision")
             messages.append(f"{item_id}: blocked: {problem}")
         elif item["status"] != "ready" and not item.get("phase"):
-            phases = getattr(rules.pipelines[name], pool)
-            if phases:
+            if phases := getattr(rules.pipelines[name], pool):
                 draft.update(item_id, now, phase=phases[0], phase_pool=pool)
                 done = f"starts with {phases[0]}"
             else:
@@ -2178,11 +2100,9 @@ def read_worklog(text: str) -> list[dict[str, str]]:
 
 def last_summary(entries: Iterable[Mapping[str, str]], item_id: str) -> str | None:
     """What the item's last completed phase reported; `entries`: see `read_worklog`."""
-    summary = None
-    for entry in entries:
-        if entry["item"] == item_id and entry.get("outcome") in ("Complete", "Subphase Complete"):
-            summary = entry.get("summary", summary)
-    return summary
+    done = ("Complete", "Subphase Complete")
+    told = (one for one in entries if one["item"] == item_id and one.get("outcome") in done)
+    return [None, *(one["summary"] for one in told if "summary" in one)][-1]
 
 
 def recent_worklogs(directory: Path) -> list[Path]:
@@ -2243,8 +2163,6 @@ def replace_file(
 
 # ==== 14. States, and their merge =================================================================
 
-_GIVEN_KEYS = ("id", "status", "created", "updated")  # what the program gives a new item
-
 
 class _Row(NamedTuple):
     """What a chunk holds."""
@@ -2261,10 +2179,9 @@ def _row_of(chunk: str) -> _Row:
     item, problems = read_item(read_chunk(chunk))
     if "title" in item:
         raw = cast(Item, read_chunk(chunk))
-        lacking = {key for key in _GIVEN_KEYS if raw.get(key) is None}
+        lacking = {key for key in REQUIRED_KEYS if raw.get(key) is None}
         problems = [one for one in problems if one[0] not in lacking]
-    whole = item.keys() >= set(REQUIRED_KEYS)
-    return _Row(item.get("id", chunk), item, tuple(problems), whole)
+    return _Row(item.get("id", chunk), item, tuple(problems), item.keys() >= set(REQUIRED_KEYS))
 
 
 class State:
@@ -2277,27 +2194,24 @@ class State:
 
     def __init__(self, document: Document) -> None:
         self.document = document
-        rows = list(map(_row_of, document.chunks))
-        if len({row.key for row in rows}) < len(rows):
-            seen: set[str] = set()
-            for at, (key, _, problems, _) in enumerate(rows):
-                if key in seen:
-                    twice = f"the id {key} is used twice; give one of the two another one"
-                    problems = (*problems, ("id", twice))
-                    rows[at] = _Row(document.chunks[at], {}, problems, False)
-                seen.add(key)
-        self.chunks = {row.key: chunk for row, chunk in zip(rows, document.chunks, strict=True)}
-        self.found = {row.key: row.item for row in rows}
-        self.items = {row.key: row.item for row in rows if row.whole}
-        self.problems = {row.key: row.problems for row in rows if row.problems}
+        self.chunks: dict[str, str] = {}
+        rows: dict[str, _Row] = {}
+        for chunk in document.chunks:
+            row = _row_of(chunk)
+            if row.key in rows:
+                twice = f"the id {row.key} is used twice; give one of the two another one"
+                row = _Row(chunk, {}, (*row.problems, ("id", twice)), False)
+            self.chunks[row.key], rows[row.key] = chunk, row
+        self.found = {key: row.item for key, row in rows.items()}
+        self.items = {key: row.item for key, row in rows.items() if row.whole}
+        self.problems = {key: row.problems for key, row in rows.items() if row.problems}
 
     @classmethod
     def read(cls, data: bytes, source: str) -> State:
         """YamlError or BacklogError for a file that cannot be meant: broken, cut off, foreign."""
         document = Document.parse(data, source)
         version, counter = document.top.get("schema_version"), document.top.get("next_item_id")
-        root = {} if document.chunks else parse_yaml(data, source)
-        if not document.chunks and not (isinstance(root, dict) and root.get("items") == []):
+        if not document.chunks and cast(Item, parse_yaml(data, source)).get("items") != []:
             problem, remedy = "no items", "write 'items: []' for an empty backlog"
         elif type(version) is not int or version != SCHEMA_VERSION:
             found = "missing" if version is None else shown(version)
@@ -2377,26 +2291,17 @@ def _distance(one: State, other: State, key: str) -> tuple[int, int, int]:
 class _Merge:
     """The merge while it is made; see `merge`."""
 
-    def __init__(
-        self,
-        decided: State,
-        file: State,
-        earlier: Iterable[State],
-        now: datetime,
-        running: Container[str],
-    ) -> None:
+    def __init__(self, decided: State, file: State, running: Container[str]) -> None:
         self.decided, self.file, self.running = decided, file, running
         # By id and `updated`, each text that there was of an item, and what it held.
         self.versions: dict[str, dict[str, dict[str, Item]]] = {}
-        self.find_base(itertools.chain(earlier, [decided]))
-        self.now = max([now, *map(self.newest, self.versions)])
         self.counter = max(decided.counter, file.counter)
         self.items: dict[str, Item] = {}
         self.chunks: dict[str, str] = {}  # what an item's lines start from
         self.renamed: dict[str, str] = {}  # key in the file → key in the result
         self.notes: list[str] = []
 
-    def find_base(self, states: Iterable[State]) -> None:
+    def find_base(self, states: Iterable[State], now: datetime) -> None:
         """Look through the states up to now for the one that somebody started from."""
         file, last, best = self.file, dict[str, str](), None
         far: dict[str, tuple[int, int, int]] = {}  # how far the file is from a state, by item
@@ -2419,10 +2324,7 @@ class _Merge:
             found = state.counter != file.counter, *total[:2], total[2] + layout
             if best is None or found <= best:  # the newest of equals
                 best, self.base = found, state
-
-    def newest(self, item_id: str) -> datetime:
-        """The last `updated` that an item ever had."""
-        return max(map(moment, self.versions[item_id]))
+        self.now = max([now, *map(moment, set().union(*self.versions.values()))])
 
     def start_of(self, item_id: str, item: Item) -> tuple[Item | None, Container[str | None]]:
         """What somebody started from in one item, and the texts of it that are no edit: the base's,
@@ -2438,11 +2340,6 @@ class _Merge:
         self.now += timedelta(microseconds=1)
         return timestamp(self.now)
 
-    def take(self, key: str, item: Item | None, chunk: str) -> None:
-        self.chunks[key] = chunk
-        if item is not None:
-            self.items[key] = item
-
     def add(self, key: str, item: Item, prefix: str) -> None:
         """A new item of somebody's: what it lacks is completed."""
         taken = {*self.decided.items, *self.items, *self.versions}
@@ -2455,19 +2352,20 @@ class _Merge:
             self.notes.append(f"{asked} is taken; the one added by hand is {item_id} now: {title}")
         now = self.stamp()
         fresh = {"status": "new", "created": now, "updated": now, **item, "id": item_id}
-        self.take(item_id, fresh, self.file.chunks[key])
+        self.items[item_id], self.chunks[item_id] = fresh, self.file.chunks[key]
         # So that older copies of the file are told apart from this one by their counter.
         self.counter = max(self.counter, self.base.counter + 1)
 
-    def meet(self, key: str) -> None:
+    def meet(self, key: str) -> tuple[Item, str]:
         """An item that both have: what was edited is taken, what was decided since stands."""
         d, d_chunk = self.decided.items[key], self.decided.chunks[key]
         f, f_chunk = self.file.found[key], self.file.chunks[key]
         if f_chunk == d_chunk:
-            return self.take(key, d, d_chunk)
+            return d, d_chunk
         bad = {name for name, _ in self.file.problems.get(key, ())}
-        if key in self.file.items and not bad and moment(f["updated"]) > self.newest(key):
-            return self.take(key, f, f_chunk)
+        newest = max(map(moment, self.versions[key]))
+        if key in self.file.items and not bad and moment(f["updated"]) > newest:
+            return f, f_chunk
         b, texts = self.start_of(key, f)
         merged, old = dict(d), b or {}
         # A stamp that nobody knows is an older one: it was decided since, whatever the base says.
@@ -2483,7 +2381,7 @@ class _Merge:
         item = _item_of(merged)
         if item != d:
             item = _item_of({**merged, "updated": self.stamp()})
-        return self.take(key, item, d_chunk if f_chunk in texts or not b else f_chunk)
+        return item, d_chunk if f_chunk in texts or not b else f_chunk
 
     def chosen(self, key: str, name: str, old: Any, edit: Any, ours: Any, firm: bool) -> Any:
         """Of an edit from `old`, and what was decided since (`ours`), the one that counts."""
@@ -2514,19 +2412,13 @@ class _Merge:
             document = frame.with_chunks(chunks, tail)
         except ValueError:  # the two do not fit together
             document = file.with_chunks(chunks)
-        document = replace(
-            document,
-            bom=decided.bom if file.bom == base.bom else file.bom,
-            newline=decided.newline if file.newline == base.newline else file.newline,
-        )
+        form = decided if (file.bom, file.newline) == (base.bom, base.newline) else file
+        document = replace(document, bom=form.bom, newline=form.newline)
         for at, key in enumerate(keys):
             found = _row_of(document.chunks[at]).item
-            if key in self.items and found != self.items[key]:
-                changes = _differing(found, self.items[key])
+            if key in self.items and (changes := _differing(found, self.items[key])):
                 document = document.with_item(at, changes, ITEM_KEYS)
-        if document.top.get("next_item_id") != self.counter:
-            document = document.with_top({"next_item_id": self.counter})
-        return document
+        return document.with_top({"next_item_id": self.counter})
 
     def in_order(self) -> list[str]:
         """The order of the result: the file's, if somebody has changed it, else the decided one."""
@@ -2534,15 +2426,11 @@ class _Merge:
         in_file = [self.renamed.get(key, key) for key in file]
         moved = [key for key in file if key in base] != [key for key in base if key in file]
         first, second = (in_file, decided) if moved else (decided, in_file)
-        order = [key for key in first if key in self.chunks]
-        known, place = set(order), 0
-        if known != self.chunks.keys():
-            for key in second:
-                if key in known:
-                    place = order.index(key) + 1
-                elif key in self.chunks:
-                    order.insert(place, key)
-                    place += 1
+        order, others = ([key for key in keys if key in self.chunks] for keys in (first, second))
+        known = set(order)
+        for place, key in enumerate(others):
+            if key not in known:  # it keeps its place behind the one before it
+                order.insert(order.index(others[place - 1]) + 1 if place else 0, key)
         return order
 
 
@@ -2563,7 +2451,8 @@ def merge(
     does not mark done. `shown`: the chunks that were last written; what is gone since was not
     brought back.
     """
-    made = _Merge(decided, file, earlier, now, running)
+    made = _Merge(decided, file, running)
+    made.find_base(itertools.chain(earlier, [decided]), now)
     base = made.base
     for key, chunk in file.chunks.items():
         item, problems = file.found[key], file.problems.get(key, ())
@@ -2572,7 +2461,7 @@ def merge(
             if key not in base.items and item.get("created") != known["created"]:
                 made.add(key, item, prefix)
             else:
-                made.meet(key)
+                made.items[key], made.chunks[key] = made.meet(key)
                 made.notes += [f"{key}: {problem}; it stays as it was" for _, problem in problems]
         elif key in made.versions:
             if chunk not in shown:
@@ -2587,17 +2476,17 @@ def merge(
             if key not in decided.chunks:
                 first = next((line.strip() for line in chunk.splitlines() if line.strip()), "")
                 made.notes.append(f"{first[:60]}: {problems[0][1]}; it waits")
-            made.take(key, None, chunk)
+            made.chunks[key] = chunk
     if missing := [key for key in decided.chunks if key not in file.chunks]:
         # What a file of several states lacks tells nothing; else it was deleted by hand.
         mixed = any(
             made.start_of(key, item)[0] is not base.items.get(key)
             for key, item in file.found.items()
         )
-        for key in missing:
-            newer = highest_number(prefix, [key]) > file.counter  # than whatever the file shows
-            if mixed or newer or key not in base.chunks:
-                made.take(key, decided.items.get(key), decided.chunks[key])
+        newer = {key for key in missing if highest_number(prefix, [key]) > file.counter}
+        kept = [key for key in missing if mixed or key in newer or key not in base.chunks]
+        made.chunks |= {key: decided.chunks[key] for key in kept}
+        made.items |= {key: decided.items[key] for key in kept if key in decided.items}
     document = made.document()
     return (decided if document == decided.document else State(document)), made.notes
 
@@ -2651,8 +2540,7 @@ class Journal:
             self._begin = begin
             file.seek(self._read)
             data = file.read()
-        steps = len(self._steps)
-        whole = data[: data.rfind(b"\n") + 1]
+        steps, whole = len(self._steps), data[: data.rfind(b"\n") + 1]
         for line in whole.splitlines():
             self._lines += 1
             try:
@@ -2695,29 +2583,23 @@ class Journal:
     def start(self, state: State, run: Mapping[str, Any]) -> None:
         """Begin the file, with a state that is in git or on disk. OSError."""
         line = {"version": self.VERSION, "run": run, "state": _parts_of(state)}
-        data = (json.dumps(line) + "\n").encode()
-        replace_file(self.path, data, 0o600)
+        replace_file(self.path, (json.dumps(line) + "\n").encode(), 0o600)
         self.catch_up()
 
     def append(self, line: Mapping[str, Any], *, flush: bool = True) -> None:
         """Add a line; OSError. Without `flush` a power cut may take it back."""
-        fd = os.open(self.path, os.O_RDWR | os.O_APPEND)
-        try:
-            if os.fstat(fd).st_size != self._read:
-                os.ftruncate(fd, self._read)  # what a crash left of a line
-            data = memoryview((json.dumps(line) + "\n").encode())
-            while data:
-                data = data[os.write(fd, data) :]
+        with self.path.open("r+b") as file:
+            file.truncate(self._read)  # what a crash left of a line
+            file.seek(self._read)
+            file.write((json.dumps(line) + "\n").encode())
+            file.flush()
             if flush:
-                os.fsync(fd)
-        finally:
-            os.close(fd)
+                os.fsync(file.fileno())
         self.catch_up()
 
     def states(self) -> Iterator[State]:
         """Every state up to now, the oldest first."""
-        for parts in self._played():
-            yield self._state_of(parts)
+        return map(self._state_of, self._played())
 
     def state(self) -> State:
         """The decided state."""
@@ -2733,9 +2615,8 @@ class Journal:
             yield parts
 
     def _state_of(self, parts: Mapping[str, Any]) -> State:
-        bom, newline, head, tail = (parts[name] for name in _FRAME)
-        chunks = tuple(parts["chunks"].values())
-        return State(Document(self.source, bom, newline, head, chunks, tail))
+        chunks, frame = tuple(parts["chunks"].values()), {name: parts[name] for name in _FRAME}
+        return State(Document(self.source, chunks=chunks, **frame))
 
     @property
     def settled(self) -> bool:
@@ -2764,10 +2645,7 @@ def _take_step(chunks: dict[str, Any], step: Mapping[str, Any]) -> dict[str, str
 def _step_between(old: State, new: State) -> dict[str, Any]:
     before, after = _parts_of(old), _parts_of(new)
     step = {name: after[name] for name in _FRAME if after[name] != before[name]}
-    gone = [key for key in old.chunks if key not in new.chunks]
-    chunks: dict[str, str | None] = dict.fromkeys(gone)
-    chunks |= {key: text for key, text in new.chunks.items() if old.chunks.get(key) != text}
-    if chunks:
+    if chunks := _differing(old.chunks, new.chunks):
         step["chunks"] = chunks
     if list(_take_step(dict(old.chunks), step)) != list(new.chunks):
         step["order"] = list(new.chunks)
@@ -2794,6 +2672,7 @@ class Outside(NamedTuple):
     committed: Callable[[], tuple[str | None, bytes]]  # HEAD, and the file in it (b"": none)
 
 
+@dataclass(eq=False)
 class Store:
     """BACKLOG.yaml and the journal beside it: the only code that writes the file.
 
@@ -2801,33 +2680,25 @@ class Store:
     apply the change, append it to the journal, write the file. Without a journal (no run is active,
     and the last one left nothing unfinished) the file is the truth, and is just changed.
 
-    For one thread at a time. `warn` gets complete messages for the operator.
+    For one thread at a time.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        state_dir: Path,
-        aside: Path,
-        outside: Outside,
-        *,
-        prefix: str,
-        warn: Callable[[str], None],
-        clock: Callable[[], datetime],
-        monotonic: Callable[[], float] = time.monotonic,
-        lock_limit_s: float = 30.0,
-    ) -> None:
-        """`aside`: the folder for files that cannot be read; `prefix`: of new ids;
-        `lock_limit_s`: how long to wait for another process that holds the lock."""
-        self.path = path
-        self.temporary = path.with_name(f".{path.name}.tmp")  # where it is written
-        self.lock_path = state_dir / "backlog.lock"
-        self.journal_path = state_dir / "journal"
+    path: Path
+    state_dir: Path
+    aside: Path  # the folder for files that cannot be read
+    outside: Outside
+    prefix: str  # of new ids
+    warn: Callable[[str], None]  # gets complete messages for the operator
+    clock: Callable[[], datetime]
+    monotonic: Callable[[], float] = time.monotonic
+    lock_limit_s: float = 30.0  # how long to wait for another process that holds the lock
+
+    def __post_init__(self) -> None:
+        self.temporary = self.path.with_name(f".{self.path.name}.tmp")  # where it is written
+        self.lock_path = self.state_dir / "backlog.lock"
+        self.journal_path = self.state_dir / "journal"
         self.journal: Journal | None = None
         self.trouble = ""  # why the file cannot be read just now: nothing new is to be started
-        self._aside, self._outside, self._prefix = aside, outside, prefix
-        self._warn, self._clock, self._monotonic = warn, clock, monotonic
-        self._lock_limit_s = lock_limit_s
         self._state: State | None = None
         self._written: bytes | None = None  # the file's content as last written or merged
         self._wreck: tuple[bytes | None, float] = None, 0.0  # its content, and since when
@@ -2883,10 +2754,10 @@ class Store:
 
     def _ask_outside(self) -> None:
         """Ask git what a merge needs, before the lock is taken."""
-        self._home = self.journal is None or self._outside.at_home(self.journal.run)
+        self._home = self.journal is None or self.outside.at_home(self.journal.run)
         same: tuple[bytes | None, ...]
         if self.journal is None:
-            head, self._committed = self._outside.committed()
+            head, self._committed = self.outside.committed()
             same, run = (self._committed,), {"head": head}
         elif self._home and self._versions is None:
             same, run = (None, self._written, self.state.document.to_bytes()), self.journal.run
@@ -2895,7 +2766,7 @@ class Store:
         with suppress(SaveError):
             if self._read() in same:
                 return
-        self._versions = self._readable(*self._outside.versions(run))
+        self._versions = self._readable(*self.outside.versions(run))
 
     def _read(self) -> bytes | None:
         """The file's bytes, None if there is no file; SaveError if it is none that we replace."""
@@ -2988,7 +2859,7 @@ class Store:
             if self.journal is None:
                 raise
             if str(error) != self.trouble:
-                self._warn(str(error))
+                self.warn(str(error))
             self.trouble = str(error)
             return None
         if self.journal is None:
@@ -3008,45 +2879,42 @@ class Store:
 
     def _take_in_alone(self, data: bytes | None, before: State | None) -> None:
         """The file is the truth, but an old copy in it undoes nothing that is committed."""
-        made, bases = self._state, list[tuple[State, Iterable[State]]]()
         if before is not None and data is None:  # it was deleted just now: it is written again
             return
-        self._state, self._written = self._usable(data)
-        for committed in self._readable(self._committed) if data != self._committed else ():
-            if not committed.problems:
-                bases.append((committed, self._versions or ()))
-        if made is not None and before is not None:
-            bases.append((made, [before]))
+        made, (self._state, self._written) = self.state, self._usable(data)
+        known = self._readable(self._committed) if data != self._committed else ()
+        bases = [(state, self._versions or []) for state in known if not state.problems]
+        bases += [] if before is None else [(made, [before])]
         for decided, earlier in bases:
-            self._state, notes = merge(decided, self.state, earlier, self._clock(), self._prefix)
+            self._state, notes = merge(decided, self.state, earlier, self.clock(), self.prefix)
             self._warn_of(notes)
 
     def _merged(self, file: State) -> tuple[State, list[str]]:
         journal = cast(Journal, self.journal)
         earlier = itertools.chain(self._versions or (), journal.states())
         running = {attempt["item"] for attempt in journal.attempts.values()}
-        written = self._readable(self._written) if self._written else []
+        written = self._readable(self._written or b"")
         shown = {chunk for state in written for chunk in state.document.chunks}
-        return merge(self.state, file, earlier, self._clock(), self._prefix, running, shown)
+        return merge(self.state, file, earlier, self.clock(), self.prefix, running, shown)
 
     def _warn_of(self, notes: Iterable[str]) -> None:
         for text in notes:
-            self._warn(text)
+            self.warn(text)
 
     def _suffer(self, data: bytes, why: str, patient: bool) -> None:
         """A file that does not parse: somebody may be typing, or an agent has wrecked it."""
-        now = self._monotonic()
+        now = self.monotonic()
         if self._wreck[0] != data:
             self._wreck = data, now
             if patient:
-                self._warn(f"{why}. Nothing new is started until the file is mended.")
+                self.warn(f"{why}. Nothing new is started until the file is mended.")
         self.trouble = why
         if patient and now - self._wreck[1] < WRECK_S:
             return
-        kept = self._aside / f"{self.path.name}.broken-{self._clock():%Y%m%dT%H%M%S}"
+        kept = self.aside / f"{self.path.name}.broken-{self.clock():%Y%m%dT%H%M%S}"
         with self._writing(kept):
             replace_file(kept, data)
-        self._warn(f"{why}. It is set aside as {kept}, and the backlog is written again.")
+        self.warn(f"{why}. It is set aside as {kept}, and the backlog is written again.")
         self.trouble, self._wreck = "", (None, 0.0)
 
     def _decide(self, state: State, extra: Mapping[str, Any] = {}) -> None:
@@ -3093,7 +2961,7 @@ class Store:
             fd = os.open(self.lock_path, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
             raise SaveError(f"{self.lock_path}: cannot be locked ({error.strerror})") from error
-        give_up = time.monotonic() + self._lock_limit_s
+        give_up = time.monotonic() + self.lock_limit_s
         try:
             while True:
                 try:
@@ -3105,7 +2973,7 @@ class Store:
                         continue
                     holder = os.pread(fd, 32, 0).decode("ascii", "replace").strip()
                     raise SaveError(
-                        f"{self.path}: locked for {self._lock_limit_s:g} s by another process"
+                        f"{self.path}: locked for {self.lock_limit_s:g} s by another process"
                         f" (probably {holder or 'unknown'}, see 'ps'); wait for it or end it, then"
                         f" try again; the lock is {self.lock_path}"
                     ) from None

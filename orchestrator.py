@@ -81,12 +81,14 @@ from backlog import (
     ITEM_TABLE,
     LEVEL_WORDS,
     LIST,
+    PLAIN,
     RATING_KEYS,
     RATING_WORDS,
     SIZE_WORDS,
     TEXT,
     TEXTS,
     TRIAGE,
+    WORD,
     Applied,
     Backlog,
     BacklogError,
@@ -117,8 +119,6 @@ from backlog import (
     context_description,
     dependency_cycles,
     did_you_mean,
-    is_plain,
-    is_word,
     last_summary,
     list_of,
     matching,
@@ -363,20 +363,20 @@ NAME = r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}"
 
 def _is_environment(value: object) -> bool:
     return isinstance(value, dict) and all(
-        name and "=" not in name and is_plain(name) and is_plain(text)
+        name and "=" not in name and PLAIN.fits(name) and PLAIN.fits(text)
         for name, text in value.items()
     )
 
 
 def _is_below_root(value: object) -> bool:
-    return is_word(value) and not re.search(r"^/|(?:^|/)\.\.(?:/|$)", str(value))
+    return WORD.fits(value) and not re.search(r"^/|(?:^|/)\.\.(?:/|$)", str(value))
 
 
 _COUNT = whole_number(0, MAX_NUMBER)
 _PLACES = whole_number(1, MAX_NUMBER)
 _AMOUNT = number_within(0, MAX_NUMBER)
-_PLAIN = TEXT._replace(fits=is_plain)
-_WORDS = list_of(Kind("", is_word), 'a list of texts such as ["a", "b"]')
+_PLAIN = TEXT._replace(fits=PLAIN.fits)
+_WORDS = list_of(WORD, 'a list of texts such as ["a", "b"]')
 _PATHS = 'a list of paths below the project root such as ["docs/"]'
 _PATTERNS = list_of(Kind("", _is_below_root), _PATHS)
 _ARGVS = list_of(ARGV, 'a list of commands such as [["make", "test"]]')

@@ -27,7 +27,7 @@ def banners(name: str) -> list[tuple[int, str, int]]:
 def test_the_reading_order_of_the_docstring_is_that_of_the_banners(name: str) -> None:
     docstring = ast.get_docstring(TREES[name]) or ""
     order = docstring.partition("Reading order")[2]
-    listed = [(int(number), title) for number, title in re.findall(r"^ ?(\d+)\. (.+)$", order, re.M)]
+    listed = [(int(number), title) for number, title in re.findall(r"(\d+)\. ([^·\n]+?) *(?:·|$)", order, re.M)]
     assert listed == [(number, title) for number, title, _ in banners(name)]
     assert [number for number, _ in listed] == list(range(1, len(listed) + 1))
 
