@@ -2483,6 +2483,7 @@ def merge(
             made.start_of(key, item)[0] is not base.items.get(key)
             for key, item in file.found.items()
         )
+        # An item that is newer than whatever the file shows was not deleted there either.
         newer = {key for key in missing if highest_number(prefix, [key]) > file.counter}
         kept = [key for key in missing if mixed or key in newer or key not in base.chunks]
         made.chunks |= {key: decided.chunks[key] for key in kept}

@@ -489,6 +489,13 @@ def test_an_old_copy_of_a_state_that_nobody_remembers_undoes_no_decision() -> No
     assert notes == ["WRK-001: phase was edited to 'p0' and decided as 'p2'; kept 'p2'"]
 
 
+def test_a_backlog_that_was_always_empty_takes_what_is_added_by_hand() -> None:
+    empty = parse("schema_version: 3\nitems: []\nnext_item_id: 0\n")
+    assert merge(empty, empty, [], START) == (empty, [])
+    file = parse("schema_version: 3\nitems:\n- title: new\nnext_item_id: 0\n")
+    assert list(merge(empty, file, [], START)[0].items) == ["WRK-001"]
+
+
 def test_an_item_that_is_newer_than_a_copy_which_nobody_remembers_stays() -> None:
     """Seen in the soak: an editor had loaded a state of the run before, which was in no commit."""
     world = World()

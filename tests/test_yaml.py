@@ -839,6 +839,7 @@ def test_append_after_tail_key_absent_or_present(before: str, after: str) -> Non
         ("items: []  # none\nn: 1\n", "items:  # none\n- id: Z\nn: 1\n"),
         ("items:\n\n# c\nn: 1", "items:\n- id: Z\n\n# c\nn: 1"),
         ("items: null", "items:\n- id: Z\n"),
+        ("items: []\n  # c\n", "items:\n- id: Z\n  # c\n"),
         ("---\nschema_version: 3\nn: 1\n", "---\nschema_version: 3\nitems:\n- id: Z\nn: 1\n"),
         ("items: ~\n", "items:\n- id: Z\n"),
     ],
