@@ -13,7 +13,7 @@ Reading order:
 8. Fields · 9. Items · 10. Drafts and rules · 11. What a phase decides · 12. Filters ·
 13. Worklog · 14. States, and their merge · 15. The journal · 16. Store
 
-`Store` puts all of it together, and is the only code that writes BACKLOG.yaml.
+`Store` puts all of it together, and is the only code that changes BACKLOG.yaml.
 """
 
 from __future__ import annotations
@@ -2675,7 +2675,7 @@ class Outside(NamedTuple):
 
 @dataclass(eq=False)
 class Store:
-    """BACKLOG.yaml and the journal beside it: the only code that writes the file.
+    """BACKLOG.yaml and the journal beside it: the only code that changes the file.
 
     Every change takes the lock and does five steps: read the file, merge it into the decided state,
     apply the change, append it to the journal, write the file. Without a journal (no run is active,

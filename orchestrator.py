@@ -348,7 +348,6 @@ class RunView(NamedTuple):
 # ==== 3. Config ===================================================================================
 
 AGENT_CLIS = ("claude", "codex", "opencode", "gemini", "command", "demo")
-STREAMING_CLIS = frozenset({"claude", "codex", "opencode", "gemini"})  # silence means trouble
 
 DOCUMENT_OUTPUTS = ("changes/{id}_*/", "_ideas/{id}_*")
 MAX_NUMBER = 2**32 - 1  # what any count or duration may be at most
@@ -734,7 +733,7 @@ def idle_timeout_s(config: Config, settings: AgentSettings) -> float:
     """Seconds an agent may be silent; 0 = for ever, as with CLIs that print only at their end."""
     minutes = config.execution.idle_timeout_minutes
     if minutes is None:
-        minutes = STREAM_IDLE_MINUTES if settings.cli in STREAMING_CLIS else 0.0
+        minutes = STREAM_IDLE_MINUTES if PROFILES[settings.cli].read else 0.0
     return 60 * minutes
 
 
@@ -1068,8 +1067,8 @@ def next_target(
 def halt_reason(view: RunView) -> HaltReason | None:
     """Why the run ends now, or None to go on; the first reason of the enumeration that holds.
 
-    A reason may be given while tasks still run: nothing more is started then, and unless it is
-    ShutdownRequested they are waited for. AllDoneOrBlocked and CapReached are given only when
+    A reason may be given while tasks still run: nothing more is started then, and unless a signal
+    asked for the shutdown they are waited for. AllDoneOrBlocked and CapReached are given only when
     nothing runs, because a result may still change the answer.
     """
     if view.stop_requested:
@@ -2559,7 +2558,8 @@ def worklog_costs(entries: Iterable[Mapping[str, str]]) -> dict[str, Usage]:
 # own. So whatever carries the attempt's marker in its environment is ended, and (Linux) whatever
 # lost the marker but was handed to us, the child subreaper, when its parent died.
 #
-# A further agent CLI is a row of PROFILES and a reader of its events beside `read_claude`.
+# A further agent CLI is its name in AGENT_CLIS (chapter 3), a row of PROFILES, and a reader of its
+# events beside `read_claude`.
 
 RESULT_LIMIT = 5_000_000  # bytes of a result file
 LINE_LIMIT = 8 << 20  # bytes of one line of output that are looked at; codex writes long ones
@@ -3979,7 +3979,12 @@ class Attempt:
             "token": self.token,
             "item": self.task.item_id,
             "pool": self.task.pool,
-            "phase": {"name": phase.name, "destructive": phase.destructive},
+            "phase": {
+                "name": phase.name,
+                "destructive": phase.destructive,
+                "allow_empty": phase.allow_empty,
+                "timeout_minutes": phase.timeout_minutes,
+            },
             "outputs": phase.outputs,
             "number": self.number,
             "was": self.item,
@@ -4951,7 +4956,7 @@ class Run:
                 signal.signal(number, lambda *_: None)
 
     def _on_signal(self, number: int) -> None:
-        """First signal: stop; any further one: do not wait for agents to tidy up."""
+        """End the agents; where they are being ended already, do not wait for them to tidy up."""
         if self.stopping.is_set():
             log().warning("ending the agents at once")
             self.hurry.set()
@@ -5125,7 +5130,7 @@ class Run:
     async def _start(self, offered: Sequence[Action]) -> bool:
         """Start what may start; whether that changed the backlog, so that it pays to look again.
 
-        A phase that changes code starts from committed ground: first what is pending goes in.
+        A phase that changes code starts from committed ground: not while anything is pending.
         """
         if self.book.store.trouble:
             return False

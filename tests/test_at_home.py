@@ -213,3 +213,18 @@ def test_commits_are_signed_and_signed_off(project: Any) -> None:
     assert all("<operator@example.invalid>" in line for line in made)
     key.unlink()
     assert "commits cannot be signed" in project.run("run", code=1).stderr
+
+
+@pytest.mark.slow
+def test_a_phase_that_may_change_nothing_outlasts_a_hook_that_cannot_run(project: Any) -> None:
+    project.configure("build!", more="allow_empty = true\n")
+    project.backlog("WRK-001 in_progress phase=build phase_pool=main")
+    project.commit_all()
+    hook(project, "pre-commit", f"#!/bin/sh\ntest -e {project.outside}/mended || exec no-such-tool\n")
+
+    project.run("run", code=4)
+    (project.outside / "mended").touch()
+    project.run("run", "--cap", "0")
+
+    assert project.agent_log() == ["WRK-001 build 1"]
+    assert project.items() == {}
