@@ -438,8 +438,23 @@ class Repo:
 
     @property
     def state_dir(self) -> Path:
-        """Where locks and journal of this work tree live: out of reach of `git clean -fdx`."""
-        return self.git_dir / "orchestrator"
+        """Where locks and journal live, out of reach of `git clean -fdx`; one for each project."""
+        below = self.prefix.removesuffix("/").replace("%", "%25").replace("/", "%2F")
+        return self.git_dir / ("orchestrator" + (f".{below}" if below else ""))
+
+    @cached_property
+    def neighbours(self) -> list[str]:
+        """The prefixes of the other projects in this work tree that have ever been run."""
+        found = {path.name for path in self.git_dir.glob("orchestrator*")}
+        names = (name.partition(".")[2] for name in found)
+        below = (name.replace("%2F", "/").replace("%25", "%") for name in names if name)
+        known = {f"{name}/" for name in below if (self.top / name).is_dir()}
+        return sorted((known | ({""} if "orchestrator" in found else set())) - {self.prefix})
+
+    def is_tracked(self, path: str) -> bool:
+        """Whether HEAD or the index holds a path."""
+        head = self._entries(self.head().commit, [path])[path]
+        return head.mode != ABSENT_MODE or bool(self.git("ls-files", "-z", "--", path))
 
     # -- calling git -------------------------------------------------------------------------------
 

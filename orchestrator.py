@@ -141,6 +141,7 @@ from backlog import (
 )
 from gitutil import (
     GIT_DROPPED_ENV,
+    GITLINK_MODE,
     HOOK_LIMIT_S,
     HOOK_NAMES,
     HOOK_ROUNDS,
@@ -3854,6 +3855,7 @@ def demo_agent(env: Mapping[str, str], prompt: str, root: Path) -> int:
 # ==== 7. The ledger ===============================================================================
 
 COMMIT_PAUSE_S = 30.0  # between tries of a phase commit that met trouble
+COMMIT_GIVE_UP_S = 300.0  # then a run that can do nothing else halts
 
 Clock = Callable[[], datetime]
 Check = Callable[["Attempt", Sequence[Sequence[str]]], str | None]
@@ -3957,6 +3959,7 @@ class Attempt:
     item: Item  # as the phase began
     before: Snapshot
     usage: Usage = NOTHING_SPENT
+    only: frozenset[str] | None = None  # what it changed, if the operator has had the tree since
 
     @property
     def label(self) -> str:
@@ -4071,6 +4074,7 @@ class Ledger:
         self.own_commits: list[str] = []  # made by this run; other new ones are an agent's
         self.commit_again = 0.0  # monotonic seconds; see `commit`
         self.commit_trouble = ""  # the last complaint of `commit`, so that it is made once
+        self.troubled_since = 0.0  # monotonic seconds; 0: there is none
         self.held = ""  # why a hook keeps documents from being committed
 
     @property
@@ -4259,7 +4263,8 @@ class Ledger:
             seen, entries, message, verified = passed
         if attempt.destructive and outcome == "complete":
             self._name_unshared(attempt, seen)
-            self.repo.restage(attempt.before, seen.after)
+            if attempt.only is None:
+                self.repo.restage(attempt.before, seen.after)
         applied = self.decide(attempt, entries, outcome, summary, result, message, verified)
         batched = result.result == "phase_complete" and attempt.task.pool != TRIAGE
         if outcome == "complete" and (attempt.destructive or not batched):
@@ -4330,6 +4335,9 @@ class Ledger:
                 *(attempt.tag, one_line(", ".join(change.after.path for change in taken), 300)),
             )
             after, changes = self.repo.snapshot(), [c for c in changes if c not in taken]
+        if attempt.only is not None:
+            theirs |= {c.after.path: c.before for c in changes if c.after.path not in attempt.only}
+            changes = [change for change in changes if change.after.path in attempt.only]
         self._refuse_lost_branch(attempt, after.head)
         old, new = before.head.commit, after.head.commit
         commits = self.repo.commits_between(old, new) if old and new and old != new else []
@@ -4448,6 +4456,8 @@ class Ledger:
         if attempt.destructive:
             changes = self._changes(seen.after.head.commit, seen.after.tree)
             left = {change.after for change in changes}
+        alone = {*self.repo.unshared(left)}  # in no commit: a warning names them
+        left = {entry for entry in left if entry.path not in alone}
         gone = entries - left - {change.after for change in seen.changes}
         apart = {entry.path for entry in gone | (left - entries)} - self.space.strays().keys()
         # The operator's, but for what was changed now: `_objection` sees to that.
@@ -4472,11 +4482,19 @@ class Ledger:
             theirs=seen.theirs,
             limit_s=self.config.execution.hook_timeout_seconds,
         )
-        if verdict.outcome == "passed":
-            return verdict
+        if verdict.outcome == "passed":  # a hook's `git add -A` takes more than is to be committed
+            known, strays = {change.after.path for change in seen.changes}, self.space.strays()
+            mine = [
+                entry
+                for entry in verdict.entries
+                if entry.path in known
+                or not (entry.path in strays or self.space.is_ours(entry.path))
+            ]
+            return verdict._replace(entries=mine)
         if verdict.outcome == "files":
             return f"{_hook_trouble(verdict)}:\n{verdict.output}"
-        self.look(attempt)  # a hook that was ended may have stashed the operator's files away
+        now = self.look(attempt)  # a hook that was ended may have stashed the operator's files away
+        self.repo.restage(attempt.before, now.after)
         kept = self.repo.snapshot(f"{SNAPSHOT_REFS}{self.run_id}/{attempt.token}-held")
         line = {"result": result._asdict(), "after": kept.tree}
         self.store.note({"attempt": {**attempt.line(), "held": line}, **self._costs(attempt)})
@@ -4491,10 +4509,13 @@ class Ledger:
 
         OrchestratorError where it still cannot be committed.
         """
-        if self.repo.head().commit != attempt.before.head.commit:
-            return False  # somebody has worked here since
         now, kept = self.repo.snapshot(), attempt.before._replace(tree=held["after"])
         was = {c.after.path: c.before for c in self._changes(attempt.before.tree, kept.tree)}
+        old, head = attempt.before.head.commit, now.head.commit
+        since = self.repo.changes(old, head) if old and head else []
+        if any(change.after.path in was for change in since):
+            return False  # somebody has committed something else to it
+        attempt.only = frozenset(was)  # what else is in the tree by now is the operator's
         gone = [c for c in self._changes(kept.tree, now.tree) if was.get(c.after.path) == c.after]
         self.repo.restore(kept, gone)  # set aside meanwhile, by a stash or a checkout
         follow_ups = tuple(FollowUp(*one) for one in held["result"]["follow_ups"])
@@ -4531,6 +4552,8 @@ class Ledger:
         self.repo.salvage(ref, seen.after, f"{attempt.label} Salvaged changes")
         self.repo.restore(base, mine)
         self.repo.restore(before, theirs)
+        links = (c.after.path for c in seen.changes if c.after.mode == GITLINK_MODE)
+        self.space.add_strays(links)  # they stay: nothing else holds their commits
         paths = one_line(", ".join(change.after.path for change in (*mine, *theirs)), 200)
         log().info("%s what it left is kept on %s: %s", attempt.tag, ref, paths)
         self.salvaged = None
@@ -4622,7 +4645,9 @@ class Ledger:
                 log().warning("%s. It is kept in the journal and tried again.", trouble)
             self.commit_trouble = trouble
             self.commit_again = time.monotonic() + COMMIT_PAUSE_S
+            self.troubled_since = self.troubled_since or time.monotonic()
             return
+        self.troubled_since = 0.0
         if commit:
             self.own_commits.append(commit)
             log().info("committed %s %s", commit[:10], message.split("\n")[0])
@@ -5056,9 +5081,12 @@ class Run:
             if not await self._start(offered):
                 await self._wait()
             await self.do(self.book.commit, patient=True)
-            if self.book.held and not self.breaker:
-                log().error("%s", self.book.held)
-                self.breaker = self.book.held
+            since, trouble = self.book.troubled_since, self.book.held
+            if since and not self.running and time.monotonic() - since >= COMMIT_GIVE_UP_S:
+                trouble = self.book.commit_trouble  # what waits for the commit never starts
+            if trouble and not self.breaker:
+                log().error("%s", trouble)
+                self.breaker = trouble
 
     def _look_for_stop(self) -> bool:
         """Whether the run is to end, be it by a signal or by `orchestrator stop`."""
@@ -5544,13 +5572,17 @@ class Workspace(NamedTuple):
     def is_ours(self, path: str) -> bool:
         """Whether a path (from the top) is no part of anybody's work.
 
-        State that the orchestrator writes itself, an editor's own files, and the file that the
-        output of this process goes to.
+        State that the orchestrator writes itself, here and in other projects of the work tree, an
+        editor's own files, and the file that the output of this process goes to.
         """
-        own = map(self.repo.relative, (self.store.path, self.store.temporary))
-        folders = (f"{self.repo.prefix}{name}/" for name in (WORKLOG_DIR, WORK_DIR))
-        if path in own or path.startswith(tuple(folders)) or EDITORS_FILE.fullmatch(path):
+        own = [self.repo.relative(one) for one in (self.store.path, self.store.temporary)]
+        own += [prefix + BACKLOG_NAME for prefix in self.repo.neighbours]
+        places = (self.repo.prefix, *self.repo.neighbours)
+        folders = (f"{place}{name}/" for place in places for name in (WORKLOG_DIR, WORK_DIR))
+        if path in own or path.startswith(tuple(folders)):
             return True
+        if EDITORS_FILE.fullmatch(path):
+            return not self.repo.is_tracked(path)
         with suppress(OSError):
             found = (self.repo.top / path).lstat()
             return any(os.path.samestat(found, os.fstat(fd)) for fd in (1, 2))

@@ -228,3 +228,105 @@ def test_a_phase_that_may_change_nothing_outlasts_a_hook_that_cannot_run(project
 
     assert project.agent_log() == ["WRK-001 build 1"]
     assert project.items() == {}
+
+
+# ---- What others do meanwhile --------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_two_projects_of_one_repository_know_nothing_of_each_other(project: Any) -> None:
+    for name in ("a", "b"):
+        (project.root / name).mkdir()
+        project.configure("build!")
+        project.backlog("WRK-001 in_progress phase=build phase_pool=main", head=f"# of {name}\n")
+        for file in ("BACKLOG.yaml", "orchestrator.toml"):
+            (project.root / file).rename(project.root / name / file)
+    project.commit_all()
+    project.script({"*": [{"announce": True, "hang": True}, {"sh": "echo x > code.txt"}]})
+    a, b = ("--root", str(project.root / "a")), ("--root", str(project.root / "b"))
+    one = project.start(*a, "run")
+    project.announced()
+
+    project.run(*b, "add", "For B", "--commit")
+    one.kill()
+    one.wait()
+    project.run(*b, "run", "--cap", "0")
+    project.run(*a, "run")
+
+    assert (project.root / "a/BACKLOG.yaml").read_text().startswith("# of a\nschema_version: 3\nitems: []\n")
+    assert (project.root / "b/BACKLOG.yaml").read_text().startswith("# of b\n")
+    assert "title: For B" in project.git("show", "HEAD:b/BACKLOG.yaml")
+    assert project.git("show", "HEAD:a/code.txt") == "x\n"
+    assert project.status() == ""
+
+
+@pytest.mark.slow
+def test_what_the_operator_does_before_a_held_phase_is_committed_stays_the_operators(project: Any) -> None:
+    """Our halt commit and a commit of the operator's move the branch in between."""
+    project.configure("build!")
+    project.backlog("WRK-001 ready")
+    project.commit_all()
+    project.script({"*": [{"write": {"code.txt": "x\n"}}]})
+    hook(project, "pre-commit", f"#!/bin/sh\ntest -e {project.outside}/mended || exec no-such-tool\n")
+
+    project.run("run", code=4)
+    project.run("add", "Another", "--commit")
+    (project.root / "README.md").write_text("edited\n")
+    (project.root / "secret.txt").write_text("the operator's\n")
+    (project.outside / "mended").touch()
+    project.run("run", "--target", "WRK-001", "--allow-dirty", code=None)
+
+    assert project.agent_log() == ["WRK-001 build 1"]
+    build = project.git("log", "-1", "--format=%H", "--", "code.txt").strip()
+    assert [path for path in project.paths(build) if not path.startswith("_worklog")] == ["BACKLOG.yaml", "code.txt"]
+    assert project.status() == " M README.md\n?? secret.txt\n"
+
+
+@pytest.mark.slow
+def test_what_a_hook_sweeps_up_is_not_committed(project: Any) -> None:
+    project.configure()
+    project.backlog("WRK-001 in_progress phase=plan phase_pool=main")
+    (project.root / "old.txt~").write_text("tracked\n")
+    project.commit_all()
+    (project.root / ".README.md.swp").write_text("an editor's\n")
+    project.script({"*/plan": [{"sh": "echo note > stray.txt"}], "*/build": [{"sh": "echo x > code.txt; echo y > 'old.txt~'"}]})
+    hook(project, "pre-commit", "#!/bin/sh\ngit add -A\n")
+
+    project.run("run")
+
+    assert [path for path in project.paths() if not path.startswith("_worklog")] == ["BACKLOG.yaml", "code.txt", "old.txt~"]
+    assert project.status() == "?? .README.md.swp\n?? stray.txt\n"
+
+
+@pytest.mark.slow
+def test_a_clone_in_the_tree_fails_no_check_and_no_later_attempt(project: Any, make_repo: Any) -> None:
+    clone = f"test -d lib || git clone -q {make_repo('library')} lib"
+    project.configure("build!", more='verify = [["true"]]\n')
+    project.backlog("WRK-001 in_progress phase=build phase_pool=main")
+    project.commit_all()
+    hook(project, "pre-commit", "#!/bin/sh\nexit 0\n")
+    project.script({"*": [{"sh": clone, "result": {"result": "failed"}}, {"sh": f"{clone}; echo x > code.txt"}]})
+
+    project.run("run")
+
+    assert project.items() == {}
+    assert project.status() == "?? lib/\n"
+
+
+@pytest.mark.slow
+def test_a_merge_that_an_agent_leaves_open_ends_the_run(project: Any) -> None:
+    project.configure("build!")
+    project.backlog(*(f"WRK-00{n} in_progress phase=build phase_pool=main" for n in (1, 2)))
+    project.commit_all()
+    project.git("branch", "other")
+    project.git("commit", "-q", "--allow-empty", "-m", "Mine")
+    project.script({"*": [{"sh": "git switch -q other; git commit -q --allow-empty -m x; git switch -q main; git merge -q --no-commit --no-ff other; echo x > code.txt"}]})
+    command = f"import orchestrator as o; o.COMMIT_GIVE_UP_S = 0.0; raise SystemExit(o.main(['--root', {str(project.root)!r}, 'run']))"
+
+    done = subprocess.run([sys.executable, "-c", command], cwd=project.program.parent, capture_output=True, text=True, timeout=60)
+
+    assert done.returncode == 4, done.stderr
+    assert "CircuitBreakerTripped" in done.stderr
+    project.git("merge", "--abort")
+    project.run("run", "--cap", "0")
+    assert project.git("show", "HEAD:code.txt") == "x\n"

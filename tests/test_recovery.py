@@ -20,7 +20,8 @@ HALT = "[orchestrator] Save backlog state on halt"
 WATCH = """
 renamed = []
 def watch(event, args):
-    adds = event == "open" and args[2] & os.O_APPEND
+    journal = event == "open" and str(args[0]).endswith("/journal") and args[2] & os.O_RDWR
+    adds = journal or event == "open" and args[2] & os.O_APPEND
     if event == "os.rename" or adds:
         name = os.path.basename(os.fsdecode(args[0 if adds else 1]))
         renamed.append(name)
