@@ -12,8 +12,6 @@ Reading order:
 4. The reader · 5. The writer · 6. Surgical edits · 7. The backlog file as a document ·
 8. Fields · 9. Items · 10. Drafts and rules · 11. What a phase decides · 12. Filters ·
 13. Worklog · 14. States, and their merge · 15. The journal · 16. Store
-
-`Store` puts all of it together, and is the only code that changes BACKLOG.yaml.
 """
 
 from __future__ import annotations
@@ -32,7 +30,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from functools import cached_property, lru_cache
-from itertools import pairwise, takewhile
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn, Self, TypeAlias, TypeVar, cast
 
@@ -853,7 +851,7 @@ class Document:
         text, bom, newline = _yaml_decode(data, source)
         lines = text.splitlines(keepends=True)
         cuts = _yaml_cuts(lines)
-        chunks = tuple("".join(lines[start:end]) for start, end in pairwise(cuts))
+        chunks = tuple("".join(lines[start:end]) for start, end in itertools.pairwise(cuts))
         above, below = "".join(lines[: cuts[0]]), "".join(lines[cuts[-1] :])
         made = cls(source, bom, newline, above, chunks, below)
         try:
@@ -997,9 +995,9 @@ class Document:
         ending = self.chunks[-1] if last is None else pieces[last]
         end = ending[len(_yaml_own_text(ending)) :]  # what stands behind the last item
         apart = len(self.chunks) > 1 and self.chunks[-2].endswith("\n\n")
-        met = dict(pairwise((*self.chunks, "")))
+        met = dict(itertools.pairwise((*self.chunks, "")))
         made: list[str] = []
-        for at, (piece, following) in enumerate(pairwise((*pieces, ""))):
+        for at, (piece, following) in enumerate(itertools.pairwise((*pieces, ""))):
             if met.get(piece) == following and at not in free:
                 made.append(piece)
                 continue
@@ -1323,8 +1321,7 @@ ITEM_TABLE: Mapping[str, ItemKey] = {
     "attempts": ItemKey(whole_number(0), "failed ones of its phase", "run", default=0),
     "verify": ItemKey(
         list_of(ARGV, "a list of commands, each on a line of its own such as - [make, test]"),
-        "must succeed, too, before the last phase that changes code is committed", "person",
-        default=[],
+        "must succeed, too, behind the last phase that changes code", "person", default=[],
     ),
 }  # fmt: skip
 ITEM_KEYS = tuple(ITEM_TABLE)
@@ -1761,7 +1758,6 @@ def _after_triage(
     item_id = result.item_id
     item = draft.items[item_id]
     if given := {field: text for field, text in result.description.items() if text}:
-        # What the triage leaves out stays as it was.
         texts = dict.fromkeys(DESCRIPTION_KEYS, "") | item.get("description", {}) | given
         item = draft.update(item_id, now, description=texts)
     if question:
@@ -1971,10 +1967,6 @@ def dependency_cycles(items: Mapping[str, Item]) -> list[list[str]]:
 # ==== 12. Filters =================================================================================
 
 
-class FilterError(BacklogError):
-    """A filter makes no sense."""
-
-
 class Filter(NamedTuple):
     """One `--only`: the item's value is one of these, or, negated, none of them."""
 
@@ -1991,25 +1983,25 @@ FILTER_KEYS = {row.filter: key for key, row in ITEM_TABLE.items() if row.filter}
 
 def parse_filter(text: str) -> Filter:
     """Read `KEY=VALUE[,VALUE…]` or `KEY!=VALUE[,VALUE…]`, words of a choice in any case and by
-    their first letters; FilterError says what is wrong."""
+    their first letters; BacklogError says what is wrong."""
     parts = re.fullmatch(r"(?s)\s*([^=]*?)\s*(!?=)\s*(.*?)\s*", text)
     if parts is None or not parts[1] or not parts[3]:
         form = "KEY=VALUE[,VALUE…] or KEY!=VALUE[,VALUE…]"
-        raise FilterError(f"Filter must be in format {form}, not '{text}'")
+        raise BacklogError(f"Filter must be in format {form}, not '{text}'")
     key = parts[1].lower()
     if key not in FILTER_KEYS:
         hint = f"{did_you_mean(key, FILTER_KEYS)}. Supported: {', '.join(FILTER_KEYS)}"
-        raise FilterError(f"Unknown filter field: {key}{hint}")
+        raise BacklogError(f"Unknown filter field: {key}{hint}")
     kind, values = ITEM_TABLE[FILTER_KEYS[key]].kind, list[str]()
     for token in map(str.strip, parts[3].split(",")):
         if not token:
-            raise FilterError(f"Empty value in comma-separated list: '{text}'")
+            raise BacklogError(f"Empty value in comma-separated list: '{text}'")
         value = kind.typed(token)
         if problem := kind.problem([value] if kind is TEXTS else value):
-            raise FilterError(f"Invalid value '{token}' for field '{key}': it {problem}")
+            raise BacklogError(f"Invalid value '{token}' for field '{key}': it {problem}")
         if str(value) in values:
             where = f"comma-separated list for field '{key}'"
-            raise FilterError(f"Duplicate value '{value}' in {where}")
+            raise BacklogError(f"Duplicate value '{value}' in {where}")
         values.append(str(value))
     return Filter(key, tuple(values), parts[2] == "!=")
 
@@ -2019,7 +2011,7 @@ def check_filters(filters: Sequence[Filter]) -> None:
     for earlier, later in itertools.combinations(filters, 2):
         if earlier[::2] == later[::2] and (later.key != "tag" or earlier == later):
             sign = "!=" if later.negated else "="
-            raise FilterError(
+            raise BacklogError(
                 f"Field '{later.key}' specified multiple times in separate --only flags;"
                 f" put the values in one: --only {later.key}{sign}value1,value2"
             )
@@ -2478,14 +2470,13 @@ def merge(
                 made.notes.append(f"{first[:60]}: {problems[0][1]}; it waits")
             made.chunks[key] = chunk
     if missing := [key for key in decided.chunks if key not in file.chunks]:
-        # What a file of several states lacks tells nothing; else it was deleted by hand.
+        # By hand deleted; but for what is younger, and all that a file of several states lacks.
         mixed = any(
             made.start_of(key, item)[0] is not base.items.get(key)
             for key, item in file.found.items()
         )
-        # An item that is newer than whatever the file shows was not deleted there either.
-        newer = {key for key in missing if highest_number(prefix, [key]) > file.counter}
-        kept = [key for key in missing if mixed or key in newer or key not in base.chunks]
+        younger = {key for key in missing if highest_number(prefix, [key]) > file.counter}
+        kept = [key for key in missing if mixed or key in younger or key not in base.chunks]
         made.chunks |= {key: decided.chunks[key] for key in kept}
         made.items |= {key: decided.items[key] for key in kept if key in decided.items}
     document = made.document()
@@ -2755,19 +2746,22 @@ class Store:
 
     def _ask_outside(self) -> None:
         """Ask git what a merge needs, before the lock is taken."""
-        self._home = self.journal is None or self.outside.at_home(self.journal.run)
-        same: tuple[bytes | None, ...]
         if self.journal is None:
             head, self._committed = self.outside.committed()
-            same, run = (self._committed,), {"head": head}
-        elif self._home and self._versions is None:
-            same, run = (None, self._written, self.state.document.to_bytes()), self.journal.run
+            self._home, self._versions, run = True, None, {"head": head}
         else:
-            return
+            self._home, run = self.outside.at_home(self.journal.run), self.journal.run
+        if self._is_news():
+            self._versions = self._readable(*self.outside.versions(run))
+
+    def _is_news(self) -> bool:
+        """Whether the file was saved by somebody and git not asked since: it may be an old copy."""
+        known = [None, self._committed]
+        if self.journal is not None:
+            known = [None, self._written, self.state.document.to_bytes()]
         with suppress(SaveError):
-            if self._read() in same:
-                return
-        self._versions = self._readable(*self.outside.versions(run))
+            return self._versions is None and self._home and self._read() not in known
+        return False
 
     def _read(self) -> bytes | None:
         """The file's bytes, None if there is no file; SaveError if it is none that we replace."""
@@ -2806,17 +2800,26 @@ class Store:
         """
         if self._state is None:
             self.look()
-        self._ask_outside()
-        with self._locked():
-            found, before = self._take_in(patient), self.state
-            draft = Draft(self.backlog)
-            answer = edit(draft)
-            self._decide(self.state.changed(draft.backlog()), note(answer) if note else {})
-            self._warn_of(draft.warnings)
-            for _ in range(_SAVE_TRIES):
-                if self._publish(found):
-                    return answer
-                found = self._take_in(patient, before)
+        made: list[T] = []
+        for _ in range(_SAVE_TRIES):
+            self._ask_outside()
+            with self._locked():
+                if self._is_news():
+                    continue
+                found, before = self._take_in(patient), self.state
+                if self.journal is None or not made:  # once, with a journal
+                    draft = Draft(self.backlog)
+                    made = [edit(draft)]
+                    self._decide(self.state.changed(draft.backlog()), note(made[0]) if note else {})
+                    self._warn_of(draft.warnings)
+                for _ in range(_SAVE_TRIES):
+                    if self._publish(found):
+                        return made[0]
+                    if self._is_news():
+                        break
+                    found = self._take_in(patient, before)
+                else:
+                    break
         raise SaveError(
             f"{self.path}: another program changes the file all the time; stop it, then try again"
         )

@@ -95,7 +95,6 @@ from backlog import (
     Draft,
     Fields,
     Filter,
-    FilterError,
     FollowUp,
     IssuedIds,
     Item,
@@ -5935,7 +5934,7 @@ def filters_of(args: argparse.Namespace) -> tuple[Filter, ...]:
     try:
         filters = tuple(map(parse_filter, args.only))
         check_filters(filters)
-    except FilterError as error:
+    except BacklogError as error:
         raise UsageError(f"--only: {error}") from None
     return filters
 

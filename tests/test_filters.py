@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from backlog import Filter, FilterError, Item, check_filters, matches, parse_filter
+from backlog import BacklogError, Filter, Item, check_filters, matches, parse_filter
 
 
 def item(item_id: str = "WRK-001", **fields: object) -> Item:
@@ -12,7 +12,7 @@ def item(item_id: str = "WRK-001", **fields: object) -> Item:
 
 
 def error_of(text: str) -> str:
-    with pytest.raises(FilterError) as caught:
+    with pytest.raises(BacklogError) as caught:
         parse_filter(text)
     return str(caught.value)
 
@@ -94,7 +94,7 @@ ONCE = "specified multiple times in separate --only flags; put the values in one
     ],
 )
 def test_flags_that_do_not_go_together(flags: list[str], message: str) -> None:
-    with pytest.raises(FilterError) as caught:
+    with pytest.raises(BacklogError) as caught:
         check_filters([parse_filter(flag) for flag in flags])
     assert str(caught.value) == message
 

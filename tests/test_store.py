@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import resource
 import signal
@@ -624,3 +625,30 @@ def test_killed_at_any_point_a_decision_is_there_or_is_not(tmp_path: Path, journ
     assert added == sorted(added)
     assert added[-1]
     assert added.index(True) > 4
+
+
+def test_a_buffer_that_is_saved_once_git_was_asked_brings_nothing_back(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seen in the soak: a finished item came back with it, and was paid for again."""
+    journal = bench.store.journal is not None
+    stale = TEXT.replace("title: ", "title: by hand ", 1)
+    done = bench.store.change(lambda d: (d.items.pop("WRK-001"), d.backlog())[1])
+    known = lambda run: [TEXT.encode()]  # noqa: E731
+    store = make_store(bench.path, bench.state_dir, bench.warnings.append)
+    head = bench.path.read_bytes()
+    store.outside = Outside(lambda run: True, known, lambda: (None, head))
+    store.look()
+    real, saved = fcntl.flock, []
+
+    def lock(fd: int, how: int) -> None:
+        if not saved:
+            saved.append(bench.path.write_text(stale))
+        real(fd, how)
+
+    monkeypatch.setattr("backlog.fcntl.flock", lock)
+    store.change(lambda d: d.add("WRK", "New", NOW))
+
+    assert saved
+    assert "WRK-001" not in store.backlog.items
+    assert [item["title"] for item in store.backlog.items.values()][-1] == "New"
+    assert journal == (store.journal is not None)
+    assert done.items.keys() < store.backlog.items.keys()
