@@ -439,15 +439,17 @@ class Repo:
     @property
     def state_dir(self) -> Path:
         """Where locks and journal live, out of reach of `git clean -fdx`; one for each project."""
-        below = self.prefix.removesuffix("/").replace("%", "%25").replace("/", "%2F")
-        return self.git_dir / ("orchestrator" + (f".{below}" if below else ""))
+        name = os.fsencode(self.prefix.removesuffix("/"))
+        below = re.sub(rb"[^\w.-]", lambda found: b"%%%02X" % ord(found[0]), name, flags=re.ASCII)
+        return self.git_dir / ("orchestrator" + (f".{os.fsdecode(below)}" if below else ""))
 
     @cached_property
     def neighbours(self) -> list[str]:
         """The prefixes of the other projects in this work tree that have ever been run."""
         found = {path.name for path in self.git_dir.glob("orchestrator*")}
-        names = (name.partition(".")[2] for name in found)
-        below = (name.replace("%2F", "/").replace("%25", "%") for name in names if name)
+        codes = (os.fsencode(name.partition(".")[2]) for name in found)
+        names = (re.sub(rb"%(..)", lambda one: bytes([int(one[1], 16)]), code) for code in codes)
+        below = map(os.fsdecode, filter(None, names))
         known = {f"{name}/" for name in below if (self.top / name).is_dir()}
         return sorted((known | ({""} if "orchestrator" in found else set())) - {self.prefix})
 

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from gitutil import Repo
 from tests.conftest import IDENTITY, sh
 from tests.gitkit import table
 
@@ -256,8 +257,7 @@ def check_run(project: Any, fault: Fault, log: str, seen: object) -> None:
 
 def journal(project: Any) -> Path:
     """Of the project's work tree; a project below its top has one of its own in there."""
-    folder = Path(project.git("rev-parse", "--absolute-git-dir").removesuffix("\n"))
-    return folder / "orchestrator/journal"
+    return Repo.open(project.root).state_dir / "journal"
 
 
 @pytest.fixture(autouse=True)
