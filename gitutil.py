@@ -1289,13 +1289,15 @@ class Repo:
                 f" was put back: {', '.join(edited[:5])}. Look at it, then start again."
             )
 
-    def restage(self, before: Snapshot, after: Snapshot) -> None:
+    def restage(self, before: Snapshot, after: Snapshot, *, lost: bool = False) -> None:
         """Give back the staging of every path that is the same in both snapshots.
 
-        An agent's `git add -A` or `git reset` disturbs the index of files it never changed.
+        An agent's `git add -A` or `git reset` disturbs the index of files it never changed. `lost`:
+        only what is staged no more; others, too, may have staged things meanwhile.
         """
         changed = {change.after.path for change in self.changes(before.tree, after.tree)}
-        rows = {_GitRow.parse(row).path for row in (*before.staging, *after.staging)}
+        first, last = ({_GitRow.parse(row).path for row in s.staging} for s in (before, after))
+        rows = first - last if lost else first | last
         if paths := sorted(rows - changed):
             self._restage(before, paths)
 
@@ -1335,7 +1337,7 @@ class Repo:
             try:
                 yield place / self.prefix
             finally:
-                self.git("worktree", "remove", "--force", str(place))
+                self.git("worktree", "remove", "--force", str(place), limit_s=TREE_LIMIT_S)
 
     def refs(self, prefix: str) -> dict[str, str]:
         """Full name → object id of every ref below `prefix`, which ends in "/"."""

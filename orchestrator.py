@@ -3958,6 +3958,7 @@ class Attempt:
     item: Item  # as the phase began
     before: Snapshot
     usage: Usage = NOTHING_SPENT
+    strays: frozenset[str] = frozenset()  # as it began: nobody's, so it may go on from them
     only: frozenset[str] | None = None  # what it changed, if the operator has had the tree since
 
     @property
@@ -3990,6 +3991,7 @@ class Attempt:
             "outputs": phase.outputs,
             "number": self.number,
             "was": self.item,
+            "strays": sorted(self.strays),
             "before": {**self.before._asdict(), "head": self.before.head._asdict()},
         }
 
@@ -3998,7 +4000,8 @@ class Attempt:
         phase = Phase(**line["phase"], outputs=tuple(line["outputs"]))
         before = Snapshot(**{**line["before"], "head": Head(**line["before"]["head"])})
         task = Task(line["item"], phase, line["pool"])
-        return cls(task, line["number"], line["token"], line["was"], before)
+        told = line["number"], line["token"], line["was"], before
+        return cls(task, *told, strays=frozenset(line["strays"]))
 
 
 class Outcome(NamedTuple):
@@ -4211,9 +4214,10 @@ class Ledger:
         if previous is None or task.phase.destructive:
             folders = (f"{self.repo.prefix}{folder}/" for folder in (CHANGES_DIR, IDEAS_DIR))
             self.repo.bring_out(*(f"{folder}{task.item_id}_" for folder in folders))
+            strays = frozenset(self.space.strays())
             before = self.repo.snapshot(f"{SNAPSHOT_REFS}{self.run_id}/{token}")
         else:
-            before = previous.before
+            before, strays = previous.before, previous.strays
         if not self.journal.attempts:
             self.ground = before
         since = self.clock().isoformat(timespec="seconds")
@@ -4226,7 +4230,7 @@ class Ledger:
         def note(item: Item | None) -> dict[str, Any]:
             if item is None:
                 return {}
-            line = Attempt(task, number, token, item, before).line()
+            line = Attempt(task, number, token, item, before, strays=strays).line()
             line |= {"cli": agent_of(self.config, task.phase), "since": since}
             return {"attempt": line, "ended": [previous.token] if previous else []}
 
@@ -4235,7 +4239,7 @@ class Ledger:
             return None
         if task.pool != TRIAGE:
             item_folder(self.repo.root, item).mkdir(parents=True, exist_ok=True)
-        return Attempt(task, number, token, item, before)
+        return Attempt(task, number, token, item, before, strays=strays)
 
     def note_process(self, attempt: Attempt, pid: int, since: int) -> None:
         """Journal a process of an attempt (and its start time), for a start that has to end it."""
@@ -4320,7 +4324,8 @@ class Ledger:
         before, after = attempt.before, self.repo.snapshot()
         changes = self._changes(before.tree, after.tree)
         ground = self._dirt(self.ground or before)
-        theirs = {path: entry for path, entry in self._dirt(before).items() if path in ground}
+        dirt = self._dirt(before).items()
+        theirs = {p: entry for p, entry in dirt if p in ground and p not in attempt.strays}
         taken = [
             change
             for change in changes
@@ -4334,6 +4339,8 @@ class Ledger:
                 *(attempt.tag, one_line(", ".join(change.after.path for change in taken), 300)),
             )
             after, changes = self.repo.snapshot(), [c for c in changes if c not in taken]
+        if before.staging and not attempt.destructive:
+            self.repo.restage(before, after, lost=True)
         if attempt.only is not None:
             theirs |= {c.after.path: c.before for c in changes if c.after.path not in attempt.only}
             changes = [change for change in changes if change.after.path in attempt.only]
@@ -4352,8 +4359,7 @@ class Ledger:
     def _dirt(self, seen: Snapshot) -> dict[str, Entry]:
         """What differed from HEAD at a snapshot, as HEAD has it, by path."""
         changes = self._changes(seen.head.commit, seen.tree) if seen.head.commit else []
-        strays = self.space.strays()
-        return {c.after.path: c.before for c in changes if c.after.path not in strays}
+        return {change.after.path: change.before for change in changes}
 
     def left_nothing(self, attempt: Attempt) -> bool:
         """Whether an attempt changed nothing in the repository; others may have, beside it."""
@@ -4440,8 +4446,14 @@ class Ledger:
                 return trouble
             if checks or hook:  # what they did to the work tree is the phase's, too
                 seen = self.look(attempt)
-            apart = self._apart(attempt, seen, {*entries}) if checks else []
-            if not apart:
+            apart = self._apart(attempt, seen, {*entries}) if checks or hook else []
+            if apart and not checks:  # as `git commit` would have it: mended, and not added
+                log().warning(
+                    "%s the hooks changed files without adding them; not committed: %s",
+                    *(attempt.tag, one_line(", ".join(apart), 300)),
+                )
+                self.space.add_strays(apart)
+            if not (apart and checks):
                 return seen, entries, message, verified
         paths = one_line(", ".join(apart), 200)
         return (
@@ -4510,11 +4522,11 @@ class Ledger:
         """
         now, kept = self.repo.snapshot(), attempt.before._replace(tree=held["after"])
         was = {c.after.path: c.before for c in self._changes(attempt.before.tree, kept.tree)}
+        attempt.only = frozenset(was)  # what else is in the tree by now is the operator's
         old, head = attempt.before.head.commit, now.head.commit
         since = self.repo.changes(old, head) if old and head else []
         if any(change.after.path in was for change in since):
             return False  # somebody has committed something else to it
-        attempt.only = frozenset(was)  # what else is in the tree by now is the operator's
         gone = [c for c in self._changes(kept.tree, now.tree) if was.get(c.after.path) == c.after]
         self.repo.restore(kept, gone)  # set aside meanwhile, by a stash or a checkout
         follow_ups = tuple(FollowUp(*one) for one in held["result"]["follow_ups"])

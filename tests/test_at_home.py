@@ -330,3 +330,38 @@ def test_a_merge_that_an_agent_leaves_open_ends_the_run(project: Any) -> None:
     project.git("merge", "--abort")
     project.run("run", "--cap", "0")
     assert project.git("show", "HEAD:code.txt") == "x\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("act", ["git stash -q; git stash pop -q", "git reset -q"])
+def test_what_is_only_staged_outlasts_an_agent_that_writes_documents(project: Any, act: str) -> None:
+    project.backlog("WRK-001 in_progress phase=plan phase_pool=main")
+    project.commit_all()
+    (project.root / "README.md").write_text("staged\n")
+    project.git("add", "README.md")
+    (project.root / "README.md").write_text("edited\n")
+    project.script({"*": [{"sh": act, "document": "PLAN.md"}]})
+
+    project.run("run", "--allow-dirty", "--cap", "1")
+
+    assert project.status() == "MM README.md\n"
+    assert project.git("show", ":README.md") == "staged\n"
+
+
+@pytest.mark.slow
+def test_what_a_phase_or_a_hook_left_is_no_reason_to_refuse_a_build(project: Any) -> None:
+    """A document agent's stray is built on; a hook formats a file, does not add it, and a build goes on from that."""
+    project.configure("plan build!", execution="max_retries = 0")
+    project.backlog("WRK-001 in_progress phase=plan phase_pool=main", "WRK-002 in_progress phase=build phase_pool=main")
+    project.commit_all()
+    project.script({"*/plan": [{"sh": "echo planned >> README.md"}], "*/build": [{"sh": "echo $ORCHESTRATOR_ITEM_ID >> README.md; echo $ORCHESTRATOR_ITEM_ID >> code.txt"}]})
+    hook(project, "pre-commit", "#!/bin/sh\necho formatted >> code.txt\n")
+
+    first = project.run("run", "--target", "WRK-001")
+    second = project.run("run")
+
+    assert "the hooks changed files without adding them; not committed: code.txt" in first.stderr
+    assert project.items() == {}
+    assert project.git("show", "HEAD:README.md") == "A project\nplanned\nWRK-001\nWRK-002\n"
+    assert project.git("show", "HEAD:code.txt") == "WRK-001\nformatted\nWRK-002\n"
+    assert "is blocked" not in first.stderr + second.stderr
