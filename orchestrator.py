@@ -2437,6 +2437,16 @@ def next_steps(
     return [{"command": f"{program} {command}", "why": why} for command, why in steps.items()]
 
 
+def wants_place(items: Mapping[str, Item], most: int, only: Container[str] | None) -> str:
+    """Which items would start but for max_wip, and what has its places; "" if there are none."""
+    scope = list(_considered(items, only))
+    ready = [one for one in scope if one["status"] == "ready"]
+    wanting = [one["id"] for one in ready if not unmet_dependencies(items, one)]
+    at_work = [one["id"] for one in scope if one["status"] == "in_progress"]
+    who = f"{id_list(wanting)} would start, but {id_list(at_work)} has every place"
+    return f"{who} (max_wip = {most})" if wanting else ""
+
+
 def halt_line(reason: HaltReason | None, detail: str, only_triage: bool = False) -> str:
     """Why a run is over, in one line."""
     detail = one_line(detail, 500)
@@ -4051,7 +4061,8 @@ class Aftermath(NamedTuple):
 
 
 class Held(str):
-    """Why the outcome of a phase cannot be committed now, which is not the phase's doing."""
+    """Why a phase that is finished cannot be committed now, which is not its doing: the journal
+    keeps its result, and the next start tries again."""
 
 
 class Ledger:
@@ -4250,8 +4261,8 @@ class Ledger:
     def conclude(self, attempt: Attempt, result: PhaseResult) -> Applied | str:
         """After the agent: look → hooks → checks → decide → journal → save → worklog → commit.
 
-        Returns a text instead, and nothing is decided, where the attempt has failed after all: Held
-        or CannotRun, where that is not its doing.
+        Returns a text instead, and nothing is decided, where the attempt has failed after all, or
+        is Held.
         """
         seen, message, verified = self.look(attempt), "", tuple[str, ...]()
         outcome, summary = "complete", result.commit_summary or result.summary
@@ -4443,7 +4454,8 @@ class Ledger:
                     return judged
                 _, hook, _, entries, message = judged
             if checks and (trouble := self.check(attempt, checks)) is not None:
-                return trouble
+                cannot = isinstance(trouble, CannotRun)
+                return self._hold(attempt, result, trouble) if cannot else trouble
             if checks or hook:  # what they did to the work tree is the phase's, too
                 seen = self.look(attempt)
             apart = self._apart(attempt, seen, {*entries}) if checks or hook else []
@@ -4480,8 +4492,7 @@ class Ledger:
     ) -> HookResult | str:
         """Let the repository's hooks judge and mend the commit of a destructive phase.
 
-        Returns what is to be committed, or why the attempt has failed; or Held, where that is not
-        the attempt's doing: then the journal keeps the result, and the next start tries again.
+        Returns what is to be committed, or why the attempt has failed or is Held.
         """
         summary, kind = result.commit_summary or result.summary, _commit_type(attempt, result)
         task, token = attempt.task, attempt.token
@@ -4504,19 +4515,23 @@ class Ledger:
             return verdict._replace(entries=mine)
         if verdict.outcome == "files":
             return f"{_hook_trouble(verdict)}:\n{verdict.output}"
+        keys = "commits.style, commits.signoff and execution.hook_timeout_seconds"
+        why = f"{_hook_trouble(verdict)}: {verdict.output}\nSee {keys}"
+        return self._hold(attempt, result, why)
+
+    def _hold(self, attempt: Attempt, result: PhaseResult, why: str) -> Held:
+        """Keep the result of a phase in the journal, and what it left, for the next start."""
         now = self.look(attempt)  # a hook that was ended may have stashed the operator's files away
-        self.repo.restage(attempt.before, now.after)
+        if attempt.destructive:
+            self.repo.restage(attempt.before, now.after)
         kept = self.repo.snapshot(f"{SNAPSHOT_REFS}{self.run_id}/{attempt.token}-held")
         line = {"result": result._asdict(), "after": kept.tree}
         self.store.note({"attempt": {**attempt.line(), "held": line}, **self._costs(attempt)})
-        return Held(
-            f"{attempt.label} is finished, but {_hook_trouble(verdict)}: {verdict.output}\n"
-            "Nothing is charged, and the next start commits it once that is mended: see"
-            " commits.style, commits.signoff and execution.hook_timeout_seconds"
-        )
+        free = "Nothing is charged, and the next start goes on from there once that is mended"
+        return Held(f"{attempt.label} is finished, but {why}\n{free}")
 
     def _conclude_held(self, attempt: Attempt, held: Mapping[str, Any]) -> bool:
-        """Commit what a phase of the last run finished and a hook held up; False: run it again.
+        """Commit what a phase of the last run finished and was Held; False: run it again.
 
         OrchestratorError where it still cannot be committed.
         """
@@ -4533,7 +4548,7 @@ class Ledger:
         verdict = self.conclude(
             attempt, PhaseResult(**{**held["result"], "follow_ups": follow_ups})
         )
-        if isinstance(verdict, (Held, CannotRun)):
+        if isinstance(verdict, Held):
             raise OrchestratorError(verdict)
         if isinstance(verdict, str):
             log().warning("%s %s", attempt.tag, verdict)
@@ -4958,7 +4973,7 @@ class Run:
         self.signal: int | None = None  # the first that came
         self.stopping = asyncio.Event()  # end the agents now
         self.hurry = asyncio.Event()  # and without grace
-        self.stop_requested = False  # start nothing more
+        self.halting = asyncio.Event()  # start nothing more
         self.running: dict[str, Running] = {}
         self.workers: set[asyncio.Task[None]] = set()
         self.matched: set[str] = set()  # ids the filters ever matched
@@ -4967,6 +4982,7 @@ class Run:
         self.free: dict[tuple[str, str], bool] = {}
         self.breaker = ""  # why the agent itself cannot work
         self.awake: set[str] = set()  # agents that have begun to work in this run
+        self.ticker: asyncio.Task[None] | None = None
         self.coordinator = Coordinator()
         self.do = self.coordinator.do
 
@@ -5003,7 +5019,7 @@ class Run:
                 "stopping: ending the agents, then saving (once more: without waiting for them)"
             )
         self.signal = self.signal or number
-        self.stop_requested = True
+        self.halting.set()
         self.stopping.set()
 
     async def _shut_down(self) -> None:
@@ -5020,6 +5036,8 @@ class Run:
             self.reason = None
             raise
         finally:
+            if self.ticker is not None:
+                self.ticker.cancel()
             self.live.show(None)
             try:
                 await asyncio.to_thread(end_leftovers, self.run_id)
@@ -5075,6 +5093,7 @@ class Run:
 
     async def _work(self) -> HaltReason:
         """Look, decide, start, wait, until there is a reason to halt."""
+        self.ticker = asyncio.create_task(self._tick())
         for agent, pause in self.book.pauses().items():
             if pause.until > self._now():
                 log().info("%s %s (%s)", agent, self._rest_text(pause), pause.reason)
@@ -5099,10 +5118,17 @@ class Run:
                 log().error("%s", trouble)
                 self.breaker = trouble
 
+    async def _tick(self) -> None:
+        """Keep the live line going, whatever the coordinator is busy with."""
+        while True:
+            self.live.show(self._live_text)
+            await asyncio.sleep(POLL_S)
+
     def _look_for_stop(self) -> bool:
         """Whether the run is to end, be it by a signal or by `orchestrator stop`."""
-        self.stop_requested |= stop_requested(self.space.repo.state_dir, self.run_id)
-        return self.stop_requested
+        if stop_requested(self.space.repo.state_dir, self.run_id):
+            self.halting.set()
+        return self.halting.is_set()
 
     def _offered(self, resting: Collection[str] = ()) -> list[Action]:
         """What could be started now, the cap not yet applied."""
@@ -5127,7 +5153,7 @@ class Run:
             backlog=self.backlog.items,
             running=self._running_tasks(),
             actions=tuple(offered),
-            stop_requested=self.stop_requested,
+            stop_requested=self.halting.is_set(),
             breaker_open=bool(self.breaker) or exhausted,
             targets=() if options.only_triage else options.targets,
             auto_advance=options.auto_advance,
@@ -5196,7 +5222,6 @@ class Run:
     async def _wait(self) -> None:
         """Until a phase ends, the run is stopped, or it is time to look at the disk again."""
         stopped = asyncio.ensure_future(self.stopping.wait())
-        self.live.show(self._live_text)
         done, _ = await asyncio.wait(
             {*self.workers, stopped}, timeout=POLL_S, return_when=asyncio.FIRST_COMPLETED
         )
@@ -5235,14 +5260,10 @@ class Run:
                 return None
             verdict = await self._judge(attempt, outcome)
             if isinstance(verdict, Held):
-                self._trip(task, verdict)
-                return None
-            if isinstance(verdict, CannotRun):
-                why = one_line(verdict, TAIL_COLUMNS)
-                if not self.stopping.is_set():  # nobody's failure but the config's
-                    self._trip(task, why)
-                self.failures[task.item_id] = failure
-                await self._interrupted(attempt, outcome._replace(kind="cancelled", detail=why))
+                if self.stopping.is_set():
+                    self._say(task, "interrupted by the stop; the next start checks and commits it")
+                else:
+                    self._trip(task, verdict)
                 return None
             if isinstance(verdict, Applied):
                 return verdict
@@ -5351,7 +5372,7 @@ class Run:
     async def _put_off(self, task: Task, delay: float) -> bool:
         """Wait before a retry; whether it has to wait longer: for the next run, or its agent."""
         with suppress(TimeoutError):
-            await asyncio.wait_for(self.stopping.wait(), delay)
+            await asyncio.wait_for(self.halting.wait(), delay)
             return True
         if agent_of(self.config, task.phase) not in self.book.pauses():
             return self._look_for_stop()
@@ -5360,6 +5381,8 @@ class Run:
 
     def _check(self, attempt: Attempt, commands: Sequence[Sequence[str]]) -> str | None:
         """For the coordinator's thread, which waits: run the checks of an attempt."""
+        if running := self.running.get(attempt.task.item_id):  # a start has none
+            running.seen = Progress(f"checks: {'; '.join(map(command_text, commands))}")
         verdict = run_verify(self._spec(attempt), commands, stop=self.stopping, hurry=self.hurry)
         return asyncio.run_coroutine_threadsafe(verdict, self.loop).result()
 
@@ -5991,6 +6014,9 @@ def summary_of(space: Workspace, run: Run, code: int) -> dict[str, Any]:
     commits = {row["item"]: row["commit"] for row in reversed(log_rows)}
     titles = totals.titles | {item_id: item["title"] for item_id, item in items.items()}
     detail = run.cap_reached() if run.reason is HaltReason.CAP_REACHED else run.breaker
+    if run.reason is HaltReason.ALL_DONE_OR_BLOCKED and not options.only_triage:
+        only = run.matched if options.filters else None
+        detail = detail or wants_place(items, space.config.execution.max_wip, only)
     return {
         "schema": 1,
         "run_id": run.run_id,
@@ -6167,7 +6193,10 @@ def run_facts(space: Workspace) -> dict[str, Any]:
         active = {"run_id": told[1], "pid": int(told[2]), "since": since, "phases": phases}
     elif journal:
         to_commit = [f"{one['item']} {one['phase']}" for one in journal.outcomes.values()]
-        cut_off = [f"{one['item']} {one['phase']['name']}" for one in attempts]
+        cut_off = list[str]()
+        for one in attempts:
+            left = to_commit if "held" in one else cut_off
+            left.append(f"{one['item']} {one['phase']['name']}")
         unfinished = {"run_id": journal.run["id"], "cut_off": cut_off, "to_commit": to_commit}
     return {"active": active, "unfinished": unfinished}
 
@@ -6196,7 +6225,7 @@ def run_lines(facts: Mapping[str, Any], width: int) -> list[str]:
         text = f"Run {run['run_id']} left something unfinished; the next `run` recovers it first."
         cut_off, to_commit = id_list(run["cut_off"]), id_list(run["to_commit"])
         rows = [{"what": "cut off, starts again:", "which": cut_off}] if cut_off else []
-        rows += [{"what": "finished, is committed:", "which": to_commit}] if to_commit else []
+        rows += [{"what": "finished, to be committed:", "which": to_commit}] if to_commit else []
         return [*wrap(text, width), *table("what which", rows, width, "  ")]
     return []
 

@@ -475,21 +475,30 @@ def test_a_limit_in_a_build_keeps_what_it_had_done_and_the_next_attempt_is_told(
 
 
 def test_a_check_that_cannot_run_halts_the_run_and_charges_nobody(project: Any) -> None:
-    """What the agent did is kept on a ref, and the next run tells its agent so."""
-    project.configure("build!", more='verify = [["sh", "-c", "echo no linter here; exit 127"]]\n', execution="max_retries = 0")
+    """What the agent did is not paid for again: the next start, with a check that works, commits it."""
+    check = 'verify = [["sh", "-c", "echo no linter here; exit {}"]]\n'
+    project.configure("build!", more=check.format(127), execution="max_retries = 0")
     project.backlog(*(f"WRK-00{n} in_progress phase=build phase_pool=main" for n in (1, 2)))
     project.commit_all()
-    project.script({"*": [{"write": {"a.txt": "1\n"}}]})
+    project.script({"*": [{"write": {"a.txt": "1\n"}}], "WRK-002/*": [{"write": {"b.txt": "1\n"}}]})
 
     log = project.run("run", code=4).stderr
 
     says = "verify command `sh -c echo no linter here; exit 127` failed with exit code 127 Last output: no linter here"
-    assert f"(CircuitBreakerTripped): {says}\n" in log
+    assert f"(CircuitBreakerTripped): [WRK-001][build] is finished, but {says} Nothing is charged" in log
     assert project.agent_log() == ["WRK-001 build 1"]
     assert set(project.statuses().values()) == {"in_progress build"}
     assert "attempts" not in project.text()
-    assert project.git("show", "refs/orchestrator/salvage/WRK-001/build/1:a.txt") == "1\n"
-    assert not (project.root / "a.txt").exists()
+    assert (project.root / "a.txt").read_text() == "1\n"
+    assert "ready to run" not in (told := project.run("check").stdout)
+    assert "to be committed: WRK-001 build" in told
+    assert says[:30] in project.run("run", code=1).stderr  # it still cannot
+    project.configure("build!", more=check.format(0), execution="max_retries = 0")
+    project.run("run")
+    assert project.agent_log() == ["WRK-001 build 1", "WRK-002 build 1"]
+    assert [path for path in project.paths("HEAD~1") if path.endswith(".txt")] == ["a.txt"]
+    assert project.git("log", "-1", "--format=%(trailers:key=Orchestrator-Verified,valueonly)", "HEAD~1").strip()
+    assert project.status() == " M orchestrator.toml\n"
 
 
 # ---- What is shown meanwhile ---------------------------------------------------------------------

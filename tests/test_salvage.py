@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -211,15 +212,14 @@ def test_an_item_deleted_by_hand_while_its_phase_fails_does_not_stop_the_run(pro
     assert project.committed() == project.text()
 
 
-@pytest.mark.slow
-def test_stop_ends_the_retries_too(project: Any) -> None:
-    os.mkfifo(project.outside / "go")
-    set_up(project, PLANNING, {"*": [{"announce": True, "await": "go", **FAILS}]}, "max_retries = 3")
+def test_stop_ends_the_retries_and_the_wait_before_them(project: Any) -> None:
+    set_up(project, PLANNING, {"*": [FAILS]}, "max_retries = 3")
+    config = project.root / "orchestrator.toml"
+    config.write_text(re.sub("retry_delay_seconds = .*", "retry_delay_seconds = 300", config.read_text()))
     process = project.start("run")
-    project.announced()
+    project.read_until(process, "attempt 1 of 4 failed")
     said = project.run("stop").stdout
     assert said.endswith("finishes the phases in flight and halts.\n")
-    (project.outside / "go").write_text("")
     process.communicate(timeout=60)
     assert process.returncode == 0
     assert project.agent_log() == ["WRK-001 plan 1"]
