@@ -5619,7 +5619,8 @@ class Workspace(NamedTuple):
             return not self.repo.is_tracked(path)
         with suppress(OSError):
             found = (self.repo.top / path).lstat()
-            return any(os.path.samestat(found, os.fstat(fd)) for fd in (1, 2))
+            own_output = any(os.path.samestat(found, os.fstat(fd)) for fd in (1, 2))
+            return own_output or self.strays().get(path) == self._stamps(path)[1]
         return False
 
     def strays(self) -> dict[str, str]:
@@ -5628,23 +5629,34 @@ class Workspace(NamedTuple):
         with suppress(OSError):
             text = os.fsdecode((self.repo.state_dir / "strays").read_bytes())
             for stamp, _, path in (line.partition(" ") for line in text.split("\0")):
-                if stamp == self._stamp(path):
+                if stamp in self._stamps(path):
                     known[path] = stamp
         return known
 
-    def add_strays(self, paths: Iterable[str]) -> None:
+    def add_output(self) -> None:
+        """Remember the file that our output goes to, for the runs that have another (Linux)."""
+        for fd in (1, 2):
+            with suppress(OSError):
+                path = Path(os.readlink(f"/proc/self/fd/{fd}"))
+                if path.is_file() and path.is_relative_to(self.repo.top):
+                    self.add_strays([self.repo.relative(path)], growing=True)
+
+    def add_strays(self, paths: Iterable[str], *, growing: bool = False) -> None:
         """Remember paths as strays: never committed by us, and never taken for the operator's."""
-        known = self.strays() | {path: self._stamp(path) for path in paths}
+        known = self.strays() | {path: self._stamps(path)[growing] for path in paths}
         text = "\0".join(f"{stamp} {path}" for path, stamp in known.items() if stamp)
         replace_file(self.repo.state_dir / "strays", os.fsencode(text))
 
-    def _stamp(self, path: str) -> str:
-        """By what a stray is known again: its time and size, of a folder only that it is one."""
+    def _stamps(self, path: str) -> tuple[str, str]:
+        """By what a stray is known again: its time and size, of a folder only that it is one; or
+        one that still grows, by which file it is."""
         try:
             found = (self.repo.top / path).lstat()
         except OSError:
-            return ""
-        return "folder" if stat.S_ISDIR(found.st_mode) else f"{found.st_mtime_ns}-{found.st_size}"
+            return "", ""
+        state = f"{found.st_mtime_ns}-{found.st_size}"
+        same = f"inode-{found.st_ino}"
+        return "folder" if stat.S_ISDIR(found.st_mode) else state, same
 
     def run_lock(self, owner: str = "a command") -> RunLock:
         return RunLock(self.repo.state_dir / "run.lock", owner)
@@ -5750,6 +5762,7 @@ def begin_run(space: Workspace, run_id: str, check: Check, *, allow_dirty: bool)
         head = repo.head()
     _refuse([*preflight(space, allow_dirty=allow_dirty), *signing_problems(repo)])
     make_work_folder(repo.root, repo.root / WORK_DIR)
+    space.add_output()
     run = {"id": run_id, "branch": head.branch, "head": head.commit}
     repo.hook_env = {RUN_MARK: run_id}
     store.begin(run, repo.committed(head.commit, repo.relative(store.path)))

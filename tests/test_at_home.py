@@ -31,21 +31,26 @@ def test_an_editors_own_files_are_in_no_commit_and_in_nobodys_way(project: Any, 
 
 
 def test_the_file_that_our_output_goes_to_is_in_no_commit_and_in_nobodys_way(project: Any) -> None:
+    """Nor in that of later runs, which write elsewhere: one recovers what a SIGKILL ended."""
     project.configure("build!")
     project.backlog("WRK-001 in_progress phase=build phase_pool=main")
     project.commit_all()
-    project.script({"*": [{"write": {"code.txt": "x\n"}}]})
-    argv = [sys.executable, str(project.program), "run"]
-
+    project.script({"*": [{"announce": True, "hang": True}, {"write": {"code.txt": "x\n"}}]})
     for name in ("run.log", "again.log"):
         with (project.root / name).open("w") as out:
-            done = subprocess.run(argv, cwd=project.root, stdin=subprocess.DEVNULL, stdout=out, stderr=out, timeout=60)
-        assert done.returncode == 0, (project.root / name).read_text()
-        (project.root / name).rename(project.outside / name)
+            process = subprocess.Popen([sys.executable, str(project.program), "run"], cwd=project.root, stdin=subprocess.DEVNULL, stdout=out, stderr=out)
+        project.started.append(process)
+        if name == "run.log":
+            project.announced()
+            process.kill()
+        assert process.wait(60) == (-9 if name == "run.log" else 0), (project.root / name).read_text()
+    project.run("run")
 
     assert project.items() == {}
-    assert "run.log" not in project.git("log", "--name-only", "--format=")
-    assert "WRK-001 is done" in (project.outside / "run.log").read_text()
+    assert project.status() == "?? again.log\n?? run.log\n"
+    assert ".log" not in project.git("log", "--all", "--name-only", "--format=")
+    assert "[WRK-001][BUILD] starts" in (project.root / "run.log").read_text()
+    assert "WRK-001 is done" in (project.root / "again.log").read_text()
 
 
 def test_what_a_document_phase_leaves_elsewhere_is_a_stray_until_it_is_gone(project: Any) -> None:
