@@ -4089,6 +4089,7 @@ class Ledger:
         self.commit_trouble = ""  # the last complaint of `commit`, so that it is made once
         self.troubled_since = 0.0  # monotonic seconds; 0: there is none
         self.held = ""  # why a hook keeps documents from being committed
+        self.recovered: list[Applied] = []  # what a start has finished for the last run
 
     @property
     def journal(self) -> Journal:
@@ -4552,7 +4553,9 @@ class Ledger:
             raise OrchestratorError(verdict)
         if isinstance(verdict, str):
             log().warning("%s %s", attempt.tag, verdict)
-        return isinstance(verdict, Applied)
+            return False
+        self.recovered.append(verdict)
+        return True
 
     # -- what is kept on refs ----------------------------------------------------------------------
 
@@ -4996,6 +4999,8 @@ class Run:
         self.coordinator.start()
         try:
             self.ledger = await self.do(self.begin, self._check)
+            for applied in self.ledger.recovered:
+                self._count(applied)
             await self.do(self.ledger.take_up, self.options.overridden)
             self.reason = await self._work()
         except BaseException:
