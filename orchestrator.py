@@ -4334,9 +4334,12 @@ class Ledger:
         branch was switched or rewound.
         """
         before, after = attempt.before, self.repo.snapshot()
-        changes = self._changes(before.tree, after.tree)
-        ground = self._dirt(self.ground or before)
-        dirt = self._dirt(before).items()
+        changes, base = self._changes(before.tree, after.tree), self.ground or before
+        ground, dirt = self._dirt(base), self._dirt(before).items()
+        if base.tree != before.tree:  # hidden then by an agent's stash, it is no change of this one
+            touched = {change.after.path for change in self._changes(base.tree, after.tree)}
+            back = ground.keys() - touched
+            changes = [change for change in changes if change.after.path not in back]
         theirs = {p: entry for p, entry in dirt if p in ground and p not in attempt.strays}
         taken = [
             change

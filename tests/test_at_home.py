@@ -1,6 +1,7 @@
 """Promise P6: the repository's own files, tools and habits are left alone."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -69,6 +70,29 @@ def test_what_a_document_phase_leaves_elsewhere_is_a_stray_until_it_is_gone(proj
     assert "scratch.txt" not in project.git("log", "--name-only", "--format=")
     (project.root / "scratch.txt").write_text("the operator's, by now\n")
     assert "uncommitted changes: scratch.txt" in project.run("run", code=1).stderr
+
+
+def test_what_a_neighbour_had_stashed_away_as_a_phase_began_stays_the_operators(project: Any) -> None:
+    """It comes back while that phase runs, and must not pass for what the phase left: a stray is nobody's."""
+    for name in ("go1", "go2"):
+        os.mkfifo(project.outside / name)
+    stash = {"sh": "git stash -q --include-untracked", "document": "a.md"}
+    project.configure("plan", execution="max_concurrent = 2\nmax_wip = 2")
+    project.backlog("WRK-001 in_progress phase=plan phase_pool=main")
+    project.commit_all()
+    (project.root / "mine.txt").write_text("mine\n")
+    project.script({"WRK-001/plan": [{**stash, "announce": True, "await": "go1"}], "*/triage": [{"announce": True, "await": "go2"}], "WRK-002/plan": [stash]})
+    process = project.start("run", "--allow-dirty")
+    assert project.announced() == "WRK-001 plan 1"
+    project.run("add", "Another one")
+    assert project.announced() == "WRK-002 triage 1"
+    (project.outside / "go1").write_text("")
+    project.read_until(process, "took away what you had not committed; it is there again: mine.txt")
+    (project.outside / "go2").write_text("")
+    log = project.finish(process)
+    assert "touched files outside" not in log
+    assert log.count("it is there again: mine.txt") == 1
+    assert project.status() == "?? mine.txt\n"
 
 
 @pytest.mark.slow
