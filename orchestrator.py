@@ -3347,7 +3347,7 @@ class Child:
         self.read: Reader | None = None  # of its events, if it has any
         # Called with pid and start time, for it and for what hides whose it is.
         self.started: Callable[[int, int], None] = lambda pid, start: None
-        self.look: Callable[[], bool] = lambda: False  # called often; true: it has settled
+        self.poll: Callable[[], bool] = lambda: False  # called often; true: it has settled
         self.report = AgentReport()
         self.why: Ending = "exit"
         self.code: int | None = None  # as Popen.returncode; None if it could not be killed
@@ -3383,7 +3383,7 @@ class Child:
                 self._take(last=True)
         finally:
             del LIVE[self._marker]
-        self.look()
+        self.poll()
 
     def with_tail(self, text: str) -> str:
         """Append the last lines of both outputs, what was printed as an error last."""
@@ -3445,7 +3445,7 @@ class Child:
                 now = clock()
                 grown = now if self._take() else grown
                 self.seconds, self.silent_s = now - begun, now - grown
-                settled = self.look()
+                settled = self.poll()
                 reasons: dict[Ending, bool] = {
                     "exit": gone.is_set(),
                     "stop": self.stop.is_set(),
@@ -3519,7 +3519,7 @@ async def run_attempt(
         return AgentOutcome("cancelled", detail="not started: the run is stopping")
     told = Progress()
 
-    def look() -> bool:
+    def poll() -> bool:
         """Tell what is new; whether a valid result has long stayed the same: the agent lingers."""
         nonlocal told
         last = child.report.last
@@ -3539,7 +3539,7 @@ async def run_attempt(
     argv = agent_argv(spec)
     try:
         child = Child(spec, argv, spec.attempt, stop, hurry)
-        child.idle_s, child.started, child.look = spec.idle_timeout_s, started, look
+        child.idle_s, child.started, child.poll = spec.idle_timeout_s, started, poll
         if not spec.task.phase.run:
             child.stdin, child.read = spec.prompt_path, PROFILES[spec.settings.cli].read
         spec.prompt_path.write_text(spec.prompt, encoding="utf-8", errors="replace")
@@ -4068,7 +4068,7 @@ class Held(str):
 class Ledger:
     """Everything a run writes: decisions, worklog and commits. Synchronous, for one thread.
 
-    The order at the end of a phase (look, hooks, checks, decide, journal, save, worklog, commit)
+    The order at the end of a phase (compare, hooks, checks, decide, journal, save, worklog, commit)
     makes every crash point one that `recover` can finish; `conclude` has it. `check` runs the
     checks of an attempt to their end: see `run_verify`.
     """
@@ -4215,7 +4215,9 @@ class Ledger:
 
     # -- one attempt -------------------------------------------------------------------------------
 
-    def begin(self, task: Task, number: int, previous: Attempt | None = None) -> Attempt | None:
+    def begin_attempt(
+        self, task: Task, number: int, previous: Attempt | None = None
+    ) -> Attempt | None:
         """Record that an attempt starts: snapshot and journal first, then the agent.
 
         None if the item was deleted or moved before its phase began. A retry of a document phase
@@ -4260,12 +4262,12 @@ class Ledger:
         self.store.note({"process": line}, flush=False)
 
     def conclude(self, attempt: Attempt, result: PhaseResult) -> Applied | str:
-        """After the agent: look → hooks → checks → decide → journal → save → worklog → commit.
+        """After the agent: compare → hooks → checks → decide → journal → save → worklog → commit.
 
         Returns a text instead, and nothing is decided, where the attempt has failed after all, or
         is Held.
         """
-        seen, message, verified = self.look(attempt), "", tuple[str, ...]()
+        seen, message, verified = self.compare(attempt), "", tuple[str, ...]()
         outcome, summary = "complete", result.commit_summary or result.summary
         if result.result == "blocked":
             entries, summary = self._documents(attempt, seen), result.context or result.summary
@@ -4288,8 +4290,8 @@ class Ledger:
 
     def fail(self, attempt: Attempt) -> str | None:
         """Charge a failed attempt; returns the ref that keeps what a destructive one left."""
-        ref = self._salvage(attempt, self.look(attempt))
-        # Documents are still to be looked after: see `begin` and `cancel`.
+        ref = self._salvage(attempt, self.compare(attempt))
+        # Documents are still to be looked after: see `begin_attempt` and `cancel`.
         ended = [attempt.token] if attempt.destructive else []
         self.store.change(
             lambda draft: charge_attempt(draft, attempt.item, self.clock()),
@@ -4299,7 +4301,7 @@ class Ledger:
 
     def give_up(self, attempt: Attempt, reason: str, result: PhaseResult | None) -> Applied:
         """Record that the last attempt failed: the item is blocked."""
-        seen = self.look(attempt)
+        seen = self.compare(attempt)
         entries = self._documents(attempt, seen)
         reason = _with_salvage_note(reason, self._salvage(attempt, seen))
         failed = result or PhaseResult(attempt.task.item_id, attempt.task.name, "failed", reason)
@@ -4313,7 +4315,7 @@ class Ledger:
         """
         if attempt.token not in self.journal.attempts:  # its end is in the journal already
             return None
-        seen = self.look(attempt)
+        seen = self.compare(attempt)
         ref = self._salvage(attempt, seen)
         line: dict[str, Any] = {"ended": [attempt.token], **self._costs(attempt)}
         documents, _ = self._outputs(attempt, seen)
@@ -4326,7 +4328,7 @@ class Ledger:
 
     # -- what a phase left in the work tree --------------------------------------------------------
 
-    def look(self, attempt: Attempt) -> Aftermath:
+    def compare(self, attempt: Attempt) -> Aftermath:
         """Compare the work tree with the snapshot taken before an attempt.
 
         What an agent's git command took away from the operator, the only copy of it, is put back;
@@ -4378,7 +4380,7 @@ class Ledger:
 
     def left_nothing(self, attempt: Attempt) -> bool:
         """Whether an attempt changed nothing in the repository; others may have, beside it."""
-        seen = self.look(attempt)
+        seen = self.compare(attempt)
         if seen.after.head.commit not in (attempt.before.head.commit, *self.own_commits):
             return False
         return not (seen.changes if attempt.destructive else any(self._outputs(attempt, seen)))
@@ -4461,7 +4463,7 @@ class Ledger:
                 cannot = isinstance(trouble, CannotRun)
                 return self._hold(attempt, result, trouble) if cannot else trouble
             if checks or hook:  # what they did to the work tree is the phase's, too
-                seen = self.look(attempt)
+                seen = self.compare(attempt)
             apart = self._apart(attempt, seen, {*entries}) if checks or hook else []
             if apart and not checks:  # as `git commit` would have it: mended, and not added
                 log().warning(
@@ -4525,7 +4527,7 @@ class Ledger:
 
     def _hold(self, attempt: Attempt, result: PhaseResult, why: str) -> Held:
         """Keep the result of a phase in the journal, and what it left, for the next start."""
-        now = self.look(attempt)  # a hook that was ended may have stashed the operator's files away
+        now = self.compare(attempt)  # a hook that was ended may have the operator's files stashed
         if attempt.destructive:
             self.repo.restage(attempt.before, now.after)
         kept = self.repo.snapshot(f"{SNAPSHOT_REFS}{self.run_id}/{attempt.token}-held")
@@ -4963,14 +4965,14 @@ class Run:
         options: RunOptions,
         live: LiveLine,
         run_id: str,
-        begin: Callable[[Check], Ledger],
+        open_ledger: Callable[[Check], Ledger],
     ) -> None:
         self.space = space
         self.config = space.config
         self.options = options
         self.live = live
         self.run_id = run_id
-        self.begin = begin  # recovers, checks, opens the journal
+        self.open_ledger = open_ledger  # recovers, checks, opens the journal
         self.ledger: Ledger | None = None  # None: the run has not begun
         self.totals = Totals()
         self.reason: HaltReason | None = None  # None: an error ended the run
@@ -5001,7 +5003,7 @@ class Run:
             loop.add_signal_handler(number, self._on_signal, number)
         self.coordinator.start()
         try:
-            self.ledger = await self.do(self.begin, self._check)
+            self.ledger = await self.do(self.open_ledger, self._check)
             for applied in self.ledger.recovered:
                 self._count(applied)
             await self.do(self.ledger.take_up, self.options.overridden)
@@ -5249,8 +5251,8 @@ class Run:
     async def _attempts(self, task: Task) -> Applied | None:
         """Run a phase until it succeeds or its attempts are used up; None: interrupted.
 
-        One attempt: snapshot → agent → look → hooks → checks → decide → journal → save → worklog →
-        commit; what comes behind the agent is `Ledger.conclude`.
+        One attempt: snapshot → agent → compare → hooks → checks → decide → journal → save → worklog
+        → commit; what comes behind the agent is `Ledger.conclude`.
         """
         book, most = self.book, self.config.execution.max_retries + 1
         item = self.backlog.items.get(task.item_id)
@@ -5258,7 +5260,7 @@ class Run:
         failure, salvaged = self.failures.pop(task.item_id, ""), None
         attempt: Attempt | None = None
         for number in itertools.count(min(first, most)):
-            attempt = await self.do(book.begin, task, number, attempt)
+            attempt = await self.do(book.begin_attempt, task, number, attempt)
             if attempt is None:
                 self._tell(task, "not started: the item was deleted or moved meanwhile")
                 return None
