@@ -6157,6 +6157,10 @@ def cmd_status(args: argparse.Namespace) -> int:
         lines += render_status(rows, width, program_name())
     else:
         lines.append("No items." if only is None else "No item matches.")
+    state = space.store.state
+    if bare := state.found.keys() - state.items.keys() - state.problems.keys():
+        text = f"{plural(len(bare), 'item')} added by hand without an id: the next run, or command"
+        lines += ["", *wrap(f"{text} that changes something, gives each one.", width, "")]
     facts = {**runs, "counts": count_by_status(rows), "items": rows, "salvage": kept}
     return answer(args, facts, [*lines, *render_salvage(shown, width)])
 

@@ -95,6 +95,15 @@ def test_what_a_neighbour_had_stashed_away_as_a_phase_began_stays_the_operators(
     assert project.status() == "?? mine.txt\n"
 
 
+def test_an_item_written_by_hand_without_an_id_is_told_of_until_it_has_one(project: Any) -> None:
+    path = project.root / "BACKLOG.yaml"
+    path.write_text("schema_version: 3\nitems:\n- title: Mine\n  status: new\nnext_item_id: 0\n")
+    assert "1 item added by hand without an id" in project.run("status").stdout
+    project.run("add", "Another one")
+    assert "by hand" not in project.run("status").stdout
+    assert [item["title"] for item in project.items().values()] == ["Mine", "Another one"]
+
+
 @pytest.mark.slow
 def test_a_dirty_file_of_a_sibling_project_is_in_nobodys_way(project: Any) -> None:
     """In a monorepo a run works in its own project; the neighbour's edits stay as they are."""
