@@ -4542,7 +4542,11 @@ class Ledger:
         OrchestratorError where it still cannot be committed.
         """
         now, kept = self.repo.snapshot(), attempt.before._replace(tree=held["after"])
-        was = {c.after.path: c.before for c in self._changes(attempt.before.tree, kept.tree)}
+        left = self._changes(attempt.before.tree, kept.tree)
+        if not attempt.destructive:  # others may have been at work beside it
+            mine = {*self._outputs(attempt, Aftermath(kept, left, {}))[0]}
+            left = [change for change in left if change.after in mine]
+        was = {change.after.path: change.before for change in left}
         attempt.only = frozenset(was)  # what else is in the tree by now is the operator's
         old, head = attempt.before.head.commit, now.head.commit
         since = self.repo.changes(old, head) if old and head else []
