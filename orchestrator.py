@@ -6161,10 +6161,6 @@ def cmd_status(args: argparse.Namespace) -> int:
         lines += render_status(rows, width, program_name())
     else:
         lines.append("No items." if only is None else "No item matches.")
-    state = space.store.state
-    if bare := state.found.keys() - state.items.keys() - state.problems.keys():
-        text = f"{plural(len(bare), 'item')} added by hand without an id: the next run, or command"
-        lines += ["", *wrap(f"{text} that changes something, gives each one.", width, "")]
     facts = {**runs, "counts": count_by_status(rows), "items": rows, "salvage": kept}
     return answer(args, facts, [*lines, *render_salvage(shown, width)])
 
@@ -6525,13 +6521,13 @@ def _take_out(args: argparse.Namespace, config: Config, now: datetime, draft: Dr
     why = one_line((args.reason if close else args.summary) or "", 1000)
     if close and not why:
         raise UsageError("--reason is blank; say why the item is not wanted any more")
-    gone = take_out(draft, args.id, "Closed" if close else "Done", why, now)
-    verb, title = args.command.capitalize(), one_line(gone.item["title"])
+    item, waited, worklog = take_out(draft, args.id, "Closed" if close else "Done", why, now)
+    verb, title = args.command.capitalize(), one_line(item["title"])
     told = f"{verb.removesuffix('e')}ed {args.id}: {title}"
-    if gone.dependants:
-        told += f"\nNo longer waiting for it: {', '.join(gone.dependants)}"
+    if waited:
+        told += f"\nNo longer waiting for it: {', '.join(waited)}"
     outcome = "closed" if close else "done"
-    return Changed(args.id, f"{verb} {args.id}: {title}", told, outcome, why, gone.worklog)
+    return Changed(args.id, f"{verb} {args.id}: {title}", told, outcome, why, worklog)
 
 
 CHANGES: Mapping[str, Callable[[argparse.Namespace, Config, datetime, Draft], Changed]] = {

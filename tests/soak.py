@@ -147,6 +147,7 @@ class Soak:
         # The record.
         self.added: dict[str, str] = {}  # id → title, of every `add` that exited 0
         self.closed: dict[str, float] = {}
+        self.perhaps_closed: set[str] = set()  # without a journal: an old buffer may bring it back
         self.titles: dict[str, list[tuple[str, bool]]] = {}  # by item: title, was it seen to be taken
         self.tags: dict[str, set[str]] = {}
         self.comments: set[str] = set()  # seen to be taken
@@ -305,8 +306,10 @@ class Soak:
                 if code == 0:
                     self.record_addition(out, title, kept)
             elif kind == "close" and len(ids) > 4 and self.dice.random() < 0.4:
-                if self.command("close", item_id, "--reason", "not wanted")[0] == 0 and kept and self.is_kept():
-                    self.closed[item_id] = time.time()
+                if self.command("close", item_id, "--reason", "not wanted")[0] == 0:
+                    self.perhaps_closed.add(item_id)
+                    if kept and self.is_kept():
+                        self.closed[item_id] = time.time()
             elif kind == "unblock":
                 blocked = [one for one in ids if items.get(one, {}).get("status") == "blocked"]
                 if blocked:
@@ -417,7 +420,7 @@ class Soak:
         there = self.items(disk)
         history = self.completed()
         done = {item_id for item_id, phase in history if phase == LAST_PHASE}
-        ended = done | self.closed.keys() | self.told_of()
+        ended = done | self.perhaps_closed | self.told_of()
         for item_id in sorted(there.keys() & (self.closed.keys() | done)):
             self.losses.append(f"{item_id} is back: it was {'closed' if item_id in self.closed else 'finished'}")
         for item_id, title in self.added.items():

@@ -95,13 +95,22 @@ def test_what_a_neighbour_had_stashed_away_as_a_phase_began_stays_the_operators(
     assert project.status() == "?? mine.txt\n"
 
 
-def test_an_item_written_by_hand_without_an_id_is_told_of_until_it_has_one(project: Any) -> None:
+@pytest.mark.parametrize("committed", [False, True])
+def test_an_item_written_by_hand_is_there_for_every_command_and_runs_once(project: Any, committed: bool) -> None:
+    """Only its title is needed, be the file committed or not; an agent that takes the file back makes no second one."""
+    project.configure("plan")
+    project.script({"*/triage": [{"sh": "git checkout -q HEAD -- BACKLOG.yaml"}]})
     path = project.root / "BACKLOG.yaml"
-    path.write_text("schema_version: 3\nitems:\n- title: Mine\n  status: new\nnext_item_id: 0\n")
-    assert "1 item added by hand without an id" in project.run("status").stdout
-    project.run("add", "Another one")
-    assert "by hand" not in project.run("status").stdout
-    assert [item["title"] for item in project.items().values()] == ["Mine", "Another one"]
+    path.write_text("schema_version: 3\nitems:\n- title: Mine\n- id: WRK-001\n  title: Other\nnext_item_id: 1\n")
+    if committed:
+        project.commit_all()
+    before = path.read_bytes()
+    for argv in (["status"], ["run", "--dry-run"], ["show", "WRK-002"]):
+        assert "Mine" in project.run(*argv).stdout
+    assert path.read_bytes() == before
+    project.run("run", *([] if committed else ["--allow-dirty"]))
+    assert sorted(project.agent_log()) == ["WRK-001 plan 1", "WRK-001 triage 1", "WRK-002 plan 1", "WRK-002 triage 1"]
+    assert project.items() == {}
 
 
 @pytest.mark.slow
