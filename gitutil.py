@@ -1188,26 +1188,20 @@ class Repo:
 
     # -- salvage and restore -----------------------------------------------------------------------
 
-    def salvage(self, ref: str, snapshot: Snapshot, message: str) -> str:
-        """Keep a snapshot as a commit on a new ref, and read it back; the commit's id.
-
-        GitError when the ref exists already, or when what differs from HEAD is not all there.
-        """
-        parent = snapshot.head.commit
-        self._read_back(change.after for change in self.changes(parent, snapshot.tree))
-        commit = self._commit_tree(snapshot.tree, [parent] if parent else [], message)
-        self.keep_commit(ref, commit, message)
-        if self._line("rev-parse", "--verify", f"{ref}^{{tree}}") != snapshot.tree:
-            raise GitError(f"{ref} does not hold what was to be salvaged; nothing was put back")
-        return commit
-
-    def keep_entries(
+    def salvage(
         self, ref: str, parent: str | None, entries: Sequence[Entry], message: str
-    ) -> None:
-        """Keep a commit on top of `parent` that holds these entries, on a new ref."""
+    ) -> str:
+        """Keep a commit on top of `parent` that holds these entries, on a new ref; its id.
+
+        GitError when the ref exists already, or when not all of it is there.
+        """
+        self._read_back(entries)
         tree = self._graft(parent, entries)
         commit = self._commit_tree(tree, [parent] if parent else [], message)
         self.keep_commit(ref, commit, message)
+        if self._line("rev-parse", "--verify", f"{ref}^{{tree}}") != tree:
+            raise GitError(f"{ref} does not hold what was to be salvaged; nothing was put back")
+        return commit
 
     def keep_commit(self, ref: str, commit: str, message: str) -> None:
         """Keep a commit on a new ref; GitError when the ref exists already."""

@@ -520,7 +520,7 @@ def test_the_live_line_tells_what_runs_what_rests_and_what_it_cost(
     run.book.take_in()
 
     assert run._live_text() == (
-        "phases 0/10 · WRK-001 plan 1 min 05 s, claude rests, 1 h 30 min left · done 0 · blocked 0 · 1,234 tokens · $0.75"
+        "phases 0/10 · done 0 · blocked 0 · 1,234 tokens · $0.75 · WRK-001 plan 1 min 05 s, claude rests, 1 h 30 min left"
         "  Bash: make test"
     )
 
