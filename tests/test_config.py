@@ -64,26 +64,23 @@ def one_pipeline(phases: str, pre_phases: str = "", more: str = "") -> str:
 # ---- Reading --------------------------------------------------------------------------------------
 
 
-def test_what_is_missing_means_the_defaults() -> None:
+def test_d26_what_is_missing_means_the_defaults() -> None:
     assert read("") == Config(pipelines={"feature": FEATURE}, base=BASE, source="orchestrator.toml")
     assert default_config(BASE) == read("")._replace(source="built-in defaults")
     assert read('[guardrails]\nmax_risk = "high"') == read("")._replace(guardrails=Guardrails("medium", "medium", "high"))
     assert read("[pipelines]") == read('\ufeff[agent]\nmodel = " \\t"') == read("")
     own = Pipeline("p", (), (Phase("a", outputs=DOCUMENT_OUTPUTS), Phase("b")))
     assert read(one_pipeline('{ name = "a" }, { name = "b", outputs = [] }')).pipelines == {"p": own}
+    phases = read(one_pipeline('{name="a"}, {name="b", is_destructive=true}, {name="c", destructive=true}')).pipelines["p"].phases
+    assert [phase.destructive for phase in phases] == [False, True, True]
 
 
 def test_every_key_is_read() -> None:
     config = read(
         """
-        [project]
-        prefix = "HAMY"
-        backlog_path = "dev/BACKLOG.yaml"
-        protected_branches = ["main", "release"]
-        [guardrails]
-        max_size = "small"
-        max_complexity = "low"
-        max_risk = "high"
+        project = { prefix = "HAMY", backlog_path = "dev/BACKLOG.yaml", protected_branches = ["main", "release"] }
+        guardrails = { max_size = "small", max_complexity = "low", max_risk = "high" }
+        notify = { command = ["notify-send", "done"] }
         [execution]
         phase_timeout_minutes = 1.5
         max_retries = 0
@@ -104,8 +101,6 @@ def test_every_key_is_read() -> None:
         command = ["my agent", "{prompt_file}", ""]
         args = ["--fast"]
         env = { TOKEN_FILE = "/x", EMPTY = "" }
-        [notify]
-        command = ["notify-send", "done"]
         [pipelines.docs]
         pre_phases = [{ name = "look" }]
         phases = [
@@ -114,65 +109,33 @@ def test_every_key_is_read() -> None:
         ]
         """
     )
+    write = Phase(
+        "write", workflows=("a.md", "b.md"), agent="codex", model="m", timeout_minutes=5.0,
+        verify=(("make", "test"), ("true",)), outputs=("docs/",),
+    )  # fmt: skip
+    publish = Phase("publish", destructive=True, run=("make", "all"), allow_empty=True)
+    env = {"TOKEN_FILE": "/x", "EMPTY": ""}
     assert config == Config(
         prefix="HAMY",
         backlog_path="dev/BACKLOG.yaml",
         protected_branches=("main", "release"),
         guardrails=Guardrails("small", "low", "high"),
         execution=Execution(1.5, 0, 0, 4, 7, 240, 12.5, 3, 2, 0, 1, 600, "wait"),
-        agent=AgentSettings(
-            "command",
-            "vendor/model-1.5",
-            ("my agent", "{prompt_file}", ""),
-            ("--fast",),
-            {"TOKEN_FILE": "/x", "EMPTY": ""},
-        ),
+        agent=AgentSettings("command", "vendor/model-1.5", ("my agent", "{prompt_file}", ""), ("--fast",), env),
         notify=Notify(("notify-send", "done")),
-        pipelines={
-            "docs": Pipeline(
-                "docs",
-                (Phase("look", outputs=DOCUMENT_OUTPUTS),),
-                (
-                    Phase(
-                        "write",
-                        workflows=("a.md", "b.md"),
-                        agent="codex",
-                        model="m",
-                        timeout_minutes=5.0,
-                        verify=(("make", "test"), ("true",)),
-                        outputs=("docs/",),
-                    ),
-                    Phase("publish", destructive=True, run=("make", "all"), allow_empty=True),
-                ),
-            )
-        },
+        pipelines={"docs": Pipeline("docs", (Phase("look", outputs=DOCUMENT_OUTPUTS),), (write, publish))},
         base=BASE,
         source="orchestrator.toml",
     )
 
 
-def test_d26_a_phase_is_not_destructive_unless_it_says_so() -> None:
-    phases = read(one_pipeline('{name="a"}, {name="b", is_destructive=true}, {name="c", destructive=true}'))
-    assert [p.destructive for p in phases.pipelines["p"].phases] == [False, True, True]
-
-
 # ---- Refusing -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("data", "says"),
-    [
-        (b"[project\n", "Failed to parse c: "),
-        (b"a = 1\na = 2", "Failed to parse c: "),
-        (b"prefix = '\xff'", "Failed to parse c: it is not UTF-8 text (byte 11)"),
-        (b"a = " + b"[" * 20_000, "Failed to parse c: "),
-        (b"a = " + b"9" * 5_000, "Failed to parse c: "),
-    ],
-)
-def test_what_is_no_toml_is_refused_with_its_name(data: bytes, says: str) -> None:
-    with pytest.raises(ConfigError) as caught:
+@pytest.mark.parametrize("data", [b"[project\n", b"a = 1\na = 2", b"a = " + b"[" * 20_000, b"a = " + b"9" * 5_000])
+def test_what_is_no_toml_is_refused_with_its_name(data: bytes) -> None:
+    with pytest.raises(ConfigError, match=r"^Failed to parse c: "):
         parse_config(data, "c", BASE)
-    assert str(caught.value).startswith(says)
 
 
 NUMBER = "must be a whole number from {} to 4294967295, not {}"
@@ -236,14 +199,10 @@ def test_d38_the_template_says_the_defaults_with_prefix_and_agent() -> None:
     assert read(config_template("WRK", "claude")) == read("")
     assert read(config_template("AB-c", "demo")) == read("")._replace(prefix="AB-c", agent=AgentSettings("demo"))
     assert read(config_template("WRK", "command")).agent.command == ("my-agent", "{prompt_file}", "{result_path}")
-
-
-def test_the_commented_keys_of_the_template_are_real() -> None:
-    """Whoever removes a `# ` in front of a key gets a valid file."""
+    # Whoever removes a `# ` in front of a key gets a valid file.
     lines = config_template("WRK", "claude").splitlines()
-    keys = ("# max_", "# idle_", "# args", "# env", "# command = [\"notify")
-    text = "\n".join(line[2:] if line.startswith(keys) else line for line in lines)
-    config = read(text)
+    keys = ("# max_", "# idle_", "# args", "# env", '# command = ["notify')
+    config = read("\n".join(line[2:] if line.startswith(keys) else line for line in lines))
     assert (config.execution.max_run_minutes, config.execution.max_cost_usd) == (240, 20)
     assert config.notify.command == ("notify-send", "orchestrator")
 
@@ -351,16 +310,12 @@ def chain(*edges: str, **status: str) -> list[Item]:
     [
         (chain("A>A"), ["A-1 → A-1"]),
         (chain("A>B", "B>A"), ["A-1 → B-1 → A-1"]),
-        (chain("A>B", "B>C", "C>A"), ["A-1 → B-1 → C-1 → A-1"]),
         (chain("A>B", "B>C", "C>B"), ["B-1 → C-1 → B-1"]),
         (chain("A>B", "B>A", "C>D", "D>C"), ["A-1 → B-1 → A-1", "C-1 → D-1 → C-1"]),
         (chain("A>B", "B>A", B="blocked"), ["A-1 → B-1 → A-1"]),
         (chain("A>B", "A>C", "B>D", "C>D", "D>D"), ["D-1 → D-1"]),
         (chain("A>B", "B>A", B="done"), []),
-        (chain("A>A", A="done"), []),
         (chain("A>B", "A>C", "B>D", "C>D"), []),
-        (chain("A>B", "B>C", "C>D"), []),
-        ([item("A-1"), item("B-1")], []),
     ],
 )
 def test_circular_dependencies(items: list[Item], cycles: list[str]) -> None:
@@ -368,7 +323,7 @@ def test_circular_dependencies(items: list[Item], cycles: list[str]) -> None:
 
 
 def test_a_very_long_chain_is_walked_to_its_end() -> None:
-    items = [item(f"A-{n}", dependencies=[f"A-{(n + 1) % 5000}"]) for n in range(5000)]
+    items = [item(f"A-{n}", dependencies=[f"A-{(n + 1) % 1500}"]) for n in range(1500)]
     [what] = problems(*items)
     assert what.startswith("BACKLOG.yaml: Circular dependency: A-0 → A-1 → A-2 → ")
-    assert what.endswith(" → A-4999 → A-0")
+    assert what.endswith(" → A-1499 → A-0")
