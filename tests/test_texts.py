@@ -59,12 +59,8 @@ def make_config(*pipelines: Pipeline, **fields: Any) -> Config:
 
 def task_of(name: str, item_id: str = "WRK-042") -> Task:
     """A phase of the built-in pipeline."""
-    (pipeline,) = make_config().pipelines.values()
-    for pool, phases in (("pre", pipeline.pre_phases), ("main", pipeline.phases)):
-        for phase in phases:
-            if phase.name == name:
-                return Task(item_id, phase, pool)  # type: ignore[arg-type]
-    raise LookupError(name)
+    phase, pool, _ = orchestrator.phase_places(make_config().pipelines["feature"])[name]
+    return Task(item_id, phase, pool)
 
 
 def triage_of(item_id: str = "WRK-042") -> Task:
@@ -72,23 +68,13 @@ def triage_of(item_id: str = "WRK-042") -> Task:
 
 
 def prompt_for(
-    item: Item | None = None,
-    task: Task | None = None,
-    config: Config | None = None,
-    others: Sequence[Item] = (),
-    **given: Any,
+    item: Item | None = None, task: Task | None = None, config: Config | None = None, others: Sequence[Item] = (), **given: Any
 ) -> str:
     item = item or make_item()
-    arguments = {
-        "attempt": 1,
-        "attempts": 3,
-        "result_path": "/project/.orchestrator/results/WRK-042_prd_t0k3n.json",
-        "change_dir": "/project/changes/WRK-042_title",
-        **given,
-    }
-    return build_prompt(
-        item, task or task_of("prd"), config or make_config(), backlog=make_backlog(item, *others), **arguments
-    )
+    folder = "/project/changes/WRK-042_title"
+    arguments = {"attempt": 1, "attempts": 3, "result_path": "/project/result.json", "change_dir": folder, **given}
+    backlog = make_backlog(item, *others)
+    return build_prompt(item, task or task_of("prd"), config or make_config(), backlog=backlog, **arguments)
 
 
 def headings(prompt: str) -> list[str]:
@@ -173,12 +159,9 @@ def test_d45_the_folder_name_is_short_safe_and_never_without_a_slug(title: str, 
     assert change_dir_name("WRK-001", title) == name
 
 
-@pytest.mark.parametrize(
-    ("text", "safe"),
-    [("WRK-001", "WRK-001"), ("v1.2_x", "v1.2_x"), ("../../x", "----x"), ("a b/c\n", "a-b-c-"), ("..", "-"), ("", "-"), (".git", "git")],
-)
-def test_d45_ids_and_phases_become_safe_parts_of_paths(text: str, safe: str) -> None:
-    assert safe_name(text) == safe
+def test_d45_ids_and_phases_become_safe_parts_of_paths() -> None:
+    safe = {"WRK-001": "WRK-001", "v1.2_x": "v1.2_x", "../../x": "----x", "a b/c\n": "a-b-c-", "..": "-", "": "-", ".git": "git"}
+    assert {text: safe_name(text) for text in safe} == safe
 
 
 DEFAULT_OUTPUTS = ("changes/{id}_*/", "_ideas/{id}_*")
@@ -188,11 +171,9 @@ DEFAULT_OUTPUTS = ("changes/{id}_*/", "_ideas/{id}_*")
     ("path", "patterns", "covered"),
     [
         ("changes/WRK-1_login/prd.md", DEFAULT_OUTPUTS, True),
-        ("changes/WRK-1_login/a/b/c.md", DEFAULT_OUTPUTS, True),
         ("changes/WRK-1_login", DEFAULT_OUTPUTS, False),
         ("changes/WRK-10_login/prd.md", DEFAULT_OUTPUTS, False),
         ("changes/wrk-1_login/prd.md", DEFAULT_OUTPUTS, False),
-        ("sub/changes/WRK-1_login/prd.md", DEFAULT_OUTPUTS, False),
         ("_ideas/WRK-1_login.md", DEFAULT_OUTPUTS, True),
         ("_ideas/WRK-1_login/x.md", DEFAULT_OUTPUTS, False),
         ("src/main.py", DEFAULT_OUTPUTS, False),
@@ -200,10 +181,8 @@ DEFAULT_OUTPUTS = ("changes/{id}_*/", "_ideas/{id}_*")
         ("docs/a/b.md", ("./docs/",), True),
         ("docs/a/b.md", ("docs/*",), False),
         ("docs/b.md", ("docs/*.md",), True),
-        ("docs/b.txt", ("docs/*.md",), False),
         ("docs/[x].md", ("docs/[[]x].md",), True),
         ("README.md", ("README.md",), True),
-        ("README.md", (), False),
     ],
 )
 def test_matches_output(path: str, patterns: tuple[str, ...], covered: bool) -> None:
@@ -325,19 +304,17 @@ def test_a_plain_prompt_has_only_the_sections_that_have_something_to_say() -> No
         assert words in intro
 
 
-def test_a_retry_is_told_which_follow_ups_were_taken_already() -> None:
-    mine, other = make_item("WRK-050", title="Docs", origin="WRK-042/prd"), make_item("WRK-051", origin="WRK-001/prd")
-    assert section(prompt_for(others=[mine, other]), "Follow-ups Taken").endswith("\n\n> - WRK-050: Docs")
-
-
-def test_what_is_known_of_the_item_and_where_the_agent_stands() -> None:
+def test_d19_what_is_known_of_the_item_and_where_the_agent_stands() -> None:
     config = make_config()
     config = config._replace(execution=config.execution._replace(phase_timeout_minutes=45))
     item = make_item(
         title="Fix it", tags=["ui", "api"], dependencies=["WRK-001"], origin="WRK-003/build", size="small", impact="high",
-        description={"context": "one\ntwo", "problem": "", "solution": " ", "impact": "all"},
+        description={"context": "one\ntwo", "problem": "", "solution": " ", "impact": "all"}, unblock_context="Use OAuth.",
     )
-    prompt = prompt_for(item, task_of("build"), config, attempt=2, attempts=4, documents=["a/prd.md", "a/design.md"])
+    mine, other = make_item("WRK-050", title="Docs", origin="WRK-042/build"), make_item("WRK-051", origin="WRK-001/prd")
+    prompt = prompt_for(
+        item, task_of("build"), config, [mine, other], attempt=2, attempts=4, documents=["a/prd.md", "a/design.md"]
+    )
     assert section(prompt, "Item").splitlines() == [
         "- **ID:** WRK-042", "- **Title:** Fix it", "- **Tags:** ui, api", "- **Depends on:** WRK-001 (done)",
         "- **Origin:** WRK-003/build",
@@ -351,14 +328,11 @@ def test_what_is_known_of_the_item_and_where_the_agent_stands() -> None:
     assert section(prompt, "Current Assessments") == "- **Size:** small\n- **Impact:** high"
     assert section(prompt, "Description") == "> **Context:** one\n> two\n\n> **Impact:** all"
     assert section(prompt, "Documents").endswith("\n\n- a/prd.md\n- a/design.md")
+    assert section(prompt, "Follow-ups Taken").endswith("\n\n> - WRK-050: Docs")
     assert "**Phase:** research (1/1, pre)" in prompt_for(task=task_of("research"))
-
-
-@pytest.mark.parametrize("task", [task_of("prd"), triage_of()], ids=["phase", "triage"])
-def test_d19_the_humans_notes_reach_phases_and_triage(task: Task) -> None:
-    text = section(prompt_for(make_item(unblock_context="Use OAuth."), task), "Unblock Context")
-    assert "had been blocked" in text
-    assert text.endswith("> Use OAuth.")
+    for text in (prompt, prompt_for(item, triage_of())):
+        assert "had been blocked" in section(text, "Unblock Context")
+        assert section(text, "Unblock Context").endswith("> Use OAuth.")
 
 
 def test_d57_a_retry_shows_the_attempt_the_whole_failure_and_the_salvaged_work() -> None:
@@ -379,10 +353,16 @@ def test_d57_a_retry_shows_the_attempt_the_whole_failure_and_the_salvaged_work()
         assert words in endless
 
 
-@pytest.mark.parametrize("name", ["research", "prd", "design", "review"])
-def test_built_in_instructions_of_a_document_phase(name: str) -> None:
-    prompt = prompt_for(task=task_of(name))
-    task, rules = section(prompt, "Task"), section(prompt, "Rules")
+@pytest.mark.parametrize("name", ["research", "prd", "design", "review", "build", "triage"])
+def test_built_in_instructions_and_rules(name: str) -> None:
+    prompt = prompt_for(task=triage_of() if name == "triage" else task_of(name), config=make_config(backlog_path="plan/BACKLOG.yaml"))
+    rules = " ".join(section(prompt, "Rules").split())
+    assert "Never edit `plan/BACKLOG.yaml`, `orchestrator.toml`" in rules
+    assert "Never commit, stash, switch branches or reset" in rules
+    assert "Leave nothing running" in rules
+    if name in ("build", "triage"):
+        return
+    task = section(prompt, "Task")
     assert "Change no" in task
     assert f"`/project/changes/WRK-042_title/{name}.md`" in task
     assert "Assumptions" in task
@@ -402,15 +382,6 @@ def test_built_in_instructions_of_the_build() -> None:
     assert "run them first: `make test`, `sh -c 'ruff check .'`, `./try it`\n" in rules
     empty = prompt_for(task=Task("WRK-042", phase._replace(allow_empty=True), "main"))
     assert "without any change" not in empty
-
-
-@pytest.mark.parametrize("task", [task_of("prd"), task_of("build"), triage_of()], ids=["prd", "build", "triage"])
-def test_the_rules_that_hold_for_everybody(task: Task) -> None:
-    config = make_config(backlog_path="plan/BACKLOG.yaml")
-    rules = " ".join(section(prompt_for(task=task, config=config), "Rules").split())
-    assert "Never edit `plan/BACKLOG.yaml`, `orchestrator.toml`" in rules
-    assert "Never commit, stash, switch branches or reset" in rules
-    assert "Leave nothing running" in rules
 
 
 @pytest.mark.parametrize(
@@ -439,21 +410,15 @@ def test_workflow_files_replace_the_built_in_instructions() -> None:
     assert "in order:\n\n1. `/project/a.md`\n2. `/abs/b.md`\n" in told("a.md", "/abs/b.md")
 
 
-def skeleton(prompt: str) -> dict[str, Any]:
-    told: dict[str, Any] = json.loads(section(prompt, "Structured Output").split("```json\n")[1].split("\n```")[0])
-    return told
-
-
 @pytest.mark.parametrize("task", [task_of("prd", 'W"-1\\'), triage_of('W"-1\\')], ids=["phase", "triage"])
 def test_d17_the_output_section_asks_for_what_the_phase_decides(task: Task) -> None:
     path = "/project/.orchestrator/results/x y.json"
     prompt = prompt_for(make_item('W"-1\\'), task, result_path=path)
-    text, told = section(prompt, "Structured Output"), skeleton(prompt)
+    text = section(prompt, "Structured Output")
+    told = json.loads(text.split("```json\n")[1].split("\n```")[0])
     assert f"```text\n{path}\n```" in text
     assert (told["item_id"], told["phase"]) == ('W"-1\\', task.name)
-    keys = {
-        "item_id", "phase", "result", "summary", "context", "block_type", "updated_assessments", "commit_summary", "follow_ups",
-    }
+    keys = {"item_id", "phase", "result", "summary", "context", "block_type", "updated_assessments", "commit_summary", "follow_ups"}
     codes = ["phase_complete", "subphase_complete", "failed", "blocked"]
     if task.pool == "triage":
         keys |= {"pipeline_type", "duplicates", "requires_human_review", "description"}
@@ -611,17 +576,6 @@ def test_the_plan_of_sixty_items_fits_a_screen_and_foresees_the_guardrails() -> 
     ]
 
 
-def test_the_plan_for_machines() -> None:
-    rows = orchestrator.plan_rows(make_backlog(make_item("WRK-001", "ready"), make_item("WRK-002", "blocked")), make_config(), RunOptions(1))
-    capped = "later: the limit of phases for one run is used up"
-    assert [tuple(row.values()) for row in rows] == [
-        ("WRK-001", "Title of WRK-001", True, 1, "prd", "prd (1/4, main)", None),
-        ("WRK-001", "Title of WRK-001", False, None, None, f"then {capped}", capped),
-        ("WRK-002", "Title of WRK-002", False, None, None, "blocked: no reason recorded", "blocked, each needs you"),
-    ]
-    assert list(rows[0]) == ["id", "title", "runs", "turn", "phase", "text", "kind"]
-
-
 # -- the graph -------------------------------------------------------------------------------------
 
 
@@ -732,7 +686,7 @@ def test_what_to_do_next_depends_on_why_the_run_ended() -> None:
 
 def test_every_halt_reason_has_its_line() -> None:
     line = orchestrator.halt_line
-    assert len({line(reason, "") for reason in HaltReason}) == 8
+    assert len({line(reason, "") for reason in HaltReason}) == len(HaltReason)
     assert all(f"({reason})" in line(reason, "") for reason in HaltReason)
     assert line(HaltReason.CIRCUIT_BREAKER_TRIPPED, "claude: not\nlogged in").endswith(": claude: not logged in")
     assert line(None, "disk full") == "Ended by an error: disk full"
