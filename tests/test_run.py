@@ -14,6 +14,9 @@ from typing import Any
 
 import pytest
 
+from tests.test_cli import Cli, cli, here
+
+__all__ = ["cli", "here"]  # fixtures
 CODE = {"write": {"code.py": "done = 1\n"}}
 BLOCKED = {"result": "blocked", "summary": "needs a decision"}
 FAILED = {"result": "failed", "summary": "cannot"}
@@ -229,13 +232,13 @@ def test_d16_d17_d35_d36_d59_triage_routes_guards_merges_and_adds_follow_ups(pro
     clean_and_saved(project)
 
 
-def test_the_operators_ratings_stand_and_nothing_is_paid_for_before_a_human_has_decided(project: Any) -> None:
+def test_the_operators_ratings_stand_and_nothing_is_paid_for_before_a_human_has_decided(project: Any, here: Cli) -> None:
     """Triage rates everything small and safe; `add` has said otherwise of one, of another triage does."""
     rated = {"updated_assessments": {"size": "medium", "risk": "medium"}}
     prepare(project, phases="research? build!", script={
         "WRK-002/triage": [{"result": rated}], "*/build": [{"sh": "echo $ORCHESTRATOR_ITEM_ID > code.txt"}]})
     for argv in (["Big", "--size", "large", "--risk", "high"], ["Risky"], ["Small"]):
-        project.run("add", *argv)
+        here("add", *argv)
     project.commit_all("Wishes")
     project.run("run")
     assert project.agent_log() == [f"WRK-{n:03} triage 1" for n in (1, 2, 3)] + ["WRK-003 build 1"]
@@ -244,8 +247,8 @@ def test_the_operators_ratings_stand_and_nothing_is_paid_for_before_a_human_has_
     assert (big["size"], big["risk"]) == ("large", "high")
     assert big["blocked_reason"].startswith("the guardrails are exceeded by size large (limit medium), risk high (limit low);")
     assert risky["blocked_reason"].startswith("the guardrails are exceeded by risk medium (limit low);")
-    project.run("unblock", "WRK-002", "--override-guardrails")
-    project.run("run", code=0)
+    here("unblock", "WRK-002", "--override-guardrails")
+    project.run("run")
     assert project.agent_log()[4:] == ["WRK-002 research 1", "WRK-002 build 1"]
     clean_and_saved(project)
 
@@ -427,14 +430,23 @@ def test_a_file_of_the_operator_that_a_destructive_phase_changes(project: Any) -
 
 
 @pytest.mark.slow
-def test_d21_d22_only_by_status_and_dependencies_on_the_whole_backlog(project: Any) -> None:
+def test_d21_d22_d23_d24_i1_only_by_status_whole_dependencies_and_items_that_could_never_run(project: Any) -> None:
+    """What does not fit the config is mended or blocked; dependencies are those of the whole backlog."""
     prepare(
-        project, "WRK-001 ready", "WRK-002 ready tags=[x] dependencies=[WRK-003]", "WRK-003 blocked blocked_from_status=ready blocked_reason=no",
-        "WRK-004 ready tags=[x]", phases="plan", execution="max_wip = 5", script={"*/plan": [{"document": "p.md"}]})
+        project, "WRK-001 ready pipeline_type=unknown", "WRK-002 ready tags=[x] dependencies=[WRK-003]",
+        "WRK-003 blocked blocked_from_status=ready blocked_reason=no", "WRK-004 ready tags=[x]", "WRK-005 in_progress",
+        "WRK-006 ready size=large", phases="plan", execution="max_wip = 5", script={"*/plan": [{"document": "p.md"}]})
     done = project.run("run", "--only", "status=ready", "--only", "tag=x", code=None)
     assert project.agent_log() == ["WRK-004 plan 1"]
-    assert project.statuses() == {"WRK-001": "ready", "WRK-002": "ready", "WRK-003": "blocked"}
+    left = {"WRK-001": "blocked", "WRK-002": "ready", "WRK-003": "blocked"}
+    assert project.statuses() == {**left, "WRK-005": "in_progress plan", "WRK-006": "ready"}
     assert "(FilterExhausted)" in done.stderr or "(AllDoneOrBlocked)" in done.stderr
+    clean_and_saved(project)
+    project.run("run")
+    assert project.agent_log() == ["WRK-004 plan 1", "WRK-005 plan 1"]
+    assert project.statuses() == {**left, "WRK-006": "blocked"}
+    assert "unknown" in item(project, "WRK-001")["blocked_reason"]
+    assert "large" in item(project, "WRK-006")["blocked_reason"]
     clean_and_saved(project)
 
 
@@ -477,40 +489,7 @@ def test_max_wip_and_max_concurrent_bound_what_is_in_work(project: Any) -> None:
     clean_and_saved(project)
 
 
-@pytest.mark.slow
-def test_d23_d24_i1_items_that_could_never_run_are_mended_or_blocked(project: Any) -> None:
-    prepare(
-        project, "WRK-001 ready pipeline_type=unknown", "WRK-002 in_progress", "WRK-003 ready size=large", phases="plan",
-        script={"*/plan": [{"document": "p.md"}]})
-    project.run("run", code=0)
-    assert project.statuses() == {"WRK-001": "blocked", "WRK-003": "blocked"}
-    assert "unknown" in item(project, "WRK-001")["blocked_reason"]
-    assert "large" in item(project, "WRK-003")["blocked_reason"]
-    assert project.agent_log() == ["WRK-002 plan 1"]
-    clean_and_saved(project)
-
-
 # ---- Where and beside what it runs ---------------------------------------------------------------
-
-
-def test_refusals_name_every_problem_at_once_and_write_nothing(project: Any) -> None:
-    prepare(project, "WRK-001 ready")
-    text = (project.root / "orchestrator.toml").read_text()
-    (project.root / "orchestrator.toml").write_text('[project]\nprotected_branches = ["main"]\n' + text)
-    project.commit_all()
-    before = project.text()
-    assert "branch main is protected" in project.run("run", code=1).stderr
-    project.git("switch", "-q", "-c", "work")
-    (project.root / "README.md").write_text("dirty\n")
-    text = (project.root / "orchestrator.toml").read_text().replace(str(project.outside / "agent.py"), "agent.py").replace(json.dumps(sys.executable), '"no-such-agent"')
-    (project.root / "orchestrator.toml").write_text(text)
-    err = project.run("run", code=1).stderr
-    assert "README.md" in err
-    assert "--allow-dirty" in err
-    assert "no-such-agent" in err
-    assert "Traceback" not in err
-    assert project.text() == before
-    assert project.agent_log() == []
 
 
 @pytest.mark.slow
@@ -544,36 +523,33 @@ def test_a_clone_elsewhere_goes_on_with_the_same_next_action(project: Any, tmp_p
     assert project.run("run", "--dry-run", "--json").stdout == here
     project.run("run", "--cap", "1")
     assert project.agent_log() == ["WRK-001 plan 1", "WRK-001 build 1"]
+    assert "## Previous Phase Summary\n\n> plan done\n" in prompt(project, "WRK-001", "build", 1)
     clean_and_saved(project)
 
 
 @pytest.mark.slow
-def test_d06_d39_k1_project_below_the_top_with_a_relative_root(project: Any) -> None:
+def test_d06_d25_d39_k1_k2_k6_project_below_the_top_with_a_relative_root_and_an_absolute_config(project: Any) -> None:
+    """The cap of the config holds; the halt commit is made wherever the config was named from."""
     sub = project.root / "sub dir"
     sub.mkdir()
     for name in ("BACKLOG.yaml", "orchestrator.toml"):
         (project.root / name).rename(sub / name)
     project.root = sub
-    prepare(project, "WRK-001 ready", script={"*/plan": [{"document": "p.md"}], "*/build": [{"write": {"code.py": "1\n"}, "sh": "pwd > ../../outside/cwd; echo 1 > ../top.py"}]})
+    prepare(project, "WRK-001 ready", "WRK-002 ready", "WRK-003 ready", execution="default_phase_cap = 3", script={
+        "WRK-001/plan": [{"document": "p.md"}], "WRK-002/plan": [{"result": BLOCKED}],
+        "*/build": [{"write": {"code.py": "1\n"}, "sh": "pwd > ../../outside/cwd; echo 1 > ../top.py"}],
+    })
     relative = os.path.relpath(sub, project.outside)
-    argv = [sys.executable, str(project.program), "run", "--root", relative]
+    argv = [sys.executable, str(project.program), "run", "--root", relative, "--config", str(sub / "orchestrator.toml")]
     done = subprocess.run(argv, cwd=project.outside, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+    assert "(CapReached)" in done.stderr
     assert (project.outside / "cwd").read_text().strip() == str(sub.resolve())
-    paths = ["sub dir/BACKLOG.yaml", f"sub dir/{month(project)}", "sub dir/code.py", "top.py"]
-    assert sorted(project.paths()) == paths
+    built = project.git("log", "--format=%H", "-1", "--grep=build done").strip()
+    assert sorted(project.paths(built)) == ["sub dir/BACKLOG.yaml", f"sub dir/{month(project)}", "sub dir/code.py", "top.py"]
+    assert (project.subjects()[0], project.paths()) == (f"{HALT} (CapReached)", ["sub dir/BACKLOG.yaml"])
     assert project.git("show", "HEAD:./BACKLOG.yaml") == project.text()
     assert project.status() == ""
-
-
-@pytest.mark.slow
-def test_d25_k2_k6_default_phase_cap_and_an_absolute_config_path(project: Any) -> None:
-    """The cap of the config holds; the halt commit is made wherever the config was named from."""
-    prepare(project, "WRK-001 ready", "WRK-002 ready", execution="default_phase_cap = 1", script={"*/plan": [{"result": BLOCKED}]})
-    done = project.run("--config", str(project.root / "orchestrator.toml"), "run")
-    assert "(CapReached)" in done.stderr
-    assert project.subjects()[0] == f"{HALT} (CapReached)"
-    clean_and_saved(project)
 
 
 @pytest.mark.parametrize("kind", ["unborn", pytest.param("linked", marks=pytest.mark.slow)])
