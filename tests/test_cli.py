@@ -95,13 +95,13 @@ def git(root: Path, *argv: str) -> str:
 def test_version_and_help(cli: Cli) -> None:
     assert cli("--version").out.startswith(f"orchestrator {orchestrator.__version__} (three modules, ")
     assert cli().out == cli("--help").out
+    summaries = re.findall(r"^    (\w+)\s+\w", cli("--help").out, re.M)
+    assert {*COMMANDS} <= {*summaries}
     for command in ("", *COMMANDS):
         done = cli(*filter(None, [command, "--help"]))
         assert done.out.startswith(f"usage: {f'python3 orchestrator.py {command}'.strip()} ")
         assert done.err == ""
         assert "--root DIR" in done.out
-        if command:
-            assert re.search(rf"^    {command}\s+\w", cli("--help").out, re.M), f"{command} has no summary in --help"
 
 
 @pytest.mark.parametrize(
@@ -115,12 +115,10 @@ def test_version_and_help(cli: Cli) -> None:
         (["stop", "--json"], "orchestrator: unrecognized arguments: --json (an option of other commands). `orchestrator --help` shows what there is."),
         (["add"], "orchestrator add: the following arguments are required: title. `orchestrator add --help` shows what there is."),
         (["run", "--cap", "-1"], 'orchestrator run: argument --cap: must be a whole number from 0 to 4294967295, not "-1". `orchestrator run --help` shows what there is.'),
-        (["run", "--cap", "x"], 'orchestrator run: argument --cap: must be a whole number from 0 to 4294967295, not "x". `orchestrator run --help` shows what there is.'),
         (["run", "--cap", "9" * 5000], f'orchestrator run: argument --cap: must be a whole number from 0 to 4294967295, not "{"9" * 78}…. `orchestrator run --help` shows what there is.'),
         (["add", "x", "--priority", "high"], 'orchestrator add: argument --priority: must be a whole number, not "high". `orchestrator add --help` shows what there is.'),
         (["add", "x", "--size", "huge"], 'orchestrator add: argument --size: must be one of small, medium, large, not "huge". `orchestrator add --help` shows what there is.'),
         (["add", "x", "--risk", ""], 'orchestrator add: argument --risk: must be one of low, medium, high, not "". `orchestrator add --help` shows what there is.'),
-        (["add", "x", "--tag", " "], "orchestrator add: argument --tag: ' ' is no tag: it is blank or holds a comma. `orchestrator add --help` shows what there is."),
         (["hook", "instal"], 'orchestrator hook: instal: use install or uninstall (did you mean "install"?). `orchestrator hook --help` shows what there is.'),
         (["--color", "red", "status"], "orchestrator: --color red: use auto or always or never. `orchestrator --help` shows what there is."),
         (["init", "--agent", "cluade"], 'orchestrator init: --agent cluade: use claude or codex or opencode or gemini or command or demo (did you mean "claude"?). `orchestrator init --help` shows what there is.'),
@@ -151,33 +149,36 @@ def test_messages_call_the_program_as_it_was_started(bare: Path, program: Path) 
         assert run("sh", "-c", command, cwd=cwd).stdout.startswith("WRK-001  Fix the login bug\n\nStatus:   closed\n")
 
 
+def with_stdout(project: Any, stdout: Any, *argv: str) -> subprocess.CompletedProcess[str]:
+    """Run the command with its standard output somewhere else."""
+    words = [sys.executable, "-m", project.program.stem, "--root", str(project.root), *argv]
+    env = {**os.environ, "PYTHONPATH": str(project.program.parent)}
+    done = subprocess.run(words, cwd=project.outside, env=env, stdout=stdout, stderr=subprocess.PIPE, text=True)
+    assert "Traceback" not in done.stderr
+    assert "Exception ignored" not in done.stderr
+    return done
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("argv", "code"), [(["status"], 0), (["--help"], 0), (["run", "--json"], 3)])
-def test_a_closed_pipe_gives_no_traceback_and_hides_no_exit_code(project: Any, argv: list[str], code: int) -> None:
+def test_a_closed_pipe_gives_no_traceback_and_hides_no_exit_code(project: Any) -> None:
     project.script({"*": [{"result": {"result": "blocked"}}]})
     project.backlog(*(f"WRK-{n:03} {'ready' if n == 1 else 'blocked'}" for n in range(1, 1200)))  # more than a pipe holds
     project.commit_all()
     reading, writing = os.pipe()
     os.close(reading)
-    done = subprocess.run(
-        [sys.executable, str(project.program), "--root", str(project.root), *argv], stdout=writing, stderr=subprocess.PIPE, text=True
-    )
+    for argv in (["status"], ["--help"]):
+        done = with_stdout(project, writing, *argv)
+        assert (done.returncode, done.stderr) == (0, "")
+    assert with_stdout(project, writing, "run", "--json").returncode == 3
     os.close(writing)
-    assert done.returncode == code
-    assert (done.stderr if code == 0 else "") == ""
-    assert "Traceback" not in done.stderr
-    assert "Exception ignored" not in done.stderr
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 def test_a_full_disk_behind_stdout_is_an_error(project: Any) -> None:
     with open("/dev/full", "w") as full:
-        done = subprocess.run(
-            [sys.executable, str(project.program), "--root", str(project.root), "status"], stdout=full, stderr=subprocess.PIPE, text=True
-        )
+        done = with_stdout(project, full, "status")
     assert done.returncode != 0
     assert "No space left on device" in done.stderr
-    assert "Traceback" not in done.stderr
 
 
 def test_d38_d39_options_stand_before_or_after_and_a_relative_root_means_the_same(
@@ -265,17 +266,6 @@ def test_init_says_what_the_repository_seems_to_want(bare: Path, cli: Cli) -> No
     assert "commits: " not in "\n".join(again)
 
 
-def test_init_in_a_subfolder(bare: Path, cli: Cli) -> None:
-    (bare / "sub" / "deep").mkdir(parents=True)
-    cli("--root", bare / "sub" / "deep", "init")
-    assert git(bare, "show", "--format=", "--name-only", "HEAD").split() == [
-        "sub/deep/BACKLOG.yaml", "sub/deep/orchestrator.toml",
-    ]
-    assert git(bare, "status", "--porcelain") == ""
-    assert cli("--root", bare / "sub" / "deep", "add", "x", "--commit").out == "Added WRK-001: x\n"
-    assert git(bare, "status", "--porcelain") == ""
-
-
 def test_in_a_subfolder_the_project_above_is_named(bare: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     cli("--root", bare, "init")
     (bare / "sub" / "deep").mkdir(parents=True)
@@ -288,7 +278,10 @@ def test_in_a_subfolder_the_project_above_is_named(bare: Path, cli: Cli, monkeyp
     assert refused.startswith(f"orchestrator: {bare} is a project already, and this folder is inside it. For one more, ")
     assert git(bare, "status", "--porcelain") == ""
     cli("--root", bare / "sub" / "deep", "init")
+    assert git(bare, "show", "--format=", "--name-only", "HEAD").split() == ["sub/deep/BACKLOG.yaml", "sub/deep/orchestrator.toml"]
     assert cli("status").out == "No items.\n"
+    assert cli("add", "x", "--commit").out == "Added WRK-001: x\n"
+    assert git(bare, "status", "--porcelain") == ""
 
 
 def test_d38_init_refuses_a_bad_prefix_and_leaves_commits_to_others_when_asked(tmp_path: Path, cli: Cli) -> None:
@@ -332,31 +325,17 @@ def test_add_with_all_options(project: Any, here: Cli) -> None:
     assert project.status() == " M BACKLOG.yaml\n"
 
 
+TITLES = ("- not a list", "#hash", "a: b", "'q'", "null", "0x1F", "ünï ✓", "\x1b[31mred\x1b[0m", "two\nlines", "bad\udcff", "x" * 3000)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("title", ["- not a list", "#hash", "a: b", "'q'", "null", "0x1F", "ünï ✓", "\x1b[31mred\x1b[0m", "two\nlines", "bad\udcff", "x" * 3000])
-def test_any_title_is_kept_as_one_line_of_text(project: Any, here: Cli, title: str) -> None:
-    here("add", "--", title)
+def test_any_title_is_kept_as_one_line_of_text(project: Any, here: Cli) -> None:
+    for n, title in enumerate(TITLES, 1):
+        here("add", "--", title)
+        want = orchestrator.one_line(title, 500)
+        assert item(project, f"WRK-{n:03}")["title"] == want
+        assert here("show", f"WRK-{n:03}").out.startswith(f"WRK-{n:03}  {want}\n")
     assert here("status").err == ""
-    want = orchestrator.one_line(title, 500)
-    assert item(project)["title"] == want
-    assert here("show", "WRK-001").out.startswith(f"WRK-001  {want}\n")
-
-
-@pytest.mark.slow
-def test_d02_add_during_a_run_reaches_the_run_and_its_commit(project: Any, here: Cli) -> None:
-    project.script({"WRK-001/plan": [{"announce": True, "await": "announce"}], "*/build": [WORKS]})
-    project.backlog("WRK-001 in_progress phase=plan phase_pool=main")
-    project.commit_all()
-    process = project.start("run", "--target", "WRK-001")
-    project.announced()
-    done = here("add", "Meanwhile", "--commit")
-    assert done.out == "Added WRK-002: Meanwhile\nA run is active: its next commit carries the change.\n"
-    (project.outside / "announce").write_text("go on")
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 0, err
-    assert "Meanwhile" in project.committed()
-    assert project.committed() == project.text()
-    assert "[orchestrator] Add WRK-002: Meanwhile" not in project.subjects()
 
 
 REFUSED: list[tuple[str, list[str], int, str]] = [
@@ -388,16 +367,14 @@ REFUSED: list[tuple[str, list[str], int, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("row", "argv", "code", "says"), REFUSED, ids=[" ".join(argv) for _, argv, _, _ in REFUSED])
-def test_what_makes_no_sense_is_refused_in_one_line_and_changes_nothing(
-    project: Any, here: Cli, row: str, argv: list[str], code: int, says: str
-) -> None:
-    project.backlog(f"WRK-001 {row}", "WRK-002 new")
-    before = photograph(project.root)
-    done = here(*argv, code=code)
-    assert (done.out, done.err.count("\n")) == ("", 1)
-    assert done.err.startswith(f"orchestrator: {says}")
-    assert photograph(project.root) == before
+def test_what_makes_no_sense_is_refused_in_one_line_and_changes_nothing(project: Any, here: Cli) -> None:
+    for row, argv, code, says in REFUSED:
+        project.backlog(f"WRK-001 {row}", "WRK-002 new")
+        before = photograph(project.root)
+        done = here(*argv, code=code)
+        assert (done.out, done.err.count("\n")) == ("", 1)
+        assert done.err.startswith(f"orchestrator: {says}"), argv
+        assert photograph(project.root) == before, argv
 
 
 # ---- advance and unblock -------------------------------------------------------------------------
@@ -410,19 +387,6 @@ def test_advance(project: Any, here: Cli) -> None:
     assert here("advance", "WRK-001", "--to", "review").out == "Advanced WRK-001 from build to review\n"
     assert here("advance", "WRK-001", "--to", "plan").out == "Advanced WRK-001 from review to plan\n"
     assert (item(project)["phase"], item(project)["phase_pool"]) == ("plan", "main")
-
-
-@pytest.mark.slow
-def test_d20_override_leads_out_of_a_guardrail_block(project: Any, here: Cli) -> None:
-    project.backlog("WRK-001 new")
-    project.script({"*/triage": [{"result": {"updated_assessments": {"size": "large", "risk": "high"}}}], "*/build": [WORKS]})
-    project.commit_all()
-    project.run("run", code=3)
-    assert item(project)["status"] == "blocked"
-    assert here("unblock", "WRK-001", "--override-guardrails").out == "Unblocked WRK-001: ready again\n"
-    assert item(project)["guardrail_override"] is True
-    done = json.loads(project.run("run", "--json").stdout)
-    assert [row["id"] for row in done["completed"]] == ["WRK-001"]
 
 
 # ---- status, show, check -------------------------------------------------------------------------
@@ -482,28 +446,11 @@ def test_d52_the_table_is_as_wide_as_the_terminal(project: Any, here: Cli, monke
 def test_status_only(project: Any, here: Cli) -> None:
     project.backlog("WRK-001 new size=small", "WRK-002 new size=large tags=[a] priority=7")
     for only, ids in {
-        "size=small": [1], "size!=small": [2], "id=WRK-001,WRK-002": [1, 2], "status=new tag=a": [2], "priority=7": [2], "tag=zzz": [],
+        "size=small": [1], "id=WRK-001,WRK-002": [1, 2], "status=new tag=a": [2], "tag=zzz": [],
     }.items():  # fmt: skip
         args = [word for one in only.split() for word in ("--only", one)]
         assert [row["id"] for row in json.loads(here("status", "--json", *args).out)["items"]] == [f"WRK-00{n}" for n in sorted(ids, key=lambda n: -n)]
         assert (here("status", *args).out == "No item matches.\n") is (not ids)
-
-
-@pytest.mark.slow
-def test_show_tells_everything_with_documents_and_commits(project: Any, here: Cli) -> None:
-    project.script({"*/plan": [{"document": "PLAN.md"}]})
-    project.backlog("WRK-001 in_progress phase=plan phase_pool=main size=small", "WRK-0011 new")
-    project.commit_all()
-    project.run("run", "--cap", "1")
-    text = here("show", "WRK-001").out
-    assert text.startswith("WRK-001  Item WRK-001\n\nStatus:        in_progress\n")
-    assert re.search(r"\nHistory:\n  [\d-]{10} [\d:]{5} plan complete [0-9a-f]{10} plan done\n", text)
-    assert text.endswith("\nDocuments:\n  changes/WRK-001_item-wrk-001/PLAN.md\n")
-    got = json.loads(here("show", "WRK-001", "--json").out)
-    assert set(got) >= {"schema", "item", "documents", "commits", "salvage"}
-    assert (got["schema"], got["item"]["id"], got["documents"]) == (1, "WRK-001", ["changes/WRK-001_item-wrk-001/PLAN.md"])
-    assert [row["subject"] for row in got["commits"]] == ["[WRK-001][plan] plan done"]
-    assert json.loads(here("show", "WRK-0011", "--json").out)["commits"] == []
 
 
 def test_check_names_all_problems_each_with_its_remedy(project: Any, here: Cli) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +49,10 @@ def trailers(*lines: str) -> str:
 def test_a_run_can_be_told_again_from_its_history(project: Project, here: Cli) -> None:
     project.script({
         "WRK-001/build": [{"write": {"code.py": "1\n"}}],
+        "WRK-002/plan": [{"document": "PLAN.md"}],
         "WRK-002/build": [{"result": {"result": "blocked", "context": "Which colour?"}}],
     })  # fmt: skip
-    project.backlog("WRK-001 new", "WRK-002 ready")
+    project.backlog("WRK-001 new", "WRK-002 ready", "WRK-0021 blocked")
     project.commit_all()
     run_id = json.loads(project.run("run", "--json").stdout)["run_id"]
     project.run("unblock", "WRK-002", "--notes", "Blue", "--commit")
@@ -63,11 +65,19 @@ def test_a_run_can_be_told_again_from_its_history(project: Project, here: Cli) -
     (done,) = json.loads(here("status", "--done", "--json").out)["items"]
     built = next(row["commit"] for row in rows if (row["item"], row["phase"]) == ("WRK-001", "build"))
     assert (done["id"], done["status"], done["commit"], done["summary"]) == ("WRK-001", "done", built, "build done")
-    assert [row["id"] for row in json.loads(here("status", "--json").out)["items"]] == ["WRK-002"]
+    assert [row["id"] for row in json.loads(here("status", "--json").out)["items"]] == ["WRK-002", "WRK-0021"]
     shown = json.loads(here("show", "WRK-001", "--json").out)
     assert shown["documents"] == []
     assert shown["item"] == done
     assert [row["phase"] for row in shown["commits"]] == ["build", "plan", "triage"]
+    text = here("show", "WRK-002").out
+    assert text.startswith("WRK-002  Item WRK-002\n\nStatus:        ")
+    assert re.search(r"\n  [\d-]{10} [\d:]{5} plan  complete  [0-9a-f]{10} plan done\n", text.partition("\nHistory:\n")[2])
+    assert text.endswith("\nDocuments:\n  changes/WRK-002_item-wrk-002/PLAN.md\n")
+    got = json.loads(here("show", "WRK-002", "--json").out)
+    assert set(got) >= {"schema", "item", "documents", "commits", "salvage"}
+    assert (got["schema"], got["item"]["id"], got["documents"]) == (1, "WRK-002", ["changes/WRK-002_item-wrk-002/PLAN.md"])
+    assert json.loads(here("show", "WRK-0021", "--json").out)["commits"] == []
 
 
 def test_a_state_commit_tells_of_each_item_that_it_changes(project: Project, here: Cli) -> None:

@@ -232,7 +232,7 @@ def test_d16_d17_d35_d36_d59_triage_routes_guards_merges_and_adds_follow_ups(pro
     clean_and_saved(project)
 
 
-def test_the_operators_ratings_stand_and_nothing_is_paid_for_before_a_human_has_decided(project: Any, here: Cli) -> None:
+def test_d20_the_operators_ratings_stand_and_nothing_is_paid_for_before_a_human_has_decided(project: Any, here: Cli) -> None:
     """Triage rates everything small and safe; `add` has said otherwise of one, of another triage does."""
     rated = {"updated_assessments": {"size": "medium", "risk": "medium"}}
     prepare(project, phases="research? build!", script={
@@ -247,7 +247,8 @@ def test_the_operators_ratings_stand_and_nothing_is_paid_for_before_a_human_has_
     assert (big["size"], big["risk"]) == ("large", "high")
     assert big["blocked_reason"].startswith("the guardrails are exceeded by size large (limit medium), risk high (limit low);")
     assert risky["blocked_reason"].startswith("the guardrails are exceeded by risk medium (limit low);")
-    here("unblock", "WRK-002", "--override-guardrails")
+    assert here("unblock", "WRK-002", "--override-guardrails").out == "Unblocked WRK-002: scoping again\n"
+    assert item(project, "WRK-002")["guardrail_override"] is True
     project.run("run")
     assert project.agent_log()[4:] == ["WRK-002 research 1", "WRK-002 build 1"]
     clean_and_saved(project)
@@ -493,24 +494,28 @@ def test_max_wip_and_max_concurrent_bound_what_is_in_work(project: Any) -> None:
 
 
 @pytest.mark.slow
-def test_d2_a_second_run_other_commands_and_stop_beside_an_active_run(project: Any) -> None:
-    prepare(project, "WRK-001 ready", "WRK-002 ready", phases="plan", script={"*/plan": [{"document": "p.md", "announce": True, "await": "go"}]})
+def test_d02_d2_a_second_run_other_commands_and_stop_beside_an_active_run(project: Any, here: Cli) -> None:
+    items = ("WRK-001 ready", "WRK-002 ready", "WRK-003 new")
+    prepare(project, *items, phases="plan again", script={"*/plan": [{"document": "p.md", "announce": True, "await": "go"}]})
     os.mkfifo(project.outside / "go")
     process = project.start("run")
     project.announced()
     second = project.run("run", code=1)
     assert "another run is at work here (" in second.stderr
     assert f"pid {process.pid}, since" in second.stderr
-    added = project.run("add", "Added meanwhile", "--commit").stdout
-    assert "WRK-003" in added
-    assert "A run is active" in added
-    assert "finishes the phases in flight" in project.run("stop").stdout
+    carries = "A run is active: its next commit carries the change.\n"
+    assert here("add", "Added meanwhile", "--commit").out == f"Added WRK-004: Added meanwhile\n{carries}"
+    refused = here("complete", "WRK-001", code=1).err
+    assert refused.startswith("orchestrator: WRK-001: its phase plan is running just now. Wait for it, or ask")
+    assert here("close", "WRK-003", "--reason", "no", "--commit").out == f"Closed WRK-003: Item WRK-003\n{carries}"
+    assert "finishes the phases in flight" in here("stop").out
     (project.outside / "go").write_text("")
     log = project.finish(process)
     assert "(ShutdownRequested)" in log
-    assert project.statuses() == {"WRK-002": "ready", "WRK-003": "new"}
+    assert project.statuses() == {"WRK-001": "in_progress again", "WRK-002": "ready", "WRK-004": "new"}
+    assert not [subject for subject in project.subjects() if "Added meanwhile" in subject or "Close" in subject]
     clean_and_saved(project)
-    assert "No run is active" in project.run("stop").stdout
+    assert "No run is active" in here("stop").out
 
 
 @pytest.mark.slow
