@@ -10,7 +10,6 @@ import re
 import shutil
 import subprocess
 import sys
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -148,22 +147,23 @@ def test_the_command_that_these_tests_start_is_the_one_that_was_asked_for(projec
     assert ("single file" if pytestconfig.getoption("vendored") else "three modules") in said
 
 
-def test_version_from_an_archive(tmp_path: Path) -> None:
-    archive = tmp_path / "x.pyz"
-    with zipfile.ZipFile(archive, "w") as file:
-        for name in MODULE_ORDER:
-            file.write(HERE / f"{name}.py", f"{name}.py")
-    code = "import sys; sys.path.insert(0, sys.argv.pop(1)); import orchestrator; orchestrator.main(['--version'])"
-    said = subprocess.run([sys.executable, "-c", code, archive], capture_output=True, text=True, check=True).stdout
-    assert said == f"orchestrator {orchestrator.__version__} (source unreadable)\n"
+def test_version_from_an_archive(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    monkeypatch.setattr(orchestrator, "__file__", str(tmp_path / "x.pyz/orchestrator.py"))
+    (tmp_path / "x.pyz").touch()
+    assert orchestrator.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"orchestrator {orchestrator.__version__} (source unreadable)\n"
 
 
-def test_a_modified_single_file_says_so_and_does_not_copy_itself(tmp_path: Path, built: str) -> None:
+def test_a_modified_single_file_says_so_and_does_not_copy_itself(
+    tmp_path: Path, built: str, single: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     program = tmp_path / "orchestrator.py"
     program.write_text(built.replace("never lose a decision", "often lose one", 1))
-    assert isolated(program, tmp_path, "--version").endswith(", MODIFIED)\n")
-    done = subprocess.run([sys.executable, program, "vendor", tmp_path / "copy.py"], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (1, f"orchestrator: {program} was changed by hand; take an untouched one\n")
+    monkeypatch.setattr(single, "__file__", str(program))
+    assert single.main(["--version"]) == 0
+    assert capsys.readouterr().out.endswith(", MODIFIED)\n")
+    assert single.main(["vendor", str(tmp_path / "copy.py")]) == 1
+    assert capsys.readouterr() == ("", f"orchestrator: {program} was changed by hand; take an untouched one\n")
 
 
 OTHER_VERSION = build_single_file({"gitutil": "ONE = 1\n", "orchestrator": "from gitutil import ONE\n"})
