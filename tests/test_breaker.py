@@ -222,9 +222,7 @@ def rest(project: Any, until: float) -> None:
 
 
 @pytest.mark.slow
-def test_wait_lets_one_probe_through_at_the_reset(
-    project: Any, claude: Claude, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_wait_lets_one_probe_through_at_the_reset(project: Any, claude: Claude, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """Two items may run at once; the limit is hit twice, then it is over."""
     claude.configure(WAIT + TWICE + "max_retries = 0")
     claude.items(2)
@@ -274,9 +272,7 @@ def test_a_limit_outlives_a_restart_but_one_that_halted_does_not(project: Any, c
 
 
 @pytest.mark.slow
-def test_three_limits_after_a_stated_reset_end_the_wait(
-    project: Any, claude: Claude, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_three_limits_after_a_stated_reset_end_the_wait(project: Any, claude: Claude, monkeypatch: pytest.MonkeyPatch) -> None:
     claude.configure(WAIT)
     claude.refuse(*[limit(NOW)] * 9)
 
@@ -474,9 +470,7 @@ def test_who_cannot_work_halts_the_run_and_charges_nobody(project: Any, cause: s
 # ---- What is shown meanwhile ---------------------------------------------------------------------
 
 
-def test_the_live_line_tells_what_runs_what_rests_and_what_it_cost(
-    project: Any, claude: Claude, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_live_line_tells_what_runs_what_rests_and_what_it_cost(project: Any, claude: Claude, monkeypatch: pytest.MonkeyPatch) -> None:
     project.backlog()
     project.commit_all()
     run = run_by(Clock(), project, monkeypatch)  # of nothing, to have one

@@ -521,23 +521,6 @@ def test_dry_run_says_what_keeps_a_run_from_starting(project: Any, here: Cli) ->
 
 
 @pytest.mark.slow
-def test_strict_turns_trouble_at_the_halt_commit_into_exit_1(project: Any) -> None:
-    project.backlog("WRK-001 ready")
-    project.commit_all()
-    # A merge is begun while the phase runs, so HEAD is left alone.
-    project.script({"*": [{"sh": "git rev-parse HEAD > .git/MERGE_HEAD", "result": {"result": "blocked"}}]})
-    for strict, code in (([], 3), (["--strict"], 1)):
-        done = project.run("run", "--json", *strict, code=code)
-        assert json.loads(done.stdout)["exit_code"] == code
-        assert "What was decided is kept in " in done.stderr
-        (project.root / ".git" / "MERGE_HEAD").unlink()
-        project.run("run", "--cap", "0", code=None)
-        assert project.items()["WRK-001"]["status"] == "blocked"
-        assert (project.committed(), project.status()) == (project.text(), "")
-        project.run("unblock", "WRK-001")
-
-
-@pytest.mark.slow
 def test_run_json_is_the_only_thing_on_stdout_and_the_summary_goes_to_stderr(project: Any) -> None:
     project.script({"*/build": [WORKS]})
     project.backlog("WRK-001 ready", "WRK-002 ready")

@@ -57,9 +57,7 @@ def test_the_demo_shows_what_it_promises(tmp_path: Path, program: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "code", "says"), [("", 2, "is not empty; name a new folder, or none\n"), ("mine.txt", 1, "\n")])
-def test_the_demo_refuses_a_place_with_something_in_it(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, code: int, says: str
-) -> None:
+def test_the_demo_refuses_a_place_with_something_in_it(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, code: int, says: str) -> None:
     (tmp_path / "mine.txt").write_text("mine\n")
     assert orchestrator.main(["demo", str(tmp_path / name)]) == code
     out, err = capsys.readouterr()

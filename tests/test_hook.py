@@ -230,9 +230,7 @@ def test_where_it_cannot_be_installed(dirty: Path, hook: Callable[..., str]) -> 
 
 
 @pytest.mark.parametrize("scope", ["local", "global"])
-def test_core_hooks_path_is_heeded(
-    dirty: Path, hook: Callable[..., str], scope: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_core_hooks_path_is_heeded(dirty: Path, hook: Callable[..., str], scope: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GIT_CONFIG_GLOBAL", str(tmp_path / "gitconfig"))
     monkeypatch.setenv("HOME", str(tmp_path))
     where, value = {"local": (dirty / "tools/hooks", "tools/hooks"), "global": (tmp_path / "hooks", "~/hooks")}[scope]

@@ -41,9 +41,7 @@ def check(project: Any, capsys: pytest.CaptureFixture[str], *args: str) -> tuple
     return code, capsys.readouterr().out
 
 
-def test_agents_that_work_are_run_once_for_each_model(
-    project: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_agents_that_work_are_run_once_for_each_model(project: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     phases = '[pipelines.feature]\nphases = [{ name = "a" }, { name = "b", model = "big" }, { name = "c" }, { name = "d", run = ["make"] }]\n'
     agents(project, monkeypatch, phases, claude=WORKS)
 
@@ -96,9 +94,7 @@ def test_what_is_wrong_is_said_with_its_remedy(
     assert [(probe["agent"], probe["model"], probe["works"]) for probe in found["probes"]] == [(cli, None, False)]
 
 
-def test_an_agent_that_is_missing_or_refuses_root_is_not_run(
-    project: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_agent_that_is_missing_or_refuses_root_is_not_run(project: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     phases = '[pipelines.feature]\nphases = [{ name = "a", agent = "codex" }]\n'
     agents(project, monkeypatch, phases, claude=WORKS)
     monkeypatch.setenv("PATH", f"{project.outside / 'bin'}:/usr/bin:/bin")

@@ -209,9 +209,7 @@ def test_signals_and_a_kill_in_the_middle_of_a_tool_command(project: Any, model:
     assert project.items() == {}
 
 
-def test_without_a_login_the_run_halts_with_the_words_of_the_cli(
-    project: Any, model: LlmServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_a_login_the_run_halts_with_the_words_of_the_cli(project: Any, model: LlmServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("ANTHROPIC_API_KEY")
     configure(project)
 

@@ -23,9 +23,7 @@ DEAF_CHILD = (
 )
 
 
-def prepare(
-    project: Any, *items: str, phases: str = "plan build!", execution: str = "", script: Any = None, **settings: float
-) -> None:
+def prepare(project: Any, *items: str, phases: str = "plan build!", execution: str = "", script: Any = None, **settings: float) -> None:
     project.configure(phases, execution=execution)
     config = project.root / "orchestrator.toml"
     for name, value in settings.items():

@@ -67,9 +67,7 @@ def triage_of(item_id: str = "WRK-042") -> Task:
     return Task(item_id, orchestrator.TRIAGE_PHASE, "triage")
 
 
-def prompt_for(
-    item: Item | None = None, task: Task | None = None, config: Config | None = None, others: Sequence[Item] = (), **given: Any
-) -> str:
+def prompt_for(item: Item | None = None, task: Task | None = None, config: Config | None = None, others: Sequence[Item] = (), **given: Any) -> str:
     item = item or make_item()
     folder = "/project/changes/WRK-042_title"
     arguments = {"attempt": 1, "attempts": 3, "result_path": "/project/result.json", "change_dir": folder, **given}

@@ -204,9 +204,7 @@ def test_a_path_that_is_no_file(tmp_path: Path, vendor: Callable[..., None], cap
 
 
 @pytest.mark.parametrize("name", ["there", "new/", "tools"])
-def test_a_folder_holds_the_file_by_its_usual_name_and_a_link_is_followed(
-    tmp_path: Path, built: str, vendor: Callable[..., None], name: str
-) -> None:
+def test_a_folder_holds_the_file_by_its_usual_name_and_a_link_is_followed(tmp_path: Path, built: str, vendor: Callable[..., None], name: str) -> None:
     (tmp_path / "there").mkdir()
     vendor(f"{tmp_path}/{name}")
     assert (tmp_path / name / "orchestrator.py").read_text() == built
