@@ -874,9 +874,9 @@ def test_background_work_of_a_recorded_claude(play: Player) -> None:
 
 
 def test_a_phase_that_is_a_command_ends_by_its_exit_code(make_spec: SpecMaker) -> None:
-    def run(*argv: str, sign: Path | None = None) -> AgentOutcome:
+    def run(*argv: str) -> AgentOutcome:
         task = Task("WRK-001", Phase("check", run=argv), "main")
-        return attempt(make_spec(("no-such-agent",), task=task), sign)
+        return attempt(make_spec(("no-such-agent",), task=task))
 
     done = run("sh", "-c", "cat; echo fine")
     assert done.result is not None
@@ -888,22 +888,15 @@ def test_a_phase_that_is_a_command_ends_by_its_exit_code(make_spec: SpecMaker) -
     missing = run("no-such-command")
     assert (missing.kind, missing.trouble) == ("failed", "")  # nobody blames the agent
     assert missing.detail == "'no-such-command' cannot be started: No such file or directory"
-    stopped = run("sh", "-c", f"trap 'exit 0' TERM; echo up > sign; {LOOP}", sign=make_spec().root / "sign")
-    assert stopped.kind == "cancelled"
 
 
 def test_verify_commands(make_spec: SpecMaker) -> None:
     spec = make_spec()
 
-    def verify(*scripts: str, stop: bool = False, **more: Any) -> str | None:
+    def verify(*scripts: str, **more: Any) -> str | None:
         async def main() -> str | None:
-            signs = {"stop": asyncio.Event(), "hurry": asyncio.Event()}
             commands = [("sh", "-c", script) if " " in script else (script,) for script in scripts]
-            running = asyncio.create_task(run_verify(spec._replace(**more), commands, **signs))
-            if stop:
-                await appears(spec.root / "sign")
-                signs["stop"].set()
-            return await running
+            return await run_verify(spec._replace(**more), commands, stop=asyncio.Event(), hurry=asyncio.Event())
 
         return asyncio.run(main())
 
@@ -917,8 +910,6 @@ def test_verify_commands(make_spec: SpecMaker) -> None:
     assert not (spec.root / "not-reached").exists()
     assert alive(spec.root / "pids") == []
     assert verify("sleep 120", timeout_s=0.05) == "verify command `sh -c sleep 120` ran out of time"
-    stopped = verify("echo up > sign; sleep 120", stop=True)
-    assert stopped == "verify command `sh -c echo up > sign; sleep 120` was stopped"
     assert verify("no-such") == CannotRun("verify command `no-such` cannot be started: No such file or directory")
     assert isinstance(verify("exit 127"), CannotRun)
 
@@ -937,9 +928,7 @@ def test_demo_agent_by_phase_and_title(make_spec: SpecMaker) -> None:
         assert result.warnings == ()
         return result
 
-    rated = demo("triage", "A risky change")
-    assert (rated.result, rated.ratings["risk"]) == ("phase_complete", "high")
-    assert demo("triage", "Plain").ratings == {**rated.ratings, "risk": "low"}
+    assert [demo("triage", title).ratings["risk"] for title in ("A risky change", "Plain")] == ["high", "low"]
     assert demo("prd", "Plain").summary == "Wrote PRD.md"
     assert (spec.change_dir / "PRD.md").read_text() == "# Plain: prd\n\nWritten by the demo agent.\n"
     assert demo("prd", "Something unclear").result == "blocked"
@@ -947,5 +936,4 @@ def test_demo_agent_by_phase_and_title(make_spec: SpecMaker) -> None:
     assert "def feature(:\n" in (spec.root / "demo/a_flaky_thing.py").read_text()
     assert demo("build", "A flaky thing", attempt=2).commit_summary == "Add demo/a_flaky_thing.py"
     assert (spec.root / "demo/a_flaky_thing.py").read_text().startswith("# A flaky thing\n")
-    assert demo("build", "Plain").follow_ups == ()
-    assert len(demo("build", "Has a follow-up").follow_ups) == 1
+    assert [len(demo("build", title).follow_ups) for title in ("Plain", "Has a follow-up")] == [0, 1]

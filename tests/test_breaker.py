@@ -40,19 +40,12 @@ DAY = 86400.0
 @pytest.mark.parametrize(
     ("reset", "strikes", "ends"),
     [
-        (NOW + 3600, 1, 3600),
-        (NOW + 3600, 5, 3600),
-        (NOW - 5, 1, 60),  # a limit that outlives its announced reset must not spin
-        (0.0, 1, 60),
-        (NOW + 7 * DAY, 1, 7 * DAY),  # weekly limits exist
+        (NOW + 3600, 1, 3600), (NOW + 3600, 5, 3600), (NOW + 7 * DAY, 1, 7 * DAY),
+        (NOW - 5, 1, 60), (0.0, 1, 60),  # a limit that outlives its announced reset must not spin
         (NOW * 1000, 1, 8 * DAY),  # milliseconds by mistake
-        (None, 1, 900),
-        (None, 2, 1800),
-        (None, 3, 3600),
-        (None, 4, 7200),
-        (None, 400, 7200),
+        (None, 1, 900), (None, 2, 1800), (None, 3, 3600), (None, 4, 7200), (None, 400, 7200),
     ],
-)
+)  # fmt: skip
 def test_a_limit_ends_at_its_reset_within_bounds(reset: float | None, strikes: int, ends: float) -> None:
     assert limit_ends(reset, strikes, NOW) - NOW == ends
 

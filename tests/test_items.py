@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta, timezone
 from itertools import product
@@ -26,7 +27,6 @@ from backlog import (
     archive_entry,
     block,
     normalise_title,
-    parse_yaml,
     read_item,
     timestamp,
     transition,
@@ -73,48 +73,15 @@ def unchanged_after(draft: Draft, call: Callable[[], object]) -> str:
 
 # ---- Reading -------------------------------------------------------------------------------------
 
-FULL = """\
-schema_version: 3
-items:
-- id: WRK-001
-  title: A full item
-  status: blocked
-  phase: build
-  size: medium
-  complexity: low
-  risk: high
-  impact: medium
-  requires_human_review: true
-  origin: WRK-000/build
-  blocked_from_status: in_progress
-  blocked_reason: |-
-    Two lines:
-    of reason
-  blocked_type: decision
-  unblock_context: try again
-  tags:
-  - auth
-  - 'yes'
-  dependencies:
-  - WRK-009
-  created: 2026-02-12T16:23:33.711239234+00:00
-  updated: 2026-02-12T16:23:33+00:00
-  pipeline_type: feature
-  description:
-    context: c
-    problem: p
-    solution: s
-    impact: i
-    sizing_rationale: r
-  phase_pool: main
-  last_phase_commit: 8957cea715e8f9607e0b6112ab5ef80c00756b1c
-  guardrail_override: true
-  priority: -3
-  attempts: 2
-  ticket: 42
-next_item_id: 17
-"""
-
+FULL: dict[str, object] = {
+    "id": "WRK-001", "title": "A full item", "status": "blocked", "phase": "build", "size": "medium", "complexity": "low", "risk": "high",
+    "impact": "medium", "requires_human_review": True, "origin": "WRK-000/build", "blocked_from_status": "in_progress",
+    "blocked_reason": "Two lines:\nof reason", "blocked_type": "decision", "unblock_context": "try again", "tags": ["auth", "yes"],
+    "dependencies": ["WRK-009"], "created": "2026-02-12T16:23:33.711239234+00:00", "updated": "2026-02-12T16:23:33+00:00",
+    "pipeline_type": "feature", "phase_pool": "main", "last_phase_commit": "8957cea715e8f9607e0b6112ab5ef80c00756b1c",
+    "guardrail_override": True, "priority": -3, "attempts": 2, "ticket": 42,
+    "description": {"context": "c", "problem": "p", "solution": "s", "impact": "i", "sizing_rationale": "r"},
+}  # fmt: skip
 MINIMAL = """\
 schema_version: 3
 items:
@@ -128,14 +95,15 @@ next_item_id: 1
 
 
 def test_what_is_read() -> None:
-    backlog = load(FULL)
-    assert backlog.next_item_id == 17
-    assert [backlog.items["WRK-001"]] == parse_yaml(FULL.encode())["items"]  # type: ignore[index, call-overload]
+    rows = "\n  ".join(f"{key}: {json.dumps(value)}" for key, value in FULL.items() if key != "description")
+    texts = "".join(f"\n    {key}: {value}" for key, value in FULL["description"].items())  # type: ignore[attr-defined]
+    found = load(f"schema_version: 3\nitems:\n- {rows}\n  description:{texts}\nnext_item_id: 17\n")
+    assert found == Backlog({"WRK-001": FULL}, 17)  # type: ignore[dict-item]
     assert load("schema_version: 3\nitems: []\nnext_item_id: 15\n") == Backlog({}, 15)
     nulls = "  origin: null\n  tags: ~\n  description:\n    context:\n    problem: p\n"
-    found = load(MINIMAL.replace("  status: new\n", f"  status: new\n{nulls}")).items["WRK-001"]
-    assert not {"origin", "tags"} & set(found)
-    assert found["description"] == {"context": "", "problem": "p"}
+    read = load(MINIMAL.replace("  status: new\n", f"  status: new\n{nulls}")).items["WRK-001"]
+    assert not {"origin", "tags"} & set(read)
+    assert read["description"] == {"context": "", "problem": "p"}
 
 
 def test_d63_an_empty_or_truncated_file_is_no_empty_backlog() -> None:
@@ -283,15 +251,10 @@ def test_d18_what_is_refused_changes_nothing_and_takes_no_id() -> None:
 @pytest.mark.parametrize(
     ("ids", "counter", "expected"),
     [
-        ([], 0, "WRK-001"),
-        (["WRK-001", "WRK-007"], 0, "WRK-008"),
-        (["OTHER-040", "WRK-2"], 0, "WRK-003"),
-        (["WRK-abc", "WRK-²", "WRK-", "WRK-1x"], 0, "WRK-001"),
-        (["WRK-009"], 5, "WRK-010"),
-        (["WRK-999"], 0, "WRK-1000"),
-        (["WRK-99999999999999999999"], 0, "WRK-001"),
+        ([], 0, "WRK-001"), (["WRK-001", "WRK-007"], 0, "WRK-008"), (["OTHER-040", "WRK-2"], 0, "WRK-003"), (["WRK-009"], 5, "WRK-010"),
+        (["WRK-abc", "WRK-²", "WRK-", "WRK-1x"], 0, "WRK-001"), (["WRK-999"], 0, "WRK-1000"), (["WRK-99999999999999999999"], 0, "WRK-001"),
     ],
-)
+)  # fmt: skip
 def test_the_next_id(ids: list[str], counter: int, expected: str) -> None:
     draft = draft_of(*map(item, ids), counter=counter)
     added = draft.add("WRK", "T", NOW)
@@ -410,14 +373,10 @@ def test_d35_d59_follow_ups_become_items_once_and_bad_ones_are_left_out() -> Non
 @pytest.mark.parametrize(
     ("one", "other", "same"),
     [
-        ("Fix: the bug.", "fix the  BUG", True),
-        ("Straße", "STRASSE", True),
-        ("Fix bug 1", "Fix bug 2", False),
-        ("!!!", "???", False),
-        ("!!!", " !!! ", True),
-        ("修复", "修复", True),
+        ("Fix: the bug.", "fix the  BUG", True), ("Straße", "STRASSE", True), ("Fix bug 1", "Fix bug 2", False),
+        ("!!!", "???", False), ("!!!", " !!! ", True), ("修复", "修复", True),
     ],
-)
+)  # fmt: skip
 def test_normalised_titles(one: str, other: str, same: bool) -> None:
     assert (normalise_title(one) == normalise_title(other)) is same
 

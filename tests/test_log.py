@@ -130,11 +130,14 @@ def test_lines_fit_the_terminal_and_hold_no_control_characters(project: Project,
     assert "\x1b" not in out
 
 
-def test_the_operators_configuration_of_git_changes_nothing(project: Project, here: Cli) -> None:
+def test_neither_configuration_nor_a_shallow_history_disturbs(project: Project, here: Cli, cli: Cli, tmp_path: Path) -> None:
     commit(project, "[orchestrator] Add", trailers("Item: WRK-001", "Outcome: added"))
     for key, value in {"log.showSignature": "true", "trailer.separators": "=", "log.decorate": "full", "i18n.logOutputEncoding": "latin1"}.items():
         project.git("config", key, value)
     assert told(log(here)) == [("WRK-001", "", "added", "Add")]
+    commit(project, "Later")
+    sh(tmp_path, "git", "clone", "-q", "--depth=1", f"file://{project.root}", str(tmp_path / "shallow"))
+    assert cli("--root", tmp_path / "shallow", "log").out == "Nothing that the orchestrator did has been committed yet.\n"
 
 
 def test_a_project_below_the_top_tells_of_itself_alone(project: Project, cli: Cli) -> None:
@@ -145,13 +148,6 @@ def test_a_project_below_the_top_tells_of_itself_alone(project: Project, cli: Cl
         cli("--root", folder, "add", f"Of {name}", "--commit")
     rows = json.loads(cli("--root", project.root / "b", "log", "--json").out)["log"]
     assert told(rows) == [("WRK-001", "", "added", "Of b")]
-
-
-def test_history_that_is_short_or_missing_is_no_error(project: Project, cli: Cli, tmp_path: Path) -> None:
-    commit(project, "[orchestrator] Add", trailers("Item: WRK-001", "Outcome: added"))
-    commit(project, "Later")
-    sh(tmp_path, "git", "clone", "-q", "--depth=1", f"file://{project.root}", str(tmp_path / "shallow"))
-    assert cli("--root", tmp_path / "shallow", "log").out == "Nothing that the orchestrator did has been committed yet.\n"
 
 
 # -- finished items --------------------------------------------------------------------------------
