@@ -24,20 +24,11 @@ from orchestrator import (
     AttemptSpec,
     CannotRun,
     Phase,
-    Progress,
     Task,
     Usage,
     agent_argv,
     agent_environment,
-    agent_problem,
-    become_subreaper,
-    demo_agent,
-    end_processes,
-    log_paths,
-    processes,
-    reset_time,
     run_attempt,
-    run_verify,
 )
 
 DATA = Path(__file__).parent / "data" / "agents"
@@ -54,7 +45,7 @@ def subreaper(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name, seconds in {"LOOK_S": 0.01, "LOOK_AROUND_S": 0.1, "SETTLE_S": 0.05}.items():
         monkeypatch.setattr(orchestrator, name, seconds)
     monkeypatch.setenv("ORCHESTRATOR_PID", "")  # so that it is restored after the test
-    become_subreaper()
+    orchestrator.become_subreaper()
     yield
     assert orchestrator.LIVE == {}
     leave_subreaping()
@@ -130,7 +121,7 @@ async def appears(path: Path) -> None:
 
 def alive(path: Path) -> list[int]:
     """Those processes that live, of the ids in a file."""
-    rows = [processes(int(word)).get(int(word)) for word in path.read_text().split()]
+    rows = [orchestrator.processes(int(word)).get(int(word)) for word in path.read_text().split()]
     return [one.pid for one in rows if one is not None and one.alive]
 
 
@@ -154,9 +145,7 @@ def logged(spec: AttemptSpec, name: str = "build-1.out") -> str:
 def test_prompt_arrives_on_stdin_from_a_regular_file(make_spec: SpecMaker) -> None:
     script = "import os,stat,sys; print(*(stat.S_ISREG(os.fstat(n).st_mode) for n in (0, 1, 2)), len(sys.stdin.buffer.read()))"
     spec = make_spec((sys.executable, "-S", "-E", "-c", script), prompt="é" * 150_000)  # more than an argument may hold
-
     outcome = attempt(spec)
-
     assert logged(spec) == "True True True 300000\n"
     assert spec.prompt_path.read_text() == spec.prompt
     assert outcome.detail == "no result file was written (exit code 0)\nLast output:\nTrue True True 300000"
@@ -190,9 +179,7 @@ def test_d39_agent_works_in_the_project_root_with_no_signal_blocked(make_spec: S
     """Its pid and start time are told."""
     spec = make_spec(f"pwd; cut -d' ' -f22 /proc/$$/stat; echo $$; grep SigBlk /proc/self/status; {report()}")
     told: list[tuple[int, int]] = []
-
     outcome = attempt(spec, started=lambda *pair: told.append(pair))
-
     assert outcome.kind == "result"
     where, start, pid, _, blocked = logged(spec).split()
     assert (where, told[0], int(blocked, 16)) == (str(spec.root), (int(pid), int(start)), 0)
@@ -201,10 +188,9 @@ def test_d39_agent_works_in_the_project_root_with_no_signal_blocked(make_spec: S
 def test_names_are_safe_and_the_logs_of_an_earlier_run_are_kept(make_spec: SpecMaker, tmp_path: Path) -> None:
     odd = make_spec(task=Task("../../etc", Phase("a/b c"), "main"), token="t")
     assert odd.result_path == odd.root / ".orchestrator/results/----etc_a-b-c_t.json"
-    assert log_paths(tmp_path, Task("x\0y", Phase("é"), "main"), 1)[0] == tmp_path / ".orchestrator/logs/x-y/--1.out"
+    assert orchestrator.log_paths(tmp_path, Task("x\0y", Phase("é"), "main"), 1)[0] == tmp_path / ".orchestrator/logs/x-y/--1.out"
     for word in ("first", "second"):
         attempt(make_spec(f"echo {word}; echo {word}-err >&2"))
-
     root = make_spec().root / ".orchestrator"
     assert {path.name: path.read_text() for path in (root / "logs/WRK-001").iterdir()} == {
         "build-1.out": "first\n",
@@ -241,7 +227,7 @@ def test_agent_problems(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     path = {"PATH": str(tmp_path)}
 
     def what(outer: dict[str, str] = path, **settings: Any) -> str | None:
-        problem = agent_problem(AgentSettings(**settings), tmp_path, outer)
+        problem = orchestrator.agent_problem(AgentSettings(**settings), tmp_path, outer)
         assert problem is None or problem.remedy
         return problem and problem.what
 
@@ -284,7 +270,6 @@ CLEAN = f"no result file was written (exit code 4)\nLast output:\n{NUMBERS}\nred
 )  # fmt: skip
 def test_how_an_attempt_ends(make_spec: SpecMaker, script: str, limits: dict[str, float], kind: str, detail: str) -> None:
     outcome = attempt(make_spec(script, **limits))
-
     assert (outcome.kind, outcome.detail) == (kind, detail)
     assert (outcome.result is not None) == (kind == "result")
 
@@ -293,7 +278,6 @@ def test_what_cannot_be_started_cannot_work(make_spec: SpecMaker, tmp_path: Path
     spec = make_spec(("./agent.txt",))
     (spec.root / "agent.txt").write_text("#!/bin/sh\n")
     words = "'no-such-agent' cannot be started: No such file or directory"
-
     assert attempt(make_spec(("no-such-agent", "x"))) == AgentOutcome("failed", detail=words, error=words, trouble="refused")
     assert attempt(spec).error == "'./agent.txt' cannot be started: Permission denied"
     missing = attempt(make_spec(root=tmp_path / "no"), started=lambda *_: (tmp_path / "no").rename(tmp_path / "yes"))
@@ -312,9 +296,7 @@ LOOP = "while :; do sleep 0.01; done"
 def test_d10_d12_stop_ends_the_agent_and_its_group_with_a_grace_for_tidying(make_spec: SpecMaker) -> None:
     child = f"trap 'sleep 0.1; echo tidied > child; exit' TERM; echo up > sign; {LOOP}"
     spec = make_spec(f"trap 'echo tidied > tidy; exit 0' TERM; sh -c {shlex.quote(child)} & {LOOP}")
-
     outcome = attempt(spec, spec.root / "sign")
-
     assert outcome._replace(seconds=0) == AgentOutcome("cancelled", detail="stopped before it reported a result")
     assert [(spec.root / name).read_text() for name in ("tidy", "child")] == ["tidied\n"] * 2
 
@@ -322,7 +304,6 @@ def test_d10_d12_stop_ends_the_agent_and_its_group_with_a_grace_for_tidying(make
 def test_d11_a_result_written_before_or_on_the_stop_is_kept(make_spec: SpecMaker) -> None:
     before = make_spec(f"{report()}; echo up > sign; sleep 120")
     on_term = make_spec(f"finish() {{ {report()}; exit 0; }}; trap finish TERM; echo up > sign2; {LOOP}")
-
     outcome = attempt(before, before.root / "sign")
     assert (outcome.kind, outcome.detail) == ("result", "result accepted in spite of: ended by SIGTERM")
     assert attempt(on_term, on_term.root / "sign2").kind == "result"
@@ -332,7 +313,6 @@ def test_d11_a_result_written_before_or_on_the_stop_is_kept(make_spec: SpecMaker
 def test_an_agent_that_ignores_term_is_killed(make_spec: SpecMaker, grace: float, hurry: bool) -> None:
     deaf = "sh -c 'trap \"\" TERM; setsid sleep 120 & echo $! >> pids; sleep 120' & sleep 0.02; echo $! $$ >> pids"
     spec = make_spec(f"trap '' TERM; {deaf}; cat pids > sign; {LOOP}", grace_s=grace)
-
     assert attempt(spec, spec.root / "sign", hurry=hurry).kind == "cancelled"
     assert alive(spec.root / "pids") == []
     stop = asyncio.Event()
@@ -390,9 +370,7 @@ CLEANED = (
 def test_d12_nothing_survives_a_normal_exit(make_spec: SpecMaker) -> None:
     kinds = [*SURVIVORS, *CLEANED]
     spec = make_spec("\n".join([*kinds, WAIT_FOR_PIDS.format(len(kinds)), report()]))
-
     outcome = attempt(spec)
-
     assert (outcome.kind, outcome.detail) == ("result", "")
     assert alive(spec.root / "pids") == []
 
@@ -401,7 +379,6 @@ def test_d12_nothing_survives_a_normal_exit(make_spec: SpecMaker) -> None:
 @pytest.mark.usefixtures("without_proc")
 def test_without_proc_the_process_table_comes_from_ps(make_spec: SpecMaker) -> None:
     spec = make_spec("\n".join([*SURVIVORS, WAIT_FOR_PIDS.format(len(SURVIVORS)), report()]))
-
     assert attempt(spec).kind == "result"
     assert alive(spec.root / "pids") == []
 
@@ -409,7 +386,6 @@ def test_without_proc_the_process_table_comes_from_ps(make_spec: SpecMaker) -> N
 @pytest.mark.usefixtures("without_proc")
 def test_without_proc_a_stop_works_too(make_spec: SpecMaker) -> None:
     spec = make_spec("env -i setsid sleep 120 & echo $$ $! > sign; sleep 120")
-
     assert attempt(spec, spec.root / "sign").kind == "cancelled"
     assert alive(spec.root / "sign") == []
 
@@ -419,7 +395,6 @@ def test_adopted_orphans_are_reaped_while_the_agent_works(make_spec: SpecMaker) 
     """A tool that waits until its daemon is gone must not see our unreaped zombie."""
     daemon = "sh -c 'sleep 0.02 & echo $! > pid'; P=$(cat pid); while kill -0 $P 2>&-; do sleep 0.01; done"
     outcome = attempt(make_spec(f"{daemon}; {report()}", timeout_s=30))
-
     assert (outcome.kind, outcome.detail) == ("result", "")
 
 
@@ -461,9 +436,9 @@ def test_what_a_killed_run_left_is_ended(make_spec: SpecMaker, tmp_path: Path) -
         for child in mine:
             assert child.stdout
             child.stdout.readline()
-        lines = end_processes("ORCHESTRATOR_RUN_ID=run-1", grace_s=0.2)
+        lines = orchestrator.end_processes("ORCHESTRATOR_RUN_ID=run-1", grace_s=0.2)
         assert other.poll() is None
-        assert end_processes("ORCHESTRATOR_RUN_ID=run-1") == []
+        assert orchestrator.end_processes("ORCHESTRATOR_RUN_ID=run-1") == []
     assert f"process {mine[0].pid} (sh -c trap '' TERM; echo up; sleep 120)" in lines
     assert (tmp_path / "tidy").read_text() == "tidied\n"
 
@@ -473,9 +448,7 @@ def test_what_a_killed_run_left_is_ended(make_spec: SpecMaker, tmp_path: Path) -
 
 def test_large_output_is_followed_to_its_end(make_spec: SpecMaker) -> None:
     script = "import sys\nfor n in range(20): sys.stdout.write('x' * 500_000 + '\\n')\nprint('the end'); sys.exit(1)"
-
     outcome = attempt(make_spec((sys.executable, "-S", "-E", "-c", script)))
-
     assert outcome.detail.endswith("…\nthe end")
     assert len(outcome.detail) < 10_000
 
@@ -483,9 +456,7 @@ def test_large_output_is_followed_to_its_end(make_spec: SpecMaker) -> None:
 def test_of_a_flood_the_end_is_read(play: Player, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(orchestrator, "BACKLOG_LIMIT", 1000)
     flood = events({"type": "result", "total_cost_usd": 1.0}) + "lost\n" * 1000
-
     outcome = play("claude", flood + events({"type": "result", "result": "The end"}))
-
     assert outcome.usage == Usage()  # the first event was not seen
     assert outcome.detail.endswith("\nlost\nThe end")
 
@@ -495,7 +466,7 @@ def test_progress_is_told_when_it_changes_and_silence_too(make_spec: SpecMaker, 
     spec = make_spec("while ! [ -e go ]; do sleep 0.01; done; printf '\\033[1mone\\n'; while ! [ -e go2 ]; do sleep 0.01; done")
     seen: list[str] = []
 
-    def note(progress: Progress) -> None:
+    def note(progress: orchestrator.Progress) -> None:
         seen.append(progress.last)
         (spec.root / ("go2" if len(seen) > 2 else "go")).write_text("")
 
@@ -553,7 +524,6 @@ TWO_ENDS = (  # cost is cumulative over them, tokens are not
 )
 def test_good_ends_and_what_they_cost(play: Player, cli: str, stream: str, usage: Usage) -> None:
     outcome = play(cli, stream, result=True)
-
     assert (outcome.kind, outcome.detail, outcome.usage) == ("result", "", usage)
 
 
@@ -578,7 +548,6 @@ CUT = OK[: OK.rindex('{"type":"result"') + 40]
 )  # fmt: skip
 def test_an_attempt_that_worked_and_left_no_result_failed(play: Player, cli: str, stream: str, code: int, says: str) -> None:
     outcome = play(cli, stream, code)
-
     assert (outcome.kind, outcome.trouble, outcome.error) == ("failed", "", "")
     assert outcome.detail.startswith(says)
     assert stream != CUT or outcome.usage == Usage(None, 3000, 3)
@@ -596,7 +565,6 @@ def test_odd_events_are_survived(play: Player, cli: str) -> None:
         '{"type":"turn.failed"}', '{"type":"tool_use","part":{"state":1},"parameters":"x"}',
     ]  # fmt: skip
     outcome = play(cli, "\n".join(odd))
-
     assert (outcome.kind, outcome.usage) == ("failed", Usage())
     assert len(outcome.detail) < 12_000
 
@@ -673,7 +641,6 @@ ENDS = [  # a recording, or events; the exit code; what it is about; what it say
 @pytest.mark.parametrize(("cli", "told", "code", "kind", "says"), ENDS, ids=[f"{row[0]}-{row[3]}" for row in ENDS])
 def test_d50_what_an_error_is_about(play: Player, cli: str, told: Any, code: int, kind: str, says: str) -> None:
     outcome = play(cli, recorded(told) if isinstance(told, str) else events(*told), code)
-
     assert (outcome.trouble or outcome.kind) == kind
     assert outcome.error.removeprefix(f"{cli}: ").startswith(says)
     assert bool(outcome.error) == bool(says)
@@ -747,11 +714,9 @@ def test_a_usage_limit_told_in_words_has_its_reset(play: Player, monkeypatch: py
     """Without the event that usually comes with it, and even if the CLI exits with 0."""
     now = datetime(2026, 11, 21, 20, 0, tzinfo=UTC).timestamp()
     monkeypatch.setattr(orchestrator.time, "time", lambda: now)
-
     with local_zone(monkeypatch, "America/Los_Angeles"):
         outcome = play(cli, events(*rows))
         shown = datetime.fromtimestamp(outcome.until or 0).astimezone()
-
     assert outcome.kind == "limited"
     assert shown.astimezone(UTC).isoformat(timespec="minutes") == expected
     text = rows[-1].get("result") or rows[-1]["error"]["message"]
@@ -784,10 +749,10 @@ RESETS = [
 def test_reset_told_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
     with local_zone(monkeypatch, "Africa/Johannesburg"):  # two hours ahead, all year
         now = datetime(2026, 11, 22, 12, 0, 30).timestamp()
-        found = [(text, reset_time(text, now)) for text, _ in RESETS]
+        found = [(text, orchestrator.reset_time(text, now)) for text, _ in RESETS]
         assert [(text, at and datetime.fromtimestamp(at).isoformat()[:16]) for text, at in found] == RESETS
     with local_zone(monkeypatch, "Europe/Berlin"):  # beyond a change of the clocks
-        found_at = reset_time("resets Oct 26, 9am", datetime(2026, 10, 20, 12).timestamp())
+        found_at = orchestrator.reset_time("resets Oct 26, 9am", datetime(2026, 10, 20, 12).timestamp())
         assert found_at == datetime(2026, 10, 26, 8, tzinfo=UTC).timestamp()
 
 
@@ -814,7 +779,6 @@ FENCED = f"All done {{really}}.\n\n```json\n{json.dumps(json.loads(report_json()
 @pytest.mark.parametrize("cli", ["claude", "codex", "opencode", "gemini"])
 def test_the_result_in_a_closing_message_is_taken_with_a_warning(play: Player, cli: str) -> None:
     result = play(cli, events(*closing(cli, FENCED))).result
-
     assert result is not None
     assert (result.result, result.summary) == ("phase_complete", "Did it")
     assert result.warnings == ("no result file was written; its closing message held the result",)
@@ -857,7 +821,6 @@ COMMAND = {"id": "item_1", "type": "command_execution", "command": "run the test
 )
 def test_work_that_still_runs_in_the_background_is_not_done(play: Player, cli: str, rows: list[object], end: object) -> None:
     outcome = play(cli, events(*rows, *closing(cli, "Waiting.")), result=True)
-
     assert (outcome.kind, outcome.trouble, outcome.result) == ("failed", "", None)
     assert outcome.detail.startswith("it ended while this was still running in the background: run the tests (exit code 0)\n")
     assert play(cli, events(*rows, end, *closing(cli, ".")), result=True).kind == "result"  # it was waited for
@@ -896,7 +859,7 @@ def test_verify_commands(make_spec: SpecMaker) -> None:
     def verify(*scripts: str, **more: Any) -> str | None:
         async def main() -> str | None:
             commands = [("sh", "-c", script) if " " in script else (script,) for script in scripts]
-            return await run_verify(spec._replace(**more), commands, stop=asyncio.Event(), hurry=asyncio.Event())
+            return await orchestrator.run_verify(spec._replace(**more), commands, stop=asyncio.Event(), hurry=asyncio.Event())
 
         return asyncio.run(main())
 
@@ -923,7 +886,7 @@ def test_demo_agent_by_phase_and_title(make_spec: SpecMaker) -> None:
     def demo(phase: str, title: str, attempt: int = 1) -> Any:
         one = spec._replace(task=Task("WRK-001", Phase(phase), "main"), attempt=attempt)
         one.result_path.parent.mkdir(parents=True, exist_ok=True)
-        assert demo_agent(agent_environment(one, {}), f"- **ID:** WRK-001\n- **Title:** {title}\n", spec.root) == 0
+        assert orchestrator.demo_agent(agent_environment(one, {}), f"- **ID:** WRK-001\n- **Title:** {title}\n", spec.root) == 0
         result = orchestrator.parse_result(one.result_path.read_bytes(), "WRK-001", phase)
         assert result.warnings == ()
         return result

@@ -14,28 +14,10 @@ from typing import Any
 import pytest
 
 import orchestrator
-from orchestrator import (
-    AgentOutcome,
-    AgentPause,
-    Config,
-    Execution,
-    Ledger,
-    LiveLine,
-    Phase,
-    Progress,
-    Run,
-    RunOptions,
-    Task,
-    Usage,
-    limit_ends,
-    pause_after,
-)
+from orchestrator import AgentPause, pause_after
 
 NOW = 1_000_000.0
 DAY = 86400.0
-
-# ---- How long ------------------------------------------------------------------------------------
-
 
 @pytest.mark.parametrize(
     ("reset", "strikes", "ends"),
@@ -47,23 +29,21 @@ DAY = 86400.0
     ],
 )  # fmt: skip
 def test_a_limit_ends_at_its_reset_within_bounds(reset: float | None, strikes: int, ends: float) -> None:
-    assert limit_ends(reset, strikes, NOW) - NOW == ends
+    assert orchestrator.limit_ends(reset, strikes, NOW) - NOW == ends
 
 
-def refused(kind: Any = "limited", until: float | None = None, seconds: float = 2.0) -> AgentOutcome:
-    return AgentOutcome(kind, error=f"claude: {kind}", until=until, seconds=seconds)
+def refused(kind: Any = "limited", until: float | None = None, seconds: float = 2.0) -> orchestrator.AgentOutcome:
+    return orchestrator.AgentOutcome(kind, error=f"claude: {kind}", until=until, seconds=seconds)
 
 
 def test_failed_probes_rest_longer_but_attempts_under_way_do_not_count() -> None:
-    config = Config(pipelines={}, execution=Execution(retry_delay_seconds=5))
+    config = orchestrator.Config(pipelines={}, execution=orchestrator.Execution(retry_delay_seconds=5))
     first = pause_after(refused(), "claude", None, config, NOW)
     neighbour = pause_after(refused(seconds=300), "claude", first, config, NOW + 60)
     probe = pause_after(refused(), "claude", neighbour, config, neighbour.until + 2)
-
     assert first == AgentPause("claude", NOW + 900, 1, "claude: limited", "limit")
     assert neighbour == first._replace(until=NOW + 960)
     assert probe == first._replace(until=neighbour.until + 2 + 1800, strikes=2)
-
     # A shorter rest does not end a longer one, and another kind counts anew.
     night = pause_after(refused(until=NOW + 7200), "claude", None, config, NOW)
     assert night.kind == "reset"
@@ -73,17 +53,14 @@ def test_failed_probes_rest_longer_but_attempts_under_way_do_not_count() -> None
 
 
 def test_a_failing_api_is_tried_again_after_the_retry_delay() -> None:
-    config = Config(pipelines={}, execution=Execution(retry_delay_seconds=5))
+    config = orchestrator.Config(pipelines={}, execution=orchestrator.Execution(retry_delay_seconds=5))
     waits, pause, now = [], None, NOW
     for _ in range(8):
         pause = pause_after(refused("failed"), "claude", pause, config, now)
         waits.append((pause.until - now, pause.strikes))
         now = pause.until + 2  # the probe starts at once and takes two seconds
-
     assert waits == list(zip((5, 10, 20, 40, 80, 160, 300, 300), range(1, 9), strict=True))
 
-
-# ---- In a run ------------------------------------------------------------------------------------
 
 FAKE_CLAUDE = r"""#!/bin/sh
 # Refuses as often as there are files in `refusals`, each of an event or more; then does the work.
@@ -188,20 +165,20 @@ class Clock:
         return datetime.fromtimestamp(self.seconds, UTC)
 
 
-def run_by(clock: Clock, project: Any, monkeypatch: pytest.MonkeyPatch) -> Run:
+def run_by(clock: Clock, project: Any, monkeypatch: pytest.MonkeyPatch) -> orchestrator.Run:
     """A run in this process, by another clock; caplog hears each of its lines once."""
     monkeypatch.setattr(orchestrator, "POLL_S", 0.01)
     monkeypatch.setattr(orchestrator.log(), "handlers", [])
     monkeypatch.setattr(orchestrator.log(), "propagate", True)
     space = orchestrator.open_workspace(project.root, None)
 
-    def begin(check: orchestrator.Check) -> Ledger:
+    def begin(check: orchestrator.Check) -> orchestrator.Ledger:
         ledger = orchestrator.begin_run(space, "test", check, allow_dirty=False)
         ledger.clock = clock
         return ledger
 
     orchestrator.import_asyncio()
-    run = Run(space, RunOptions(cap=10), LiveLine(enabled=False), "test", begin)
+    run = orchestrator.Run(space, orchestrator.RunOptions(cap=10), orchestrator.LiveLine(enabled=False), "test", begin)
     with space.run_lock("run test"):
         asyncio.run(run.conduct())
     return run
@@ -247,7 +224,6 @@ def test_wait_lets_one_probe_through_at_the_reset(project: Any, claude: Claude, 
 def test_a_limit_outlives_a_restart_but_one_that_halted_does_not(project: Any, claude: Claude) -> None:
     """Only who waits has the pause in the journal: the next run starts nothing before its end, then goes on."""
     claude.refuse(limit(IN_2100), limit(IN_2100))
-
     halted = project.run("run", code=4)
     claude.configure(WAIT)
     claude.rests()
@@ -255,7 +231,6 @@ def test_a_limit_outlives_a_restart_but_one_that_halted_does_not(project: Any, c
     asked = claude.asked
     rest(project, 1.0)  # as if the time had passed
     done = project.run("run")
-
     limited = "claude: usage limit reached (five_hour); resets at 2100-01-01 00:00 UTC"
     assert f"(CircuitBreakerTripped): {limited}\n" in halted.stderr
     assert asked == ["WRK-001 plan 1"] * 2
@@ -268,9 +243,7 @@ def test_a_limit_outlives_a_restart_but_one_that_halted_does_not(project: Any, c
 def test_three_limits_after_a_stated_reset_end_the_wait(project: Any, claude: Claude, monkeypatch: pytest.MonkeyPatch) -> None:
     claude.configure(WAIT)
     claude.refuse(*[limit(NOW)] * 9)
-
     run = run_by(Clock(), project, monkeypatch)
-
     assert run.reason == orchestrator.HaltReason.CIRCUIT_BREAKER_TRIPPED
     assert claude.asked == ["WRK-001 plan 1"] * 4
     assert claude.charged_nobody("in_progress plan")
@@ -286,12 +259,10 @@ def test_other_agents_work_on_while_one_rests(project: Any, claude: Claude) -> N
     )
     project.commit_all()
     claude.refuse(limit(IN_2100))
-
     process = project.start("run")
     project.read_until(process, "WRK-002 is in_progress, check next")
     process.terminate()
     project.finish(process, 143)
-
     assert claude.asked == ["WRK-001 check 1"]
     assert claude.charged_nobody("in_progress check")
 
@@ -315,15 +286,10 @@ def test_the_first_opencode_of_a_run_starts_alone(project: Any, claude: Claude) 
     claude.script(OPENCODE, "opencode")
     claude.configure(TWICE, agent='cli = "opencode"')
     claude.items(2)
-
     log = project.run("run").stderr
-
     assert "failed" not in log
     assert project.items() == {}
     assert (project.outside / "database").exists()
-
-
-# ---- Whose fault it is ---------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -341,9 +307,7 @@ def test_the_run_halts_in_the_words_of_the_cli(project: Any, claude: Claude, eve
     claude.configure("max_retries = 0")
     claude.items(2)
     claude.refuse(*([event] if event else [OVERLOADED] * 50))
-
     log = project.run("run", code=4).stderr
-
     assert re.search(r"\(CircuitBreakerTripped\): " + says, log)
     assert claude.asked[0] == "WRK-001 plan 1"
     assert len(claude.asked) == (1 if event else orchestrator.FREE_ENDS_IN_A_ROW)
@@ -355,9 +319,7 @@ def test_the_run_halts_in_the_words_of_the_cli(project: Any, claude: Claude, eve
 def test_an_end_that_says_nothing_of_the_item_charges_nobody(project: Any, claude: Claude, event: Any) -> None:
     claude.configure("max_retries = 0")
     claude.refuse(event, event)
-
     log = project.run("run").stderr
-
     assert claude.asked == ["WRK-001 plan 1"] * 3
     assert log.count("no attempt is charged") == 2
     assert "1 phase (limit 100)" in log
@@ -371,9 +333,7 @@ def test_a_failure_before_the_interruption_still_counts_and_is_told_with_what_al
     """Attempt 1 fails, attempt 2 is refused: it is attempt 2 again, with the failure in its prompt."""
     claude.configure("max_retries = 1", '{ name = "plan" }, { name = "design" }')
     claude.refuse([WORKED, end("I gave up", total_cost_usd=0.25)], end("no", total_cost_usd=0.25, api_error_status=529))
-
     project.run("run", "--cap", "1")
-
     assert claude.asked == ["WRK-001 plan 1", "WRK-001 plan 2", "WRK-001 plan 2"]
     prompts = [path.read_text() for path in (project.root / ".orchestrator/prompts").iterdir()]
     assert sum("> no result file was written (exit code 1); it reports: I gave up" in text for text in prompts) == 2
@@ -396,9 +356,7 @@ def test_one_bad_prompt_ends_up_blocked_and_the_others_are_done(project: Any, cl
     ready = (f"WRK-0{n:02} ready" for n in range(2, 12))
     project.backlog("WRK-001 in_progress phase=plan phase_pool=main", *ready)
     project.commit_all()
-
     log = project.run("run").stderr
-
     assert ("claude rests" in log) == (words != "Prompt is too long")  # that one is known for the item's
     assert project.statuses() == {"WRK-001": "blocked plan"}
     assert words in project.items()["WRK-001"]["blocked_reason"]
@@ -410,9 +368,7 @@ def test_one_item_with_a_flaky_api_is_never_charged(project: Any, claude: Claude
     once = 'mkdir "$here/$ORCHESTRATOR_PHASE" 2> /dev/null && echo "overloaded" >&2 && exit 1\nfor event in'
     claude.script(FAKE_CLAUDE.replace("for event in", once))
     claude.configure("max_retries = 0", '{ name = "plan" }, { name = "design" }')
-
     log = project.run("run").stderr
-
     assert claude.asked == [f"WRK-001 {phase} 1" for phase in ("plan", "plan", "design", "design")]
     assert "failed" not in log
     assert project.items() == {}
@@ -423,13 +379,11 @@ def test_a_limit_in_a_build_keeps_what_it_had_done_and_the_next_attempt_is_told(
     claude.configure(phases='{ name = "build", is_destructive = true }')
     claude.items(phase="build")
     claude.refuse([WORKED, SESSION])
-
     project.run("run", code=4)
     ref = "refs/orchestrator/salvage/WRK-001/build/1"
     assert project.git("show", f"{ref}:code.txt") == "half\n"
     assert not (project.root / "code.txt").exists()
     project.run("run")
-
     assert claude.asked == ["WRK-001 build 1"] * 2
     prompts = [path.read_text() for path in (project.root / ".orchestrator/prompts").iterdir()]
     assert sum(ref in text for text in prompts) == 1
@@ -460,22 +414,18 @@ def test_who_cannot_work_halts_the_run_and_charges_nobody(project: Any, cause: s
         assert project.git("show", "refs/orchestrator/salvage/WRK-001/build/1:a.txt") == "1\n"
 
 
-# ---- What is shown meanwhile ---------------------------------------------------------------------
-
-
 def test_the_live_line_tells_what_runs_what_rests_and_what_it_cost(project: Any, claude: Claude, monkeypatch: pytest.MonkeyPatch) -> None:
     project.backlog()
     project.commit_all()
     run = run_by(Clock(), project, monkeypatch)  # of nothing, to have one
-    task, now = Task("WRK-001", Phase("plan"), "main"), time.monotonic()
-    seen = Progress("Bash: make test", Usage(0.5, 30, 4))
+    task, now = orchestrator.Task("WRK-001", orchestrator.Phase("plan"), "main"), time.monotonic()
+    seen = orchestrator.Progress("Bash: make test", orchestrator.Usage(0.5, 30, 4))
     run.running["WRK-001"] = orchestrator.Running(task, now - 65, now, seen)
-    run.totals.add_usage(task, Usage(0.25, 1000, 200))
+    run.totals.add_usage(task, orchestrator.Usage(0.25, 1000, 200))
     run.book.clock = lambda: datetime.fromtimestamp(NOW, UTC)
     run.book.store.begin({"id": "again", "branch": "main", "head": None}, None)
     rest(project, NOW + 5400)
     run.book.take_in()
-
     assert run._live_text() == (
         "phases 0/10 · WRK-001 plan 1 min 05 s, claude rests, 1 h 30 min left · done 0 · blocked 0 · 1,234 tokens · $0.75"
         "  Bash: make test"
@@ -490,24 +440,17 @@ def test_the_log_tells_now_and_then_what_an_agent_does(
     monkeypatch.setattr(orchestrator, "PROGRESS_LOG_S", 0.0)
     monkeypatch.setattr(orchestrator, "SILENT_S", 0.1)
     claude.script(FAKE_CLAUDE.replace("for event in", "sleep 1\nfor event in"))
-
     with caplog.at_level("INFO", "orchestrator"):
         run_by(Clock(), project, monkeypatch)
-
     assert re.search(r"\[WRK-001\]\[PLAN\] at work: \d+ s, about \$0\.5000, 10 tokens in and 1 out, Done", caplog.text)
     assert re.search(r"\[WRK-001\]\[PLAN\] at work: \d+ s, says nothing since \d\d:\d\d \(0 min\)\n", caplog.text)
-
-
-# ---- What it costs -------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
 def test_a_budget_is_passed_on_and_ends_the_run(project: Any, claude: Claude) -> None:
     """Each attempt costs half a dollar: the second gets what the first left, the third is not made."""
     claude.configure("max_cost_usd = 0.75", '{ name = "plan" }, { name = "design" }, { name = "check" }')
-
     summary = json.loads(project.run("run", "--json").stdout)
-
     argv = (project.outside / "argv").read_text().splitlines()
     assert [line.rpartition("--max-budget-usd ")[2] for line in argv] == ["0.7500", "0.2500"]
     assert (summary["halt_reason"], summary["cost_usd"], summary["input_tokens"]) == ("CapReached", 1.0, 20)
@@ -521,9 +464,7 @@ def test_a_budget_is_passed_on_and_ends_the_run(project: Any, claude: Claude) ->
 def test_an_attempt_that_runs_out_of_budget_is_not_charged(project: Any, claude: Claude) -> None:
     claude.configure("max_cost_usd = 0.25\nmax_retries = 0")
     claude.refuse(end(subtype="error_max_budget_usd", total_cost_usd=0.26))
-
     log = project.run("run").stderr
-
     assert "(CapReached)" in log
     assert "interrupted (max_cost_usd is used up)" in log
     assert claude.charged_nobody("in_progress plan")

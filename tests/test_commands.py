@@ -22,9 +22,6 @@ def worklog(project: Project) -> str:
     return path.read_text()
 
 
-# -- complete and close ----------------------------------------------------------------------------
-
-
 STATUSES = ("new", "scoping", "ready", "in_progress phase=plan", "blocked blocked_reason=why")
 
 
@@ -58,9 +55,6 @@ def test_close_keeps_the_context_of_whoever_waited(project: Project, here: Cli) 
     note = "[WRK-001, which this depended on, was closed] Item WRK-001: Not wanted"
     assert "dependencies" not in other
     assert (other["description"]["context"], other["description"]["problem"]) == (f"Old\n{note}", "P")
-
-
-# -- beside a run, and after one that was killed ---------------------------------------------------
 
 
 def test_status_and_check_tell_an_active_run_a_killed_one_and_trouble_apart(project: Project, here: Cli) -> None:
@@ -104,8 +98,6 @@ def test_the_remedy_for_dirt_names_it_and_leaves_the_backlog_alone(project: Proj
     assert project.items().keys() == {"WRK-001"}
 
 
-# -- what a command commits ------------------------------------------------------------------------
-
 COMMANDS = [
     (("add", "Write it"), "[orchestrator] Add WRK-004: Write it"),
     (("advance", "WRK-001"), "[orchestrator] Advance WRK-001 to build"),
@@ -129,9 +121,6 @@ def test_commands_commit_the_backlog_alone(project: Project, here: Cli) -> None:
     assert [line for line in project.status().splitlines() if "_worklog" not in line] == [" M README.md", "A  new.txt"]
 
 
-# -- step ------------------------------------------------------------------------------------------
-
-
 @pytest.mark.slow
 def test_a_step_is_one_phase_with_the_guardrails_overridden(project: Project) -> None:
     project.script({"*/build": [{"write": {"code.py": "1\n"}}]})
@@ -147,9 +136,6 @@ def test_a_step_is_one_phase_with_the_guardrails_overridden(project: Project) ->
     assert "WRK-001 is done" in again.stderr
     assert list(project.items()) == ["WRK-002"]
     assert project.status() == ""
-
-
-# -- edit ------------------------------------------------------------------------------------------
 
 
 def test_edit_changes_what_is_said_and_nothing_else(project: Project, here: Cli) -> None:
@@ -177,9 +163,6 @@ def test_what_is_finished_is_nothing_to_wait_for(project: Project, here: Cli) ->
         "Added WRK-002: Next one\nWRK-001 has left the backlog already: nothing to wait for\n"
     )
     assert "dependencies" not in project.items()["WRK-002"]
-
-
-# -- what agents said ------------------------------------------------------------------------------
 
 
 def test_logs_tell_what_the_agents_of_an_item_said_and_did(project: Project, here: Cli) -> None:
@@ -217,9 +200,6 @@ def test_logs_follow_the_agent_at_work(project: Project) -> None:
     (project.outside / "go").write_text("")
     project.finish(run)
     project.finish(follower)
-
-
-# -- output ----------------------------------------------------------------------------------------
 
 
 def test_colour_is_for_terminals_and_can_be_asked_for(project: Project, here: Cli, monkeypatch: pytest.MonkeyPatch) -> None:

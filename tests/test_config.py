@@ -6,28 +6,18 @@ from pathlib import Path
 
 import pytest
 
+import orchestrator
 from backlog import Backlog, Item
 from orchestrator import (
     DOCUMENT_OUTPUTS,
     AgentSettings,
     Config,
-    ConfigError,
-    Execution,
-    Guardrails,
-    Notify,
     Phase,
     Pipeline,
     agent_settings,
     config_template,
-    default_config,
-    idle_timeout_s,
     parse_config,
-    phase_places,
-    phase_timeout_s,
     pipeline_of,
-    preflight_config,
-    preflight_items,
-    retry_delay_s,
 )
 
 BASE = Path("/project")
@@ -49,7 +39,7 @@ def read(text: str) -> Config:
 
 def complaints(text: str) -> list[str]:
     """The lines of the error that a config gets."""
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(orchestrator.ConfigError) as caught:
         read(text)
     header, *lines = str(caught.value).split("\n")
     assert header == "orchestrator.toml: validation failed, correct this:"
@@ -66,8 +56,8 @@ def one_pipeline(phases: str, pre_phases: str = "", more: str = "") -> str:
 
 def test_d26_what_is_missing_means_the_defaults() -> None:
     assert read("") == Config(pipelines={"feature": FEATURE}, base=BASE, source="orchestrator.toml")
-    assert default_config(BASE) == read("")._replace(source="built-in defaults")
-    assert read('[guardrails]\nmax_risk = "high"') == read("")._replace(guardrails=Guardrails("medium", "medium", "high"))
+    assert orchestrator.default_config(BASE) == read("")._replace(source="built-in defaults")
+    assert read('[guardrails]\nmax_risk = "high"') == read("")._replace(guardrails=orchestrator.Guardrails("medium", "medium", "high"))
     assert read("[pipelines]") == read('\ufeff[agent]\nmodel = " \\t"') == read("")
     own = Pipeline("p", (), (Phase("a", outputs=DOCUMENT_OUTPUTS), Phase("b")))
     assert read(one_pipeline('{ name = "a" }, { name = "b", outputs = [] }')).pipelines == {"p": own}
@@ -119,10 +109,10 @@ def test_every_key_is_read() -> None:
         prefix="HAMY",
         backlog_path="dev/BACKLOG.yaml",
         protected_branches=("main", "release"),
-        guardrails=Guardrails("small", "low", "high"),
-        execution=Execution(1.5, 0, 0, 4, 7, 240, 12.5, 3, 2, 0, 1, 600, "wait"),
+        guardrails=orchestrator.Guardrails("small", "low", "high"),
+        execution=orchestrator.Execution(1.5, 0, 0, 4, 7, 240, 12.5, 3, 2, 0, 1, 600, "wait"),
         agent=AgentSettings("command", "vendor/model-1.5", ("my agent", "{prompt_file}", ""), ("--fast",), env),
-        notify=Notify(("notify-send", "done")),
+        notify=orchestrator.Notify(("notify-send", "done")),
         pipelines={"docs": Pipeline("docs", (Phase("look", outputs=DOCUMENT_OUTPUTS),), (write, publish))},
         base=BASE,
         source="orchestrator.toml",
@@ -134,7 +124,7 @@ def test_every_key_is_read() -> None:
 
 @pytest.mark.parametrize("data", [b"[project\n", b"a = 1\na = 2", b"a = " + b"[" * 20_000, b"a = " + b"9" * 5_000])
 def test_what_is_no_toml_is_refused_with_its_name(data: bytes) -> None:
-    with pytest.raises(ConfigError, match=r"^Failed to parse c: "):
+    with pytest.raises(orchestrator.ConfigError, match=r"^Failed to parse c: "):
         parse_config(data, "c", BASE)
 
 
@@ -214,7 +204,7 @@ def test_a_phase_is_found_with_its_pool_and_its_agent() -> None:
     config = read('[agent]\ncli = "codex"\nmodel = "m"\nargs = ["-x"]\nenv = { A = "1" }')
     assert pipeline_of(config, Item(id="A-1")) == pipeline_of(config, Item(id="A-1", pipeline_type="feature")) == FEATURE
     assert pipeline_of(config, Item(id="A-1", pipeline_type="other")) is None
-    places = phase_places(FEATURE)
+    places = orchestrator.phase_places(FEATURE)
     assert (places["research"], places["build"]) == ((FEATURE.pre_phases[0], "pre", 0), (FEATURE.phases[2], "main", 3))
     usual = AgentSettings("codex", "m", (), ("-x",), {"A": "1"})
     assert agent_settings(config, Phase("a")) == agent_settings(config, Phase("a", agent="codex")) == usual
@@ -227,18 +217,18 @@ def test_a_phase_is_found_with_its_pool_and_its_agent() -> None:
 def test_timeouts_are_in_seconds_and_per_phase_and_agents_that_stream_have_an_idle_one() -> None:
     config = read("[execution]\nphase_timeout_minutes = 2")
     phases = Phase("a"), Phase("a", timeout_minutes=0), Phase("a", timeout_minutes=0.5)
-    assert [phase_timeout_s(config, phase) for phase in phases] == [120, 0, 30]
+    assert [orchestrator.phase_timeout_s(config, phase) for phase in phases] == [120, 0, 30]
     clis = "claude", "codex", "opencode", "gemini", "command", "demo"
-    assert [idle_timeout_s(config, AgentSettings(cli)) for cli in clis] == [900] * 4 + [0, 0]
+    assert [orchestrator.idle_timeout_s(config, AgentSettings(cli)) for cli in clis] == [900] * 4 + [0, 0]
     for minutes in (0, 2):
         config = read(f"[execution]\nidle_timeout_minutes = {minutes}")
-        assert [idle_timeout_s(config, AgentSettings(cli)) for cli in clis] == [60 * minutes] * 6
+        assert [orchestrator.idle_timeout_s(config, AgentSettings(cli)) for cli in clis] == [60 * minutes] * 6
 
 
 def test_d50_the_delay_doubles_up_to_five_minutes() -> None:
     config = read("")
-    assert [retry_delay_s(config, n) for n in (1, 2, 3, 6, 7, 8, 4_000_000_000)] == [5, 10, 20, 160, 300, 300, 300]
-    assert retry_delay_s(read("[execution]\nretry_delay_seconds = 0"), 4_000_000_000) == 0
+    assert [orchestrator.retry_delay_s(config, n) for n in (1, 2, 3, 6, 7, 8, 4_000_000_000)] == [5, 10, 20, 160, 300, 300, 300]
+    assert orchestrator.retry_delay_s(read("[execution]\nretry_delay_seconds = 0"), 4_000_000_000) == 0
 
 
 # ---- Preflight ------------------------------------------------------------------------------------
@@ -251,7 +241,7 @@ def item(item_id: str, status: str = "new", **fields: object) -> Item:
 
 def problems(*items: Item, last: int = 0, config: Config | None = None) -> list[str]:
     backlog = Backlog({one["id"]: one for one in items}, last)
-    found = preflight_items(config or read(""), backlog)
+    found = orchestrator.preflight_items(config or read(""), backlog)
     assert all(problem.remedy for problem in found)
     return [problem.what for problem in found]
 
@@ -260,7 +250,7 @@ def test_workflow_files_must_exist_and_are_looked_up_beside_the_config(tmp_path:
     (tmp_path / "there.md").write_text("x")
     text = one_pipeline("{name='a', workflows=['there.md', 'z.md']}, {name='b', workflows=['gone/x.md', 'z.md']}")
     config = parse_config(text.encode(), "my.toml", tmp_path)
-    found = preflight_config(config, Path.exists)
+    found = orchestrator.preflight_config(config, Path.exists)
     assert [problem.what for problem in found] == [
         f"my.toml: pipelines.p, phase b: Workflow file not found: {tmp_path}/gone/x.md",
         f"my.toml: pipelines.p, phase a: Workflow file not found: {tmp_path}/z.md",

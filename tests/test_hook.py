@@ -90,9 +90,6 @@ def photograph(folder: Path) -> dict[str, tuple[int, bytes | str]]:
     }
 
 
-# ---- When it warns -------------------------------------------------------------------------------
-
-
 EDIT = "echo two > BACKLOG.yaml"
 STAGE = f"{EDIT}; git add BACKLOG.yaml"
 CASES = [
@@ -158,9 +155,6 @@ def test_as_an_entry_of_pre_commit_it_sees_what_that_hides(dirty: Path, monkeypa
         (store / f"patch1700000000-{process}").write_text(patch)
         done = subprocess.run([HERE / entry["entry"]], cwd=dirty, capture_output=True, text=True)
         assert (done.returncode, done.stderr) == (0, said)
-
-
-# ---- Installing it -------------------------------------------------------------------------------
 
 
 def test_install_and_uninstall_and_both_again(dirty: Path, hook: Callable[..., str]) -> None:

@@ -42,9 +42,6 @@ def trailers(*lines: str) -> str:
     return "\n".join(f"Orchestrator-{line}" for line in lines)
 
 
-# -- a run -----------------------------------------------------------------------------------------
-
-
 @pytest.mark.slow
 def test_a_run_can_be_told_again_from_its_history(project: Project, here: Cli) -> None:
     project.script({
@@ -89,9 +86,6 @@ def test_a_state_commit_tells_of_each_item_that_it_changes(project: Project, her
         ("WRK-001", "", "unblocked", "Save backlog state on halt (CapReached)"),
         ("WRK-003", "", "added", "Item WRK-003"),
     ]
-
-
-# -- the command -----------------------------------------------------------------------------------
 
 
 def test_the_log_is_newest_first_and_can_be_limited(project: Project, here: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,9 +144,6 @@ def test_a_project_below_the_top_tells_of_itself_alone(project: Project, cli: Cl
     assert told(rows) == [("WRK-001", "", "added", "Of b")]
 
 
-# -- finished items --------------------------------------------------------------------------------
-
-
 def test_finished_items_come_from_the_worklog_newest_first(project: Project, here: Cli) -> None:
     project.backlog("WRK-001 new", "WRK-002 in_progress phase=plan", "WRK-003 new")
     project.commit_all()
@@ -175,9 +166,6 @@ def test_without_a_worklog_the_trailers_tell_what_has_left(project: Project, her
     commit(project, "[orchestrator] Close WRK-001: Old", "[WRK-001] Not wanted", trailers("Item: WRK-001", "Outcome: closed"))
     (row,) = json.loads(here("status", "--done", "--json").out)["items"]
     assert (row["id"], row["status"], row["summary"]) == ("WRK-001", "closed", "Not wanted")
-
-
-# -- the worklog -----------------------------------------------------------------------------------
 
 
 def test_what_the_worklog_says_is_read_as_it_was_written() -> None:

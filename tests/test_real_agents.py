@@ -142,9 +142,7 @@ def test_too_many_requests_charge_nobody(project: Any, model: LlmServer) -> None
     refusals = [Refusal(429, "rate_limit_error", "slow down")] * 3
     model.script = lambda text, done: refusals.pop() if refusals else play()(text, done)
     configure(project, execution="max_retries = 0")
-
     log = project.run("run").stderr
-
     assert conversations(model) == ["WRK-001 plan 1"] * 4
     assert log.count("claude: API Error: Request rejected (429)") == 1
     assert "no attempt is charged" in log
@@ -158,12 +156,10 @@ def test_a_usage_limit_is_waited_for(project: Any, model: LlmServer, monkeypatch
     limit = {f"anthropic-ratelimit-unified-{name}": value for name, value in told.items()}
     model.script = lambda text, done: Refusal(429, "rate_limit_error", "limit", limit)
     configure(project, execution='on_usage_limit = "wait"')
-
     process = project.start("run")
     log = project.read_until(process, "claude rests for")
     process.terminate()
     project.finish(process, 143)
-
     assert "claude: usage limit reached (five_hour); resets at 2100-01-01 00:00 UTC" in log
     assert conversations(model) == ["WRK-001 plan 1"]
     assert project.statuses() == {"WRK-001": "in_progress plan"}
@@ -172,9 +168,7 @@ def test_a_usage_limit_is_waited_for(project: Any, model: LlmServer, monkeypatch
 def test_a_silent_api_runs_into_the_idle_timeout(project: Any, model: LlmServer) -> None:
     model.script = lambda text, done: Silence() if Asked(text).attempt == "1" else play()(text, done)
     configure(project, execution="idle_timeout_minutes = 0.25")
-
     log = project.run("run").stderr
-
     assert conversations(model)[0] == "WRK-001 plan 1"
     assert "attempt 1 of 3 failed: timed out: no output for 15 seconds" in log
     assert conversations(model)[-1] == "WRK-001 plan 2"
@@ -212,10 +206,8 @@ def test_signals_and_a_kill_in_the_middle_of_a_tool_command(project: Any, model:
 def test_without_a_login_the_run_halts_with_the_words_of_the_cli(project: Any, model: LlmServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("ANTHROPIC_API_KEY")
     configure(project)
-
     probe = project.run("check", "--probe", code=1).stdout
     log = project.run("run", code=4).stderr
-
     assert "problem: claude: Not logged in · Please run /login\n  Log in: start `claude` once" in probe
     assert "(CircuitBreakerTripped): claude: Not logged in · Please run /login" in log
     assert project.statuses() == {"WRK-001": "in_progress plan"}
@@ -225,9 +217,7 @@ def test_without_a_login_the_run_halts_with_the_words_of_the_cli(project: Any, m
 def test_the_budget_ends_the_run_and_charges_nobody(project: Any, model: LlmServer) -> None:
     model.script = play(Call("echo 1"), Call("echo 2"), Call("echo 3"))
     configure(project, execution="max_cost_usd = 0.01\nmax_retries = 0")
-
     log = project.run("run").stderr
-
     assert "interrupted (max_cost_usd is used up)" in log
     assert "(CapReached)" in log
     assert len(model.asked) == 2  # 0.6 cents each: the CLI itself stopped after the second

@@ -18,9 +18,6 @@ def parse(changes: dict[str, Any] | None = None, *, without: str = "") -> PhaseR
     return parse_result(json.dumps(row).encode(), "WRK-001", "prd")
 
 
-# -- whole results ---------------------------------------------------------------------------------
-
-
 def test_d59_null_counts_as_absent_in_every_optional_field() -> None:
     assert parse() == PhaseResult("WRK-001", "prd", "phase_complete", "Wrote the PRD.")
     optional = (
@@ -45,9 +42,6 @@ def test_d18_a_full_result_is_taken_over_completely() -> None:
     for code in ("phase_complete", "subphase_complete", "failed"):
         assert parse({"result": code}).result == code
     assert parse({"block_type": "clarification"}).block_type == "clarification"
-
-
-# -- what is refused -------------------------------------------------------------------------------
 
 
 def minimal(**changes: object) -> bytes:
@@ -82,9 +76,6 @@ def test_d15_what_is_no_result_of_this_phase_is_refused(data: bytes, says: str) 
     with pytest.raises(ResultError) as caught:
         parse_result(data, "WRK-001", "prd")
     assert str(caught.value).startswith(says)
-
-
-# -- lenient fields --------------------------------------------------------------------------------
 
 
 def test_a_missing_summary_gets_a_text_so_that_no_reason_is_ever_empty() -> None:
@@ -161,9 +152,6 @@ def test_a_field_may_be_partial_or_said_in_other_words(key: str, given: object, 
     assert parse({key: given}) == parse()._replace(**{name: read})
 
 
-# -- bytes and characters --------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     "wrapped",
     ["\ufeff%s", "```json\n%s\n```", "```\n%s\n```\n", "\n\n  %s\n"],
@@ -190,9 +178,6 @@ def test_an_enormous_text_is_cut_with_a_warning() -> None:
     result = parse({"summary": "x" * 30_000})
     assert result.summary == "x" * 20_000 + "…"
     assert result.warnings == ("summary is cut to 20000 characters",)
-
-
-# -- why an attempt failed -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -18,22 +18,9 @@ from orchestrator import (
     MessageEntry,
     Phase,
     Pipeline,
-    RunOptions,
     Task,
-    build_prompt,
-    change_dir_name,
-    clean_text,
-    fit,
-    halt_message,
-    human_duration,
     matches_output,
-    one_line,
-    phase_message,
-    render_item,
-    render_plan,
-    render_status,
     render_summary,
-    safe_name,
     status_rows,
     table,
 )
@@ -72,7 +59,7 @@ def prompt_for(item: Item | None = None, task: Task | None = None, config: Confi
     folder = "/project/changes/WRK-042_title"
     arguments = {"attempt": 1, "attempts": 3, "result_path": "/project/result.json", "change_dir": folder, **given}
     backlog = make_backlog(item, *others)
-    return build_prompt(item, task or task_of("prd"), config or make_config(), backlog=backlog, **arguments)
+    return orchestrator.build_prompt(item, task or task_of("prd"), config or make_config(), backlog=backlog, **arguments)
 
 
 def headings(prompt: str) -> list[str]:
@@ -106,8 +93,8 @@ def section(prompt: str, heading: str) -> str:
     ],
 )
 def test_clean_text(text: str, clean: str) -> None:
-    assert clean_text(text) == clean
-    assert [one_line(f" a\n\nb\t{text} ", n) for n in (4, 0)] == ["a b…", " ".join(f"a b {clean}".split())]
+    assert orchestrator.clean_text(text) == clean
+    assert [orchestrator.one_line(f" a\n\nb\t{text} ", n) for n in (4, 0)] == ["a b…", " ".join(f"a b {clean}".split())]
 
 
 @pytest.mark.parametrize(
@@ -124,7 +111,7 @@ def test_clean_text(text: str, clean: str) -> None:
     ],
 )
 def test_d52_a_cell_is_exactly_as_wide_as_its_column(text: str, width: int, cell: str) -> None:
-    assert fit(text, width) == cell
+    assert orchestrator.fit(text, width) == cell
 
 
 @pytest.mark.parametrize(
@@ -135,7 +122,7 @@ def test_d52_a_cell_is_exactly_as_wide_as_its_column(text: str, width: int, cell
     ],
 )
 def test_human_duration(seconds: float, text: str) -> None:
-    assert human_duration(seconds) == text
+    assert orchestrator.human_duration(seconds) == text
 
 
 # -- names of files --------------------------------------------------------------------------------
@@ -154,12 +141,12 @@ def test_human_duration(seconds: float, text: str) -> None:
     ],
 )
 def test_d45_the_folder_name_is_short_safe_and_never_without_a_slug(title: str, name: str) -> None:
-    assert change_dir_name("WRK-001", title) == name
+    assert orchestrator.change_dir_name("WRK-001", title) == name
 
 
 def test_d45_ids_and_phases_become_safe_parts_of_paths() -> None:
     safe = {"WRK-001": "WRK-001", "v1.2_x": "v1.2_x", "../../x": "----x", "a b/c\n": "a-b-c-", "..": "-", "": "-", ".git": "git"}
-    assert {text: safe_name(text) for text in safe} == safe
+    assert {text: orchestrator.safe_name(text) for text in safe} == safe
 
 
 DEFAULT_OUTPUTS = ("changes/{id}_*/", "_ideas/{id}_*")
@@ -186,7 +173,7 @@ DEFAULT_OUTPUTS = ("changes/{id}_*/", "_ideas/{id}_*")
 def test_matches_output(path: str, patterns: tuple[str, ...], covered: bool) -> None:
     assert matches_output(path, patterns, "WRK-1") is covered
     assert not matches_output("changes/anything_x/a.md", DEFAULT_OUTPUTS, "*")  # an id is no pattern
-    assert matches_output(f"changes/{change_dir_name('A[1]', 'x')}/a.md", DEFAULT_OUTPUTS, "A[1]")
+    assert matches_output(f"changes/{orchestrator.change_dir_name('A[1]', 'x')}/a.md", DEFAULT_OUTPUTS, "A[1]")
 
 
 # -- commit messages -------------------------------------------------------------------------------
@@ -217,7 +204,7 @@ LONG = ("word " * 40).strip()
         ([entry("W-1", "prd", "No\n\nOrchestrator-Attempt: forged \x1b[31mred")], "[W-1][prd] No Orchestrator-Attempt: forged red"),
         ([entry("W-1", "prd", "Which colour?", "blocked")], "[W-1][prd] Blocked: Which colour?"),
         ([entry("W-1", "prd", "", "failed")], "[W-1][prd] Failed: no reason given"),
-        ([entry("W-1", "prd", LONG)], f"[W-1][prd] {one_line(LONG, 100)}\n\n[W-1][prd] {LONG}"),
+        ([entry("W-1", "prd", LONG)], f"[W-1][prd] {orchestrator.one_line(LONG, 100)}\n\n[W-1][prd] {LONG}"),
         (
             [entry("W-1", "prd", "First"), entry("W-2", "design"), entry("W-3", "review", "Third", "blocked")],
             "[W-1][prd] First | [W-3][review] Blocked: Third\n\n[W-1][prd] First\n[W-3][review] Blocked: Third",
@@ -226,7 +213,7 @@ LONG = ("word " * 40).strip()
     ],
 )  # fmt: skip
 def test_the_message_of_a_phase_commit(entries: list[MessageEntry], text: str) -> None:
-    assert phase_message(entries, "run-1") == f"{text}\n\n{trailers(*entries)}"
+    assert orchestrator.phase_message(entries, "run-1") == f"{text}\n\n{trailers(*entries)}"
 
 
 def test_the_message_of_the_halt_commit_names_the_reason_and_the_items() -> None:
@@ -234,7 +221,7 @@ def test_the_message_of_the_halt_commit_names_the_reason_and_the_items() -> None
     new = make_item("WRK-1", "blocked", blocked_reason="Which colour?")
     before, after = {"WRK-1": old, "WRK-2": same}, {"WRK-1": new, "WRK-2": same, "WRK-3": make_item("WRK-3", "new")}
     for reason in (*HaltReason, None):  # after an error it has no parentheses
-        assert halt_message(reason, orchestrator.state_entries(before, after), "run-1") == (
+        assert orchestrator.halt_message(reason, orchestrator.state_entries(before, after), "run-1") == (
             f"[orchestrator] Save backlog state on halt{f' ({reason})' if reason else ''}\n\n"
             "[WRK-1] Which colour?\n[WRK-3] Title of WRK-3\n\n"
             "Orchestrator-Run: run-1\n"
@@ -504,7 +491,7 @@ def test_everything_about_one_item() -> None:
         "WRK-001", "blocked", title="Fix\x1b[31m it", phase=None, requires_human_review=True, tags=["ui", "api"], attempts=0,
         blocked_reason="Which\ncolour?", description={"context": "one\ntwo", "problem": ""}, unblock_context="Blue.", cost_usd=0.5,
     )
-    assert render_item(item, 80) == [
+    assert orchestrator.render_item(item, 80) == [
         "WRK-001  Fix it", "", "Status:                blocked", f"Created:               {NOW}", f"Updated:               {NOW}",
         "Requires human review: yes", "Tags:                  ui, api", "Blocked reason:        Which colour?",
         "Cost:                  about $0.5000", "", "Context:", "  one", "  two", "", "Your notes for the next phase:", "  Blue.",
@@ -527,8 +514,8 @@ def plan_backlog() -> Backlog:
 
 
 def plan(backlog: Backlog, *, cap: int = 100, config: Config | None = None, **options: Any) -> list[str]:
-    rows = orchestrator.plan_rows(backlog, config or make_config(), RunOptions(cap, **options))
-    *lines, blank, end = [" ".join(line.split()) for line in render_plan(rows, (), 200)]
+    rows = orchestrator.plan_rows(backlog, config or make_config(), orchestrator.RunOptions(cap, **options))
+    *lines, blank, end = [" ".join(line.split()) for line in orchestrator.render_plan(rows, (), 200)]
     assert (blank, end) == ("", "Nothing was started and nothing was written.")
     return lines
 
@@ -697,9 +684,9 @@ def test_nothing_that_is_shown_can_paint_on_the_terminal() -> None:
     done = [{"id": "WRK-001", "title": nasty, "commit": None, "verified": []}]
     halt = orchestrator.halt_line(None, nasty)
     told = ended(list(backlog.items.values()), halt=halt, completed=done, warnings=[nasty], filters=[nasty])
-    plan = render_plan(orchestrator.plan_rows(backlog, make_config(), RunOptions(9)), (), 80)
-    shown = render_item(status_rows(backlog)[0], 80)
-    text = "\n".join([render_summary(told, "o"), *render_status(status_rows(backlog), 80, "o"), *plan, *shown])
+    plan = orchestrator.render_plan(orchestrator.plan_rows(backlog, make_config(), orchestrator.RunOptions(9)), (), 80)
+    shown = orchestrator.render_item(status_rows(backlog)[0], 80)
+    text = "\n".join([render_summary(told, "o"), *orchestrator.render_status(status_rows(backlog), 80, "o"), *plan, *shown])
     assert "\x1b" not in text
     assert "\x07" not in text
     assert [line for line in text.splitlines() if line.startswith("Halt: all is well")] == []

@@ -18,12 +18,7 @@ from typing import Any
 import pytest
 
 import orchestrator
-from orchestrator import (
-    FUTURE,
-    MODULE_ORDER,
-    build_single_file,
-    single_file_state,
-)
+from orchestrator import MODULE_ORDER, build_single_file, single_file_state
 
 HERE = Path(__file__).resolve().parent.parent
 SOURCES = {name: (HERE / f"{name}.py").read_text() for name in MODULE_ORDER}
@@ -71,19 +66,16 @@ def digest_of(built: str) -> str:
     return built.partition("# sha256 of all below: ")[2].partition("\n")[0]
 
 
-# ---- The file ------------------------------------------------------------------------------------
-
-
 def test_every_module_is_there_as_it_was_written(built: str) -> None:
     """In order, between marks; only what cannot stand twice or means nothing in one file goes."""
     ours = re.compile(rf"^from (?:{'|'.join(MODULE_ORDER)}) import (?:\([^)]*\)|.*)\n", re.M)
     place = 0
     for name, text in SOURCES.items():
         begin, end = (built.index(f"# #### {word} {name}.py ", place) for word in ("begin", "end"))
-        code = ours.sub("", text.removeprefix("#!/usr/bin/env python3\n")).replace(FUTURE, "")
+        code = ours.sub("", text.removeprefix("#!/usr/bin/env python3\n")).replace(orchestrator.FUTURE, "")
         assert built[begin:end].partition("\n")[2].strip() == code.strip()
         place = end
-    assert (built.count("#!/usr/bin/env python3\n"), built.count(FUTURE)) == (1, 1)
+    assert (built.count("#!/usr/bin/env python3\n"), built.count(orchestrator.FUTURE)) == (1, 1)
     assert re.findall(rf"^\s*(?:from|import) (?:{'|'.join(MODULE_ORDER)})\b.*", built, re.M) == []
 
 
@@ -111,9 +103,6 @@ def test_no_name_means_two_things_in_one_file() -> None:
             if not word.startswith("__"):
                 assert known.setdefault(word, value) is value, f"{name}.{word} means another thing in an earlier module"
                 assert not hasattr(builtins, word)
-
-
-# ---- The command ---------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
