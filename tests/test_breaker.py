@@ -390,28 +390,20 @@ def test_a_limit_in_a_build_keeps_what_it_had_done_and_the_next_attempt_is_told(
     assert project.git("show", "HEAD:code.txt") == "whole\n"
 
 
-@pytest.mark.parametrize("cause", ["check", "option"])
-def test_who_cannot_work_halts_the_run_and_charges_nobody(project: Any, cause: str) -> None:
-    """What the agent did before a check that cannot run is kept on a ref."""
-    verify = 'verify = [["sh", "-c", "echo no linter here; exit 127"]]\n'
-    project.configure("build!", more=verify, execution="max_retries = 0")
+def test_a_check_that_cannot_run_halts_the_run_and_charges_nobody(project: Any) -> None:
+    """What the agent did is kept on a ref."""
+    project.configure("build!", more='verify = [["sh", "-c", "echo no linter here; exit 127"]]\n', execution="max_retries = 0")
     project.backlog(*(f"WRK-00{n} in_progress phase=build phase_pool=main" for n in (1, 2)))
     project.commit_all()
     project.script({"*": [{"write": {"a.txt": "1\n"}}]})
-    if cause == "option":
-        (project.outside / "agent.py").write_text("import sys\nsys.exit(sys.stderr.write('unknown option --foo\\n') and 3)\n")
-
     log = project.run("run", code=4).stderr
-
     says = "verify command `sh -c echo no linter here; exit 127` failed with exit code 127 Last output: no linter here"
-    halt = log.partition("(CircuitBreakerTripped): ")[2].partition("\n")[0]
-    assert halt.endswith("unknown option --foo") if cause == "option" else halt == says
+    assert f"(CircuitBreakerTripped): {says}\n" in log
+    assert project.agent_log() == ["WRK-001 build 1"]
     assert set(project.statuses().values()) == {"in_progress build"}
     assert "attempts" not in project.text()
+    assert project.git("show", "refs/orchestrator/salvage/WRK-001/build/1:a.txt") == "1\n"
     assert not (project.root / "a.txt").exists()
-    if cause == "check":
-        assert project.agent_log() == ["WRK-001 build 1"]
-        assert project.git("show", "refs/orchestrator/salvage/WRK-001/build/1:a.txt") == "1\n"
 
 
 def test_the_live_line_tells_what_runs_what_rests_and_what_it_cost(project: Any, claude: Claude, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -77,17 +77,6 @@ def test_a_run_can_be_told_again_from_its_history(project: Project, here: Cli) -
     assert json.loads(here("show", "WRK-0021", "--json").out)["commits"] == []
 
 
-def test_a_state_commit_tells_of_each_item_that_it_changes(project: Project, here: Cli) -> None:
-    project.backlog("WRK-001 blocked blocked_reason=Why", "WRK-002 new")
-    project.commit_all()
-    project.backlog("WRK-001 ready", "WRK-002 new", "WRK-003 new")  # by hand
-    project.run("run", "--cap", "0")
-    assert sorted(told(log(here))) == [
-        ("WRK-001", "", "unblocked", "Save backlog state on halt (CapReached)"),
-        ("WRK-003", "", "added", "Item WRK-003"),
-    ]
-
-
 def test_the_log_is_newest_first_and_can_be_limited(project: Project, here: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     for day, n in (("2026-01-01", 1), ("2026-02-01", 2)):
         monkeypatch.setenv("GIT_COMMITTER_DATE", f"{day}T12:00:00Z")

@@ -67,11 +67,16 @@ def clean_and_saved(project: Any) -> None:
 # ---- What commits hold ---------------------------------------------------------------------------
 
 
-def test_d03_d07_d08_a1_a2_commits_hold_code_and_decision_and_nothing_of_the_operator(project: Any) -> None:
-    """A document phase, then a destructive one, with the operator's own changes of every kind."""
+ODD_NAMES = ["with space.txt", "grün ☃.txt", "-leading", "new\nline", 'quo"te', "tab\there", "*", ":(top)x", "[WRK-001] -> b"]
+
+
+def test_d03_d04_d07_d08_a1_a2_i2_commits_hold_code_and_decision_and_nothing_of_the_operator(project: Any) -> None:
+    """A document phase, then a destructive one with files of odd names and kinds; the operator's own changes of every kind."""
+    quoted = " ".join(f"'./{name}'" for name in ODD_NAMES)
+    odd = f"for f in {quoted}; do echo 1 > \"$f\"; done; ln -s 'with space.txt' link; echo '#!/bin/sh' > run.sh; chmod +x run.sh"
     prepare(project, "WRK-001 ready", script={
         "*/plan": [{"document": "plan.md", "sh": "echo secret > .env.local; git add .env.local; echo more >> README.md"}],
-        "*/build": [{"write": {"code.py": "1\n", "lib/new.py": "2\n"}, "sh": "git rm -q old.py && git mv name.py renamed.py"}],
+        "*/build": [{"write": {"code.py": "1\n", "lib/new.py": "2\n"}, "sh": f"git rm -q old.py && git mv name.py 'new name.py'; {odd}"}],
     })
     for name in ("old.py", "name.py", "half.py", "gone.py"):
         (project.root / name).write_text(f"{name}\n" * 5)
@@ -88,8 +93,10 @@ def test_d03_d07_d08_a1_a2_commits_hold_code_and_decision_and_nothing_of_the_ope
     log = month(project)
     assert log_of(project, start) == [
         ("[WRK-001][plan] plan done", ["BACKLOG.yaml", log, "changes/WRK-001_item-wrk-001/plan.md"]),
-        ("[WRK-001][build] build done", sorted(["BACKLOG.yaml", log, "code.py", "lib/new.py", "name.py", "old.py", "renamed.py"])),
+        ("[WRK-001][build] build done", sorted(["BACKLOG.yaml", log, "code.py", "lib/new.py", "name.py", "old.py", "new name.py", "link", "run.sh", *ODD_NAMES])),
     ]
+    modes = {row.split("\t")[1]: row[:6] for row in project.git("ls-tree", "-z", "HEAD").split("\0") if row}
+    assert (modes["link"], modes["run.sh"]) == ("120000", "100755")
     message = project.git("show", "-s", "--format=%B", "HEAD")
     run_id = json.loads(done.stdout)["run_id"]
     body = message.strip().split("\n")
@@ -247,18 +254,6 @@ def test_d10_d13_d14_d15_a_triage_that_fails_uses_its_attempts_and_then_blocks(p
     assert "broken pipe of the agent" in prompt(project, "WRK-002", "triage", 2)
     assert "size" in item(project, "WRK-002")["blocked_reason"]
     (project.root / "half.txt").unlink()  # outside the outputs of a triage: left as it is
-    clean_and_saved(project)
-
-
-def test_d04_i2_odd_file_names_and_kinds(project: Any) -> None:
-    names = ["with space.txt", "grün ☃.txt", "-leading", "new\nline", 'quo"te', "tab\there", "*", ":(top)x", "[WRK-001] -> b"]
-    quoted = " ".join("'./" + name + "'" for name in names)
-    shell = f"for f in {quoted}; do echo 1 > \"$f\"; done; ln -s 'with space.txt' link; echo '#!/bin/sh' > run.sh; chmod +x run.sh; git mv README.md 'READ ME.md'"
-    prepare(project, f"WRK-001 {IN_BUILD}", phases="build!", script={"*/build": [{"sh": shell}]})
-    project.run("run")
-    assert sorted(project.paths()) == sorted(["BACKLOG.yaml", month(project), *names, "link", "run.sh", "README.md", "READ ME.md"])
-    modes = {row.split("\t")[1]: row[:6] for row in project.git("ls-tree", "-z", "HEAD").split("\0") if row}
-    assert (modes["link"], modes["run.sh"]) == ("120000", "100755")
     clean_and_saved(project)
 
 
