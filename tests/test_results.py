@@ -164,16 +164,6 @@ def test_what_agents_like_to_wrap_around_json_does_not_matter(wrapped: str) -> N
     assert parse_result(no_utf8, "WRK-001", "prd").summary == "Wr\ufffdte the PRD."
 
 
-def test_nothing_that_a_terminal_or_yaml_takes_for_more_than_text_gets_through() -> None:
-    nasty = "\x1b[31mred\x1b[0m \x1b]0;title\x07 bell\x07 nul\x00 \u202ertl \x9b2J lone \ud800 a\r\nb\x85c\u2028d"
-    result = parse({"summary": nasty, "commit_summary": nasty, "follow_ups": [{"title": nasty, "context": nasty}]})
-    lines = "red  bell nul rtl  lone \ufffd a\nb\nc\nd"
-    line = "red bell nul rtl lone \ufffd a b c d"
-    assert (result.summary, result.commit_summary) == (lines, line)
-    assert result.follow_ups == (FollowUp(line, lines),)
-    result.summary.encode("utf-8")
-
-
 def test_an_enormous_text_is_cut_with_a_warning() -> None:
     result = parse({"summary": "x" * 30_000})
     assert result.summary == "x" * 20_000 + "…"

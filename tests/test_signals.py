@@ -42,24 +42,6 @@ def ended_well(project: Any, statuses: dict[str, str]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP], ids=lambda number: number.name)
-def test_b2_each_signal_to_the_whole_group_during_a_destructive_phase(project: Any, number: signal.Signals) -> None:
-    """Cancelled, not charged; what the agent left is on a ref and the tree is clean."""
-    prepare(project, f"WRK-001 {IN_BUILD}", "WRK-002 ready", execution="max_wip = 2", script={"*": [{**HANG, "write": {"half.py": "1\n"}}]})
-    process = project.start("run")
-    assert project.announced() == "WRK-001 build 1"
-    os.killpg(process.pid, number)
-    log = project.finish(process, 128 + number)
-    assert log.count("warning: stopping: ending the agents") == 1
-    assert "(ShutdownRequested)" in log
-    assert project.subjects()[:2] == [HALT, "Set up"]
-    assert project.paths() == ["BACKLOG.yaml"]
-    assert project.git("show", "refs/orchestrator/salvage/WRK-001/build/1:half.py") == "1\n"
-    assert "attempts" not in project.text()
-    ended_well(project, {"WRK-001": "in_progress build", "WRK-002": "in_progress plan"})
-
-
-@pytest.mark.slow
 def test_twice_ends_deaf_agents_and_their_children_without_the_grace(project: Any) -> None:
     """With a grace of an hour only the second signal can end this; it does not skip the commit."""
     deaf = {"on_term": "ignore", "sh": DEAF_CHILD.format(project.outside), **HANG}
@@ -92,20 +74,6 @@ def test_d11_d12_d58_results_that_are_finished_meanwhile_count(project: Any) -> 
     ended_well(project, {"WRK-001": "in_progress build", "WRK-002": "in_progress plan"})
     committed = {path for n in range(len(project.subjects()) - 2) for path in project.paths(f"HEAD~{n}")}
     assert {"changes/WRK-001_item-wrk-001/plan.md", "changes/WRK-002_item-wrk-002/half.md"} <= committed
-
-
-@pytest.mark.slow
-def test_d10_k4_during_triage_nothing_is_blocked_or_charged(project: Any) -> None:
-    prepare(project, "WRK-001 new")
-    process = project.start("run")
-    assert project.announced() == "WRK-001 triage 1"
-    process.send_signal(signal.SIGTERM)
-    project.finish(process, 143)
-    assert project.subjects()[0] == "Set up"
-    ended_well(project, {"WRK-001": "new"})
-    project.script({"*/triage": [{}]})
-    project.run("triage")
-    assert project.statuses() == {"WRK-001": "ready"}
 
 
 @pytest.mark.slow
