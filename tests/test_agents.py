@@ -678,23 +678,16 @@ def local_zone(monkeypatch: pytest.MonkeyPatch, name: str) -> Iterator[None]:
 
 
 RESETS = [
-    ("You’ve hit your usage limit, try again at 5:13 PM.", "2026-11-22T17:13"),
+    ("You’ve hit your usage limit, try again at 5:13 PM.", "2026-11-22T17:13"), ("try again at 12:05 AM", "2026-11-23T00:05"),
     ("try again at 11:59 AM", "2026-11-22T11:59"),  # just passed: not tomorrow's
-    ("try again at 12:05 AM", "2026-11-23T00:05"),
-    ("try again at Nov 25th, 2026 2:10 AM.", "2026-11-25T02:10"),
-    ("try again at Apr 28th, 2026 10:03 PM", "2026-04-28T22:03"),
-    ("resets 4:10am (America/Sao_Paulo)", "2026-11-23T09:10"),
-    ("resets 1pm", "2026-11-22T13:00"),
-    ("resets Dec 6, 1pm (Europe/Berlin)", "2026-12-06T14:00"),
-    ("resets Jan 2, 1pm", "2027-01-02T13:00"),
-    ("resets Jan 15, 2027, 8am (UTC)", "2027-01-15T10:00"),
-    ("resets at 23:30 UTC", "2026-11-23T01:30"),
+    ("try again at Nov 25th, 2026 2:10 AM.", "2026-11-25T02:10"), ("try again at Apr 28th, 2026 10:03 PM", "2026-04-28T22:03"),
+    ("resets 4:10am (America/Sao_Paulo)", "2026-11-23T09:10"), ("resets 1pm", "2026-11-22T13:00"),
+    ("resets Dec 6, 1pm (Europe/Berlin)", "2026-12-06T14:00"), ("resets Jan 2, 1pm", "2027-01-02T13:00"),
+    ("resets Jan 15, 2027, 8am (UTC)", "2027-01-15T10:00"), ("resets at 23:30 UTC", "2026-11-23T01:30"),
     ("Your limit will reset at 3pm (America/New_York).", "2026-11-22T22:00"),
     ("You will regain access on 2026-12-01 at 00:00 UTC.", "2026-12-01T02:00"),
-    ("Claude AI usage limit reached|1795345200", "2026-11-22T13:00"),
-    ("Try again in 3 days 4 hours 12 minutes.", "2026-11-25T16:12"),
-    ("Your quota will reset after 17h43m51s.", "2026-11-23T05:44"),
-    ("Please retry in 90.5s", "2026-11-22T12:02"),
+    ("Claude AI usage limit reached|1795345200", "2026-11-22T13:00"), ("Please retry in 90.5s", "2026-11-22T12:02"),
+    ("Try again in 3 days 4 hours 12 minutes.", "2026-11-25T16:12"), ("Your quota will reset after 17h43m51s.", "2026-11-23T05:44"),
     *((text, None) for text in ("resets 4:10am (Nowhere/Atlantis)", "resets 10", "try again at 25:99 PM",
       "try again at Foo 25th, 2026 2:10 AM.", "try again later")),
 ]  # fmt: skip

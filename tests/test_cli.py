@@ -377,18 +377,6 @@ def test_what_makes_no_sense_is_refused_in_one_line_and_changes_nothing(project:
         assert photograph(project.root) == before, argv
 
 
-# ---- advance and unblock -------------------------------------------------------------------------
-
-
-def test_advance(project: Any, here: Cli) -> None:
-    project.configure("plan build! review")
-    project.backlog("WRK-001 in_progress phase=plan phase_pool=main")
-    assert here("advance", "WRK-001").out == "Advanced WRK-001 from plan to build\n"
-    assert here("advance", "WRK-001", "--to", "review").out == "Advanced WRK-001 from build to review\n"
-    assert here("advance", "WRK-001", "--to", "plan").out == "Advanced WRK-001 from review to plan\n"
-    assert (item(project)["phase"], item(project)["phase_pool"]) == ("plan", "main")
-
-
 # ---- status, show, check -------------------------------------------------------------------------
 
 
@@ -422,6 +410,10 @@ def test_d52_status_table(project: Any, here: Cli) -> None:
         "Waiting for other items:",
         "  WRK-005 WRK-002 (in_progress)",
     ]
+    for only, ids in {"size=small": [2], "status=new impact=low": [1], "id=WRK-001,WRK-004": [4, 1], "tag=zzz": []}.items():
+        args = [word for one in only.split() for word in ("--only", one)]
+        assert [row["id"] for row in json.loads(here("status", "--json", *args).out)["items"]] == [f"WRK-00{n}" for n in ids]
+        assert (here("status", *args).out == "No item matches.\n") is (not ids)
 
 
 def test_d52_the_table_is_as_wide_as_the_terminal(project: Any, here: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -441,16 +433,6 @@ def test_d52_the_table_is_as_wide_as_the_terminal(project: Any, here: Cli, monke
     ]
     assert lines[140][1].endswith(f" {long}")
     assert "WRK-001 in_progress build -    small" in lines[40]  # the title below it
-
-
-def test_status_only(project: Any, here: Cli) -> None:
-    project.backlog("WRK-001 new size=small", "WRK-002 new size=large tags=[a] priority=7")
-    for only, ids in {
-        "size=small": [1], "id=WRK-001,WRK-002": [1, 2], "status=new tag=a": [2], "tag=zzz": [],
-    }.items():  # fmt: skip
-        args = [word for one in only.split() for word in ("--only", one)]
-        assert [row["id"] for row in json.loads(here("status", "--json", *args).out)["items"]] == [f"WRK-00{n}" for n in sorted(ids, key=lambda n: -n)]
-        assert (here("status", *args).out == "No item matches.\n") is (not ids)
 
 
 def test_check_names_all_problems_each_with_its_remedy(project: Any, here: Cli) -> None:
@@ -487,8 +469,10 @@ def test_commands_that_only_look_write_nothing(project: Any, here: Cli) -> None:
 
 
 def test_dry_run_says_what_would_run_and_why_the_rest_would_not(project: Any, here: Cli) -> None:
-    project.backlog("WRK-001 ready", "WRK-002 ready", "WRK-003 blocked blocked_reason=Unclear", "WRK-004 new dependencies=[WRK-001]", "WRK-005 done")
-    assert here("run", "--dry-run", "--cap", "2").out.splitlines() == [
+    items = ("WRK-001 ready", "WRK-002 ready", "WRK-003 blocked blocked_reason=Unclear", "WRK-004 new dependencies=[WRK-001]", "WRK-005 done")
+    project.backlog(*items)
+    project.commit_all()
+    would = [
         "Would run, if every phase succeeds:",
         "  1. WRK-001 Item WRK-001 plan → build",
         "",
@@ -496,27 +480,22 @@ def test_dry_run_says_what_would_run_and_why_the_rest_would_not(project: Any, he
         "  WRK-003 blocked: Unclear",
         "  2 items later: the limit of phases for one run is used up: WRK-002, WRK-004",
         "",
-        "Nothing was started and nothing was written.",
     ]
+    nothing = "Nothing was started and nothing was written."
+    assert here("run", "--dry-run", "--cap", "2").out.splitlines() == [*would, nothing]
     got = json.loads(here("run", "--dry-run", "--cap", "2", "--json").out)
     assert got["schema"] == 1
     assert [(row["id"], row["phase"]) for row in got["items"]] == [
         ("WRK-001", "plan"), ("WRK-001", "build"), ("WRK-003", None), ("WRK-002", None), ("WRK-004", None),
     ]
-
-
-def test_dry_run_says_what_keeps_a_run_from_starting(project: Any, here: Cli) -> None:
-    project.backlog("WRK-001 ready")
-    project.commit_all()
     (project.root / "README.md").write_text("edited\n")
-    text = here("run", "--dry-run").out
-    assert text.endswith(
-        "\nBut a run cannot start:\n- the work tree has uncommitted changes: README.md\n"
-        "  Commit them, or run with --allow-dirty, or set them aside: git stash push --include-untracked -- :/README.md\n\nNothing was started and nothing was written.\n"
-    )
-    assert text.startswith("Would run, if every phase succeeds:\n  1. WRK-001 ")
-    problem, = json.loads(here("run", "--dry-run", "--json").out)["problems"]
-    assert problem["what"] == "the work tree has uncommitted changes: README.md"
+    dirt = "the work tree has uncommitted changes: README.md"
+    assert here("run", "--dry-run", "--cap", "2").out.splitlines() == [
+        *would, "But a run cannot start:", f"- {dirt}",
+        "  Commit them, or run with --allow-dirty, or set them aside: git stash push --include-untracked -- :/README.md", "", nothing,
+    ]  # fmt: skip
+    (problem,) = json.loads(here("run", "--dry-run", "--json").out)["problems"]
+    assert problem["what"] == dirt
     assert "cannot start" not in here("run", "--dry-run", "--allow-dirty").out
 
 

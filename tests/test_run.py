@@ -423,7 +423,8 @@ def test_d21_d22_d23_d24_i1_only_by_status_whole_dependencies_and_items_that_cou
 @pytest.mark.slow
 def test_d02_d2_a_second_run_other_commands_and_stop_beside_an_active_run(project: Any, here: Cli) -> None:
     items = ("WRK-001 ready", "WRK-002 ready", "WRK-003 new")
-    prepare(project, *items, phases="plan again", script={"*/plan": [{"document": "p.md", "announce": True, "await": "go"}]})
+    step = {"document": "p.md", "sh": "echo reading", "announce": True, "await": "go"}
+    prepare(project, *items, phases="plan again", script={"*/plan": [step]})
     os.mkfifo(project.outside / "go")
     process = project.start("run")
     project.announced()
@@ -435,9 +436,12 @@ def test_d02_d2_a_second_run_other_commands_and_stop_beside_an_active_run(projec
     refused = here("complete", "WRK-001", code=1).err
     assert refused.startswith("orchestrator: WRK-001: its phase plan is running just now. Wait for it, or ask")
     assert here("close", "WRK-003", "--reason", "no", "--commit").out == f"Closed WRK-003: Item WRK-003\n{carries}"
+    follower = project.start("logs", "WRK-001", "-f")
+    assert [follower.stdout.readline() for _ in range(2)] == ["==> plan-1.out <==\n", "reading\n"]
     assert "finishes the phases in flight" in here("stop").out
     (project.outside / "go").write_text("")
     log = project.finish(process)
+    project.finish(follower)
     assert "(ShutdownRequested)" in log
     assert project.statuses() == {"WRK-001": "in_progress again", "WRK-002": "ready", "WRK-004": "new"}
     assert not [subject for subject in project.subjects() if "Added meanwhile" in subject or "Close" in subject]
