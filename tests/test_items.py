@@ -327,22 +327,6 @@ def test_d53_advance_sets_phase_and_pool(phase: str | None, to: str | None, expe
     assert advance(draft, "WRK-001", PHASES, to, NOW) == {**moved, "updated": NOW_TEXT}
 
 
-def test_archive_removes_the_item_and_what_depended_on_it() -> None:
-    other, third = item("WRK-002", dependencies=["WRK-001", "WRK-003"]), item("WRK-003")
-    last = item("WRK-004", dependencies=["WRK-001"])
-    draft = draft_of(item(status="done"), other, third, last, counter=4)
-    assert archive(draft, "WRK-001", NOW) == ["WRK-002", "WRK-004"]
-    assert draft.backlog() == Backlog(
-        {
-            "WRK-002": {**other, "dependencies": ["WRK-003"], "updated": NOW_TEXT},
-            "WRK-003": third,
-            "WRK-004": {**item("WRK-004"), "updated": NOW_TEXT},
-        },
-        4,
-    )
-    unchanged_after(draft, lambda: archive(draft, "WRK-001", NOW))
-
-
 # ---- Follow-ups ----------------------------------------------------------------------------------
 
 

@@ -175,17 +175,11 @@ def test_a_silent_api_runs_into_the_idle_timeout(project: Any, model: LlmServer)
     assert project.items() == {}
 
 
-def test_signals_and_a_kill_in_the_middle_of_a_tool_command(project: Any, model: LlmServer) -> None:
-    """SIGTERM: the agent goes first, nothing is charged. SIGKILL: the next run ends what is left."""
+def test_a_kill_in_the_middle_of_a_tool_command(project: Any, model: LlmServer) -> None:
+    """The next run ends what is left, and nothing is charged."""
     announce = Call(f"echo busy; echo ready > {project.outside}/announce; sleep 100")
     model.script = lambda text, done: announce if done == 0 else Say("?")
     configure(project)
-
-    process = project.start("run")
-    assert project.announced() == "ready"
-    process.terminate()
-    log = project.finish(process, 143)
-    after_term = project.survivors()
     process = project.start("run")
     assert project.announced() == "ready"
     process.kill()
@@ -193,9 +187,6 @@ def test_signals_and_a_kill_in_the_middle_of_a_tool_command(project: Any, model:
     after_kill = project.survivors()
     model.script = play()
     last = project.run("run")
-
-    assert "interrupted (stopped before it reported a result)" in log
-    assert after_term == []
     assert after_kill != []
     assert "ended a process that an agent left behind" in last.stderr
     assert project.survivors() == []

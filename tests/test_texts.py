@@ -630,8 +630,7 @@ def test_what_to_do_next_depends_on_why_the_run_ended() -> None:
 
 def test_every_halt_reason_has_its_line() -> None:
     line = orchestrator.halt_line
-    assert len({line(reason, "") for reason in HaltReason}) == len(HaltReason)
-    assert all(f"({reason})" in line(reason, "") for reason in HaltReason)
+    assert {line(reason, "").partition("(")[2] for reason in HaltReason} == {f"{reason})" for reason in HaltReason}
     assert line(HaltReason.CIRCUIT_BREAKER_TRIPPED, "claude: not\nlogged in").endswith(": claude: not logged in")
     assert line(None, "disk full") == "Ended by an error: disk full"
     assert line(None, "") == "Ended by an error: see above"
