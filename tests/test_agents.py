@@ -335,16 +335,13 @@ def test_exception_in_started_leaves_no_process(make_spec: SpecMaker, tmp_path: 
 
 # ---- Survivors -----------------------------------------------------------------------------------
 
-WAIT_FOR_PIDS = "while ! [ $(cat pids | wc -w) = {} ]; do sleep 0.005; done"
-SURVIVORS = (
+KINDS = (
     "sleep 120 & echo $! >> pids",
     "nohup sleep 120 >&- 2>&- & echo $! >> pids",
     "setsid sleep 120 & echo $! >> pids",
     "sh -c 'trap \"\" TERM HUP INT; sleep 120' & echo $! >> pids",
     "sh -c 'setsid sleep 120 & echo $! >> pids'",
     "(setsid sh -c '(echo $$ >> pids; exec sleep 120) &' &)",
-)
-CLEANED = (
     "env -i sleep 120 & echo $! >> pids",
     "env -i setsid sh -c 'echo $$ >> pids; exec sleep 120' &",
     "sh -c 'env -i setsid sh -c \"echo \\$\\$ >> pids; exec sleep 120\" &'",
@@ -353,8 +350,8 @@ CLEANED = (
 
 @linux_only
 def test_d12_nothing_survives_a_normal_exit(make_spec: SpecMaker) -> None:
-    kinds = [*SURVIVORS, *CLEANED]
-    spec = make_spec("\n".join([*kinds, WAIT_FOR_PIDS.format(len(kinds)), report()]))
+    wait = f"while ! [ $(cat pids | wc -w) = {len(KINDS)} ]; do sleep 0.005; done"
+    spec = make_spec("\n".join([*KINDS, wait, report()]))
     outcome = attempt(spec)
     assert (outcome.kind, outcome.detail) == ("result", "")
     assert alive(spec.root / "pids") == []

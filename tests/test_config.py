@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -66,25 +68,16 @@ def test_d26_what_is_missing_means_the_defaults() -> None:
 
 
 def test_every_key_is_read() -> None:
+    execution: dict[str, Any] = {
+        "phase_timeout_minutes": 1.5, "max_retries": 0, "retry_delay_seconds": 0, "circuit_breaker": 4, "default_phase_cap": 7,
+        "max_run_minutes": 240, "max_cost_usd": 12.5, "max_wip": 3, "max_concurrent": 2, "idle_timeout_minutes": 0,
+        "kill_grace_seconds": 1, "hook_timeout_seconds": 600, "on_usage_limit": "wait",
+    }  # fmt: skip
     config = read(
         """
         project = { prefix = "HAMY", backlog_path = "dev/BACKLOG.yaml", protected_branches = ["main", "release"] }
         guardrails = { max_size = "small", max_complexity = "low", max_risk = "high" }
         notify = { command = ["notify-send", "done"] }
-        [execution]
-        phase_timeout_minutes = 1.5
-        max_retries = 0
-        default_phase_cap = 7
-        max_wip = 3
-        max_concurrent = 2
-        circuit_breaker = 4
-        retry_delay_seconds = 0
-        max_run_minutes = 240
-        max_cost_usd = 12.5
-        idle_timeout_minutes = 0
-        kill_grace_seconds = 1
-        hook_timeout_seconds = 600
-        on_usage_limit = "wait"
         [agent]
         cli = "command"
         model = " vendor/model-1.5 "
@@ -97,7 +90,9 @@ def test_every_key_is_read() -> None:
           { name = "write", workflows = ["a.md", "b.md"], agent = "codex", model = "m", timeout_minutes = 5, verify = [["make", "test"], ["true"]], outputs = ["docs/"] },
           { name = "publish", is_destructive = true, run = ["make", "all"], allow_empty = true },
         ]
+        [execution]
         """
+        + "\n".join(f"{key} = {json.dumps(value)}" for key, value in execution.items())
     )
     write = Phase(
         "write", workflows=("a.md", "b.md"), agent="codex", model="m", timeout_minutes=5.0,
@@ -110,7 +105,7 @@ def test_every_key_is_read() -> None:
         backlog_path="dev/BACKLOG.yaml",
         protected_branches=("main", "release"),
         guardrails=orchestrator.Guardrails("small", "low", "high"),
-        execution=orchestrator.Execution(1.5, 0, 0, 4, 7, 240, 12.5, 3, 2, 0, 1, 600, "wait"),
+        execution=orchestrator.Execution(**execution),
         agent=AgentSettings("command", "vendor/model-1.5", ("my agent", "{prompt_file}", ""), ("--fast",), env),
         notify=orchestrator.Notify(("notify-send", "done")),
         pipelines={"docs": Pipeline("docs", (Phase("look", outputs=DOCUMENT_OUTPUTS),), (write, publish))},
