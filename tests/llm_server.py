@@ -24,10 +24,6 @@ class Refusal(NamedTuple):
     headers: Mapping[str, str] = {}
 
 
-class Silence(NamedTuple):
-    """The connection is accepted and no answer ever comes."""
-
-
 class Call(NamedTuple):
     """The model runs a command with claude's tool Bash."""
 
@@ -40,7 +36,7 @@ class Say(NamedTuple):
     words: str
 
 
-Answer = Refusal | Silence | Call | Say
+Answer = Refusal | Call | Say
 Script = Callable[[str, int], Answer]  # (what the user said, steps done so far) → what comes next
 TOKENS = {"input_tokens": 1000, "output_tokens": 200}
 
@@ -97,10 +93,6 @@ class Handler(BaseHTTPRequestHandler):
         text, done = words_of(body["messages"])
         offered = {tool.get("name") for tool in body.get("tools", ())}
         answer = self.server.answer(text, done) if "Bash" in offered else Say("A title")
-        if isinstance(answer, Silence):
-            self.server.closing.wait()
-            self.close_connection = True
-            return None
         if isinstance(answer, Refusal):
             error = {"type": "error", "error": {"type": answer.kind, "message": answer.message}}
             return self.reply(answer.status, "application/json", json.dumps(error), answer.headers)
@@ -126,7 +118,6 @@ class LlmServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.script: Script = lambda text, done: Say("Nothing to do.")
         self.asked: list[tuple[str, int]] = []  # text and step of every request with tools
-        self.closing = threading.Event()
         self._numbers = itertools.count(1)
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self.serve_forever, daemon=True)
@@ -148,7 +139,6 @@ class LlmServer(ThreadingHTTPServer):
         """A client that was killed in the middle of an answer is part of the tests."""
 
     def close(self) -> None:
-        self.closing.set()
         self.shutdown()
         self.server_close()
         self._thread.join()

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import orchestrator
-from tests.conftest import Project, sh
+from tests.conftest import Project
 from tests.test_cli import Cli, cli, here
 
 __all__ = ["cli", "here"]  # fixtures
@@ -83,17 +83,6 @@ def test_status_and_check_tell_an_active_run_a_killed_one_and_trouble_apart(proj
     told = here("check", code=1).out
     assert "problem: a merge is in progress" in told
     assert told.endswith("\n1 problem\n")
-
-
-def test_the_remedy_for_dirt_names_it_and_leaves_the_backlog_alone(project: Project, here: Cli) -> None:
-    project.backlog("WRK-001 new")  # not committed
-    (project.root / "my notes.txt").write_text("mine\n")
-    problem = json.loads(here("check", "--json", code=1).out)["problems"][0]
-    command = problem["remedy"].partition("set them aside: ")[2]
-    assert command == "git stash push --include-untracked -- ':/my notes.txt'"
-    sh(project.root, "sh", "-c", command)
-    assert here("check").out.endswith("unchecked: build\nready to run\n")
-    assert project.items().keys() == {"WRK-001"}
 
 
 COMMANDS = [

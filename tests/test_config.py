@@ -53,9 +53,6 @@ def one_pipeline(phases: str, pre_phases: str = "", more: str = "") -> str:
     return f"[pipelines.p]\npre_phases = [{pre_phases}]\nphases = [{phases}]\n{more}"
 
 
-# ---- Reading --------------------------------------------------------------------------------------
-
-
 def test_d26_what_is_missing_means_the_defaults() -> None:
     assert read("") == Config(pipelines={"feature": FEATURE}, base=BASE, source="orchestrator.toml")
     assert orchestrator.default_config(BASE) == read("")._replace(source="built-in defaults")
@@ -112,9 +109,6 @@ def test_every_key_is_read() -> None:
         base=BASE,
         source="orchestrator.toml",
     )
-
-
-# ---- Refusing -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("data", [b"[project\n", b"a = 1\na = 2", b"a = " + b"[" * 20_000, b"a = " + b"9" * 5_000])
@@ -177,9 +171,6 @@ def test_d15_d27_d45_what_is_wrong_is_told_with_its_place() -> None:
     assert [line.split()[0] for line in complaints(several)] == ["execution.max_wip", "execution.max_concurrent", "pipelines.p", "nonsense"]
 
 
-# ---- The template ---------------------------------------------------------------------------------
-
-
 def test_d38_the_template_says_the_defaults_with_prefix_and_agent() -> None:
     assert read(config_template("WRK", "claude")) == read("")
     assert read(config_template("AB-c", "demo")) == read("")._replace(prefix="AB-c", agent=AgentSettings("demo"))
@@ -190,9 +181,6 @@ def test_d38_the_template_says_the_defaults_with_prefix_and_agent() -> None:
     config = read("\n".join(line[2:] if line.startswith(keys) else line for line in lines))
     assert (config.execution.max_run_minutes, config.execution.max_cost_usd) == (240, 20)
     assert config.notify.command == ("notify-send", "orchestrator")
-
-
-# ---- What the config says about items and phases --------------------------------------------------
 
 
 def test_a_phase_is_found_with_its_pool_and_its_agent() -> None:
@@ -224,9 +212,6 @@ def test_d50_the_delay_doubles_up_to_five_minutes() -> None:
     config = read("")
     assert [orchestrator.retry_delay_s(config, n) for n in (1, 2, 3, 6, 7, 8, 4_000_000_000)] == [5, 10, 20, 160, 300, 300, 300]
     assert orchestrator.retry_delay_s(read("[execution]\nretry_delay_seconds = 0"), 4_000_000_000) == 0
-
-
-# ---- Preflight ------------------------------------------------------------------------------------
 
 
 def item(item_id: str, status: str = "new", **fields: object) -> Item:

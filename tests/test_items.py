@@ -27,7 +27,6 @@ from backlog import (
     archive_entry,
     block,
     normalise_title,
-    read_item,
     timestamp,
     transition,
     unblock,
@@ -70,8 +69,6 @@ def unchanged_after(draft: Draft, call: Callable[[], object]) -> str:
     assert draft.backlog() == before
     return str(caught.value)
 
-
-# ---- Reading -------------------------------------------------------------------------------------
 
 FULL: dict[str, object] = {
     "id": "WRK-001", "title": "A full item", "status": "blocked", "phase": "build", "size": "medium", "complexity": "low", "risk": "high",
@@ -154,14 +151,6 @@ def test_a_value_of_the_wrong_kind_is_named_with_item_and_key() -> None:
         assert "next_item_id must be a whole number from 0, not" in refusal(MINIMAL.replace("_id: 1\n", f"_id: {counter}\n"))
 
 
-def test_one_bad_value_costs_that_key_alone() -> None:
-    raw = {**item(size="small"), "status": "open", "tags": "a", "own": {"x": None}, "phase": None}
-    read, problems = read_item({**raw, "description": {"context": "c", "problem": None}})
-    known = {key: value for key, value in item(size="small").items() if key != "status"}
-    assert read == known | {"own": {"x": None}, "description": {"context": "c", "problem": ""}}
-    assert [key for key, _ in problems] == ["status", "tags"]
-
-
 def test_all_problems_are_listed_at_once_with_their_lines() -> None:
     text = """\
 # mine
@@ -199,9 +188,6 @@ next_item_id: 9
 @pytest.mark.parametrize("bad", ["''", "a/b", "'..'", "'a b'", ".hidden", "'-x'", "x" * 101, '"a\\nb"'])
 def test_d45_an_id_that_cannot_be_a_file_name_is_refused(bad: str) -> None:
     assert "id must be up to 100 letters" in refusal(MINIMAL.replace("WRK-001", bad))
-
-
-# ---- Drafts and ids ------------------------------------------------------------------------------
 
 
 def test_a_draft_takes_changes_and_leaves_its_backlog_alone() -> None:
@@ -264,9 +250,6 @@ def test_ids_go_on_across_prefixes_and_after_removal() -> None:
     assert draft.add("WRK", "4", NOW)["id"] == "WRK-004"
 
 
-# ---- Life cycle ----------------------------------------------------------------------------------
-
-
 def test_transitions() -> None:
     legal = {
         ("new", "scoping"), ("scoping", "ready"), ("ready", "in_progress"), ("in_progress", "done"),
@@ -320,9 +303,6 @@ def test_d53_advance_sets_phase_and_pool(phase: str | None, to: str | None, expe
     assert advance(draft, "WRK-001", PHASES, to, NOW) == {**moved, "updated": NOW_TEXT}
 
 
-# ---- Follow-ups ----------------------------------------------------------------------------------
-
-
 def test_d35_d59_follow_ups_become_items_once_and_bad_ones_are_left_out() -> None:
     draft = draft_of(item("WRK-006", title="Add `--json` to status!"), item("WRK-007", "done", title="Two"), counter=3)
     follow_ups = [
@@ -356,9 +336,6 @@ def test_d35_d59_follow_ups_become_items_once_and_bad_ones_are_left_out() -> Non
 )  # fmt: skip
 def test_normalised_titles(one: str, other: str, same: bool) -> None:
     assert (normalise_title(one) == normalise_title(other)) is same
-
-
-# ---- Worklog -------------------------------------------------------------------------------------
 
 
 def test_worklog_entries() -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from tests.llm_server import Answer, Call, LlmServer, Refusal, Say, Silence
+from tests.llm_server import Answer, Call, LlmServer, Refusal, Say
 
 CLAUDE = Path(__file__).resolve().parent.parent / ".agents/claude/node_modules/.bin/claude"
 
@@ -165,16 +165,6 @@ def test_a_usage_limit_is_waited_for(project: Any, model: LlmServer, monkeypatch
     assert project.statuses() == {"WRK-001": "in_progress plan"}
 
 
-def test_a_silent_api_runs_into_the_idle_timeout(project: Any, model: LlmServer) -> None:
-    model.script = lambda text, done: Silence() if Asked(text).attempt == "1" else play()(text, done)
-    configure(project, execution="idle_timeout_minutes = 0.25")
-    log = project.run("run").stderr
-    assert conversations(model)[0] == "WRK-001 plan 1"
-    assert "attempt 1 of 3 failed: timed out: no output for 15 seconds" in log
-    assert conversations(model)[-1] == "WRK-001 plan 2"
-    assert project.items() == {}
-
-
 def test_a_kill_in_the_middle_of_a_tool_command(project: Any, model: LlmServer) -> None:
     """The next run ends what is left, and nothing is charged."""
     announce = Call(f"echo busy; echo ready > {project.outside}/announce; sleep 100")
@@ -192,17 +182,6 @@ def test_a_kill_in_the_middle_of_a_tool_command(project: Any, model: LlmServer) 
     assert project.survivors() == []
     assert set(conversations(model)) == {"WRK-001 plan 1"}
     assert project.items() == {}
-
-
-def test_without_a_login_the_run_halts_with_the_words_of_the_cli(project: Any, model: LlmServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("ANTHROPIC_API_KEY")
-    configure(project)
-    probe = project.run("check", "--probe", code=1).stdout
-    log = project.run("run", code=4).stderr
-    assert "problem: claude: Not logged in · Please run /login\n  Log in: start `claude` once" in probe
-    assert "(CircuitBreakerTripped): claude: Not logged in · Please run /login" in log
-    assert project.statuses() == {"WRK-001": "in_progress plan"}
-    assert model.asked == []
 
 
 def test_the_budget_ends_the_run_and_charges_nobody(project: Any, model: LlmServer) -> None:

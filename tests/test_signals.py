@@ -77,24 +77,6 @@ def test_d11_d12_d58_results_that_are_finished_meanwhile_count(project: Any) -> 
 
 
 @pytest.mark.slow
-def test_between_attempts_the_delay_is_not_waited_for(project: Any) -> None:
-    """The failed attempt stays charged: the next run goes on with the second one."""
-    failed = {"result": {"result": "failed", "summary": "cannot"}}
-    prepare(project, "WRK-001 ready", script={"*": [failed]}, retry_delay_seconds=300)
-    process = project.start("run")
-    project.read_until(process, "attempt 1 of 3 failed")
-    process.send_signal(signal.SIGINT)
-    project.finish(process, 130)
-    assert project.subjects()[0] == HALT
-    ended_well(project, {"WRK-001": "in_progress plan"})
-    assert "attempts: 1" in project.text()
-    project.script({"*/plan": [{"document": "p.md"}]})
-    project.run("run", "--cap", "1")
-    assert project.agent_log() == ["WRK-001 plan 1", "WRK-001 plan 2"]
-    assert "attempts" not in project.text()
-
-
-@pytest.mark.slow
 def test_during_verify_and_a_command_phase(project: Any) -> None:
     """A check that hangs is ended like an agent, and the attempt does not count."""
     hang = f"echo here > {project.outside}/announce; exec sleep 1000"
