@@ -417,9 +417,6 @@ def test_what_a_killed_run_left_is_ended(make_spec: SpecMaker, tmp_path: Path) -
     assert (tmp_path / "tidy").read_text() == "tidied\n"
 
 
-# ---- Output --------------------------------------------------------------------------------------
-
-
 def test_large_output_is_followed_to_its_end(make_spec: SpecMaker) -> None:
     script = "import sys\nfor n in range(20): sys.stdout.write('x' * 500_000 + '\\n')\nprint('the end'); sys.exit(1)"
     outcome = attempt(make_spec((sys.executable, "-S", "-E", "-c", script)))
@@ -777,9 +774,6 @@ def test_background_work_of_a_recorded_claude(play: Player) -> None:
     assert outcome.detail.startswith("it ended while this was still running in the background: do it (exit code 0)\n")
 
 
-# ---- Phases that are a command, and verify commands ----------------------------------------------
-
-
 def test_a_phase_that_is_a_command_ends_by_its_exit_code(make_spec: SpecMaker) -> None:
     def run(*argv: str) -> AgentOutcome:
         task = Task("WRK-001", Phase("check", run=argv), "main")
@@ -819,9 +813,6 @@ def test_verify_commands(make_spec: SpecMaker) -> None:
     assert verify("sleep 120", timeout_s=0.05) == "verify command `sh -c sleep 120` ran out of time"
     assert verify("no-such") == CannotRun("verify command `no-such` cannot be started: No such file or directory")
     assert isinstance(verify("exit 127"), CannotRun)
-
-
-# ---- The demo agent ------------------------------------------------------------------------------
 
 
 def test_demo_agent_by_phase_and_title(make_spec: SpecMaker) -> None:

@@ -89,9 +89,6 @@ def git(root: Path, *argv: str) -> str:
     return subprocess.run(["git", "-C", str(root), *argv], check=True, capture_output=True, text=True).stdout
 
 
-# ---- The command line itself ---------------------------------------------------------------------
-
-
 def test_version_and_help(cli: Cli) -> None:
     assert cli("--version").out.startswith(f"orchestrator {orchestrator.__version__} (three modules, ")
     assert cli().out == cli("--help").out
@@ -192,9 +189,6 @@ def test_d38_d39_options_stand_before_or_after_and_a_relative_root_means_the_sam
     monkeypatch.chdir(project.root)
     assert cli("add", "y").out == "Added WRK-005: y\n"
 
-# ---- init ----------------------------------------------------------------------------------------
-
-
 def test_init_makes_and_commits_exactly_two_files(bare: Path, cli: Cli) -> None:
     (bare / "mine.txt").write_text("staged\n")
     git(bare, "add", "mine.txt")
@@ -294,9 +288,6 @@ def test_d38_init_refuses_a_bad_prefix_and_leaves_commits_to_others_when_asked(t
     assert cli("--root", tmp_path, "add", "x").out == "Added Ab_c-1-001: x\n"
 
 
-# ---- add -----------------------------------------------------------------------------------------
-
-
 def test_add_with_all_options(project: Any, here: Cli) -> None:
     here("add", "First")
     done = here(
@@ -365,9 +356,6 @@ def test_what_makes_no_sense_is_refused_in_one_line_and_changes_nothing(project:
         assert (done.out, done.err.count("\n")) == ("", 1)
         assert done.err.startswith(f"orchestrator: {says}"), argv
         assert photograph(project.root) == before, argv
-
-
-# ---- status, show, check -------------------------------------------------------------------------
 
 
 def test_status_of_an_empty_backlog(here: Cli) -> None:
@@ -453,9 +441,6 @@ def test_commands_that_only_look_write_nothing(project: Any, here: Cli) -> None:
     ):  # fmt: skip
         here(*line.split(), code=1 if "check" in line else 0)
         assert photograph(project.root) == before, line
-
-
-# ---- run and triage: the command line; what they do is tested elsewhere ---------------------------
 
 
 def test_dry_run_says_what_would_run_and_why_the_rest_would_not(project: Any, here: Cli) -> None:

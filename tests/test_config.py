@@ -122,7 +122,6 @@ NAME = "must be at most 64 ASCII letters, digits, - and _, not"
 PHASE = "pipelines.p.phases[0]"
 WRONG = [
     ("[execution]\nmax_wip = 0", "execution.max_wip " + NUMBER.format(1, 0)),
-    ("[execution]\nmax_concurrent = 0", "execution.max_concurrent " + NUMBER.format(1, 0)),
     ("[execution]\nmax_retries = -1", "execution.max_retries " + NUMBER.format(0, -1)),
     ("[execution]\nmax_retries = 4294967296", "execution.max_retries " + NUMBER.format(0, 4294967296)),
     ("[execution]\nmax_wip = true", "execution.max_wip " + NUMBER.format(1, "true")),
@@ -142,8 +141,8 @@ WRONG = [
     *((f'[agent]\nmodel = "{m}"', f'agent.model must be letters, digits, . _ / - (no leading -), not "{m}"') for m in ("-m", "two words", "a;b", "ü")),
     ("[notify]\ncommand = []", 'notify.command must be a command such as ["make", "test"], not []'),
     ("[exection]", 'exection is no known key (did you mean "execution"?)'),
-    ("[execution]\nmax_wpi = 2", 'execution.max_wpi is no known key (did you mean "max_wip"?)'),
     ("[notify]\nxyz = 1", "notify.xyz is no known key"),
+    ("[execution]\nmax_wpi = 2", 'execution.max_wpi is no known key (did you mean "max_wip"?)'),
     (one_pipeline("{name='a'}", more="fases = []"), 'pipelines.p.fases is no known key (did you mean "phases"?)'),
     (one_pipeline("{name='a', workflow='warn'}"), f'{PHASE}.workflow is no known key (did you mean "workflows"?)'),
     (one_pipeline(""), "pipelines.p needs at least one main phase in `phases`"),

@@ -9,13 +9,7 @@ from typing import Any
 
 import pytest
 
-from backlog import (
-    archive_entry,
-    last_summary,
-    read_worklog,
-    with_cost,
-    worklog_entry,
-)
+from backlog import archive_entry, last_summary, read_worklog, with_cost, worklog_entry
 from gitutil import GitError, Repo
 from orchestrator import Usage, usage_text, utc_now, worklog_costs
 from tests.conftest import Project, sh

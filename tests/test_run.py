@@ -64,9 +64,6 @@ def clean_and_saved(project: Any) -> None:
     assert project.git("for-each-ref", "refs/orchestrator/snapshots") == ""
 
 
-# ---- What commits hold ---------------------------------------------------------------------------
-
-
 ODD_NAMES = ["with space.txt", "grün ☃.txt", "-leading", "new\nline", 'quo"te', "tab\there", "*", ":(top)x", "[WRK-001] -> b"]
 
 
@@ -257,9 +254,6 @@ def test_d10_d13_d14_d15_a_triage_that_fails_uses_its_attempts_and_then_blocks(p
     clean_and_saved(project)
 
 
-# ---- Attempts ------------------------------------------------------------------------------------
-
-
 def test_d50_d57_retry_with_the_failure_in_the_prompt_and_the_attempt_on_a_ref(project: Any) -> None:
     (project.root / "old.py").write_text("old\n")
     seen = project.outside / "seen"
@@ -342,9 +336,6 @@ def test_d32_h1_h3_the_operators_hooks_reject_once_and_mend_once(project: Any) -
     clean_and_saved(project)
 
 
-# ---- Agents that use git -------------------------------------------------------------------------
-
-
 @pytest.mark.slow
 def test_an_agent_that_commits_by_itself_in_a_subphase_and_before_it_fails(project: Any) -> None:
     commit = "git add -A -- '*.py' && git commit -qm 'by the agent'"
@@ -393,9 +384,6 @@ def test_files_of_the_operator_that_a_destructive_phase_changes_or_takes_away(pr
     assert project.committed() == project.text()
 
 
-# ---- What is worked on ---------------------------------------------------------------------------
-
-
 @pytest.mark.slow
 def test_d21_d22_d23_d24_i1_only_by_status_whole_dependencies_and_items_that_could_never_run(project: Any) -> None:
     """What does not fit the config is mended or blocked; dependencies are those of the whole backlog."""
@@ -415,9 +403,6 @@ def test_d21_d22_d23_d24_i1_only_by_status_whole_dependencies_and_items_that_cou
     assert "unknown" in item(project, "WRK-001")["blocked_reason"]
     assert "large" in item(project, "WRK-006")["blocked_reason"]
     clean_and_saved(project)
-
-
-# ---- Where and beside what it runs ---------------------------------------------------------------
 
 
 @pytest.mark.slow

@@ -71,9 +71,6 @@ def section(prompt: str, heading: str) -> str:
     return found[1]
 
 
-# -- words and lines -------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("text", "clean"),
     [
@@ -117,9 +114,6 @@ def test_human_duration(seconds: float, text: str) -> None:
     assert orchestrator.human_duration(seconds) == text
 
 
-# -- names of files --------------------------------------------------------------------------------
-
-
 def test_d45_the_folder_name_is_short_safe_and_never_without_a_slug() -> None:
     names = {
         "Add a Login page!": "add-a-login-page", "  --Größe & Café--  ": "groe-cafe", "日本語": "item", "../../etc/passwd": "etc-passwd",
@@ -134,8 +128,6 @@ def test_d45_ids_and_phases_become_safe_parts_of_paths() -> None:
 
 
 DEFAULT_OUTPUTS = ("changes/{id}_*/", "_ideas/{id}_*")
-
-
 COVERED = [
     ("changes/WRK-1_login/prd.md", DEFAULT_OUTPUTS), ("_ideas/WRK-1_login.md", DEFAULT_OUTPUTS), ("docs/a/b.md", ("docs/**",)),
     ("docs/a/b.md", ("./docs/",)), ("docs/b.md", ("docs/*.md",)), ("docs/[x].md", ("docs/[[]x].md",)), ("README.md", ("README.md",)),
@@ -152,9 +144,6 @@ def test_matches_output() -> None:
     assert [one for one in NOT_COVERED if orchestrator.matches_output(*one, "WRK-1")] == []
     assert not orchestrator.matches_output("changes/anything_x/a.md", DEFAULT_OUTPUTS, "*")  # an id is no pattern
     assert orchestrator.matches_output(f"changes/{orchestrator.change_dir_name('A[1]', 'x')}/a.md", DEFAULT_OUTPUTS, "A[1]")
-
-
-# -- commit messages -------------------------------------------------------------------------------
 
 
 def entry(item_id: str, phase: str, summary: str = "", outcome: str = "complete") -> MessageEntry:
@@ -222,8 +211,6 @@ def test_what_a_state_commit_says_of_an_item(old: Any, new: Any, outcome: str, s
     before, after = ({"WRK-1": make_item("WRK-1", **one)} if one else {} for one in (old, new))
     assert orchestrator.state_entries(before, after) == [MessageEntry("WRK-1", "", outcome, summary)]
 
-
-# -- prompts ---------------------------------------------------------------------------------------
 
 ALL_HEADINGS = [
     "# Autonomous Agent", "## Item", "## Position", "## Current Assessments", "## Description",
@@ -421,9 +408,6 @@ def test_of_a_huge_backlog_triage_sees_the_most_similar_items() -> None:
     assert text.endswith("\n- … and 601 more with less similar titles")
 
 
-# -- tables, status --------------------------------------------------------------------------------
-
-
 def test_the_status_for_machines_and_the_order_of_items() -> None:
     backlog = make_backlog(
         make_item("WRK-001", "new", dependencies=["WRK-002"], priority=3), make_item("WRK-003", "new", impact="high"),
@@ -455,9 +439,6 @@ def test_everything_about_one_item() -> None:
         "Requires human review: yes", "Tags:                  ui, api", "Blocked reason:        Which colour?",
         "Cost:                  about $0.5000", "", "Context:", "  one", "  two", "", "Your notes for the next phase:", "  Blue.",
     ]
-
-
-# -- plan ------------------------------------------------------------------------------------------
 
 
 def plan_backlog() -> Backlog:
@@ -520,9 +501,6 @@ def test_the_plan_of_sixty_items_fits_a_screen_and_foresees_the_guardrails() -> 
     ]
 
 
-# -- the graph -------------------------------------------------------------------------------------
-
-
 def test_the_graph_is_mermaid_with_cycles_and_what_waits_for_what() -> None:
     backlog = make_backlog(
         make_item("A-1", "in_progress", phase="prd", title='Say "x" #1 <b>'),
@@ -551,9 +529,6 @@ def test_the_graph_is_mermaid_with_cycles_and_what_waits_for_what() -> None:
     assert [line.split("<br/>")[0] for line in part] == [
         "%% A-2 waits for A-1", "flowchart LR", '  n1["A-2 Title of A-2', '  n2["A-1 Say #quot;x#quot; #35;1 #lt;b#gt;', "  n2 --> n1", *styles,
     ]
-
-
-# -- the end of a run ------------------------------------------------------------------------------
 
 
 def ended(items: Sequence[Item] = (), **changes: Any) -> dict[str, Any]:
