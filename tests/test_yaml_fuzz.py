@@ -250,31 +250,38 @@ def test_ten_thousand_documents_made_of_chunks_of_others_mean_the_same() -> None
 
 # ---- faults --------------------------------------------------------------------------------------
 
-# One wrong entry of a mapping, and what its refusal names; all of them in the line of the entry.
+# One wrong entry of a mapping, with ¦ where it is refused, and what its refusal names.
 FAULTS: dict[str, str] = {
-    "z: &a b": "anchor", "z: *a": "alias", "z: !t b": "tag", "z: !!str 1": "tag", "z: @b": "@", "z: `b": "`", "z: %b": "%",
-    "z: ,b": ",", "z: ]": "]", "z: }": "}", "z: a: b": '": " inside a plain scalar', "z: b:": '": " inside a plain scalar',
-    'z: "b" c': "closing quote", "z: 'b' 'c'": "closing quote", "z: 'b'#c": "closing quote",
-    "z: [a": "flow sequence", "z: [a, [b]]": "flow sequence", "z: [a,]": "flow sequence", "z: [a: b]": "flow sequence",
-    "z: {a: b}": "flow mapping", "z: [a]b": "closing bracket", "z: |x": "block scalar header", "z: >12": "block scalar header",
-    "z: |": "block scalar without content", "z: 0x1F": "number", "z: 010": "number", "z: +1": "number", "z: .5": "number",
-    "z: 1.": "number", "z: .inf": "number", "z: 1234567890123456": "number", "z: 1e400": "number", "z: - b": "sequence entry",
-    "\tz: b": "tab", "z:\tb": "tab", "z: b\tc": "tab", 'z: "\\q"': "escape", 'z: "\\ud800"': "not a character",
-    "? z": "explicit key", "<<: z": "merge key", "1: z": "not a string", "true: z": "not a string", "~: z": "not a string",
-    ": z": "empty key", "&a z: b": "anchor", "!t z: b": "tag", "[z]: b": "", "{z}: b": "", "z": 'expected "key: value"',
-    "- z": "sequence entry among mapping keys", "z#y: b": "#", "'z' b": "", "---": "document start", "...": "document end",
-    "--- # c": "document start", "z: ?b": "?", "z: :b": ":", "first: again": "duplicate key 'first', first on line 1",
+    "z: ¦&a b": "anchor", "z: ¦*a": "alias", "z: ¦!t b": "tag", "z: ¦!!str 1": "tag", "z: ¦@b": "reserved indicator @", "z: ¦`b": "reserved indicator `",
+    "z: ¦%b": "%", "z: ¦,b": ",", "z: ¦]": "]", "z: ¦}": "}", "z: a¦: b": '": " inside a plain scalar', "z: b¦:": '": " inside a plain scalar',
+    'z: "b" ¦c': "closing quote", "z: 'b' ¦'c'": "closing quote", "z: 'b'¦#c": "closing quote", "z: 'b'¦: c": "closing quote",
+    "z: [¦a": "flow sequence", "z: [a,¦ [b]]": "flow sequence", "z: [a,¦]": "flow sequence", "z: [¦a: b]": "flow sequence", "z: [¦?b]": "flow sequence",
+    "z: [¦'b':c]": "flow sequence", "z: [b,¦ - c]": "flow sequence", "z: [¦-]": "flow sequence", "z: ¦{a: b}": "flow mapping", "z: [a]¦b": "closing bracket",
+    "z: [] ¦b": "closing bracket", "z: [b]¦]": "closing bracket", "¦[z]: b": "flow sequence in this place", "¦{z}: b": "flow mapping in this place",
+    "z: ¦|x": "malformed block scalar header", "z: ¦>12": "malformed block scalar header", "z: ¦|0": "malformed block scalar header",
+    "z: ¦># c": "malformed block scalar header", "z: > ¦b": "text after a block scalar header", "z: ¦|": "block scalar without content",
+    "z: ¦0x1F": "number", "z: ¦010": "number", "z: ¦+1": "number", "z: ¦.5": "number", "z: ¦1.": "number", "z: ¦.inf": "number",
+    "z: ¦1234567890123456": "number", "z: ¦1e400": "number", "z: ¦- b": "sequence entry on the line of its key", "z: ¦?b": "starts with `?`", "z: ¦:b": "starts with `:`",
+    "¦\tz: b": "tab character in indentation", "z:¦\tb": "tab character behind a colon", "z: ¦\tb": "tab character between tokens", "z: b¦\tc": "tab character in a plain scalar",
+    "z: b¦\t# c": "tab character in a plain scalar", "z¦\ty: c": "tab character in a plain key", "z¦:y: c": "`:` in a plain key", "z¦#y: b": "`#` in a plain key",
+    'z: "¦\\q"': "unknown escape \\q", 'z: "b¦\\x4"': "unknown escape \\x", 'z: "¦\\ud800"': "not a character", 'z: "¦\\U00110000"': "\\U00110000",
+    "¦? z": "explicit key", "¦<<: z": "merge key", "¦1: z": "not a string", "¦true: z": "not a string", "¦~: z": "not a string", "¦: z": "empty key",
+    "¦&a z: b": "anchor", "¦!t z: b": "tag", "¦-z: 1": "starts with `-`", "¦z": 'expected "key: value"', "¦'z'": 'expected "key: value"', "¦'z' b": 'expected "key: value"',
+    "¦- z": "sequence entry among mapping keys", "¦---": "document start", "¦...": "document end", "¦--- # c": "document start",
+    "¦first: again": "duplicate key 'first', first on line 1", "¦'first': x": "duplicate key 'first', first on line 1",
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(("fault", "name"), FAULTS.items(), ids=list(FAULTS))
-def test_a_fault_anywhere_in_a_document_is_refused_by_name_and_line(fault: str, name: str) -> None:
+def test_a_fault_anywhere_in_a_document_is_refused_by_name_and_place(fault: str, name: str) -> None:
+    column, line = fault.index("¦") + 1, fault.replace("¦", "")
     for seed in range(12):
         made = Maker(seed)
         above, _ = made.block(2, 2, 2)
         below, _ = made.block(2, 2, 2)
-        lines = ["first: 1", "second:", *above, fault, "third:", *below, ""]
+        lines = ["first: 1", "second:", *above, line, "third:", *below, ""]
         with pytest.raises(YamlError) as refused:
             parse_yaml("\n".join(lines).encode(), "f")
-        assert refused.value.line == lines.index(fault) + 1, "\n".join([str(refused.value), *lines])
+        found = (refused.value.line, refused.value.column)
+        assert found == (lines.index(line) + 1, column), "\n".join([str(refused.value), *lines])
         assert name in refused.value.problem
