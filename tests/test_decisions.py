@@ -289,24 +289,13 @@ REASONS: dict[HaltReason, dict[str, Any]] = {
 ORDER = list(HaltReason)
 
 
-@pytest.mark.parametrize("reason", ORDER)
-def test_every_halt_reason(reason: HaltReason) -> None:
-    assert halt_reason(view(BLOCKED, **REASONS[reason])) is reason
-
-
-@pytest.mark.parametrize(
-    ("first", "second"), [(a, b) for i, a in enumerate(ORDER) for b in ORDER[i + 1 :]]
-)
-def test_the_order_of_the_halt_reasons(first: HaltReason, second: HaltReason) -> None:
-    both = view(BLOCKED, **{**REASONS[second], **REASONS[first]})
-    assert halt_reason(both) is first
-
-
-@pytest.mark.parametrize("reason", ORDER)
-def test_only_the_last_two_reasons_wait_for_what_runs(reason: HaltReason) -> None:
-    waits = reason in (HaltReason.ALL_DONE_OR_BLOCKED, HaltReason.CAP_REACHED)
-    found = halt_reason(view(BLOCKED, running=RUNNING, **REASONS[reason]))
-    assert found is (None if waits else reason)
+@pytest.mark.parametrize("first", ORDER)
+def test_the_order_of_the_halt_reasons(first: HaltReason) -> None:
+    for second in ORDER[ORDER.index(first) :]:
+        assert halt_reason(view(BLOCKED, **{**REASONS[second], **REASONS[first]})) is first
+    waits = first in (HaltReason.ALL_DONE_OR_BLOCKED, HaltReason.CAP_REACHED)
+    found = halt_reason(view(BLOCKED, running=RUNNING, **REASONS[first]))
+    assert found is (None if waits else first)  # those two wait for what runs
 
 
 MINE = {"filters_given": True, "matched": frozenset({"A-1", "A-9"})}  # A-9 was archived
@@ -338,27 +327,25 @@ def test_d22_d48_d54_halts(seen: RunView, reason: HaltReason | None) -> None:
     assert halt_reason(seen) is reason
 
 
-@pytest.mark.parametrize(
-    ("reason", "nothing", "completed", "blocked", "both"),
-    [
-        (HaltReason.CIRCUIT_BREAKER_TRIPPED, 4, 4, 4, 4),
-        (HaltReason.TARGET_BLOCKED, 3, 3, 3, 3),
-        (HaltReason.TARGET_COMPLETED, 3, 0, 3, 0),
-        (HaltReason.NO_MATCHING_ITEMS, 0, 0, 0, 0),
-        (HaltReason.FILTER_EXHAUSTED, 0, 0, 3, 0),
-        (HaltReason.ALL_DONE_OR_BLOCKED, 0, 0, 3, 0),
-        (HaltReason.CAP_REACHED, 0, 0, 0, 0),
-        (None, 1, 1, 1, 1),
-    ],
-)
-def test_d30_exit_codes(reason: HaltReason | None, nothing: int, completed: int, blocked: int, both: int) -> None:
-    found = [exit_code(reason, None, c, b) for c, b in (([], []), (["A-1"], []), ([], ["A-2"]), (["A-1"], ["A-2"]))]
-    assert found == [nothing, completed, blocked, both]
+# What a run exits with that completed nothing and blocked nothing, completed one, blocked one, did both.
+CODES: dict[HaltReason | None, tuple[int, int, int, int]] = {
+    HaltReason.CIRCUIT_BREAKER_TRIPPED: (4, 4, 4, 4),
+    HaltReason.TARGET_BLOCKED: (3, 3, 3, 3),
+    HaltReason.TARGET_COMPLETED: (3, 0, 3, 0),
+    HaltReason.NO_MATCHING_ITEMS: (0, 0, 0, 0),
+    HaltReason.FILTER_EXHAUSTED: (0, 0, 3, 0),
+    HaltReason.ALL_DONE_OR_BLOCKED: (0, 0, 3, 0),
+    HaltReason.CAP_REACHED: (0, 0, 0, 0),
+    None: (1, 1, 1, 1),
+}
 
 
-@pytest.mark.parametrize(("signal", "code"), [(2, 130), (15, 143), (1, 129), (None, 0)])
-def test_d30_a_signal_decides_the_exit_code_of_a_shutdown(signal: int | None, code: int) -> None:
-    assert exit_code(HaltReason.SHUTDOWN_REQUESTED, signal, [], ["A-1"]) == code
+def test_d30_exit_codes() -> None:
+    for reason, codes in CODES.items():
+        found = [exit_code(reason, None, c, b) for c, b in (([], []), (["A-1"], []), ([], ["A-2"]), (["A-1"], ["A-2"]))]
+        assert tuple(found) == codes
+    for signal, code in ((2, 130), (15, 143), (1, 129), (None, 0)):
+        assert exit_code(HaltReason.SHUTDOWN_REQUESTED, signal, [], ["A-1"]) == code
 
 
 # ---- Guardrails -----------------------------------------------------------------------------------
@@ -578,18 +565,14 @@ def test_a_subphase_repeats_the_phase() -> None:
     assert case.applied == Applied("again", expected, worklog=entry)
 
 
-@pytest.mark.parametrize(
-    ("context", "reason"), [("the details", "the details"), (None, "prd summary"), ("", "prd summary")]
-)
-def test_a_blocked_result_blocks_with_context_else_summary(context: str | None, reason: str) -> None:
-    case = Case(at("A-1", "prd", attempts=1), result("prd", "blocked", context=context))
+@pytest.mark.parametrize(("code", "outcome"), [("blocked", "Blocked"), ("failed", "Failed")])
+@pytest.mark.parametrize(("context", "reason"), [("the details", "the details"), (None, "prd summary"), ("", "prd summary")])
+def test_a_blocked_or_failed_result_blocks_with_context_else_summary(code: str, outcome: str, context: str | None, reason: str) -> None:
+    case = Case(at("A-1", "prd", attempts=2), result("prd", code, context=context))
     expected = at("A-1", "prd", blocked_from_status="in_progress", blocked_reason=reason, updated=STAMP)
     expected["status"] = "blocked"
     assert case.item == expected
-    assert case.applied == Applied("blocked", expected, reason, worklog=case.entry("prd", "Blocked", reason))
-
-
-# ---- Guardrails at every way into ready, and when a rating rises ----------------------------------
+    assert case.applied == Applied("blocked", expected, reason, worklog=case.entry("prd", outcome, reason))
 
 
 # ---- Follow-ups -----------------------------------------------------------------------------------
@@ -601,13 +584,13 @@ FOLLOW_UPS = (FollowUp("Tidy up", "it is a mess", "small", "low"), FollowUp("Mor
 @pytest.mark.parametrize("phase", ["prd", "review", "research", "triage"])
 def test_d35_every_kind_of_result_brings_its_follow_ups(code: str, phase: str) -> None:
     started = item("A-1") if phase == "triage" else at("A-1", phase)
-    case = Case(started, result(phase, code, follow_ups=FOLLOW_UPS, ratings={"impact": "high"}))
+    case = Case(started, result(phase, code, follow_ups=FOLLOW_UPS, ratings={"impact": "high"}, requires_human_review=True))
     assert case.applied.follow_ups == ("WRK-010", "WRK-011")
     tidy, tests = case.draft.items["WRK-010"], case.draft.items["WRK-011"]
     assert (tidy["title"], tidy["status"], tidy["origin"]) == ("Tidy up", "new", f"A-1/{phase}")
     assert (tidy["size"], tidy["risk"], tidy["description"]["context"]) == ("small", "low", "it is a mess")
     assert (tests["title"], "size" in tests) == ("More tests", False)
-    assert case.applied.item["impact"] == "high"
+    assert (case.applied.item["impact"], case.applied.item["requires_human_review"]) == ("high", True)
 
 
 def test_d35_follow_ups_that_are_there_already_are_left_out_with_a_warning() -> None:
@@ -634,34 +617,10 @@ def test_an_item_that_vanished_is_recorded_and_dropped(code: str, outcome: str) 
     assert case.applied == Applied("dropped", started, reason, ("WRK-010",), worklog=entry)
 
 
-# ---- Failures -------------------------------------------------------------------------------------
-
-
-def test_exhausted_attempts_block_with_the_reason() -> None:
-    case = Case(at("A-1", "prd", attempts=2), result("prd", "failed", context="3 attempts: no result"))
-    expected = at("A-1", "prd", blocked_from_status="in_progress", blocked_reason="3 attempts: no result", updated=STAMP)
-    expected["status"] = "blocked"
-    entry = case.entry("prd", "Failed", "3 attempts: no result")
-    assert case.item == expected
-    assert case.applied == Applied("blocked", expected, "3 attempts: no result", worklog=entry)
-
-
-def test_d35_a_failed_result_still_gives_ratings_and_follow_ups() -> None:
+def test_failed_attempts_are_counted_on_the_item_if_it_is_there() -> None:
     draft = Draft(backlog(at("A-1", "prd")))
-    reported = result("prd", "failed", ratings={"risk": "high"}, follow_ups=FOLLOW_UPS, requires_human_review=True)
-    applied = apply_result(draft, at("A-1", "prd"), reported, RULES, NOW)
-    assert (applied.item["risk"], applied.item["requires_human_review"]) == ("high", True)
-    assert applied.follow_ups == ("WRK-010", "WRK-011")
-
-
-def test_failed_attempts_are_counted_on_the_item() -> None:
-    draft = Draft(backlog(at("A-1", "prd")))
-    counts = [charge_attempt(draft, at("A-1", "prd"), NOW) for _ in range(2)]
-    assert counts == [1, 2]
+    assert [charge_attempt(draft, at("A-1", "prd"), NOW) for _ in range(2)] == [1, 2]
     assert settled(draft.items["A-1"]) == at("A-1", "prd", attempts=2, updated=STAMP)
-
-
-def test_a_failed_attempt_on_an_item_that_vanished_is_harmless() -> None:
     draft = Draft(backlog())
     assert charge_attempt(draft, at("A-1", "prd", attempts=1), NOW) == 2
     assert draft.items == {}
@@ -669,21 +628,18 @@ def test_a_failed_attempt_on_an_item_that_vanished_is_harmless() -> None:
 
 # ---- Triage ---------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("ratings", [{"size": "small"}, {"size": "small", "risk": "low", "impact": "high"}])
-def test_triage_makes_small_and_safe_items_ready(ratings: dict[str, str]) -> None:
+READY_AT_ONCE = [{"size": "small"}, {"size": "small", "risk": "low", "impact": "high"}]
+TO_PRE_PHASES: list[dict[str, str]] = [{}, {"size": "medium"}, {"size": "medium", "complexity": "medium", "risk": "low"}, {"risk": "low"}]
+
+
+@pytest.mark.parametrize("ratings", READY_AT_ONCE + TO_PRE_PHASES)
+def test_triage_makes_small_and_safe_items_ready_and_sends_others_to_the_pre_phases(ratings: dict[str, str]) -> None:
     case = Case(item("A-1", attempts=1), result("triage", ratings=ratings))
-    expected = item("A-1", "ready", **ratings, updated=STAMP)
+    place = ("ready", {}) if ratings in READY_AT_ONCE else ("scoping", {"phase": "research", "phase_pool": "pre"})
+    expected = item("A-1", place[0], **ratings, **place[1], updated=STAMP)
     assert case.item == expected
     entry = case.entry("triage", "Complete", "triage summary")
     assert case.applied == Applied("advanced", expected, worklog=entry)
-
-
-@pytest.mark.parametrize("ratings", [{}, {"size": "medium"}, {"size": "medium", "complexity": "medium", "risk": "low"}, {"risk": "low"}])
-def test_triage_sends_everything_else_to_the_pre_phases(ratings: dict[str, str]) -> None:
-    case = Case(item("A-1"), result("triage", ratings=ratings))
-    expected = item("A-1", "scoping", **ratings, phase="research", phase_pool="pre", updated=STAMP)
-    assert case.item == expected
-    assert case.applied.state == "advanced"
 
 
 @pytest.mark.parametrize(
@@ -739,11 +695,8 @@ def test_a_suspected_duplicate_blocks_with_that_question() -> None:
     assert case.item["description"]["problem"] == "p"
     told = case.entry("triage", "Complete", "triage summary") + case.entry("triage", "Blocked", QUESTION)
     assert case.applied.worklog == told
-
-
-def test_a_triage_that_blocks_asks_about_the_duplicate_too() -> None:
     reported = result("triage", "blocked", duplicates=("A-3",), context="why?", block_type="clarification")
-    case = Case(item("A-1"), reported, item("A-3", "done"))
+    case = Case(item("A-1"), reported, item("A-3", "done"))  # the same of one that blocks
     assert (case.item["blocked_reason"], case.item["blocked_type"]) == (f"why?; {QUESTION}", "clarification")
 
 
@@ -788,14 +741,11 @@ def test_d16_promotion_checks_guardrails(fields: dict[str, Any], state: str) -> 
     """An unblocked item comes back as ready without having been checked."""
     draft = Draft(backlog(item("A-1", "ready", **fields)))
     assert promote(draft, "A-1", RULES, NOW).state == state
-
-
-@pytest.mark.parametrize("items", [[], [item("A-1")], [at("A-1", "prd")]])
-def test_promotion_of_what_is_not_ready_any_more_changes_nothing(items: list[Item]) -> None:
-    draft = Draft(backlog(*items))
-    applied = promote(draft, "A-1", RULES, NOW)
-    assert (applied.state, applied.item["id"]) == ("dropped", "A-1")
-    assert draft.items == {one["id"]: one for one in items}
+    for items in ([], [item("A-1")], [at("A-1", "prd")]):  # it is not ready any more
+        draft = Draft(backlog(*items))
+        applied = promote(draft, "A-1", RULES, NOW)
+        assert (applied.state, applied.item["id"]) == ("dropped", "A-1")
+        assert draft.items == {one["id"]: one for one in items}
 
 
 def repaired(*items: Item, config: Config = DEFAULTS) -> tuple[dict[str, Item], list[str]]:
