@@ -184,9 +184,7 @@ class Project:
         """What the agent does, by `ITEM/PHASE`, `*/PHASE`, `ITEM/*` or `*`: one step per visit."""
         (self.outside / "script.json").write_text(json.dumps(steps))
 
-    def configure(
-        self, phases: str = "plan build!", more: str = "", execution: str = "", agent: str = ""
-    ) -> None:
+    def configure(self, phases: str = "plan build!", more: str = "", execution: str = "", agent: str = "") -> None:
         """Write orchestrator.toml: `!` marks a destructive phase, `?` a pre-phase."""
         script = agent or str(self.outside / "agent.py")
         command = json.dumps([sys.executable, "-E", "-S", script])

@@ -291,10 +291,7 @@ HALTS = {  # how the run ends right after the wreck: arguments, exit code
 }
 
 
-@pytest.mark.parametrize(
-    ("wreck", "halt"),
-    quick(product(WRECKS, HALTS), ("conflict markers", "end")),
-)
+@pytest.mark.parametrize(("wreck", "halt"), quick(product(WRECKS, HALTS), ("conflict markers", "end")))
 def test_a_wreck_that_an_agent_leaves_before_a_halt_is_set_aside(project: Any, wreck: str, halt: str) -> None:
     phase, (args, code) = "review" if halt == "end" else "prd", HALTS[halt]
     leave = f"{WRECKS[wreck]}cp BACKLOG.yaml ../outside/wreck; "

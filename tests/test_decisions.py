@@ -189,9 +189,7 @@ SELECTED: dict[str, tuple[list[Item], tuple[int, int], dict[str, Any], list[str]
 
 
 @pytest.mark.parametrize(("items", "most", "arguments", "expected"), SELECTED.values(), ids=SELECTED)
-def test_d21_select_actions(
-    items: list[Item], most: tuple[int, int], arguments: dict[str, Any], expected: list[str]
-) -> None:
+def test_d21_select_actions(items: list[Item], most: tuple[int, int], arguments: dict[str, Any], expected: list[str]) -> None:
     assert chosen(items, limits(*most), **arguments) == expected
 
 
@@ -245,9 +243,7 @@ def test_unmet_dependencies_are_named() -> None:
         (["A-3"], [], True, None),
     ],
 )
-def test_the_current_target(
-    targets: list[str], completed: list[str], auto_advance: bool, current: str | None
-) -> None:
+def test_the_current_target(targets: list[str], completed: list[str], auto_advance: bool, current: str | None) -> None:
     items = {"A-1": item("A-1"), "A-2": item("A-2", "done"), "A-3": item("A-3", "blocked"), "A-4": at("A-4", "prd")}
     assert next_target(targets, items, completed, auto_advance) == current
 

@@ -108,9 +108,7 @@ def fake_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str],
     return make
 
 
-def test_a33_every_call_is_shielded(
-    fake_git: Callable[[str], Repo], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a33_every_call_is_shielded(fake_git: Callable[[str], Repo], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("GIT_DIR", "/elsewhere")
     monkeypatch.setenv("GIT_INDEX_FILE", "/elsewhere/index")
     monkeypatch.setenv("GIT_TRACE2_EVENT", "/elsewhere/trace")
@@ -159,9 +157,7 @@ def test_the_time_limit_ends_the_whole_group_with_term_first(
     assert not is_alive(tmp_path / "child")
 
 
-def test_grandchild_that_keeps_the_output_open_delays_nobody(
-    fake_git: Callable[[str], Repo], tmp_path: Path
-) -> None:
+def test_grandchild_that_keeps_the_output_open_delays_nobody(fake_git: Callable[[str], Repo], tmp_path: Path) -> None:
     repo = fake_git(f"sleep 60 & echo $! > {tmp_path}/child; echo done")
     assert repo.git("x", limit_s=30) == b"done\n"
     assert is_alive(tmp_path / "child")
@@ -172,9 +168,7 @@ class Interrupted(BaseException):
     """What a signal handler raises."""
 
 
-def test_exception_in_a_signal_handler_ends_git_in_order(
-    fake_git: Callable[[str], Repo], tmp_path: Path
-) -> None:
+def test_exception_in_a_signal_handler_ends_git_in_order(fake_git: Callable[[str], Repo], tmp_path: Path) -> None:
     repo = fake_git(f"trap 'rm {tmp_path}/lock; exit 1' TERM; : > {tmp_path}/lock; kill -HUP $PPID; while :; do sleep 0.02; done")
 
     def interrupt(*_: object) -> None:

@@ -235,9 +235,7 @@ def test_init_does_not_replace_a_backlog_that_is_only_missing_on_disk(project: A
     assert not (project.root / "BACKLOG.yaml").exists()
 
 
-@pytest.mark.parametrize(
-    "agent", ["git checkout -q -- BACKLOG.yaml", pytest.param("rm BACKLOG.yaml", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("agent", ["git checkout -q -- BACKLOG.yaml", pytest.param("rm BACKLOG.yaml", marks=pytest.mark.slow)])
 def test_a_backlog_reverted_by_an_agent_survives_a_sigkill(project: Any, agent: str) -> None:
     """The promotion was only on disk; the agent undoes it, and we are killed before noticing."""
     set_up(project, "WRK-001 ready", {"*/plan": [{"sh": f"cd {project.root} && {agent}", "announce": True, "hang": True}]})

@@ -438,9 +438,7 @@ def once(act: Callable[[], object]) -> Callable[[], object]:
     return lambda: left.pop()() if left else None
 
 
-@pytest.mark.parametrize(
-    "step", ["commit-tree", pytest.param("update-index", marks=pytest.mark.slow), "update-ref"]
-)
+@pytest.mark.parametrize("step", ["commit-tree", pytest.param("update-index", marks=pytest.mark.slow), "update-ref"])
 def test_a32_head_moves_meanwhile(project: Path, meddled: Meddled, step: str) -> None:
     def theirs() -> None:
         new = git(project, "commit-tree", "HEAD^{tree}", "-p", "HEAD", "-m", "theirs").strip()
@@ -501,9 +499,7 @@ class Killed(BaseException):
 @pytest.mark.slow
 @pytest.mark.parametrize("side", ["before", "after"])
 @pytest.mark.parametrize("step", ["commit-tree", "update-index", "update-ref"])
-def test_a_run_cut_off_at_any_step_harms_nothing(
-    project: Path, meddled: Meddled, step: str, side: str
-) -> None:
+def test_a_run_cut_off_at_any_step_harms_nothing(project: Path, meddled: Meddled, step: str, side: str) -> None:
     stage_everything(project)
     staged = others(project)
 

@@ -438,9 +438,7 @@ def make_folder(path: Path) -> None:
     ("change", "message"),
     [(make_link, "it is a symbolic link"), (make_pipe, "it is not a regular file"), (make_folder, "it is not a regular file")],
 )
-def test_what_is_no_regular_file_is_neither_read_nor_replaced(
-    bench: Bench, change: Callable[[Path], None], message: str
-) -> None:
+def test_what_is_no_regular_file_is_neither_read_nor_replaced(bench: Bench, change: Callable[[Path], None], message: str) -> None:
     change(bench.path)
     kind = bench.path.lstat()
     if bench.store.journal is None:

@@ -269,9 +269,7 @@ BYTES_REFUSED: dict[str, tuple[bytes, int, int, str]] = {
 }
 
 
-@pytest.mark.parametrize(
-    ("data", "line", "column", "names"), BYTES_REFUSED.values(), ids=BYTES_REFUSED
-)
+@pytest.mark.parametrize(("data", "line", "column", "names"), BYTES_REFUSED.values(), ids=BYTES_REFUSED)
 def test_bytes_refused(data: bytes, line: int, column: int, names: str) -> None:
     error = refusal(data)
     assert (error.line, error.column) == (line, column)
