@@ -175,18 +175,14 @@ def test_of_an_edit_that_fails_nothing_is_kept(bench: Bench) -> None:
     assert bench.in_step()
 
 
-@pytest.mark.parametrize("mode", [0o600, 0o664, 0o755])
-def test_the_mode_of_the_file_is_kept(running: Bench, mode: int) -> None:
-    running.path.chmod(mode)
-    running.update("WRK-001", size="small")
-    assert running.path.stat().st_mode & 0o7777 == mode
-
-
-def test_a_left_over_temporary_file_is_never_followed(bench: Bench) -> None:
+def test_the_mode_is_kept_and_a_left_over_temporary_file_never_followed(bench: Bench) -> None:
     victim = bench.state_dir / "victim"
     victim.write_text("precious")
     bench.path.with_name(".BACKLOG.yaml.tmp").symlink_to(victim)
-    bench.update("WRK-001", size="small")
+    for mode, size in ((0o600, "small"), (0o664, "medium"), (0o755, "large")):
+        bench.path.chmod(mode)
+        bench.update("WRK-001", size=size)
+        assert bench.path.stat().st_mode & 0o7777 == mode
     assert victim.read_text() == "precious"
     assert bench.in_step()
 
@@ -194,24 +190,19 @@ def test_a_left_over_temporary_file_is_never_followed(bench: Bench) -> None:
 # ---- Edits of others -----------------------------------------------------------------------------
 
 
-def test_edits_by_hand_are_taken_up_and_kept(bench: Bench) -> None:
+def test_edits_by_hand_and_of_another_command_are_taken_up_and_kept(bench: Bench) -> None:
     bench.by_hand("title: Second\n", "title: 'Second, better'   # why\n  priority: 2\n")
     bench.by_hand("# the important one\n", "# really important\n\n")
     bench.by_hand("next_item_id: 3\n", "next_item_id: 3\nmore: ours\n")
-    bench.update("WRK-001", size="small")
-    kept = ("'Second, better'   # why\n  priority: 2\n", "# really important\n\n- id: WRK-001\n", "\nmore: ours\n")
-    assert all(text in bench.text for text in kept)
-    assert bench.store.backlog.items["WRK-002"]["priority"] == 2
-    assert (bench.warnings, bench.in_step()) == ([], True)
-
-
-def test_another_command_meanwhile(bench: Bench) -> None:
     other = bench.fresh()
     other.change(lambda d: d.add("WRK", "theirs", NOW))
     assert bench.add("mine")["id"] == "WRK-005"
     other.change(lambda d: None)
     assert other.backlog == bench.store.backlog
-    assert bench.in_step()
+    kept = ("'Second, better'   # why\n  priority: 2\n", "# really important\n\n- id: WRK-001\n", "\nmore: ours\n")
+    assert all(text in bench.text for text in kept)
+    assert bench.store.backlog.items["WRK-002"]["priority"] == 2
+    assert (bench.warnings, bench.in_step()) == ([], True)
 
 
 def test_an_item_added_by_hand_is_completed_and_the_counter_moves(running: Bench) -> None:
@@ -219,12 +210,8 @@ def test_an_item_added_by_hand_is_completed_and_the_counter_moves(running: Bench
     assert running.add("mine")["id"] == "WRK-005"
     found = running.item("WRK-004")
     assert (found["title"], found["status"]) == ("By hand", "new")
-    assert moment_of(found) > NOW
+    assert max(datetime.fromisoformat(found[key]) for key in ("created", "updated")) > NOW
     assert running.in_step()
-
-
-def moment_of(item: Item) -> datetime:
-    return max(datetime.fromisoformat(item[key]) for key in ("created", "updated"))
 
 
 def racing(bench: Bench, *edits: Callable[[], object]) -> Item:
@@ -409,50 +396,6 @@ def test_where_the_file_alone_cannot_be_written_the_decision_stands(running: Ben
     assert running.in_step()
 
 
-def test_a_vanished_folder(tmp_path: Path) -> None:
-    folder = tmp_path / "project"
-    folder.mkdir()
-    bench = Bench(folder, journal=True)
-    folder.rename(tmp_path / "away")
-    with pytest.raises(SaveError):
-        bench.add()
-    assert not folder.exists()
-
-
-def make_link(path: Path) -> None:
-    path.rename(path.with_name("elsewhere"))
-    path.symlink_to("elsewhere")
-
-
-def make_pipe(path: Path) -> None:
-    path.unlink()
-    os.mkfifo(path)
-
-
-def make_folder(path: Path) -> None:
-    path.unlink()
-    path.mkdir()
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [(make_link, "it is a symbolic link"), (make_pipe, "it is not a regular file"), (make_folder, "it is not a regular file")],
-)
-def test_what_is_no_regular_file_is_neither_read_nor_replaced(bench: Bench, change: Callable[[Path], None], message: str) -> None:
-    change(bench.path)
-    kind = bench.path.lstat()
-    if bench.store.journal is None:
-        with pytest.raises(SaveError, match=message):
-            bench.add()
-        with pytest.raises(BacklogError, match=message):
-            bench.fresh()
-    else:
-        bench.add()
-        assert "WRK-004" in bench.fresh().backlog.items
-        assert message in bench.warnings[0]
-    assert bench.path.lstat()[:4] == kind[:4]
-
-
 # ---- The journal ---------------------------------------------------------------------------------
 
 
@@ -495,7 +438,7 @@ def test_a_line_that_was_cut_off_does_not_count(running: Bench) -> None:
     running.add()
     whole = path.read_bytes()
     running.path.write_text(TEXT)
-    for length in range(len(before), len(whole), 7):
+    for length in range(len(before), len(whole), 31):
         path.write_bytes(whole[:length])
         assert list(running.fresh().backlog.items) == ["WRK-001", "WRK-002", "WRK-003"]
         other = running.fresh()
