@@ -13,7 +13,6 @@ import signal
 import subprocess
 from collections import Counter
 from collections.abc import Iterable
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -110,10 +109,10 @@ WAYS = {
     "deleted": "rm BACKLOG.yaml",
     "cleaned": "git rm -q --cached BACKLOG.yaml; git clean -fdxq -e 'orchestrator.toml' -e .orchestrator",
 }
-QUICK = (("build", "checked out and edited"),)
+CASES = [*(("build", way) for way in WAYS), ("prd", "checked out"), ("prd", "reset"), ("prd", "deleted")]
 
 
-@pytest.mark.parametrize(("phase", "way"), quick(product(("prd", "build"), WAYS), *QUICK))
+@pytest.mark.parametrize(("phase", "way"), quick(CASES, ("build", "checked out and edited")))
 def test_an_older_state_that_an_agent_brings_back_undoes_nothing(project: Any, phase: str, way: str) -> None:
     step = {**DOCUMENTS[f"*/{phase}"][0]}
     step["sh"] = f"{PAUSE}{WAYS[way]}; {step.get('sh', ':')}"
@@ -128,7 +127,7 @@ def test_an_older_state_that_an_agent_brings_back_undoes_nothing(project: Any, p
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", quick([way for way in WAYS if way.startswith(("checked", "stashed", "deleted"))], "checked out and edited"))
+@pytest.mark.parametrize("way", ["checked out and committed", "checked out, edited and committed", "stashed", "deleted"])
 def test_an_older_state_that_the_operator_brings_back_undoes_nothing(project: Any, way: str) -> None:
     prepare(project, {"WRK-002/prd": pausing(document="prd.md")})
     run = project.start(*TARGETS)
@@ -142,7 +141,7 @@ def test_an_older_state_that_the_operator_brings_back_undoes_nothing(project: An
     assert project.git("log", "-1", "--format=%s", "-SEdited", "--", "BACKLOG.yaml") or "Edited" not in WAYS[way]
 
 
-@pytest.mark.parametrize(("phase", "more"), quick(product(("prd", "build"), ("", COMMIT)), ("build", COMMIT)), ids=["prd", "prd, commit", "build", "build, commit"])
+@pytest.mark.parametrize(("phase", "more"), quick([("prd", ""), ("build", COMMIT)], ("build", COMMIT)), ids=["prd", "build, commit"])
 def test_a_branch_that_an_agent_rewinds_stops_the_run_and_undoes_no_decision(project: Any, phase: str, more: str) -> None:
     prepare(project, {f"WRK-002/{phase}": pausing(f"git reset -q --hard HEAD~3{more}")})
     run = project.start(*TARGETS)
@@ -203,7 +202,7 @@ def test_a_stale_buffer_that_is_saved_during_a_run_gives_its_edit_alone(project:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("loaded", quick(["before the run", "during the run"], "before the run"))
+@pytest.mark.parametrize("loaded", ["before the run", "during the run"])
 def test_a_stale_buffer_that_is_saved_in_the_morning_gives_its_edit_alone(project: Any, loaded: str) -> None:
     prepare(project, {"WRK-001/review": pausing(document="review.md")})
     buffer = project.text()
@@ -252,7 +251,7 @@ def test_the_latest_decision_stands_after_a_halt_under_a_stale_lock(project: Any
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("end", quick(["abort", "commit"], "abort"))
+@pytest.mark.parametrize("end", ["abort", "commit"])
 def test_the_latest_decision_stands_after_a_halt_during_an_open_merge(project: Any, end: str) -> None:
     merge = "git merge -q --no-ff --no-commit other"
     prepare(project, {"WRK-001/prd": [{"sh": merge, **BLOCKED}, {}]})
@@ -291,7 +290,14 @@ HALTS = {  # how the run ends right after the wreck: arguments, exit code
 }
 
 
-@pytest.mark.parametrize(("wreck", "halt"), quick(product(WRECKS, HALTS), ("conflict markers", "end")))
+def check_set_aside(project: Any, log: str) -> None:
+    """The wreck is kept, and one warning says where."""
+    left = (project.outside / "wreck").read_bytes()
+    kept = [path for path in (project.root / ".orchestrator").rglob("*") if path.is_file() and path.read_bytes() == left]
+    assert any(len(warnings(log, path.name)) == 1 for path in kept), log
+
+
+@pytest.mark.parametrize(("wreck", "halt"), quick([*((one, "cap") for one in WRECKS), ("junk", "signal"), ("conflict markers", "end")], ("conflict markers", "end")))
 def test_a_wreck_that_an_agent_leaves_before_a_halt_is_set_aside(project: Any, wreck: str, halt: str) -> None:
     phase, (args, code) = "review" if halt == "end" else "prd", HALTS[halt]
     leave = f"{WRECKS[wreck]}cp BACKLOG.yaml ../outside/wreck; "
@@ -311,9 +317,7 @@ def test_a_wreck_that_an_agent_leaves_before_a_halt_is_set_aside(project: Any, w
     assert there == rest | ({"WRK-001": where[halt]} if halt in where else {}), log
     assert project.committed() == project.text()
     assert titles(project)["WRK-004"] == "Added meanwhile"
-    left = (project.outside / "wreck").read_bytes()
-    kept = [path for path in (project.root / ".orchestrator").rglob("*") if path.is_file() and path.read_bytes() == left]
-    assert any(len(warnings(log, path.name)) == 1 for path in kept), log
+    check_set_aside(project, log)
     project.script(DOCUMENTS)  # the next night needs nobody
     log = project.run(*(TARGETS if halt in where else ("run", "--target", "WRK-002"))).stderr
     check(project, {"WRK-003": "ready", "WRK-004": "new"}, log, again="WRK-001 prd" if halt == "signal" else "")
@@ -329,17 +333,13 @@ def watch(event, args): pass
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("wreck", quick(["empty", "conflict markers"], "conflict markers"))
-def test_a_wreck_in_the_middle_of_a_run_is_set_aside_after_a_minute(project: Any, wreck: str) -> None:
+def test_a_wreck_in_the_middle_of_a_run_is_set_aside_after_a_minute(project: Any) -> None:
     """The run's clock is made to go sixty times as fast; nobody mends the file, and it goes on."""
-    leave = f"{WRECKS[wreck]}cp BACKLOG.yaml ../outside/wreck"
-    prepare(project, {"WRK-001/prd": [{"sh": leave, "document": "prd.md"}, {}]})
+    prepare(project, {"WRK-001/prd": [{"sh": f"{STASH_POP}cp BACKLOG.yaml ../outside/wreck", "document": "prd.md"}, {}]})
     project.inject(FAST)
     log = project.run(*TARGETS).stderr
     check(project, {"WRK-003": "ready"}, log)
-    left = (project.outside / "wreck").read_bytes()
-    kept = [path for path in (project.root / ".orchestrator").rglob("*") if path.is_file() and path.read_bytes() == left]
-    assert any(len(warnings(log, path.name)) == 1 for path in kept), log
+    check_set_aside(project, log)
 
 
 @pytest.mark.slow
@@ -436,7 +436,7 @@ def kill_in_build(project: Any, by_hook: bool = False) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("when", quick(["while the agent works", "while its work is committed"], "while its work is committed"))
+@pytest.mark.parametrize("when", ["while the agent works", "while its work is committed"])
 def test_a_colleagues_work_that_is_pulled_after_a_kill_stays(project: Any, tmp_path: Path, when: str) -> None:
     shell(tmp_path, "git init -q --bare -b main origin")
     project.git("remote", "add", "origin", str(tmp_path / "origin"))
@@ -469,11 +469,10 @@ def garble(data: bytes, how: str) -> bytes:
         "junk": b"\x00\xffno journal\n",
         "a line inside is junk": b"".join([*lines[:1], b"{half a li\n", *lines[1:]]),
         "of a later version": b'{"version": 99, "journal": "from another world"}\n',
-        "not ours": b'[]\n"text"\n',
     }[how]
 
 
-@pytest.mark.parametrize("how", quick(["junk", "a line inside is junk", "of a later version", "not ours"], "junk"))
+@pytest.mark.parametrize("how", quick(["junk", "a line inside is junk", "of a later version"], "junk"))
 def test_a_journal_that_cannot_be_read_gets_one_message_with_the_way_out(project: Any, how: str) -> None:
     kill_in_build(project)
     [journal] = journals(project)
@@ -492,34 +491,6 @@ def test_a_journal_that_cannot_be_read_gets_one_message_with_the_way_out(project
         os.kill(pid, signal.SIGKILL)
     project.script(DOCUMENTS)
     log = project.run("run", "--allow-dirty", "--target", "WRK-001").stderr
-    check(project, {"WRK-002": "ready", "WRK-003": "ready", "WRK-004": "new"}, log, again="WRK-001 build")
-
-
-@pytest.mark.slow
-def test_a_journal_of_another_branch_names_two_ways_out(project: Any) -> None:
-    kill_in_build(project)
-    [journal] = journals(project)
-    project.git("switch", "-qc", "other")
-    before = (project.text(), project.git("rev-parse", "HEAD"), journal.read_bytes())
-    err = project.run("run", "--allow-dirty", code=1).stderr
-    assert "git switch main" in err, err
-    assert str(journal) in err or journal.name in err, err
-    assert (project.text(), project.git("rev-parse", "HEAD"), journal.read_bytes()) == before
-    project.git("switch", "-q", "main")
-    project.script(DOCUMENTS)
-    log = project.run("run", "--target", "WRK-001").stderr
-    check(project, {"WRK-002": "ready", "WRK-003": "ready", "WRK-004": "new"}, log, again="WRK-001 build")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("cut", quick([1, 2, 20], 20))
-def test_a_torn_last_line_counts_as_not_written(project: Any, cut: int) -> None:
-    kill_in_build(project)
-    [journal] = journals(project)
-    data = journal.read_bytes()
-    journal.write_bytes(data + data.splitlines()[-1][:-cut])
-    project.script(DOCUMENTS)
-    log = project.run("run", "--target", "WRK-001").stderr
     check(project, {"WRK-002": "ready", "WRK-003": "ready", "WRK-004": "new"}, log, again="WRK-001 build")
 
 

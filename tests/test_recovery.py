@@ -106,6 +106,7 @@ def test_killed_in_a_document_phase_and_a_run_that_refuses_on_another_branch(pro
     project.git("switch", "-q", "-c", "elsewhere")
     refused = project.run("run", code=1).stderr
     assert "git switch main" in refused
+    assert "orchestrator/journal" in refused
     assert len(project.survivors()) == 1
     project.git("switch", "-q", "main")
     project.git("stash", "pop", "-q")
