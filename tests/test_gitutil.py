@@ -840,14 +840,11 @@ def test_a_commit_is_signed_off_once_where_that_is_asked_for(project: Path, repo
 # ---- preconditions -------------------------------------------------------------------------------
 
 PROBLEMS: Mapping[str, tuple[Act, str, str]] = {
-    "merge": (run("git rev-parse HEAD > .git/MERGE_HEAD"), "a merge is in progress", "git merge --abort"),
     "a22_cherry_pick": (run("git rev-parse HEAD > .git/CHERRY_PICK_HEAD"), "a cherry-pick is in progress", "git cherry-pick --abort"),
     "a22_revert": (run("git rev-parse HEAD > .git/REVERT_HEAD"), "a revert is in progress", "git revert --abort"),
     "a22_am": (run("mkdir .git/rebase-apply && touch .git/rebase-apply/applying"), "an am is in progress", "git am --abort"),
     "revert_between_steps": (run("mkdir .git/sequencer", "echo 'revert abc' > .git/sequencer/todo"), "a revert is in progress", "git revert --abort"),
     "picks_between_steps": (run("mkdir .git/sequencer .git/reftable"), "a cherry-pick is in progress", "git cherry-pick --abort"),
-    "rebase": (run("mkdir .git/rebase-merge"), "a rebase is in progress", "git rebase --abort"),
-    "bisect": (run("git bisect start -q"), "a bisect is in progress", "git bisect reset"),
     "detached": (run("git checkout -q --detach"), "HEAD is detached", "git switch BRANCH"),
     "unmerged": (run("echo one > a.txt && git stash -q", "echo two > a.txt && git commit -q -am two", "git stash pop -q || true"), "merge conflicts in a.txt", "git add"),
     "index_lock": (run("touch .git/index.lock"), "index.lock", "rm '"),
@@ -857,15 +854,11 @@ PROBLEMS: Mapping[str, tuple[Act, str, str]] = {
     "config_lock": (run("touch .git/config.lock"), "config.lock", "rm '"),
     "index_damaged": (run("printf 'DIRCgarbage, but long enough to be looked at by git' > .git/index"), "git cannot work here", "fsck"),
     "tree_gone": (run("t=$(git rev-parse HEAD^{tree}) && rm -f .git/objects/$(echo $t | cut -c1-2)/$(echo $t | cut -c3-)"), "git cannot work here", "fsck"),
-    "backlog_symlink": (run(f"mv {NAME} real && ln -s real {NAME}"), "not a regular file", "Put the file itself there"),
-    "backlog_folder": (run(f"rm {NAME} && mkdir {NAME}"), "not a regular file", "Put the file itself there"),
     "backlog_skip_worktree": (run(f"git update-index --skip-worktree {NAME}"), "skip-worktree", "--no-skip-worktree"),
-    "backlog_assume_unchanged": (run(f"git update-index --assume-unchanged {NAME}"), "assume-unchanged", "--no-assume-unchanged"),
-    "backlog_ignored": (run(f"git rm -q --cached {NAME} && git commit -q -m x && echo {NAME} > .gitignore"), "git ignores it", "check-ignore -v"),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("act", "what", "remedy"), table(PROBLEMS, slow="merge revert_between_steps rebase a22_am a22_cherry_pick index_damaged backlog_symlink bisect head_lock branch_lock packed_refs_lock a22_revert backlog_folder backlog_assume_unchanged"))
+@pytest.mark.parametrize(("act", "what", "remedy"), table(PROBLEMS, slow="revert_between_steps a22_am a22_cherry_pick index_damaged head_lock branch_lock packed_refs_lock a22_revert"))
 def test_problem(project: Path, repo: Repo, act: Act, what: str, remedy: str) -> None:
     act(project)
     [problem] = repo.problems(project / NAME)

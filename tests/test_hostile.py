@@ -105,10 +105,15 @@ def test_hostile_result_files_fail_the_attempt_and_nothing_else(project: Any, tm
         "twice": good[:-1] + ', "item_id": "WRK-999"}',
         "outside": json.dumps(result(item_id="../../etc/passwd")),
         "types": json.dumps({**result(item_id="@"), **{key: [{"x": 1}] for key in odd}}),
+        "empty": "", "text": "I am done!", "cut off": good[:-5], "list": "[]", "no item": json.dumps(result()),
+        "other phase": json.dumps(result(item_id="@", phase="build")), "no result": json.dumps({"item_id": "@", "phase": "plan", "summary": "x"}),
+        "unknown": json.dumps(result(item_id="@", result="finished")), "number": json.dumps(result(item_id="@", result=1)),
     }
     (tmp_path / "files").mkdir()
-    acts = {name: (f"cp {tmp_path}/files/{name} $R", says) for name, says in {
+    acts = {name: (f"cp '{tmp_path}/files/{name}' $R", says) for name, says in {
         "nul": "JSON", "deep": "nested too deeply", "nan": "", "digits": "JSON", "twice": "WRK-999", "outside": "expected", "types": "",
+        "empty": "result", "text": "JSON", "cut off": "JSON", "list": "result", "no item": "item_id", "other phase": "build", "no result": "result",
+        "unknown": "finished", "number": "result",
     }.items()}
     acts |= {
         "huge": ("truncate -s 50M $R", "was refused: more than 5000000 bytes"), "link": ("ln -s /etc/passwd $R", "symbolic link"),
@@ -129,6 +134,7 @@ def test_hostile_result_files_fail_the_attempt_and_nothing_else(project: Any, tm
     rows = project.items()
     for name, (_, says) in acts.items():
         if says:
+            assert rows[ids[name]]["blocked_reason"].startswith("plan failed after 1 attempt: "), name
             assert says in rows[ids[name]]["blocked_reason"], name
         else:
             assert ids[name] not in rows, name

@@ -57,9 +57,10 @@ def test_a_commit_says_what_checked_it_and_everything_tells_it(project: Any) -> 
     assert [row["verified"] for row in json.loads(project.run("status", "--done", "--json").stdout)["items"]] == [[], commands]
     assert [row["verified"] for row in json.loads(project.run("log", "--json").stdout)["log"] if row["phase"]] == [[], commands]
     for argv in (["show", "WRK-001"], ["log"], ["status", "--done"]):
-        assert checked in project.run(*argv).stdout
-    for argv in (["show", "WRK-003"], ["log"], ["status", "--done"]):
-        assert "not checked" in project.run(*argv).stdout
+        out = project.run(*argv).stdout
+        assert checked in out
+        assert ("not checked" in out) == (argv[0] != "show")
+    assert "not checked" in project.run("show", "WRK-003").stdout
     assert project.run("check").stdout.count("no `verify`, so what an agent calls done is committed unchecked: make\n") == 1
 
 
@@ -126,17 +127,6 @@ def test_what_a_hook_held_up_is_checked_at_the_next_start(project: Any, passes: 
     assert [len(trailers(project, c)) for c in project.git("log", "--format=%H", "--grep", "Outcome: complete").split()] == [1] * passes
     assert passes or "failed with exit code 1" in done.stderr
     assert project.status() == ""
-
-
-@pytest.mark.parametrize("bad", ["make test", "[make, test]", "\n  - []", "\n  - [make, 5]"])
-def test_a_bad_list_of_an_item_is_named(project: Any, bad: str) -> None:
-    project.backlog("WRK-001 new", "WRK-002 new")
-    path = project.root / "BACKLOG.yaml"
-    path.write_text(project.text().replace("  status: new\n", f"  status: new\n  verify: {bad}\n", 1))
-    before = path.read_bytes()
-    done = project.run("status", code=1)
-    assert "WRK-001: verify must be a list of commands, each on a line of its own such as - [make, test], not " in done.stderr
-    assert path.read_bytes() == before
 
 
 @pytest.mark.slow
