@@ -1,9 +1,14 @@
-"""What failed and interrupted work leaves: kept whole on refs, named, listed; and the operator's own files."""
+"""What failed and interrupted work leaves: kept whole on refs, named, listed; and the operator's own files.
+
+Killed at any point, the next start finishes what was decided and starts again what was not. The kill
+at every event of a run is in test_interruptions.py.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -149,9 +154,9 @@ def test_salvage_is_listed_with_the_command_that_drops_that_of_finished_items(ke
 
 # ---- What becomes of the rest --------------------------------------------------------------------
 
-def set_up(project: Any, item: str, script: dict[str, Any], execution: str = "max_retries = 0") -> None:
+def set_up(project: Any, *items: str, script: dict[str, Any], execution: str = "max_retries = 0") -> None:
     project.configure(execution=execution)
-    project.backlog(item)
+    project.backlog(*items)
     project.commit_all()
     project.script(script)
 
@@ -162,7 +167,7 @@ def test_operator_files_survive_an_agent_that_commits_and_reverts_them(project: 
         f"cd {project.root} && echo theirs > agent.txt && git add agent.txt && git commit -qm theirs"
         " && git checkout -q -- notes.txt && rm opfile.txt && echo half > half.txt"
     )
-    set_up(project, f"WRK-001 {BUILDING}", {"*/build": [{"sh": shell, **FAILS}]})
+    set_up(project, f"WRK-001 {BUILDING}", script={"*/build": [{"sh": shell, **FAILS}]})
     (project.root / "notes.txt").write_text("edited by the operator\n")
     (project.root / "opfile.txt").write_text("untracked\n")
     project.run("run", "--allow-dirty", code=3)
@@ -178,7 +183,7 @@ def test_operator_files_survive_an_agent_that_commits_and_reverts_them(project: 
 @pytest.mark.slow
 def test_documents_of_an_attempt_interrupted_before_its_retry_are_committed(project: Any) -> None:
     step = {"document": "plan.md", "result": {"result": "failed", "summary": "cannot"}}
-    set_up(project, PLANNING, {"*/plan": [step]}, "retry_delay_seconds = 200")
+    set_up(project, PLANNING, script={"*/plan": [step]}, execution="retry_delay_seconds = 200")
     text = (project.root / "orchestrator.toml").read_text().replace("retry_delay_seconds = 0\n", "")
     (project.root / "orchestrator.toml").write_text(text)
     process = project.start("run")
@@ -194,10 +199,8 @@ def test_documents_of_an_attempt_interrupted_before_its_retry_are_committed(proj
 @pytest.mark.slow
 def test_an_item_deleted_by_hand_while_its_phase_fails_does_not_stop_the_run(project: Any) -> None:
     os.mkfifo(project.outside / "go")
-    set_up(
-        project, PLANNING,
-        {"WRK-001/plan": [{"announce": True, "await": "go", **FAILS}], "*": [{}]}, "max_retries = 1",
-    )
+    script = {"WRK-001/plan": [{"announce": True, "await": "go", **FAILS}], "*": [{}]}
+    set_up(project, PLANNING, script=script, execution="max_retries = 1")
     process = project.start("run")
     project.announced()
     project.backlog("WRK-002 ready")
@@ -214,7 +217,7 @@ def test_an_item_deleted_by_hand_while_its_phase_fails_does_not_stop_the_run(pro
 @pytest.mark.slow
 def test_stop_ends_the_retries_too(project: Any) -> None:
     os.mkfifo(project.outside / "go")
-    set_up(project, PLANNING, {"*": [{"announce": True, "await": "go", **FAILS}]}, "max_retries = 3")
+    set_up(project, PLANNING, script={"*": [{"announce": True, "await": "go", **FAILS}]}, execution="max_retries = 3")
     process = project.start("run")
     project.announced()
     said = project.run("stop").stdout
@@ -238,7 +241,7 @@ def test_init_does_not_replace_a_backlog_that_is_only_missing_on_disk(project: A
 @pytest.mark.parametrize("agent", ["git checkout -q -- BACKLOG.yaml", pytest.param("rm BACKLOG.yaml", marks=pytest.mark.slow)])
 def test_a_backlog_reverted_by_an_agent_survives_a_sigkill(project: Any, agent: str) -> None:
     """The promotion was only on disk; the agent undoes it, and we are killed before noticing."""
-    set_up(project, "WRK-001 ready", {"*/plan": [{"sh": f"cd {project.root} && {agent}", "announce": True, "hang": True}]})
+    set_up(project, "WRK-001 ready", script={"*/plan": [{"sh": f"cd {project.root} && {agent}", "announce": True, "hang": True}]})
     process = project.start("run")
     project.announced()
     process.kill()
@@ -246,3 +249,136 @@ def test_a_backlog_reverted_by_an_agent_survives_a_sigkill(project: Any, agent: 
     project.run("run", "--cap", "0")
     assert project.statuses() == {"WRK-001": "in_progress plan"}
     assert project.committed() == project.text()
+
+
+# ---- Killed, and what the next start makes of it -------------------------------------------------
+
+HANG = {"announce": True, "hang": True}
+RECOVERED = "[orchestrator] Recover backlog state"
+HALT = "[orchestrator] Save backlog state on halt"
+
+# Kills the process as it is about to rename, or add to, a file for the NTH time, or the one after that.
+WATCH = """
+renamed = []
+def watch(event, args):
+    journal = event == "open" and str(args[0]).endswith("/journal") and args[2] & os.O_RDWR
+    adds = journal or event == "open" and args[2] & os.O_APPEND
+    if event == "os.rename" or adds:
+        name = os.path.basename(os.fsdecode(args[0 if adds else 1]))
+        renamed.append(name)
+        nth = renamed.count(NAME) == NTH
+        if nth and (not THEN and name == NAME or THEN and name == THEN):
+            os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def kill_at_rename(project: Any, name: str, nth: int = 1, then: str = "") -> None:
+    """Run until the given file is to be replaced, or until another one is after that."""
+    project.inject(f"NAME, NTH, THEN = {name!r}, {nth}, {then!r}\n{WATCH}")
+    process = project.start("run", "--cap", "1")
+    assert process.wait() == -9
+    project.inject("")
+
+
+def recovered(project: Any) -> str:
+    """Start once more without working: everything holds after that; returns the log."""
+    log: str = project.run("run", "--cap", "0").stderr
+    assert project.committed() == project.text()
+    assert project.status() == ""
+    assert project.survivors() == []
+    assert project.git("for-each-ref", "refs/orchestrator/snapshots", "refs/orchestrator/backlog") == ""
+    return log
+
+
+def worklog(project: Any) -> str:
+    return "".join(path.read_text() for path in sorted((project.root / "_worklog").glob("*.md")))
+
+
+@pytest.mark.slow
+def test_f_f2_f3_killed_in_a_destructive_phase(project: Any) -> None:
+    """The agent is ended before anything else is done; what it left is on a ref, and not charged."""
+    set_up(project, f"WRK-001 {BUILDING}", "WRK-002 ready", execution="max_wip = 2", script={
+        "*/build": [{**HANG, "write": {"half.py": "1\n", "README.md": "spoilt\n"}}, {"write": {"code.py": "1\n"}}]})
+    process = project.start("run")
+    project.announced()
+    process.kill()
+    process.wait()
+    assert len(project.survivors()) == 1
+    assert project.committed() != project.text()  # the promotion of WRK-002
+    (project.root / "mine.py").write_text("written after the crash\n")
+    log = recovered(project)
+    assert "ended a process that an agent left behind" in log
+    assert project.subjects()[:2] == [RECOVERED, "Set up"]
+    assert project.paths() == ["BACKLOG.yaml"]
+    ref = "refs/orchestrator/salvage/WRK-001/build/1"
+    assert project.git("show", f"{ref}:half.py", f"{ref}:README.md") == "1\nspoilt\n"
+    assert f"to get a file of yours back: git restore --source={ref} -- PATH\n" in log
+    project.git("restore", f"--source={ref}", "--", "mine.py")
+    assert project.status() == "?? mine.py\n"
+    (project.root / "mine.py").unlink()
+    assert project.statuses() == {"WRK-001": "in_progress build", "WRK-002": "in_progress plan"}
+    assert "attempts" not in project.text()
+    project.run("run", "--target", "WRK-001")
+    assert project.agent_log() == ["WRK-001 build 1"] * 2
+    assert project.subjects()[0] == "[WRK-001][build] build done"
+
+
+@pytest.mark.slow
+def test_killed_in_a_document_phase_and_a_run_that_refuses_on_another_branch(project: Any) -> None:
+    """Its documents so far are committed; on another branch a start says where to go first."""
+    set_up(project, "WRK-001 ready", script={"*/plan": [{**HANG, "document": "half.md"}, {"document": "plan.md"}]})
+    process = project.start("run")
+    project.announced()
+    process.kill()
+    process.wait()
+    project.git("stash", "push", "-q", "BACKLOG.yaml")
+    project.git("switch", "-q", "-c", "elsewhere")
+    refused = project.run("run", code=1).stderr
+    assert "git switch main" in refused
+    assert "orchestrator/journal" in refused
+    assert len(project.survivors()) == 1
+    project.git("switch", "-q", "main")
+    project.git("stash", "pop", "-q")
+    recovered(project)
+    assert project.git("show", "HEAD:changes/WRK-001_item-wrk-001/half.md", "HEAD~1:changes/WRK-001_item-wrk-001/half.md")
+    assert project.statuses() == {"WRK-001": "in_progress plan"}
+
+
+@pytest.mark.slow
+def test_a_decision_by_hand_between_a_crash_and_the_next_start_is_merged(project: Any) -> None:
+    """Killed between journal and save: the saved result meets an edit of the operator."""
+    set_up(project, f"WRK-001 {BUILDING}", "WRK-002 ready", script={"*/build": [{"write": {"code.py": "1\n"}}]})
+    kill_at_rename(project, "BACKLOG.yaml")
+    assert "WRK-001" in project.text()
+    (project.root / "BACKLOG.yaml").write_text("# by hand\n" + project.text().replace("Item WRK-002", "Renamed"))
+    recovered(project)
+    assert project.subjects()[0] in ("[WRK-001][build] build done", HALT + " (CapReached)")
+    assert "[WRK-001][build] build done" in project.subjects()
+    assert project.statuses() == {"WRK-002": "in_progress plan"}
+    assert project.text().startswith("# by hand\n")
+    assert "title: Renamed" in project.text()
+    assert worklog(project).count("**Outcome:** Complete") == worklog(project).count("**Status:** Done") == 1
+    assert project.agent_log() == ["WRK-001 build 1"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("then", "by_hand"), [("", False), ("journal", False), ("journal", True)],
+    ids=["before-the-save", "after-it", "after-it-in-an-editor"],
+)
+def test_what_is_unblocked_after_a_crash_stays_so(project: Any, then: str, by_hand: bool) -> None:
+    """Killed as a block is saved: journalled before, still in the journal right after."""
+    set_up(project, "WRK-001 ready", script={"*/plan": [{"result": {"result": "blocked", "summary": "needs a decision"}}]})
+    kill_at_rename(project, "BACKLOG.yaml", 2, then)
+    assert project.statuses() == {"WRK-001": "blocked plan" if then else "in_progress plan"}
+    if by_hand:
+        text = re.sub(r"  blocked_.*\n", "", project.text()).replace("status: blocked", "status: in_progress")
+        (project.root / "BACKLOG.yaml").write_text(text)
+    else:
+        project.run("unblock", "WRK-001", "--notes", "go on")
+    recovered(project)
+    assert project.statuses() == {"WRK-001": "in_progress plan"}
+    assert "blocked" not in project.text()
+    assert ("go on" in project.text()) != by_hand
+    assert worklog(project).count("**Outcome:** Blocked") == 1
+    assert "[WRK-001][plan] Blocked: needs a decision" in project.subjects()
