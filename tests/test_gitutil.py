@@ -214,6 +214,12 @@ def test_facts(project: Path, repo: Repo) -> None:
     linked = Repo.open(project.parent / "linked")
     assert (linked.git_dir, linked.common_dir) == (project / ".git/worktrees/linked", project / ".git")
     assert (linked.operation(), repo.operation()) == ("bisect", None)
+    commit = git(project, "rev-parse", "HEAD").strip()
+    assert repo.head() == Head("refs/heads/main", commit)
+    git(project, "checkout", "-q", "--detach")
+    assert repo.head() == Head(None, commit)
+    git(project, "checkout", "-q", "--orphan", "a/b")
+    assert repo.head() == Head("refs/heads/a/b", None)
 
 
 def chown_away(where: Path) -> None:
@@ -250,15 +256,6 @@ def test_no_git(project: Path, repo: Repo, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 # ---- questions -----------------------------------------------------------------------------------
-
-def test_head(project: Path, repo: Repo) -> None:
-    commit = git(project, "rev-parse", "HEAD").strip()
-    assert repo.head() == Head("refs/heads/main", commit)
-    git(project, "checkout", "-q", "--detach")
-    assert repo.head() == Head(None, commit)
-    git(project, "checkout", "-q", "--orphan", "a/b")
-    assert repo.head() == Head("refs/heads/a/b", None)
-
 
 @pytest.mark.parametrize("content", ["garbage\n", "", "1" * 40 + "\n"])
 def test_a_damaged_head_is_no_unborn_branch(project: Path, repo: Repo, content: str) -> None:
@@ -332,12 +329,8 @@ def test_files_are_stored_as_git_add_would(project: Path, repo: Repo) -> None:
     with pytest.raises(GitError, match="outside of the repository"):
         repo.relative(project.parent / "x")
     assert repo.committed("HEAD", "src/none") is repo.committed(None, "a.txt") is None
-
-
-def test_file_modes_that_the_file_system_does_not_keep(project: Path) -> None:
     git(project, "update-index", "--chmod=+x", "run.sh")
-    git(project, "commit", "-q", "-m", "x")
-    git(project, "config", "core.fileMode", "false")
+    git(project, "config", "core.fileMode", "false")  # modes that the file system does not keep
     (project / "a.txt").chmod(0o755)
     repo = Repo.open(project)
     assert [entry_of(repo, repo.snapshot().tree, name).mode for name in ("a.txt", "run.sh")] == ["100644", "100755"]
@@ -360,20 +353,21 @@ def test_refs(project: Path, repo: Repo) -> None:
 
 # ---- snapshots -----------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("times", [1, 99])
-def test_a_file_that_vanishes_while_git_looks_is_looked_for_again(project: Path, fake_git: Callable[[str], Repo], times: int) -> None:
+def test_a_file_that_vanishes_while_git_looks_is_looked_for_again(project: Path, fake_git: Callable[[str], Repo]) -> None:
     """For `git add` that is fatal, but a temporary file of anybody's is no reason to end a run."""
     real, tries = shutil.which("git"), project.parent / "tries"
-    fails = f'echo x >> {tries}; if [ "$(wc -l < {tries})" -le {times} ]; then echo "fatal: unable to stat \'x\'" >&2; exit 128; fi'
-    fake_git(f'case " $* " in *" add "*) {fails} ;; esac; exec {real} "$@"')
-    repo = Repo.open(project)
-    if times == 1:
-        (project / "new.txt").write_text("new\n")
-        assert not entry_of(repo, repo.snapshot().tree, "new.txt").absent
-    else:
-        with pytest.raises(GitError, match="exited 128: fatal: unable to stat 'x'"):
-            repo.snapshot()
-    assert len(tries.read_text().split()) == min(times + 1, 3)
+    (project / "new.txt").write_text("new\n")
+    for times in (1, 99):
+        tries.unlink(missing_ok=True)
+        fails = f'echo x >> {tries}; if [ "$(wc -l < {tries})" -le {times} ]; then echo "fatal: unable to stat \'x\'" >&2; exit 128; fi'
+        fake_git(f'case " $* " in *" add "*) {fails} ;; esac; exec {real} "$@"')
+        repo = Repo.open(project)
+        if times == 1:
+            assert not entry_of(repo, repo.snapshot().tree, "new.txt").absent
+        else:
+            with pytest.raises(GitError, match="exited 128: fatal: unable to stat 'x'"):
+                repo.snapshot()
+        assert len(tries.read_text().split()) == min(times + 1, 3)
 
 
 def test_a_snapshot_touches_nothing_and_sees_everything(messy: Path) -> None:
@@ -464,26 +458,6 @@ def test_a_commit_in_a_submodule_is_recorded_once_somebody_else_has_it(project: 
     assert repo.dirty_paths() == []
 
 
-@pytest.mark.parametrize("mode", ["--cone", pytest.param("--no-cone", marks=pytest.mark.slow)])
-def test_a_sparse_checkout_is_no_deletion(project: Path, repo: Repo, mode: str) -> None:
-    git(project, "update-index", "--refresh")  # a copied file looks changed, so it would stay
-    git(project, "sparse-checkout", "set", mode, "docs" if mode == "--cone" else "/docs/")
-    assert not (project / "src/one.py").exists()
-    head, staged = repo.head().commit, index(project)
-    before = repo.snapshot()
-    assert head is not None
-    assert repo.changes(head, before.tree) == []
-    (project / "docs/x.md").write_text("changed\n")
-    (project / "src").mkdir(exist_ok=True)
-    (project / "src/new.py").write_text("outside of the sparse set\n")
-    changes = repo.changes(before.tree, repo.snapshot().tree)
-    assert paths(changes) == ["docs/x.md", "src/new.py"]
-    repo.restore(before, changes)
-    assert index(project) == staged
-    assert not (project / "src/one.py").exists()
-    assert repo.commit([c.after for c in changes], "phase") is not None
-
-
 @contextmanager
 def powerless(where: Path) -> Iterator[Path]:
     """A copy that belongs to somebody for whom file modes count, and that somebody's rights."""
@@ -555,15 +529,7 @@ PHASES: Mapping[str, Act] = {
 KEPT_BY_GIT = {"n", "n/f.tmp"}  # ignored by a rule of the agent's own: never recorded, never removed
 
 
-@pytest.mark.parametrize(
-    "act",
-    table(
-        PHASES,
-        slow="edit remove move chmod checkout stash reset_hard removes_ignore_rules adds_everything"
-        " odd_names folder_becomes_file file_becomes_empty_folder a01_stages_all new_ignore_rules"
-        " throws_away stash_untracked new_files file_becomes_folder ignores_more ignores_less unstages symlinks touches_hidden",
-    ),
-)
+@pytest.mark.parametrize("act", table(PHASES, slow=PHASES.keys() - {"folder_becomes_link", "takes_intended"}))
 def test_a_failed_phase_is_kept_and_undone(messy: Path, act: Act) -> None:
     project, repo = messy, Repo.open(messy)
     files, staged = work_tree(project), index(project)
@@ -605,15 +571,14 @@ def test_restoring_refuses_what_was_changed_since(project: Path, repo: Repo) -> 
     assert git(project, "status", "--porcelain") == ""
 
 
-@pytest.mark.parametrize(
-    "act",
-    [
-        run("rm b.txt && mkdir b.txt && echo secret > b.txt/x.log"),
-        run("rm -r docs && echo '/docs' >> .git/info/exclude && echo secret > docs"),
-        run("echo '/u.txt' >> .git/info/exclude && echo secret > u.txt"),
-    ],
-    ids=["ignored_file_in_a_folder", "ignored_file_above", "ignored_file_itself"],
-)
+NOT_KEPT = {
+    "ignored_file_in_a_folder": run("rm b.txt && mkdir b.txt && echo secret > b.txt/x.log"),
+    "ignored_file_above": run("rm -r docs && echo '/docs' >> .git/info/exclude && echo secret > docs"),
+    "ignored_file_itself": run("echo '/u.txt' >> .git/info/exclude && echo secret > u.txt"),
+}
+
+
+@pytest.mark.parametrize("act", table(NOT_KEPT))
 def test_restoring_never_removes_what_is_not_kept(project: Path, repo: Repo, act: Act) -> None:
     (project / "u.txt").write_text("operator\n")
     before = repo.snapshot()
@@ -749,7 +714,7 @@ MENDS: Mapping[str, tuple[str, str, dict[str, str]]] = {  # body, outcome, the c
 }
 
 
-@pytest.mark.parametrize(("body", "outcome", "left"), table(MENDS, slow="work_tree_and_exit_0 rejects_once never_ends mends_and_says_no touches takes_out our_own"))
+@pytest.mark.parametrize(("body", "outcome", "left"), table(MENDS, slow=MENDS.keys() - {"index_and_exit_0", "rejects_three_times", "takes_in"}))
 def test_what_a_hook_mends_is_taken_over_but_nothing_of_others(
     project: Path, repo: Repo, phase_commit: list[Entry], body: str, outcome: str, left: dict[str, str]
 ) -> None:
@@ -779,12 +744,10 @@ def test_which_hooks_count(project: Path, repo: Repo, phase_commit: list[Entry])
     put_hook(project, "pre-commit", "", folder="my hooks", line="#!/nonexistent\n")
     done = repo.run_hooks(phase_commit, "x")
     assert (done.outcome, "cannot be run" in done.output) == ("broken", True)
-
-
-def test_hooks_of_a_linked_worktree_without_commits(project: Path, tmp_path: Path) -> None:
+    git(project, "config", "--unset", "core.hooksPath")  # a linked work tree without commits
     put_hook(project, "pre-commit", "git diff --cached --name-only; exit 1")
+    where = project.parent / "linked"
     git(project, "worktree", "add", "-q", "--detach", "../linked")
-    where = tmp_path / "linked"
     git(where, "checkout", "-q", "--orphan", "fresh")
     repo = Repo.open(where)
     assert repo.run_hooks([made(repo, where / "b.txt", b"b\n")], "x").output == "b.txt"
@@ -866,16 +829,12 @@ def test_problem(project: Path, repo: Repo, act: Act, what: str, remedy: str) ->
     assert remedy in problem.remedy
 
 
-def test_no_problem(messy: Path) -> None:
-    project, repo = messy, Repo.open(messy)
-    assert repo.problems(project / NAME) == []
-    assert repo.remarks(project / NAME) == []
+def test_no_problem_and_all_at_once(messy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    project, repo = messy, Repo.open(messy, delay=no_delay)
+    assert repo.problems(project / NAME) == repo.remarks(project / NAME) == []
     (project / NAME).unlink()
     assert repo.problems(project / NAME) == []
-
-
-def test_problems_come_all_at_once(project: Path, repo: Repo, monkeypatch: pytest.MonkeyPatch) -> None:
-    run("git checkout -q --detach", "git bisect start -q", f"git update-index --skip-worktree {NAME}", "touch .git/index.lock")(project)
+    run(f"git checkout -q {NAME}", "git checkout -q --detach", "git bisect start -q", f"git update-index --skip-worktree {NAME}", "touch .git/index.lock")(project)
     monkeypatch.setenv("GIT_INDEX_FILE", "/somewhere")
     repo.version = (2, 30)
     found = " | ".join(problem.what for problem in repo.problems(project / NAME))
@@ -884,23 +843,20 @@ def test_problems_come_all_at_once(project: Path, repo: Repo, monkeypatch: pytes
     assert Problem("git 2.30 is too old", "Install git 2.34 or newer.") in repo.problems(project / NAME)
 
 
-REMARKS: Mapping[str, tuple[Act, str]] = {
-    "squash": (run("echo x > .git/SQUASH_MSG"), "squashed merge"),
-    "untracked": (run(f"git rm -q --cached {NAME} && git commit -q -m x"), "not tracked"),
-    "filter": (run(f"echo '{NAME} filter=lfs' > .gitattributes"), "filter=lfs"),
-    "ident": (run(f"echo '{NAME} ident' > .gitattributes"), "ident=set"),
+REMARKS = {
+    "echo x > .git/SQUASH_MSG": "squashed merge",
+    f"rm .git/SQUASH_MSG; git rm -q --cached {NAME} && git commit -q -m x": "not tracked",
+    f"git add {NAME} && git commit -q -m y; echo '{NAME} filter=lfs' > .gitattributes": "filter=lfs",
+    f"echo '{NAME} ident' > .gitattributes": "ident=set",
 }
 
 
-@pytest.mark.parametrize(("act", "says"), table(REMARKS, slow="squash filter"))
-def test_remark(project: Path, repo: Repo, act: Act, says: str) -> None:
-    act(project)
-    [remark] = repo.remarks(project / NAME)
-    assert says in remark
-    assert repo.problems(project / NAME) == []
-
-
-def test_remarks_on_the_surroundings(project: Path, repo: Repo, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_remarks(project: Path, repo: Repo, monkeypatch: pytest.MonkeyPatch) -> None:
+    for command, says in REMARKS.items():
+        run(command)(project)
+        [remark] = repo.remarks(project / NAME)
+        assert says in remark
+        assert repo.problems(project / NAME) == []
     for name in IDENTITY:
         monkeypatch.delenv(name)
     git(project, "config", "user.useConfigOnly", "true")
@@ -969,20 +925,18 @@ def test_files_and_folders_may_change_places_in_a_commit(project: Path, wanted: 
     assert git(project, "fsck", "--strict", "--no-dangling", "--no-progress") == ""
 
 
-@pytest.mark.parametrize("damage", [pytest.param("gone", marks=pytest.mark.slow), "empty"])
-def test_what_git_does_not_hold_is_not_committed(project: Path, damage: str) -> None:
+def test_what_git_does_not_hold_is_not_committed(project: Path) -> None:
     """As when an agent's `git gc --prune=now`, or a power cut, took the recorded bytes of a document."""
     repo, head = Repo.open(project), git(project, "rev-parse", "HEAD")
     entry = made(repo, project / "new", b"new\n")
     place = project / ".git/objects" / entry.oid[:2] / entry.oid[2:]
-    place.unlink()
-    if damage == "empty":
-        place.touch()
-    with pytest.raises(GitError, match=f"object {entry.oid} is missing or damaged.*{place}, remove it"):
-        repo.commit([entry], "text")
-    assert git(project, "rev-parse", "HEAD") == head
-    assert git(project, "status", "-s") == ""
-    place.unlink(missing_ok=True)  # as the message says
+    for damage in (place.unlink, place.touch):
+        damage()
+        with pytest.raises(GitError, match=f"object {entry.oid} is missing or damaged.*{place}, remove it"):
+            repo.commit([entry], "text")
+        assert git(project, "rev-parse", "HEAD") == head
+        assert git(project, "status", "-s") == ""
+    place.unlink()  # as the message says
     assert repo.commit([made(repo, project / "new", b"new\n")], "text")
 
 
