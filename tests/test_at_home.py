@@ -227,7 +227,6 @@ def test_a_phase_that_may_change_nothing_outlasts_a_hook_that_cannot_run(project
 
 # ---- What others do meanwhile --------------------------------------------------------------------
 
-
 @pytest.mark.slow
 def test_two_projects_of_one_repository_know_nothing_of_each_other(project: Any) -> None:
     for name in ("a", "b"):

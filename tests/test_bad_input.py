@@ -90,7 +90,6 @@ ALL = (*READING, *WRITING)
 
 # ---- Backlogs ------------------------------------------------------------------------------------
 
-
 def with_item(line: str) -> str:
     return BACKLOG.replace("  title: First\n", f"  title: First\n{line}\n")
 
@@ -208,7 +207,6 @@ def test_d28_the_config_that_is_named_is_the_one_that_counts(root: Path, capsys:
 
 
 # ---- Repository states ---------------------------------------------------------------------------
-
 
 def diverge(root: Path) -> None:
     """Branch `other` and main change README.md differently."""

@@ -184,7 +184,6 @@ def test_what_commands_did_outlasts_a_reset_with_a_comment_on_top(project: Any) 
 
 # ---- A stale buffer ------------------------------------------------------------------------------
 
-
 def test_a_stale_buffer_that_is_saved_during_a_run_gives_its_edit_alone(project: Any) -> None:
     prepare(project, {"WRK-001/build": pausing("echo code > code.py"), "WRK-002/prd": pausing(document="prd.md")})
     run = project.start("run", "--cap", "4")
@@ -232,7 +231,6 @@ def test_what_is_committed_by_hand_in_the_morning_is_meant(project: Any) -> None
 
 
 # ---- A state that could not be committed, and then decided over ----------------------------------
-
 
 @pytest.mark.slow
 def test_the_latest_decision_stands_after_a_halt_under_a_stale_lock(project: Any) -> None:
@@ -365,7 +363,6 @@ def test_commands_decide_while_the_file_does_not_parse(project: Any) -> None:
 
 # ---- Another branch, an open rebase --------------------------------------------------------------
 
-
 @pytest.mark.parametrize("phase", quick(["prd", "build"], "prd"))
 def test_a_branch_that_is_switched_during_a_run_gets_nothing_of_ours(project: Any, phase: str) -> None:
     prepare(project, {f"WRK-001/{phase}": pausing()})
@@ -416,7 +413,6 @@ def test_a_rebase_that_is_opened_during_a_run_is_left_alone(project: Any, monkey
 
 # ---- Killed, then a colleague's work pulled ------------------------------------------------------
 
-
 def kill_in_build(project: Any, by_hook: bool = False) -> None:
     """SIGKILL a run in WRK-001's build: while its agent works, or its finished work is committed."""
     work = "echo half > README.md; echo half > half.py; "
@@ -461,7 +457,6 @@ def test_a_colleagues_work_that_is_pulled_after_a_kill_stays(project: Any, tmp_p
 
 
 # ---- Bad journals --------------------------------------------------------------------------------
-
 
 def garble(data: bytes, how: str) -> bytes:
     lines = data.splitlines(keepends=True)

@@ -290,7 +290,6 @@ def test_what_two_runs_could_not_commit(project: Any) -> None:
 
 # ---- The hooks of a destructive phase ------------------------------------------------------------
 
-
 class Hook(NamedTuple):
     """A hook of the operator's, and what it makes of the commit of a destructive phase."""
 
@@ -354,7 +353,6 @@ def test_hook_of_a_destructive_phase(project: Any, name: str) -> None:
 
 
 # ---- Saves that fail -----------------------------------------------------------------------------
-
 
 class NoSave(NamedTuple):
     """Why BACKLOG.yaml cannot be saved while a phase is running."""

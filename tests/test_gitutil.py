@@ -755,7 +755,6 @@ def test_which_hooks_count(project: Path, repo: Repo, phase_commit: list[Entry])
 
 # ---- signatures ----------------------------------------------------------------------------------
 
-
 @pytest.fixture
 def key(project: Path) -> Path:
     """A key that signs the project's commits, by git's own configuration."""

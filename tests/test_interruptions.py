@@ -153,7 +153,6 @@ STATE = Path(".git/orchestrator")
 
 # ---- The project, and a run that is struck -------------------------------------------------------
 
-
 @pytest.fixture
 def story(project: Any) -> Any:
     """A project for a run with every kind of phase, a retry, both blocks and an archive."""
@@ -238,7 +237,6 @@ def at_work(project: Any) -> list[str]:
 
 
 # ---- What was seen, and what must hold then ------------------------------------------------------
-
 
 class Seen(NamedTuple):
     """What the world knows of a run at the moment it ends."""
@@ -368,7 +366,6 @@ def check_prompts(project: Any) -> None:
 
 
 # ---- The matrices --------------------------------------------------------------------------------
-
 
 class Outcome(NamedTuple):
     what: str

@@ -29,7 +29,6 @@ LENGTH = 25  # events of a history
 
 # ---- What is asked of the code: the whole adapter -----------------------------------------------
 
-
 def parse(text: str) -> State:
     return State.read(text.encode(), "BACKLOG.yaml")
 
@@ -50,7 +49,6 @@ def decide(state: State, item_id: str, changes: dict[str, Any] | None, **top: An
 
 
 # ---- Texts ---------------------------------------------------------------------------------------
-
 
 def rows(state: State) -> dict[str, dict[str, Any]]:
     return {item_id: dict(item) for item_id, item in state.items.items()}
@@ -95,7 +93,6 @@ def shuffled(text: str, seed: int) -> str:
 
 
 # ---- The world -----------------------------------------------------------------------------------
-
 
 class World:
     """What is decided, what the file shows, and what was meant; `bad`: the first thing that went wrong."""
@@ -208,7 +205,6 @@ def event(function: Event) -> Event:
 
 # ---- Decisions -----------------------------------------------------------------------------------
 
-
 def decided_as(w: World, item_id: str, publish: bool = True, **changes: Any) -> None:
     w.set(item_id, **{key: set(value) if key == "tags" else value for key, value in changes.items()})
     stamp = w.stamp()
@@ -271,7 +267,6 @@ def add(w: World, r: int) -> None:
 
 
 # ---- By hand -------------------------------------------------------------------------------------
-
 
 @event
 def retitle(w: World, r: int, text: str = "") -> None:
@@ -387,7 +382,6 @@ def formatter(w: World, r: int) -> None:
 
 
 # ---- Old copies, crashes, others -----------------------------------------------------------------
-
 
 @event
 def old_copy(w: World, r: int) -> None:

@@ -90,22 +90,12 @@ def failing_hooks(body: str) -> Act:
     return prepare
 
 
-HOSTILE_SETTINGS = run(
-    "git config commit.gpgSign true",
-    "git config gpg.program /nonexistent",
-    "git config core.editor 'sleep 60'",
-    "git config core.pager 'sleep 60'",
-    "git config commit.template /nonexistent",
-    "git config commit.verbose true",
-    "git config commit.cleanup strip",
-    "git config core.commentChar '['",
-    "git config i18n.commitEncoding ISO-8859-1",
-    "git config status.showUntrackedFiles no",
-    "git config core.quotePath true",
-    "git config diff.noprefix true",
-    "git config diff.renames copies",
-    "git config log.showSignature true",
+SETTINGS = (
+    "commit.gpgSign true; gpg.program /nonexistent; core.editor 'sleep 60'; core.pager 'sleep 60'; commit.template /nonexistent; commit.verbose true;"
+    " commit.cleanup strip; core.commentChar '['; i18n.commitEncoding ISO-8859-1; status.showUntrackedFiles no; core.quotePath true;"
+    " diff.noprefix true; diff.renames copies; log.showSignature true"
 )
+HOSTILE_SETTINGS = run(*(f"git config {setting}" for setting in SETTINGS.split(";")))
 
 
 COMMITTED: Mapping[str, Act] = {

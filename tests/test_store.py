@@ -128,7 +128,6 @@ def running(tmp_path: Path) -> Bench:
 
 # ---- Saving --------------------------------------------------------------------------------------
 
-
 def test_d44_a_save_changes_only_the_lines_of_the_changed_keys(bench: Bench) -> None:
     bench.update("WRK-001", status="scoping", phase="research")
     assert bench.text == TEXT.replace(
@@ -188,7 +187,6 @@ def test_the_mode_is_kept_and_a_left_over_temporary_file_never_followed(bench: B
 
 
 # ---- Edits of others -----------------------------------------------------------------------------
-
 
 def test_edits_by_hand_and_of_another_command_are_taken_up_and_kept(bench: Bench) -> None:
     bench.by_hand("title: Second\n", "title: 'Second, better'   # why\n  priority: 2\n")
@@ -260,7 +258,6 @@ def test_a_program_that_never_stops_writing_is_named_and_wins(bench: Bench) -> N
 
 
 # ---- A file that cannot be used ------------------------------------------------------------------
-
 
 def test_a_broken_file_is_left_alone_for_a_minute_then_set_aside(running: Bench) -> None:
     running.path.write_text(BROKEN)
@@ -397,7 +394,6 @@ def test_where_the_file_alone_cannot_be_written_the_decision_stands(running: Ben
 
 
 # ---- The journal ---------------------------------------------------------------------------------
-
 
 def test_the_journal_tells_every_state_and_what_is_left_to_do(running: Bench) -> None:
     running.add()

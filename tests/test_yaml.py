@@ -195,7 +195,6 @@ def test_other_writers_output_reads_equal(path: Path) -> None:
 
 # ---- real files and the public test suite, where this machine has them -------------------------------
 
-
 def backlogs(corpus: Path) -> list[Path]:
     found = sorted(corpus.glob("*/*.yaml"))
     assert found
@@ -367,7 +366,6 @@ def test_mutated_files_raise_nothing_but_yaml_error() -> None:
 
 
 # ---- writing -------------------------------------------------------------------------------------
-
 
 def written(value: object) -> str:
     """How a value is written behind a key; checked by reading it back."""
@@ -803,7 +801,6 @@ def test_values_and_lines_of_items_and_keys() -> None:
 
 # ---- chunks --------------------------------------------------------------------------------------
 
-
 def test_chunks_are_the_lines_of_the_items() -> None:
     made = document()
     assert "".join((made.head, *made.chunks, made.tail)) == BACKLOG
@@ -876,7 +873,6 @@ def test_a_list_keeps_the_comments_of_what_stays() -> None:
 
 
 # ---- random edits --------------------------------------------------------------------------------
-
 
 def random_value(rng: random.Random, depth: int = 0) -> object:
     kind = rng.randrange(12)

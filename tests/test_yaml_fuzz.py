@@ -196,7 +196,6 @@ def test_twenty_thousand_documents_of_the_grammar_mean_what_it_says() -> None:
 
 # ---- chunks --------------------------------------------------------------------------------------
 
-
 def backlog_text(made: Maker) -> str:
     """A backlog of random items with comments, gaps and line ends of all kinds around them."""
     rng, column = made.rng, made.rng.choice((0, 0, 2, 4))
