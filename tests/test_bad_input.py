@@ -7,21 +7,15 @@ the real command line, with the bytes of the whole project and its git folder be
 from __future__ import annotations
 
 import os
-import shutil
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 import orchestrator
+from tests.conftest import sh
 from tests.test_cli import photograph
 
-ENV = {
-    "PATH": os.environ["PATH"], "HOME": "/nonexistent", "GIT_CONFIG_NOSYSTEM": "1",
-    "GIT_AUTHOR_NAME": "Operator", "GIT_AUTHOR_EMAIL": "operator@example.invalid",
-    "GIT_COMMITTER_NAME": "Operator", "GIT_COMMITTER_EMAIL": "operator@example.invalid",
-}
 ITEM = """\
 - id: WRK-001
   title: First
@@ -35,25 +29,18 @@ CONFIG = '[agent]\ncli = "demo"\n'
 
 
 def git(root: Path, *argv: str, check: bool = True) -> None:
-    subprocess.run(["git", "-C", str(root), *argv], check=check, capture_output=True, env=ENV)
-
-
-@pytest.fixture(scope="module")
-def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A sound project, committed; made once and copied for every case."""
-    root = tmp_path_factory.mktemp("template") / "repo"
-    root.mkdir()
-    git(root, "init", "-q", "-b", "main")
-    for name, text in {"README.md": "A project\n", "BACKLOG.yaml": BACKLOG, "orchestrator.toml": CONFIG}.items():
-        (root / name).write_text(text)
-    git(root, "add", "-A")
-    git(root, "commit", "-q", "-m", "Start")
-    return root
+    sh(root, "git", *argv, check=check)
 
 
 @pytest.fixture
-def root(template: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(template, tmp_path / "repo", symlinks=True))
+def root(make_repo: Callable[..., Path]) -> Path:
+    """A sound project, committed."""
+    root = make_repo()
+    (root / "BACKLOG.yaml").write_text(BACKLOG)
+    (root / "orchestrator.toml").write_text(CONFIG)
+    git(root, "add", "-A")
+    git(root, "commit", "-q", "-m", "Set up")
+    return root
 
 
 # What taking a lock makes: a folder, and a file with the pid of whoever had it last.
@@ -141,11 +128,6 @@ def test_every_command_names_line_and_column(root: Path, capsys: pytest.CaptureF
         assert refused(root, capsys, *argv).startswith("orchestrator: BACKLOG.yaml:4:10: ")
 
 
-def make_folder(path: Path) -> None:
-    path.unlink()
-    path.mkdir()
-
-
 def make_fifo(path: Path) -> None:
     path.unlink()
     os.mkfifo(path)
@@ -160,7 +142,6 @@ def make_link(path: Path) -> None:
     ("change", "says"),
     [
         (Path.unlink, "there is no such file; "),
-        (make_folder, "it is not a regular file; move it away"),
         (make_fifo, "it is not a regular file; move it away"),
         (make_link, "it is a symbolic link, which a save would replace; put the file itself there"),
     ],
@@ -226,10 +207,6 @@ def operation(*argv: str) -> Callable[[Path], None]:
     return prepare
 
 
-def on_git(*argv: str) -> Callable[[Path], None]:
-    return lambda root: git(root, *argv)
-
-
 def write(name: str, text: str = "x\n") -> Callable[[Path], None]:
     def prepare(root: Path) -> None:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
@@ -258,7 +235,7 @@ STATES: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
     "untracked": (write("new/file with space.txt"), ("uncommitted changes: new/file with space.txt", "--allow-dirty")),
     "staged": (staged, ("uncommitted changes: mine.txt", "--allow-dirty")),
     "ignored_backlog": (ignored, ("BACKLOG.yaml could not be committed", "ignore")),
-    "assume_unchanged": (on_git("update-index", "--assume-unchanged", "BACKLOG.yaml"), ("BACKLOG.yaml could not be committed", "--no-assume-unchanged")),
+    "assume_unchanged": (lambda root: git(root, "update-index", "--assume-unchanged", "BACKLOG.yaml"), ("BACKLOG.yaml could not be committed", "--no-assume-unchanged")),
     "protected": (write("orchestrator.toml", f'{CONFIG}[project]\nprotected_branches = ["main"]\n'), ("branch main is protected", "project.protected_branches")),
     "damaged_index": (write(".git/index", "nonsense"), ("git",)),
     "missing_agent": (write("orchestrator.toml", '[agent]\ncli = "command"\ncommand = ["no-such-agent-xyz"]\n'), ("no-such-agent-xyz", "agent.command")),

@@ -11,9 +11,7 @@ import pytest
 
 from backlog import BacklogError, State, parse_yaml
 
-# The phases that the old files name, in the order in which they ran.
-PRE_PHASES = ("research",)
-PHASES = ("prd", "tech-research", "design", "spec", "build", "review")
+PHASES = "research? prd tech-research design spec build! review"  # that the old files name, in their order
 
 
 def backlogs(corpus: Path) -> list[Path]:
@@ -22,13 +20,8 @@ def backlogs(corpus: Path) -> list[Path]:
     return found
 
 
-def version(path: Path) -> int:
-    found = re.search(r"^schema_version: (\d+)$", path.read_text(), re.M)
-    return int(found[1]) if found else 1
-
-
 def is_refused(path: Path) -> bool:
-    return version(path) != 3
+    return not re.search(r"^schema_version: 3$", path.read_text(), re.M)
 
 
 @pytest.fixture
@@ -38,8 +31,7 @@ def project_with(project: Any) -> Any:
     def prepare(path: Path) -> Any:
         text = path.read_text()
         prefix = re.search(r"^- id: ([A-Z]+)-\d", text, re.M)
-        words = [f"{name}?" for name in PRE_PHASES] + [name + "!" * (name == "build") for name in PHASES]
-        project.configure(" ".join(words), execution="max_retries = 0\ncircuit_breaker = 100")
+        project.configure(PHASES, execution="max_retries = 0\ncircuit_breaker = 100")
         config = project.root / "orchestrator.toml"
         config.write_text(f'[project]\nprefix = "{prefix[1] if prefix else "WRK"}"\n{config.read_text()}')
         (project.root / "BACKLOG.yaml").write_bytes(path.read_bytes())

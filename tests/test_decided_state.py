@@ -105,11 +105,10 @@ WAYS = {
     "checked out, edited and committed": f"{OLD}; {RETITLE}; git commit -qam agent",
     "written without git's index": f"git show HEAD~3:BACKLOG.yaml > BACKLOG.yaml; {RETITLE}",
     "stashed": "echo >> README.md; git stash -q",
-    "reset": "git reset -q --hard",
     "deleted": "rm BACKLOG.yaml",
     "cleaned": "git rm -q --cached BACKLOG.yaml; git clean -fdxq -e 'orchestrator.toml' -e .orchestrator",
 }
-CASES = [*(("build", way) for way in WAYS), ("prd", "checked out"), ("prd", "reset"), ("prd", "deleted")]
+CASES = [*(("build", way) for way in list(WAYS)[1:5]), ("prd", "checked out"), ("prd", "deleted"), ("build", "cleaned")]
 
 
 @pytest.mark.parametrize(("phase", "way"), quick(CASES, ("build", "checked out and edited")))

@@ -49,6 +49,7 @@ from tests.gitkit import (
     new_project,
     no_delay,
     run,
+    sign_with_a_key,
     table,
     work_tree,
 )
@@ -755,20 +756,8 @@ def test_which_hooks_count(project: Path, repo: Repo, phase_commit: list[Entry])
 
 # ---- signatures ----------------------------------------------------------------------------------
 
-@pytest.fixture
-def key(project: Path) -> Path:
-    """A key that signs the project's commits, by git's own configuration."""
-    if shutil.which("ssh-keygen") is None:
-        pytest.skip("ssh-keygen is not there")
-    key = project.parent / "key"
-    sh(project, "ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(key))
-    (project.parent / "signers").write_text(f"operator@example.invalid {key.with_suffix('.pub').read_text()}")
-    for setting in (f"user.signingKey {key}", f"gpg.ssh.allowedSignersFile {project.parent}/signers", "gpg.format ssh", "commit.gpgSign true"):
-        git(project, "config", *setting.split(" ", 1))
-    return key
-
-
-def test_commits_are_signed_as_git_is_configured_until_that_fails(project: Path, repo: Repo, key: Path) -> None:
+def test_commits_are_signed_as_git_is_configured_until_that_fails(project: Path, repo: Repo) -> None:
+    key = sign_with_a_key(project, project.parent)
     assert (repo.wants_signatures(), repo.try_signing(), repo.try_signing(terminal=True)) == (True, None, None)
     for n in range(3):
         (project / NAME).write_text(f"v: {n + 2}\n")
