@@ -109,6 +109,7 @@ def program(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactor
     sh(HERE, sys.executable, str(source), "vendor", str(built))
     return built
 
+
 SCRIPTED_AGENT = r"""
 # An agent that does what script.json beside it says; keeps its own log outside the repository.
 import json, os, signal, subprocess, sys
@@ -180,7 +181,7 @@ class Project:
         os.mkfifo(outside / "announce")
         self.script({})
 
-    def script(self, steps: dict[str, object]) -> None:
+    def script(self, steps: dict[str, Any]) -> None:
         """What the agent does, by `ITEM/PHASE`, `*/PHASE`, `ITEM/*` or `*`: one step per visit."""
         (self.outside / "script.json").write_text(json.dumps(steps))
 
@@ -207,6 +208,22 @@ class Project:
         body = "items:\n" + "".join(rows) if rows else "items: []\n"
         text = f"{head}schema_version: 3\n{body}next_item_id: {len(items)}\n"
         (self.root / "BACKLOG.yaml").write_text(text)
+
+    def set_up(
+        self, *items: str, script: dict[str, Any], phases: str = "plan build!", execution: str = "", more: str = ""
+    ) -> None:
+        """Config, backlog and what else lies about, committed; and what the agent does."""
+        self.configure(phases, execution=execution, more=more)
+        self.backlog(*items)
+        self.commit_all()
+        self.script(script)
+
+    def hook(self, name: str, body: str) -> None:
+        """A hook of the operator's; its interpreter is a shell if none is named."""
+        path = self.root / ".git/hooks" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(body if body.startswith("#!") else f"#!/bin/sh\n{body}\n")
+        path.chmod(0o755)
 
     def commit_all(self, message: str = "Set up") -> None:
         sh(self.root, "git", "add", "-A")

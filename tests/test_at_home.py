@@ -10,19 +10,18 @@ import pytest
 from tests.gitkit import sign_with_a_key
 
 SLOW = pytest.mark.slow
+BUILDING, PLANNING = (f"WRK-001 in_progress phase={phase} phase_pool=main" for phase in ("build", "plan"))
+WRITES = [{"write": {"code.txt": "x\n"}}]
 
 
 def test_an_editors_own_files_and_the_one_that_our_output_goes_to_are_in_no_commit_and_in_nobodys_way(project: Any) -> None:
     """They are there when the run starts, change while a build runs, and are there afterwards."""
     names = (".BACKLOG.yaml.swp", "BACKLOG.yaml~", ".#BACKLOG.yaml", "sub/.x.py.swo")
-    project.configure()
-    project.backlog("WRK-001 in_progress phase=build phase_pool=main")
     (project.root / "sub").mkdir()
     (project.root / "sub/keep").touch()
-    project.commit_all()
+    project.set_up(BUILDING, script={"*": [{"write": {"code.txt": "x\n", **dict.fromkeys(names, "after\n")}, "sh": "touch .new.txt.swp"}]})
     for name in names:
         (project.root / name).write_text("before")
-    project.script({"*": [{"write": {"code.txt": "x\n", **dict.fromkeys(names, "after\n")}, "sh": "touch .new.txt.swp"}]})
 
     argv = [sys.executable, str(project.program), "run"]
     with (project.root / "run.log").open("w") as out:
@@ -37,10 +36,7 @@ def test_an_editors_own_files_and_the_one_that_our_output_goes_to_are_in_no_comm
 
 
 def test_what_a_document_phase_leaves_elsewhere_is_a_stray_until_it_is_gone(project: Any) -> None:
-    project.configure()
-    project.backlog("WRK-001 in_progress phase=plan phase_pool=main")
-    project.commit_all()
-    project.script({"*/plan": [{"sh": "echo note > scratch.txt"}], "*/build": [{"write": {"code.txt": "x\n"}}]})
+    project.set_up(PLANNING, script={"*/plan": [{"sh": "echo note > scratch.txt"}], "*/build": WRITES})
 
     first = project.run("run", "--cap", "1")
     second = project.run("run")
@@ -65,7 +61,7 @@ def test_a_repository_that_an_agent_leaves_in_the_tree_is_named(project: Any, ma
         project.git("-c", "protocol.file.allow=always", "submodule", "--quiet", "add", str(library), path)
         act = f"git -C {path} commit -q --allow-empty -m 'Only here'"
     project.commit_all()
-    hook(project, "pre-commit", "#!/bin/sh\nexit 0\n")
+    project.hook("pre-commit", "exit 0")
     second = {"write": {"b.txt": "b\n"}}
     project.script({"WRK-001/*": [{"sh": f"{act}; date +%N > code.txt"}], "WRK-002/*": [{**second, "result": {"result": "failed"}}, second]})
 
@@ -107,13 +103,6 @@ if not re.fullmatch(rf"({kinds})(\([^()]+\))?!?: [a-z].*[^.]", head) or max(map(
 """
 
 
-def hook(project: Any, name: str, text: str) -> None:
-    path = project.root / ".git/hooks" / name
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(text)
-    path.chmod(0o755)
-
-
 @pytest.mark.slow
 def test_conventional_commits(project: Any) -> None:
     """Every commit is worded so, those of the backlog's state as well; by default the start is refused."""
@@ -126,7 +115,7 @@ def test_conventional_commits(project: Any) -> None:
         "WRK-002/build": [{"write": {"b.txt": "b\n"}, "result": {"summary": said, "commit_type": "mine"}}],
         "*/plan": [{"document": "PLAN.md", "result": {"summary": said}}],
     })  # fmt: skip
-    hook(project, "commit-msg", COMMITLINT)
+    project.hook("commit-msg", COMMITLINT)
 
     refused = project.run("run", code=1)
     project.configure(execution="max_concurrent = 2\nmax_wip = 2", more='[commits]\nstyle = "conventional"\n')
@@ -150,11 +139,9 @@ def test_conventional_commits(project: Any) -> None:
 def test_commits_are_signed_and_signed_off(project: Any) -> None:
     """With a key that git's own configuration names; a key that has gone is a reason not to start."""
     key = sign_with_a_key(project.root, project.outside)
-    project.configure(more="[commits]\nsignoff = true\n")
-    project.backlog("WRK-001 in_progress phase=plan phase_pool=main", "WRK-002 new")
-    project.commit_all()
-    project.script({"*/plan": [{"document": "PLAN.md"}], "*/build": [{"sh": "date +%N > code.txt"}]})
-    hook(project, "commit-msg", "#!/bin/sh\ngrep -q '^Signed-off-by: ' $1 || { echo 'sign off'; exit 1; }\n")
+    script = {"*/plan": [{"document": "PLAN.md"}], "*/build": [{"sh": "date +%N > code.txt"}]}
+    project.set_up(PLANNING, "WRK-002 new", script=script, more="[commits]\nsignoff = true\n")
+    project.hook("commit-msg", "grep -q '^Signed-off-by: ' $1 || { echo 'sign off'; exit 1; }")
 
     project.run("run", "--cap", "3")
     project.run("add", "Another", "--commit")
@@ -169,10 +156,8 @@ def test_commits_are_signed_and_signed_off(project: Any) -> None:
 
 @pytest.mark.slow
 def test_a_phase_that_may_change_nothing_outlasts_a_hook_that_cannot_run(project: Any) -> None:
-    project.configure("build!", more="allow_empty = true\n")
-    project.backlog("WRK-001 in_progress phase=build phase_pool=main")
-    project.commit_all()
-    hook(project, "pre-commit", f"#!/bin/sh\ntest -e {project.outside}/mended || exec no-such-tool\n")
+    project.set_up(BUILDING, phases="build!", script={}, more="allow_empty = true\n")
+    project.hook("pre-commit", f"test -e {project.outside}/mended || exec no-such-tool")
 
     project.run("run", code=4)
     (project.outside / "mended").touch()
@@ -217,11 +202,8 @@ def test_two_projects_of_one_repository_know_nothing_of_each_other(project: Any)
 @pytest.mark.slow
 def test_what_the_operator_does_before_a_held_phase_is_committed_stays_the_operators(project: Any) -> None:
     """Our halt commit and a commit of the operator's move the branch in between."""
-    project.configure("build!")
-    project.backlog("WRK-001 ready")
-    project.commit_all()
-    project.script({"*": [{"write": {"code.txt": "x\n"}}]})
-    hook(project, "pre-commit", f"#!/bin/sh\ntest -e {project.outside}/mended || exec no-such-tool\n")
+    project.set_up("WRK-001 ready", phases="build!", script={"*": WRITES})
+    project.hook("pre-commit", f"test -e {project.outside}/mended || exec no-such-tool")
 
     project.run("run", code=4)
     project.run("add", "Another", "--commit")
@@ -238,13 +220,10 @@ def test_what_the_operator_does_before_a_held_phase_is_committed_stays_the_opera
 
 @pytest.mark.slow
 def test_what_a_hook_sweeps_up_is_not_committed(project: Any) -> None:
-    project.configure()
-    project.backlog("WRK-001 in_progress phase=plan phase_pool=main")
     (project.root / "old.txt~").write_text("tracked\n")
-    project.commit_all()
+    project.set_up(PLANNING, script={"*/plan": [{"sh": "echo note > stray.txt"}], "*/build": [{"sh": "echo x > code.txt; echo y > 'old.txt~'"}]})
     (project.root / ".README.md.swp").write_text("an editor's\n")
-    project.script({"*/plan": [{"sh": "echo note > stray.txt"}], "*/build": [{"sh": "echo x > code.txt; echo y > 'old.txt~'"}]})
-    hook(project, "pre-commit", "#!/bin/sh\ngit add -A\n")
+    project.hook("pre-commit", "git add -A")
 
     project.run("run")
 
@@ -254,12 +233,10 @@ def test_what_a_hook_sweeps_up_is_not_committed(project: Any) -> None:
 
 @pytest.mark.slow
 def test_a_merge_that_an_agent_leaves_open_ends_the_run(project: Any) -> None:
-    project.configure("build!")
-    project.backlog(*(f"WRK-00{n} in_progress phase=build phase_pool=main" for n in (1, 2)))
-    project.commit_all()
+    act = "git switch -q other; git commit -q --allow-empty -m x; git switch -q main; git merge -q --no-commit --no-ff other; echo x > code.txt"
+    project.set_up(BUILDING, "WRK-002 in_progress phase=build phase_pool=main", phases="build!", script={"*": [{"sh": act}]})
     project.git("branch", "other")
     project.git("commit", "-q", "--allow-empty", "-m", "Mine")
-    project.script({"*": [{"sh": "git switch -q other; git commit -q --allow-empty -m x; git switch -q main; git merge -q --no-commit --no-ff other; echo x > code.txt"}]})
     command = f"import orchestrator as o; o.COMMIT_GIVE_UP_S = 0.0; raise SystemExit(o.main(['--root', {str(project.root)!r}, 'run']))"
 
     done = subprocess.run([sys.executable, "-c", command], cwd=project.program.parent, capture_output=True, text=True, timeout=60)
@@ -290,11 +267,10 @@ def test_what_is_only_staged_outlasts_an_agent_that_writes_documents(project: An
 @pytest.mark.slow
 def test_what_a_phase_or_a_hook_left_is_no_reason_to_refuse_a_build(project: Any) -> None:
     """A document agent's stray is built on; a hook formats a file, does not add it, and a build goes on from that."""
-    project.configure("plan build!", execution="max_retries = 0")
-    project.backlog("WRK-001 in_progress phase=plan phase_pool=main", "WRK-002 in_progress phase=build phase_pool=main")
-    project.commit_all()
-    project.script({"*/plan": [{"sh": "echo planned >> README.md"}], "*/build": [{"sh": "echo $ORCHESTRATOR_ITEM_ID >> README.md; echo $ORCHESTRATOR_ITEM_ID >> code.txt"}]})
-    hook(project, "pre-commit", "#!/bin/sh\necho formatted >> code.txt\n")
+    build = {"sh": "echo $ORCHESTRATOR_ITEM_ID >> README.md; echo $ORCHESTRATOR_ITEM_ID >> code.txt"}
+    script = {"*/plan": [{"sh": "echo planned >> README.md"}], "*/build": [build]}
+    project.set_up(PLANNING, "WRK-002 in_progress phase=build phase_pool=main", script=script, execution="max_retries = 0")
+    project.hook("pre-commit", "echo formatted >> code.txt")
 
     first = project.run("run", "--target", "WRK-001")
     second = project.run("run")

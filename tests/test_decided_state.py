@@ -35,11 +35,8 @@ def quick(rows: Iterable[Any], *names: Any) -> list[Any]:
     return [row if row in names else pytest.param(*(row if isinstance(row, tuple) else (row,)), marks=pytest.mark.slow) for row in rows]
 
 
-def prepare(project: Any, script: dict[str, Any], execution: str = "") -> None:
-    project.configure("prd build! review", execution=execution)
-    project.backlog(*ITEMS)
-    project.commit_all()
-    project.script({**script, **{key: steps for key, steps in DOCUMENTS.items() if key not in script}})
+def prepare(project: Any, script: dict[str, Any]) -> None:
+    project.set_up(*ITEMS, phases="prd build! review", script={**script, **{key: steps for key, steps in DOCUMENTS.items() if key not in script}})
     os.mkfifo(project.outside / "go")
 
 
@@ -417,9 +414,7 @@ def kill_in_build(project: Any, by_hook: bool = False) -> None:
     work = "echo half > README.md; echo half > half.py; "
     prepare(project, {"WRK-001/build": [{"sh": work if by_hook else work + PAUSE}, {"sh": "echo again > again.py"}]})
     if by_hook:
-        hook = project.root / ".git/hooks/pre-commit"
-        hook.write_text(f"#!/bin/sh\ncd {project.root}\n{PAUSE}\n")
-        hook.chmod(0o755)
+        project.hook("pre-commit", f"cd {project.root}\n{PAUSE}")
     run = project.start("run", "--target", "WRK-001")
     project.announced()
     project.run("add", "Added meanwhile")
@@ -427,7 +422,7 @@ def kill_in_build(project: Any, by_hook: bool = False) -> None:
     run.wait()
     if by_hook:
         go_on(project)
-        hook.unlink()
+        (project.root / ".git/hooks/pre-commit").unlink()
 
 
 @pytest.mark.slow

@@ -318,15 +318,12 @@ HOOKS = {
 def test_hook_of_a_destructive_phase(project: Any, name: str) -> None:
     """What a hook cannot judge charges nobody: once it is mended, the next start commits what was paid for."""
     hook = HOOKS[name]
-    project.configure("build!", execution="max_retries = 0\nhook_timeout_seconds = 1")
-    project.backlog("WRK-001 in_progress phase=build phase_pool=main")
-    project.commit_all()
-    project.script({"*/build": [{"write": {"code.py": "1\n"}}]})
+    project.set_up(
+        "WRK-001 in_progress phase=build phase_pool=main", phases="build!",
+        script={"*/build": [{"write": {"code.py": "1\n"}}]}, execution="max_retries = 0\nhook_timeout_seconds = 1",
+    )  # fmt: skip
     (project.root / "own.txt").write_text("the operator's\n")
-    path = project.root / ".git/hooks" / hook.name
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(f"#!/bin/sh\n{hook.body}\n")
-    path.chmod(0o755)
+    project.hook(hook.name, hook.body)
     project.environment["OUTSIDE"] = str(project.outside)
 
     done = project.run("run", "--strict", "--allow-dirty", code=hook.code)

@@ -120,10 +120,8 @@ def test_a_file_with_other_line_ends_is_clean_when_it_is_put_back(repository: Pa
 @pytest.mark.slow
 def test_what_a_sparse_and_partial_clone_leaves_out_is_not_lost(project: Any) -> None:
     """The worklog goes on from what git has, the agent finds the documents, and history is read."""
-    project.configure("plan build!")
-    project.backlog("WRK-001 ready", "WRK-002 ready")
-    project.script({"*/plan": [{"document": "plan.md"}], "*/build": [{"sh": "cat changes/WRK-001_*/plan.md >built"}]})
-    project.commit_all()
+    script = {"*/plan": [{"document": "plan.md"}], "*/build": [{"sh": "cat changes/WRK-001_*/plan.md >built"}]}
+    project.set_up("WRK-001 ready", "WRK-002 ready", script=script)
     project.run("run", "--cap", "1")
     project.git("config", "uploadpack.allowFilter", "true")
     clone = project.root.with_name("clone")

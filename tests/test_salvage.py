@@ -48,14 +48,13 @@ def theirs(root: Path) -> dict[str, tuple[int, bytes]]:
 @pytest.mark.slow
 @pytest.mark.parametrize("ending", ["failed", "blocked", "timed out", "cancelled"])
 def test_what_a_phase_left_is_kept_whole_and_nothing_else_moves(project: Any, tmp_path: Path, ending: str) -> None:
-    project.configure("build!", execution="max_retries = 0", more="timeout_minutes = 0.15\n" if ending == "timed out" else "")
-    project.backlog(f"WRK-001 {BUILDING}", f"WRK-002 {BUILDING}")
     sh(project.root, "sh", "-ec", BEFORE)
-    project.commit_all()
     build = {"sh": f"{PHASE} cp -a . {tmp_path}/left", "hang": ending in ("timed out", "cancelled")}
     build |= {"result": {"result": "blocked" if ending == "blocked" else "failed", "summary": "not finished"}}
     build |= {"announce": True} if ending == "cancelled" else {}
-    project.script({"WRK-001/build": [build, {"write": {"late.txt": "1\n"}}], "WRK-002/build": [{"write": {"other.txt": "1\n"}}]})
+    script = {"WRK-001/build": [build, {"write": {"late.txt": "1\n"}}], "WRK-002/build": [{"write": {"other.txt": "1\n"}}]}
+    limit = "timeout_minutes = 0.1\n" if ending == "timed out" else ""
+    project.set_up(f"WRK-001 {BUILDING}", f"WRK-002 {BUILDING}", phases="build!", script=script, execution="max_retries = 0", more=limit)
     sh(project.root, "sh", "-ec", OPERATORS)
     before, staged = theirs(project.root), project.git("diff", "--cached")
 
@@ -154,20 +153,13 @@ def test_salvage_is_listed_with_the_command_that_drops_that_of_finished_items(ke
 
 # ---- What becomes of the rest --------------------------------------------------------------------
 
-def set_up(project: Any, *items: str, script: dict[str, Any], execution: str = "max_retries = 0") -> None:
-    project.configure(execution=execution)
-    project.backlog(*items)
-    project.commit_all()
-    project.script(script)
-
-
 def test_operator_files_survive_an_agent_that_commits_and_reverts_them(project: Any) -> None:
     (project.root / "notes.txt").write_text("base\n")
     shell = (
         f"cd {project.root} && echo theirs > agent.txt && git add agent.txt && git commit -qm theirs"
         " && git checkout -q -- notes.txt && rm opfile.txt && echo half > half.txt"
     )
-    set_up(project, f"WRK-001 {BUILDING}", script={"*/build": [{"sh": shell, **FAILS}]})
+    project.set_up(f"WRK-001 {BUILDING}", script={"*/build": [{"sh": shell, **FAILS}]}, execution="max_retries = 0")
     (project.root / "notes.txt").write_text("edited by the operator\n")
     (project.root / "opfile.txt").write_text("untracked\n")
     project.run("run", "--allow-dirty", code=3)
@@ -183,7 +175,7 @@ def test_operator_files_survive_an_agent_that_commits_and_reverts_them(project: 
 @pytest.mark.slow
 def test_documents_of_an_attempt_interrupted_before_its_retry_are_committed(project: Any) -> None:
     step = {"document": "plan.md", "result": {"result": "failed", "summary": "cannot"}}
-    set_up(project, PLANNING, script={"*/plan": [step]}, execution="retry_delay_seconds = 200")
+    project.set_up(PLANNING, script={"*/plan": [step]}, execution="retry_delay_seconds = 200")
     text = (project.root / "orchestrator.toml").read_text().replace("retry_delay_seconds = 0\n", "")
     (project.root / "orchestrator.toml").write_text(text)
     process = project.start("run")
@@ -200,7 +192,7 @@ def test_documents_of_an_attempt_interrupted_before_its_retry_are_committed(proj
 def test_an_item_deleted_by_hand_while_its_phase_fails_does_not_stop_the_run(project: Any) -> None:
     os.mkfifo(project.outside / "go")
     script = {"WRK-001/plan": [{"announce": True, "await": "go", **FAILS}], "*": [{}]}
-    set_up(project, PLANNING, script=script, execution="max_retries = 1")
+    project.set_up(PLANNING, script=script, execution="max_retries = 1")
     process = project.start("run")
     project.announced()
     project.backlog("WRK-002 ready")
@@ -217,7 +209,7 @@ def test_an_item_deleted_by_hand_while_its_phase_fails_does_not_stop_the_run(pro
 @pytest.mark.slow
 def test_stop_ends_the_retries_too(project: Any) -> None:
     os.mkfifo(project.outside / "go")
-    set_up(project, PLANNING, script={"*": [{"announce": True, "await": "go", **FAILS}]}, execution="max_retries = 3")
+    project.set_up(PLANNING, script={"*": [{"announce": True, "await": "go", **FAILS}]}, execution="max_retries = 3")
     process = project.start("run")
     project.announced()
     said = project.run("stop").stdout
@@ -241,7 +233,7 @@ def test_init_does_not_replace_a_backlog_that_is_only_missing_on_disk(project: A
 @pytest.mark.parametrize("agent", ["git checkout -q -- BACKLOG.yaml", pytest.param("rm BACKLOG.yaml", marks=pytest.mark.slow)])
 def test_a_backlog_reverted_by_an_agent_survives_a_sigkill(project: Any, agent: str) -> None:
     """The promotion was only on disk; the agent undoes it, and we are killed before noticing."""
-    set_up(project, "WRK-001 ready", script={"*/plan": [{"sh": f"cd {project.root} && {agent}", "announce": True, "hang": True}]})
+    project.set_up("WRK-001 ready", script={"*/plan": [{"sh": f"cd {project.root} && {agent}", "announce": True, "hang": True}]})
     process = project.start("run")
     project.announced()
     process.kill()
@@ -297,7 +289,7 @@ def worklog(project: Any) -> str:
 @pytest.mark.slow
 def test_f_f2_f3_killed_in_a_destructive_phase(project: Any) -> None:
     """The agent is ended before anything else is done; what it left is on a ref, and not charged."""
-    set_up(project, f"WRK-001 {BUILDING}", "WRK-002 ready", execution="max_wip = 2", script={
+    project.set_up(f"WRK-001 {BUILDING}", "WRK-002 ready", execution="max_wip = 2", script={
         "*/build": [{**HANG, "write": {"half.py": "1\n", "README.md": "spoilt\n"}}, {"write": {"code.py": "1\n"}}]})
     process = project.start("run")
     project.announced()
@@ -326,7 +318,7 @@ def test_f_f2_f3_killed_in_a_destructive_phase(project: Any) -> None:
 @pytest.mark.slow
 def test_killed_in_a_document_phase_and_a_run_that_refuses_on_another_branch(project: Any) -> None:
     """Its documents so far are committed; on another branch a start says where to go first."""
-    set_up(project, "WRK-001 ready", script={"*/plan": [{**HANG, "document": "half.md"}, {"document": "plan.md"}]})
+    project.set_up("WRK-001 ready", script={"*/plan": [{**HANG, "document": "half.md"}, {"document": "plan.md"}]})
     process = project.start("run")
     project.announced()
     process.kill()
@@ -347,7 +339,7 @@ def test_killed_in_a_document_phase_and_a_run_that_refuses_on_another_branch(pro
 @pytest.mark.slow
 def test_a_decision_by_hand_between_a_crash_and_the_next_start_is_merged(project: Any) -> None:
     """Killed between journal and save: the saved result meets an edit of the operator."""
-    set_up(project, f"WRK-001 {BUILDING}", "WRK-002 ready", script={"*/build": [{"write": {"code.py": "1\n"}}]})
+    project.set_up(f"WRK-001 {BUILDING}", "WRK-002 ready", script={"*/build": [{"write": {"code.py": "1\n"}}]})
     kill_at_rename(project, "BACKLOG.yaml")
     assert "WRK-001" in project.text()
     (project.root / "BACKLOG.yaml").write_text("# by hand\n" + project.text().replace("Item WRK-002", "Renamed"))
@@ -368,7 +360,7 @@ def test_a_decision_by_hand_between_a_crash_and_the_next_start_is_merged(project
 )
 def test_what_is_unblocked_after_a_crash_stays_so(project: Any, then: str, by_hand: bool) -> None:
     """Killed as a block is saved: journalled before, still in the journal right after."""
-    set_up(project, "WRK-001 ready", script={"*/plan": [{"result": {"result": "blocked", "summary": "needs a decision"}}]})
+    project.set_up("WRK-001 ready", script={"*/plan": [{"result": {"result": "blocked", "summary": "needs a decision"}}]})
     kill_at_rename(project, "BACKLOG.yaml", 2, then)
     assert project.statuses() == {"WRK-001": "blocked plan" if then else "in_progress plan"}
     if by_hand:

@@ -31,18 +31,11 @@ def trailers(project: Any, commit: str = "HEAD") -> list[str]:
     return out.split("\n")[:-2]
 
 
-def hook(project: Any, text: str) -> None:
-    path = project.root / ".git/hooks/pre-commit"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(f"#!/bin/sh\n{text}\n")
-    path.chmod(0o755)
-
-
 def test_a_commit_says_what_checked_it_and_everything_tells_it(project: Any) -> None:
     """The checks see what the hook has mended; the item's own come last; no check is no line."""
     seen = project.outside / "seen"
     prepare(project, ["sh", "-c", LONG], ["sh", "-c", f"cat code.py >> {seen}; exec sleep 0"], own="  verify:\n  - [grep, nice, code.py]\n")
-    hook(project, "sed s/ugly/nice/ code.py > x && mv x code.py && git add code.py")
+    project.hook("pre-commit", "sed s/ugly/nice/ code.py > x && mv x code.py && git add code.py")
     told = json.loads(project.run("run", "--json").stdout)
     assert seen.read_text() == "nice\n"
     assert not (project.root / "owned").exists()
@@ -116,10 +109,10 @@ def test_a_check_that_changes_what_is_the_operators_fails_the_attempt(project: A
 def test_what_a_hook_held_up_is_checked_at_the_next_start(project: Any, passes: bool) -> None:
     """Checks come behind the hooks, so the next start runs them; a failing one: the phase starts again."""
     prepare(project, ["sh", "-c", f"echo round >> {project.outside}/rounds; test -e {project.outside}/fine"])
-    hook(project, "exit 127")
+    project.hook("pre-commit", "exit 127")
     project.run("run", "--target", "WRK-001", code=4)
     assert not (project.outside / "rounds").exists()
-    hook(project, "exit 0")
+    project.hook("pre-commit", "exit 0")
     if passes:
         (project.outside / "fine").touch()
     done = project.run("run", "--target", "WRK-001", code=3)
