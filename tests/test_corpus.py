@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from backlog import BacklogError, State, parse_yaml
+from backlog import State
 
 PHASES = "research? prd tech-research design spec build! review"  # that the old files name, in their order
 
@@ -42,23 +42,6 @@ def project_with(project: Any) -> Any:
     return prepare
 
 
-def test_each_file_loads_or_is_refused_for_its_version(corpus: Path) -> None:
-    for path in backlogs(corpus):
-        data = path.read_bytes()
-        if is_refused(path):
-            with pytest.raises(BacklogError, match=r"BACKLOG\.yaml.*schema_version"):
-                State.read(data, "BACKLOG.yaml")
-        elif b"\nnext_item_id:" not in data:
-            with pytest.raises(BacklogError, match=r"BACKLOG\.yaml: the line 'next_item_id: N' is missing"):
-                State.read(data, "BACKLOG.yaml")
-        else:
-            state, raw = State.read(data, "BACKLOG.yaml"), parse_yaml(data)
-            assert list(state.chunks) == [row["id"] for row in raw["items"] or []]  # type: ignore[index, call-overload]
-            assert state.changed(state.backlog) is state
-            assert state.document.to_bytes() == data
-    assert 0 < sum(map(is_refused, backlogs(corpus))) < len(backlogs(corpus))
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("number", range(15))
 def test_a_run_on_a_copy(corpus: Path, project_with: Any, number: int) -> None:
@@ -70,7 +53,7 @@ def test_a_run_on_a_copy(corpus: Path, project_with: Any, number: int) -> None:
     project = project_with(path)
     before = project.text()
     if is_refused(path):
-        done = project.run("run", "--cap", "12", code=1)
+        done = project.run("run", "--cap", "6", code=1)
         assert "schema_version" in done.stderr
         assert (project.text(), project.status()) == (before, "")
         return
@@ -82,11 +65,11 @@ def test_a_run_on_a_copy(corpus: Path, project_with: Any, number: int) -> None:
         project.commit_all()
     check = project.run("check", code=None)
     if check.returncode:  # what the file itself has wrong is named, and nothing is done
-        done = project.run("run", "--cap", "12", code=1)
+        done = project.run("run", "--cap", "6", code=1)
         assert done.stderr.startswith("orchestrator: cannot start:\n- ")
         assert (project.text(), project.status()) == (before, "")
         pytest.skip(f"refused by name: {check.stdout.splitlines()[0]}")
-    done = project.run("run", "--cap", "12", "--json", code=None)
+    done = project.run("run", "--cap", "6", "--json", code=None)
     assert done.returncode in (0, 3), done.stderr
     assert "Traceback" not in done.stderr
     summary = json.loads(done.stdout)
@@ -94,7 +77,7 @@ def test_a_run_on_a_copy(corpus: Path, project_with: Any, number: int) -> None:
     assert (project.committed(), project.status()) == (project.text(), "")
     old, new = (State.read(text.encode(), "B") for text in (before, project.text()))
     kept = [key for key in new.chunks if old.items.get(key) == new.items.get(key)]
-    assert len(kept) >= len(old.chunks) - 12
+    assert len(kept) >= len(old.chunks) - 6
     assert [new.chunks[key].strip("\n") for key in kept] == [old.chunks[key].strip("\n") for key in kept]
     assert project.text().startswith(before.partition("items:")[0])
     again = project.run("run", "--cap", "0", code=None)

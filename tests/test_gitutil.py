@@ -604,7 +604,7 @@ def test_ignore_rules_in_a_folder_that_became_a_file(project: Path, repo: Repo) 
     assert (project / "docs/.gitignore").read_text() == "*.tmp\n"
 
 
-@pytest.mark.parametrize("command", ["git add -A", pytest.param("git reset -q", marks=pytest.mark.slow), pytest.param("git rm -q -f --cached a.txt b.txt", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("command", ["git add -A", pytest.param("git rm -q -f --cached a.txt b.txt", marks=pytest.mark.slow)])
 def test_staging_that_an_agent_disturbed_is_given_back(messy: Path, command: str) -> None:
     project, repo = messy, Repo.open(messy)
     staged = index(project, "src/one.py")

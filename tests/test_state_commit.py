@@ -108,14 +108,8 @@ COMMITTED: Mapping[str, Act] = {
     "a10_renamed_onto_it": run(f"git rm -q --cached {NAME}", f"git mv -f a.txt {NAME}"),
     "ignored_tracked": write(".gitignore", f"{NAME}\n"),
     "sparse_noncone": run("git sparse-checkout set --no-cone '/src/' '/a.txt'"),
-    "cherry_pick_n_pending": run(
-        "git switch -q -c side", "echo s > side.txt && git add side.txt && git commit -q -m side",
-        "git switch -q main", "git cherry-pick -n side",
-    ),
-    "a29_stash_pop_conflict": run(
-        "echo one > a.txt && git stash -q", "echo two > a.txt && git commit -q -am two",
-        "git stash pop -q || true",
-    ),
+    "cherry_pick_n_pending": run("git switch -q -c side", "echo s > side.txt && git add side.txt && git commit -q -m side", "git switch -q main", "git cherry-pick -n side"),
+    "a29_stash_pop_conflict": run("echo one > a.txt && git stash -q", "echo two > a.txt && git commit -q -am two", "git stash pop -q || true"),
     "a11_hooks_fail": failing_hooks("exit 1"),
     "a12_hooks_hang": failing_hooks("sleep 60"),
     "hook_adds_files": failing_hooks("GIT_LITERAL_PATHSPECS= git -c core.fsmonitor= add -u"),
@@ -443,31 +437,6 @@ def test_self_check_refuses_a_second_path(project: Path) -> None:
     assert "would not hold what it should" in str(done.warning)
     assert git(project, "rev-parse", "HEAD") == head
     assert (project / ".git/index").read_bytes() == before
-
-
-class Killed(BaseException):
-    """Stands for the end of the process in the middle of a commit."""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("step", "side"), [("commit-tree", "before"), ("update-index", "before"), ("update-ref", "before"), ("update-ref", "after")])
-def test_a_run_cut_off_at_any_step_harms_nothing(project: Path, meddled: Meddled, step: str, side: str) -> None:
-    stage_everything(project)
-    staged = others(project)
-
-    def die() -> None:
-        raise Killed
-
-    setattr(meddled, side, {step: die})
-    with pytest.raises(Killed):
-        meddled.commit_state(project / NAME, NEW, MESSAGE)
-    assert others(project) == staged
-    git(project, "stash", "list")
-    done = commit(project)
-    assert done.outcome == ("clean" if (step, side) == ("update-ref", "after") else "committed")
-    assert blob(project, f"HEAD:{NAME}") == NEW
-    assert others(project) == staged
-    assert git(project, "status", "--porcelain", "--", NAME) == ""
 
 
 @pytest.mark.parametrize("editor", ["commit", pytest.param("commit -a", marks=pytest.mark.slow)])

@@ -459,19 +459,6 @@ with open(lock, "r+") as file:
     os.rename(path + ".new", path)
 """
 
-ADDER = """
-import sys
-from pathlib import Path
-sys.path.append(str(Path(sys.argv[4]) / "tests"))
-from test_store import NOW, make_store
-store = make_store(Path(sys.argv[1]), Path(sys.argv[2]))
-store.look()
-sys.stdin.readline()
-for n in range(10):
-    print(store.change(lambda d: d.add("WRK", sys.argv[3] + str(n), NOW))["id"])
-"""
-
-
 def child(code: str, *argv: object) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-c", code, *map(str, argv)],
@@ -496,25 +483,6 @@ def test_a_writer_between_reading_and_renaming_is_waited_for(bench: Bench) -> No
     holder.communicate("go\n")
     thread.join()
     assert [i["title"] for i in bench.fresh().backlog.items.values()] == ["First", "Zweites", "Third", "New"]
-    assert bench.in_step()
-
-
-@pytest.mark.slow
-def test_four_processes_adding_at_once_lose_nothing(bench: Bench) -> None:
-    adders = [child(ADDER, bench.path, bench.state_dir, name, ROOT) for name in "abcd"]
-    for adder in adders:
-        assert adder.stdin is not None
-        adder.stdin.write("go\n")
-        adder.stdin.flush()
-    ids = [adder.communicate()[0].split() for adder in adders]
-    assert [len(own) for own in ids] == [10] * 4
-    bench.take_in()
-    everything = [f"WRK-{n:03d}" for n in range(1, 44)]
-    assert list(bench.store.backlog.items) == everything
-    assert sorted(item_id for own in ids for item_id in own) == everything[3:]
-    for own, name in zip(ids, "abcd", strict=True):
-        titles = [bench.store.backlog.items[item_id]["title"] for item_id in own]
-        assert titles == [f"{name}{n}" for n in range(10)]
     assert bench.in_step()
 
 

@@ -168,7 +168,8 @@ def same(one: object, other: object) -> bool:
     return repr(one) == repr(other)  # unlike ==, 1, 1.0 and true differ; and the order of keys counts
 
 
-def check_documents(seeds: range) -> None:
+@pytest.mark.parametrize("seeds", [range(1_000), pytest.param(range(1_000, 21_000), marks=pytest.mark.slow)])
+def test_documents_of_the_grammar_mean_what_it_says(seeds: range) -> None:
     for seed in seeds:
         made = Maker(seed)
         lines, value = made.document()
@@ -183,15 +184,6 @@ def check_documents(seeds: range) -> None:
             document = Document.parse(backlog, "x")
             assert same([*document.items], value), f"seed {seed}\n{backlog.decode()}"
             assert document.to_bytes() == backlog
-
-
-def test_documents_of_the_grammar_mean_what_it_says() -> None:
-    check_documents(range(1_500))
-
-
-@pytest.mark.slow
-def test_twenty_thousand_documents_of_the_grammar_mean_what_it_says() -> None:
-    check_documents(range(1_500, 21_500))
 
 
 # ---- chunks --------------------------------------------------------------------------------------
@@ -214,7 +206,8 @@ def backlog_text(made: Maker) -> str:
     return "\n".join([*head, *items, *lines, *tail]) + rng.choice(("\n", "\n\n", "" if "next_item_id: 3" in tail else "\n"))
 
 
-def check_chunks(seeds: range) -> None:
+@pytest.mark.parametrize("seeds", [range(300), pytest.param(range(300, 6_300), marks=pytest.mark.slow)])
+def test_chunks_in_another_order_or_document_mean_the_same(seeds: range) -> None:
     """Chunks of two documents in any order read as before; what is left is as it was."""
     for seed in seeds:
         made = Maker(seed)
@@ -236,15 +229,6 @@ def check_chunks(seeds: range) -> None:
             assert lines[done.line_of(index) - 1].lstrip(" ")[:1] == "-", told
             for key in item if isinstance(item, dict) else ():
                 assert lines[done.line_of(index, key) - 1].lstrip(" -'\"").startswith(key), told
-
-
-def test_chunks_in_another_order_or_document_mean_the_same() -> None:
-    check_chunks(range(600))
-
-
-@pytest.mark.slow
-def test_ten_thousand_documents_made_of_chunks_of_others_mean_the_same() -> None:
-    check_chunks(range(600, 10_600))
 
 
 # ---- faults --------------------------------------------------------------------------------------
