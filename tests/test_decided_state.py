@@ -160,24 +160,6 @@ def test_a_branch_that_an_agent_rewinds_stops_the_run_and_undoes_no_decision(pro
     check(project, {"WRK-003": "ready", "WRK-004": "new"}, log, again=f"WRK-002 {phase}")
 
 
-def test_what_commands_did_outlasts_a_reset_with_a_comment_on_top(project: Any) -> None:
-    """All in the same instant: no turn of the run comes in between."""
-    prepare(project, {"WRK-001/build": pausing("echo code > code.py")})
-    run = project.start("run", "--target", "WRK-001")
-    project.announced()
-    assert project.run("add", "A").stdout.startswith("Added WRK-004")
-    project.run("close", "WRK-003", "--reason", "not wanted")
-    project.git("reset", "-q", "--hard")
-    path = project.root / "BACKLOG.yaml"
-    path.write_text(project.text().replace("- id: WRK-002\n", "# a comment\n- id: WRK-002\n"))
-    assert project.run("add", "B").stdout.startswith("Added WRK-005")
-    go_on(project)
-    log = finish(project, run)
-    check(project, {"WRK-002": "ready", "WRK-004": "new", "WRK-005": "new"}, log)
-    assert titles(project) == {"WRK-002": "Item WRK-002", "WRK-004": "A", "WRK-005": "B"}
-    assert "# a comment\n- id: WRK-002\n" in project.text()
-
-
 # ---- A stale buffer ------------------------------------------------------------------------------
 
 def test_a_stale_buffer_that_is_saved_during_a_run_gives_its_edit_alone(project: Any) -> None:

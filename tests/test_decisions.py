@@ -9,49 +9,19 @@ from typing import Any
 
 import pytest
 
-from backlog import (
-    Applied,
-    Backlog,
-    Draft,
-    FollowUp,
-    Item,
-    PhaseResult,
-    apply_result,
-    archive_entry,
-    charge_attempt,
-    guardrail_objection,
-    promote,
-    repair_items,
-    unblock,
-    unmet_dependencies,
-    worklog_entry,
-)
-from orchestrator import (
-    TRIAGE_PHASE,
-    Action,
-    Config,
-    HaltReason,
-    Promote,
-    RunView,
-    Task,
-    default_config,
-    exit_code,
-    halt_reason,
-    next_target,
-    parse_config,
-    phase_places,
-    rules_of,
-    select_actions,
-)
+import backlog
+import orchestrator
+from backlog import Applied, Backlog, Draft, FollowUp, Item, PhaseResult, promote
+from orchestrator import Action, Config, HaltReason, Promote, RunView, Task
 
 NOW = datetime(2026, 3, 1, 12, 0, tzinfo=UTC)
 STAMP = "2026-03-01T12:00:00+00:00"
-DEFAULTS = default_config(Path())
-RULES = rules_of(DEFAULTS)
+DEFAULTS = orchestrator.default_config(Path())
+RULES = orchestrator.rules_of(DEFAULTS)
 
 
 def configure(text: str) -> Config:
-    return parse_config(text.encode(), "orchestrator.toml", Path())
+    return orchestrator.parse_config(text.encode(), "orchestrator.toml", Path())
 
 
 def limits(max_wip: int = 1, max_concurrent: int = 1) -> Config:
@@ -66,7 +36,7 @@ def item(item_id: str, status: str = "new", **fields: Any) -> Item:
     return {**known, "requires_human_review": False, **times, **fields}
 
 
-def backlog(*items: Item, last: int = 9) -> Backlog:
+def a_backlog(*items: Item, last: int = 9) -> Backlog:
     return Backlog({one["id"]: one for one in items}, last)
 
 
@@ -83,8 +53,8 @@ def settled(item: Item) -> Item:
 
 def task(item_id: str, phase: str, config: Config = DEFAULTS) -> Task:
     if phase == "triage":
-        return Task(item_id, TRIAGE_PHASE, "triage")
-    place = phase_places(config.pipelines["feature"])[phase]
+        return Task(item_id, orchestrator.TRIAGE_PHASE, "triage")
+    place = orchestrator.phase_places(config.pipelines["feature"])[phase]
     return Task(item_id, place.phase, place.pool)
 
 
@@ -102,7 +72,7 @@ def chosen(
 ) -> list[str]:
     busy = {one.item_id: one for one in running}
     some = None if only is None else frozenset(only)
-    return short(select_actions(backlog(*items), busy, config, only=some, target=target))
+    return short(orchestrator.select_actions(a_backlog(*items), busy, config, only=some, target=target))
 
 
 # ---- Selection ------------------------------------------------------------------------------------
@@ -193,7 +163,7 @@ def test_d21_select_actions(items: list[Item], most: tuple[int, int], arguments:
 
 
 def test_tasks_carry_phase_and_pool() -> None:
-    tasks = select_actions(backlog(at("A-1", "prd"), at("A-2", "research"), item("A-3")), {}, limits(9, 9))
+    tasks = orchestrator.select_actions(a_backlog(at("A-1", "prd"), at("A-2", "research"), item("A-3")), {}, limits(9, 9))
     assert tasks == [task("A-1", "prd"), task("A-2", "research"), task("A-3", "triage")]
     assert [one.pool for one in tasks if isinstance(one, Task)] == ["main", "pre", "triage"]
 
@@ -209,9 +179,9 @@ def test_dependencies(waiting: Item, target: str | None) -> None:
 
 def test_unmet_dependencies_are_named() -> None:
     items = {"A-2": item("A-2", "done"), "A-3": item("A-3", "ready"), "A-4": item("A-4", "blocked")}
-    assert unmet_dependencies(items, item("A-1")) == []
-    assert unmet_dependencies(items, item("A-1", dependencies=["A-2", "A-5"])) == []
-    assert unmet_dependencies(items, item("A-1", dependencies=["A-3", "A-2", "A-4"])) == ["A-3", "A-4"]
+    assert backlog.unmet_dependencies(items, item("A-1")) == []
+    assert backlog.unmet_dependencies(items, item("A-1", dependencies=["A-2", "A-5"])) == []
+    assert backlog.unmet_dependencies(items, item("A-1", dependencies=["A-3", "A-2", "A-4"])) == ["A-3", "A-4"]
 
 
 # ---- Targets and halts ----------------------------------------------------------------------------
@@ -233,7 +203,7 @@ def test_unmet_dependencies_are_named() -> None:
 )
 def test_the_current_target(targets: list[str], completed: list[str], auto_advance: bool, current: str | None) -> None:
     items = {"A-1": item("A-1"), "A-2": item("A-2", "done"), "A-3": item("A-3", "blocked"), "A-4": at("A-4", "prd")}
-    assert next_target(targets, items, completed, auto_advance) == current
+    assert orchestrator.next_target(targets, items, completed, auto_advance) == current
 
 
 WORK: tuple[Action, ...] = (task("A-1", "prd"),)
@@ -276,9 +246,9 @@ ORDER = list(HaltReason)
 @pytest.mark.parametrize("first", ORDER)
 def test_the_order_of_the_halt_reasons(first: HaltReason) -> None:
     for second in ORDER[ORDER.index(first) :]:
-        assert halt_reason(view(BLOCKED, **{**REASONS[second], **REASONS[first]})) is first
+        assert orchestrator.halt_reason(view(BLOCKED, **{**REASONS[second], **REASONS[first]})) is first
     waits = first in (HaltReason.ALL_DONE_OR_BLOCKED, HaltReason.CAP_REACHED)
-    found = halt_reason(view(BLOCKED, running=RUNNING, **REASONS[first]))
+    found = orchestrator.halt_reason(view(BLOCKED, running=RUNNING, **REASONS[first]))
     assert found is (None if waits else first)  # those two wait for what runs
 
 
@@ -308,7 +278,7 @@ GONE_ON: dict[str, tuple[RunView, HaltReason | None]] = {
 
 @pytest.mark.parametrize(("seen", "reason"), GONE_ON.values(), ids=GONE_ON)
 def test_d22_d48_d54_halts(seen: RunView, reason: HaltReason | None) -> None:
-    assert halt_reason(seen) is reason
+    assert orchestrator.halt_reason(seen) is reason
 
 
 # What a run exits with that completed nothing and blocked nothing, completed one, blocked one, did both.
@@ -326,10 +296,10 @@ CODES: dict[HaltReason | None, tuple[int, int, int, int]] = {
 
 def test_d30_exit_codes() -> None:
     for reason, codes in CODES.items():
-        found = [exit_code(reason, None, c, b) for c, b in (([], []), (["A-1"], []), ([], ["A-2"]), (["A-1"], ["A-2"]))]
+        found = [orchestrator.exit_code(reason, None, c, b) for c, b in (([], []), (["A-1"], []), ([], ["A-2"]), (["A-1"], ["A-2"]))]
         assert tuple(found) == codes
     for signal, code in ((2, 130), (15, 143), (1, 129), (None, 0)):
-        assert exit_code(HaltReason.SHUTDOWN_REQUESTED, signal, [], ["A-1"]) == code
+        assert orchestrator.exit_code(HaltReason.SHUTDOWN_REQUESTED, signal, [], ["A-1"]) == code
 
 
 # ---- Guardrails -----------------------------------------------------------------------------------
@@ -358,7 +328,7 @@ ACCEPT = "a human has to accept it"
 )
 def test_guardrails(fields: dict[str, Any], objection: str) -> None:
     expected = f"{objection}; {ACCEPT}" if objection else ""
-    assert guardrail_objection(item("A-1", **fields), RULES.limits) == expected
+    assert backlog.guardrail_objection(item("A-1", **fields), RULES.limits) == expected
 
 
 def test_only_what_has_risen_counts_against_work_in_progress() -> None:
@@ -370,7 +340,7 @@ def test_only_what_has_risen_counts_against_work_in_progress() -> None:
         ({"risk": "medium"}, {"risk": "medium"}), ({"risk": "high"}, {"risk": "medium"}), ({"size": "small"}, {"size": "medium"}), (human, human)
     ]
     for before, after in objected + accepted:
-        found = guardrail_objection(item("A-1", **after), RULES.limits, before=item("A-1", **before))
+        found = backlog.guardrail_objection(item("A-1", **after), RULES.limits, before=item("A-1", **before))
         assert bool(found) is ((before, after) in objected)
 
 
@@ -393,8 +363,8 @@ class Case:
         removed: bool = False,
     ) -> None:
         present = [] if removed else [edited or started]
-        self.draft = Draft(backlog(*present, *others))
-        applied = apply_result(self.draft, started, reported, rules_of(config), NOW)
+        self.draft = Draft(a_backlog(*present, *others))
+        applied = backlog.apply_result(self.draft, started, reported, orchestrator.rules_of(config), NOW)
         self.applied = applied._replace(item=settled(applied.item))
 
     @property
@@ -402,7 +372,7 @@ class Case:
         return settled(self.draft.items["A-1"])
 
     def entry(self, phase: str, outcome: str, summary: str) -> str:
-        return worklog_entry(NOW, "A-1", "Title of A-1", phase, outcome, summary)
+        return backlog.worklog_entry(NOW, "A-1", "Title of A-1", phase, outcome, summary)
 
 
 LOOK_THINK = configure('[pipelines.feature]\npre_phases = [{name="look"}, {name="think"}]\nphases = [{name="do"}]')
@@ -529,7 +499,7 @@ def test_the_last_phase_completes_and_archives_in_one_draft() -> None:
     assert case.draft.items == {"A-2": item("A-2", "ready", updated=STAMP)}
     final = case.applied.item
     assert (final["id"], final["status"], final["phase"]) == ("A-1", "done", "review")
-    entries = case.entry("review", "Complete", "review summary") + archive_entry(NOW, final)
+    entries = case.entry("review", "Complete", "review summary") + backlog.archive_entry(NOW, final)
     assert case.applied == Applied("completed", final, worklog=entries)
     assert "- **Status:** Done\n- **Phase:** review\n" in case.applied.worklog
 
@@ -586,11 +556,11 @@ def test_an_item_that_vanished_is_recorded_and_dropped(code: str, outcome: str) 
 
 
 def test_failed_attempts_are_counted_on_the_item_if_it_is_there() -> None:
-    draft = Draft(backlog(at("A-1", "prd")))
-    assert [charge_attempt(draft, at("A-1", "prd"), NOW) for _ in range(2)] == [1, 2]
+    draft = Draft(a_backlog(at("A-1", "prd")))
+    assert [backlog.charge_attempt(draft, at("A-1", "prd"), NOW) for _ in range(2)] == [1, 2]
     assert settled(draft.items["A-1"]) == at("A-1", "prd", attempts=2, updated=STAMP)
-    draft = Draft(backlog())
-    assert charge_attempt(draft, at("A-1", "prd", attempts=1), NOW) == 2
+    draft = Draft(a_backlog())
+    assert backlog.charge_attempt(draft, at("A-1", "prd", attempts=1), NOW) == 2
     assert draft.items == {}
 
 
@@ -614,8 +584,8 @@ def test_what_needs_a_human_is_stopped_before_a_pre_phase() -> None:
     """Accepted, it goes on with the pre-phases; the triage is not repeated."""
     case = Case(item("A-1", size="large", risk="high"), result("triage", ratings={"size": "small", "risk": "low"}))
     assert (case.applied.state, case.item["blocked_reason"]) == ("blocked", f"{OVER} size large (limit medium), risk high (limit low); {ACCEPT}")
-    unblock(case.draft, "A-1", NOW, override=True)
-    assert short(select_actions(case.draft.backlog(), {}, DEFAULTS)) == ["research A-1"]
+    backlog.unblock(case.draft, "A-1", NOW, override=True)
+    assert short(orchestrator.select_actions(case.draft.backlog(), {}, DEFAULTS)) == ["research A-1"]
     assert Case(case.draft.items["A-1"], result("research")).item["status"] == "ready"
 
 
@@ -663,7 +633,7 @@ def test_a_duplicate_that_is_not_there_is_a_warning(duplicate: str) -> None:
 # ---- Promotion and repair -------------------------------------------------------------------------
 
 def test_d33_promotion_is_one_edit() -> None:
-    draft = Draft(backlog(item("A-1", "ready", attempts=1, unblock_context="notes")))
+    draft = Draft(a_backlog(item("A-1", "ready", attempts=1, unblock_context="notes")))
     applied = promote(draft, "A-1", RULES, NOW)
     expected = at("A-1", "prd", unblock_context="notes", updated=STAMP)
     assert settled(draft.items["A-1"]) == expected
@@ -671,13 +641,13 @@ def test_d33_promotion_is_one_edit() -> None:
 
 
 def test_d24_promotion_with_an_unknown_pipeline_blocks_the_item() -> None:
-    draft = Draft(backlog(item("A-1", "ready", pipeline_type="nope")))
+    draft = Draft(a_backlog(item("A-1", "ready", pipeline_type="nope")))
     applied = promote(draft, "A-1", RULES, NOW)
     reason = "unknown pipeline type 'nope'; built-in defaults has: feature"
     assert (applied.state, applied.reason) == ("blocked", reason)
     blocked = draft.items["A-1"]
     assert (blocked["status"], blocked["blocked_from_status"], blocked["blocked_reason"]) == ("blocked", "ready", reason)
-    assert applied.worklog == worklog_entry(NOW, "A-1", "Title of A-1", "promotion", "Blocked", reason)
+    assert applied.worklog == backlog.worklog_entry(NOW, "A-1", "Title of A-1", "promotion", "Blocked", reason)
 
 
 def test_d16_promotion_checks_guardrails_and_whether_it_is_ready() -> None:
@@ -685,17 +655,17 @@ def test_d16_promotion_checks_guardrails_and_whether_it_is_ready() -> None:
     risky = {"size": "large", "requires_human_review": True}
     states = [("blocked", {"size": "large"}), ("blocked", {"requires_human_review": True}), ("advanced", {**risky, "guardrail_override": True}), ("advanced", {"size": "medium"})]
     for state, fields in states:
-        assert promote(Draft(backlog(item("A-1", "ready", **fields))), "A-1", RULES, NOW).state == state
+        assert promote(Draft(a_backlog(item("A-1", "ready", **fields))), "A-1", RULES, NOW).state == state
     for items in ([], [item("A-1")], [at("A-1", "prd")]):  # it is not ready any more
-        draft = Draft(backlog(*items))
+        draft = Draft(a_backlog(*items))
         applied = promote(draft, "A-1", RULES, NOW)
         assert (applied.state, applied.item["id"]) == ("dropped", "A-1")
         assert draft.items == {one["id"]: one for one in items}
 
 
 def repaired(*items: Item, config: Config = DEFAULTS) -> tuple[dict[str, Item], list[str]]:
-    draft = Draft(backlog(*items))
-    messages = repair_items(draft, rules_of(config), NOW)
+    draft = Draft(a_backlog(*items))
+    messages = backlog.repair_items(draft, orchestrator.rules_of(config), NOW)
     return draft.items, messages
 
 
@@ -748,10 +718,10 @@ def test_d49_dependencies_on_finished_items_are_pruned_by_id_and_typing_errors_a
 # ---- A life, decided from end to end --------------------------------------------------------------
 
 def test_an_item_goes_all_the_way() -> None:
-    draft = Draft(backlog(item("A-1")))
+    draft = Draft(a_backlog(item("A-1")))
     seen: list[str] = []
     for _ in range(20):
-        actions = select_actions(draft.backlog(), {}, DEFAULTS)
+        actions = orchestrator.select_actions(draft.backlog(), {}, DEFAULTS)
         if not actions:
             break
         seen += short(actions)
@@ -760,6 +730,6 @@ def test_an_item_goes_all_the_way() -> None:
             promote(draft, "A-1", RULES, NOW)
         else:
             reported = result(action.name, ratings={"size": "medium"})
-            apply_result(draft, draft.items["A-1"], reported, RULES, NOW)
+            backlog.apply_result(draft, draft.items["A-1"], reported, RULES, NOW)
     assert seen == [f"{step} A-1" for step in ("triage", "research", "promote", "prd", "design", "build", "review")]
     assert draft.items == {}

@@ -22,53 +22,26 @@ from typing import Any
 import pytest
 
 import gitutil
-from gitutil import (
-    ABSENT_OID,
-    Change,
-    Entry,
-    GitError,
-    Head,
-    HeadBusy,
-    HookResult,
-    Problem,
-    Repo,
-    Snapshot,
-)
+from gitutil import Change, Entry, GitError, Head, HeadBusy, HookResult, Problem, Repo, Snapshot
+from tests import gitkit
 from tests.conftest import IDENTITY, sh
-from tests.gitkit import (
-    NAME,
-    Act,
-    absent,
-    content,
-    entry_of,
-    git,
-    index,
-    is_alive,
-    leftovers,
-    made,
-    new_project,
-    no_delay,
-    run,
-    sign_with_a_key,
-    table,
-    work_tree,
-)
+from tests.gitkit import NAME, Act, content, entry_of, git, index, made, run, table, work_tree
 
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
-    return new_project(tmp_path)
+    return gitkit.new_project(tmp_path)
 
 
 @pytest.fixture
 def messy(tmp_path: Path) -> Path:
     """The project with much that is the operator's."""
-    return new_project(tmp_path, messy=True)
+    return gitkit.new_project(tmp_path, messy=True)
 
 
 @pytest.fixture
 def repo(project: Path) -> Repo:
-    return Repo.open(project, delay=no_delay)
+    return Repo.open(project, delay=gitkit.no_delay)
 
 
 def stored(where: Path, tree: str) -> dict[str, str]:
@@ -155,13 +128,13 @@ def test_the_time_limit_ends_the_whole_group_with_term_first(
         repo.git("gc", limit_s=0.5)
     assert (error.value.status, error.value.command) == (None, ("gc",))
     assert (tmp_path / "lock").exists() == stubborn
-    assert not is_alive(tmp_path / "child")
+    assert not gitkit.is_alive(tmp_path / "child")
 
 
 def test_grandchild_that_keeps_the_output_open_delays_nobody(fake_git: Callable[[str], Repo], tmp_path: Path) -> None:
     repo = fake_git(f"sleep 60 & echo $! > {tmp_path}/child; echo done")
     assert repo.git("x", limit_s=30) == b"done\n"
-    assert is_alive(tmp_path / "child")
+    assert gitkit.is_alive(tmp_path / "child")
     os.kill(int((tmp_path / "child").read_text()), signal.SIGKILL)
 
 
@@ -376,7 +349,7 @@ def test_a_snapshot_touches_nothing_and_sees_everything(messy: Path) -> None:
     before, files = (project / ".git/index").read_bytes(), work_tree(project)
     taken = repo.snapshot("refs/orchestrator/snapshots/run/1")
     assert ((project / ".git/index").read_bytes(), work_tree(project)) == (before, files)
-    assert leftovers(project) == []
+    assert gitkit.leftovers(project) == []
     assert stored(project, taken.tree) == {
         name: blob_id(data)
         for name, (kind, data) in files.items()
@@ -480,7 +453,7 @@ def powerless(where: Path) -> Iterator[Path]:
 
 def test_a_file_that_cannot_be_read_is_no_deletion(project: Path) -> None:
     with powerless(project) as where:
-        repo = Repo.open(where, delay=no_delay)
+        repo = Repo.open(where, delay=gitkit.no_delay)
         before = repo.snapshot()
         (where / "secret.txt").write_text("x")
         (where / "secret.txt").chmod(0)
@@ -631,7 +604,7 @@ def test_a15_a16_documents_are_the_recorded_bytes_and_never_staged(project: Path
 def test_a_conflict_in_our_own_file_keeps_no_snapshot_from_being_taken(project: Path) -> None:
     repo, blob = Repo.open(project), git(project, "rev-parse", f"HEAD:{NAME}").strip()
     repo.apart = (NAME,)
-    rows = f"0 {ABSENT_OID}\t{NAME}\n" + "".join(f"100644 {blob} {stage}\t{NAME}\n" for stage in "123")
+    rows = f"0 {gitutil.ABSENT_OID}\t{NAME}\n" + "".join(f"100644 {blob} {stage}\t{NAME}\n" for stage in "123")
     subprocess.run(["git", "update-index", "--index-info"], cwd=project, input=rows, text=True, check=True)
     (project / "a.txt").write_text("edited\n")
     before, changes = phase(repo, "echo edited again > a.txt")
@@ -653,7 +626,7 @@ def put_hook(where: Path, name: str, body: str, *, folder: str = ".git/hooks", l
 def phase_commit(project: Path, repo: Repo) -> list[Entry]:
     """One file edited, one new, one gone; the operator has something staged and something untracked."""
     run("echo theirs > c.txt && git add c.txt && echo x > theirs.txt", "echo edited > b.txt && echo new > n.txt && rm docs/x.md")(project)
-    return [made(repo, project / "b.txt", b"edited\n"), absent("docs/x.md"), made(repo, project / "n.txt", b"new\n")]
+    return [made(repo, project / "b.txt", b"edited\n"), gitkit.absent("docs/x.md"), made(repo, project / "n.txt", b"new\n")]
 
 
 def texts(repo: Repo, entries: list[Entry]) -> dict[str, str]:
@@ -673,7 +646,7 @@ def test_hooks_see_exactly_the_commit_and_our_files_as_on_disk(project: Path, re
     seen = repo.run_hooks(phase_commit, "x", own=own).output.splitlines()
     assert seen == [f"M\t{NAME}", "M\tb.txt", "D\tdocs/x.md", "A\tn.txt", "c.txt", str(project), "/dev/null", ":"][: len(seen)]
     assert (index(project), work_tree(project)) == before
-    assert leftovers(project) == []
+    assert gitkit.leftovers(project) == []
 
 
 OUTCOMES: Mapping[str, tuple[str, str, str, str]] = {  # hook, body, outcome, what it said
@@ -695,7 +668,7 @@ def test_a_hook_rejects_files_or_the_message_or_cannot_work(
     put_hook(project, name, body)
     done = repo.run_hooks(phase_commit, "x", limit_s=0.5 if "sleep" in body else 60)
     assert (done.outcome, done.hook, done.output, done.entries) == (outcome, name, says, phase_commit)
-    assert not (project / ".git/pid").exists() or not is_alive(project / ".git/pid")
+    assert not (project / ".git/pid").exists() or not gitkit.is_alive(project / ".git/pid")
     if name == "pre-commit":  # a commit of documents does not ask it
         assert repo.run_hooks(phase_commit, "x", message_only=True).outcome == "passed"
 
@@ -757,7 +730,7 @@ def test_which_hooks_count(project: Path, repo: Repo, phase_commit: list[Entry])
 # ---- signatures ----------------------------------------------------------------------------------
 
 def test_commits_are_signed_as_git_is_configured_until_that_fails(project: Path, repo: Repo) -> None:
-    key = sign_with_a_key(project, project.parent)
+    key = gitkit.sign_with_a_key(project, project.parent)
     assert (repo.wants_signatures(), repo.try_signing(), repo.try_signing(terminal=True)) == (True, None, None)
     for n in range(3):
         (project / NAME).write_text(f"v: {n + 2}\n")
@@ -818,7 +791,7 @@ def test_problem(project: Path, repo: Repo, act: Act, what: str, remedy: str) ->
 
 
 def test_no_problem_and_all_at_once(messy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    project, repo = messy, Repo.open(messy, delay=no_delay)
+    project, repo = messy, Repo.open(messy, delay=gitkit.no_delay)
     assert repo.problems(project / NAME) == repo.remarks(project / NAME) == []
     (project / NAME).unlink()
     assert repo.problems(project / NAME) == []
@@ -905,7 +878,7 @@ def test_files_and_folders_may_change_places_in_a_commit(project: Path, wanted: 
     before = set(git(project, "ls-files", "-z").split("\0"))
     repo = Repo.open(project)
     oids = {path: made(repo, project / "any", text.encode()).oid for path, text in wanted.items() if text}
-    entries = [Entry(path, "100644", oids[path]) if path in oids else absent(path) for path in wanted]
+    entries = [Entry(path, "100644", oids[path]) if path in oids else gitkit.absent(path) for path in wanted]
     assert repo.commit(entries, "text")
     now = set(git(project, "ls-tree", "-r", "-z", "--name-only", "HEAD").split("\0"))
     assert now - {""} == (before - {""} - wanted.keys()) | oids.keys()

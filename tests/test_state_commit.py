@@ -15,33 +15,16 @@ from typing import Any
 import pytest
 
 from gitutil import Entry, HeadBusy, Repo, StateCommit
+from tests import gitkit
 from tests.conftest import IDENTITY, sh
-from tests.gitkit import (
-    NAME,
-    NEW,
-    OLD,
-    Act,
-    absent,
-    blob,
-    git,
-    index,
-    leftovers,
-    new_project,
-    no_delay,
-    run,
-    stage_everything,
-    state_files,
-    table,
-    work_tree,
-    write,
-)
+from tests.gitkit import NAME, NEW, OLD, Act, absent, blob, git, index, run, table, work_tree, write
 
 MESSAGE = "[orchestrator] Save backlog state on halt (CapReached)"
 
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
-    return new_project(tmp_path)
+    return gitkit.new_project(tmp_path)
 
 
 def save(where: Path, data: bytes = NEW, *, expect_branch: str | None = None) -> StateCommit:
@@ -51,7 +34,7 @@ def save(where: Path, data: bytes = NEW, *, expect_branch: str | None = None) ->
 
 
 def commit(where: Path, data: bytes = NEW, *, expect_branch: str | None = None) -> StateCommit:
-    repo = Repo.open(where, delay=no_delay)
+    repo = Repo.open(where, delay=gitkit.no_delay)
     return repo.commit_state(where / NAME, data, MESSAGE, expect_branch=expect_branch)
 
 
@@ -69,7 +52,7 @@ def assert_only_the_backlog(where: Path, made: StateCommit, before: str | None) 
     changed = git(where, "diff-tree", "-r", "--root", "--no-commit-id", "--name-only", "HEAD")
     assert changed.split() == [NAME]
     assert git(where, "status", "--porcelain", "--", NAME) == ""
-    assert leftovers(where) == []
+    assert gitkit.leftovers(where) == []
     assert git(where, "fsck", "--no-dangling", "--no-progress", "--connectivity-only") == ""
 
 
@@ -103,7 +86,7 @@ COMMITTED: Mapping[str, Act] = {
     "modified_staged": run(f"echo 'v: 2' > {NAME}", f"git add {NAME}"),
     "staged_older_than_worktree": run(f"echo 'v: 1.5' > {NAME}", f"git add {NAME}"),
     "staged_deletion_file_present": run(f"git rm -q --cached {NAME}"),
-    "d08_other_staged_everything": stage_everything,
+    "d08_other_staged_everything": gitkit.stage_everything,
     "a01_other_file_staged": run("echo x > a.txt", "git add a.txt"),
     "a10_renamed_onto_it": run(f"git rm -q --cached {NAME}", f"git mv -f a.txt {NAME}"),
     "ignored_tracked": write(".gitignore", f"{NAME}\n"),
@@ -206,7 +189,7 @@ def test_d09_absolute_path_through_a_symlink_into_an_untracked_directory(project
 # ---- nothing to commit ---------------------------------------------------------------------------
 
 CLEAN: Mapping[str, Act] = {
-    "nothing_changed": stage_everything,
+    "nothing_changed": gitkit.stage_everything,
     "exec_bit_only": run(f"chmod +x {NAME}"),
     "a24_merge_pending_elsewhere": run("git rev-parse HEAD > .git/MERGE_HEAD"),
     "hidden": run(f"git update-index --assume-unchanged {NAME}"),
@@ -217,9 +200,9 @@ CLEAN: Mapping[str, Act] = {
 @pytest.mark.parametrize("prepare", table(CLEAN))
 def test_clean_makes_no_commit(project: Path, prepare: Act) -> None:
     prepare(project)
-    before = state_files(project)
+    before = gitkit.state_files(project)
     assert save(project, OLD) == StateCommit("clean", None, None)
-    assert state_files(project) == before
+    assert gitkit.state_files(project) == before
 
 
 def test_entry_left_behind_by_a_commit_is_mended(project: Path) -> None:
@@ -278,9 +261,9 @@ def test_nothing_is_touched_and_the_operation_can_be_finished(
 ) -> None:
     prepare(project)
     (project / NAME).write_bytes(NEW)
-    before, files = state_files(project), work_tree(project)
+    before, files = gitkit.state_files(project), work_tree(project)
     done = commit(project)
-    assert state_files(project) == before
+    assert gitkit.state_files(project) == before
     assert work_tree(project) == files
     assert (done.outcome, done.commit) == ("skipped", None)
     assert reason in str(done.warning)
@@ -350,12 +333,12 @@ def test_skipped_with_a_warning(project: Path, prepare: Act, why: str) -> None:
     repo = Repo.open(project)
     (project / NAME).write_bytes(NEW)
     prepare(project)
-    before = state_files(project)
+    before = gitkit.state_files(project)
     made = repo.commit_state(project / NAME, NEW, MESSAGE)
     assert (made.outcome, made.commit) == ("skipped", None)
     assert all(text in str(made.warning) for text in (why, NAME))
     assert "\n" not in str(made.warning)
-    assert state_files(project) == before
+    assert gitkit.state_files(project) == before
 
 
 # ---- races ---------------------------------------------------------------------------------------
@@ -377,9 +360,9 @@ class Meddled(Repo):
 @pytest.fixture
 def meddled(project: Path) -> Iterator[Meddled]:
     (project / NAME).write_bytes(NEW)
-    repo = Meddled.open(project, delay=no_delay)
+    repo = Meddled.open(project, delay=gitkit.no_delay)
     yield repo
-    assert leftovers(project) == []
+    assert gitkit.leftovers(project) == []
 
 
 def once(act: Callable[[], object]) -> Callable[[], object]:
@@ -467,7 +450,7 @@ def test_operators_commit_is_open_in_an_editor(project: Path, editor: str) -> No
 # ---- several paths -------------------------------------------------------------------------------
 
 def test_commit_of_many_kinds_of_entries(project: Path) -> None:
-    stage_everything(project)
+    gitkit.stage_everything(project)
     names = ("src/run.sh", "link", "d.txt")
     staged, repo = index(project, *names), Repo.open(project)
     before = repo.snapshot()

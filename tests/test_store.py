@@ -17,17 +17,8 @@ from typing import Any
 
 import pytest
 
-from backlog import (
-    BacklogError,
-    Draft,
-    Item,
-    Journal,
-    Outside,
-    SaveError,
-    Store,
-    YamlError,
-    archive,
-)
+import backlog
+from backlog import BacklogError, Draft, Item, Journal, Outside, SaveError, Store, YamlError
 
 NOW = datetime(2026, 2, 13, 12, tzinfo=UTC)
 TIMES = "created: 2026-02-10T00:00:00+00:00\n  updated: 2026-02-10T00:00:00+00:00\n"
@@ -149,7 +140,7 @@ def test_d44_nothing_is_written_when_nothing_changed(bench: Bench) -> None:
 
 def test_additions_removals_and_the_counter_are_saved(bench: Bench) -> None:
     bench.add("Fourth")
-    bench.store.change(lambda d: archive(d, "WRK-002", NOW))
+    bench.store.change(lambda d: backlog.archive(d, "WRK-002", NOW))
     assert list(bench.store.backlog.items) == ["WRK-001", "WRK-003", "WRK-004"]
     assert bench.store.backlog.next_item_id == 4
     assert "dependencies" not in bench.item("WRK-003")

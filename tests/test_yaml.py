@@ -14,6 +14,7 @@ import check_emission
 import pytest
 
 from backlog import ITEM_KEYS, Document, YamlError, parse_yaml, read_chunk, render_yaml
+from tests.gitkit import table
 
 DATA = Path(__file__).parent / "data" / "yaml"
 OTHER_WRITERS = sorted(DATA.glob("*.yaml"))
@@ -311,15 +312,10 @@ HOSTILE: dict[str, Callable[[], bytes]] = {
     "unclosed_over_many_lines": lambda: b'a: "b\n' + b"  c\n" * 200_000,
     "late_duplicate": lambda: b"".join(b"k%d: v\n" % n for n in range(50_000)) + b"k7: v\n",
 }
-
-
 HOSTILE_AND_LONG = ("million_escapes", "block_scalar_of_many_lines", "late_duplicate", "unclosed_over_many_lines", "million_backslashes", "hundred_thousand_levels")
 
 
-@pytest.mark.parametrize("make", [
-    pytest.param(make, id=name, marks=[pytest.mark.slow] if name in HOSTILE_AND_LONG else [])
-    for name, make in HOSTILE.items()
-])
+@pytest.mark.parametrize("make", table(HOSTILE, HOSTILE_AND_LONG))
 def test_hostile_input_is_read_or_refused_by_name(make: Callable[[], bytes]) -> None:
     data = make()
     for load in (parse_yaml, Document.parse):
