@@ -47,8 +47,12 @@ def run(*commands: str) -> Act:
     return act
 
 
-def write(name: str, data: str) -> Act:
-    return lambda where: (where / name).write_text(data)
+def write(name: str, data: str = "x\n") -> Act:
+    def act(where: Path) -> None:
+        (where / name).parent.mkdir(parents=True, exist_ok=True)
+        (where / name).write_text(data)
+
+    return act
 
 
 FILES = {NAME: "v: 1\n", ".gitignore": "*.log\nbuild/\n", "a.txt": "a1\na2\na3\n", "b.txt": "b\n", "c.txt": "c\n", "d.txt": "d\n", "run.sh": "#!/bin/sh\n", "src/one.py": "1\n", "src/deep/two.py": "2\n", "docs/x.md": "x\n"}  # fmt: skip

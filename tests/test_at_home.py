@@ -22,11 +22,9 @@ def test_an_editors_own_files_and_the_one_that_our_output_goes_to_are_in_no_comm
     project.set_up(BUILDING, script={"*": [{"write": {"code.txt": "x\n", **dict.fromkeys(names, "after\n")}, "sh": "touch .new.txt.swp"}]})
     for name in names:
         (project.root / name).write_text("before")
-
     argv = [sys.executable, str(project.program), "run"]
     with (project.root / "run.log").open("w") as out:
         done = subprocess.run(argv, cwd=project.root, stdin=subprocess.DEVNULL, stdout=out, stderr=out, timeout=60)
-
     said = (project.root / "run.log").read_text()
     assert (done.returncode, "WRK-001 is done" in said) == (0, True), said
     assert project.items() == {}
@@ -37,10 +35,8 @@ def test_an_editors_own_files_and_the_one_that_our_output_goes_to_are_in_no_comm
 
 def test_what_a_document_phase_leaves_elsewhere_is_a_stray_until_it_is_gone(project: Any) -> None:
     project.set_up(PLANNING, script={"*/plan": [{"sh": "echo note > scratch.txt"}], "*/build": WRITES})
-
     first = project.run("run", "--cap", "1")
     second = project.run("run")
-
     assert "touched files outside its outputs" in first.stderr
     assert "scratch.txt" not in second.stderr
     assert project.items() == {}
@@ -64,9 +60,7 @@ def test_a_repository_that_an_agent_leaves_in_the_tree_is_named(project: Any, ma
     project.hook("pre-commit", "exit 0")
     second = {"write": {"b.txt": "b\n"}}
     project.script({"WRK-001/*": [{"sh": f"{act}; date +%N > code.txt"}], "WRK-002/*": [{**second, "result": {"result": "failed"}}, second]})
-
     first, second = project.run("run", "--cap", "1"), project.run("run")
-
     assert f"a submodule at a commit that none of its remotes has: {path}. No commit" in first.stderr
     assert path not in second.stderr
     assert project.agent_log() == ["WRK-001 build 1", "WRK-002 build 1", "WRK-002 build 2"]
@@ -85,9 +79,7 @@ def test_a_start_without_items_tells_of_a_stash_that_holds_the_backlog(project: 
     project.run("add", "Something to do")
     project.git("stash", "push", "-q", "--include-untracked")
     (project.root / "BACKLOG.yaml").write_text(empty)
-
     told = project.run("run").stderr
-
     assert "there are no items, but stash@{0} holds changes of BACKLOG.yaml; to have them back: git stash pop stash@{0}" in told
 
 
@@ -116,12 +108,10 @@ def test_conventional_commits(project: Any) -> None:
         "*/plan": [{"document": "PLAN.md", "result": {"summary": said}}],
     })  # fmt: skip
     project.hook("commit-msg", COMMITLINT)
-
     refused = project.run("run", code=1)
     project.configure(execution="max_concurrent = 2\nmax_wip = 2", more='[commits]\nstyle = "conventional"\n')
     project.run("run")
     project.run("close", "WRK-003", "--reason", "No longer wanted", "--commit")
-
     assert "hook rejected the commit's message, tried on a sample: not conventional: [WRK-001][build] a sample" in refused.stderr
     subjects = project.subjects()[:-3]
     assert "fix(wrk-001): build: Fix the limits" in subjects
@@ -142,10 +132,8 @@ def test_commits_are_signed_and_signed_off(project: Any) -> None:
     script = {"*/plan": [{"document": "PLAN.md"}], "*/build": [{"sh": "date +%N > code.txt"}]}
     project.set_up(PLANNING, "WRK-002 new", script=script, more="[commits]\nsignoff = true\n")
     project.hook("commit-msg", "grep -q '^Signed-off-by: ' $1 || { echo 'sign off'; exit 1; }")
-
     project.run("run", "--cap", "3")
     project.run("add", "Another", "--commit")
-
     made = project.git("log", "--format=%G? %(trailers:key=Signed-off-by,valueonly,separator=%x2c) %s").splitlines()[:-3]
     assert len(made) >= 4
     assert {line.split(" ")[0] for line in made} == {"G"}
@@ -158,11 +146,9 @@ def test_commits_are_signed_and_signed_off(project: Any) -> None:
 def test_a_phase_that_may_change_nothing_outlasts_a_hook_that_cannot_run(project: Any) -> None:
     project.set_up(BUILDING, phases="build!", script={}, more="allow_empty = true\n")
     project.hook("pre-commit", f"test -e {project.outside}/mended || exec no-such-tool")
-
     project.run("run", code=4)
     (project.outside / "mended").touch()
     project.run("run", "--cap", "0")
-
     assert project.agent_log() == ["WRK-001 build 1"]
     assert project.items() == {}
 
@@ -185,13 +171,11 @@ def test_two_projects_of_one_repository_know_nothing_of_each_other(project: Any)
     a, b = ("--root", str(project.root / "a")), ("--root", str(project.root / "b"))
     one = project.start(*a, "run")
     project.announced()
-
     project.run(*b, "add", "For B", "--commit")
     one.kill()
     one.wait()
     project.run(*b, "run", "--cap", "0")
     project.run(*a, "run")
-
     assert (project.root / "a/BACKLOG.yaml").read_text().startswith("# of a\nschema_version: 3\nitems: []\n")
     assert (project.root / "b/BACKLOG.yaml").read_text().startswith("# of b\n")
     assert "title: For B" in project.git("show", "HEAD:b/BACKLOG.yaml")
@@ -204,14 +188,12 @@ def test_what_the_operator_does_before_a_held_phase_is_committed_stays_the_opera
     """Our halt commit and a commit of the operator's move the branch in between."""
     project.set_up("WRK-001 ready", phases="build!", script={"*": WRITES})
     project.hook("pre-commit", f"test -e {project.outside}/mended || exec no-such-tool")
-
     project.run("run", code=4)
     project.run("add", "Another", "--commit")
     (project.root / "README.md").write_text("edited\n")
     (project.root / "secret.txt").write_text("the operator's\n")
     (project.outside / "mended").touch()
     project.run("run", "--target", "WRK-001", "--allow-dirty", code=None)
-
     assert project.agent_log() == ["WRK-001 build 1"]
     build = project.git("log", "-1", "--format=%H", "--", "code.txt").strip()
     assert [path for path in project.paths(build) if not path.startswith("_worklog")] == ["BACKLOG.yaml", "code.txt"]
@@ -224,9 +206,7 @@ def test_what_a_hook_sweeps_up_is_not_committed(project: Any) -> None:
     project.set_up(PLANNING, script={"*/plan": [{"sh": "echo note > stray.txt"}], "*/build": [{"sh": "echo x > code.txt; echo y > 'old.txt~'"}]})
     (project.root / ".README.md.swp").write_text("an editor's\n")
     project.hook("pre-commit", "git add -A")
-
     project.run("run")
-
     assert [path for path in project.paths() if not path.startswith("_worklog")] == ["BACKLOG.yaml", "code.txt", "old.txt~"]
     assert project.status() == "?? .README.md.swp\n?? stray.txt\n"
 
@@ -238,9 +218,7 @@ def test_a_merge_that_an_agent_leaves_open_ends_the_run(project: Any) -> None:
     project.git("branch", "other")
     project.git("commit", "-q", "--allow-empty", "-m", "Mine")
     command = f"import orchestrator as o; o.COMMIT_GIVE_UP_S = 0.0; raise SystemExit(o.main(['--root', {str(project.root)!r}, 'run']))"
-
     done = subprocess.run([sys.executable, "-c", command], cwd=project.program.parent, capture_output=True, text=True, timeout=60)
-
     assert done.returncode == 4, done.stderr
     assert "CircuitBreakerTripped" in done.stderr
     project.git("merge", "--abort")
@@ -257,9 +235,7 @@ def test_what_is_only_staged_outlasts_an_agent_that_writes_documents(project: An
     project.git("add", "README.md")
     (project.root / "README.md").write_text("edited\n")
     project.script({"*": [{"sh": act, "document": "PLAN.md"}]})
-
     project.run("run", "--allow-dirty", "--cap", "1")
-
     assert project.status() == "MM README.md\n"
     assert project.git("show", ":README.md") == "staged\n"
 
@@ -271,10 +247,8 @@ def test_what_a_phase_or_a_hook_left_is_no_reason_to_refuse_a_build(project: Any
     script = {"*/plan": [{"sh": "echo planned >> README.md"}], "*/build": [build]}
     project.set_up(PLANNING, "WRK-002 in_progress phase=build phase_pool=main", script=script, execution="max_retries = 0")
     project.hook("pre-commit", "echo formatted >> code.txt")
-
     first = project.run("run", "--target", "WRK-001")
     second = project.run("run")
-
     assert "the hooks changed files without adding them; not committed: code.txt" in first.stderr
     assert project.items() == {}
     assert project.git("show", "HEAD:README.md") == "A project\nplanned\nWRK-001\nWRK-002\n"

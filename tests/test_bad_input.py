@@ -6,14 +6,13 @@ the real command line, with the bytes of the whole project and its git folder be
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 import orchestrator
-from tests.conftest import sh
+from tests.gitkit import Act, run, table, write
 from tests.test_cli import photograph
 
 ITEM = """\
@@ -28,18 +27,13 @@ BACKLOG = f"schema_version: 3\nitems:\n{ITEM}next_item_id: 1\n"
 CONFIG = '[agent]\ncli = "demo"\n'
 
 
-def git(root: Path, *argv: str, check: bool = True) -> None:
-    sh(root, "git", *argv, check=check)
-
-
 @pytest.fixture
 def root(make_repo: Callable[..., Path]) -> Path:
     """A sound project, committed."""
     root = make_repo()
     (root / "BACKLOG.yaml").write_text(BACKLOG)
     (root / "orchestrator.toml").write_text(CONFIG)
-    git(root, "add", "-A")
-    git(root, "commit", "-q", "-m", "Set up")
+    run("git add -A && git commit -q -m 'Set up'")(root)
     return root
 
 
@@ -128,28 +122,16 @@ def test_every_command_names_line_and_column(root: Path, capsys: pytest.CaptureF
         assert refused(root, capsys, *argv).startswith("orchestrator: BACKLOG.yaml:4:10: ")
 
 
-def make_fifo(path: Path) -> None:
-    path.unlink()
-    os.mkfifo(path)
+NO_FILES: dict[str, tuple[Act, str]] = {
+    "missing": (run("rm BACKLOG.yaml"), "there is no such file; "),
+    "pipe": (run("rm BACKLOG.yaml && mkfifo BACKLOG.yaml"), "it is not a regular file; move it away"),
+    "link": (run("mv BACKLOG.yaml real && ln -s real BACKLOG.yaml"), "it is a symbolic link, which a save would replace; put the file itself there"),
+}
 
 
-def make_link(path: Path) -> None:
-    path.rename(path.with_name("real.yaml"))
-    path.symlink_to("real.yaml")
-
-
-@pytest.mark.parametrize(
-    ("change", "says"),
-    [
-        (Path.unlink, "there is no such file; "),
-        (make_fifo, "it is not a regular file; move it away"),
-        (make_link, "it is a symbolic link, which a save would replace; put the file itself there"),
-    ],
-)
-def test_a_backlog_that_is_no_file(
-    root: Path, capsys: pytest.CaptureFixture[str], change: Callable[[Path], None], says: str
-) -> None:
-    change(root / "BACKLOG.yaml")
+@pytest.mark.parametrize(("change", "says"), table(NO_FILES))
+def test_a_backlog_that_is_no_file(root: Path, capsys: pytest.CaptureFixture[str], change: Act, says: str) -> None:
+    change(root)
     for argv in (["status"], ["add", "x"], ["run", "--allow-dirty"]):
         message = refused(root, capsys, *argv)
         assert str(root / "BACKLOG.yaml") in message
@@ -189,53 +171,20 @@ def test_d28_the_config_that_is_named_is_the_one_that_counts(root: Path, capsys:
 
 # ---- Repository states ---------------------------------------------------------------------------
 
-def diverge(root: Path) -> None:
-    """Branch `other` and main change README.md differently."""
-    git(root, "switch", "-q", "-c", "other")
-    (root / "README.md").write_text("theirs\n")
-    git(root, "commit", "-q", "-am", "Theirs")
-    git(root, "switch", "-q", "main")
-    (root / "README.md").write_text("ours\n")
-    git(root, "commit", "-q", "-am", "Ours")
-
-
-def operation(*argv: str) -> Callable[[Path], None]:
-    def prepare(root: Path) -> None:
-        diverge(root)
-        git(root, *argv, check=False)
-
-    return prepare
-
-
-def write(name: str, text: str = "x\n") -> Callable[[Path], None]:
-    def prepare(root: Path) -> None:
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_text(text)
-
-    return prepare
-
-
-def ignored(root: Path) -> None:
-    git(root, "rm", "-q", "--cached", "BACKLOG.yaml")
-    (root / ".gitignore").write_text("BACKLOG.yaml\n")
-    git(root, "add", ".gitignore")
-    git(root, "commit", "-q", "-m", "Ignore it")
-
-
-def staged(root: Path) -> None:
-    (root / "mine.txt").write_text("mine\n")
-    git(root, "add", "mine.txt")
-
-
-STATES: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
-    "merge": (operation("merge", "other"), ("merge is in progress", "git merge --abort")),
-    "rebase": (operation("rebase", "other"), ("rebase is in progress", "git rebase --abort")),
-    "bisect": (operation("bisect", "start"), ("bisect is in progress", "git bisect reset")),
+DIVERGE = (
+    "git switch -q -c other && echo theirs > README.md && git commit -q -am Theirs",
+    "git switch -q main && echo ours > README.md && git commit -q -am Ours",
+)
+IGNORE = run("git rm -q --cached BACKLOG.yaml && echo BACKLOG.yaml > .gitignore", "git add .gitignore && git commit -q -m 'Ignore it'")
+STATES: dict[str, tuple[Act, tuple[str, ...]]] = {
+    "merge": (run(*DIVERGE, "git merge -q other || true"), ("merge is in progress", "git merge --abort")),
+    "rebase": (run(*DIVERGE, "git rebase -q other || true"), ("rebase is in progress", "git rebase --abort")),
+    "bisect": (run("git bisect start"), ("bisect is in progress", "git bisect reset")),
     "edited": (write("README.md"), ("the work tree has uncommitted changes: README.md", "--allow-dirty")),
     "untracked": (write("new/file with space.txt"), ("uncommitted changes: new/file with space.txt", "--allow-dirty")),
-    "staged": (staged, ("uncommitted changes: mine.txt", "--allow-dirty")),
-    "ignored_backlog": (ignored, ("BACKLOG.yaml could not be committed", "ignore")),
-    "assume_unchanged": (lambda root: git(root, "update-index", "--assume-unchanged", "BACKLOG.yaml"), ("BACKLOG.yaml could not be committed", "--no-assume-unchanged")),
+    "staged": (run("echo mine > mine.txt && git add mine.txt"), ("uncommitted changes: mine.txt", "--allow-dirty")),
+    "ignored_backlog": (IGNORE, ("BACKLOG.yaml could not be committed", "ignore")),
+    "assume_unchanged": (run("git update-index --assume-unchanged BACKLOG.yaml"), ("BACKLOG.yaml could not be committed", "--no-assume-unchanged")),
     "protected": (write("orchestrator.toml", f'{CONFIG}[project]\nprotected_branches = ["main"]\n'), ("branch main is protected", "project.protected_branches")),
     "damaged_index": (write(".git/index", "nonsense"), ("git",)),
     "missing_agent": (write("orchestrator.toml", '[agent]\ncli = "command"\ncommand = ["no-such-agent-xyz"]\n'), ("no-such-agent-xyz", "agent.command")),
@@ -247,8 +196,8 @@ STATES: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("prepare", "says"), STATES.values(), ids=STATES)
-def test_a_bad_state_of_the_repository(root: Path, capsys: pytest.CaptureFixture[str], prepare: Callable[[Path], None], says: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(("prepare", "says"), table(STATES))
+def test_a_bad_state_of_the_repository(root: Path, capsys: pytest.CaptureFixture[str], prepare: Act, says: tuple[str, ...]) -> None:
     prepare(root)
     message = refused(root, capsys, "run")
     for text in says:
@@ -285,10 +234,5 @@ def test_a_folder_that_is_no_project(root: Path, tmp_path: Path, capsys: pytest.
         message = refused(root, capsys, "--root", str(root / where), "run")
         assert str(root / where) in message
         assert "--root" in message
-    git(tmp_path, "init", "-q", "--bare", "bare.git")
+    run("git init -q --bare bare.git")(tmp_path)
     assert str(bare) in refused(bare, capsys, "init")
-
-
-def test_a_hook_of_git_is_no_place_for_a_run(root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("GIT_INDEX_FILE", str(root / ".git" / "index"))
-    assert "GIT_INDEX_FILE is set: this looks like the inside of a git hook" in refused(root, capsys, "run")

@@ -46,7 +46,6 @@ def pausing(then: str = "", **more: Any) -> list[dict[str, Any]]:
 
 
 def finish(project: Any, run: subprocess.Popen[str], code: int | None = 0) -> str:
-    """The log of a run that ends by itself."""
     try:
         out, log = run.communicate(timeout=30)
     except subprocess.TimeoutExpired:
@@ -89,7 +88,6 @@ def check(project: Any, statuses: dict[str, str], log: str = "", again: str = ""
 
 
 def shell(folder: Path, line: str) -> None:
-    """Let the operator, or a colleague, do something in a folder."""
     subprocess.run(["sh", "-ec", line], cwd=folder, check=True, capture_output=True)
 
 
@@ -211,22 +209,6 @@ def test_what_is_committed_by_hand_in_the_morning_is_meant(project: Any) -> None
 # ---- A state that could not be committed, and then decided over ----------------------------------
 
 @pytest.mark.slow
-def test_the_latest_decision_stands_after_a_halt_under_a_stale_lock(project: Any) -> None:
-    prepare(project, {"WRK-001/prd": [{"sh": "touch .git/index.lock", **BLOCKED}, {}]})
-    log = project.run("run", "--target", "WRK-001", code=3).stderr
-    assert project.statuses()["WRK-001"] == "blocked prd"
-    assert warnings(log, "index.lock"), log
-    (project.root / ".git/index.lock").unlink()
-    project.run("unblock", "WRK-001", "--notes", "go on")
-    project.git("commit", "-qam", "mine")
-    log = project.run(*IDLE).stderr
-    check(project, {"WRK-001": "in_progress prd", "WRK-002": "ready", "WRK-003": "ready"}, log)
-    project.script(DOCUMENTS)
-    log = project.run("run", "--target", "WRK-001").stderr
-    check(project, {"WRK-002": "ready", "WRK-003": "ready"}, log, again="WRK-001 prd")
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("end", ["abort", "commit"])
 def test_the_latest_decision_stands_after_a_halt_during_an_open_merge(project: Any, end: str) -> None:
     merge = "git merge -q --no-ff --no-commit other"
@@ -267,7 +249,6 @@ HALTS = {  # how the run ends right after the wreck: arguments, exit code
 
 
 def check_set_aside(project: Any, log: str) -> None:
-    """The wreck is kept, and one warning says where."""
     left = (project.outside / "wreck").read_bytes()
     kept = [path for path in (project.root / ".orchestrator").rglob("*") if path.is_file() and path.read_bytes() == left]
     assert any(len(warnings(log, path.name)) == 1 for path in kept), log

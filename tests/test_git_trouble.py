@@ -53,7 +53,6 @@ def hooks(body: str) -> str:
 
 
 def linked(project: Any) -> None:
-    """The project is a linked work tree."""
     project.git("worktree", "add", "-q", "-b", "work", "../linked tree")
     project.root = project.root.parent / "linked tree"
 
@@ -112,12 +111,10 @@ FAULTS = {
     "bisect": Fault(act="git bisect start HEAD HEAD~2", says="a bisect", end="git bisect reset", **STOP_HERE),
     # the branch
     "branch switched": Fault(act="git switch -q side", says="HEAD is on side now, the run began on main", end="git switch -q main", **STOP_HERE),
-    "HEAD detached": Fault(act="git checkout -q --detach", says="HEAD is detached", end="git switch -q main", code=1),
     "branch deleted": Fault(act="git update-ref -d refs/heads/main", says="the branch main was deleted", end="git update-ref refs/heads/main $START", files="dirty untracked", code=1),
     "branch switched and deleted": Fault(act="git switch -q side; git branch -qD main", says="HEAD is on side now", end="git branch main $START; git switch -q main", lax=True, **STOP_HERE),
     "branch renamed": Fault(act="git branch -m trunk", says="HEAD is on trunk now", end="git branch -m main", code=1, lax=True),
     "unborn branch": Fault(before="git update-ref -d refs/heads/main", files="untracked"),
-    "a commit by somebody else": Fault(act="git commit -q --allow-empty -m theirs"),
     # where the project is
     "linked work tree": Fault(prepare=linked),
     "with a submodule": Fault(prepare=with_submodule),
@@ -147,7 +144,6 @@ def theirs(project: Any) -> tuple[set[str], dict[str, bytes]]:
 
 
 def shell(project: Any, commands: str) -> None:
-    """Run the operator's commands (or the agent's) in the project's folder."""
     env = {**os.environ, "OUTSIDE": str(project.outside), "ROOT": str(project.root), "START": project.start_commit, "GIT_EDITOR": "true"}
     where = project.root if project.root.exists() else project.outside
     done = subprocess.run(["sh", "-ec", commands], cwd=where, env=env, capture_output=True, text=True, check=False)

@@ -377,15 +377,6 @@ def test_what_is_apart_stays_as_the_index_has_it(messy: Path, gone: bool) -> Non
     assert content(repo, entry_of(repo, taken.tree, "docs/x.md")) == b"new\n"
 
 
-def test_a_snapshot_of_an_unborn_branch(project: Path, repo: Repo) -> None:
-    git(project, "update-ref", "-d", "HEAD")
-    taken = repo.snapshot("refs/orchestrator/snapshots/x")
-    assert taken.head == Head("refs/heads/main", None)
-    assert len(taken.staging) == len(git(project, "ls-files").splitlines())
-    (project / ".git/index").unlink()
-    assert repo.snapshot().tree == taken.tree
-
-
 def test_an_edit_in_the_tick_of_the_staging_stays_seen(project: Path, repo: Repo) -> None:
     """An entry as young as its index file is one that git reads the file for."""
     git(project, "config", "core.trustctime", "false")

@@ -27,7 +27,7 @@ class Case(NamedTuple):
     args: tuple[str, ...] = ()
     script: dict[str, Any] = {}  # noqa: RUF012
     code: int = 0
-    prepare: Callable[[Any], None] = lambda project: None
+    execution: str = ""
     during: Callable[[Any, Any], None] | None = None  # what happens while the run is active
 
 
@@ -36,16 +36,12 @@ def terminate(project: Any, process: Any) -> None:
     process.send_signal(signal.SIGTERM)
 
 
-def one_attempt(project: Any) -> None:
-    project.configure(execution="max_retries = 0")
-
-
 HANG = {"announce": True, "hang": True}
 ACTIVE = "WRK-001 in_progress phase=build phase_pool=main"
 CASES = [
     Case("ShutdownRequested", True, ("WRK-001 ready",), script={"*": [{**HANG, "on_term": "finish", **BLOCKS}]}, code=143, during=terminate),
     Case("ShutdownRequested", False, (ACTIVE,), script={"*": [HANG]}, code=143, during=terminate),
-    Case("CircuitBreakerTripped", True, ("WRK-001 ready", "WRK-002 ready"), script={"*": [FAILS]}, code=4, prepare=one_attempt),
+    Case("CircuitBreakerTripped", True, ("WRK-001 ready", "WRK-002 ready"), script={"*": [FAILS]}, code=4, execution="max_retries = 0"),
     Case("TargetBlocked", True, ("WRK-001 ready",), ("--target", "WRK-001"), {"*": [BLOCKS]}, code=3),
     Case("TargetBlocked", False, ("WRK-001 blocked blocked_from_status=ready blocked_reason=why",), ("--target", "WRK-001"), code=3),
     Case(
@@ -71,10 +67,7 @@ def as_parameter(case: Case) -> Any:
 
 
 def set_up(project: Any, case: Case) -> None:
-    project.backlog(*case.items)
-    project.script(case.script)
-    case.prepare(project)
-    project.commit_all()
+    project.set_up(*case.items, script=case.script, execution=case.execution)
     (project.root / "staged.txt").write_text("staged by the operator\n")
     project.git("add", "staged.txt")
     (project.root / "README.md").write_text("edited by the operator\n")

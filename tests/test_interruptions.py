@@ -112,14 +112,8 @@ STORY = {
         Place("in_progress build 1"),
         Place("gone", ("build Complete", "Done "), "[WRK-001][build] build done"),
     ),
-    "WRK-002": (
-        Place("new"),
-        Place("blocked", ("triage Complete", "triage Blocked"), "[WRK-002][triage] triage done"),
-    ),
-    "WRK-003": (
-        Place("ready"),
-        Place("blocked", ("promotion Blocked",), "[WRK-003][promotion] Blocked: the guardrails"),
-    ),
+    "WRK-002": (Place("new"), Place("blocked", ("triage Complete", "triage Blocked"), "[WRK-002][triage] triage done")),
+    "WRK-003": (Place("ready"), Place("blocked", ("promotion Blocked",), "[WRK-003][promotion] Blocked: the guardrails")),
 }
 END = {item_id: len(places) - 1 for item_id, places in STORY.items()}
 ATTEMPTS = ("WRK-001/plan/1", "WRK-001/build/1", "WRK-001/build/2", "WRK-002/triage/1")
@@ -220,7 +214,6 @@ def run_struck(project: Any, blow: Blow, *args: str) -> tuple[str, int]:
 
 
 def noted(project: Any) -> list[str]:
-    """What the agent has noted."""
     with suppress(FileNotFoundError):
         return list((project.outside / "seen").read_text().splitlines())
     return []
@@ -252,7 +245,6 @@ def look(project: Any, printed: str) -> Seen:
 
 
 def place(item_id: str, where: str) -> int:
-    """The first place of an item's story with this beginning."""
     where = re.sub(r"(\w+), (\w+) next", r"\1 \2", where)
     found = [number for number, one in enumerate(STORY[item_id]) if one.where.startswith(where)]
     assert found, f"{item_id} is {where}"
@@ -367,21 +359,16 @@ def check_prompts(project: Any) -> None:
 
 # ---- The matrices --------------------------------------------------------------------------------
 
-class Outcome(NamedTuple):
-    what: str
-    wrong: str = ""
-
-
 def at_all(story: Any, tmp_path: Path, jobs: Iterable[tuple[Callable[..., str], Any]]) -> Counter[str]:
     """Strike a copy of the project each, several at once; returns how often it came out how."""
 
-    def one(number: int, strike: Callable[..., str], blow: Any) -> Outcome:
+    def one(number: int, strike: Callable[..., str], blow: Any) -> tuple[str, str]:
         where = tmp_path / str(number)
         project = copy_of(story, where)
         try:
-            outcome = Outcome(strike(project, blow))
+            outcome = strike(project, blow), ""
         except AssertionError as error:
-            return Outcome("lost", f"{blow}, see {where}: {error}")
+            return "lost", f"{blow}, see {where}: {error}"
         finally:
             project.end()
         shutil.rmtree(where)
@@ -389,9 +376,9 @@ def at_all(story: Any, tmp_path: Path, jobs: Iterable[tuple[Callable[..., str], 
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         outcomes = list(pool.map(one, *zip(*((n, *job) for n, job in enumerate(jobs)), strict=True)))
-    wrong = "\n".join(one.wrong for one in outcomes if one.wrong)
+    wrong = "\n".join(told for _, told in outcomes if told)
     assert not wrong, wrong
-    return Counter(one.what for one in outcomes)
+    return Counter(what for what, _ in outcomes)
 
 
 def go_on(project: Any, *args: str) -> None:

@@ -70,7 +70,6 @@ def altered(text: str, item_id: str, **changes: Any) -> str:
 
 
 def commented(text: str, item_id: str, comment: str) -> str:
-    """With a comment directly above an item."""
     return text.replace(f"- id: {item_id}\n", f"{comment}\n- id: {item_id}\n")
 
 

@@ -10,15 +10,16 @@ import json
 import os
 import re
 import signal
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-import orchestrator
 from tests.conftest import sh
 from tests.gitkit import work_tree
+from tests.test_cli import Cli, cli, here
+
+__all__ = ["cli", "here"]  # fixtures
 
 BUILDING = "in_progress phase=build phase_pool=main"
 PLANNING = "WRK-001 in_progress phase=plan phase_pool=main"
@@ -90,65 +91,41 @@ def test_what_a_phase_left_is_kept_whole_and_nothing_else_moves(project: Any, tm
 
 # ---- Listing -------------------------------------------------------------------------------------
 
-Cli = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def kept(project: Any, capsys: pytest.CaptureFixture[str]) -> tuple[Any, Cli, dict[str, str]]:
+def test_salvage_is_listed_with_the_command_that_drops_that_of_finished_items(project: Any, here: Cli) -> None:
     """Refs of an open, a done and an archived item, of an unknown one and of another branch's."""
     project.backlog("WRK-001 blocked", "WRK-002 done", "WRK-004 new")
-    text = project.text().replace("next_item_id: 3", "next_item_id: 7")
-    (project.root / "BACKLOG.yaml").write_text(text)
+    (project.root / "BACKLOG.yaml").write_text(project.text().replace("next_item_id: 3", "next_item_id: 7"))
     project.commit_all()
-    project.git("switch", "-q", "-c", "other")
-    project.git("commit", "-q", "--allow-empty", "-m", "Elsewhere")
-    elsewhere = sh(project.root, "git", "commit-tree", "HEAD^{tree}", "-p", "HEAD", "-m", "of another branch").strip()
-    project.git("switch", "-q", "main")
-    here = sh(project.root, "git", "commit-tree", "HEAD^{tree}", "-p", "HEAD", "-m", "of this one").strip()
-    refs = {
-        f"refs/orchestrator/salvage/{name}": commit
-        for name, commit in {
-            "WRK-001/build/1": here, "WRK-002/build/1": here, "WRK-002/build/2": here, "WRK-003/fix/1": here,
-            "WRK-005/build/1": elsewhere, "WRK-099/build/1": here,
-        }.items()
-    }
+    ours, base = (project.git("commit-tree", "HEAD^{tree}", "-p", "HEAD", "-m", text).strip() for text in ("Left", "Elsewhere"))
+    elsewhere = project.git("commit-tree", "HEAD^{tree}", "-p", base, "-m", "of another branch").strip()
+    names = ("WRK-001/build/1", "WRK-002/build/1", "WRK-002/build/2", "WRK-003/fix/1", "WRK-005/build/1", "WRK-099/build/1")
+    refs = {f"refs/orchestrator/salvage/{name}": elsewhere if "005" in name else ours for name in names}
     for ref, commit in refs.items():
         project.git("update-ref", ref, commit)
-
-    def cli(*words: str) -> tuple[int, str, str]:
-        code = orchestrator.main(["--root", str(project.root), *words])
-        return (code, *capsys.readouterr())
-
-    return project, cli, refs
-
-
-def test_salvage_is_listed_with_the_command_that_drops_that_of_finished_items(kept: tuple[Any, Cli, dict[str, str]]) -> None:
-    project, cli, refs = kept
-    names = {ref: ref.removeprefix("refs/orchestrator/salvage/").split("/") for ref in refs}
-    rows = [f"  {item} {phase:5} {ref}" for ref, (item, phase, _) in names.items()]
-    lines = cli("status")[1].splitlines()
+    parts = {ref: ref.split("/")[3:] for ref in refs}
+    rows = [f"  {item} {phase:5} {ref}" for ref, (item, phase, _) in parts.items()]
+    lines = here("status").out.splitlines()
     assert lines[-len(rows) - 1].endswith("(`git show --stat REF`):")
     assert lines[-len(rows) :] == rows
-    assert cli("status", "--only", "status=blocked")[1].endswith(f":\n{rows[0]}\n")
-    assert cli("show", "WRK-001")[1].endswith(f"\n\nLeft by attempts that did not complete, and kept (`git show --stat REF`):\n{rows[0]}\n")
+    assert here("status", "--only", "status=blocked").out.endswith(f":\n{rows[0]}\n")
+    assert here("show", "WRK-001").out.endswith(f"\n\nLeft by attempts that did not complete, and kept (`git show --stat REF`):\n{rows[0]}\n")
     known = [
         {"ref": ref, "item": item, "phase": phase, "commit": refs[ref], "finished": item in ("WRK-002", "WRK-003")}
-        for ref, (item, phase, _) in names.items()
+        for ref, (item, phase, _) in parts.items()
     ]
-    assert json.loads(cli("status", "--json")[1])["salvage"] == known
-    assert json.loads(cli("show", "WRK-002", "--json")[1])["salvage"] == known[1:3]
-    code, out, _ = cli("check")
-    assert code == 0
+    assert json.loads(here("status", "--json").out)["salvage"] == known
+    assert json.loads(here("show", "WRK-002", "--json").out)["salvage"] == known[1:3]
+    out = here("check").out
     assert [line for line in out.splitlines() if "keeps what" in line] == [
-        f"note: {ref} keeps what [{item}][{phase}] left" for ref, (item, phase, _) in names.items()
+        f"note: {ref} keeps what [{item}][{phase}] left" for ref, (item, phase, _) in parts.items()
     ]
-    assert json.loads(cli("check", "--json")[1])["salvage"] == known
+    assert json.loads(here("check", "--json").out)["salvage"] == known
     (note,) = [line for line in out.splitlines() if "finished items left: " in line]
     assert project.git("for-each-ref", "--format=%(refname)", "refs/orchestrator/").split() == list(refs)
     sh(project.root, "sh", "-c", note.partition("finished items left: ")[2])
     left = [ref for ref in refs if "WRK-002" not in ref and "WRK-003" not in ref]
     assert project.git("for-each-ref", "--format=%(refname)", "refs/orchestrator/").split() == left
-    assert "finished" not in cli("check")[1]
+    assert "finished" not in here("check").out
 
 
 # ---- What becomes of the rest --------------------------------------------------------------------

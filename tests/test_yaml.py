@@ -13,7 +13,7 @@ from typing import ClassVar
 import check_emission
 import pytest
 
-from backlog import ITEM_KEYS, Document, YamlError, parse_yaml, read_chunk, render_yaml
+from backlog import ITEM_KEYS, Document, YamlError, parse_yaml, render_yaml
 from tests.gitkit import table
 
 DATA = Path(__file__).parent / "data" / "yaml"
@@ -26,14 +26,7 @@ def read(text: str) -> object:
 
 
 def same(one: object, other: object) -> bool:
-    """Equality that tells 1, 1.0 and True apart, and minds the order of keys."""
-    if type(one) is not type(other):
-        return False
-    if isinstance(one, dict) and isinstance(other, dict):
-        return list(one) == list(other) and all(same(one[key], other[key]) for key in one)
-    if isinstance(one, list | tuple) and isinstance(other, list | tuple):
-        return len(one) == len(other) and all(map(same, one, other))
-    return one == other
+    return repr(one) == repr(other)  # unlike ==, 1, 1.0 and true differ; and the order of keys counts
 
 
 def attempt(load: Callable[[bytes, str], object], data: bytes) -> object:
@@ -62,22 +55,17 @@ READ: dict[str, tuple[str, object]] = {
     "root_empty_flow_mapping": ("{ }  # none\n", {}),
     "leading_dashes_accepted": ("# c\n---  # d\na: 1\n", {"a": 1}),
     "leading_dashes_alone": ("---\n", None),
-    "compact_seq_of_seq": ("- - a\n  - b\n- - - c\n", [["a", "b"], [["c"]]]),
     "dash_alone_then_mapping": ("-\n  a: 1\n-\n- b\n", [{"a": 1}, None, "b"]),
-    "dash_with_comment_then_mapping": ("- # c\n  a: 1\n", [{"a": 1}]),
     "null_before_same_column_sequence": ("- a:\n- b\n", [{"a": None}, "b"]),
     "key_yes_and_on_are_strings": ("yes: no\non: off\n", {"yes": "no", "on": "off"}),
     "quoted_keys": ("'1': a\n\"b: c\" : d\n'it''s': e\n", {"1": "a", "b: c": "d", "it's": "e"}),
     "plain_with_brackets_hash_colon_inside": ("a: b [c] {d}, e#f g:h 'i' \"j\" & * !\n", {"a": "b [c] {d}, e#f g:h 'i' \"j\" & * !"}),
-    "trailing_comment_needs_space": ("a: b#c\nb: b #c\n", {"a": "b#c", "b": "b"}),
     "plain_multi_line_is_text": ("a: 1\n  2\nb: null\n  x\n", {"a": "1 2", "b": "null x"}),
     "plain_continuation_starting_with_quote_sign": ("a: b\n  'c'\n  \"d\n  [e\n  &f\n", {"a": "b 'c' \"d [e &f"}),
     "single_multi_line": ("a: 'b  \n\n  c\n  d '\n", {"a": "b\nc d "}),
     "double_all_escapes": (r'a: "\0\a\b\t\n\v\f\r\e\ \"\/\\\N\_\L\P\x41\u263A\U0001F600"' + "\n", {"a": "\0\a\b\t\n\v\f\r\x1b \"/\\\x85\xa0\u2028\u2029A☺😀"}),
     "double_multi_line_backslash_join": ('a: "b \\\n   c\\\n  \\ d"\n', {"a": "b c d"}),
     "double_escaped_space_before_break": ('a: "b\\   \n  c"\n', {"a": "b  c"}),
-    "quoted_text_looks_like_structure": ("a: '- b: c # d'\n", {"a": "- b: c # d"}),
-    "literal_contains_hash_dash_and_key_like_lines": ("a: | # c\n  # b\n  - c\n  d: e\n  ---\n", {"a": "# b\n- c\nd: e\n---\n"}),
     "block_eof_without_newline_strip": ("a: |-\n  b", {"a": "b"}),
     "comment_below_block_scalar_less_indented": ("a: |\n    b\n  # c\n    # d\n# e\nf: 1\n", {"a": "b\n", "f": 1}),
     "tab_inside_quotes": ("a: 'b\tc'\nd: \"e\tf\"\n", {"a": "b\tc", "d": "e\tf"}),
@@ -797,26 +785,11 @@ def test_values_and_lines_of_items_and_keys() -> None:
 
 # ---- chunks --------------------------------------------------------------------------------------
 
-def test_chunks_are_the_lines_of_the_items() -> None:
-    made = document()
-    assert "".join((made.head, *made.chunks, made.tail)) == BACKLOG
-    assert made.head.endswith("\nitems:\n")
-    assert [chunk.splitlines()[0] for chunk in made.chunks] == ["# about A", "# about B", "- id: C-3"]
-    assert made.chunks[0].endswith("\n# belongs to the file\n\n")
-    assert made.tail == "# at the end\nnext_item_id: 3\n"
-    assert [read_chunk(chunk) for chunk in made.chunks] == [*made.items]
-    parts = (made.source, made.bom, made.newline, made.head, made.chunks, made.tail)
-    assert Document(*parts) == made
-    assert Document(*parts).top == made.top
-
-
 def test_chunks_of_another_document_take_its_indentation() -> None:
     deep = document("items:\n    # lead\n    - id: D\n      tags:\n          - x\n      title: |\n        a\n\n          b\n  # low\nn: 1\n")
     flat = document("items:\n- id: A\n\n- id: B\nn: 1\n")
     text = flat.with_chunks([flat.chunks[0], deep.chunks[0], flat.chunks[1]]).to_bytes().decode()
-    assert text == (
-        "items:\n- id: A\n\n# lead\n- id: D\n  tags:\n      - x\n  title: |\n    a\n\n      b\n\n- id: B\nn: 1\n"
-    )
+    assert text == ("items:\n- id: A\n\n# lead\n- id: D\n  tags:\n      - x\n  title: |\n    a\n\n      b\n\n- id: B\nn: 1\n")
     text = deep.with_chunks([*flat.chunks, *deep.chunks]).to_bytes().decode()
     assert text.startswith("items:\n    - id: A\n\n    - id: B\n    # lead\n    - id: D\n")
 

@@ -7,6 +7,7 @@ import random
 import pytest
 
 from backlog import Document, YamlError, parse_yaml, read_chunk
+from tests.test_yaml import same
 
 Scalar = tuple[list[str], object]  # the texts of its lines, without indentation, and its value
 
@@ -162,10 +163,6 @@ def as_bytes(rng: random.Random, lines: list[str]) -> bytes:
     text = "\n".join([*lines, ""])
     data = text.replace("\n", "\r\n").encode() if rng.random() < 0.2 else text.encode()
     return b"\xef\xbb\xbf" + data if rng.random() < 0.1 else data
-
-
-def same(one: object, other: object) -> bool:
-    return repr(one) == repr(other)  # unlike ==, 1, 1.0 and true differ; and the order of keys counts
 
 
 @pytest.mark.parametrize("seeds", [range(1_000), pytest.param(range(1_000, 21_000), marks=pytest.mark.slow)])
