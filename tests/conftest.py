@@ -71,6 +71,8 @@ def make_repo(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Calla
     if not template.exists():
         template.mkdir()
         sh(template, "git", "init", "-q", "-b", "main")
+        for sample in (template / ".git/hooks").iterdir():  # not to be copied hundreds of times
+            sample.unlink()
         (template / "README.md").write_text("A project\n")
         sh(template, "git", "add", "README.md")
         sh(template, "git", "commit", "-q", "-m", "Start")

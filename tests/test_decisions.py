@@ -64,11 +64,7 @@ def short(actions: Iterable[Action]) -> list[str]:
 
 
 def chosen(
-    items: list[Item],
-    config: Config = DEFAULTS,
-    running: Iterable[Task] = (),
-    only: Iterable[str] | None = None,
-    target: str | None = None,
+    items: list[Item], config: Config = DEFAULTS, running: Iterable[Task] = (), only: Iterable[str] | None = None, target: str | None = None
 ) -> list[str]:
     busy = {one.item_id: one for one in running}
     some = None if only is None else frozenset(only)

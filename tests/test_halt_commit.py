@@ -66,34 +66,18 @@ def as_parameter(case: Case) -> Any:
     return pytest.param(case, id=f"{case.reason}-{'dirty' if case.dirty else 'clean'}", marks=marks)
 
 
-def set_up(project: Any, case: Case) -> None:
+@pytest.mark.parametrize("case", [as_parameter(case) for case in CASES])
+def test_every_halt_reason_commits_the_backlog_alone_and_only_if_dirty(project: Any, case: Case) -> None:
     project.set_up(*case.items, script=case.script, execution=case.execution)
     (project.root / "staged.txt").write_text("staged by the operator\n")
     project.git("add", "staged.txt")
     (project.root / "README.md").write_text("edited by the operator\n")
     (project.root / "untracked.txt").write_text("untracked\n")
-
-
-def user_status(project: Any) -> str:
-    """`git status` without our own documents and worklog."""
-    own = ("changes/", "_worklog/", "_ideas/")
-    return "".join(line for line in project.status().splitlines(keepends=True) if not line[3:].startswith(own))
-
-
-def run_case(project: Any, case: Case) -> Any:
-    """Run a case to its end; returns the finished process' standard error."""
-    set_up(project, case)
     process = project.start("run", "--allow-dirty", *case.args)
     if case.during:
         case.during(project, process)
     out, err = process.communicate(timeout=60)
     assert process.returncode == case.code, out + err
-    return err
-
-
-@pytest.mark.parametrize("case", [as_parameter(case) for case in CASES])
-def test_every_halt_reason_commits_the_backlog_alone_and_only_if_dirty(project: Any, case: Case) -> None:
-    err = run_case(project, case)
     message = f"[orchestrator] Save backlog state on halt ({case.reason})"
     halts = [subject for subject in project.subjects() if "on halt" in subject]
     assert halts == ([message] if case.dirty else [])
@@ -109,7 +93,7 @@ def test_every_halt_reason_commits_the_backlog_alone_and_only_if_dirty(project: 
         assert project.statuses() == {"WRK-001": "blocked plan"}
         assert project.subjects()[1] == "[WRK-001][plan] Blocked: needs a decision"
     assert project.committed() == project.text()
-    assert user_status(project) == USER_STATUS
+    assert project.status() == USER_STATUS
     touched = {path for commit in project.git("log", "--format=%H").split() for path in project.paths(commit)}
     assert not touched & {"staged.txt", "untracked.txt"}
     assert project.git("show", "HEAD:README.md") == "A project\n"

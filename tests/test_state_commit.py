@@ -228,14 +228,9 @@ def test_a28_a_check_does_not_write_the_index(project: Path) -> None:
 # ---- HEAD may not move ---------------------------------------------------------------------------
 
 SIDE = (
-    "git switch -q -c side",
-    "echo side > a.txt && git commit -q -am side1",
-    "echo side2 > a.txt && git commit -q -am side2",
-    "git switch -q main",
-    "echo main > a.txt && git commit -q -am main1",
-)
-
-
+    "git switch -q -c side", "echo side > a.txt && git commit -q -am side1", "echo side2 > a.txt && git commit -q -am side2",
+    "git switch -q main", "echo main > a.txt && git commit -q -am main1",
+)  # fmt: skip
 KEPT: Mapping[str, tuple[Act, str, str]] = {  # preparation, reason, how the operator finishes it
     "a02_merge_clean": (run("git switch -q -c side && git commit -q --allow-empty -m s && git switch -q main", "git merge -q --no-ff --no-commit side"), "merge", "git merge --abort"),
     "cherry_pick": (run(*SIDE, "git cherry-pick side || true"), "cherry-pick", "git add a.txt && git cherry-pick --continue"),
@@ -249,10 +244,7 @@ KEPT: Mapping[str, tuple[Act, str, str]] = {  # preparation, reason, how the ope
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("prepare", "reason", "finish"),
-    table(KEPT, slow="cherry_pick cherry_pick_range rebase_apply am revert"),
-)
+@pytest.mark.parametrize(("prepare", "reason", "finish"), table(KEPT, slow="cherry_pick cherry_pick_range rebase_apply am revert"))
 def test_nothing_is_touched_and_the_operation_can_be_finished(
     project: Path, monkeypatch: pytest.MonkeyPatch, prepare: Act, reason: str, finish: str
 ) -> None:

@@ -10,6 +10,9 @@ from typing import Any
 import pytest
 
 import orchestrator
+from tests.test_cli import Cli, cli, here
+
+__all__ = ["cli", "here"]  # fixtures
 
 IN_BUILD = "in_progress phase=build phase_pool=main"
 LONG = 'true "a command whose text is longer than a line of a commit may be" and "goes on for quite a while behind that"'
@@ -31,7 +34,7 @@ def trailers(project: Any, commit: str = "HEAD") -> list[str]:
     return out.split("\n")[:-2]
 
 
-def test_a_commit_says_what_checked_it_and_everything_tells_it(project: Any) -> None:
+def test_a_commit_says_what_checked_it_and_everything_tells_it(project: Any, here: Cli) -> None:
     """The checks see what the hook has mended; the item's own come last; no check is no line."""
     seen = project.outside / "seen"
     prepare(project, ["sh", "-c", LONG], ["sh", "-c", f"cat code.py >> {seen}; exec sleep 0"], own="  verify:\n  - [grep, nice, code.py]\n")
@@ -47,14 +50,14 @@ def test_a_commit_says_what_checked_it_and_everything_tells_it(project: Any) -> 
     checked = f"checked by {', '.join(commands)}"
     summary = orchestrator.render_summary(told, "o").splitlines()
     assert {f"  {checked}: WRK-001", "  not checked: WRK-003"} <= set(summary)
-    assert [row["verified"] for row in json.loads(project.run("status", "--done", "--json").stdout)["items"]] == [[], commands]
-    assert [row["verified"] for row in json.loads(project.run("log", "--json").stdout)["log"] if row["phase"]] == [[], commands]
+    assert [row["verified"] for row in json.loads(here("status", "--done", "--json").out)["items"]] == [[], commands]
+    assert [row["verified"] for row in json.loads(here("log", "--json").out)["log"] if row["phase"]] == [[], commands]
     for argv in (["show", "WRK-001"], ["log"], ["status", "--done"]):
-        out = project.run(*argv).stdout
+        out = here(*argv).out
         assert checked in out
         assert ("not checked" in out) == (argv[0] != "show")
-    assert "not checked" in project.run("show", "WRK-003").stdout
-    assert project.run("check").stdout.count("no `verify`, so what an agent calls done is committed unchecked: make\n") == 1
+    assert "not checked" in here("show", "WRK-003").out
+    assert here("check").out.count("no `verify`, so what an agent calls done is committed unchecked: make\n") == 1
 
 
 SHELL = {
