@@ -47,8 +47,12 @@ def run(*commands: str) -> Act:
     return act
 
 
-def write(name: str, data: str) -> Act:
-    return lambda where: (where / name).write_text(data)
+def write(name: str, data: str = "x\n") -> Act:
+    def act(where: Path) -> None:
+        (where / name).parent.mkdir(parents=True, exist_ok=True)
+        (where / name).write_text(data)
+
+    return act
 
 
 FILES = {NAME: "v: 1\n", ".gitignore": "*.log\nbuild/\n", "a.txt": "a1\na2\na3\n", "b.txt": "b\n", "c.txt": "c\n", "d.txt": "d\n", "run.sh": "#!/bin/sh\n", "src/one.py": "1\n", "src/deep/two.py": "2\n", "docs/x.md": "x\n"}  # fmt: skip
@@ -144,3 +148,15 @@ def is_alive(pid_file: Path) -> bool:
     """Whether a process runs; one that only waits to be reaped does not."""
     state = sh(pid_file.parent, "ps", "-o", "stat=", "-p", pid_file.read_text().strip(), check=False)
     return state.strip() != "" and not state.startswith("Z")
+
+
+def sign_with_a_key(where: Path, outside: Path) -> Path:
+    """Let git's configuration ask for signatures with a new key."""
+    if shutil.which("ssh-keygen") is None:
+        pytest.skip("ssh-keygen is not there")
+    key = outside / "key"
+    sh(where, "ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(key))
+    (outside / "signers").write_text(f"operator@example.invalid {key.with_suffix('.pub').read_text()}")
+    for setting in (f"user.signingKey {key}", f"gpg.ssh.allowedSignersFile {outside}/signers", "gpg.format ssh", "commit.gpgSign true"):
+        git(where, "config", *setting.split(" ", 1))
+    return key
