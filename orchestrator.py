@@ -4821,18 +4821,14 @@ class Ledger:
         is lost then.
         """
         self.take_in(patient=False)
+        refused = list[OrchestratorError]()
         for line in list(self.journal.attempts.values()):
-            attempt = Attempt.from_line(line)
-            if "held" in line and self._conclude_held(attempt, line["held"]):
-                continue
-            log().info("%s was cut off; it starts again", attempt.tag)
-            if ref := self.cancel(attempt):
-                log().warning(
-                    "The files are again as they were before that phase. What you have changed"
-                    " yourself since the crash is kept with the rest; to get a file of yours back:"
-                    "\n  git restore --source=%s -- PATH",
-                    ref,
-                )
+            try:
+                self._recover_attempt(Attempt.from_line(line), line.get("held"))
+            except OrchestratorError as error:  # a rewound branch is told of once, for all of them
+                refused.append(error)
+        if refused:
+            raise refused[0]
         for outcome in self.pending:
             if self.repo.mentions(outcome.token, outcome.parent):
                 self.store.note({"committed": [outcome.token]})
@@ -4849,6 +4845,18 @@ class Ledger:
             )
         message = partial(state_message, "Recover backlog state")
         self.commit_state("recovered what the last run decided", message)
+
+    def _recover_attempt(self, attempt: Attempt, held: Mapping[str, Any] | None) -> None:
+        if held is not None and self._conclude_held(attempt, held):
+            return
+        log().info("%s was cut off; it starts again", attempt.tag)
+        if ref := self.cancel(attempt):
+            log().warning(
+                "The files are again as they were before that phase. What you have changed"
+                " yourself since the crash is kept with the rest; to get a file of yours back:"
+                "\n  git restore --source=%s -- PATH",
+                ref,
+            )
 
     def _overtaken(self, outcome: Outcome) -> list[str]:
         """The paths of an outcome that somebody has committed something else to since."""

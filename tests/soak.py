@@ -404,7 +404,7 @@ class Soak:
         self.be_tame(True)
         code, err = 1, ""
         self.switch_back()
-        for _ in range(3):  # a first one may have to be helped for what an agent left
+        for _ in range(2):  # a first one may have to be helped for what an agent left
             code, _, err = self.command("run", "--allow-dirty", "--cap", "1000", seconds=600)
             rewound = "took commits off the branch" in err  # by an agent that was killed: said once
             self.helped["a start told of a rewound branch"] += rewound

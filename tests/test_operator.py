@@ -109,3 +109,17 @@ def test_no_line_of_a_conventional_message_is_too_long_for_commitlint() -> None:
     for message in (phase_message([entry], "run", "conventional"), state_message(f"Edit {path}", [entry], "run", "conventional")):
         assert max(map(len, message.splitlines())) <= 100
         assert path[:60] in message
+
+
+def test_a_branch_that_was_rewound_is_told_of_once_for_all_that_was_in_flight(project: Any) -> None:
+    project.set_up(*(f"WRK-00{n} in_progress phase=plan phase_pool=main" for n in (1, 2)), script={"*": [{"announce": True, "hang": True}]}, execution="max_concurrent = 2\nmax_wip = 2")
+    project.git("commit", "-q", "--allow-empty", "-m", "to be rewound")
+    process = project.start("run")
+    assert {project.announced(), project.announced()} == {"WRK-001 plan 1", "WRK-002 plan 1"}
+    process.kill()
+    process.communicate()
+    project.git("reset", "-q", "--hard", "HEAD~1")
+    project.script({"*/plan": [{"document": "a.md"}], "*": [{"write": {"code.txt": "x\n"}}]})
+    assert "took commits off the branch" in project.run("run", code=1).stderr
+    project.run("run", "--cap", "2")
+    assert set(project.statuses().values()) == {"in_progress build"}
