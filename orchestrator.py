@@ -1567,16 +1567,17 @@ def commit_message(
         facts["Outcome"] = one.outcome
         trailers += [f"{TRAILER}{key}: {one_line(value)}" for key, value in facts.items() if value]
         for command in one.verified:
-            told_in = folded([command], SUBJECT_COLUMNS - len(f"{TRAILER}Verified: "))
+            told_in = wrap(command, SUBJECT_COLUMNS - len(f"{TRAILER}Verified: "), "")
             trailers.append(f"{TRAILER}Verified: " + "\n  ".join(told_in))
     return "\n\n".join(filter(None, [subject, "\n".join(told), "\n".join(trailers)])) + "\n"
 
 
-def folded(texts: Iterable[str], columns: int = SUBJECT_COLUMNS) -> list[str]:
-    """Texts in lines that are none too long for commitlint, which counts a path, too."""
+def folded(texts: Iterable[str]) -> list[str]:
+    """Texts in lines none of which is too long for commitlint, be it a path."""
     import textwrap
 
-    return [line for text in texts for line in textwrap.wrap(text, columns, break_on_hyphens=False)]
+    lines = (textwrap.wrap(text, SUBJECT_COLUMNS, break_on_hyphens=False) for text in texts)
+    return [line for some in lines for line in some]
 
 
 def phase_message(entries: Sequence[MessageEntry], run_id: str, style: str = "bracket") -> str:

@@ -105,7 +105,7 @@ def test_a_commit_of_a_command_tells_all_that_it_holds(project: Any) -> None:
 
 def test_no_line_of_a_conventional_message_is_too_long_for_commitlint() -> None:
     path = "/" + "long/" * 40
-    entry = MessageEntry("WRK-001", "build", "failed", f"look at {path} there", verified=(f"test -e {path}",))
+    entry = MessageEntry("WRK-001", "build", "failed", f"look at {path} there")
     for message in (phase_message([entry], "run", "conventional"), state_message(f"Edit {path}", [entry], "run", "conventional")):
         assert max(map(len, message.splitlines())) <= 100
         assert path[:60] in message
