@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from gitutil import ABSENT_MODE, ABSENT_OID, Entry, Repo
+from gitutil import ABSENT_MODE, ABSENT_OID, Entry, Repo, Snapshot
 from tests.conftest import sh
 
 NAME = "BACKLOG.yaml"
@@ -89,6 +89,11 @@ def stage_everything(where: Path) -> None:
 def made(repo: Repo, path: Path, data: bytes) -> Entry:
     """The entry of a file with this content, which need not be there."""
     return repo.blobs({path: data})[0]
+
+
+def salvage(repo: Repo, ref: str, seen: Snapshot, message: str = "x") -> str:
+    """Keep all that differs from HEAD in a snapshot on a ref."""
+    return repo.salvage(ref, seen.head.commit, [change.after for change in repo.changes(seen.head.commit, seen.tree)], message)
 
 
 def absent(path: str) -> Entry:

@@ -3,12 +3,11 @@
 `claude` with ANTHROPIC_BASE_URL set to `LlmServer.url` needs no account and no network. The server
 keeps no state about conversations: which step is due follows from the number of tool results in the
 request, so that retries, side requests and several agents at once cannot disturb each other.
-
-API: https://docs.anthropic.com/en/api/messages-streaming
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,10 +24,6 @@ class Refusal(NamedTuple):
     headers: Mapping[str, str] = {}
 
 
-class Silence(NamedTuple):
-    """The connection is accepted and no answer ever comes."""
-
-
 class Call(NamedTuple):
     """The model runs a command with claude's tool Bash."""
 
@@ -41,7 +36,7 @@ class Say(NamedTuple):
     words: str
 
 
-Answer = Refusal | Silence | Call | Say
+Answer = Refusal | Call | Say
 Script = Callable[[str, int], Answer]  # (what the user said, steps done so far) → what comes next
 TOKENS = {"input_tokens": 1000, "output_tokens": 200}
 
@@ -89,45 +84,29 @@ class Handler(BaseHTTPRequestHandler):
         """Nothing: the tests' output is for the tests."""
 
     def do_HEAD(self) -> None:
-        self.reply(200, {})
-
-    def do_GET(self) -> None:
-        self.reply(404, {"type": "error", "error": {"type": "not_found_error", "message": "?"}})
+        self.reply(200, "application/json")
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
         if not self.path.partition("?")[0].endswith("/v1/messages"):
-            return self.reply(200, {"input_tokens": 10})  # count_tokens
+            return self.reply(200, "application/json", '{"input_tokens": 10}')  # count_tokens
         text, done = words_of(body["messages"])
         offered = {tool.get("name") for tool in body.get("tools", ())}
         answer = self.server.answer(text, done) if "Bash" in offered else Say("A title")
-        if isinstance(answer, Silence):
-            self.server.closing.wait()
-            self.close_connection = True
-            return None
         if isinstance(answer, Refusal):
-            error = {"type": answer.kind, "message": answer.message}
-            return self.reply(answer.status, {"type": "error", "error": error}, answer.headers)
-        return self.stream(block_events(answer, self.server.next_number(), body["model"]))
-
-    def reply(self, status: int, value: object, headers: Mapping[str, str] | None = None) -> None:
-        data = json.dumps(value).encode()
-        self.send_response(status)
-        for name, text in {"content-type": "application/json", **(headers or {})}.items():
-            self.send_header(name, text)
-        self.send_header("content-length", str(len(data)))
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(data)
-
-    def stream(self, events: Iterator[dict[str, Any]]) -> None:
+            error = {"type": "error", "error": {"type": answer.kind, "message": answer.message}}
+            return self.reply(answer.status, "application/json", json.dumps(error), answer.headers)
+        events = block_events(answer, self.server.next_number(), body["model"])
         rows = [f"event: {event['type']}\ndata: {json.dumps(event)}\n\n" for event in events]
-        self.send_response(200)
-        self.send_header("content-type", "text/event-stream")
-        self.send_header("content-length", str(sum(len(row.encode()) for row in rows)))
+        return self.reply(200, "text/event-stream", "".join(rows))
+
+    def reply(self, status: int, kind: str, text: str = "", headers: Mapping[str, str] | None = None) -> None:
+        data = text.encode()
+        self.send_response(status)
+        for name, value in {"content-type": kind, "content-length": str(len(data)), **(headers or {})}.items():
+            self.send_header(name, value)
         self.end_headers()
-        for row in rows:
-            self.wfile.write(row.encode())
+        self.wfile.write(data)
 
 
 class LlmServer(ThreadingHTTPServer):
@@ -139,8 +118,7 @@ class LlmServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.script: Script = lambda text, done: Say("Nothing to do.")
         self.asked: list[tuple[str, int]] = []  # text and step of every request with tools
-        self.closing = threading.Event()
-        self._numbers = iter(range(1, 1_000_000))
+        self._numbers = itertools.count(1)
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self.serve_forever, daemon=True)
         self._thread.start()
@@ -155,14 +133,12 @@ class LlmServer(ThreadingHTTPServer):
             return self.script(text, done)
 
     def next_number(self) -> int:
-        with self._lock:
-            return next(self._numbers)
+        return next(self._numbers)  # one step of the interpreter
 
     def handle_error(self, request: object, client_address: object) -> None:
         """A client that was killed in the middle of an answer is part of the tests."""
 
     def close(self) -> None:
-        self.closing.set()
         self.shutdown()
         self.server_close()
         self._thread.join()

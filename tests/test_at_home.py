@@ -1,6 +1,7 @@
 """Promise P6: the repository's own files, tools and habits are left alone."""
 
 import json
+import os
 import subprocess
 import sys
 from typing import Any
@@ -33,6 +34,29 @@ def test_an_editors_own_files_and_the_one_that_our_output_goes_to_are_in_no_comm
     assert not {*names, ".new.txt.swp", "run.log"} & set(project.git("log", "--name-only", "--format=").split())
 
 
+def test_the_file_that_our_output_goes_to_is_in_no_commit_and_in_nobodys_way(project: Any) -> None:
+    """Nor in that of later runs, which write elsewhere: one recovers what a SIGKILL ended."""
+    project.configure("build!")
+    project.backlog("WRK-001 in_progress phase=build phase_pool=main")
+    project.commit_all()
+    project.script({"*": [{"announce": True, "hang": True}, {"write": {"code.txt": "x\n"}}]})
+    for name in ("run.log", "again.log"):
+        with (project.root / name).open("w") as out:
+            process = subprocess.Popen([sys.executable, str(project.program), "run"], cwd=project.root, stdin=subprocess.DEVNULL, stdout=out, stderr=out)
+        project.started.append(process)
+        if name == "run.log":
+            project.announced()
+            process.kill()
+        assert process.wait(60) == (-9 if name == "run.log" else 0), (project.root / name).read_text()
+    project.run("run")
+
+    assert project.items() == {}
+    assert project.status() == "?? again.log\n?? run.log\n"
+    assert ".log" not in project.git("log", "--all", "--name-only", "--format=")
+    assert "[WRK-001][BUILD] starts" in (project.root / "run.log").read_text()
+    assert "WRK-001 is done" in (project.root / "again.log").read_text()
+
+
 def test_what_a_document_phase_leaves_elsewhere_is_a_stray_until_it_is_gone(project: Any) -> None:
     project.set_up(PLANNING, script={"*/plan": [{"sh": "echo note > scratch.txt"}], "*/build": WRITES})
     first = project.run("run", "--cap", "1")
@@ -44,6 +68,47 @@ def test_what_a_document_phase_leaves_elsewhere_is_a_stray_until_it_is_gone(proj
     assert "scratch.txt" not in project.git("log", "--name-only", "--format=")
     (project.root / "scratch.txt").write_text("the operator's, by now\n")
     assert "uncommitted changes: scratch.txt" in project.run("run", code=1).stderr
+
+
+def test_what_a_neighbour_had_stashed_away_as_a_phase_began_stays_the_operators(project: Any) -> None:
+    """It comes back while that phase runs, and must not pass for what the phase left: a stray is nobody's."""
+    for name in ("go1", "go2"):
+        os.mkfifo(project.outside / name)
+    stash = {"sh": "git stash -q --include-untracked", "document": "a.md"}
+    project.configure("plan", execution="max_concurrent = 2\nmax_wip = 2")
+    project.backlog("WRK-001 in_progress phase=plan phase_pool=main")
+    project.commit_all()
+    (project.root / "mine.txt").write_text("mine\n")
+    project.script({"WRK-001/plan": [{**stash, "announce": True, "await": "go1"}], "*/triage": [{"announce": True, "await": "go2"}], "WRK-002/plan": [stash]})
+    process = project.start("run", "--allow-dirty")
+    assert project.announced() == "WRK-001 plan 1"
+    project.run("add", "Another one")
+    assert project.announced() == "WRK-002 triage 1"
+    (project.outside / "go1").write_text("")
+    project.read_until(process, "took away what you had not committed; it is there again: mine.txt")
+    (project.outside / "go2").write_text("")
+    log = project.finish(process)
+    assert "touched files outside" not in log
+    assert log.count("it is there again: mine.txt") == 1
+    assert project.status() == "?? mine.txt\n"
+
+
+@pytest.mark.parametrize("committed", [False, True])
+def test_an_item_written_by_hand_is_there_for_every_command_and_runs_once(project: Any, committed: bool) -> None:
+    """Only its title is needed, be the file committed or not; an agent that takes the file back makes no second one."""
+    project.configure("plan")
+    project.script({"*/triage": [{"sh": "git checkout -q HEAD -- BACKLOG.yaml"}]})
+    path = project.root / "BACKLOG.yaml"
+    path.write_text("schema_version: 3\nitems:\n- title: Mine\n- id: WRK-001\n  title: Other\nnext_item_id: 1\n")
+    if committed:
+        project.commit_all()
+    before = path.read_bytes()
+    for argv in (["status"], ["run", "--dry-run"], ["show", "WRK-002"]):
+        assert "Mine" in project.run(*argv).stdout
+    assert path.read_bytes() == before
+    project.run("run", *([] if committed else ["--allow-dirty"]))
+    assert sorted(project.agent_log()) == ["WRK-001 plan 1", "WRK-001 triage 1", "WRK-002 plan 1", "WRK-002 triage 1"]
+    assert project.items() == {}
 
 
 @pytest.mark.parametrize("kind", ["clone", pytest.param("submodule", marks=SLOW)])

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import orchestrator
-from tests.conftest import Project, sh
+from tests.conftest import Project
 from tests.test_cli import Cli, cli, here
 
 __all__ = ["cli", "here"]  # fixtures
@@ -22,60 +22,40 @@ def worklog(project: Project) -> str:
     return path.read_text()
 
 
-# -- complete and close ----------------------------------------------------------------------------
+STATUSES = ("new", "scoping", "ready", "in_progress phase=plan", "blocked blocked_reason=why")
 
 
-@pytest.mark.parametrize("status", ["new", "scoping", "ready", "in_progress phase=plan", "blocked blocked_reason=why"])
-def test_complete_takes_an_item_out_and_tells_whoever_waited(project: Project, here: Cli, status: str) -> None:
-    project.backlog(f"WRK-001 {status}", "WRK-002 new dependencies=[WRK-001,WRK-003]", "WRK-003 new")
+def test_complete_and_close_take_an_item_out_and_tell_whoever_waited(project: Project, here: Cli) -> None:
+    rows = [f"WRK-00{n} {status}" for n, status in enumerate(STATUSES, 3)]
+    ids = [row.split()[0] for row in rows]
+    waits = f"[WRK-001,{','.join(ids)},WRK-008]"
+    project.backlog("WRK-001 new", f"WRK-002 new dependencies={waits}", *rows, "WRK-008 new")
+    text = project.text().replace(waits, f"{waits}\n  description:\n    context: Old\n    problem: P")
+    (project.root / "BACKLOG.yaml").write_text(text)
     project.commit_all()
-    done = here("complete", "WRK-001", "--summary", "Shipped\nby hand")
-    assert (done.out, done.err) == ("Completed WRK-001: Item WRK-001\nNo longer waiting for it: WRK-002\n", "")
+    context = "Old"
+    for one, row in zip(ids, rows, strict=True):
+        done = here("complete", one, "--summary", "Shipped\nby hand")
+        assert (done.out, done.err) == (f"Completed {one}: Item {one}\nNo longer waiting for it: WRK-002\n", "")
+        context += f"\n[{one}, which this depended on, was done outside of this backlog] Item {one}: Shipped by hand"
+        phase = "plan" if "plan" in row else "N/A"
+        entry = f"— {one} (Item {one})\n\n- **Status:** Done\n- **Phase:** {phase}\n- **Summary:** Shipped by hand\n"
+        assert entry in worklog(project)
+    here("close", "WRK-008", "--reason", "Not wanted")
+    assert "- **Status:** Closed\n- **Phase:** N/A\n- **Reason:** Not wanted\n" in worklog(project)
+    context += "\n[WRK-008, which this depended on, was closed] Item WRK-008: Not wanted"
     items = project.items()
-    assert list(items) == ["WRK-002", "WRK-003"]
-    assert items["WRK-002"]["dependencies"] == ["WRK-003"]
-    told = "[WRK-001, which this depended on, was done outside of this backlog] Item WRK-001: Shipped by hand"
-    assert items["WRK-002"]["description"]["context"] == told
-    phase = "plan" if "plan" in status else "N/A"
-    entry = f"— WRK-001 (Item WRK-001)\n\n- **Status:** Done\n- **Phase:** {phase}\n- **Summary:** Shipped by hand\n"
-    assert entry in worklog(project)
+    assert list(items) == ["WRK-001", "WRK-002"]
+    assert items["WRK-002"]["dependencies"] == ["WRK-001"]
+    assert (items["WRK-002"]["description"]["context"], items["WRK-002"]["description"]["problem"]) == (context, "P")
+    assert here("add", "Next", "one", "--depends-on", "WRK-008").out == (
+        "Added WRK-009: Next one\nWRK-008 has left the backlog already: nothing to wait for\n"
+    )
+    assert "dependencies" not in project.items()["WRK-009"]
     assert project.status() == " M BACKLOG.yaml\n?? _worklog/\n"  # nothing is committed unasked
 
 
-def test_close_keeps_the_context_of_whoever_waited(project: Project, here: Cli) -> None:
-    project.backlog("WRK-001 new", "WRK-002 new dependencies=[WRK-001]")
-    text = project.text().replace("[WRK-001]", "[WRK-001]\n  description:\n    context: Old\n    problem: P")
-    (project.root / "BACKLOG.yaml").write_text(text)
-    here("close", "WRK-001", "--reason", "Not wanted")
-    assert "- **Status:** Closed\n- **Phase:** N/A\n- **Reason:** Not wanted\n" in worklog(project)
-    other = project.items()["WRK-002"]
-    note = "[WRK-001, which this depended on, was closed] Item WRK-001: Not wanted"
-    assert "dependencies" not in other
-    assert (other["description"]["context"], other["description"]["problem"]) == (f"Old\n{note}", "P")
-
-
-@pytest.mark.slow
-def test_an_item_whose_phase_is_running_is_not_taken_out(project: Project) -> None:
-    project.script({"*/plan": [{"announce": True, "await": "go"}]})
-    os.mkfifo(project.outside / "go")
-    project.backlog("WRK-001 in_progress phase=plan phase_pool=main", "WRK-002 new")
-    project.commit_all()
-    run = project.start("run", "--cap", "1")
-    project.announced()
-    refused = project.run("complete", "WRK-001", code=1)
-    assert refused.stderr.startswith("orchestrator: WRK-001: its phase plan is running just now. Wait for it, or ask")
-    other = project.run("close", "WRK-002", "--reason", "no", "--commit")  # the others are free
-    assert other.stdout == "Closed WRK-002: Item WRK-002\nA run is active: its next commit carries the change.\n"
-    (project.outside / "go").write_text("")
-    project.finish(run)
-    assert list(project.items()) == ["WRK-001"]
-    assert project.status() == ""
-
-
-# -- beside a run, and after one that was killed ---------------------------------------------------
-
-
-def test_status_and_check_tell_an_active_run_a_killed_one_and_trouble_apart(project: Project) -> None:
+def test_status_and_check_tell_an_active_run_a_killed_one_and_trouble_apart(project: Project, here: Cli) -> None:
     step = {"write": {"code.py": "1\n"}, "sh": "echo compiling", "announce": True, "await": "go"}
     project.script({"*/build": [step]})
     os.mkfifo(project.outside / "go")
@@ -84,66 +64,51 @@ def test_status_and_check_tell_an_active_run_a_killed_one_and_trouble_apart(proj
     run = project.start("run", "--cap", "1")
     project.announced()
     project.environment["TZ"] = "UTC+25"  # no zone: no traceback
-    for command in ("status", "check"):  # what the agent has done is no dirt of the operator's
-        told = project.run(command).stdout
+    for told in (project.run("status").stdout, here("check").out):  # what the agent has done is no dirt of the operator's
         assert re.search(rf"^A run is active: pid {run.pid}, since \S+ \S+ \(\d+ s\)\n  WRK-001 build \d+ s\b", told, re.M)
-    (phase,) = json.loads(project.run("status", "--json").stdout)["active"]["phases"]
+    (phase,) = json.loads(here("status", "--json").out)["active"]["phases"]
     assert (phase["item"], phase["phase"], phase["attempt"]) == ("WRK-001", "build", 1)
 
     os.killpg(run.pid, signal.SIGKILL)
     run.wait()
     assert (project.root / "code.py").exists()
-    told = project.run("check").stdout
+    told = here("check").out
     assert re.search(r"left something unfinished; the next `run` recovers it first\.\n  cut off, starts again: WRK-001 build\n", told)
-    assert "cut off" in project.run("status").stdout
-    plan = json.loads(project.run("run", "--dry-run", "--json").stdout)
+    assert "cut off" in here("status").out
+    plan = json.loads(here("run", "--dry-run", "--json").out)
     assert (plan["problems"], plan["active"], plan["unfinished"]["cut_off"]) == ([], None, ["WRK-001 build"])
 
-    project.git("merge", "-q", "-s", "ours", "--no-commit", "--allow-unrelated-histories", project.git("commit-tree", "HEAD^{tree}", "-m", "x").strip())
-    told = project.run("check", code=1).stdout
+    other = project.git("commit-tree", "HEAD^{tree}", "-m", "x").strip()
+    project.git("merge", "-q", "-s", "ours", "--no-commit", "--allow-unrelated-histories", other)
+    told = here("check", code=1).out
     assert "problem: a merge is in progress" in told
     assert told.endswith("\n1 problem\n")
 
 
-def test_the_remedy_for_dirt_names_it_and_leaves_the_backlog_alone(project: Project) -> None:
-    project.backlog("WRK-001 new")  # not committed
-    (project.root / "my notes.txt").write_text("mine\n")
-    problem = json.loads(project.run("check", "--json", code=1).stdout)["problems"][0]
-    command = problem["remedy"].partition("set them aside: ")[2]
-    assert command == "git stash push --include-untracked -- ':/my notes.txt'"
-    sh(project.root, "sh", "-c", command)
-    assert project.run("check").stdout.endswith("unchecked: build\nready to run\n")
-    assert project.items().keys() == {"WRK-001"}
-
-
-# -- what a command commits ------------------------------------------------------------------------
-
 COMMANDS = [
-    (("add", "Write it"), "[orchestrator] Add WRK-004: Write it"),
-    (("advance", "WRK-001"), "[orchestrator] Advance WRK-001 to build"),
-    (("unblock", "WRK-002"), "[orchestrator] Unblock WRK-002"),
-    (("complete", "WRK-001", "--summary", "x"), "[orchestrator] Complete WRK-001: Item WRK-001"),
-    (("close", "WRK-003", "--reason", "x"), "[orchestrator] Close WRK-003: Item WRK-003"),
+    (("add", "Write it"), "Added WRK-004: Write it", "Add WRK-004: Write it"),
+    (("advance", "WRK-001"), "Advanced WRK-001 from plan to build", "Advance WRK-001 to build"),
+    (("advance", "WRK-001", "--to", "review"), "Advanced WRK-001 from build to review", "Advance WRK-001 to review"),
+    (("advance", "WRK-001", "--to", "plan"), "Advanced WRK-001 from review to plan", "Advance WRK-001 to plan"),
+    (("unblock", "WRK-002"), "Unblocked WRK-002: new again", "Unblock WRK-002"),
+    (("complete", "WRK-001", "--summary", "x"), "Completed WRK-001: Item WRK-001", "Complete WRK-001: Item WRK-001"),
+    (("close", "WRK-003", "--reason", "x"), "Closed WRK-003: Item WRK-003", "Close WRK-003: Item WRK-003"),
 ]
 
 
-@pytest.mark.parametrize(("argv", "subject"), COMMANDS)
-def test_a_command_commits_the_backlog_alone(
-    project: Project, here: Cli, argv: tuple[str, ...], subject: str
-) -> None:
+def test_commands_commit_the_backlog_alone(project: Project, here: Cli) -> None:
+    project.configure("plan build! review")
     project.backlog("WRK-001 in_progress phase=plan", "WRK-002 blocked blocked_reason=x", "WRK-003 new")
     project.commit_all()
     (project.root / "README.md").write_text("edited\n")
     (project.root / "new.txt").write_text("new\n")
     project.git("add", "new.txt")
-    here(*argv, "--commit")
-    assert project.subjects()[0] == subject
-    assert project.paths() == ["BACKLOG.yaml"]
-    assert project.committed() == project.text()
+    for argv, said, subject in COMMANDS:
+        assert here(*argv, "--commit").out.startswith(f"{said}\n")
+        assert project.subjects()[0] == f"[orchestrator] {subject}"
+        assert project.paths() == ["BACKLOG.yaml"]
+        assert project.committed() == project.text()
     assert [line for line in project.status().splitlines() if "_worklog" not in line] == [" M README.md", "A  new.txt"]
-
-
-# -- step ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -163,9 +128,6 @@ def test_a_step_is_one_phase_with_the_guardrails_overridden(project: Project) ->
     assert project.status() == ""
 
 
-# -- edit ------------------------------------------------------------------------------------------
-
-
 def test_edit_changes_what_is_said_and_nothing_else(project: Project, here: Cli) -> None:
     project.backlog("WRK-001 new size=large risk=low priority=3 tags=[a] owner=me", "WRK-002 new", head="# ours\n")
     project.commit_all()
@@ -182,18 +144,6 @@ def test_edit_changes_what_is_said_and_nothing_else(project: Project, here: Cli)
     here("edit", "WRK-001", "--description", "New")
     description = project.items()["WRK-001"]["description"]
     assert (description["context"], description["problem"]) == ("New", "P")
-
-
-def test_what_is_finished_is_nothing_to_wait_for(project: Project, here: Cli) -> None:
-    project.backlog("WRK-001 new")
-    here("complete", "WRK-001")
-    assert here("add", "Next", "one", "--depends-on", "WRK-001").out == (
-        "Added WRK-002: Next one\nWRK-001 has left the backlog already: nothing to wait for\n"
-    )
-    assert "dependencies" not in project.items()["WRK-002"]
-
-
-# -- what agents said ------------------------------------------------------------------------------
 
 
 def test_logs_tell_what_the_agents_of_an_item_said_and_did(project: Project, here: Cli) -> None:
@@ -215,25 +165,6 @@ def test_logs_tell_what_the_agents_of_an_item_said_and_did(project: Project, her
     told = "==> build-1.out <==\nI look\nat it.\nBash: make test\na warning\n==> build-1.err <==\nnot logged in\n"
     assert here("logs", "WRK-001", "build", "-f").out == told  # nothing is at work that could be followed
     assert here("logs", "WRK-001").out == "==> plan-1.out <==\nx\n" + told
-
-
-@pytest.mark.slow
-def test_logs_follow_the_agent_at_work(project: Project) -> None:
-    project.script({"*/plan": [{"sh": "echo reading", "announce": True, "await": "go"}]})
-    os.mkfifo(project.outside / "go")
-    project.backlog("WRK-001 in_progress phase=plan phase_pool=main")
-    project.commit_all()
-    run = project.start("run", "--cap", "1")
-    project.announced()
-    follower = project.start("logs", "WRK-001", "-f")
-    assert follower.stdout is not None
-    assert [follower.stdout.readline() for _ in range(2)] == ["==> plan-1.out <==\n", "reading\n"]
-    (project.outside / "go").write_text("")
-    project.finish(run)
-    project.finish(follower)
-
-
-# -- output ----------------------------------------------------------------------------------------
 
 
 def test_colour_is_for_terminals_and_can_be_asked_for(project: Project, here: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -261,18 +192,17 @@ def test_quiet_logs_of_a_run(project: Project) -> None:
     assert halt == "Halt: no new item is left to triage (AllDoneOrBlocked)"
 
 
-@pytest.mark.parametrize(
-    "argv", [["status"], ["status", "--graph"], ["show", "WRK-001"], ["log"], ["check"], ["run", "--dry-run"]], ids=" ".join
-)
-def test_the_form_of_json_is_documented(project: Project, here: Cli, argv: list[str]) -> None:
+def test_the_form_of_json_is_documented(project: Project, here: Cli) -> None:
     project.backlog("WRK-001 new", "WRK-002 new dependencies=[WRK-001]")
     project.commit_all()
-    got = json.loads(here(*argv, "--json").out)
-    form = orchestrator.json_form(argv[0])
-    documented = set(re.findall(r'"(\w+)"', form))
-    assert got.pop("schema") == 1
-    assert set(got) <= documented
-    rows = [row for key, rows in got.items() if isinstance(rows, list) for row in rows if isinstance(row, dict)]
-    assert {key for row in rows for key in row} <= documented
-    shown = " ".join(here(argv[0], "--help").out.split())
-    assert " ".join(form.split())[:60] in shown
+    for line in ("status", "status --graph", "show WRK-001", "log", "check", "run --dry-run"):
+        argv = line.split()
+        got = json.loads(here(*argv, "--json").out)
+        form = orchestrator.json_form(argv[0])
+        documented = set(re.findall(r'"(\w+)"', form))
+        assert got.pop("schema") == 1
+        assert set(got) <= documented
+        rows = [row for key, rows in got.items() if isinstance(rows, list) for row in rows if isinstance(row, dict)]
+        assert {key for row in rows for key in row} <= documented
+        shown = " ".join(here(argv[0], "--help").out.split())
+        assert " ".join(form.split())[:60] in shown

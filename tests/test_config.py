@@ -2,32 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import orchestrator
 from backlog import Backlog, Item
 from orchestrator import (
     DOCUMENT_OUTPUTS,
     AgentSettings,
     Config,
-    ConfigError,
-    Execution,
-    Guardrails,
-    Notify,
     Phase,
     Pipeline,
     agent_settings,
     config_template,
-    default_config,
-    idle_timeout_s,
     parse_config,
-    phase_places,
-    phase_timeout_s,
     pipeline_of,
-    preflight_config,
-    preflight_items,
-    retry_delay_s,
 )
 
 BASE = Path("/project")
@@ -49,7 +41,7 @@ def read(text: str) -> Config:
 
 def complaints(text: str) -> list[str]:
     """The lines of the error that a config gets."""
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(orchestrator.ConfigError) as caught:
         read(text)
     header, *lines = str(caught.value).split("\n")
     assert header == "orchestrator.toml: validation failed, correct this:"
@@ -61,118 +53,68 @@ def one_pipeline(phases: str, pre_phases: str = "", more: str = "") -> str:
     return f"[pipelines.p]\npre_phases = [{pre_phases}]\nphases = [{phases}]\n{more}"
 
 
-# ---- Reading --------------------------------------------------------------------------------------
-
-
-def test_what_is_missing_means_the_defaults() -> None:
+def test_d26_what_is_missing_means_the_defaults() -> None:
     assert read("") == Config(pipelines={"feature": FEATURE}, base=BASE, source="orchestrator.toml")
-    assert default_config(BASE) == read("")._replace(source="built-in defaults")
-    assert read('[guardrails]\nmax_risk = "high"') == read("")._replace(guardrails=Guardrails("medium", "medium", "high"))
+    assert orchestrator.default_config(BASE) == read("")._replace(source="built-in defaults")
+    assert read('[guardrails]\nmax_risk = "high"') == read("")._replace(guardrails=orchestrator.Guardrails("medium", "medium", "high"))
     assert read("[pipelines]") == read('\ufeff[agent]\nmodel = " \\t"') == read("")
     own = Pipeline("p", (), (Phase("a", outputs=DOCUMENT_OUTPUTS), Phase("b")))
     assert read(one_pipeline('{ name = "a" }, { name = "b", outputs = [] }')).pipelines == {"p": own}
+    phases = read(one_pipeline('{name="a"}, {name="b", is_destructive=true}, {name="c", destructive=true}')).pipelines["p"].phases
+    assert [phase.destructive for phase in phases] == [False, True, True]
 
 
 def test_every_key_is_read() -> None:
+    execution: dict[str, Any] = {
+        "phase_timeout_minutes": 1.5, "max_retries": 0, "retry_delay_seconds": 0, "circuit_breaker": 4, "default_phase_cap": 7,
+        "max_run_minutes": 240, "max_cost_usd": 12.5, "max_wip": 3, "max_concurrent": 2, "idle_timeout_minutes": 0,
+        "kill_grace_seconds": 1, "hook_timeout_seconds": 600, "on_usage_limit": "wait",
+    }  # fmt: skip
     config = read(
         """
-        [project]
-        prefix = "HAMY"
-        backlog_path = "dev/BACKLOG.yaml"
-        protected_branches = ["main", "release"]
-        [guardrails]
-        max_size = "small"
-        max_complexity = "low"
-        max_risk = "high"
-        [execution]
-        phase_timeout_minutes = 1.5
-        max_retries = 0
-        default_phase_cap = 7
-        max_wip = 3
-        max_concurrent = 2
-        circuit_breaker = 4
-        retry_delay_seconds = 0
-        max_run_minutes = 240
-        max_cost_usd = 12.5
-        idle_timeout_minutes = 0
-        kill_grace_seconds = 1
-        hook_timeout_seconds = 600
-        on_usage_limit = "wait"
+        project = { prefix = "HAMY", backlog_path = "dev/BACKLOG.yaml", protected_branches = ["main", "release"] }
+        guardrails = { max_size = "small", max_complexity = "low", max_risk = "high" }
+        notify = { command = ["notify-send", "done"] }
         [agent]
         cli = "command"
         model = " vendor/model-1.5 "
         command = ["my agent", "{prompt_file}", ""]
         args = ["--fast"]
         env = { TOKEN_FILE = "/x", EMPTY = "" }
-        [notify]
-        command = ["notify-send", "done"]
         [pipelines.docs]
         pre_phases = [{ name = "look" }]
         phases = [
           { name = "write", workflows = ["a.md", "b.md"], agent = "codex", model = "m", timeout_minutes = 5, verify = [["make", "test"], ["true"]], outputs = ["docs/"] },
           { name = "publish", is_destructive = true, run = ["make", "all"], allow_empty = true },
         ]
+        [execution]
         """
+        + "\n".join(f"{key} = {json.dumps(value)}" for key, value in execution.items())
     )
+    write = Phase(
+        "write", workflows=("a.md", "b.md"), agent="codex", model="m", timeout_minutes=5.0,
+        verify=(("make", "test"), ("true",)), outputs=("docs/",),
+    )  # fmt: skip
+    publish = Phase("publish", destructive=True, run=("make", "all"), allow_empty=True)
+    env = {"TOKEN_FILE": "/x", "EMPTY": ""}
     assert config == Config(
         prefix="HAMY",
         backlog_path="dev/BACKLOG.yaml",
         protected_branches=("main", "release"),
-        guardrails=Guardrails("small", "low", "high"),
-        execution=Execution(1.5, 0, 0, 4, 7, 240, 12.5, 3, 2, 0, 1, 600, "wait"),
-        agent=AgentSettings(
-            "command",
-            "vendor/model-1.5",
-            ("my agent", "{prompt_file}", ""),
-            ("--fast",),
-            {"TOKEN_FILE": "/x", "EMPTY": ""},
-        ),
-        notify=Notify(("notify-send", "done")),
-        pipelines={
-            "docs": Pipeline(
-                "docs",
-                (Phase("look", outputs=DOCUMENT_OUTPUTS),),
-                (
-                    Phase(
-                        "write",
-                        workflows=("a.md", "b.md"),
-                        agent="codex",
-                        model="m",
-                        timeout_minutes=5.0,
-                        verify=(("make", "test"), ("true",)),
-                        outputs=("docs/",),
-                    ),
-                    Phase("publish", destructive=True, run=("make", "all"), allow_empty=True),
-                ),
-            )
-        },
+        guardrails=orchestrator.Guardrails("small", "low", "high"),
+        execution=orchestrator.Execution(**execution),
+        agent=AgentSettings("command", "vendor/model-1.5", ("my agent", "{prompt_file}", ""), ("--fast",), env),
+        notify=orchestrator.Notify(("notify-send", "done")),
+        pipelines={"docs": Pipeline("docs", (Phase("look", outputs=DOCUMENT_OUTPUTS),), (write, publish))},
         base=BASE,
         source="orchestrator.toml",
     )
 
 
-def test_d26_a_phase_is_not_destructive_unless_it_says_so() -> None:
-    phases = read(one_pipeline('{name="a"}, {name="b", is_destructive=true}, {name="c", destructive=true}'))
-    assert [p.destructive for p in phases.pipelines["p"].phases] == [False, True, True]
-
-
-# ---- Refusing -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("data", "says"),
-    [
-        (b"[project\n", "Failed to parse c: "),
-        (b"a = 1\na = 2", "Failed to parse c: "),
-        (b"prefix = '\xff'", "Failed to parse c: it is not UTF-8 text (byte 11)"),
-        (b"a = " + b"[" * 20_000, "Failed to parse c: "),
-        (b"a = " + b"9" * 5_000, "Failed to parse c: "),
-    ],
-)
-def test_what_is_no_toml_is_refused_with_its_name(data: bytes, says: str) -> None:
-    with pytest.raises(ConfigError) as caught:
+@pytest.mark.parametrize("data", [b"[project\n", b"a = 1\na = 2", b"a = " + b"[" * 20_000, b"a = " + b"9" * 5_000])
+def test_what_is_no_toml_is_refused_with_its_name(data: bytes) -> None:
+    with pytest.raises(orchestrator.ConfigError, match=r"^Failed to parse c: "):
         parse_config(data, "c", BASE)
-    assert str(caught.value).startswith(says)
 
 
 NUMBER = "must be a whole number from {} to 4294967295, not {}"
@@ -180,7 +122,6 @@ NAME = "must be at most 64 ASCII letters, digits, - and _, not"
 PHASE = "pipelines.p.phases[0]"
 WRONG = [
     ("[execution]\nmax_wip = 0", "execution.max_wip " + NUMBER.format(1, 0)),
-    ("[execution]\nmax_concurrent = 0", "execution.max_concurrent " + NUMBER.format(1, 0)),
     ("[execution]\nmax_retries = -1", "execution.max_retries " + NUMBER.format(0, -1)),
     ("[execution]\nmax_retries = 4294967296", "execution.max_retries " + NUMBER.format(0, 4294967296)),
     ("[execution]\nmax_wip = true", "execution.max_wip " + NUMBER.format(1, "true")),
@@ -200,8 +141,8 @@ WRONG = [
     *((f'[agent]\nmodel = "{m}"', f'agent.model must be letters, digits, . _ / - (no leading -), not "{m}"') for m in ("-m", "two words", "a;b", "ü")),
     ("[notify]\ncommand = []", 'notify.command must be a command such as ["make", "test"], not []'),
     ("[exection]", 'exection is no known key (did you mean "execution"?)'),
-    ("[execution]\nmax_wpi = 2", 'execution.max_wpi is no known key (did you mean "max_wip"?)'),
     ("[notify]\nxyz = 1", "notify.xyz is no known key"),
+    ("[execution]\nmax_wpi = 2", 'execution.max_wpi is no known key (did you mean "max_wip"?)'),
     (one_pipeline("{name='a'}", more="fases = []"), 'pipelines.p.fases is no known key (did you mean "phases"?)'),
     (one_pipeline("{name='a', workflow='warn'}"), f'{PHASE}.workflow is no known key (did you mean "workflows"?)'),
     (one_pipeline(""), "pipelines.p needs at least one main phase in `phases`"),
@@ -229,33 +170,23 @@ def test_d15_d27_d45_what_is_wrong_is_told_with_its_place() -> None:
     assert [line.split()[0] for line in complaints(several)] == ["execution.max_wip", "execution.max_concurrent", "pipelines.p", "nonsense"]
 
 
-# ---- The template ---------------------------------------------------------------------------------
-
-
 def test_d38_the_template_says_the_defaults_with_prefix_and_agent() -> None:
     assert read(config_template("WRK", "claude")) == read("")
     assert read(config_template("AB-c", "demo")) == read("")._replace(prefix="AB-c", agent=AgentSettings("demo"))
     assert read(config_template("WRK", "command")).agent.command == ("my-agent", "{prompt_file}", "{result_path}")
-
-
-def test_the_commented_keys_of_the_template_are_real() -> None:
-    """Whoever removes a `# ` in front of a key gets a valid file."""
+    # Whoever removes a `# ` in front of a key gets a valid file.
     lines = config_template("WRK", "claude").splitlines()
-    keys = ("# max_", "# idle_", "# args", "# env", "# command = [\"notify")
-    text = "\n".join(line[2:] if line.startswith(keys) else line for line in lines)
-    config = read(text)
+    keys = ("# max_", "# idle_", "# args", "# env", '# command = ["notify')
+    config = read("\n".join(line[2:] if line.startswith(keys) else line for line in lines))
     assert (config.execution.max_run_minutes, config.execution.max_cost_usd) == (240, 20)
     assert config.notify.command == ("notify-send", "orchestrator")
-
-
-# ---- What the config says about items and phases --------------------------------------------------
 
 
 def test_a_phase_is_found_with_its_pool_and_its_agent() -> None:
     config = read('[agent]\ncli = "codex"\nmodel = "m"\nargs = ["-x"]\nenv = { A = "1" }')
     assert pipeline_of(config, Item(id="A-1")) == pipeline_of(config, Item(id="A-1", pipeline_type="feature")) == FEATURE
     assert pipeline_of(config, Item(id="A-1", pipeline_type="other")) is None
-    places = phase_places(FEATURE)
+    places = orchestrator.phase_places(FEATURE)
     assert (places["research"], places["build"]) == ((FEATURE.pre_phases[0], "pre", 0), (FEATURE.phases[2], "main", 3))
     usual = AgentSettings("codex", "m", (), ("-x",), {"A": "1"})
     assert agent_settings(config, Phase("a")) == agent_settings(config, Phase("a", agent="codex")) == usual
@@ -268,21 +199,18 @@ def test_a_phase_is_found_with_its_pool_and_its_agent() -> None:
 def test_timeouts_are_in_seconds_and_per_phase_and_agents_that_stream_have_an_idle_one() -> None:
     config = read("[execution]\nphase_timeout_minutes = 2")
     phases = Phase("a"), Phase("a", timeout_minutes=0), Phase("a", timeout_minutes=0.5)
-    assert [phase_timeout_s(config, phase) for phase in phases] == [120, 0, 30]
+    assert [orchestrator.phase_timeout_s(config, phase) for phase in phases] == [120, 0, 30]
     clis = "claude", "codex", "opencode", "gemini", "command", "demo"
-    assert [idle_timeout_s(config, AgentSettings(cli)) for cli in clis] == [900] * 4 + [0, 0]
+    assert [orchestrator.idle_timeout_s(config, AgentSettings(cli)) for cli in clis] == [900] * 4 + [0, 0]
     for minutes in (0, 2):
         config = read(f"[execution]\nidle_timeout_minutes = {minutes}")
-        assert [idle_timeout_s(config, AgentSettings(cli)) for cli in clis] == [60 * minutes] * 6
+        assert [orchestrator.idle_timeout_s(config, AgentSettings(cli)) for cli in clis] == [60 * minutes] * 6
 
 
 def test_d50_the_delay_doubles_up_to_five_minutes() -> None:
     config = read("")
-    assert [retry_delay_s(config, n) for n in (1, 2, 3, 6, 7, 8, 4_000_000_000)] == [5, 10, 20, 160, 300, 300, 300]
-    assert retry_delay_s(read("[execution]\nretry_delay_seconds = 0"), 4_000_000_000) == 0
-
-
-# ---- Preflight ------------------------------------------------------------------------------------
+    assert [orchestrator.retry_delay_s(config, n) for n in (1, 2, 3, 6, 7, 8, 4_000_000_000)] == [5, 10, 20, 160, 300, 300, 300]
+    assert orchestrator.retry_delay_s(read("[execution]\nretry_delay_seconds = 0"), 4_000_000_000) == 0
 
 
 def item(item_id: str, status: str = "new", **fields: object) -> Item:
@@ -292,7 +220,7 @@ def item(item_id: str, status: str = "new", **fields: object) -> Item:
 
 def problems(*items: Item, last: int = 0, config: Config | None = None) -> list[str]:
     backlog = Backlog({one["id"]: one for one in items}, last)
-    found = preflight_items(config or read(""), backlog)
+    found = orchestrator.preflight_items(config or read(""), backlog)
     assert all(problem.remedy for problem in found)
     return [problem.what for problem in found]
 
@@ -301,7 +229,7 @@ def test_workflow_files_must_exist_and_are_looked_up_beside_the_config(tmp_path:
     (tmp_path / "there.md").write_text("x")
     text = one_pipeline("{name='a', workflows=['there.md', 'z.md']}, {name='b', workflows=['gone/x.md', 'z.md']}")
     config = parse_config(text.encode(), "my.toml", tmp_path)
-    found = preflight_config(config, Path.exists)
+    found = orchestrator.preflight_config(config, Path.exists)
     assert [problem.what for problem in found] == [
         f"my.toml: pipelines.p, phase b: Workflow file not found: {tmp_path}/gone/x.md",
         f"my.toml: pipelines.p, phase a: Workflow file not found: {tmp_path}/z.md",
@@ -336,11 +264,10 @@ def test_d49_a_dependency_that_never_was_is_reported() -> None:
     assert problems(item("OLD-007", dependencies=["OLD-003", "WRK-005"]), last=0) == []  # of a former prefix
 
 
-def chain(*edges: str, **status: str) -> list[Item]:
+def chain(edges: str, **status: str) -> list[Item]:
     """Items from edges such as "A>B": A-1 depends on B-1."""
     needs: dict[str, list[str]] = {}
-    for edge in edges:
-        left, right = edge.split(">")
+    for left, _, right in (edge.partition(">") for edge in edges.split()):
         needs.setdefault(left, []).append(right + "-1")
         needs.setdefault(right, [])
     return [item(n + "-1", status.get(n, "new"), dependencies=d) for n, d in needs.items()]
@@ -349,26 +276,17 @@ def chain(*edges: str, **status: str) -> list[Item]:
 @pytest.mark.parametrize(
     ("items", "cycles"),
     [
-        (chain("A>A"), ["A-1 → A-1"]),
-        (chain("A>B", "B>A"), ["A-1 → B-1 → A-1"]),
-        (chain("A>B", "B>C", "C>A"), ["A-1 → B-1 → C-1 → A-1"]),
-        (chain("A>B", "B>C", "C>B"), ["B-1 → C-1 → B-1"]),
-        (chain("A>B", "B>A", "C>D", "D>C"), ["A-1 → B-1 → A-1", "C-1 → D-1 → C-1"]),
-        (chain("A>B", "B>A", B="blocked"), ["A-1 → B-1 → A-1"]),
-        (chain("A>B", "A>C", "B>D", "C>D", "D>D"), ["D-1 → D-1"]),
-        (chain("A>B", "B>A", B="done"), []),
-        (chain("A>A", A="done"), []),
-        (chain("A>B", "A>C", "B>D", "C>D"), []),
-        (chain("A>B", "B>C", "C>D"), []),
-        ([item("A-1"), item("B-1")], []),
+        (chain("A>A"), ["A-1 → A-1"]), (chain("A>B B>C C>B"), ["B-1 → C-1 → B-1"]), (chain("A>B B>A", B="done"), []),
+        (chain("A>B B>A C>D D>C"), ["A-1 → B-1 → A-1", "C-1 → D-1 → C-1"]), (chain("A>B B>A", B="blocked"), ["A-1 → B-1 → A-1"]),
+        (chain("A>B A>C B>D C>D D>D"), ["D-1 → D-1"]), (chain("A>B A>C B>D C>D"), []),
     ],
-)
+)  # fmt: skip
 def test_circular_dependencies(items: list[Item], cycles: list[str]) -> None:
     assert problems(*items) == [f"BACKLOG.yaml: Circular dependency: {cycle}" for cycle in cycles]
 
 
 def test_a_very_long_chain_is_walked_to_its_end() -> None:
-    items = [item(f"A-{n}", dependencies=[f"A-{(n + 1) % 5000}"]) for n in range(5000)]
+    items = [item(f"A-{n}", dependencies=[f"A-{(n + 1) % 1500}"]) for n in range(1500)]
     [what] = problems(*items)
     assert what.startswith("BACKLOG.yaml: Circular dependency: A-0 → A-1 → A-2 → ")
-    assert what.endswith(" → A-4999 → A-0")
+    assert what.endswith(" → A-1499 → A-0")

@@ -12,6 +12,7 @@ import pytest
 
 import orchestrator
 from backlog import parse_yaml
+from tests.conftest import sh
 
 HERE = Path(__file__).resolve().parent.parent
 HOOK = HERE / "hooks" / "pre-commit"
@@ -89,69 +90,37 @@ def photograph(folder: Path) -> dict[str, tuple[int, bytes | str]]:
     }
 
 
-# ---- When it warns -------------------------------------------------------------------------------
+EDIT = "echo two > BACKLOG.yaml"
+STAGE = f"{EDIT}; git add BACKLOG.yaml"
+CASES = [
+    ("", (), False), (STAGE, (), False), (EDIT, (), True), (f"{STAGE}; echo three > BACKLOG.yaml", (), True),
+    ("git rm -q --cached BACKLOG.yaml", (), True), ("rm BACKLOG.yaml", (), True),
+    (EDIT, ("-a",), False), (EDIT, ("BACKLOG.yaml",), False), (EDIT, ("README.md",), True), (STAGE, ("README.md",), True),
+]  # fmt: skip
 
 
-def edit(root: Path, text: str = "two\n") -> None:
-    (root / "BACKLOG.yaml").write_text(text)
+def test_it_warns_when_the_backlog_has_changes_that_are_not_in_the_commit(copied: Path) -> None:
+    start = git(copied, "rev-parse", "HEAD").stdout.strip()
+    for change, argv, warns in CASES:
+        sh(copied, "sh", "-ec", f"git reset -q --hard {start}; echo edited > README.md; git add README.md; {change}")
+        assert commit(copied, *argv) == (WARNING if warns else ""), (change, argv)
+        assert git(copied, "rev-parse", "HEAD").stdout.strip() != start
 
 
-def stage(root: Path) -> None:
-    edit(root)
-    git(root, "add", "BACKLOG.yaml")
-
-
-def stage_and_edit(root: Path) -> None:
-    stage(root)
-    edit(root, "three\n")
-
-
-def untrack(root: Path) -> None:
-    git(root, "rm", "-q", "--cached", "BACKLOG.yaml")
-
-
-def remove(root: Path) -> None:
-    (root / "BACKLOG.yaml").unlink()
-
-
-def leave(root: Path) -> None:
-    pass
-
-
-@pytest.mark.parametrize(
-    ("change", "argv", "warns"),
-    [
-        (leave, (), False), (stage, (), False), (edit, (), True), (stage_and_edit, (), True), (untrack, (), True), (remove, (), True),
-        (edit, ("-a",), False), (edit, ("BACKLOG.yaml",), False), (edit, ("README.md",), True), (stage, ("README.md",), True),
-    ],
-)  # fmt: skip
-def test_it_warns_when_the_backlog_has_changes_that_are_not_in_the_commit(
-    copied: Path, change: Callable[[Path], None], argv: tuple[str, ...], warns: bool
-) -> None:
-    change(copied)
-    before = git(copied, "rev-parse", "HEAD").stdout
-    assert commit(copied, *argv) == (WARNING if warns else "")
-    assert git(copied, "rev-parse", "HEAD").stdout != before
-
-
-def test_it_looks_at_the_work_tree_of_the_commit_from_any_folder(copied: Path) -> None:
+def test_it_looks_at_the_work_tree_of_the_commit_but_not_in_a_run(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (copied / "sub").mkdir()
-    edit(copied)
+    (copied / "BACKLOG.yaml").write_text("two\n")
     assert commit(copied / "sub") == WARNING
     linked = copied.parent / "linked"
     git(copied, "worktree", "add", "-q", "-b", "other", str(linked))
     assert commit(linked, "--allow-empty") == ""
-    edit(linked)
+    (linked / "BACKLOG.yaml").write_text("two\n")
     assert commit(linked, "--allow-empty") == WARNING
-
-
-def test_it_is_silent_without_a_backlog_and_in_the_commits_of_a_run(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    edit(copied)
-    monkeypatch.setenv("ORCHESTRATOR_RUN_ID", "20260101T000000-abc")
-    assert commit(copied) == ""
-    monkeypatch.delenv("ORCHESTRATOR_RUN_ID")
-    git(copied, "rm", "-q", "-f", "BACKLOG.yaml")
-    assert commit(copied) == ""
+    with monkeypatch.context() as patch:
+        patch.setenv("ORCHESTRATOR_RUN_ID", "20260101T000000-abc")
+        assert commit(linked, "--allow-empty") == ""
+    git(linked, "rm", "-q", "-f", "BACKLOG.yaml")
+    assert commit(linked) == ""
 
 
 @pytest.mark.parametrize("damage", ["none", "index", "no git"])
@@ -188,9 +157,6 @@ def test_as_an_entry_of_pre_commit_it_sees_what_that_hides(dirty: Path, monkeypa
         assert (done.returncode, done.stderr) == (0, said)
 
 
-# ---- Installing it -------------------------------------------------------------------------------
-
-
 def test_install_and_uninstall_and_both_again(dirty: Path, hook: Callable[..., str]) -> None:
     folder = dirty / ".git/hooks"
     path = folder / "pre-commit"
@@ -205,14 +171,8 @@ def test_install_and_uninstall_and_both_again(dirty: Path, hook: Callable[..., s
     assert hook("uninstall") == f"removed {path}\n"
     assert photograph(folder) == before
     folder.rename(dirty / ".git/no-hooks")
-    assert hook("install") == f"installed {path}\n"
-
-
-def test_init_installs_it_when_asked(make_repo: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
-    root = make_repo()
-    assert orchestrator.main(["--root", str(root), "init", "--hook"]) == 0
-    assert f"installed {root}/.git/hooks/pre-commit\n" in capsys.readouterr().out
-    assert photograph(root / ".git/hooks")["pre-commit"] == (0o100755, OURS)
+    assert orchestrator.main(["--root", str(dirty), "init", "--no-commit", "--hook"]) == 0
+    assert photograph(folder) == {"pre-commit": (0o100755, OURS)}
 
 
 def test_the_backlog_of_a_project_below_the_top(root: Path, hook: Callable[..., str]) -> None:
@@ -264,9 +224,7 @@ def test_where_it_cannot_be_installed(dirty: Path, hook: Callable[..., str]) -> 
 
 
 @pytest.mark.parametrize("scope", ["local", "global"])
-def test_core_hooks_path_is_heeded(
-    dirty: Path, hook: Callable[..., str], scope: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_core_hooks_path_is_heeded(dirty: Path, hook: Callable[..., str], scope: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GIT_CONFIG_GLOBAL", str(tmp_path / "gitconfig"))
     monkeypatch.setenv("HOME", str(tmp_path))
     where, value = {"local": (dirty / "tools/hooks", "tools/hooks"), "global": (tmp_path / "hooks", "~/hooks")}[scope]

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from backlog import (
-    archive_entry,
-    last_summary,
-    read_worklog,
-    with_cost,
-    worklog_entry,
-)
+from backlog import archive_entry, last_summary, read_worklog, with_cost, worklog_entry
 from gitutil import GitError, Repo
 from orchestrator import Usage, usage_text, utc_now, worklog_costs
 from tests.conftest import Project, sh
@@ -41,16 +36,14 @@ def trailers(*lines: str) -> str:
     return "\n".join(f"Orchestrator-{line}" for line in lines)
 
 
-# -- a run -----------------------------------------------------------------------------------------
-
-
 @pytest.mark.slow
 def test_a_run_can_be_told_again_from_its_history(project: Project, here: Cli) -> None:
     project.script({
         "WRK-001/build": [{"write": {"code.py": "1\n"}}],
+        "WRK-002/plan": [{"document": "PLAN.md"}],
         "WRK-002/build": [{"result": {"result": "blocked", "context": "Which colour?"}}],
     })  # fmt: skip
-    project.backlog("WRK-001 new", "WRK-002 ready")
+    project.backlog("WRK-001 new", "WRK-002 ready", "WRK-0021 blocked")
     project.commit_all()
     run_id = json.loads(project.run("run", "--json").stdout)["run_id"]
     project.run("unblock", "WRK-002", "--notes", "Blue", "--commit")
@@ -63,25 +56,19 @@ def test_a_run_can_be_told_again_from_its_history(project: Project, here: Cli) -
     (done,) = json.loads(here("status", "--done", "--json").out)["items"]
     built = next(row["commit"] for row in rows if (row["item"], row["phase"]) == ("WRK-001", "build"))
     assert (done["id"], done["status"], done["commit"], done["summary"]) == ("WRK-001", "done", built, "build done")
-    assert [row["id"] for row in json.loads(here("status", "--json").out)["items"]] == ["WRK-002"]
+    assert [row["id"] for row in json.loads(here("status", "--json").out)["items"]] == ["WRK-002", "WRK-0021"]
     shown = json.loads(here("show", "WRK-001", "--json").out)
     assert shown["documents"] == []
     assert shown["item"] == done
     assert [row["phase"] for row in shown["commits"]] == ["build", "plan", "triage"]
-
-
-def test_a_state_commit_tells_of_each_item_that_it_changes(project: Project, here: Cli) -> None:
-    project.backlog("WRK-001 blocked blocked_reason=Why", "WRK-002 new")
-    project.commit_all()
-    project.backlog("WRK-001 ready", "WRK-002 new", "WRK-003 new")  # by hand
-    project.run("run", "--cap", "0")
-    assert sorted(told(log(here))) == [
-        ("WRK-001", "", "unblocked", "Save backlog state on halt (CapReached)"),
-        ("WRK-003", "", "added", "Item WRK-003"),
-    ]
-
-
-# -- the command -----------------------------------------------------------------------------------
+    text = here("show", "WRK-002").out
+    assert text.startswith("WRK-002  Item WRK-002\n\nStatus:        ")
+    assert re.search(r"\n  [\d-]{10} [\d:]{5} plan  complete  [0-9a-f]{10} plan done\n", text.partition("\nHistory:\n")[2])
+    assert text.endswith("\nDocuments:\n  changes/WRK-002_item-wrk-002/PLAN.md\n")
+    got = json.loads(here("show", "WRK-002", "--json").out)
+    assert set(got) >= {"schema", "item", "documents", "commits", "salvage"}
+    assert (got["schema"], got["item"]["id"], got["documents"]) == (1, "WRK-002", ["changes/WRK-002_item-wrk-002/PLAN.md"])
+    assert json.loads(here("show", "WRK-0021", "--json").out)["commits"] == []
 
 
 def test_the_log_is_newest_first_and_can_be_limited(project: Project, here: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,11 +107,14 @@ def test_lines_fit_the_terminal_and_hold_no_control_characters(project: Project,
     assert "\x1b" not in out
 
 
-def test_the_operators_configuration_of_git_changes_nothing(project: Project, here: Cli) -> None:
+def test_neither_configuration_nor_a_shallow_history_disturbs(project: Project, here: Cli, cli: Cli, tmp_path: Path) -> None:
     commit(project, "[orchestrator] Add", trailers("Item: WRK-001", "Outcome: added"))
     for key, value in {"log.showSignature": "true", "trailer.separators": "=", "log.decorate": "full", "i18n.logOutputEncoding": "latin1"}.items():
         project.git("config", key, value)
     assert told(log(here)) == [("WRK-001", "", "added", "Add")]
+    commit(project, "Later")
+    sh(tmp_path, "git", "clone", "-q", "--depth=1", f"file://{project.root}", str(tmp_path / "shallow"))
+    assert cli("--root", tmp_path / "shallow", "log").out == "Nothing that the orchestrator did has been committed yet.\n"
 
 
 def test_a_project_below_the_top_tells_of_itself_alone(project: Project, cli: Cli) -> None:
@@ -135,16 +125,6 @@ def test_a_project_below_the_top_tells_of_itself_alone(project: Project, cli: Cl
         cli("--root", folder, "add", f"Of {name}", "--commit")
     rows = json.loads(cli("--root", project.root / "b", "log", "--json").out)["log"]
     assert told(rows) == [("WRK-001", "", "added", "Of b")]
-
-
-def test_history_that_is_short_or_missing_is_no_error(project: Project, cli: Cli, tmp_path: Path) -> None:
-    commit(project, "[orchestrator] Add", trailers("Item: WRK-001", "Outcome: added"))
-    commit(project, "Later")
-    sh(tmp_path, "git", "clone", "-q", "--depth=1", f"file://{project.root}", str(tmp_path / "shallow"))
-    assert cli("--root", tmp_path / "shallow", "log").out == "Nothing that the orchestrator did has been committed yet.\n"
-
-
-# -- finished items --------------------------------------------------------------------------------
 
 
 def test_finished_items_come_from_the_worklog_newest_first(project: Project, here: Cli) -> None:
@@ -171,9 +151,6 @@ def test_without_a_worklog_the_trailers_tell_what_has_left(project: Project, her
     assert (row["id"], row["status"], row["summary"]) == ("WRK-001", "closed", "Not wanted")
 
 
-# -- the worklog -----------------------------------------------------------------------------------
-
-
 def test_what_the_worklog_says_is_read_as_it_was_written() -> None:
     now = utc_now()
     item: Any = {"id": "WRK-001", "title": "Fix (it)", "phase": "build"}
@@ -189,19 +166,23 @@ def test_what_the_worklog_says_is_read_as_it_was_written() -> None:
     assert (done["status"], closed["status"], closed["reason"]) == ("Done", "Closed", "Not wanted")
     assert last_summary(read_worklog(text), "WRK-001") == phase["summary"]
     assert last_summary(read_worklog(text), "WRK-002") is None
+    assert with_cost(text, "") == text
 
 
-@pytest.mark.parametrize("usage", [Usage(), Usage(0.0123), Usage(None, 5, 0), Usage(12.5, 1_234_567, 89)])
-def test_a_cost_survives_its_text(usage: Usage) -> None:
-    assert worklog_costs([{"item": "A-1", "cost": usage_text(usage)}]).get("A-1") == usage
+def test_a_cost_survives_its_text_and_entries_add_up() -> None:
+    costs = [Usage(), Usage(0.0125), Usage(None, 5, 0), Usage(12.5, 1_234_567, 89)]
+    for usage in costs:
+        assert worklog_costs([{"item": "A-1", "cost": usage_text(usage)}]).get("A-1") == usage
+    rows = [{"item": "A-1", "cost": usage_text(usage)} for usage in costs]
+    assert worklog_costs([*rows, {"item": "A-2", "cost": usage_text(Usage(1.0))}]) == {"A-1": Usage(12.5125, 1_234_572, 89), "A-2": Usage(1.0)}
 
 
 def test_blobs_come_one_by_one_and_a_missing_one_is_an_error(project: Project) -> None:
     repo = Repo.open(project.root)
-    files = {project.root / "x": b"\0\n" * 3_000_000, project.root / "y": b""}
+    files = {project.root / "x": b"\0\n" * 200_000, project.root / "y": b""}
     big, small = (entry.oid for entry in repo.blobs(files))
     blobs = repo.read_blobs([big, small, "1" * 40])
-    assert (len(next(blobs)), next(blobs)) == (6_000_000, b"")
+    assert (len(next(blobs)), next(blobs)) == (400_000, b"")
     with pytest.raises(GitError, match=r"object 1+ is missing"):
         next(blobs)
     stopped = repo.read_blobs([big] * 50)  # a reader that loses interest ends the process

@@ -41,16 +41,12 @@ def check(project: Any, capsys: pytest.CaptureFixture[str], *args: str) -> tuple
     return code, capsys.readouterr().out
 
 
-def test_agents_that_work_are_run_once_for_each_model(
-    project: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_agents_that_work_are_run_once_for_each_model(project: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     phases = '[pipelines.feature]\nphases = [{ name = "a" }, { name = "b", model = "big" }, { name = "c" }, { name = "d", run = ["make"] }]\n'
     agents(project, monkeypatch, phases, claude=WORKS)
-
     assert check(project, capsys) == (0, "ready to run\n")
     assert not (project.outside / "bin/claude.argv").exists()  # without the option no agent is run
     code, out = check(project, capsys, "--probe")
-
     _, first, second, last = out.splitlines()
     assert code == 0
     assert first.split()[:3] == ["claude", "-", "works"]
@@ -85,9 +81,7 @@ def test_what_is_wrong_is_said_with_its_remedy(
     cli: str, stream: str, exit_code: int, what: str, remedy: str,
 ) -> None:  # fmt: skip
     agents(project, monkeypatch, **{cli: f"cat '{DATA}/{stream}.jsonl'\nexit {exit_code}\n"})
-
     code, out = check(project, capsys, "--probe", "--json")
-
     found = json.loads(out)
     assert code == 1
     (problem,) = found["problems"]
@@ -96,17 +90,13 @@ def test_what_is_wrong_is_said_with_its_remedy(
     assert [(probe["agent"], probe["model"], probe["works"]) for probe in found["probes"]] == [(cli, None, False)]
 
 
-def test_an_agent_that_is_missing_or_refuses_root_is_not_run(
-    project: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_agent_that_is_missing_or_refuses_root_is_not_run(project: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     phases = '[pipelines.feature]\nphases = [{ name = "a", agent = "codex" }]\n'
     agents(project, monkeypatch, phases, claude=WORKS)
     monkeypatch.setenv("PATH", f"{project.outside / 'bin'}:/usr/bin:/bin")
     monkeypatch.setenv("IS_SANDBOX", "yes")
     monkeypatch.setattr(os, "geteuid", lambda: 0)
-
     code, out = check(project, capsys, "--probe")
-
     assert code == 1
     assert "problem: claude refuses to work unattended as root\n  Run as an ordinary user" in out
     assert "problem: the agent 'codex' is not on PATH or not executable\n  Install it (npm install -g @openai/codex)" in out

@@ -37,12 +37,6 @@ def table(text: str) -> dict[str, list[str]]:
     return {row[0].strip().strip("`"): [cell.strip() for cell in row[1:]] for row in rows[1:]}
 
 
-def parsers() -> dict[str, argparse.ArgumentParser]:
-    parser = orchestrator.build_parser()
-    (sub,) = (a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
-    return dict(sub.choices)
-
-
 def options(parser: argparse.ArgumentParser) -> set[str]:
     return {word for action in parser._actions for word in action.option_strings if word.startswith("--")} - {"--help"}
 
@@ -52,29 +46,30 @@ def paragraph_with(words: str) -> str:
     return found
 
 
-GLOBAL = options(orchestrator.build_parser()) - {"--version"}
-EDITING = {name for name, parser in parsers().items() if "--commit" in options(parser)}
+PARSER = orchestrator.build_parser()
+(SUB,) = (action for action in PARSER._actions if isinstance(action, argparse._SubParsersAction))
+PARSERS: dict[str, argparse.ArgumentParser] = dict(SUB.choices)
+GLOBAL = options(PARSER) - {"--version"}
+EDITING = {name for name, parser in PARSERS.items() if "--commit" in options(parser)}
 
 
-def documented() -> dict[str, str]:
-    return {row.split()[0]: row for row in table(section("Commands"))}
+DOCUMENTED = {row.split()[0]: row for row in table(section("Commands"))}
 
 
-def test_every_command_is_documented_and_every_documented_one_exists() -> None:
-    assert list(documented()) == list(parsers()) == list(orchestrator.COMMANDS)
-
-
-@pytest.mark.parametrize("name", list(orchestrator.COMMANDS))
-def test_every_option_of_a_command_is_documented_and_the_other_way_round(name: str) -> None:
-    row = documented()[name]
-    if name == "triage":
-        assert "same options and shutdown as `run`" in table(section("Commands"))["triage"][0]
-        assert options(parsers()["triage"]) == options(parsers()["run"])
-        return
-    shown = set(re.findall(r"--[a-z][a-z-]*", row))
-    if name in EDITING:  # said below the table, once for all
-        shown.add("--commit")
-    assert shown == options(parsers()[name]) - GLOBAL
+def test_every_command_with_its_options_and_arguments_is_documented_and_the_other_way_round() -> None:
+    assert list(DOCUMENTED) == list(PARSERS) == list(orchestrator.COMMANDS)
+    assert "same options and shutdown as `run`" in table(section("Commands"))["triage"][0]
+    assert options(PARSERS["triage"]) == options(PARSERS["run"])
+    for name, parser in PARSERS.items():
+        shown = set(re.findall(r"--[a-z][a-z-]*", DOCUMENTED[name]))
+        if name in EDITING:  # said below the table, once for all
+            shown.add("--commit")
+        assert name == "triage" or shown == options(parser) - GLOBAL
+        for action in parser._actions:
+            if not action.option_strings:
+                word = "|".join(action.choices) if action.choices else str(action.metavar or action.dest).upper()
+                word = word.replace("|", "\\|")
+                assert (f"[{word}]" if action.nargs == "?" else word) in DOCUMENTED[name]
 
 
 @pytest.mark.parametrize("name", ["status", "run", "log"])
@@ -86,25 +81,13 @@ def test_the_keys_of_json_are_those_of_its_form(name: str) -> None:
     assert named <= set(re.findall(r'"(\w+)"', orchestrator.json_form(name)))
 
 
-def test_positional_arguments_are_documented() -> None:
-    for name, parser in parsers().items():
-        for action in parser._actions:
-            if not action.option_strings:
-                word = "\\|".join(action.choices) if action.choices else str(action.metavar or action.dest).upper().replace("|", "\\|")
-                assert (f"[{word}]" if action.nargs == "?" else word) in documented()[name]
-
-
-def test_the_commands_that_can_commit_are_named() -> None:
-    said = paragraph_with("take `--commit`").replace("\n", " ").partition("take `--commit`")[0].rpartition(". ")[2]
-    assert set(re.findall(r"`([a-z]+)`", said)) == EDITING
-
-
-def test_every_global_option_is_documented() -> None:
+def test_every_global_option_and_who_can_commit_is_documented() -> None:
     paragraph = paragraph_with("before or after the command")
     assert set(re.findall(r"--[a-z][a-z-]*", paragraph)) - {"--commit", "--version"} == GLOBAL
-    for option in GLOBAL:
-        for name, parser in parsers().items():
-            assert option in options(parser), f"{name} does not take {option} after it"
+    for name, parser in PARSERS.items():
+        assert options(parser) >= GLOBAL, f"{name} does not take all of them after it"
+    said = paragraph_with("take `--commit`").replace("\n", " ").partition("take `--commit`")[0].rpartition(". ")[2]
+    assert set(re.findall(r"`([a-z]+)`", said)) == EDITING
 
 
 def test_the_keys_of_filters_are_those_that_filters_have() -> None:
@@ -135,12 +118,9 @@ def test_the_reasons_and_exit_codes_are_those_of_the_code() -> None:
     assert int(rows["usage"][1]) == orchestrator.EXIT_USAGE
 
 
-def test_the_config_block_is_what_init_writes() -> None:
-    assert between("config") == orchestrator.config_template("WRK", "claude")
-
-
-def test_every_key_of_the_config_is_in_the_block_and_means_its_default() -> None:
+def test_the_config_block_is_what_init_writes_with_every_key_at_its_default() -> None:
     text = between("config")
+    assert text == orchestrator.config_template("WRK", "claude")
     base = Path("/nowhere")
     assert orchestrator.parse_config(text.encode(), "x", base) == orchestrator.default_config(base)._replace(source="x")
     for name, keys in orchestrator.CONFIG_KEYS.items():
@@ -169,14 +149,11 @@ def blocks(*languages: str) -> str:
 def test_the_commands_to_copy_exist() -> None:
     """Every line of a block that calls the tool names a real command with real options."""
     calls = re.findall(r"orchestrator\.py (.+?)(?: (?:>|\|\||&&).*)?$", blocks("sh", "text", "ini"), re.M)
-    names = {orchestrator.build_parser().parse_args(shlex.split(call)).command for call in calls}
+    names = {PARSER.parse_args(shlex.split(call)).command for call in calls}
     assert names >= {"demo", "init", "add", "run", "vendor"}
-
-
-@pytest.mark.parametrize("block", re.findall(r"^```sh\n(.*?)^```", README, re.M | re.S))
-def test_shell_blocks_are_plain_sh(block: str) -> None:
-    done = subprocess.run(["sh", "-n"], input=block, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
+    for block in re.findall(r"^```sh\n(.*?)^```", README, re.M | re.S):  # and all are plain sh
+        done = subprocess.run(["sh", "-n"], input=block, capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_the_agents_of_recipes_are_valid_config() -> None:
@@ -194,28 +171,20 @@ def test_symptoms_are_quoted_as_they_are_printed() -> None:
             assert part in code
 
 
-def test_the_halt_commit_is_quoted_as_it_is_made() -> None:
-    assert orchestrator.halt_message(orchestrator.HaltReason.CAP_REACHED).splitlines()[0] in README
-
-
 def test_every_link_within_the_page_leads_somewhere() -> None:
     titles = re.findall(r"^##+ (.+)$", README, re.M)
     anchors = {re.sub(r"[^a-z0-9 -]", "", title.lower()).replace(" ", "-") for title in titles}
     assert set(re.findall(r"\]\(#([^)]+)\)", README)) <= anchors
 
 
-def test_the_entry_of_the_pre_commit_framework_is_named() -> None:
-    (entry,) = parse_yaml((HERE / ".pre-commit-hooks.yaml").read_bytes())  # type: ignore[misc]
-    assert f"`{entry['id']}`" in section("The git hook")
-
-
-def test_the_files_that_are_named_are_the_real_ones() -> None:
-    rows = table(section("Files"))
-    for name in (orchestrator.CONFIG_NAME, "BACKLOG.yaml"):
-        assert name in rows
+def test_the_names_are_the_real_ones() -> None:
     text = section("Files")
+    assert {orchestrator.CONFIG_NAME, "BACKLOG.yaml"} <= set(table(text))
     for folder in (orchestrator.WORK_DIR, orchestrator.CHANGES_DIR, orchestrator.IDEAS_DIR, orchestrator.WORKLOG_DIR):
         assert f"`{folder}/" in text
+    (entry,) = parse_yaml((HERE / ".pre-commit-hooks.yaml").read_bytes())  # type: ignore[misc]
+    assert f"`{entry['id']}`" in section("The git hook")
+    assert orchestrator.halt_message(orchestrator.HaltReason.CAP_REACHED).splitlines()[0] in README
 
 
 def test_versions_agree() -> None:

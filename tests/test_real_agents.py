@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from tests.llm_server import Answer, Call, LlmServer, Refusal, Say, Silence
+from tests.llm_server import Answer, Call, LlmServer, Refusal, Say
 
 CLAUDE = Path(__file__).resolve().parent.parent / ".agents/claude/node_modules/.bin/claude"
 
@@ -93,15 +93,21 @@ def conversations(model: LlmServer) -> list[str]:
     return [str(Asked(text)) for text, done in model.asked if done == 0]
 
 
+LEFT = "setsid nohup sleep 601 > /dev/null 2>&1 & echo $! > ../outside/left; setsid env -i sleep 602 > /dev/null 2>&1 &"
+
+
 def test_two_agents_at_once_a_failure_and_its_retry(project: Any, model: LlmServer) -> None:
-    """Two plans side by side, then two builds; the first build gives up at its first attempt."""
+    """Two plans side by side, then two builds; the first build gives up at its first attempt.
+
+    Nothing survives that their tool commands have left.
+    """
 
     def script(text: str, done: int) -> Answer:
         asked = Asked(text)
         if str(asked) == "WRK-001 build 1":
             return Call("echo half > WRK-001.txt") if done == 0 else Say("I give up.")
         folder = f"changes/{asked.item}_item-{asked.item.lower()}"
-        work = {"plan": f"echo plan > {folder}/plan.md", "build": f"echo work > {asked.item}.txt"}
+        work = {"plan": f"echo plan > {folder}/plan.md", "build": f"echo work > {asked.item}.txt; {LEFT}"}
         return play(Call(work[asked.phase]))(text, done)
 
     model.script = script
@@ -122,6 +128,7 @@ def test_two_agents_at_once_a_failure_and_its_retry(project: Any, model: LlmServ
     }  # fmt: skip
     assert summary["cost_usd"] == pytest.approx(14 * 0.006)
     assert project.status() == ""
+    assert not Path(f"/proc/{(project.outside / 'left').read_text().strip()}").exists()
     assert project.survivors() == []
 
 
@@ -135,87 +142,34 @@ def test_too_many_requests_charge_nobody(project: Any, model: LlmServer) -> None
     refusals = [Refusal(429, "rate_limit_error", "slow down")] * 3
     model.script = lambda text, done: refusals.pop() if refusals else play()(text, done)
     configure(project, execution="max_retries = 0")
-
     log = project.run("run").stderr
-
     assert conversations(model) == ["WRK-001 plan 1"] * 4
     assert log.count("claude: API Error: Request rejected (429)") == 1
     assert "no attempt is charged" in log
     assert project.items() == {}
 
 
-def test_a_usage_limit_is_waited_for_also_by_the_next_run(
-    project: Any, model: LlmServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_usage_limit_is_waited_for(project: Any, model: LlmServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("ANTHROPIC_API_KEY")  # only subscriptions have such limits
     monkeypatch.setenv("CLAUDE_CODE_OAUTH_TOKEN", "sk-ant-oat01-scripted")
-    limit = {f"anthropic-ratelimit-unified-{name}": value for name, value in (
-        ("status", "rejected"), ("reset", "4102444800"), ("representative-claim", "five_hour"))}  # fmt: skip
+    told = {"status": "rejected", "reset": "4102444800", "representative-claim": "five_hour"}
+    limit = {f"anthropic-ratelimit-unified-{name}": value for name, value in told.items()}
     model.script = lambda text, done: Refusal(429, "rate_limit_error", "limit", limit)
     configure(project, execution='on_usage_limit = "wait"')
-
     process = project.start("run")
     log = project.read_until(process, "claude rests for")
     process.terminate()
     project.finish(process, 143)
-    model.script = play()
-    again = project.start("run")
-    project.read_until(again, "claude rests for")
-    again.terminate()
-    project.finish(again, 143)
-    journal = project.root / ".git/orchestrator/journal"
-    journal.write_text(re.sub(r'"until": [\d.]+', '"until": 1.0', journal.read_text()))
-    done = project.run("run")
-
     assert "claude: usage limit reached (five_hour); resets at 2100-01-01 00:00 UTC" in log
-    assert conversations(model) == ["WRK-001 plan 1"] * 2
-    assert "claude works again" in done.stderr
-    assert project.items() == {}
+    assert conversations(model) == ["WRK-001 plan 1"]
+    assert project.statuses() == {"WRK-001": "in_progress plan"}
 
 
-def test_a_silent_api_runs_into_the_idle_timeout(project: Any, model: LlmServer) -> None:
-    hung: list[str] = []
-
-    def script(text: str, done: int) -> Answer:
-        if Asked(text).attempt == "1":
-            hung.append(text)
-            return Silence()
-        return play()(text, done)
-
-    model.script = script
-    configure(project, execution="idle_timeout_minutes = 0.25")
-
-    log = project.run("run").stderr
-
-    assert hung
-    assert "attempt 1 of 3 failed: timed out: no output for 15 seconds" in log
-    assert conversations(model)[-1] == "WRK-001 plan 2"
-    assert project.items() == {}
-
-
-def test_nothing_that_a_tool_command_left_survives(project: Any, model: LlmServer) -> None:
-    left = "setsid nohup sleep 601 > /dev/null 2>&1 & echo $! > ../outside/left; setsid env -i sleep 602 > /dev/null 2>&1 &"
-    model.script = play(Call(f"echo; {left}"))
-    configure(project)
-
-    project.run("run")
-
-    assert project.items() == {}
-    assert not Path(f"/proc/{(project.outside / 'left').read_text().strip()}").exists()
-    assert project.survivors() == []
-
-
-def test_signals_and_a_kill_in_the_middle_of_a_tool_command(project: Any, model: LlmServer) -> None:
-    """SIGTERM: the agent goes first, nothing is charged. SIGKILL: the next run ends what is left."""
+def test_a_kill_in_the_middle_of_a_tool_command(project: Any, model: LlmServer) -> None:
+    """The next run ends what is left, and nothing is charged."""
     announce = Call(f"echo busy; echo ready > {project.outside}/announce; sleep 100")
     model.script = lambda text, done: announce if done == 0 else Say("?")
     configure(project)
-
-    process = project.start("run")
-    assert project.announced() == "ready"
-    process.terminate()
-    log = project.finish(process, 143)
-    after_term = project.survivors()
     process = project.start("run")
     assert project.announced() == "ready"
     process.kill()
@@ -223,9 +177,6 @@ def test_signals_and_a_kill_in_the_middle_of_a_tool_command(project: Any, model:
     after_kill = project.survivors()
     model.script = play()
     last = project.run("run")
-
-    assert "interrupted (stopped before it reported a result)" in log
-    assert after_term == []
     assert after_kill != []
     assert "ended a process that an agent left behind" in last.stderr
     assert project.survivors() == []
@@ -233,27 +184,10 @@ def test_signals_and_a_kill_in_the_middle_of_a_tool_command(project: Any, model:
     assert project.items() == {}
 
 
-def test_without_a_login_the_run_halts_with_the_words_of_the_cli(
-    project: Any, model: LlmServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("ANTHROPIC_API_KEY")
-    configure(project)
-
-    probe = project.run("check", "--probe", code=1).stdout
-    log = project.run("run", code=4).stderr
-
-    assert "problem: claude: Not logged in · Please run /login\n  Log in: start `claude` once" in probe
-    assert "(CircuitBreakerTripped): claude: Not logged in · Please run /login" in log
-    assert project.statuses() == {"WRK-001": "in_progress plan"}
-    assert model.asked == []
-
-
 def test_the_budget_ends_the_run_and_charges_nobody(project: Any, model: LlmServer) -> None:
     model.script = play(Call("echo 1"), Call("echo 2"), Call("echo 3"))
     configure(project, execution="max_cost_usd = 0.01\nmax_retries = 0")
-
     log = project.run("run").stderr
-
     assert "interrupted (max_cost_usd is used up)" in log
     assert "(CapReached)" in log
     assert len(model.asked) == 2  # 0.6 cents each: the CLI itself stopped after the second

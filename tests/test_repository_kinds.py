@@ -11,7 +11,7 @@ import pytest
 
 from gitutil import GitError, Repo, Snapshot
 from tests.conftest import sh
-from tests.gitkit import table
+from tests.gitkit import salvage, table
 
 
 @pytest.fixture
@@ -86,7 +86,7 @@ def test_a_phase_is_committed_and_another_one_put_back(repository: Path, kind: s
     sh(where, "sh", "-ec", "rm -r d; echo 2 >d; echo 2 >a; rm mine new/f; rmdir new; echo 2 >more; git add -A --sparse")
     after = repo.snapshot()
     changes = repo.changes(before.tree, after.tree)
-    repo.salvage("refs/orchestrator/salvage/1", after, "Salvaged")
+    salvage(repo, "refs/orchestrator/salvage/1", after, "Salvaged")
     repo.restore(before, changes)
     repo.restage(before, after)
     assert git(where, "status", "--porcelain") == as_it_was
@@ -154,11 +154,11 @@ def test_nothing_is_put_back_while_git_holds_it_only_damaged(repository: Path) -
         place.write_bytes(damage)
         repo = Repo.open(repository)
         with pytest.raises(GitError, match=f"object {oid} is missing or damaged.* {place}|loose object {oid} .* is corrupt"):
-            repo.salvage("refs/orchestrator/salvage/1", repo.snapshot(), "Salvaged")
+            salvage(repo, "refs/orchestrator/salvage/1", repo.snapshot(), "Salvaged")
         assert repo.refs("refs/orchestrator/") == {}
     place.unlink()
     after = repo.snapshot()
-    repo.salvage("refs/orchestrator/salvage/1", after, "Salvaged")
+    salvage(repo, "refs/orchestrator/salvage/1", after, "Salvaged")
     repo.restore(before, repo.changes(before.tree, after.tree))
     assert not (repository / "work").exists()
     assert git(repository, "show", "refs/orchestrator/salvage/1:work") == "of an hour"

@@ -10,12 +10,7 @@ import pytest
 import orchestrator
 from orchestrator import AgentOutcome, FollowUp, PhaseResult, ResultError, parse_result
 
-MINIMAL = {
-    "item_id": "WRK-001",
-    "phase": "prd",
-    "result": "phase_complete",
-    "summary": "Wrote the PRD.",
-}
+MINIMAL = {"item_id": "WRK-001", "phase": "prd", "result": "phase_complete", "summary": "Wrote the PRD."}
 
 
 def parse(changes: dict[str, Any] | None = None, *, without: str = "") -> PhaseResult:
@@ -23,56 +18,8 @@ def parse(changes: dict[str, Any] | None = None, *, without: str = "") -> PhaseR
     return parse_result(json.dumps(row).encode(), "WRK-001", "prd")
 
 
-# -- whole results ---------------------------------------------------------------------------------
-
-
-def test_a_minimal_result_has_every_other_field_at_its_default() -> None:
-    assert parse() == PhaseResult("WRK-001", "prd", "phase_complete", "Wrote the PRD.")
-
-
-def test_a_full_result_is_taken_over_completely() -> None:
-    result = parse(
-        {
-            "result": "blocked",
-            "context": "Which database?",
-            "block_type": "decision",
-            "updated_assessments": {"size": "large", "complexity": "high", "risk": "low", "impact": "medium"},
-            "follow_ups": [
-                {"title": "Tidy up", "context": "see a.py", "suggested_size": "small", "suggested_risk": "low"}
-            ],
-            "pipeline_type": "feature",
-            "commit_summary": "Add the PRD",
-            "duplicates": ["WRK-007"],
-            "description": {"context": "now", "problem": "bad", "solution": "good", "impact": "all", "sizing_rationale": "1 file"},
-            "requires_human_review": True,
-            "unknown": {"kept": "out"},
-        }
-    )
-    assert result == PhaseResult(
-        item_id="WRK-001",
-        phase="prd",
-        result="blocked",
-        summary="Wrote the PRD.",
-        context="Which database?",
-        ratings={"size": "large", "complexity": "high", "risk": "low", "impact": "medium"},
-        follow_ups=(FollowUp("Tidy up", "see a.py", "small", "low"),),
-        pipeline_type="feature",
-        commit_summary="Add the PRD",
-        duplicates=("WRK-007",),
-        description={"context": "now", "problem": "bad", "solution": "good", "impact": "all", "sizing_rationale": "1 file"},
-        requires_human_review=True,
-        block_type="decision",
-    )
-
-
-def test_every_result_code_and_kind_of_block_is_known() -> None:
-    for code in ("phase_complete", "subphase_complete", "failed", "blocked"):
-        assert parse({"result": code}).result == code
-    for kind in ("clarification", "decision"):  # d18
-        assert parse({"block_type": kind}).block_type == kind
-
-
 def test_d59_null_counts_as_absent_in_every_optional_field() -> None:
+    assert parse() == PhaseResult("WRK-001", "prd", "phase_complete", "Wrote the PRD.")
     optional = (
         "context", "updated_assessments", "follow_ups", "pipeline_type", "commit_summary", "duplicates",
         "description", "requires_human_review", "block_type",
@@ -80,7 +27,21 @@ def test_d59_null_counts_as_absent_in_every_optional_field() -> None:
     assert parse(dict.fromkeys(optional)) == parse()
 
 
-# -- what is refused -------------------------------------------------------------------------------
+def test_d18_a_full_result_is_taken_over_completely() -> None:
+    description = {"context": "now", "problem": "bad", "solution": "good", "impact": "all", "sizing_rationale": "1 file"}
+    ratings = {"size": "large", "complexity": "high", "risk": "low", "impact": "medium"}
+    follow_up = {"title": "Tidy up", "context": "see a.py", "suggested_size": "small", "suggested_risk": "low"}
+    same: dict[str, Any] = {
+        "result": "blocked", "context": "Which database?", "block_type": "decision", "pipeline_type": "feature",
+        "commit_summary": "Add the PRD", "description": description, "requires_human_review": True,
+    }  # fmt: skip
+    more = {"updated_assessments": ratings, "follow_ups": [follow_up], "duplicates": ["WRK-007"], "unknown": {"kept": "out"}}
+    assert parse({**same, **more}) == parse()._replace(
+        **same, ratings=ratings, follow_ups=(FollowUp("Tidy up", "see a.py", "small", "low"),), duplicates=("WRK-007",)
+    )
+    for code in ("phase_complete", "subphase_complete", "failed"):
+        assert parse({"result": code}).result == code
+    assert parse({"block_type": "clarification"}).block_type == "clarification"
 
 
 def minimal(**changes: object) -> bytes:
@@ -117,9 +78,6 @@ def test_d15_what_is_no_result_of_this_phase_is_refused(data: bytes, says: str) 
     assert str(caught.value).startswith(says)
 
 
-# -- lenient fields --------------------------------------------------------------------------------
-
-
 def test_a_missing_summary_gets_a_text_so_that_no_reason_is_ever_empty() -> None:
     result = parse(without="summary")
     assert (result.summary, result.warnings) == ("(the agent gave no summary)", ("summary is missing",))
@@ -128,10 +86,10 @@ def test_a_missing_summary_gets_a_text_so_that_no_reason_is_ever_empty() -> None
 @pytest.mark.parametrize(
     ("changes", "warning"),
     [
+        ({"updated_assessments": {"size": "huge", "complexity": "", "impact": None}}, 'updated_assessments.size must be one of small, medium, large, not "huge"'),
         ({"context": 5}, "context must be text, not 5 (in quotes it is text: '5')"),
         ({"context": ["a", "b\u202e"]}, 'context must be text, not ["a", "b\\u202e"]'),
         ({"updated_assessments": "large"}, 'updated_assessments must be a mapping of keys to values, not "large"'),
-        ({"updated_assessments": {"size": "huge"}}, 'updated_assessments.size must be one of small, medium, large, not "huge"'),
         ({"updated_assessments": {"risk": 3}}, "updated_assessments.risk must be one of low, medium, high, not 3"),
         ({"follow_ups": "do it"}, 'follow_ups must be a list, not "do it"'),
         ({"duplicates": "WRK-2"}, 'duplicates must be a list, not "WRK-2"'),
@@ -143,58 +101,39 @@ def test_a_missing_summary_gets_a_text_so_that_no_reason_is_ever_empty() -> None
         ({"context": "<why>"}, "context still holds the placeholder <why>"),
     ],
 )
-def test_d59_a_field_that_does_not_fit_is_dropped_with_a_warning_and_the_rest_kept(
-    changes: dict[str, Any], warning: str
-) -> None:
+def test_d59_a_field_that_does_not_fit_is_dropped_with_a_warning(changes: dict[str, Any], warning: str) -> None:
     told = f"{warning} dropped" if warning.endswith("is") else f"{warning}; dropped"
     result = parse({**changes, "commit_summary": "Kept"})
     assert result == parse({"commit_summary": "Kept"})._replace(warnings=(told,))
 
 
-def test_a_bad_rating_does_not_cost_the_good_ones() -> None:
-    result = parse({"updated_assessments": {"size": "huge", "complexity": "High ", "risk": "", "impact": None}})
-    assert result.ratings == {"complexity": "high"}
-    assert len(result.warnings) == 1
-
-
 def test_d35_follow_ups_may_be_titles_or_objects_and_a_bad_one_does_not_cost_the_others() -> None:
-    result = parse(
-        {
-            "follow_ups": [
-                "Just a title",
-                {"title": "Rated", "context": "why", "suggested_size": "gigantic", "suggested_risk": "high"},
-                {"title": "Short keys", "size": "small", "risk": "low"},
-                {"context": "no title"},
-                "  ",
-                12,
-                {"title": "<one line>"},
-                {"title": "Two\nlines"},
-            ]
-        }
-    )
-    assert result.follow_ups == (
+    result = parse({"follow_ups": [
+        "Just a title",
+        {"title": "Rated", "context": "why", "suggested_size": "gigantic", "suggested_risk": "high"},
+        {"title": "Short keys", "size": "small", "risk": "low"},
+        {"context": "no title"}, "  ", 12, {"title": "<one line>"},
+        {"title": "Two\nlines"},
+        {"title": "word " * 100, "context": "because"},
+    ]})  # fmt: skip
+    *whole, cut = result.follow_ups
+    assert whole == [
         FollowUp("Just a title"),
         FollowUp("Rated", "why", None, "high"),
         FollowUp("Short keys", None, "small", "low"),
         FollowUp("Two lines"),
-    )
+    ]
+    assert len(cut.title) <= 200
+    assert cut.title.endswith("…")
+    assert cut.context == f"{('word ' * 100).strip()}\n\nbecause"
+    missing = "title is missing; the entry is dropped"
     assert result.warnings == (
         "follow_ups[5] must be a mapping of keys to values, not 12; dropped",
         'follow_ups[1].suggested_size must be one of small, medium, large, not "gigantic"; dropped',
-        "follow_ups[3].title is missing; the entry is dropped",
-        "follow_ups[4].title is missing; the entry is dropped",
-        "follow_ups[5].title is missing; the entry is dropped",
+        *(f"follow_ups[{n}].{missing}" for n in (3, 4, 5)),
         "follow_ups[6].title still holds the placeholder <one line>; dropped",
-        "follow_ups[6].title is missing; the entry is dropped",
+        f"follow_ups[6].{missing}",
     )
-
-
-def test_an_overlong_follow_up_title_is_cut_and_kept_whole_in_the_context() -> None:
-    title = "word " * 100
-    (follow_up,) = parse({"follow_ups": [{"title": title, "context": "because"}]}).follow_ups
-    assert len(follow_up.title) <= 200
-    assert follow_up.title.endswith("…")
-    assert follow_up.context == f"{title.strip()}\n\nbecause"
 
 
 @pytest.mark.parametrize(
@@ -202,19 +141,15 @@ def test_an_overlong_follow_up_title_is_cut_and_kept_whole_in_the_context() -> N
     [
         ("description", "plain text", {"context": "plain text"}),
         ("description", {}, {}),
+        ("duplicates", ["WRK-2", " WRK-2 ", "WRK-3"], ("WRK-2", "WRK-3")),
+        ("updated_assessments", {"complexity": "High ", "risk": ""}, {"complexity": "high"}),
         ("description", {"problem": "x", "context": "", "other": "y"}, {"problem": "x"}),
         *(("requires_human_review", given, read) for given, read in (("true", True), ("Yes", True), ("no", False))),  # d17
     ],
 )
 def test_a_field_may_be_partial_or_said_in_other_words(key: str, given: object, read: Any) -> None:
-    assert parse({key: given}) == parse()._replace(**{key: read})
-
-
-def test_repeated_duplicates_count_once() -> None:
-    assert parse({"duplicates": ["WRK-2", " WRK-2 ", "WRK-3"]}).duplicates == ("WRK-2", "WRK-3")
-
-
-# -- bytes and characters --------------------------------------------------------------------------
+    name = "ratings" if key == "updated_assessments" else key
+    assert parse({key: given}) == parse()._replace(**{name: read})
 
 
 @pytest.mark.parametrize(
@@ -225,21 +160,8 @@ def test_repeated_duplicates_count_once() -> None:
 def test_what_agents_like_to_wrap_around_json_does_not_matter(wrapped: str) -> None:
     data = (wrapped % json.dumps(MINIMAL)).encode()
     assert parse_result(data, "WRK-001", "prd") == parse()
-
-
-def test_bytes_that_are_no_utf8_do_not_cost_the_result() -> None:
-    data = json.dumps(MINIMAL).encode().replace(b"Wrote", b"Wr\xe9te")
-    assert parse_result(data, "WRK-001", "prd").summary == "Wr\ufffdte the PRD."
-
-
-def test_nothing_that_a_terminal_or_yaml_takes_for_more_than_text_gets_through() -> None:
-    nasty = "\x1b[31mred\x1b[0m \x1b]0;title\x07 bell\x07 nul\x00 \u202ertl \x9b2J lone \ud800 a\r\nb\x85c\u2028d"
-    result = parse({"summary": nasty, "commit_summary": nasty, "follow_ups": [{"title": nasty, "context": nasty}]})
-    lines = "red  bell nul rtl  lone \ufffd a\nb\nc\nd"
-    line = "red bell nul rtl lone \ufffd a b c d"
-    assert (result.summary, result.commit_summary) == (lines, line)
-    assert result.follow_ups == (FollowUp(line, lines),)
-    result.summary.encode("utf-8")
+    no_utf8 = data.replace(b"Wrote", b"Wr\xe9te")  # does not cost the result
+    assert parse_result(no_utf8, "WRK-001", "prd").summary == "Wr\ufffdte the PRD."
 
 
 def test_an_enormous_text_is_cut_with_a_warning() -> None:
@@ -248,16 +170,11 @@ def test_an_enormous_text_is_cut_with_a_warning() -> None:
     assert result.warnings == ("summary is cut to 20000 characters",)
 
 
-# -- why an attempt failed -------------------------------------------------------------------------
+def test_d57_the_failure_text_holds_the_summary_and_the_explanation_once() -> None:
+    def text(summary: str, context: str) -> str:
+        failed = parse({"result": "failed", "summary": summary, "context": context})
+        return orchestrator.failure_text(AgentOutcome("result", failed))
 
-
-def test_d57_the_failure_text_holds_the_summary_and_the_explanation() -> None:
-    failed = parse({"result": "failed", "summary": "No luck.", "context": "The API is gone."})
-    assert orchestrator.failure_text(AgentOutcome("result", failed)) == "No luck.\n\nThe API is gone."
-
-
-def test_the_failure_text_says_a_thing_once_and_never_nothing() -> None:
-    same = parse({"result": "failed", "summary": "Broken.", "context": "Broken."})
-    assert orchestrator.failure_text(AgentOutcome("result", same)) == "Broken."
-    assert orchestrator.failure_text(AgentOutcome("timeout", detail="no output for 15 min")) == "no output for 15 min"
+    assert [text("No luck.", "Gone."), text("Broken.", "Broken.")] == ["No luck.\n\nGone.", "Broken."]
+    assert orchestrator.failure_text(AgentOutcome("failed", detail="no output for 15 min")) == "no output for 15 min"
     assert orchestrator.failure_text(AgentOutcome("failed")) == "the attempt failed without saying why"

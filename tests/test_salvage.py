@@ -183,15 +183,14 @@ def test_an_item_deleted_by_hand_while_its_phase_fails_does_not_stop_the_run(pro
     assert project.committed() == project.text()
 
 
-@pytest.mark.slow
-def test_stop_ends_the_retries_too(project: Any) -> None:
-    os.mkfifo(project.outside / "go")
-    project.set_up(PLANNING, script={"*": [{"announce": True, "await": "go", **FAILS}]}, execution="max_retries = 3")
+def test_stop_ends_the_retries_and_the_wait_before_them(project: Any) -> None:
+    project.set_up(PLANNING, script={"*": [FAILS]}, execution="max_retries = 3")
+    config = project.root / "orchestrator.toml"
+    config.write_text(re.sub("retry_delay_seconds = .*", "retry_delay_seconds = 300", config.read_text()))
     process = project.start("run")
-    project.announced()
+    project.read_until(process, "attempt 1 of 4 failed")
     said = project.run("stop").stdout
     assert said.endswith("finishes the phases in flight and halts.\n")
-    (project.outside / "go").write_text("")
     process.communicate(timeout=60)
     assert process.returncode == 0
     assert project.agent_log() == ["WRK-001 plan 1"]

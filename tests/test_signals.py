@@ -6,15 +6,15 @@ import os
 import re
 import signal
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.gitkit import is_alive, table
+
 HANG = {"announce": True, "hang": True}
 IN_BUILD = "in_progress phase=build phase_pool=main"
 HALT = "[orchestrator] Save backlog state on halt (ShutdownRequested)"
-CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
 
 # A tool command of an agent in a session of its own, deaf to TERM, its environment kept.
 DEAF_CHILD = (
@@ -23,9 +23,7 @@ DEAF_CHILD = (
 )
 
 
-def prepare(
-    project: Any, *items: str, phases: str = "plan build!", execution: str = "", script: Any = None, **settings: float
-) -> None:
+def prepare(project: Any, *items: str, phases: str = "plan build!", execution: str = "", script: Any = None, **settings: float) -> None:
     project.configure(phases, execution=execution)
     config = project.root / "orchestrator.toml"
     for name, value in settings.items():
@@ -33,14 +31,6 @@ def prepare(
     project.backlog(*items)
     project.commit_all()
     project.script(script or {"*": [HANG]})
-
-
-def alive(pid: int) -> bool:
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return False
-    return stat.rpartition(")")[2].split()[0] not in "ZX"
 
 
 def ended_well(project: Any, statuses: dict[str, str]) -> None:
@@ -52,24 +42,6 @@ def ended_well(project: Any, statuses: dict[str, str]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", CODES, ids=lambda number: number.name)
-def test_b2_each_signal_to_the_whole_group_during_a_destructive_phase(project: Any, number: signal.Signals) -> None:
-    """Cancelled, not charged; what the agent left is on a ref and the tree is clean."""
-    prepare(project, f"WRK-001 {IN_BUILD}", "WRK-002 ready", execution="max_wip = 2", script={"*": [{**HANG, "write": {"half.py": "1\n"}}]})
-    process = project.start("run")
-    assert project.announced() == "WRK-001 build 1"
-    os.killpg(process.pid, number)
-    log = project.finish(process, CODES[number])
-    assert log.count("warning: stopping: ending the agents") == 1
-    assert "(ShutdownRequested)" in log
-    assert project.subjects()[:2] == [HALT, "Set up"]
-    assert project.paths() == ["BACKLOG.yaml"]
-    assert project.git("show", "refs/orchestrator/salvage/WRK-001/build/1:half.py") == "1\n"
-    assert "attempts" not in project.text()
-    ended_well(project, {"WRK-001": "in_progress build", "WRK-002": "in_progress plan"})
-
-
-@pytest.mark.slow
 def test_twice_ends_deaf_agents_and_their_children_without_the_grace(project: Any) -> None:
     """With a grace of an hour only the second signal can end this; it does not skip the commit."""
     deaf = {"on_term": "ignore", "sh": DEAF_CHILD.format(project.outside), **HANG}
@@ -77,14 +49,14 @@ def test_twice_ends_deaf_agents_and_their_children_without_the_grace(project: An
     os.mkfifo(project.outside / "ready")
     process = project.start("run")
     project.announced()
-    child = int((project.outside / "child.pid").read_text())
-    assert alive(child)
+    child = project.outside / "child.pid"
+    assert is_alive(child)
     os.killpg(process.pid, signal.SIGINT)
     log = project.read_until(process, "once more")
     os.killpg(process.pid, signal.SIGTERM)
     log += project.finish(process, 130)
     assert "ending the agents at once" in log
-    assert not alive(child)
+    assert not is_alive(child)
     assert project.subjects()[:2] == [HALT, "Set up"]
     ended_well(project, {"WRK-001": "in_progress plan"})
 
@@ -105,94 +77,53 @@ def test_d11_d12_d58_results_that_are_finished_meanwhile_count(project: Any) -> 
 
 
 @pytest.mark.slow
-def test_d10_k4_during_triage_nothing_is_blocked_or_charged(project: Any) -> None:
-    prepare(project, "WRK-001 new")
-    process = project.start("run")
-    assert project.announced() == "WRK-001 triage 1"
-    process.send_signal(signal.SIGTERM)
-    project.finish(process, 143)
-    assert project.subjects()[0] == "Set up"
-    ended_well(project, {"WRK-001": "new"})
-    project.script({"*/triage": [{}]})
-    project.run("triage")
-    assert project.statuses() == {"WRK-001": "ready"}
-
-
-@pytest.mark.slow
-def test_between_attempts_the_delay_is_not_waited_for(project: Any) -> None:
-    """The failed attempt stays charged: the next run goes on with the second one."""
-    failed = {"result": {"result": "failed", "summary": "cannot"}}
-    prepare(project, "WRK-001 ready", script={"*": [failed]}, retry_delay_seconds=300)
-    process = project.start("run")
-    project.read_until(process, "attempt 1 of 3 failed")
-    process.send_signal(signal.SIGINT)
-    project.finish(process, 130)
-    assert project.subjects()[0] == HALT
-    ended_well(project, {"WRK-001": "in_progress plan"})
-    assert "attempts: 1" in project.text()
-    project.script({"*/plan": [{"document": "p.md"}]})
-    project.run("run", "--cap", "1")
-    assert project.agent_log() == ["WRK-001 plan 1", "WRK-001 plan 2"]
-    assert "attempts" not in project.text()
-
-
-@pytest.mark.slow
 def test_during_verify_and_a_command_phase(project: Any) -> None:
-    """A check that hangs is ended like an agent, and the attempt does not count."""
+    """A check that hangs is ended like an agent; what it was to check is checked by the next start."""
     hang = f"echo here > {project.outside}/announce; exec sleep 1000"
-    project.configure("plan", more=f'verify = [["sh", "-c", "{hang}"]]\n[[pipelines.feature.phases]]\nname = "ship"\nrun = ["sh", "-c", "{hang}"]\n')
+    check = f'verify = [["sh", "-c", "test -e {project.outside}/fine || {{ {hang}; }}"]]\n'
+    project.configure("plan", more=f'{check}[[pipelines.feature.phases]]\nname = "ship"\nrun = ["sh", "-c", "{hang}"]\n')
     project.backlog("WRK-001 ready", "WRK-002 in_progress phase=ship phase_pool=main")
     project.commit_all()
-    for statuses in ({"WRK-001": "ready", "WRK-002": "in_progress ship"}, {"WRK-001": "in_progress plan", "WRK-002": "in_progress ship"}):
-        process = project.start("run", "--target", "WRK-001" if "plan" in str(statuses) else "WRK-002")
+    for target, statuses in (("WRK-002", ("ready", "in_progress ship")), ("WRK-001", ("in_progress plan", "in_progress ship"))):
+        process = project.start("run", "--target", target)
         assert project.announced() == "here"
         process.send_signal(signal.SIGTERM)
         project.finish(process, 143)
-        ended_well(project, statuses)
+        ended_well(project, dict(zip(("WRK-001", "WRK-002"), statuses, strict=True)))
+    (project.outside / "fine").touch()
+    project.run("run", "--target", "WRK-001", "--cap", "0")
+    assert project.agent_log() == ["WRK-001 plan 1"]
+    assert project.statuses()["WRK-001"] == "in_progress ship"
+    assert project.status() == ""
 
 
-@pytest.fixture
-def interrupting(project: Any) -> Any:
-    """Make the command send itself Ctrl-C, as a terminal would, at its first act that names a text."""
-
-    def arrange(matching: str) -> None:
-        mark = str(project.outside / "interrupted")
-        project.inject(
-            "def watch(event, args):\n"
-            f"    if event in ('os.rename', 'subprocess.Popen') and {matching!r} in repr(args[:2]) and not os.path.exists({mark!r}):\n"
-            f"        os.mkdir({mark!r})\n"
-            "        os.killpg(0, signal.SIGINT)\n"
-        )
-
-    return arrange
+ACTS = {
+    "start": ("orchestrator/journal", "ShutdownRequested", ()),
+    "save": ("/BACKLOG.yaml", "ShutdownRequested", ("--cap", "0")),
+    "commit": ("commit-tree", "CapReached", ("--cap", "0")),
+}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("act", "reason"), [("commit-tree", "CapReached"), ("update-ref", "CapReached"), ("/BACKLOG.yaml", "ShutdownRequested")],
-    ids=["commit", "branch", "save"],
-)
-def test_e1_e2_ctrl_c_while_a_save_or_the_halt_commit_is_being_made(project: Any, act: str, reason: str, interrupting: Any) -> None:
-    """The terminal sends it to the whole group; git is not hit, and the commit is made."""
-    prepare(project, "WRK-001 ready")
-    interrupting(act)
-    process = project.start("run", "--cap", "0")
-    log = project.finish(process, 130 if reason == "ShutdownRequested" else 0)
+@pytest.mark.parametrize(("act", "reason", "args"), table(ACTS, slow="save commit"))
+def test_e1_e2_ctrl_c_while_a_run_begins_saves_or_makes_its_halt_commit(project: Any, act: str, reason: str, args: Any) -> None:
+    """It comes from the terminal, to the whole group, at the first act that names a text; git is not hit.
+
+    The journal of the run is written at its begin, and a repair of the backlog may be saved.
+    """
+    prepare(project, "WRK-001 in_progress")
+    mark = str(project.outside / "interrupted")
+    project.inject(
+        "def watch(event, args):\n"
+        f"    if event in ('os.rename', 'subprocess.Popen') and {act!r} in repr(args[:2]) and not os.path.exists({mark!r}):\n"
+        f"        os.mkdir({mark!r})\n"
+        "        os.killpg(0, signal.SIGINT)\n"
+    )
+    log = project.finish(project.start("run", *args), 130 if reason == "ShutdownRequested" else 0)
     assert (project.outside / "interrupted").exists()
+    assert project.agent_log() == []
     assert project.subjects()[:2] == [HALT.replace("ShutdownRequested", reason), "Set up"], log
     assert project.paths() == ["BACKLOG.yaml"]
     assert f"({reason})" in log
-    ended_well(project, {"WRK-001": "in_progress plan"})
-
-
-def test_a_signal_while_a_run_is_being_prepared_ends_it_in_order(project: Any, interrupting: Any) -> None:
-    """The journal of the run is written by then, and a repair of the backlog may be saved."""
-    prepare(project, "WRK-001 in_progress")
-    interrupting("orchestrator/journal")
-    process = project.start("run")
-    project.finish(process, 130)
-    assert project.agent_log() == []
-    assert project.subjects()[:2] == [HALT, "Set up"]
     ended_well(project, {"WRK-001": "in_progress plan"})
 
 

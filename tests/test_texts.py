@@ -18,24 +18,9 @@ from orchestrator import (
     MessageEntry,
     Phase,
     Pipeline,
-    RunOptions,
     Task,
-    build_prompt,
-    change_dir_name,
-    clean_text,
-    fit,
-    halt_message,
-    human_duration,
-    matches_output,
-    one_line,
-    phase_message,
-    render_item,
-    render_plan,
-    render_status,
     render_summary,
-    safe_name,
     status_rows,
-    table,
 )
 
 NOW = "2026-11-22T10:00:00+00:00"
@@ -59,36 +44,20 @@ def make_config(*pipelines: Pipeline, **fields: Any) -> Config:
 
 def task_of(name: str, item_id: str = "WRK-042") -> Task:
     """A phase of the built-in pipeline."""
-    (pipeline,) = make_config().pipelines.values()
-    for pool, phases in (("pre", pipeline.pre_phases), ("main", pipeline.phases)):
-        for phase in phases:
-            if phase.name == name:
-                return Task(item_id, phase, pool)  # type: ignore[arg-type]
-    raise LookupError(name)
+    phase, pool, _ = orchestrator.phase_places(make_config().pipelines["feature"])[name]
+    return Task(item_id, phase, pool)
 
 
 def triage_of(item_id: str = "WRK-042") -> Task:
     return Task(item_id, orchestrator.TRIAGE_PHASE, "triage")
 
 
-def prompt_for(
-    item: Item | None = None,
-    task: Task | None = None,
-    config: Config | None = None,
-    others: Sequence[Item] = (),
-    **given: Any,
-) -> str:
+def prompt_for(item: Item | None = None, task: Task | None = None, config: Config | None = None, others: Sequence[Item] = (), **given: Any) -> str:
     item = item or make_item()
-    arguments = {
-        "attempt": 1,
-        "attempts": 3,
-        "result_path": "/project/.orchestrator/results/WRK-042_prd_t0k3n.json",
-        "change_dir": "/project/changes/WRK-042_title",
-        **given,
-    }
-    return build_prompt(
-        item, task or task_of("prd"), config or make_config(), backlog=make_backlog(item, *others), **arguments
-    )
+    folder = "/project/changes/WRK-042_title"
+    arguments = {"attempt": 1, "attempts": 3, "result_path": "/project/result.json", "change_dir": folder, **given}
+    backlog = make_backlog(item, *others)
+    return orchestrator.build_prompt(item, task or task_of("prd"), config or make_config(), backlog=backlog, **arguments)
 
 
 def headings(prompt: str) -> list[str]:
@@ -100,9 +69,6 @@ def section(prompt: str, heading: str) -> str:
     found = re.search(rf"^## {re.escape(heading)}\n\n(.*?)(?=\n\n## |\Z)", prompt, re.DOTALL | re.MULTILINE)
     assert found, f"no section {heading}"
     return found[1]
-
-
-# -- words and lines -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -122,25 +88,19 @@ def section(prompt: str, heading: str) -> str:
     ],
 )
 def test_clean_text(text: str, clean: str) -> None:
-    assert clean_text(text) == clean
-    assert [one_line(f" a\n\nb\t{text} ", n) for n in (4, 0)] == ["a b…", " ".join(f"a b {clean}".split())]
+    assert orchestrator.clean_text(text) == clean
+    assert [orchestrator.one_line(f" a\n\nb\t{text} ", n) for n in (4, 0)] == ["a b…", " ".join(f"a b {clean}".split())]
 
 
 @pytest.mark.parametrize(
     ("text", "width", "cell"),
     [
-        ("abc", 5, "abc  "),
-        ("abcde", 5, "abcde"),
-        ("abcdef", 5, "abcd…"),
-        ("日本語", 6, "日本語"),
-        ("日本語", 5, "日本…"),
-        ("日本語", 4, "日… "),
-        ("e\u0301te\u0301", 3, "e\u0301te\u0301"),
-        ("a\nb\x1b[31m", 4, "a b "),
+        ("abc", 5, "abc  "), ("abcde", 5, "abcde"), ("abcdef", 5, "abcd…"), ("日本語", 6, "日本語"), ("日本語", 5, "日本…"),
+        ("日本語", 4, "日… "), ("e\u0301te\u0301", 3, "e\u0301te\u0301"), ("a\nb\x1b[31m", 4, "a b "),
     ],
-)
+)  # fmt: skip
 def test_d52_a_cell_is_exactly_as_wide_as_its_column(text: str, width: int, cell: str) -> None:
-    assert fit(text, width) == cell
+    assert orchestrator.fit(text, width) == cell
 
 
 @pytest.mark.parametrize(
@@ -151,68 +111,39 @@ def test_d52_a_cell_is_exactly_as_wide_as_its_column(text: str, width: int, cell
     ],
 )
 def test_human_duration(seconds: float, text: str) -> None:
-    assert human_duration(seconds) == text
+    assert orchestrator.human_duration(seconds) == text
 
 
-# -- names of files --------------------------------------------------------------------------------
+def test_d45_the_folder_name_is_short_safe_and_never_without_a_slug() -> None:
+    names = {
+        "Add a Login page!": "add-a-login-page", "  --Größe & Café--  ": "groe-cafe", "日本語": "item", "../../etc/passwd": "etc-passwd",
+        "x" * 80: "x" * 50, "word " * 30: "word-word-word-word-word-word-word-word-word-word", "": "",
+    }  # fmt: skip
+    assert {title: orchestrator.change_dir_name("WRK-001", title) for title in names} == {title: f"WRK-001_{name}" for title, name in names.items()}
 
 
-@pytest.mark.parametrize(
-    ("title", "name"),
-    [
-        ("Add a Login page!", "WRK-001_add-a-login-page"),
-        ("  --Größe & Café--  ", "WRK-001_groe-cafe"),
-        ("日本語", "WRK-001_item"),
-        ("../../etc/passwd", "WRK-001_etc-passwd"),
-        ("x" * 80, "WRK-001_" + "x" * 50),
-        ("word " * 30, "WRK-001_word-word-word-word-word-word-word-word-word-word"),
-        ("", "WRK-001_"),
-    ],
-)
-def test_d45_the_folder_name_is_short_safe_and_never_without_a_slug(title: str, name: str) -> None:
-    assert change_dir_name("WRK-001", title) == name
-
-
-@pytest.mark.parametrize(
-    ("text", "safe"),
-    [("WRK-001", "WRK-001"), ("v1.2_x", "v1.2_x"), ("../../x", "----x"), ("a b/c\n", "a-b-c-"), ("..", "-"), ("", "-"), (".git", "git")],
-)
-def test_d45_ids_and_phases_become_safe_parts_of_paths(text: str, safe: str) -> None:
-    assert safe_name(text) == safe
+def test_d45_ids_and_phases_become_safe_parts_of_paths() -> None:
+    safe = {"WRK-001": "WRK-001", "v1.2_x": "v1.2_x", "../../x": "----x", "a b/c\n": "a-b-c-", "..": "-", "": "-", ".git": "git"}
+    assert {text: orchestrator.safe_name(text) for text in safe} == safe
 
 
 DEFAULT_OUTPUTS = ("changes/{id}_*/", "_ideas/{id}_*")
+COVERED = [
+    ("changes/WRK-1_login/prd.md", DEFAULT_OUTPUTS), ("_ideas/WRK-1_login.md", DEFAULT_OUTPUTS), ("docs/a/b.md", ("docs/**",)),
+    ("docs/a/b.md", ("./docs/",)), ("docs/b.md", ("docs/*.md",)), ("docs/[x].md", ("docs/[[]x].md",)), ("README.md", ("README.md",)),
+]  # fmt: skip
+NOT_COVERED = [
+    *((path, DEFAULT_OUTPUTS) for path in (
+        "changes/WRK-1_login", "changes/WRK-10_login/prd.md", "changes/wrk-1_login/prd.md", "_ideas/WRK-1_login/x.md", "src/main.py")),
+    ("docs/a/b.md", ("docs/*",)),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("path", "patterns", "covered"),
-    [
-        ("changes/WRK-1_login/prd.md", DEFAULT_OUTPUTS, True),
-        ("changes/WRK-1_login/a/b/c.md", DEFAULT_OUTPUTS, True),
-        ("changes/WRK-1_login", DEFAULT_OUTPUTS, False),
-        ("changes/WRK-10_login/prd.md", DEFAULT_OUTPUTS, False),
-        ("changes/wrk-1_login/prd.md", DEFAULT_OUTPUTS, False),
-        ("sub/changes/WRK-1_login/prd.md", DEFAULT_OUTPUTS, False),
-        ("_ideas/WRK-1_login.md", DEFAULT_OUTPUTS, True),
-        ("_ideas/WRK-1_login/x.md", DEFAULT_OUTPUTS, False),
-        ("src/main.py", DEFAULT_OUTPUTS, False),
-        ("docs/a/b.md", ("docs/**",), True),
-        ("docs/a/b.md", ("./docs/",), True),
-        ("docs/a/b.md", ("docs/*",), False),
-        ("docs/b.md", ("docs/*.md",), True),
-        ("docs/b.txt", ("docs/*.md",), False),
-        ("docs/[x].md", ("docs/[[]x].md",), True),
-        ("README.md", ("README.md",), True),
-        ("README.md", (), False),
-    ],
-)
-def test_matches_output(path: str, patterns: tuple[str, ...], covered: bool) -> None:
-    assert matches_output(path, patterns, "WRK-1") is covered
-    assert not matches_output("changes/anything_x/a.md", DEFAULT_OUTPUTS, "*")  # an id is no pattern
-    assert matches_output(f"changes/{change_dir_name('A[1]', 'x')}/a.md", DEFAULT_OUTPUTS, "A[1]")
-
-
-# -- commit messages -------------------------------------------------------------------------------
+def test_matches_output() -> None:
+    assert [one for one in COVERED if not orchestrator.matches_output(*one, "WRK-1")] == []
+    assert [one for one in NOT_COVERED if orchestrator.matches_output(*one, "WRK-1")] == []
+    assert not orchestrator.matches_output("changes/anything_x/a.md", DEFAULT_OUTPUTS, "*")  # an id is no pattern
+    assert orchestrator.matches_output(f"changes/{orchestrator.change_dir_name('A[1]', 'x')}/a.md", DEFAULT_OUTPUTS, "A[1]")
 
 
 def entry(item_id: str, phase: str, summary: str = "", outcome: str = "complete") -> MessageEntry:
@@ -240,7 +171,7 @@ LONG = ("word " * 40).strip()
         ([entry("W-1", "prd", "No\n\nOrchestrator-Attempt: forged \x1b[31mred")], "[W-1][prd] No Orchestrator-Attempt: forged red"),
         ([entry("W-1", "prd", "Which colour?", "blocked")], "[W-1][prd] Blocked: Which colour?"),
         ([entry("W-1", "prd", "", "failed")], "[W-1][prd] Failed: no reason given"),
-        ([entry("W-1", "prd", LONG)], f"[W-1][prd] {one_line(LONG, 100)}\n\n[W-1][prd] {LONG}"),
+        ([entry("W-1", "prd", LONG)], f"[W-1][prd] {orchestrator.one_line(LONG, 100)}\n\n[W-1][prd] {LONG}"),
         (
             [entry("W-1", "prd", "First"), entry("W-2", "design"), entry("W-3", "review", "Third", "blocked")],
             "[W-1][prd] First | [W-3][review] Blocked: Third\n\n[W-1][prd] First\n[W-3][review] Blocked: Third",
@@ -249,7 +180,7 @@ LONG = ("word " * 40).strip()
     ],
 )  # fmt: skip
 def test_the_message_of_a_phase_commit(entries: list[MessageEntry], text: str) -> None:
-    assert phase_message(entries, "run-1") == f"{text}\n\n{trailers(*entries)}"
+    assert orchestrator.phase_message(entries, "run-1") == f"{text}\n\n{trailers(*entries)}"
 
 
 def test_the_message_of_the_halt_commit_names_the_reason_and_the_items() -> None:
@@ -257,7 +188,7 @@ def test_the_message_of_the_halt_commit_names_the_reason_and_the_items() -> None
     new = make_item("WRK-1", "blocked", blocked_reason="Which colour?")
     before, after = {"WRK-1": old, "WRK-2": same}, {"WRK-1": new, "WRK-2": same, "WRK-3": make_item("WRK-3", "new")}
     for reason in (*HaltReason, None):  # after an error it has no parentheses
-        assert halt_message(reason, orchestrator.state_entries(before, after), "run-1") == (
+        assert orchestrator.halt_message(reason, orchestrator.state_entries(before, after), "run-1") == (
             f"[orchestrator] Save backlog state on halt{f' ({reason})' if reason else ''}\n\n"
             "[WRK-1] Which colour?\n[WRK-3] Title of WRK-3\n\n"
             "Orchestrator-Run: run-1\n"
@@ -280,8 +211,6 @@ def test_what_a_state_commit_says_of_an_item(old: Any, new: Any, outcome: str, s
     before, after = ({"WRK-1": make_item("WRK-1", **one)} if one else {} for one in (old, new))
     assert orchestrator.state_entries(before, after) == [MessageEntry("WRK-1", "", outcome, summary)]
 
-
-# -- prompts ---------------------------------------------------------------------------------------
 
 ALL_HEADINGS = [
     "# Autonomous Agent", "## Item", "## Position", "## Current Assessments", "## Description",
@@ -325,19 +254,17 @@ def test_a_plain_prompt_has_only_the_sections_that_have_something_to_say() -> No
         assert words in intro
 
 
-def test_a_retry_is_told_which_follow_ups_were_taken_already() -> None:
-    mine, other = make_item("WRK-050", title="Docs", origin="WRK-042/prd"), make_item("WRK-051", origin="WRK-001/prd")
-    assert section(prompt_for(others=[mine, other]), "Follow-ups Taken").endswith("\n\n> - WRK-050: Docs")
-
-
-def test_what_is_known_of_the_item_and_where_the_agent_stands() -> None:
+def test_d19_what_is_known_of_the_item_and_where_the_agent_stands() -> None:
     config = make_config()
     config = config._replace(execution=config.execution._replace(phase_timeout_minutes=45))
     item = make_item(
         title="Fix it", tags=["ui", "api"], dependencies=["WRK-001"], origin="WRK-003/build", size="small", impact="high",
-        description={"context": "one\ntwo", "problem": "", "solution": " ", "impact": "all"},
+        description={"context": "one\ntwo", "problem": "", "solution": " ", "impact": "all"}, unblock_context="Use OAuth.",
     )
-    prompt = prompt_for(item, task_of("build"), config, attempt=2, attempts=4, documents=["a/prd.md", "a/design.md"])
+    mine, other = make_item("WRK-050", title="Docs", origin="WRK-042/build"), make_item("WRK-051", origin="WRK-001/prd")
+    prompt = prompt_for(
+        item, task_of("build"), config, [mine, other], attempt=2, attempts=4, documents=["a/prd.md", "a/design.md"]
+    )
     assert section(prompt, "Item").splitlines() == [
         "- **ID:** WRK-042", "- **Title:** Fix it", "- **Tags:** ui, api", "- **Depends on:** WRK-001 (done)",
         "- **Origin:** WRK-003/build",
@@ -351,14 +278,11 @@ def test_what_is_known_of_the_item_and_where_the_agent_stands() -> None:
     assert section(prompt, "Current Assessments") == "- **Size:** small\n- **Impact:** high"
     assert section(prompt, "Description") == "> **Context:** one\n> two\n\n> **Impact:** all"
     assert section(prompt, "Documents").endswith("\n\n- a/prd.md\n- a/design.md")
+    assert section(prompt, "Follow-ups Taken").endswith("\n\n> - WRK-050: Docs")
     assert "**Phase:** research (1/1, pre)" in prompt_for(task=task_of("research"))
-
-
-@pytest.mark.parametrize("task", [task_of("prd"), triage_of()], ids=["phase", "triage"])
-def test_d19_the_humans_notes_reach_phases_and_triage(task: Task) -> None:
-    text = section(prompt_for(make_item(unblock_context="Use OAuth."), task), "Unblock Context")
-    assert "had been blocked" in text
-    assert text.endswith("> Use OAuth.")
+    for text in (prompt, prompt_for(item, triage_of())):
+        assert "had been blocked" in section(text, "Unblock Context")
+        assert section(text, "Unblock Context").endswith("> Use OAuth.")
 
 
 def test_d57_a_retry_shows_the_attempt_the_whole_failure_and_the_salvaged_work() -> None:
@@ -379,10 +303,16 @@ def test_d57_a_retry_shows_the_attempt_the_whole_failure_and_the_salvaged_work()
         assert words in endless
 
 
-@pytest.mark.parametrize("name", ["research", "prd", "design", "review"])
-def test_built_in_instructions_of_a_document_phase(name: str) -> None:
-    prompt = prompt_for(task=task_of(name))
-    task, rules = section(prompt, "Task"), section(prompt, "Rules")
+@pytest.mark.parametrize("name", ["research", "prd", "design", "review", "build", "triage"])
+def test_built_in_instructions_and_rules(name: str) -> None:
+    prompt = prompt_for(task=triage_of() if name == "triage" else task_of(name), config=make_config(backlog_path="plan/BACKLOG.yaml"))
+    rules = " ".join(section(prompt, "Rules").split())
+    assert "Never edit `plan/BACKLOG.yaml`, `orchestrator.toml`" in rules
+    assert "Never commit, stash, switch branches or reset" in rules
+    assert "Leave nothing running" in rules
+    if name in ("build", "triage"):
+        return
+    task = section(prompt, "Task")
     assert "Change no" in task
     assert f"`/project/changes/WRK-042_title/{name}.md`" in task
     assert "Assumptions" in task
@@ -402,15 +332,6 @@ def test_built_in_instructions_of_the_build() -> None:
     assert "run them first: `make test`, `sh -c 'ruff check .'`, `./try it`\n" in rules
     empty = prompt_for(task=Task("WRK-042", phase._replace(allow_empty=True), "main"))
     assert "without any change" not in empty
-
-
-@pytest.mark.parametrize("task", [task_of("prd"), task_of("build"), triage_of()], ids=["prd", "build", "triage"])
-def test_the_rules_that_hold_for_everybody(task: Task) -> None:
-    config = make_config(backlog_path="plan/BACKLOG.yaml")
-    rules = " ".join(section(prompt_for(task=task, config=config), "Rules").split())
-    assert "Never edit `plan/BACKLOG.yaml`, `orchestrator.toml`" in rules
-    assert "Never commit, stash, switch branches or reset" in rules
-    assert "Leave nothing running" in rules
 
 
 @pytest.mark.parametrize(
@@ -439,21 +360,15 @@ def test_workflow_files_replace_the_built_in_instructions() -> None:
     assert "in order:\n\n1. `/project/a.md`\n2. `/abs/b.md`\n" in told("a.md", "/abs/b.md")
 
 
-def skeleton(prompt: str) -> dict[str, Any]:
-    told: dict[str, Any] = json.loads(section(prompt, "Structured Output").split("```json\n")[1].split("\n```")[0])
-    return told
-
-
 @pytest.mark.parametrize("task", [task_of("prd", 'W"-1\\'), triage_of('W"-1\\')], ids=["phase", "triage"])
 def test_d17_the_output_section_asks_for_what_the_phase_decides(task: Task) -> None:
     path = "/project/.orchestrator/results/x y.json"
     prompt = prompt_for(make_item('W"-1\\'), task, result_path=path)
-    text, told = section(prompt, "Structured Output"), skeleton(prompt)
+    text = section(prompt, "Structured Output")
+    told = json.loads(text.split("```json\n")[1].split("\n```")[0])
     assert f"```text\n{path}\n```" in text
     assert (told["item_id"], told["phase"]) == ('W"-1\\', task.name)
-    keys = {
-        "item_id", "phase", "result", "summary", "context", "block_type", "updated_assessments", "commit_summary", "follow_ups",
-    }
+    keys = {"item_id", "phase", "result", "summary", "context", "block_type", "updated_assessments", "commit_summary", "follow_ups"}
     codes = ["phase_complete", "subphase_complete", "failed", "blocked"]
     if task.pool == "triage":
         keys |= {"pipeline_type", "duplicates", "requires_human_review", "description"}
@@ -493,28 +408,6 @@ def test_of_a_huge_backlog_triage_sees_the_most_similar_items() -> None:
     assert text.endswith("\n- … and 601 more with less similar titles")
 
 
-# -- tables, status --------------------------------------------------------------------------------
-
-
-def test_d52_a_table_wraps_its_last_column_and_leaves_out_empty_ones() -> None:
-    rows: list[dict[str, Any]] = [
-        {"id": "A-1", "phase": "b", "priority": 0, "title": "some words that go on"},
-        {"id": "日本", "phase": "far-too-long-a-name", "title": "語" * 9}, {"id": "B"},
-    ]  # fmt: skip
-    keys = "id gone phase priority title"
-    assert table(keys, rows, 50, "  ", heads=True) == [
-        "  ID   PHASE            PRIO TITLE",
-        "  A-1  b                0    some words that go on",
-        "  日本 far-too-long-a-… -    語語語語語語語語語",
-        "  B    -                -    -",
-    ]
-    assert table(keys, rows, 24, "  ") == [
-        "  A-1  b                0", "      some words that go", "      on", "  日本 far-too-long-a-…", "      語語語語語語語語語",
-        "  B",
-    ]  # fmt: skip
-    assert table("id", [{"id": ""}], 80, heads=True) == []
-
-
 def test_the_status_for_machines_and_the_order_of_items() -> None:
     backlog = make_backlog(
         make_item("WRK-001", "new", dependencies=["WRK-002"], priority=3), make_item("WRK-003", "new", impact="high"),
@@ -541,14 +434,11 @@ def test_everything_about_one_item() -> None:
         "WRK-001", "blocked", title="Fix\x1b[31m it", phase=None, requires_human_review=True, tags=["ui", "api"], attempts=0,
         blocked_reason="Which\ncolour?", description={"context": "one\ntwo", "problem": ""}, unblock_context="Blue.", cost_usd=0.5,
     )
-    assert render_item(item, 80) == [
+    assert orchestrator.render_item(item, 80) == [
         "WRK-001  Fix it", "", "Status:                blocked", f"Created:               {NOW}", f"Updated:               {NOW}",
         "Requires human review: yes", "Tags:                  ui, api", "Blocked reason:        Which colour?",
         "Cost:                  about $0.5000", "", "Context:", "  one", "  two", "", "Your notes for the next phase:", "  Blue.",
     ]
-
-
-# -- plan ------------------------------------------------------------------------------------------
 
 
 def plan_backlog() -> Backlog:
@@ -564,8 +454,8 @@ def plan_backlog() -> Backlog:
 
 
 def plan(backlog: Backlog, *, cap: int = 100, config: Config | None = None, **options: Any) -> list[str]:
-    rows = orchestrator.plan_rows(backlog, config or make_config(), RunOptions(cap, **options))
-    *lines, blank, end = [" ".join(line.split()) for line in render_plan(rows, (), 200)]
+    rows = orchestrator.plan_rows(backlog, config or make_config(), orchestrator.RunOptions(cap, **options))
+    *lines, blank, end = [" ".join(line.split()) for line in orchestrator.render_plan(rows, (), 200)]
     assert (blank, end) == ("", "Nothing was started and nothing was written.")
     return lines
 
@@ -611,20 +501,6 @@ def test_the_plan_of_sixty_items_fits_a_screen_and_foresees_the_guardrails() -> 
     ]
 
 
-def test_the_plan_for_machines() -> None:
-    rows = orchestrator.plan_rows(make_backlog(make_item("WRK-001", "ready"), make_item("WRK-002", "blocked")), make_config(), RunOptions(1))
-    capped = "later: the limit of phases for one run is used up"
-    assert [tuple(row.values()) for row in rows] == [
-        ("WRK-001", "Title of WRK-001", True, 1, "prd", "prd (1/4, main)", None),
-        ("WRK-001", "Title of WRK-001", False, None, None, f"then {capped}", capped),
-        ("WRK-002", "Title of WRK-002", False, None, None, "blocked: no reason recorded", "blocked, each needs you"),
-    ]
-    assert list(rows[0]) == ["id", "title", "runs", "turn", "phase", "text", "kind"]
-
-
-# -- the graph -------------------------------------------------------------------------------------
-
-
 def test_the_graph_is_mermaid_with_cycles_and_what_waits_for_what() -> None:
     backlog = make_backlog(
         make_item("A-1", "in_progress", phase="prd", title='Say "x" #1 <b>'),
@@ -653,9 +529,6 @@ def test_the_graph_is_mermaid_with_cycles_and_what_waits_for_what() -> None:
     assert [line.split("<br/>")[0] for line in part] == [
         "%% A-2 waits for A-1", "flowchart LR", '  n1["A-2 Title of A-2', '  n2["A-1 Say #quot;x#quot; #35;1 #lt;b#gt;', "  n2 --> n1", *styles,
     ]
-
-
-# -- the end of a run ------------------------------------------------------------------------------
 
 
 def ended(items: Sequence[Item] = (), **changes: Any) -> dict[str, Any]:
@@ -693,7 +566,7 @@ def test_the_summary_answers_what_was_done_what_needs_you_what_it_cost_and_what_
         '          orchestrator unblock WRK-002 --notes "YOUR ANSWER"',
         "          waiting for it: WRK-004",
         "",
-        "Failed, and what it left is kept (1):",
+        "Not completed, and kept (1):",
         "  WRK-002 build refs/orchestrator/salvage/WRK-002/build/1",
         "New items (1): WRK-004",
         "Backlog: 3 items: 2 blocked, 1 new",
@@ -732,22 +605,7 @@ def test_what_to_do_next_depends_on_why_the_run_ended() -> None:
 
 def test_every_halt_reason_has_its_line() -> None:
     line = orchestrator.halt_line
-    assert len({line(reason, "") for reason in HaltReason}) == 8
-    assert all(f"({reason})" in line(reason, "") for reason in HaltReason)
+    assert {line(reason, "").partition("(")[2] for reason in HaltReason} == {f"{reason})" for reason in HaltReason}
     assert line(HaltReason.CIRCUIT_BREAKER_TRIPPED, "claude: not\nlogged in").endswith(": claude: not logged in")
     assert line(None, "disk full") == "Ended by an error: disk full"
     assert line(None, "") == "Ended by an error: see above"
-
-
-def test_nothing_that_is_shown_can_paint_on_the_terminal() -> None:
-    nasty = "\x1b[2J\x1b]0;x\x07\nHalt: all is well"
-    backlog = make_backlog(make_item("WRK-002", "blocked", title=nasty, blocked_reason=nasty))
-    done = [{"id": "WRK-001", "title": nasty, "commit": None, "verified": []}]
-    halt = orchestrator.halt_line(None, nasty)
-    told = ended(list(backlog.items.values()), halt=halt, completed=done, warnings=[nasty], filters=[nasty])
-    plan = render_plan(orchestrator.plan_rows(backlog, make_config(), RunOptions(9)), (), 80)
-    shown = render_item(status_rows(backlog)[0], 80)
-    text = "\n".join([render_summary(told, "o"), *render_status(status_rows(backlog), 80, "o"), *plan, *shown])
-    assert "\x1b" not in text
-    assert "\x07" not in text
-    assert [line for line in text.splitlines() if line.startswith("Halt: all is well")] == []

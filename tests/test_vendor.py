@@ -10,7 +10,6 @@ import re
 import shutil
 import subprocess
 import sys
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -19,12 +18,7 @@ from typing import Any
 import pytest
 
 import orchestrator
-from orchestrator import (
-    FUTURE,
-    MODULE_ORDER,
-    build_single_file,
-    single_file_state,
-)
+from orchestrator import MODULE_ORDER, build_single_file, single_file_state
 
 HERE = Path(__file__).resolve().parent.parent
 SOURCES = {name: (HERE / f"{name}.py").read_text() for name in MODULE_ORDER}
@@ -72,19 +66,16 @@ def digest_of(built: str) -> str:
     return built.partition("# sha256 of all below: ")[2].partition("\n")[0]
 
 
-# ---- The file ------------------------------------------------------------------------------------
-
-
 def test_every_module_is_there_as_it_was_written(built: str) -> None:
     """In order, between marks; only what cannot stand twice or means nothing in one file goes."""
     ours = re.compile(rf"^from (?:{'|'.join(MODULE_ORDER)}) import (?:\([^)]*\)|.*)\n", re.M)
     place = 0
     for name, text in SOURCES.items():
         begin, end = (built.index(f"# #### {word} {name}.py ", place) for word in ("begin", "end"))
-        code = ours.sub("", text.removeprefix("#!/usr/bin/env python3\n")).replace(FUTURE, "")
+        code = ours.sub("", text.removeprefix("#!/usr/bin/env python3\n")).replace(orchestrator.FUTURE, "")
         assert built[begin:end].partition("\n")[2].strip() == code.strip()
         place = end
-    assert (built.count("#!/usr/bin/env python3\n"), built.count(FUTURE)) == (1, 1)
+    assert (built.count("#!/usr/bin/env python3\n"), built.count(orchestrator.FUTURE)) == (1, 1)
     assert re.findall(rf"^\s*(?:from|import) (?:{'|'.join(MODULE_ORDER)})\b.*", built, re.M) == []
 
 
@@ -112,9 +103,6 @@ def test_no_name_means_two_things_in_one_file() -> None:
             if not word.startswith("__"):
                 assert known.setdefault(word, value) is value, f"{name}.{word} means another thing in an earlier module"
                 assert not hasattr(builtins, word)
-
-
-# ---- The command ---------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -148,22 +136,23 @@ def test_the_command_that_these_tests_start_is_the_one_that_was_asked_for(projec
     assert ("single file" if pytestconfig.getoption("vendored") else "three modules") in said
 
 
-def test_version_from_an_archive(tmp_path: Path) -> None:
-    archive = tmp_path / "x.pyz"
-    with zipfile.ZipFile(archive, "w") as file:
-        for name in MODULE_ORDER:
-            file.write(HERE / f"{name}.py", f"{name}.py")
-    code = "import sys; sys.path.insert(0, sys.argv.pop(1)); import orchestrator; orchestrator.main(['--version'])"
-    said = subprocess.run([sys.executable, "-c", code, archive], capture_output=True, text=True, check=True).stdout
-    assert said == f"orchestrator {orchestrator.__version__} (source unreadable)\n"
+def test_version_from_an_archive(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    monkeypatch.setattr(orchestrator, "__file__", str(tmp_path / "x.pyz/orchestrator.py"))
+    (tmp_path / "x.pyz").touch()
+    assert orchestrator.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"orchestrator {orchestrator.__version__} (source unreadable)\n"
 
 
-def test_a_modified_single_file_says_so_and_does_not_copy_itself(tmp_path: Path, built: str) -> None:
+def test_a_modified_single_file_says_so_and_does_not_copy_itself(
+    tmp_path: Path, built: str, single: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     program = tmp_path / "orchestrator.py"
     program.write_text(built.replace("never lose a decision", "often lose one", 1))
-    assert isolated(program, tmp_path, "--version").endswith(", MODIFIED)\n")
-    done = subprocess.run([sys.executable, program, "vendor", tmp_path / "copy.py"], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (1, f"orchestrator: {program} was changed by hand; take an untouched one\n")
+    monkeypatch.setattr(single, "__file__", str(program))
+    assert single.main(["--version"]) == 0
+    assert capsys.readouterr().out.endswith(", MODIFIED)\n")
+    assert single.main(["vendor", str(tmp_path / "copy.py")]) == 1
+    assert capsys.readouterr() == ("", f"orchestrator: {program} was changed by hand; take an untouched one\n")
 
 
 OTHER_VERSION = build_single_file({"gitutil": "ONE = 1\n", "orchestrator": "from gitutil import ONE\n"})
@@ -196,16 +185,9 @@ def test_only_an_untouched_single_file_is_replaced(
     assert [one.name for one in tmp_path.iterdir()] == ["orchestrator.py"]
 
 
-def test_a_path_that_is_no_file(tmp_path: Path, vendor: Callable[..., None], capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "orchestrator.py"
-    os.mkfifo(path)
-    vendor(path, "--force", code=2)
-    assert capsys.readouterr().err == f"orchestrator: {path} is no file; name another path\n"
-
-
 @pytest.mark.parametrize("name", ["there", "new/", "tools"])
 def test_a_folder_holds_the_file_by_its_usual_name_and_a_link_is_followed(
-    tmp_path: Path, built: str, vendor: Callable[..., None], name: str
+    tmp_path: Path, built: str, vendor: Callable[..., None], capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
     (tmp_path / "there").mkdir()
     vendor(f"{tmp_path}/{name}")
@@ -214,3 +196,7 @@ def test_a_folder_holds_the_file_by_its_usual_name_and_a_link_is_followed(
     vendor(tmp_path / "link.py")
     assert (tmp_path / "link.py").is_symlink()
     assert (tmp_path / "target.py").read_text() == built
+    os.mkfifo(tmp_path / "fifo.py")
+    capsys.readouterr()
+    vendor(tmp_path / "fifo.py", "--force", code=2)
+    assert capsys.readouterr().err == f"orchestrator: {tmp_path}/fifo.py is no file; name another path\n"

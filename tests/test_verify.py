@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -118,10 +119,28 @@ def test_what_a_hook_held_up_is_checked_at_the_next_start(project: Any, passes: 
     project.hook("pre-commit", "exit 0")
     if passes:
         (project.outside / "fine").touch()
-    done = project.run("run", "--target", "WRK-001", code=3)
+    done = project.run("run", "--target", "WRK-001", code=0 if passes else 3)
     assert len(project.agent_log()) == 2 - passes
     assert [len(trailers(project, c)) for c in project.git("log", "--format=%H", "--grep", "Outcome: complete").split()] == [1] * passes
     assert passes or "failed with exit code 1" in done.stderr
+    assert project.status() == ""
+
+
+@pytest.mark.slow
+def test_documents_that_are_held_wait_beside_those_of_a_neighbour(project: Any) -> None:
+    """What the neighbour wrote meanwhile, and committed, is no reason to start the phase again."""
+    os.mkfifo(project.outside / "go")
+    check = f'verify = [["sh", "-c", "test $ORCHESTRATOR_ITEM_ID = WRK-002 || test -e {project.outside}/fine || exit 127"]]\n'
+    project.configure("plan", more=check, execution="max_concurrent = 2\nmax_wip = 2")
+    project.backlog(*(f"WRK-00{n} in_progress phase=plan phase_pool=main" for n in (1, 2)))
+    project.commit_all()
+    project.script({"WRK-001/*": [{"document": "a.md", "await": "go"}], "WRK-002/*": [{"document": "b.md", "sh": f"echo > {project.outside}/go"}]})
+    project.run("run", code=4)
+    (project.outside / "fine").touch()
+    done = project.run("run")
+    assert sorted(project.agent_log()) == ["WRK-001 plan 1", "WRK-002 plan 1"]
+    assert "was cut off" not in done.stderr
+    assert project.items() == {}
     assert project.status() == ""
 
 
