@@ -68,6 +68,7 @@ READ: dict[str, tuple[str, object]] = {
     "double_escaped_space_before_break": ('a: "b\\   \n  c"\n', {"a": "b  c"}),
     "block_eof_without_newline_strip": ("a: |-\n  b", {"a": "b"}),
     "comment_below_block_scalar_less_indented": ("a: |\n    b\n  # c\n    # d\n# e\nf: 1\n", {"a": "b\n", "f": 1}),
+    "flow_list_of_scalars": ("a: [b, 'c, d', \"e]\", 1, -2, true, x y, a/b.c] # f\n", {"a": ["b", "c, d", "e]", 1, -2, True, "x y", "a/b.c"]}),
     "tab_inside_quotes": ("a: 'b\tc'\nd: \"e\tf\"\n", {"a": "b\tc", "d": "e\tf"}),
     "tab_behind_a_colon_that_is_text": ('a: "b:\tc"\nd: x # e:\tf\n', {"a": "b:\tc", "d": "x"}),
     "tab_inside_literal_and_comment": ("a: | #\tx\n  b\tc\t\n", {"a": "b\tc\t\n"}),
