@@ -2825,8 +2825,7 @@ class Store:
             self._append(line, flush=flush)
 
     def begin(self, run: Mapping[str, Any], committed: bytes | None) -> None:
-        """Open the journal of a run with the file as HEAD has it, or go on with the one there is;
-        SaveError."""
+        """Open a run's journal with the file as in HEAD, or go on with the one there; SaveError."""
         with self._locked():
             if self.journal is not None:
                 return self._append({"run": run})
@@ -2912,14 +2911,14 @@ class Store:
         if self._wreck[0] != data:
             self._wreck = data, now
             if patient:
-                self.warn(f"{why}. Nothing new is started until the file is mended.")
+                self.warn(f"{why}. Nothing new is started until it is mended, or after a minute.")
         self.trouble = why
         if patient and now - self._wreck[1] < WRECK_S:
             return
         kept = self.aside / f"{self.path.name}.broken-{self.clock():%Y%m%dT%H%M%S}"
         with self._writing(kept):
             replace_file(kept, data)
-        self.warn(f"{why}. It is set aside as {kept}, and the backlog is written again.")
+        self.warn(f"{why}. It is set aside as {kept}, where any edit in it is, and written again.")
         self.trouble, self._wreck = "", (None, 0.0)
 
     def _decide(self, state: State, extra: Mapping[str, Any] = {}) -> None:
