@@ -344,6 +344,9 @@ class Project:
         backlog: Any = parse_yaml((self.root / "BACKLOG.yaml").read_bytes())
         return {row["id"]: row for row in backlog["items"]}
 
+    def titles(self) -> dict[str, str]:
+        return {item_id: row["title"] for item_id, row in self.items().items()}
+
     def statuses(self) -> dict[str, str]:
         """Status and phase by id."""
         return {row["id"]: " ".join(filter(None, (row["status"], row.get("phase")))) for row in self.items().values()}

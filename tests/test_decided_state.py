@@ -73,10 +73,6 @@ def warnings(log: str, word: str) -> list[str]:
     return [line for line in log.splitlines() if "warning" in line and word in line]
 
 
-def titles(project: Any) -> dict[str, str]:
-    return {item_id: row["title"] for item_id, row in project.items().items()}
-
-
 def check(project: Any, statuses: dict[str, str], log: str = "", again: str = "") -> None:
     """The items are these, HEAD and the file agree, and nothing but `again` was paid for twice."""
     assert project.statuses() == statuses, log
@@ -117,7 +113,7 @@ def test_an_older_state_that_an_agent_brings_back_undoes_nothing(project: Any, p
     go_on(project)
     log = finish(project, run)
     check(project, {"WRK-003": "ready", "WRK-004": "new"}, log)
-    assert titles(project) == {"WRK-003": "Edited" if "Edited" in WAYS[way] else "Item WRK-003", "WRK-004": "Added meanwhile"}
+    assert project.titles() == {"WRK-003": "Edited" if "Edited" in WAYS[way] else "Item WRK-003", "WRK-004": "Added meanwhile"}
 
 
 @pytest.mark.slow
@@ -172,7 +168,7 @@ def test_a_stale_buffer_that_is_saved_during_a_run_gives_its_edit_alone(project:
     go_on(project)
     log = finish(project, run)
     check(project, {"WRK-002": "in_progress build", "WRK-003": "ready"}, log)
-    assert titles(project) == {"WRK-002": "Edited", "WRK-003": "Item WRK-003"}
+    assert project.titles() == {"WRK-002": "Edited", "WRK-003": "Item WRK-003"}
     assert len(warnings(log, "WRK-001")) == 1, log
 
 
@@ -190,7 +186,7 @@ def test_a_stale_buffer_that_is_saved_in_the_morning_gives_its_edit_alone(projec
     (project.root / "BACKLOG.yaml").write_text(edited(buffer, "WRK-002"))
     log = project.run("run", "--cap", "1").stderr
     check(project, {"WRK-002": "in_progress review", "WRK-003": "ready"}, log)
-    assert titles(project) == {"WRK-002": "Edited", "WRK-003": "Item WRK-003"}
+    assert project.titles() == {"WRK-002": "Edited", "WRK-003": "Item WRK-003"}
     assert len(warnings(log, "WRK-001")) == 1, log
 
 
@@ -273,7 +269,7 @@ def test_a_wreck_that_an_agent_leaves_before_a_halt_is_set_aside(project: Any, w
     where = {"signal": "in_progress prd", "cap": "in_progress build"}
     assert there == rest | ({"WRK-001": where[halt]} if halt in where else {}), log
     assert project.committed() == project.text()
-    assert titles(project)["WRK-004"] == "Added meanwhile"
+    assert project.titles()["WRK-004"] == "Added meanwhile"
     check_set_aside(project, log)
     project.script(DOCUMENTS)  # the next night needs nobody
     log = project.run(*(TARGETS if halt in where else ("run", "--target", "WRK-002"))).stderr
@@ -317,7 +313,7 @@ def test_commands_decide_while_the_file_does_not_parse(project: Any) -> None:
     go_on(project)
     log = finish(project, run)
     check(project, {"WRK-002": "ready", "WRK-004": "new"}, log)
-    assert titles(project) == {"WRK-002": "Edited", "WRK-004": "Added meanwhile"}
+    assert project.titles() == {"WRK-002": "Edited", "WRK-004": "Added meanwhile"}
 
 
 # ---- Another branch, an open rebase --------------------------------------------------------------

@@ -187,18 +187,9 @@ WORK: tuple[Action, ...] = (task("A-1", "prd"),)
 
 def view(*items: Item, **fields: Any) -> RunView:
     usual = RunView(
-        backlog={one["id"]: one for one in items},
-        running={},
-        actions=WORK,
-        stop_requested=False,
-        breaker_open=False,
-        targets=(),
-        auto_advance=False,
-        filters_given=False,
-        matched=frozenset(),
-        completed=(),
-        cap_reached=False,
-    )
+        backlog={one["id"]: one for one in items}, running={}, actions=WORK, stop_requested=False, breaker_open=False, targets=(),
+        auto_advance=False, filters_given=False, matched=frozenset(), completed=(), cap_reached=False,
+    )  # fmt: skip
     return usual._replace(**fields)
 
 
@@ -328,13 +319,7 @@ class Case:
     """A backlog, the result of a task on A-1 applied to it, and what came out."""
 
     def __init__(
-        self,
-        started: Item,
-        reported: PhaseResult,
-        *others: Item,
-        config: Config = DEFAULTS,
-        edited: Item | None = None,
-        removed: bool = False,
+        self, started: Item, reported: PhaseResult, *others: Item, config: Config = DEFAULTS, edited: Item | None = None, removed: bool = False
     ) -> None:
         present = [] if removed else [edited or started]
         self.draft = Draft(a_backlog(*present, *others))

@@ -66,7 +66,7 @@ def with_submodule(project: Any) -> None:
     sh(project.root / "vendor", "git", "commit", "-q", "--allow-empty", "-m", "Theirs")
 
 
-def below_the_top(project: Any, name: str = "sub dir") -> None:
+def below_the_top(project: Any, name: str) -> None:
     """The project is a folder of a bigger repository that has another BACKLOG.yaml at its top."""
     sub = project.root / name
     sub.mkdir()
@@ -78,10 +78,7 @@ def below_the_top(project: Any, name: str = "sub dir") -> None:
 
 
 def renamed(name: str) -> Callable[[Any], None]:
-    def prepare(project: Any) -> None:
-        project.root = project.root.rename(project.root.with_name(name))
-
-    return prepare
+    return lambda project: setattr(project, "root", project.root.rename(project.root.with_name(name)))
 
 
 def below(name: str) -> Callable[[Any], None]:
@@ -112,7 +109,6 @@ FAULTS = {
     # the branch
     "branch switched": Fault(act="git switch -q side", says="HEAD is on side now, the run began on main", end="git switch -q main", **STOP_HERE),
     "branch deleted": Fault(act="git update-ref -d refs/heads/main", says="the branch main was deleted", end="git update-ref refs/heads/main $START", files="dirty untracked", code=1),
-    "branch switched and deleted": Fault(act="git switch -q side; git branch -qD main", says="HEAD is on side now", end="git branch main $START; git switch -q main", lax=True, **STOP_HERE),
     "branch renamed": Fault(act="git branch -m trunk", says="HEAD is on trunk now", end="git branch -m main", code=1, lax=True),
     "unborn branch": Fault(before="git update-ref -d refs/heads/main", files="untracked"),
     # where the project is

@@ -25,19 +25,7 @@ import gitutil
 from gitutil import Change, Entry, GitError, Head, HeadBusy, HookResult, Problem, Repo, Snapshot
 from tests import gitkit
 from tests.conftest import IDENTITY, sh
-from tests.gitkit import (
-    NAME,
-    Act,
-    content,
-    entry_of,
-    git,
-    index,
-    made,
-    run,
-    salvage,
-    table,
-    work_tree,
-)
+from tests.gitkit import NAME, Act, content, entry_of, git, index, made, run, table, work_tree
 
 
 @pytest.fixture
@@ -331,9 +319,9 @@ def test_refs(project: Path, repo: Repo) -> None:
     for _ in range(2):
         repo.drop_refs([f"{stem}1"])
     assert list(repo.refs(stem)) == [f"{stem}12"]
-    commit = salvage(repo, f"{stem}2", repo.snapshot(), "first")
+    commit = gitkit.salvage(repo, f"{stem}2", repo.snapshot(), "first")
     with pytest.raises(GitError):
-        salvage(repo, f"{stem}2", repo.snapshot(), "second")
+        gitkit.salvage(repo, f"{stem}2", repo.snapshot(), "second")
     assert git(project, "log", "-1", "--format=%H %P %s", f"{stem}2").split() == [commit, head, "first"]
 
 
@@ -410,7 +398,7 @@ def test_a19_nested_repositories(project: Path, repo: Repo, make_repo: Callable[
     after = repo.snapshot()
     changes = repo.changes(before.tree, after.tree)
     assert [(c.after.path, c.after.mode) for c in changes] == [("after.txt", "100644"), ("vendor/lib", "160000")]
-    salvage(repo, "refs/orchestrator/salvage/1", after, "x")
+    gitkit.salvage(repo, "refs/orchestrator/salvage/1", after, "x")
     repo.restore(before, changes)
     assert not (project / "after.txt").exists()
     assert (project / "vendor/lib/README.md").exists()
@@ -516,7 +504,7 @@ def test_a_failed_phase_is_kept_and_undone(messy: Path, act: Act) -> None:
     agents = work_tree(project)
     after = repo.snapshot()
     changes = repo.changes(before.tree, after.tree)
-    commit = salvage(repo, "refs/orchestrator/salvage/A/build/1", after, "[A][build] Salvaged")
+    commit = gitkit.salvage(repo, "refs/orchestrator/salvage/A/build/1", after, "[A][build] Salvaged")
     before = Snapshot(**{**json.loads(json.dumps(before._asdict())), "head": before.head})
     repo.restore(before, changes)
     repo.restage(before, after)

@@ -57,7 +57,6 @@ def test_what_an_agent_does_to_our_state_is_undone(project: Any, outcome: str, h
     project.git("commit", "-q", "--allow-empty", "-m", "There is something to go back to")
     process = project.start("run", *(word for one in ids for word in ("--target", one)), "--auto-advance")
     project.finish(process, 3 if outcome == "blocked" else 0)
-    titles = sorted(row["title"] for row in project.items().values())
     expected = [f"{start} {one}{end}" for one in ids for start, end in (("Added while", " was built"), ("Follow-up of", ""))]
     if outcome == "blocked":
         expected += [f"Item {one}" for one in ids]
@@ -69,7 +68,7 @@ def test_what_an_agent_does_to_our_state_is_undone(project: Any, outcome: str, h
     else:
         assert [(project.root / f"{one}.txt").read_text() for one in ids] == ["code\n"] * len(ids)
         assert [s for s in reversed(project.subjects()) if s.startswith("[WRK")] == [f"[{one}][build] reason {one}" for one in ids]
-    assert titles == sorted(expected)
+    assert sorted(project.titles().values()) == sorted(expected)
     assert "There is something to go back to" in project.subjects()
     assert project.committed() == project.text()
     assert project.text().count("# by an agent") == ("edit the backlog" in acts)

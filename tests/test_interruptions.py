@@ -296,7 +296,7 @@ def check_lines(project: Any, was: Seen) -> None:
     commits = project.git("rev-list", "HEAD").split()
     assert set(was.commits) <= set(commits)
     refs = project.git("for-each-ref", "--format=%(refname)").split()
-    titles = {item_id: row["title"] for item_id, row in project.items().items()}
+    titles = project.titles()
     for line in was.lines:
         if found := re.match(COMMIT, line):
             assert any(commit.startswith(found[1]) for commit in commits), line
@@ -316,7 +316,7 @@ def check_story(project: Any, now: dict[str, int]) -> None:
     assert sorted(part for part in told for subject in subjects if part in subject) == sorted(one.subject for _, one in passed if one.subject)
     gone = {f"Item {item_id}" for item_id, one in passed if one.where == "gone"}
     there = TITLES - gone | {one.adds for _, one in passed if one.adds}
-    assert sorted(row["title"] for row in project.items().values()) == sorted(there)
+    assert sorted(project.titles().values()) == sorted(there)
     tree = set(project.git("ls-tree", "-r", "--name-only", "HEAD").split())
     assert ("code.py" in tree) == ("old.py" not in tree) == bool(gone)
     assert "half.py" not in tree

@@ -70,7 +70,7 @@ def test_a_phase_is_committed_and_another_one_put_back(repository: Path, kind: s
     git(where, "add", "staged")
     (where / "mine").write_text("untracked\n")
     as_it_was = git(where, "status", "--porcelain")
-    repo, agent = Repo.open(where), "echo 1 >a; rm d/x; mkdir -p new; echo 1 >new/f; echo 1 >'ä b'; git add -A --sparse"
+    repo, agent = Repo.open(where), "echo 1 >a; rm d/x; mkdir -p new; echo 1 >new/f; echo 1 >'ä b'; git add -A --sparse; mkdir other; echo 1 >other/late"
     before = repo.snapshot("refs/orchestrator/snapshots/1")
     sh(where, "sh", "-ec", agent)
     after = repo.snapshot()
@@ -78,7 +78,7 @@ def test_a_phase_is_committed_and_another_one_put_back(repository: Path, kind: s
     commit = repo.commit([change.after for change in repo.changes(before.tree, after.tree)], "Größe")
     assert commit == git(where, "rev-parse", "HEAD")
     raw = git(where, "diff-tree", "-r", "-z", "--name-status", "HEAD^", "HEAD")
-    assert raw == "\0".join(("M", "a", "D", "d/x", "A", "new/f", "M", "ä b", ""))
+    assert raw == "\0".join(("M", "a", "D", "d/x", "A", "new/f", "A", "other/late", "M", "ä b", ""))
     assert git(where, "status", "--porcelain") == as_it_was
     assert git(where, "log", "-1", "--format=%s", "--encoding=utf8") == "Größe"
 

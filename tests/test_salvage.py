@@ -66,7 +66,10 @@ def test_what_a_phase_left_is_kept_whole_and_nothing_else_moves(project: Any, tm
     log = project.finish(process, 143 if ending == "cancelled" else 3)
 
     project.git("worktree", "add", "-q", "--detach", str(tmp_path / "kept"), REF)
-    assert theirs(tmp_path / "kept") == theirs(tmp_path / "left")
+    kept, left = theirs(tmp_path / "kept"), theirs(tmp_path / "left")
+    assert {name: row for name, row in kept.items() if not name.startswith("op")} == {name: row for name, row in left.items() if not name.startswith("op")}
+    assert [kept[name][1] for name in ("op.txt", "op-staged.txt")] == [b"base\n"] * 2  # nothing of the operator's
+    assert "op-new.txt" not in kept
     assert theirs(project.root) == before
     assert project.git("diff", "--cached") == staged
     assert project.status() == "MM op-staged.txt\n M op.txt\n?? op-new.txt\n"
@@ -280,7 +283,7 @@ def test_f_f2_f3_killed_in_a_destructive_phase(project: Any) -> None:
     assert project.paths() == ["BACKLOG.yaml"]
     ref = "refs/orchestrator/salvage/WRK-001/build/1"
     assert project.git("show", f"{ref}:half.py", f"{ref}:README.md") == "1\nspoilt\n"
-    assert f"to get a file of yours back: git restore --source={ref} -- PATH\n" in log
+    assert f"to get a file of yours back:\n  git restore --source={ref} -- PATH\n" in log
     project.git("restore", f"--source={ref}", "--", "mine.py")
     assert project.status() == "?? mine.py\n"
     (project.root / "mine.py").unlink()

@@ -310,6 +310,7 @@ def test_a20_lock_that_stays_or_goes_away(project: Path, lock: str) -> None:
 
 SKIPPED: Mapping[str, tuple[Act, str]] = {
     "a26_missing": (run(f"rm {NAME}"), "missing on disk"),
+    "symlink": (run(f"mv {NAME} real", f"ln -s real {NAME}"), "not a regular file"),
     "index_corrupt": (write(".git/index", "DIRCgarbage that is no index at all, but long enough to be one"), "index"),
     "ref_broken": (write(".git/refs/heads/main", "garbage\n"), "HEAD"),
     "ref_to_nothing": (write(".git/refs/heads/main", "1" * 40 + "\n"), "cannot be read"),

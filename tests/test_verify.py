@@ -131,10 +131,9 @@ def test_documents_that_are_held_wait_beside_those_of_a_neighbour(project: Any) 
     """What the neighbour wrote meanwhile, and committed, is no reason to start the phase again."""
     os.mkfifo(project.outside / "go")
     check = f'verify = [["sh", "-c", "test $ORCHESTRATOR_ITEM_ID = WRK-002 || test -e {project.outside}/fine || exit 127"]]\n'
-    project.configure("plan", more=check, execution="max_concurrent = 2\nmax_wip = 2")
-    project.backlog(*(f"WRK-00{n} in_progress phase=plan phase_pool=main" for n in (1, 2)))
-    project.commit_all()
-    project.script({"WRK-001/*": [{"document": "a.md", "await": "go"}], "WRK-002/*": [{"document": "b.md", "sh": f"echo > {project.outside}/go"}]})
+    script = {"WRK-001/*": [{"document": "a.md", "await": "go"}], "WRK-002/*": [{"document": "b.md", "sh": f"echo > {project.outside}/go"}]}
+    items = (f"WRK-00{n} in_progress phase=plan phase_pool=main" for n in (1, 2))
+    project.set_up(*items, phases="plan", script=script, more=check, execution="max_concurrent = 2\nmax_wip = 2")
     project.run("run", code=4)
     (project.outside / "fine").touch()
     done = project.run("run")

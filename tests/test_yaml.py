@@ -68,6 +68,7 @@ READ: dict[str, tuple[str, object]] = {
     "double_escaped_space_before_break": ('a: "b\\   \n  c"\n', {"a": "b  c"}),
     "block_eof_without_newline_strip": ("a: |-\n  b", {"a": "b"}),
     "comment_below_block_scalar_less_indented": ("a: |\n    b\n  # c\n    # d\n# e\nf: 1\n", {"a": "b\n", "f": 1}),
+    "flow_list_of_scalars": ("a: [b, 'c, d', \"e]\", 1, -2, true, x y, a/b.c] # f\n", {"a": ["b", "c, d", "e]", 1, -2, True, "x y", "a/b.c"]}),
     "tab_inside_quotes": ("a: 'b\tc'\nd: \"e\tf\"\n", {"a": "b\tc", "d": "e\tf"}),
     "tab_behind_a_colon_that_is_text": ('a: "b:\tc"\nd: x # e:\tf\n', {"a": "b:\tc", "d": "x"}),
     "tab_inside_literal_and_comment": ("a: | #\tx\n  b\tc\t\n", {"a": "b\tc\t\n"}),
@@ -119,7 +120,6 @@ def test_leading_zero_hex_octal_inf_nan_16_digits_1e400_refused(text: str) -> No
 # name: text, line, column, what the message names
 REFUSED: dict[str, tuple[str, int, int, str]] = {
     "directive": ("%YAML 1.2\n---\na: 1\n", 1, 1, "directive"),
-    "directive_later": ("a: 1\n%TAG ! x\n", 2, 1, "directive"),
     "content_on_marker_line": ("--- a: 1\n", 1, 5, "content on the line of `---`"),
     "root_indented": (" a: 1\n", 1, 2, "indented document"),
     "bare_scalar_document": ("hello\n", 1, 1, "bare scalar document"),
@@ -128,7 +128,6 @@ REFUSED: dict[str, tuple[str, int, int, str]] = {
     "mixed_key_columns": ("a:\n    b: 1\n  c: 2\n", 3, 3, "indented deeper than its neighbours"),
     "duplicate_key_in_item": ("- a: 1\n  b: 2\n- a: 1\n  b: 2\n  a: 3\n", 5, 3, "first on line 3"),
     "duplicate_items_across_sections": ("items:\n- a: |\n   items: 1\nb: 1\nitems: []\n", 5, 1, "first on line 1"),
-    "explicit_key_in_list": ("- ? a\n", 1, 3, "explicit key"),
     "key_too_long": (f"{'k' * 1001}: 1\n", 1, 1, "more than 1000 characters"),
     "known_key_without_colon": ("a: 1\nb:\n  a: 2\nc:\n  b: 1\n  a\n", 6, 3, 'expected "key: value"'),
     "comment_then_continuation": ("a: b # c\n  d\n", 2, 3, "text after a comment"),
@@ -442,14 +441,6 @@ def test_all_texts_of_the_signs_of_numbers_are_read_as_what_they_are(length: int
     for size in range(1, length + 1):
         texts = ["".join(text) for text in itertools.product("0179-+._eExXoObB:aF", repeat=size)]
         assert read(render_yaml(texts)) == texts
-
-
-@pytest.mark.slow
-def test_random_strings_read_equal_by_pyyaml() -> None:
-    yaml = pytest.importorskip("yaml")
-    texts = random_texts(random.Random(100), 20_000)
-    value = {"list": texts, "keys": dict.fromkeys(texts, "x")}
-    assert yaml.load(render_yaml(value), yaml.CSafeLoader) == value
 
 
 # ---- editing -------------------------------------------------------------------------------------
