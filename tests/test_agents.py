@@ -734,8 +734,8 @@ def test_the_result_in_a_closing_message_is_taken_with_a_warning(play: Player, c
         (FENCED + FENCED, 0, "failed"),
         (report_json("finished"), 0, "failed"),
         ('[] {"item_id": "WRK-001"}', 0, "failed"),
-        ("{" * 5_000, 0, "failed"),
-        ('{"item_id": "WRK-001", ' * 3000, 0, "failed"),
+        ("{" * 1_500, 0, "failed"),
+        ('{"item_id": "WRK-001", ' * 300, 0, "failed"),
     ],
     ids=["beside another", "bad exit", "twice", "odd word", "incomplete", "nested", "cut off"],
 )
