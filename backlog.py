@@ -1895,19 +1895,11 @@ def repair_items(draft: Draft, rules: Rules, now: datetime) -> list[str]:
     return messages
 
 
-class Farewell(NamedTuple):
-    """An item that the operator took out of the backlog."""
-
-    item: Item
-    dependants: tuple[str, ...]  # ids that waited for it
-    worklog: str
-
-
 def take_out(
     draft: Draft, item_id: str, status: Literal["Done", "Closed"], why: str, now: datetime
-) -> Farewell:
+) -> tuple[Item, list[str], str]:
     """Take an item out of the backlog because the operator says so; whatever depended on it depends
-    on it no longer, and says why in its context."""
+    on it no longer, and says why in its context. The item, the ids that waited, worklog text."""
     item = draft.item(item_id)
     dependants = archive(draft, item_id, now)
     fate = "was done outside of this backlog" if status == "Done" else "was closed"
@@ -1917,7 +1909,7 @@ def take_out(
         texts = dict.fromkeys(DESCRIPTION_KEYS, "") | draft.items[one].get("description", {})
         context = "\n".join(filter(None, (texts["context"], note)))
         draft.update(one, now, description={**texts, "context": context})
-    return Farewell(item, tuple(dependants), archive_entry(now, item, status, why))
+    return item, dependants, archive_entry(now, item, status, why)
 
 
 # ---- Ids and dependencies ------------------------------------------------------------------------
@@ -2197,6 +2189,7 @@ class State:
         self.found = {key: row.item for key, row in rows.items()}
         self.items = {key: row.item for key, row in rows.items() if row.whole}
         self.problems = {key: row.problems for key, row in rows.items() if row.problems}
+        self.lacks = any(not (row.whole or row.problems) for row in rows.values())
 
     @classmethod
     def read(cls, data: bytes, source: str) -> State:
@@ -2322,9 +2315,9 @@ class _Merge:
         """What somebody started from in one item, and the texts of it that are no edit: the base's,
         unless its own stamp is an older one, as where a `stash pop` mixes lines of several states.
         """
-        base, stamp = self.base.items.get(item_id), item.get("updated", "")
+        base, stamp = self.base.found.get(item_id), item.get("updated", "")
         known = self.versions.get(item_id, {}).get(stamp)
-        if known is None or (base is not None and base["updated"] == stamp):
+        if known is None or (base is not None and base.get("updated", "") == stamp):
             return base, (self.base.chunks.get(item_id),)
         return list(known.values())[-1], known
 
@@ -2450,7 +2443,7 @@ def merge(
         item, problems = file.found[key], file.problems.get(key, ())
         if key in decided.items:
             known = decided.items[key]
-            if key not in base.items and item.get("created") != known["created"]:
+            if key not in base.chunks and item.get("created") != known["created"]:
                 made.add(key, item, prefix)
             else:
                 made.items[key], made.chunks[key] = made.meet(key)
@@ -2461,12 +2454,13 @@ def merge(
                     f"{key} in the file is an old copy of an item that was finished, closed or"
                     " deleted; it is left out. To bring it back, add it under a new id"
                 )
+        elif key in base.chunks and key not in decided.chunks:
+            continue  # an old copy of what has been completed, or mended, since
         elif not problems:
             made.add(key, item, prefix)
-        elif key not in base.chunks or key in decided.chunks:
-            # Somebody is still writing it; its lines stay as they are.
+        else:  # somebody is still writing it; its lines stay as they are
             if key not in decided.chunks:
-                first = next((line.strip() for line in chunk.splitlines() if line.strip()), "")
+                first = chunk.strip().partition("\n")[0]
                 made.notes.append(f"{first[:60]}: {problems[0][1]}; it waits")
             made.chunks[key] = chunk
     if missing := [key for key in decided.chunks if key not in file.chunks]:
@@ -2716,12 +2710,13 @@ class Store:
         self.journal = Journal.read(self.journal_path, self.path.name)
         if self.journal is None:
             self._state, self._written = self._usable(self._read())
+            self._complete()
             return self.backlog
         self._state = self.journal.state()
         self._ask_outside()
         with suppress(YamlError, BacklogError):
             data = self._read() if self._home else None
-            if data not in (None, self._state.document.to_bytes()):
+            if data is not None and (self._state.lacks or data != self._state.document.to_bytes()):
                 self._state, _ = self._merged(State.read(data, self.path.name))
         return self.backlog
 
@@ -2879,7 +2874,13 @@ class Store:
             self.trouble, self._written = "", data
             self._decide(state)
             self._warn_of(notes)
+        self._complete()
         return data
+
+    def _complete(self) -> None:
+        """Give what was added by hand, and is in git as it was written, the keys that it lacks."""
+        if self.state.lacks:
+            self._decide(merge(self.state, self.state, (), self.clock(), self.prefix)[0])
 
     def _take_in_alone(self, data: bytes | None, before: State | None) -> None:
         """The file is the truth, but an old copy in it undoes nothing that is committed."""

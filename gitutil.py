@@ -254,7 +254,7 @@ class _GitEnded(NamedTuple):
     err: bytes
 
 
-def _git_child(
+def _git_run_child(
     argv: Sequence[str],
     cwd: Path,
     env: Mapping[str, str],
@@ -263,7 +263,7 @@ def _git_child(
     out: IO[bytes] | None = None,
     terminal: bool = False,
 ) -> _GitEnded:
-    """Run a child to its end, in a session of its own; OSError when it cannot be started.
+    """Run git or a hook to its end, in a session of its own; OSError when it cannot be started.
 
     With `terminal` it keeps ours, so that it can ask for a passphrase.
 
@@ -495,7 +495,7 @@ class Repo:
         argv = ("git", *(ours if settings else ()), *args)
         environment = {**_git_environment(), **_GIT_ENV, **env}
         try:
-            ended = _git_child(argv, where, environment, limit_s, stdin, out, terminal)
+            ended = _git_run_child(argv, where, environment, limit_s, stdin, out, terminal)
         except FileNotFoundError:
             if not where.is_dir():
                 raise GitError(f"the folder {where} is gone. Put it back.") from None
@@ -1188,26 +1188,20 @@ class Repo:
 
     # -- salvage and restore -----------------------------------------------------------------------
 
-    def salvage(self, ref: str, snapshot: Snapshot, message: str) -> str:
-        """Keep a snapshot as a commit on a new ref, and read it back; the commit's id.
-
-        GitError when the ref exists already, or when what differs from HEAD is not all there.
-        """
-        parent = snapshot.head.commit
-        self._read_back(change.after for change in self.changes(parent, snapshot.tree))
-        commit = self._commit_tree(snapshot.tree, [parent] if parent else [], message)
-        self.keep_commit(ref, commit, message)
-        if self._line("rev-parse", "--verify", f"{ref}^{{tree}}") != snapshot.tree:
-            raise GitError(f"{ref} does not hold what was to be salvaged; nothing was put back")
-        return commit
-
-    def keep_entries(
+    def salvage(
         self, ref: str, parent: str | None, entries: Sequence[Entry], message: str
-    ) -> None:
-        """Keep a commit on top of `parent` that holds these entries, on a new ref."""
+    ) -> str:
+        """Keep a commit on top of `parent` that holds these entries, on a new ref; its id.
+
+        GitError when the ref exists already, or when not all of it is there.
+        """
+        self._read_back(entries)
         tree = self._graft(parent, entries)
         commit = self._commit_tree(tree, [parent] if parent else [], message)
         self.keep_commit(ref, commit, message)
+        if self._line("rev-parse", "--verify", f"{ref}^{{tree}}") != tree:
+            raise GitError(f"{ref} does not hold what was to be salvaged; nothing was put back")
+        return commit
 
     def keep_commit(self, ref: str, commit: str, message: str) -> None:
         """Keep a commit on a new ref; GitError when the ref exists already."""
@@ -1458,12 +1452,12 @@ class Repo:
         args = {"prepare-commit-msg": (str(message), "message"), "commit-msg": (str(message),)}
         argv = (str(path), *args.get(path.name, ()))
         try:
-            return _git_child(argv, self.top, env, limit_s)
+            return _git_run_child(argv, self.top, env, limit_s)
         except OSError as error:
             if error.errno != errno.ENOEXEC:
                 return _GitEnded(126, b"", f"{path} cannot be run: {error}".encode())
         # A script without a #! line: git, too, lets the shell have it.
-        return _git_child(("/bin/sh", *argv), self.top, env, limit_s)
+        return _git_run_child(("/bin/sh", *argv), self.top, env, limit_s)
 
     # -- signatures --------------------------------------------------------------------------------
 

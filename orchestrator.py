@@ -118,6 +118,7 @@ from backlog import (
     context_description,
     dependency_cycles,
     did_you_mean,
+    guardrail_objection,
     last_summary,
     list_of,
     matching,
@@ -350,6 +351,7 @@ class RunView(NamedTuple):
 AGENT_CLIS = ("claude", "codex", "opencode", "gemini", "command", "demo")
 
 DOCUMENT_OUTPUTS = ("changes/{id}_*/", "_ideas/{id}_*")
+BUILT_IN = "built-in defaults"  # where the values of a config without a file come from
 MAX_NUMBER = 2**32 - 1  # what any count or duration may be at most
 MAX_RETRY_DELAY_S = 300.0
 STREAM_IDLE_MINUTES = 15.0  # a long tool command is silent too, so not shorter
@@ -548,7 +550,7 @@ class Config(NamedTuple):
     commits: Commits = Commits()
     notify: Notify = Notify()
     base: Path = Path()  # of the config file; backlog and workflows are relative to it
-    source: str = "built-in defaults"
+    source: str = BUILT_IN
 
 
 TRIAGE_PHASE = Phase(TRIAGE, outputs=DOCUMENT_OUTPUTS)  # has no agent and no limits of its own
@@ -607,7 +609,7 @@ def parse_config(data: bytes, source: str, base: Path) -> Config:
 
 def default_config(base: Path) -> Config:
     """The config of a project that has no orchestrator.toml; goes through the same checks."""
-    return parse_config(b"", "built-in defaults", base)
+    return parse_config(b"", BUILT_IN, base)
 
 
 def _read_table(name: str, table: Fields) -> dict[str, Any]:
@@ -1280,10 +1282,14 @@ def dollars(usd: float) -> str:
 # How a table shows the values of some keys, what it calls them, and how wide a column before the
 # last one may be; others are never cut, because people copy what is in them.
 SHOWN: Mapping[str, Callable[[Any], str]] = {
-    **dict.fromkeys(("when", "finished"), lambda when: when[:16].replace("T", " ")),
+    **dict.fromkeys(
+        ("when", "finished"),
+        lambda when: f"{local_time(datetime.fromisoformat(when)):%Y-%m-%d %H:%M}",
+    ),
     **dict.fromkeys(("summary", "blocked_reason"), lambda text: one_line(text, 300)),
     "commit": lambda commit: commit[:10],
     "pipeline_type": lambda name: "" if name == DEFAULT_PIPELINE else name,
+    "doing": lambda text: one_line(text, 60),
     "waiting_for": ", ".join,
     "phases": " → ".join,
     "turn": "{}.".format,
@@ -1547,9 +1553,16 @@ def commit_message(
         facts["Outcome"] = one.outcome
         trailers += [f"{TRAILER}{key}: {one_line(value)}" for key, value in facts.items() if value]
         for command in one.verified:
-            told_in = wrap(command, SUBJECT_COLUMNS - len(f"{TRAILER}Verified: "), "")
+            told_in = folded([command], SUBJECT_COLUMNS - len(f"{TRAILER}Verified: "))
             trailers.append(f"{TRAILER}Verified: " + "\n  ".join(told_in))
     return "\n\n".join(filter(None, [subject, "\n".join(told), "\n".join(trailers)])) + "\n"
+
+
+def folded(texts: Iterable[str], columns: int = SUBJECT_COLUMNS) -> list[str]:
+    """Texts in lines that are none too long for commitlint, which counts a path, too."""
+    import textwrap
+
+    return [line for text in texts for line in textwrap.wrap(text, columns, break_on_hyphens=False)]
 
 
 def phase_message(entries: Sequence[MessageEntry], run_id: str, style: str = "bracket") -> str:
@@ -1562,7 +1575,7 @@ def phase_message(entries: Sequence[MessageEntry], run_id: str, style: str = "br
         said = " | ".join(f"{one.phase}: {one.text or 'its outputs'}" for one in entries)
         full = f"{kind}({scope}): {said}".rstrip(".")
         subject = one_line(full, SUBJECT_COLUMNS)
-        body = [line for text in whole for line in wrap(text, SUBJECT_COLUMNS, "")]
+        body = folded(whole)
         return commit_message(subject, body if subject != full or ids[1:] else (), entries, run_id)
     short = [f"{one.tag} {one_line(one.text, SUBJECT_PART)}" for one in entries if one.text]
     subject = " | ".join(short) or "".join(one.tag for one in entries) + " Phase outputs"
@@ -1576,7 +1589,7 @@ def state_message(
     told = [f"{one.tag} {one_line(one.summary, 300)}" for one in entries if one.summary]
     subject = f"[orchestrator] {one_line(what, 72)}"
     if style == "conventional":
-        told = [line for text in (subject, *told) for line in wrap(text, SUBJECT_COLUMNS, "")]
+        told = folded((subject, *told))
         said = f"chore(backlog): {what[:1].lower()}{what[1:]}"
         subject = one_line(said.rstrip("."), SUBJECT_COLUMNS)
     return commit_message(subject, told, entries, run_id)
@@ -2082,7 +2095,8 @@ def render_status(rows: Sequence[Mapping[str, Any]], width: int, program: str) -
     if blocked:
         said = [{**row, "blocked_reason": row["blocked_reason"] or NO_REASON} for row in blocked]
         lines += ["", "Blocked, each needs you:", *table("id blocked_reason", said, width, "  ")]
-        lines += [f'  {program} unblock ID --notes "YOUR ANSWER"']
+        how = sorted({unblock_option(row["blocked_reason"]) for row in said})
+        lines += [f"  {program} unblock ID {option}" for option in how]
     waiting = [row for row in rows if row["waiting_for"]]
     if waiting:
         lines += ["", "Waiting for other items:", *table("id waiting_for", waiting, width, "  ")]
@@ -2112,6 +2126,12 @@ def waits_for(item: Item, backlog: Backlog) -> list[str]:
 def block_reason(item: Item) -> str:
     """Why an item is blocked, in one text that is never empty."""
     return item.get("blocked_reason") or NO_REASON
+
+
+def unblock_option(reason: str) -> str:
+    """What `unblock` needs so that the item is not blocked again for the same reason."""
+    overrides = re.search(r"guardrail|human review", reason)
+    return "--override-guardrails" if overrides else '--notes "YOUR ANSWER"'
 
 
 GRAPH_STYLES: Mapping[str, str] = {
@@ -2224,7 +2244,7 @@ def plan_rows(backlog: Backlog, config: Config, options: RunOptions) -> list[dic
             kind, text = _idle_reason(item, ended, config, used_up)
             if item["id"] not in wanted:
                 kind = text = "left out by --target or --only"
-            elif options.targets and item["status"] != "blocked" and not used_up:
+            elif options.targets and not (used_up or item["status"] == "blocked" or kind != text):
                 kind = text = "later: another target comes first"
             add(item, f"then {text}" if item["id"] in started else text, kind=kind)
     return rows
@@ -2328,9 +2348,7 @@ def log_rows(output: str) -> list[dict[str, Any]]:
     return rows
 
 
-def proofs(
-    rows: Iterable[Mapping[str, Any]], code: Container[str]
-) -> dict[str, Mapping[str, Any]]:
+def proofs(rows: Iterable[Mapping[str, Any]], code: Container[str]) -> dict[str, Mapping[str, Any]]:
     """By item the newest row of `log_rows` that tells what checked it, or that nothing did: of a
     phase in `code`, those that change code."""
     found = dict[str, Mapping[str, Any]]()
@@ -2375,6 +2393,7 @@ def finished_rows(
             ends.append((row["when"], row["item"], row["summary"], row["outcome"], row["summary"]))
     costs, commits = worklog_costs(entries), {row["item"]: row["commit"] for row in reversed(told)}
     checks = proofs(told, code)
+    commits |= {item_id: row["commit"] for item_id, row in checks.items()}  # of its code
     rows = dict[str, dict[str, Any]]()
     for when, item_id, title, status, why in ends:
         end = {"id": item_id, "title": title, "status": status, "finished": when}
@@ -2389,7 +2408,7 @@ def finished_rows(
 
 HALT_TEXTS: Mapping[HaltReason, str] = {
     HaltReason.SHUTDOWN_REQUESTED: "stopped on request",
-    HaltReason.CIRCUIT_BREAKER_TRIPPED: "the agent cannot work, or too many items failed in a row",
+    HaltReason.CIRCUIT_BREAKER_TRIPPED: "too many items failed in a row",
     HaltReason.TARGET_BLOCKED: "a target is blocked",
     HaltReason.TARGET_COMPLETED: "no target is left to work on",
     HaltReason.NO_MATCHING_ITEMS: "no item matches --only",
@@ -2407,23 +2426,27 @@ def needs_you(
     rows = []
     for item in sorted(asking, key=lambda item: item["id"] not in first):
         item_id, question = item["id"], block_reason(item)
-        overrides = re.search(r"guardrail|human review", question)
-        how = "--override-guardrails" if overrides else '--notes "YOUR ANSWER"'
         row = {"id": item_id, "title": item["title"], "question": question}
-        row["command"] = f"{program} unblock {one_line(item_id)} {how}"
+        row["command"] = f"{program} unblock {one_line(item_id)} {unblock_option(question)}"
         held_up = [id for id, one in items.items() if item_id in unmet_dependencies(items, one)]
         rows.append({**row, "waiting": held_up})
     return rows
 
 
 def next_steps(
-    reason: HaltReason | None, items: Mapping[str, Item], targets: Sequence[str], program: str
+    reason: HaltReason | None,
+    items: Mapping[str, Item],
+    targets: Sequence[str],
+    program: str,
+    detail: str = "",
 ) -> list[dict[str, str]]:
     """Commands, and why one would give them after a run that ended for this reason."""
     steps = {}
     if reason is None:
         steps["check"] = "shows what stands in the way"
-    if reason is HaltReason.CIRCUIT_BREAKER_TRIPPED:
+    # No probe tells more of a phase that is held, or of a limit.
+    known = detail.startswith("[") or error_kind(detail) == "limit"
+    if reason is HaltReason.CIRCUIT_BREAKER_TRIPPED and not known:
         steps["check --probe"] = f"tries each agent once; their logs: {WORK_DIR}/logs/"
     if reason is HaltReason.NO_MATCHING_ITEMS:
         steps["status"] = "shows what there is to match"
@@ -2432,9 +2455,31 @@ def next_steps(
     elif reason is HaltReason.TARGET_BLOCKED and len(targets) > 1:
         again = "".join(f" --target {one_line(target)}" for target in targets)
         steps[f"run{again} --auto-advance"] = "goes on with the targets that are not blocked"
-    else:
+    elif any(
+        item["status"] not in ("done", "blocked") and not unmet_dependencies(items, item)
+        for item in items.values()
+    ):
         steps["run"] = "goes on with whatever can run then"
     return [{"command": f"{program} {command}", "why": why} for command, why in steps.items()]
+
+
+def what_waits(
+    backlog: Backlog, config: Config, only: Container[str] | None, targets: Iterable[str]
+) -> str:
+    """What a run that found nothing to do has left: targets that wait for other items, and items
+    that would start but for max_wip; "" if there are none."""
+    items, most = backlog.items, config.execution.max_wip
+    held = [items[one] for one in targets if one in items and waits_for(items[one], backlog)]
+    if held:
+        return "; ".join(
+            f"{one['id']} waits for {', '.join(waits_for(one, backlog))}" for one in held
+        )
+    scope = list(_considered(items, only))
+    ready = [one for one in scope if one["status"] == "ready"]
+    wanting = [one["id"] for one in ready if not unmet_dependencies(items, one)]
+    at_work = [one["id"] for one in scope if one["status"] == "in_progress"]
+    who = f"{id_list(wanting)} would start, but {id_list(at_work)} has every place"
+    return f"{who} (max_wip = {most})" if wanting else ""
 
 
 def halt_line(reason: HaltReason | None, detail: str, only_triage: bool = False) -> str:
@@ -2445,6 +2490,8 @@ def halt_line(reason: HaltReason | None, detail: str, only_triage: bool = False)
     text = HALT_TEXTS[reason]
     if only_triage and reason is HaltReason.ALL_DONE_OR_BLOCKED:
         text = "no new item is left to triage"
+    if detail and reason is HaltReason.CIRCUIT_BREAKER_TRIPPED:
+        text = "it cannot go on"
     return f"Halt: {text} ({reason}){f': {detail}' if detail else ''}"
 
 
@@ -2477,14 +2524,14 @@ def render_summary(told: Mapping[str, Any], program: str, width: int = WHOLE_LIN
         needs = [heading("Needs you", asking, SHOWN_ASKING, "status --only status=blocked")]
     for row in asking[:SHOWN_ASKING]:
         indent = " " * (3 + cell_width(one_line(row["id"])))
-        question = f"{one_line(row['question'])} ({one_line(row['title'], 40)})"
+        question = f"{one_line(row['question'], 240)} ({one_line(row['title'], 40)})"
         needs += wrap(f"  {one_line(row['id'])} {question}", width, indent)
         needs.append(f"{indent}{row['command']}")
         if row["waiting"]:
             needs += wrap(f"{indent}waiting for it: {id_list(row['waiting'], 5)}", width)
     rest = []
     if kept:
-        rest = [heading("Failed, and what it left is kept", kept, SHOWN_KEPT, "status")]
+        rest = [heading("Not completed, and kept", kept, SHOWN_KEPT, "status")]
         rest += table("item phase ref", kept[-SHOWN_KEPT:], width, "  ")
     if new := told["follow_ups"]:
         rest += wrap(f"New items ({len(new)}): {id_list(new)}", width)
@@ -3309,7 +3356,7 @@ def last_act(root: Path, cli: str, item_id: str, phase: str) -> str:
     output, report = OutputFile(newest), AgentReport()
     for line in output.lines(last=True):
         output.remember(read_line(report, line, PROFILES[cli].read if cli else None))
-    return next(reversed(output.tail), "")
+    return next(reversed(output.tail), "").replace(f"{root}/", "")
 
 
 class Child:
@@ -3337,7 +3384,7 @@ class Child:
         self.read: Reader | None = None  # of its events, if it has any
         # Called with pid and start time, for it and for what hides whose it is.
         self.started: Callable[[int, int], None] = lambda pid, start: None
-        self.look: Callable[[], bool] = lambda: False  # called often; true: it has settled
+        self.poll: Callable[[], bool] = lambda: False  # called often; true: it has settled
         self.report = AgentReport()
         self.why: Ending = "exit"
         self.code: int | None = None  # as Popen.returncode; None if it could not be killed
@@ -3373,7 +3420,7 @@ class Child:
                 self._take(last=True)
         finally:
             del LIVE[self._marker]
-        self.look()
+        self.poll()
 
     def with_tail(self, text: str) -> str:
         """Append the last lines of both outputs, what was printed as an error last."""
@@ -3435,7 +3482,7 @@ class Child:
                 now = clock()
                 grown = now if self._take() else grown
                 self.seconds, self.silent_s = now - begun, now - grown
-                settled = self.look()
+                settled = self.poll()
                 reasons: dict[Ending, bool] = {
                     "exit": gone.is_set(),
                     "stop": self.stop.is_set(),
@@ -3509,7 +3556,7 @@ async def run_attempt(
         return AgentOutcome("cancelled", detail="not started: the run is stopping")
     told = Progress()
 
-    def look() -> bool:
+    def poll() -> bool:
         """Tell what is new; whether a valid result has long stayed the same: the agent lingers."""
         nonlocal told
         last = child.report.last
@@ -3529,7 +3576,7 @@ async def run_attempt(
     argv = agent_argv(spec)
     try:
         child = Child(spec, argv, spec.attempt, stop, hurry)
-        child.idle_s, child.started, child.look = spec.idle_timeout_s, started, look
+        child.idle_s, child.started, child.poll = spec.idle_timeout_s, started, poll
         if not spec.task.phase.run:
             child.stdin, child.read = spec.prompt_path, PROFILES[spec.settings.cli].read
         spec.prompt_path.write_text(spec.prompt, encoding="utf-8", errors="replace")
@@ -3810,7 +3857,8 @@ def demo_agent(env: Mapping[str, str], prompt: str, root: Path) -> int:
 
     Words in an item's title choose what happens: "risky" is rated high risk at triage, "flaky"
     calls broken code done at its first attempt at the phase build, "follow-up" makes build report a
-    new item, "unclear" blocks at its first document. Everything else is completed.
+    new item, "unclear" blocks at its first document, until it is unblocked. Everything else is
+    completed.
     """
     import json
 
@@ -3842,7 +3890,7 @@ def demo_agent(env: Mapping[str, str], prompt: str, root: Path) -> int:
         document = folder / f"{safe_name(phase).upper()}.md"
         document.write_text(f"# {title}: {phase}\n\nWritten by the demo agent.\n")
         report["summary"] = f"Wrote {document.name}"
-        if "unclear" in words:
+        if "unclear" in words and "## Unblock Context" not in prompt:
             report |= {"result": "blocked", "summary": "It is unclear what is wanted"}
             report["context"] = "Is this for users or for developers?"
     target = Path(env[ATTEMPT_MARK])
@@ -3885,7 +3933,9 @@ def set_up_logging(args: argparse.Namespace, live: LiveLine | None = None) -> No
                 text += f"\n{logging.Formatter().formatException(record.exc_info)}"
             lines = f"{clock} {tag}{clean_text(text)}".split("\n")
             width = output_width(sys.stderr)
-            text = "\n".join(part for line in lines for part in wrap(line, width, " " * 9))
+            # A line that is indented already is a command to be copied.
+            pieces = ([one] if one[:2] == "  " else wrap(one, width, " " * 9) for one in lines)
+            text = "\n".join(itertools.chain(*pieces))
             return tint(text) if tinted else text
 
         def emit(self, record: logging.LogRecord) -> None:
@@ -3938,7 +3988,7 @@ class LiveLine:
             import shutil
 
             with suppress(OSError):
-                sys.stderr.write(one_line(self.text(), shutil.get_terminal_size().columns - 1))
+                sys.stderr.write(fit(self.text(), shutil.get_terminal_size().columns - 1).rstrip())
                 sys.stderr.flush()
 
 
@@ -4051,13 +4101,14 @@ class Aftermath(NamedTuple):
 
 
 class Held(str):
-    """Why the outcome of a phase cannot be committed now, which is not the phase's doing."""
+    """Why a phase that is finished cannot be committed now, which is not its doing: the journal
+    keeps its result, and the next start tries again."""
 
 
 class Ledger:
     """Everything a run writes: decisions, worklog and commits. Synchronous, for one thread.
 
-    The order at the end of a phase (look, hooks, checks, decide, journal, save, worklog, commit)
+    The order at the end of a phase (compare, hooks, checks, decide, journal, save, worklog, commit)
     makes every crash point one that `recover` can finish; `conclude` has it. `check` runs the
     checks of an attempt to their end: see `run_verify`.
     """
@@ -4078,6 +4129,9 @@ class Ledger:
         self.commit_trouble = ""  # the last complaint of `commit`, so that it is made once
         self.troubled_since = 0.0  # monotonic seconds; 0: there is none
         self.held = ""  # why a hook keeps documents from being committed
+        self.recovered: list[Applied] = []  # what a start has finished for the last run
+        self.kept: list[str] = []  # the salvage refs made
+        self.remarks: list[str] = []  # what the summary is to say of the operator's own files
 
     @property
     def journal(self) -> Journal:
@@ -4203,7 +4257,9 @@ class Ledger:
 
     # -- one attempt -------------------------------------------------------------------------------
 
-    def begin(self, task: Task, number: int, previous: Attempt | None = None) -> Attempt | None:
+    def begin_attempt(
+        self, task: Task, number: int, previous: Attempt | None = None
+    ) -> Attempt | None:
         """Record that an attempt starts: snapshot and journal first, then the agent.
 
         None if the item was deleted or moved before its phase began. A retry of a document phase
@@ -4248,12 +4304,12 @@ class Ledger:
         self.store.note({"process": line}, flush=False)
 
     def conclude(self, attempt: Attempt, result: PhaseResult) -> Applied | str:
-        """After the agent: look → hooks → checks → decide → journal → save → worklog → commit.
+        """After the agent: compare → hooks → checks → decide → journal → save → worklog → commit.
 
-        Returns a text instead, and nothing is decided, where the attempt has failed after all: Held
-        or CannotRun, where that is not its doing.
+        Returns a text instead, and nothing is decided, where the attempt has failed after all, or
+        is Held.
         """
-        seen, message, verified = self.look(attempt), "", tuple[str, ...]()
+        seen, message, verified = self.compare(attempt), "", tuple[str, ...]()
         outcome, summary = "complete", result.commit_summary or result.summary
         if result.result == "blocked":
             entries, summary = self._documents(attempt, seen), result.context or result.summary
@@ -4276,8 +4332,8 @@ class Ledger:
 
     def fail(self, attempt: Attempt) -> str | None:
         """Charge a failed attempt; returns the ref that keeps what a destructive one left."""
-        ref = self._salvage(attempt, self.look(attempt))
-        # Documents are still to be looked after: see `begin` and `cancel`.
+        ref = self._salvage(attempt, self.compare(attempt))
+        # Documents are still to be looked after: see `begin_attempt` and `cancel`.
         ended = [attempt.token] if attempt.destructive else []
         self.store.change(
             lambda draft: charge_attempt(draft, attempt.item, self.clock()),
@@ -4287,7 +4343,7 @@ class Ledger:
 
     def give_up(self, attempt: Attempt, reason: str, result: PhaseResult | None) -> Applied:
         """Record that the last attempt failed: the item is blocked."""
-        seen = self.look(attempt)
+        seen = self.compare(attempt)
         entries = self._documents(attempt, seen)
         reason = _with_salvage_note(reason, self._salvage(attempt, seen))
         failed = result or PhaseResult(attempt.task.item_id, attempt.task.name, "failed", reason)
@@ -4301,7 +4357,7 @@ class Ledger:
         """
         if attempt.token not in self.journal.attempts:  # its end is in the journal already
             return None
-        seen = self.look(attempt)
+        seen = self.compare(attempt)
         ref = self._salvage(attempt, seen)
         line: dict[str, Any] = {"ended": [attempt.token], **self._costs(attempt)}
         documents, _ = self._outputs(attempt, seen)
@@ -4314,7 +4370,7 @@ class Ledger:
 
     # -- what a phase left in the work tree --------------------------------------------------------
 
-    def look(self, attempt: Attempt) -> Aftermath:
+    def compare(self, attempt: Attempt) -> Aftermath:
         """Compare the work tree with the snapshot taken before an attempt.
 
         What an agent's git command took away from the operator, the only copy of it, is put back;
@@ -4322,9 +4378,12 @@ class Ledger:
         branch was switched or rewound.
         """
         before, after = attempt.before, self.repo.snapshot()
-        changes = self._changes(before.tree, after.tree)
-        ground = self._dirt(self.ground or before)
-        dirt = self._dirt(before).items()
+        changes, base = self._changes(before.tree, after.tree), self.ground or before
+        ground, dirt = self._dirt(base), self._dirt(before).items()
+        if base.tree != before.tree:  # hidden then by an agent's stash, it is no change of this one
+            touched = {change.after.path for change in self._changes(base.tree, after.tree)}
+            back = ground.keys() - touched
+            changes = [change for change in changes if change.after.path not in back]
         theirs = {p: entry for p, entry in dirt if p in ground and p not in attempt.strays}
         taken = [
             change
@@ -4346,6 +4405,10 @@ class Ledger:
             changes = [change for change in changes if change.after.path in attempt.only]
         self._refuse_lost_branch(attempt, after.head)
         old, new = before.head.commit, after.head.commit
+        if new and new != old and self.journal.run["id"] != self.run_id:
+            # It was killed, and what is in HEAD by now has been committed by the operator since.
+            done = theirs.keys() - {change.after.path for change in self._changes(new, after.tree)}
+            changes = [change for change in changes if change.after.path not in done]
         commits = self.repo.commits_between(old, new) if old and new and old != new else []
         if foreign := [commit[:10] for commit in commits if commit not in self.own_commits]:
             log().info("%s commits made meanwhile: %s", attempt.tag, ", ".join(foreign))
@@ -4363,7 +4426,7 @@ class Ledger:
 
     def left_nothing(self, attempt: Attempt) -> bool:
         """Whether an attempt changed nothing in the repository; others may have, beside it."""
-        seen = self.look(attempt)
+        seen = self.compare(attempt)
         if seen.after.head.commit not in (attempt.before.head.commit, *self.own_commits):
             return False
         return not (seen.changes if attempt.destructive else any(self._outputs(attempt, seen)))
@@ -4404,7 +4467,7 @@ class Ledger:
         if clash:
             return (
                 f"changed {one_line(', '.join(clash), 200)}, which the operator had uncommitted"
-                " changes in; commit or set them aside, then run again"
+                " changes in; leave it alone"
             )
         moved = seen.after.head.commit != attempt.before.head.commit
         empty = not (seen.changes or moved or attempt.task.phase.allow_empty)
@@ -4443,9 +4506,10 @@ class Ledger:
                     return judged
                 _, hook, _, entries, message = judged
             if checks and (trouble := self.check(attempt, checks)) is not None:
-                return trouble
+                cannot = isinstance(trouble, CannotRun)
+                return self._hold(attempt, result, trouble) if cannot else trouble
             if checks or hook:  # what they did to the work tree is the phase's, too
-                seen = self.look(attempt)
+                seen = self.compare(attempt)
             apart = self._apart(attempt, seen, {*entries}) if checks or hook else []
             if apart and not checks:  # as `git commit` would have it: mended, and not added
                 log().warning(
@@ -4480,8 +4544,7 @@ class Ledger:
     ) -> HookResult | str:
         """Let the repository's hooks judge and mend the commit of a destructive phase.
 
-        Returns what is to be committed, or why the attempt has failed; or Held, where that is not
-        the attempt's doing: then the journal keeps the result, and the next start tries again.
+        Returns what is to be committed, or why the attempt has failed or is Held.
         """
         summary, kind = result.commit_summary or result.summary, _commit_type(attempt, result)
         task, token = attempt.task, attempt.token
@@ -4504,24 +4567,32 @@ class Ledger:
             return verdict._replace(entries=mine)
         if verdict.outcome == "files":
             return f"{_hook_trouble(verdict)}:\n{verdict.output}"
-        now = self.look(attempt)  # a hook that was ended may have stashed the operator's files away
-        self.repo.restage(attempt.before, now.after)
+        keys = "commits.style, commits.signoff and execution.hook_timeout_seconds"
+        why = f"{_hook_trouble(verdict)}: {verdict.output}\nSee {keys}"
+        return self._hold(attempt, result, why)
+
+    def _hold(self, attempt: Attempt, result: PhaseResult, why: str) -> Held:
+        """Keep the result of a phase in the journal, and what it left, for the next start."""
+        now = self.compare(attempt)  # a hook that was ended may have the operator's files stashed
+        if attempt.destructive:
+            self.repo.restage(attempt.before, now.after)
         kept = self.repo.snapshot(f"{SNAPSHOT_REFS}{self.run_id}/{attempt.token}-held")
         line = {"result": result._asdict(), "after": kept.tree}
         self.store.note({"attempt": {**attempt.line(), "held": line}, **self._costs(attempt)})
-        return Held(
-            f"{attempt.label} is finished, but {_hook_trouble(verdict)}: {verdict.output}\n"
-            "Nothing is charged, and the next start commits it once that is mended: see"
-            " commits.style, commits.signoff and execution.hook_timeout_seconds"
-        )
+        free = "Nothing is charged, and the next start goes on from there once that is mended"
+        return Held(f"{attempt.label} is finished, but {why}\n{free}")
 
     def _conclude_held(self, attempt: Attempt, held: Mapping[str, Any]) -> bool:
-        """Commit what a phase of the last run finished and a hook held up; False: run it again.
+        """Commit what a phase of the last run finished and was Held; False: run it again.
 
         OrchestratorError where it still cannot be committed.
         """
         now, kept = self.repo.snapshot(), attempt.before._replace(tree=held["after"])
-        was = {c.after.path: c.before for c in self._changes(attempt.before.tree, kept.tree)}
+        left = self._changes(attempt.before.tree, kept.tree)
+        if not attempt.destructive:  # others may have been at work beside it
+            mine = {*self._outputs(attempt, Aftermath(kept, left, {}))[0]}
+            left = [change for change in left if change.after in mine]
+        was = {change.after.path: change.before for change in left}
         attempt.only = frozenset(was)  # what else is in the tree by now is the operator's
         old, head = attempt.before.head.commit, now.head.commit
         since = self.repo.changes(old, head) if old and head else []
@@ -4533,11 +4604,13 @@ class Ledger:
         verdict = self.conclude(
             attempt, PhaseResult(**{**held["result"], "follow_ups": follow_ups})
         )
-        if isinstance(verdict, (Held, CannotRun)):
+        if isinstance(verdict, Held):
             raise OrchestratorError(verdict)
         if isinstance(verdict, str):
             log().warning("%s %s", attempt.tag, verdict)
-        return isinstance(verdict, Applied)
+            return False
+        self.recovered.append(verdict)
+        return True
 
     # -- what is kept on refs ----------------------------------------------------------------------
 
@@ -4560,14 +4633,24 @@ class Ledger:
         if not (mine or theirs):
             return None
         ref = self._salvage_refs(attempt.task)[1]
-        self.repo.salvage(ref, seen.after, f"{attempt.label} Salvaged changes")
+        left = [change.after for change in (*mine, *theirs)]
+        self.repo.salvage(ref, head, left, f"{attempt.label} Salvaged changes")
         self.repo.restore(base, mine)
         self.repo.restore(before, theirs)
         links = (c.after.path for c in seen.changes if c.after.mode == GITLINK_MODE)
         self.space.add_strays(links)  # they stay: nothing else holds their commits
-        paths = one_line(", ".join(change.after.path for change in (*mine, *theirs)), 200)
+        paths = one_line(", ".join(entry.path for entry in left), 200)
         log().info("%s what it left is kept on %s: %s", attempt.tag, ref, paths)
+        for change in theirs:
+            text = (
+                f"{change.after.path}, which had uncommitted changes of yours, was changed while"
+                f" {attempt.label} ran, by its agent or by you: it is as it was before. What it"
+                f" held then:\n  git show {ref}:{command_text([change.after.path])}"
+            )
+            log().warning("%s", text)
+            self.remarks.append(text)
         self.salvaged = None
+        self.kept.append(ref)
         return ref
 
     def last_salvage(self, task: Task) -> str | None:
@@ -4602,13 +4685,16 @@ class Ledger:
             if not gone:
                 return
             did = f"took commits off the branch: {', '.join(commit[:10] for commit in gone)}"
+            if self.journal.run["id"] != self.run_id:
+                did = f"(or you, since it was killed) {did}"
             remedy = "git merge -X ours {}"
         kept = self._keep_tip(attempt, tip) if tip else "no ref, for there was no commit yet"
         if head.branch == before.branch:  # whoever starts again has seen what was done
             self.store.note({"ended": [attempt.token]})
         raise OrchestratorError(
             f"{attempt.label} {did}. The run stops here; what was there is kept on"
-            f" {kept}. Look at what was done; this goes back: {remedy.format(kept)}"
+            f" {kept}. Look at what was done; to leave it so, start again; this goes back:"
+            f" {remedy.format(kept)}"
         )
 
     def _keep_tip(self, attempt: Attempt, tip: str) -> str:
@@ -4676,11 +4762,7 @@ class Ledger:
         data = state.document.to_bytes()
 
         def text(before: bytes | None) -> str:
-            try:
-                old = State.read(before or b"", path.name).items
-            except (BacklogError, YamlError):
-                old = {}
-            entries = state_entries(old, state.items) if old else ()
+            entries = self.space.entries_since(before)
             return message(entries, self.run_id, self.config.commits.style)
 
         done = self.repo.commit_state(path, data, text, expect_branch=self.branch)
@@ -4716,8 +4798,12 @@ class Ledger:
     def end(self, run_id: str) -> None:
         """Drop the journal and the run's snapshots, if nothing is left to do."""
         try:
+            tries_again = self.config.execution.on_usage_limit != "wait"  # who starts the next run
+            if self.journal.rests and tries_again:
+                self.store.note({"rests": dict.fromkeys(self.journal.rests)})
             if self.repo.branch() == self.branch and self.committed is not None:
-                if self.journal.settled:  # the refs first: without a journal nobody would drop them
+                # The refs first: without a journal nobody would drop them.
+                if not (self.journal.attempts or self.journal.outcomes):
                     self.repo.drop_refs(self.repo.refs(f"{SNAPSHOT_REFS}{run_id}/"))
                 self.store.settle(self.committed)
             if stop_requested(self.repo.state_dir, run_id):  # not one that is for another run
@@ -4735,18 +4821,14 @@ class Ledger:
         is lost then.
         """
         self.take_in(patient=False)
+        refused = list[OrchestratorError]()
         for line in list(self.journal.attempts.values()):
-            attempt = Attempt.from_line(line)
-            if "held" in line and self._conclude_held(attempt, line["held"]):
-                continue
-            log().info("%s was cut off; it starts again", attempt.tag)
-            if ref := self.cancel(attempt):
-                log().warning(
-                    "The files are again as they were before that phase. What you have changed"
-                    " yourself since the crash is kept with the rest; to get a file of yours back:"
-                    " git restore --source=%s -- PATH",
-                    ref,
-                )
+            try:
+                self._recover_attempt(Attempt.from_line(line), line.get("held"))
+            except OrchestratorError as error:  # a rewound branch is told of once, for all of them
+                refused.append(error)
+        if refused:
+            raise refused[0]
         for outcome in self.pending:
             if self.repo.mentions(outcome.token, outcome.parent):
                 self.store.note({"committed": [outcome.token]})
@@ -4764,6 +4846,18 @@ class Ledger:
         message = partial(state_message, "Recover backlog state")
         self.commit_state("recovered what the last run decided", message)
 
+    def _recover_attempt(self, attempt: Attempt, held: Mapping[str, Any] | None) -> None:
+        if held is not None and self._conclude_held(attempt, held):
+            return
+        log().info("%s was cut off; it starts again", attempt.tag)
+        if ref := self.cancel(attempt):
+            log().warning(
+                "The files are again as they were before that phase. What you have changed"
+                " yourself since the crash is kept with the rest; to get a file of yours back:"
+                "\n  git restore --source=%s -- PATH",
+                ref,
+            )
+
     def _overtaken(self, outcome: Outcome) -> list[str]:
         """The paths of an outcome that somebody has committed something else to since."""
         head = self.repo.head().commit
@@ -4777,7 +4871,8 @@ class Ledger:
         phase = Task(outcome.item, Phase(outcome.phase), "main")
         ref, self.salvaged = self._salvage_refs(phase)[1], None
         why = f"{outcome.label} Salvaged changes"
-        self.repo.keep_entries(ref, outcome.parent, outcome.entries, why)
+        self.repo.salvage(ref, outcome.parent, outcome.entries, why)
+        self.kept.append(ref)
 
         def undo(draft: Draft) -> None:
             if outcome.was is not None and outcome.outcome != "interrupted":
@@ -4942,14 +5037,14 @@ class Run:
         options: RunOptions,
         live: LiveLine,
         run_id: str,
-        begin: Callable[[Check], Ledger],
+        open_ledger: Callable[[Check], Ledger],
     ) -> None:
         self.space = space
         self.config = space.config
         self.options = options
         self.live = live
         self.run_id = run_id
-        self.begin = begin  # recovers, checks, opens the journal
+        self.open_ledger = open_ledger  # recovers, checks, opens the journal
         self.ledger: Ledger | None = None  # None: the run has not begun
         self.totals = Totals()
         self.reason: HaltReason | None = None  # None: an error ended the run
@@ -4958,7 +5053,7 @@ class Run:
         self.signal: int | None = None  # the first that came
         self.stopping = asyncio.Event()  # end the agents now
         self.hurry = asyncio.Event()  # and without grace
-        self.stop_requested = False  # start nothing more
+        self.halting = asyncio.Event()  # start nothing more
         self.running: dict[str, Running] = {}
         self.workers: set[asyncio.Task[None]] = set()
         self.matched: set[str] = set()  # ids the filters ever matched
@@ -4967,6 +5062,7 @@ class Run:
         self.free: dict[tuple[str, str], bool] = {}
         self.breaker = ""  # why the agent itself cannot work
         self.awake: set[str] = set()  # agents that have begun to work in this run
+        self.ticker: asyncio.Task[None] | None = None
         self.coordinator = Coordinator()
         self.do = self.coordinator.do
 
@@ -4979,7 +5075,9 @@ class Run:
             loop.add_signal_handler(number, self._on_signal, number)
         self.coordinator.start()
         try:
-            self.ledger = await self.do(self.begin, self._check)
+            self.ledger = await self.do(self.open_ledger, self._check)
+            for applied in self.ledger.recovered:
+                self._count(applied)
             await self.do(self.ledger.take_up, self.options.overridden)
             self.reason = await self._work()
         except BaseException:
@@ -5003,7 +5101,7 @@ class Run:
                 "stopping: ending the agents, then saving (once more: without waiting for them)"
             )
         self.signal = self.signal or number
-        self.stop_requested = True
+        self.halting.set()
         self.stopping.set()
 
     async def _shut_down(self) -> None:
@@ -5020,6 +5118,8 @@ class Run:
             self.reason = None
             raise
         finally:
+            if self.ticker is not None:
+                self.ticker.cancel()
             self.live.show(None)
             try:
                 await asyncio.to_thread(end_leftovers, self.run_id)
@@ -5051,6 +5151,7 @@ class Run:
             texts.append(f"not committed yet, but kept in the journal for the next run: {names}")
         if self.state_commit is not None and self.state_commit.warning:
             texts.append(self.state_commit.warning)
+        texts += self.ledger.remarks if self.ledger is not None else []
         if self.space.repo.unsigned:
             first, *rest = self.space.repo.unsigned
             texts.append(
@@ -5075,6 +5176,7 @@ class Run:
 
     async def _work(self) -> HaltReason:
         """Look, decide, start, wait, until there is a reason to halt."""
+        self.ticker = asyncio.create_task(self._tick())
         for agent, pause in self.book.pauses().items():
             if pause.until > self._now():
                 log().info("%s %s (%s)", agent, self._rest_text(pause), pause.reason)
@@ -5099,10 +5201,18 @@ class Run:
                 log().error("%s", trouble)
                 self.breaker = trouble
 
+    async def _tick(self) -> None:
+        """Keep the live line going, whatever the coordinator is busy with."""
+        while True:
+            self.live.show(self._live_text)
+            await asyncio.sleep(POLL_S)
+
     def _look_for_stop(self) -> bool:
         """Whether the run is to end, be it by a signal or by `orchestrator stop`."""
-        self.stop_requested |= stop_requested(self.space.repo.state_dir, self.run_id)
-        return self.stop_requested
+        if not self.halting.is_set() and stop_requested(self.space.repo.state_dir, self.run_id):
+            log().warning("asked to stop: what is in flight is finished, nothing new is started")
+            self.halting.set()
+        return self.halting.is_set()
 
     def _offered(self, resting: Collection[str] = ()) -> list[Action]:
         """What could be started now, the cap not yet applied."""
@@ -5127,7 +5237,7 @@ class Run:
             backlog=self.backlog.items,
             running=self._running_tasks(),
             actions=tuple(offered),
-            stop_requested=self.stop_requested,
+            stop_requested=self.halting.is_set(),
             breaker_open=bool(self.breaker) or exhausted,
             targets=() if options.only_triage else options.targets,
             auto_advance=options.auto_advance,
@@ -5196,7 +5306,6 @@ class Run:
     async def _wait(self) -> None:
         """Until a phase ends, the run is stopped, or it is time to look at the disk again."""
         stopped = asyncio.ensure_future(self.stopping.wait())
-        self.live.show(self._live_text)
         done, _ = await asyncio.wait(
             {*self.workers, stopped}, timeout=POLL_S, return_when=asyncio.FIRST_COMPLETED
         )
@@ -5216,8 +5325,8 @@ class Run:
     async def _attempts(self, task: Task) -> Applied | None:
         """Run a phase until it succeeds or its attempts are used up; None: interrupted.
 
-        One attempt: snapshot → agent → look → hooks → checks → decide → journal → save → worklog →
-        commit; what comes behind the agent is `Ledger.conclude`.
+        One attempt: snapshot → agent → compare → hooks → checks → decide → journal → save → worklog
+        → commit; what comes behind the agent is `Ledger.conclude`.
         """
         book, most = self.book, self.config.execution.max_retries + 1
         item = self.backlog.items.get(task.item_id)
@@ -5225,7 +5334,7 @@ class Run:
         failure, salvaged = self.failures.pop(task.item_id, ""), None
         attempt: Attempt | None = None
         for number in itertools.count(min(first, most)):
-            attempt = await self.do(book.begin, task, number, attempt)
+            attempt = await self.do(book.begin_attempt, task, number, attempt)
             if attempt is None:
                 self._tell(task, "not started: the item was deleted or moved meanwhile")
                 return None
@@ -5235,14 +5344,10 @@ class Run:
                 return None
             verdict = await self._judge(attempt, outcome)
             if isinstance(verdict, Held):
-                self._trip(task, verdict)
-                return None
-            if isinstance(verdict, CannotRun):
-                why = one_line(verdict, TAIL_COLUMNS)
-                if not self.stopping.is_set():  # nobody's failure but the config's
-                    self._trip(task, why)
-                self.failures[task.item_id] = failure
-                await self._interrupted(attempt, outcome._replace(kind="cancelled", detail=why))
+                if self.stopping.is_set():
+                    self._say(task, "interrupted by the stop; the next start checks and commits it")
+                else:
+                    self._trip(task, verdict)
                 return None
             if isinstance(verdict, Applied):
                 return verdict
@@ -5351,7 +5456,7 @@ class Run:
     async def _put_off(self, task: Task, delay: float) -> bool:
         """Wait before a retry; whether it has to wait longer: for the next run, or its agent."""
         with suppress(TimeoutError):
-            await asyncio.wait_for(self.stopping.wait(), delay)
+            await asyncio.wait_for(self.halting.wait(), delay)
             return True
         if agent_of(self.config, task.phase) not in self.book.pauses():
             return self._look_for_stop()
@@ -5360,6 +5465,8 @@ class Run:
 
     def _check(self, attempt: Attempt, commands: Sequence[Sequence[str]]) -> str | None:
         """For the coordinator's thread, which waits: run the checks of an attempt."""
+        if running := self.running.get(attempt.task.item_id):  # a start has none
+            running.seen = Progress(f"checks: {'; '.join(map(command_text, commands))}")
         verdict = run_verify(self._spec(attempt), commands, stop=self.stopping, hurry=self.hurry)
         return asyncio.run_coroutine_threadsafe(verdict, self.loop).result()
 
@@ -5480,7 +5587,7 @@ class Run:
             log().warning("%s is blocked: %s", item_id, one_line(applied.reason, 300))
         elif applied.state == "advanced":
             status, phase = applied.item["status"], applied.item.get("phase")
-            log().info("%s is %s now", item_id, f"{status}, {phase} next" if phase else status)
+            log().info("%s is %s now%s", item_id, status, f", next: {phase}" if phase else "")
 
     def _note_progress(self, running: Running, seen: Progress) -> None:
         """Show what an agent does; the log gets a line of it every few minutes."""
@@ -5510,8 +5617,8 @@ class Run:
         so_far += f" · ${spent.cost_usd:.2f}" if spent.cost_usd is not None else ""
         last = "; ".join(one.last for one in seen if one.last)
         return (
-            f"phases {totals.phases}/{self.options.cap} · {', '.join(doing) or 'waiting'} ·"
-            f" done {len(totals.completed)} · blocked {len(totals.blocked)}{so_far}  {last}"
+            f"phases {totals.phases}/{self.options.cap} · done {len(totals.completed)} · blocked"
+            f" {len(self.blocked_now())}{so_far} · {', '.join(doing) or 'waiting'}  {last}"
         )
 
 
@@ -5553,7 +5660,7 @@ class RunLock:
                 f"another run is at work here ({self.holder() or 'it has just begun'}). Wait for"
                 f" it, or ask it to stop with `{program_name()} stop`."
             ) from None
-        since = f"{datetime.now():%Y-%m-%d %H:%M:%S}"
+        since = local_time(utc_now()).isoformat(timespec="seconds")
         os.ftruncate(handle, 0)
         os.pwrite(handle, f"{self.owner}, pid {os.getpid()}, since {since}\n".encode(), 0)
         self._handle = handle
@@ -5596,7 +5703,8 @@ class Workspace(NamedTuple):
             return not self.repo.is_tracked(path)
         with suppress(OSError):
             found = (self.repo.top / path).lstat()
-            return any(os.path.samestat(found, os.fstat(fd)) for fd in (1, 2))
+            own_output = any(os.path.samestat(found, os.fstat(fd)) for fd in (1, 2))
+            return own_output or self.strays().get(path) == self._stamps(path)[1]
         return False
 
     def strays(self) -> dict[str, str]:
@@ -5605,23 +5713,50 @@ class Workspace(NamedTuple):
         with suppress(OSError):
             text = os.fsdecode((self.repo.state_dir / "strays").read_bytes())
             for stamp, _, path in (line.partition(" ") for line in text.split("\0")):
-                if stamp == self._stamp(path):
+                if stamp in self._stamps(path):
                     known[path] = stamp
         return known
 
-    def add_strays(self, paths: Iterable[str]) -> None:
+    def add_output(self) -> None:
+        """Remember the files that our output goes to, also through `| tee`, for the runs that write
+        elsewhere: those that our process group has open for writing (Linux)."""
+        for process in processes().values():
+            folder = Path(f"/proc/{process.pid}")
+            for fd in folder.glob("fd/*") if process.group == os.getpgrp() else ():
+                with suppress(OSError, ValueError):  # it has ended, or is somebody else's
+                    path, info = Path(os.readlink(fd)), folder / "fdinfo" / fd.name
+                    flags = int(re.findall(r"flags:\s*(\d+)", info.read_text())[0], 8)
+                    if (
+                        flags & os.O_ACCMODE
+                        and path.is_file()
+                        and path.is_relative_to(self.repo.top)
+                    ):
+                        self.add_strays([self.repo.relative(path)], growing=True)
+
+    def add_strays(self, paths: Iterable[str], *, growing: bool = False) -> None:
         """Remember paths as strays: never committed by us, and never taken for the operator's."""
-        known = self.strays() | {path: self._stamp(path) for path in paths}
+        known = self.strays() | {path: self._stamps(path)[growing] for path in paths}
         text = "\0".join(f"{stamp} {path}" for path, stamp in known.items() if stamp)
         replace_file(self.repo.state_dir / "strays", os.fsencode(text))
 
-    def _stamp(self, path: str) -> str:
-        """By what a stray is known again: its time and size, of a folder only that it is one."""
+    def _stamps(self, path: str) -> tuple[str, str]:
+        """By what a stray is known again: its time and size, of a folder only that it is one; or
+        one that still grows, by which file it is."""
         try:
             found = (self.repo.top / path).lstat()
         except OSError:
-            return ""
-        return "folder" if stat.S_ISDIR(found.st_mode) else f"{found.st_mtime_ns}-{found.st_size}"
+            return "", ""
+        state = f"{found.st_mtime_ns}-{found.st_size}"
+        same = f"inode-{found.st_ino}"
+        return "folder" if stat.S_ISDIR(found.st_mode) else state, same
+
+    def entries_since(self, before: bytes | None) -> list[MessageEntry]:
+        """What a state commit says of each item that has changed since a version of the file."""
+        try:
+            old = State.read(before or b"", self.store.path.name).items
+        except (BacklogError, YamlError):
+            return []
+        return state_entries(old, self.store.state.items) if old else []
 
     def run_lock(self, owner: str = "a command") -> RunLock:
         return RunLock(self.repo.state_dir / "run.lock", owner)
@@ -5715,14 +5850,13 @@ def begin_run(space: Workspace, run_id: str, check: Check, *, allow_dirty: bool)
         pairs = [pair for line in last.attempts.values() for pair in line.get("processes", ())]
         end_leftovers(last.run["id"], dict(pairs))
     repo.clean_leftovers()
+    space.add_output()
     repo.bring_out(f"{repo.prefix}{WORKLOG_DIR}/")
     store.look()
     ledger = Ledger(space, run_id, utc_now, check)
     if last is not None:
         repo.hook_env = {RUN_MARK: last.run["id"]}  # the one that the journal names
         ledger.recover()
-        if space.config.execution.on_usage_limit != "wait":  # somebody starts it to try again
-            store.note({"rests": dict.fromkeys(ledger.journal.rests)})
         ledger.end(last.run["id"])
         head = repo.head()
     _refuse([*preflight(space, allow_dirty=allow_dirty), *signing_problems(repo)])
@@ -5778,6 +5912,10 @@ def preflight(space: Workspace, *, allow_dirty: bool) -> list[Problem]:
     problems = repo.problems(space.store.path) or _message_problems(space)
     if not allow_dirty:
         problems += _dirty_problems(space)
+    path, commit = repo.root / CONFIG_NAME, repo.head().commit
+    if config.source == BUILT_IN and repo.committed(commit, repo.relative(path)) is not None:
+        what = f"{CONFIG_NAME} is in git, but not on disk, so that what it says does not count"
+        problems.append(Problem(what, f"Bring it back: git restore {CONFIG_NAME}"))
     problems += preflight_config(config, lambda path: (config.base / path).exists())
     problems += preflight_items(config, space.store.backlog)
     problems += preflight_agents(config, repo.root)
@@ -5813,6 +5951,8 @@ def _dirty_problems(space: Workspace) -> list[Problem]:
     prefix = space.repo.prefix
     folders = tuple(f"{prefix}{name}/" for name in (CHANGES_DIR, IDEAS_DIR))
     known = {prefix + CONFIG_NAME, *space.strays()}
+    with suppress(GitError):  # this program itself, if it was copied here
+        known.add(space.repo.relative(Path(__file__).absolute()))
     dirty = [
         path
         for path in space.repo.dirty_paths()
@@ -5985,12 +6125,17 @@ def summary_of(space: Workspace, run: Run, code: int) -> dict[str, Any]:
     history = read_log(space, most) if totals.spent else []
     checks = proofs(history, code_phases(space.config))
     log_rows = [row for row in history if row["run_id"] == run.run_id]
-    finished = {(row["item"], row["phase"]) for row in log_rows if row["outcome"] == "complete"}
-    failed = {(safe_name(id), safe_name(phase)) for id, phase in totals.spent.keys() - finished}
-    kept = {(row["item"], row["phase"]): row for row in salvages(space)} if failed else {}
+    ended = [(row["item"], row["phase"]) for row in log_rows if row["outcome"] == "complete"]
+    finished = {(safe_name(item_id), safe_name(phase)) for item_id, phase in ended}
+    made = run.book.kept
+    kept = [row for row in salvages(space) if row["ref"] in made] if made else []
     commits = {row["item"]: row["commit"] for row in reversed(log_rows)}
+    commits |= {item_id: row["commit"] for item_id, row in checks.items()}  # of its code
     titles = totals.titles | {item_id: item["title"] for item_id, item in items.items()}
     detail = run.cap_reached() if run.reason is HaltReason.CAP_REACHED else run.breaker
+    if run.reason is HaltReason.ALL_DONE_OR_BLOCKED and not options.only_triage:
+        only = run.matched if options.filters else None
+        detail = detail or what_waits(run.backlog, space.config, only, options.targets)
     return {
         "schema": 1,
         "run_id": run.run_id,
@@ -6024,10 +6169,11 @@ def summary_of(space: Workspace, run: Run, code: int) -> dict[str, Any]:
         "filters": [str(one) for one in options.filters],
         "targets": list(options.targets),
         "state_commit": done.commit if done and done.outcome == "committed" else None,
-        "kept": [row for pair, row in kept.items() if pair in failed],
-        "warnings": run.warnings(),
+        "kept": [row for row in kept if (row["item"], row["phase"]) not in finished],
+        "warnings": run.warnings()
+        + [f"{text}; it waits" for text in space.store.state.complaints()],
         "counts": count_by_status(items.values()),
-        "next": next_steps(run.reason, items, options.targets, program_name()),
+        "next": next_steps(run.reason, items, options.targets, program_name(), detail),
     }
 
 
@@ -6152,11 +6298,21 @@ def lock_holder(space: Workspace) -> str:
 def run_facts(space: Workspace) -> dict[str, Any]:
     """The run at work and what its agents do, or else what the last one left for the next start to
     finish; see `json_form`."""
-    told = re.match(r"run (\S+), pid (\d+), since ([\d-]+ [\d:]+)", lock_holder(space))
+    told = re.match(r"run (\S+), pid (\d+), since (\S+)", lock_holder(space))
     journal = space.journal()
     attempts = list(journal.attempts.values()) if journal else []
     active, unfinished = None, None
+    remarks = [
+        f"{agent} rests until {_local_text(one['until'])}: {one['reason']}"
+        for agent, one in (journal.rests.items() if journal else ())
+    ]
     if told:
+        if stop_requested(space.repo.state_dir, told[1]):
+            remarks.append("it was asked to stop: what is in flight is finished, then it halts")
+        try:
+            State.read(space.store.path.read_bytes(), space.store.path.name)
+        except (YamlError, BacklogError, OSError) as error:
+            remarks.append(f"nothing new is started for a minute, or until it is mended: {error}")
         phases = []
         for one in attempts:
             item_id, phase = one["item"], one["phase"]["name"]
@@ -6165,10 +6321,15 @@ def run_facts(space: Workspace) -> dict[str, Any]:
             phases.append({**row, "doing": last_act(space.repo.root, one["cli"], item_id, phase)})
         since = local_time(datetime.fromisoformat(told[3])).isoformat()
         active = {"run_id": told[1], "pid": int(told[2]), "since": since, "phases": phases}
+        active["remarks"] = remarks
     elif journal:
         to_commit = [f"{one['item']} {one['phase']}" for one in journal.outcomes.values()]
-        cut_off = [f"{one['item']} {one['phase']['name']}" for one in attempts]
+        cut_off = list[str]()
+        for one in attempts:
+            left = to_commit if "held" in one else cut_off
+            left.append(f"{one['item']} {one['phase']['name']}")
         unfinished = {"run_id": journal.run["id"], "cut_off": cut_off, "to_commit": to_commit}
+        unfinished["remarks"] = remarks
     return {"active": active, "unfinished": unfinished}
 
 
@@ -6191,12 +6352,14 @@ def run_lines(facts: Mapping[str, Any], width: int) -> list[str]:
         since = f"since {SHOWN['when'](run['since'])} ({lasts(run['since'])})"
         rows = [{**one, "lasts": lasts(one["since"])} for one in run["phases"]]
         lines = table("item phase lasts doing", rows, width, "  ")
+        lines += [line for text in run["remarks"] for line in wrap(f"  {text}", width)]
         return [f"A run is active: pid {run['pid']}, {since}", *lines]
     if run := facts["unfinished"]:
         text = f"Run {run['run_id']} left something unfinished; the next `run` recovers it first."
         cut_off, to_commit = id_list(run["cut_off"]), id_list(run["to_commit"])
         rows = [{"what": "cut off, starts again:", "which": cut_off}] if cut_off else []
-        rows += [{"what": "finished, is committed:", "which": to_commit}] if to_commit else []
+        rows += [{"what": "finished, to be committed:", "which": to_commit}] if to_commit else []
+        rows += [{"what": "to be heeded:", "which": text} for text in run["remarks"]]
         return [*wrap(text, width), *table("what which", rows, width, "  ")]
     return []
 
@@ -6253,6 +6416,8 @@ def cmd_log(args: argparse.Namespace) -> int:
     told = history_rows(rows, code_phases(space.config))
     lines = table("when item phase outcome commit summary", told, width, heads=True)
     none = "Nothing that the orchestrator did has been committed yet."
+    if args.since or args.n is not None:
+        none = "Nothing that the orchestrator did has been committed in that time."
     return answer(args, {"log": rows}, lines or [none])
 
 
@@ -6281,7 +6446,10 @@ def cmd_logs(args: argparse.Namespace) -> int:
     pattern = f"{safe_name(args.phase)}-*" if args.phase else "*"
     pipelines = space.config.pipelines.values()
     phases = {safe_name(one.name): one for line in pipelines for one in line.all_phases}
-    files = dict[Path, tuple[OutputFile, AgentReport, str]]()
+    if args.phase and args.phase not in (*phases, TRIAGE):
+        raise UsageError(f"{args.phase}: there is no such phase{did_you_mean(args.phase, phases)}")
+    files, said = dict[Path, tuple[OutputFile, AgentReport, str]](), ""
+    width = output_width(sys.stdout)
     while True:
         active = bool(args.follow and lock_holder(space))  # asked first, so that nothing is missed
         found = [path for path in folder.glob(pattern) if path.stat().st_size]
@@ -6292,13 +6460,16 @@ def cmd_logs(args: argparse.Namespace) -> int:
                 cli = agent_of(space.config, phase) if phase else ""
                 files[path] = OutputFile(path), AgentReport(), cli
                 say(args, f"==> {path.name} <==")
+                said = ""
             output, report, cli = files[path]
             for line in output.lines(last=not active):
                 report.worked = False
                 text = read_line(report, line, PROFILES[cli].read if cli else None)
                 text = one_line(text, 200) if report.worked else clean_text(text).strip()
-                if text:  # one line for a tool call, text as text
-                    print(text, flush=True)
+                if text and text != said:  # one line for a tool call, text as text
+                    parts = (wrap(one, width, "  ") for one in text.split("\n"))
+                    print("\n".join(itertools.chain(*parts)), flush=True)
+                    said = text  # a last message may come twice: as text, and as the result
         if not active:
             break
         time.sleep(0.3)
@@ -6358,8 +6529,12 @@ def cmd_change(args: argparse.Namespace) -> int:
     print(done.told)
     if not args.commit:
         return EXIT_OK
-    told = [MessageEntry(done.item_id, "", done.outcome, done.summary)]
-    message = state_message(done.what, told, style=space.config.commits.style)
+    told = MessageEntry(done.item_id, "", done.outcome, done.summary)
+
+    def message(before: bytes | None) -> str:  # the file is committed whole, so all is told
+        others = [one for one in space.entries_since(before) if one.item_id != done.item_id]
+        return state_message(done.what, [told, *others], style=space.config.commits.style)
+
     try:
         with space.run_lock():
             data = space.store.state.document.to_bytes()
@@ -6456,6 +6631,11 @@ def _advance(args: argparse.Namespace, config: Config, now: datetime, draft: Dra
 def _unblock(args: argparse.Namespace, config: Config, now: datetime, draft: Draft) -> Changed:
     item = unblock(draft, args.id, now, notes=args.notes, override=args.override_guardrails)
     told, notes = f"Unblocked {args.id}: {item['status']} again", one_line(args.notes or "")
+    if item["status"] != "new" and (why := guardrail_objection(item, rules_of(config).limits)):
+        told += (
+            f"\nBut the next run blocks it again: {why}. Then `unblock {args.id}"
+            " --override-guardrails` lets it pass; or `edit` its ratings now."
+        )
     return Changed(args.id, f"Unblock {args.id}", told, "unblocked", notes)
 
 
@@ -6465,13 +6645,13 @@ def _take_out(args: argparse.Namespace, config: Config, now: datetime, draft: Dr
     why = one_line((args.reason if close else args.summary) or "", 1000)
     if close and not why:
         raise UsageError("--reason is blank; say why the item is not wanted any more")
-    gone = take_out(draft, args.id, "Closed" if close else "Done", why, now)
-    verb, title = args.command.capitalize(), one_line(gone.item["title"])
+    item, waited, worklog = take_out(draft, args.id, "Closed" if close else "Done", why, now)
+    verb, title = args.command.capitalize(), one_line(item["title"])
     told = f"{verb.removesuffix('e')}ed {args.id}: {title}"
-    if gone.dependants:
-        told += f"\nNo longer waiting for it: {', '.join(gone.dependants)}"
+    if waited:
+        told += f"\nNo longer waiting for it: {', '.join(waited)}"
     outcome = "closed" if close else "done"
-    return Changed(args.id, f"{verb} {args.id}: {title}", told, outcome, why, gone.worklog)
+    return Changed(args.id, f"{verb} {args.id}: {title}", told, outcome, why, worklog)
 
 
 CHANGES: Mapping[str, Callable[[argparse.Namespace, Config, datetime, Draft], Changed]] = {
@@ -6486,6 +6666,7 @@ CHANGES: Mapping[str, Callable[[argparse.Namespace, Config, datetime, Draft], Ch
 
 # ---- Commands around a run -----------------------------------------------------------------------
 
+
 def cmd_check(args: argparse.Namespace) -> int:
     """Everything that `run` would refuse for, and what it would remark; changes nothing.
 
@@ -6495,7 +6676,11 @@ def cmd_check(args: argparse.Namespace) -> int:
     import shlex
 
     space, width = open_workspace(args.root, args.config), output_width(sys.stdout)
-    space.store.look()
+    try:
+        space.store.look()
+    except (BacklogError, YamlError):  # an open merge, say, explains it better
+        _refuse(list(space.repo.head_problems(space.repo.head())))
+        raise
     runs, kept = run_facts(space), salvages(space)
     problems = [] if runs["active"] else start_problems(space, allow_dirty=False)
     problems += signing_problems(space.repo)
@@ -6506,6 +6691,9 @@ def cmd_check(args: argparse.Namespace) -> int:
     if bare := sorted({one.name for one in phases if one.destructive and not one.verify}):
         names = ", ".join(bare)
         remarks.append(f"no `verify`, so what an agent calls done is committed unchecked: {names}")
+    for item_id, item in space.store.backlog.items.items():
+        hints = {key: did_you_mean(key, ITEM_KEYS) for key in item if key not in ITEM_TABLE}
+        remarks += [f"{item_id}: nobody reads {key}{hint}" for key, hint in hints.items() if hint]
     lines = table("agent model works seconds cost_usd", tried, width, heads=True)
     lines += problem_lines(problems, width, "problem: ")
     # Remarks, like remedies, hold commands to be copied: they stay whole.
@@ -6570,7 +6758,7 @@ def _check_again(config: Config, root: Path, argv: Sequence[str]) -> str:
     become_subreaper()
     trouble = asyncio.run(run_verify(spec, [argv], stop=never, hurry=never)) or ""
     missing = "\nThe work tree is a fresh one: what git ignores, such as an environment, is missing"
-    return trouble + missing * isinstance(trouble, CannotRun)
+    return trouble + missing * bool(trouble)
 
 
 def cmd_stop(args: argparse.Namespace) -> int:
@@ -6654,9 +6842,12 @@ def cmd_init(args: argparse.Namespace) -> int:
             told += f", committed as {str(commit)[:10]}"
         except HeadBusy as error:
             print(f"not committed: {error}", file=sys.stderr)
-    print("\n".join([told, *_house_rules(repo, load_config(repo.root, None), hints)]))
+    for line in (told, *_house_rules(repo, load_config(repo.root, None), hints)):
+        print("\n".join(wrap(line, output_width(sys.stdout), "  ")))
     if check and repo.root / CONFIG_NAME in made:
         print(f"in it, commented out, this project's tests as `verify`: {check}")
+    if args.agent == "command" and repo.root / CONFIG_NAME in made:
+        print("agent.command in it is an example: set it before you run anything")
     program = program_name()
     print(f'Next: {program} add "What shall be done", then {program} run')
     if args.hook:
@@ -7052,7 +7243,7 @@ show | id --json | show one item, open or finished, its documents and commits
 log | [id] -n --since --json | tell what happened, from git history, newest first
 logs | id [phase] -f | tell what the agents of an item said and did
 add | title {item} --commit | add an item
-edit | id --title --clear {item} --commit | change what is known of an item
+edit | id --title --clear {item} --commit | change what is known of an item; lists are given whole
 advance | id --to --commit | move an item to its next phase, or to the one given
 unblock | id --notes --override-guardrails --commit | let a blocked item go on where it was
 complete | id --summary --commit | take out an item that was done outside of this backlog
@@ -7226,8 +7417,8 @@ _FORM_PARTS = {
     "ITEM": ", ".join(f'"{key}"' for key in ITEM_KEYS),
     "SALVAGE": '"salvage": [{"ref", "item", "phase", "commit", "finished"}]',
     "RUNS": """"active": null or {"run_id", "pid", "since", "phases": [{"item", "phase", "attempt",
-        "since", "doing"}]}, "unfinished" (what the next start recovers): null or {"run_id",
-        "cut_off", "to_commit"}""",
+        "since", "doing"}], "remarks": [text]}, "unfinished" (what the next start recovers): null or
+        {"run_id", "cut_off", "to_commit", "remarks"}""",
     "FINISHED": '"id", "title", "status", "finished", "summary", "commit", "verified", COST',
     "ROW": """"when", "item", "phase", "outcome", "summary", "commit", "run_id", "subject",
         "verified" (the commands that checked it)""",

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from gitutil import ABSENT_MODE, ABSENT_OID, Entry, Repo
+from gitutil import ABSENT_MODE, ABSENT_OID, Entry, Repo, Snapshot
 from tests.conftest import sh
 
 NAME = "BACKLOG.yaml"
@@ -47,8 +47,12 @@ def run(*commands: str) -> Act:
     return act
 
 
-def write(name: str, data: str) -> Act:
-    return lambda where: (where / name).write_text(data)
+def write(name: str, data: str = "x\n") -> Act:
+    def act(where: Path) -> None:
+        (where / name).parent.mkdir(parents=True, exist_ok=True)
+        (where / name).write_text(data)
+
+    return act
 
 
 FILES = {NAME: "v: 1\n", ".gitignore": "*.log\nbuild/\n", "a.txt": "a1\na2\na3\n", "b.txt": "b\n", "c.txt": "c\n", "d.txt": "d\n", "run.sh": "#!/bin/sh\n", "src/one.py": "1\n", "src/deep/two.py": "2\n", "docs/x.md": "x\n"}  # fmt: skip
@@ -85,6 +89,11 @@ def stage_everything(where: Path) -> None:
 def made(repo: Repo, path: Path, data: bytes) -> Entry:
     """The entry of a file with this content, which need not be there."""
     return repo.blobs({path: data})[0]
+
+
+def salvage(repo: Repo, ref: str, seen: Snapshot, message: str = "x") -> str:
+    """Keep all that differs from HEAD in a snapshot on a ref."""
+    return repo.salvage(ref, seen.head.commit, [change.after for change in repo.changes(seen.head.commit, seen.tree)], message)
 
 
 def absent(path: str) -> Entry:
@@ -144,3 +153,15 @@ def is_alive(pid_file: Path) -> bool:
     """Whether a process runs; one that only waits to be reaped does not."""
     state = sh(pid_file.parent, "ps", "-o", "stat=", "-p", pid_file.read_text().strip(), check=False)
     return state.strip() != "" and not state.startswith("Z")
+
+
+def sign_with_a_key(where: Path, outside: Path) -> Path:
+    """Let git's configuration ask for signatures with a new key."""
+    if shutil.which("ssh-keygen") is None:
+        pytest.skip("ssh-keygen is not there")
+    key = outside / "key"
+    sh(where, "ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(key))
+    (outside / "signers").write_text(f"operator@example.invalid {key.with_suffix('.pub').read_text()}")
+    for setting in (f"user.signingKey {key}", f"gpg.ssh.allowedSignersFile {outside}/signers", "gpg.format ssh", "commit.gpgSign true"):
+        git(where, "config", *setting.split(" ", 1))
+    return key

@@ -147,6 +147,7 @@ class Soak:
         # The record.
         self.added: dict[str, str] = {}  # id → title, of every `add` that exited 0
         self.closed: dict[str, float] = {}
+        self.perhaps_closed: set[str] = set()  # without a journal: an old buffer may bring it back
         self.titles: dict[str, list[tuple[str, bool]]] = {}  # by item: title, was it seen to be taken
         self.tags: dict[str, set[str]] = {}
         self.comments: set[str] = set()  # seen to be taken
@@ -305,8 +306,10 @@ class Soak:
                 if code == 0:
                     self.record_addition(out, title, kept)
             elif kind == "close" and len(ids) > 4 and self.dice.random() < 0.4:
-                if self.command("close", item_id, "--reason", "not wanted")[0] == 0 and kept and self.is_kept():
-                    self.closed[item_id] = time.time()
+                if self.command("close", item_id, "--reason", "not wanted")[0] == 0:
+                    self.perhaps_closed.add(item_id)
+                    if kept and self.is_kept():
+                        self.closed[item_id] = time.time()
             elif kind == "unblock":
                 blocked = [one for one in ids if items.get(one, {}).get("status") == "blocked"]
                 if blocked:
@@ -403,7 +406,9 @@ class Soak:
         self.switch_back()
         for _ in range(2):  # a first one may have to be helped for what an agent left
             code, _, err = self.command("run", "--allow-dirty", "--cap", "1000", seconds=600)
-            if code != 1 or not self.mend():
+            rewound = "took commits off the branch" in err  # by an agent that was killed: said once
+            self.helped["a start told of a rewound branch"] += rewound
+            if code != 1 or not (rewound or self.mend()):
                 break
         if code not in (0, 3):
             self.losses.append(f"the last run exited {code}:\n{err}")
@@ -415,7 +420,7 @@ class Soak:
         there = self.items(disk)
         history = self.completed()
         done = {item_id for item_id, phase in history if phase == LAST_PHASE}
-        ended = done | self.closed.keys() | self.told_of()
+        ended = done | self.perhaps_closed | self.told_of()
         for item_id in sorted(there.keys() & (self.closed.keys() | done)):
             self.losses.append(f"{item_id} is back: it was {'closed' if item_id in self.closed else 'finished'}")
         for item_id, title in self.added.items():
@@ -492,7 +497,7 @@ class Soak:
             f"{len(self.added)} added, {len(self.closed)} closed, {accepted} titles,"
             f" {sum(map(len, self.tags.values()))} tags and {len(self.comments)} comments edited",
         ]
-        lines += [f"helped {number} times: {why}" for why, number in self.helped.items()]
+        lines += [f"helped {number} times: {why}" for why, number in self.helped.items() if number]
         lines += [f"LOST: {loss}" for loss in dict.fromkeys(self.losses)]
         return "\n".join(lines)
 

@@ -1,62 +1,66 @@
 """Promise P6: the repository's own files, tools and habits are left alone."""
 
 import json
-import shutil
+import os
 import subprocess
 import sys
 from typing import Any
 
 import pytest
 
+from tests.gitkit import sign_with_a_key
+
 SLOW = pytest.mark.slow
+BUILDING, PLANNING = (f"WRK-001 in_progress phase={phase} phase_pool=main" for phase in ("build", "plan"))
+WRITES = [{"write": {"code.txt": "x\n"}}]
 
 
-@pytest.mark.parametrize("name", [".BACKLOG.yaml.swp", *(pytest.param(one, marks=SLOW) for one in ("BACKLOG.yaml~", ".#BACKLOG.yaml", "sub/.x.py.swo"))])
-def test_an_editors_own_files_are_in_no_commit_and_in_nobodys_way(project: Any, name: str) -> None:
-    """One is there when the run starts, changes while a build runs, and is there afterwards."""
-    project.configure()
-    project.backlog("WRK-001 in_progress phase=build phase_pool=main")
+def test_an_editors_own_files_and_the_one_that_our_output_goes_to_are_in_no_commit_and_in_nobodys_way(project: Any) -> None:
+    """They are there when the run starts, change while a build runs, and are there afterwards."""
+    names = (".BACKLOG.yaml.swp", "BACKLOG.yaml~", ".#BACKLOG.yaml", "sub/.x.py.swo")
     (project.root / "sub").mkdir()
     (project.root / "sub/keep").touch()
-    project.commit_all()
-    (project.root / name).write_text("before")
-    project.script({"*": [{"write": {"code.txt": "x\n"}, "sh": f"echo after > '{name}'; touch .new.txt.swp"}]})
-
-    project.run("run")
-
+    project.set_up(BUILDING, script={"*": [{"write": {"code.txt": "x\n", **dict.fromkeys(names, "after\n")}, "sh": "touch .new.txt.swp"}]})
+    for name in names:
+        (project.root / name).write_text("before")
+    argv = [sys.executable, str(project.program), "run"]
+    with (project.root / "run.log").open("w") as out:
+        done = subprocess.run(argv, cwd=project.root, stdin=subprocess.DEVNULL, stdout=out, stderr=out, timeout=60)
+    said = (project.root / "run.log").read_text()
+    assert (done.returncode, "WRK-001 is done" in said) == (0, True), said
     assert project.items() == {}
     assert project.paths("HEAD") == ["BACKLOG.yaml", f"_worklog/{project.git('log', '-1', '--format=%cs')[:7]}.md", "code.txt"]
-    assert (project.root / name).read_text() == "after\n"
-    assert name not in project.git("log", "--name-only", "--format=")
+    assert [(project.root / name).read_text() for name in names] == ["after\n"] * 4
+    assert not {*names, ".new.txt.swp", "run.log"} & set(project.git("log", "--name-only", "--format=").split())
 
 
 def test_the_file_that_our_output_goes_to_is_in_no_commit_and_in_nobodys_way(project: Any) -> None:
+    """Nor in that of later runs, which write elsewhere: one recovers what a SIGKILL ended."""
     project.configure("build!")
     project.backlog("WRK-001 in_progress phase=build phase_pool=main")
     project.commit_all()
-    project.script({"*": [{"write": {"code.txt": "x\n"}}]})
-    argv = [sys.executable, str(project.program), "run"]
-
+    project.script({"*": [{"announce": True, "hang": True}, {"write": {"code.txt": "x\n"}}]})
     for name in ("run.log", "again.log"):
         with (project.root / name).open("w") as out:
-            done = subprocess.run(argv, cwd=project.root, stdin=subprocess.DEVNULL, stdout=out, stderr=out, timeout=60)
-        assert done.returncode == 0, (project.root / name).read_text()
-        (project.root / name).rename(project.outside / name)
+            process = subprocess.Popen([sys.executable, str(project.program), "run"], cwd=project.root, stdin=subprocess.DEVNULL, stdout=out, stderr=out)
+        project.started.append(process)
+        if name == "run.log":
+            project.announced()
+            process.kill()
+        assert process.wait(60) == (-9 if name == "run.log" else 0), (project.root / name).read_text()
+    project.run("run")
 
     assert project.items() == {}
-    assert "run.log" not in project.git("log", "--name-only", "--format=")
-    assert "WRK-001 is done" in (project.outside / "run.log").read_text()
+    assert project.status() == "?? again.log\n?? run.log\n"
+    assert ".log" not in project.git("log", "--all", "--name-only", "--format=")
+    assert "[WRK-001][BUILD] starts" in (project.root / "run.log").read_text()
+    assert "WRK-001 is done" in (project.root / "again.log").read_text()
 
 
 def test_what_a_document_phase_leaves_elsewhere_is_a_stray_until_it_is_gone(project: Any) -> None:
-    project.configure()
-    project.backlog("WRK-001 in_progress phase=plan phase_pool=main")
-    project.commit_all()
-    project.script({"*/plan": [{"sh": "echo note > scratch.txt"}], "*/build": [{"write": {"code.txt": "x\n"}}]})
-
+    project.set_up(PLANNING, script={"*/plan": [{"sh": "echo note > scratch.txt"}], "*/build": WRITES})
     first = project.run("run", "--cap", "1")
     second = project.run("run")
-
     assert "touched files outside its outputs" in first.stderr
     assert "scratch.txt" not in second.stderr
     assert project.items() == {}
@@ -66,54 +70,65 @@ def test_what_a_document_phase_leaves_elsewhere_is_a_stray_until_it_is_gone(proj
     assert "uncommitted changes: scratch.txt" in project.run("run", code=1).stderr
 
 
-@pytest.mark.slow
-def test_a_dirty_file_of_a_sibling_project_is_in_nobodys_way(project: Any) -> None:
-    """In a monorepo a run works in its own project; the neighbour's edits stay as they are."""
-    below = project.root / "app"
-    below.mkdir()
-    project.configure("build!")
-    project.backlog("WRK-001 in_progress phase=build phase_pool=main")
-    for name in ("BACKLOG.yaml", "orchestrator.toml"):
-        (project.root / name).rename(below / name)
-    (project.root / "lib").mkdir()
-    (project.root / "lib/a.py").write_text("1\n")
+def test_what_a_neighbour_had_stashed_away_as_a_phase_began_stays_the_operators(project: Any) -> None:
+    """It comes back while that phase runs, and must not pass for what the phase left: a stray is nobody's."""
+    for name in ("go1", "go2"):
+        os.mkfifo(project.outside / name)
+    stash = {"sh": "git stash -q --include-untracked", "document": "a.md"}
+    project.configure("plan", execution="max_concurrent = 2\nmax_wip = 2")
+    project.backlog("WRK-001 in_progress phase=plan phase_pool=main")
     project.commit_all()
-    (project.root / "lib/a.py").write_text("2\n")
-    project.script({"*": [{"write": {"code.txt": "x\n"}}]})
+    (project.root / "mine.txt").write_text("mine\n")
+    project.script({"WRK-001/plan": [{**stash, "announce": True, "await": "go1"}], "*/triage": [{"announce": True, "await": "go2"}], "WRK-002/plan": [stash]})
+    process = project.start("run", "--allow-dirty")
+    assert project.announced() == "WRK-001 plan 1"
+    project.run("add", "Another one")
+    assert project.announced() == "WRK-002 triage 1"
+    (project.outside / "go1").write_text("")
+    project.read_until(process, "took away what you had not committed; it is there again: mine.txt")
+    (project.outside / "go2").write_text("")
+    log = project.finish(process)
+    assert "touched files outside" not in log
+    assert log.count("it is there again: mine.txt") == 1
+    assert project.status() == "?? mine.txt\n"
 
-    argv = [sys.executable, str(project.program), "--root", str(below), "run"]
-    done = subprocess.run(argv, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=60)
 
-    assert done.returncode == 0, done.stderr
-    assert project.git("show", "HEAD:app/code.txt") == "x\n"
-    assert project.status() == " M lib/a.py\n"
-
-
-@pytest.mark.parametrize("more", [(), pytest.param(("--only", "id=WRK-001"), marks=SLOW)])
-def test_a_night_in_which_everything_waits_for_a_human_is_not_green(project: Any, more: tuple[str, ...]) -> None:
-    project.backlog("WRK-001 blocked blocked_reason=why blocked_type=decision blocked_from_status=ready")
-    project.commit_all()
-
-    project.run("run", *more, code=3)
+@pytest.mark.parametrize("committed", [False, True])
+def test_an_item_written_by_hand_is_there_for_every_command_and_runs_once(project: Any, committed: bool) -> None:
+    """Only its title is needed, be the file committed or not; an agent that takes the file back makes no second one."""
+    project.configure("plan")
+    project.script({"*/triage": [{"sh": "git checkout -q HEAD -- BACKLOG.yaml"}]})
+    path = project.root / "BACKLOG.yaml"
+    path.write_text("schema_version: 3\nitems:\n- title: Mine\n- id: WRK-001\n  title: Other\nnext_item_id: 1\n")
+    if committed:
+        project.commit_all()
+    before = path.read_bytes()
+    for argv in (["status"], ["run", "--dry-run"], ["show", "WRK-002"]):
+        assert "Mine" in project.run(*argv).stdout
+    assert path.read_bytes() == before
+    project.run("run", *([] if committed else ["--allow-dirty"]))
+    assert sorted(project.agent_log()) == ["WRK-001 plan 1", "WRK-001 triage 1", "WRK-002 plan 1", "WRK-002 triage 1"]
+    assert project.items() == {}
 
 
 @pytest.mark.parametrize("kind", ["clone", pytest.param("submodule", marks=SLOW)])
 def test_a_repository_that_an_agent_leaves_in_the_tree_is_named(project: Any, make_repo: Any, kind: str) -> None:
-    """A commit that nobody else has is not pointed to; what else the build did is committed."""
+    """A commit that nobody else has is not pointed to; what else the build did is committed, at a later attempt as well."""
     library, path = make_repo("library"), "vendor/lib"
-    project.configure("build!")
+    project.configure("build!", more='verify = [["true"]]\n')
     project.backlog(*(f"WRK-00{n} in_progress phase=build phase_pool=main" for n in (1, 2)))
     act = f"git clone -q {library} {path}"
     if kind == "submodule":
         project.git("-c", "protocol.file.allow=always", "submodule", "--quiet", "add", str(library), path)
         act = f"git -C {path} commit -q --allow-empty -m 'Only here'"
     project.commit_all()
-    project.script({"*": [{"sh": f"{act}; date +%N > code.txt"}, {"sh": "date +%N > code.txt"}], "WRK-002/*": [{"write": {"b.txt": "b\n"}}]})
-
+    project.hook("pre-commit", "exit 0")
+    second = {"write": {"b.txt": "b\n"}}
+    project.script({"WRK-001/*": [{"sh": f"{act}; date +%N > code.txt"}], "WRK-002/*": [{**second, "result": {"result": "failed"}}, second]})
     first, second = project.run("run", "--cap", "1"), project.run("run")
-
     assert f"a submodule at a commit that none of its remotes has: {path}. No commit" in first.stderr
     assert path not in second.stderr
+    assert project.agent_log() == ["WRK-001 build 1", "WRK-002 build 1", "WRK-002 build 2"]
     assert project.items() == {}
     assert project.git("log", "--format=", "--name-only", "-2", "--", "code.txt", "b.txt", "vendor") == "b.txt\ncode.txt\n"
     assert project.status() == (f"?? {path}/\n" if kind == "clone" else f" M {path}\n").replace("vendor/lib/", "vendor/")
@@ -129,9 +144,7 @@ def test_a_start_without_items_tells_of_a_stash_that_holds_the_backlog(project: 
     project.run("add", "Something to do")
     project.git("stash", "push", "-q", "--include-untracked")
     (project.root / "BACKLOG.yaml").write_text(empty)
-
     told = project.run("run").stderr
-
     assert "there are no items, but stash@{0} holds changes of BACKLOG.yaml; to have them back: git stash pop stash@{0}" in told
 
 
@@ -147,13 +160,6 @@ if not re.fullmatch(rf"({kinds})(\([^()]+\))?!?: [a-z].*[^.]", head) or max(map(
 """
 
 
-def hook(project: Any, name: str, text: str) -> None:
-    path = project.root / ".git/hooks" / name
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(text)
-    path.chmod(0o755)
-
-
 @pytest.mark.slow
 def test_conventional_commits(project: Any) -> None:
     """Every commit is worded so, those of the backlog's state as well; by default the start is refused."""
@@ -166,13 +172,11 @@ def test_conventional_commits(project: Any) -> None:
         "WRK-002/build": [{"write": {"b.txt": "b\n"}, "result": {"summary": said, "commit_type": "mine"}}],
         "*/plan": [{"document": "PLAN.md", "result": {"summary": said}}],
     })  # fmt: skip
-    hook(project, "commit-msg", COMMITLINT)
-
+    project.hook("commit-msg", COMMITLINT)
     refused = project.run("run", code=1)
     project.configure(execution="max_concurrent = 2\nmax_wip = 2", more='[commits]\nstyle = "conventional"\n')
     project.run("run")
     project.run("close", "WRK-003", "--reason", "No longer wanted", "--commit")
-
     assert "hook rejected the commit's message, tried on a sample: not conventional: [WRK-001][build] a sample" in refused.stderr
     subjects = project.subjects()[:-3]
     assert "fix(wrk-001): build: Fix the limits" in subjects
@@ -189,24 +193,12 @@ def test_conventional_commits(project: Any) -> None:
 
 def test_commits_are_signed_and_signed_off(project: Any) -> None:
     """With a key that git's own configuration names; a key that has gone is a reason not to start."""
-    if shutil.which("ssh-keygen") is None:
-        pytest.skip("ssh-keygen is not there")
-    key = project.outside / "key"
-    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", key], check=True)
-    (project.outside / "signers").write_text(f"operator@example.invalid {key.with_suffix('.pub').read_text()}")
-    settings = {"user.signingKey": key, "gpg.format": "ssh", "commit.gpgSign": "true"}
-    settings["gpg.ssh.allowedSignersFile"] = project.outside / "signers"
-    for name, value in settings.items():
-        project.git("config", name, str(value))
-    project.configure(more="[commits]\nsignoff = true\n")
-    project.backlog("WRK-001 in_progress phase=plan phase_pool=main", "WRK-002 new")
-    project.commit_all()
-    project.script({"*/plan": [{"document": "PLAN.md"}], "*/build": [{"sh": "date +%N > code.txt"}]})
-    hook(project, "commit-msg", "#!/bin/sh\ngrep -q '^Signed-off-by: ' $1 || { echo 'sign off'; exit 1; }\n")
-
+    key = sign_with_a_key(project.root, project.outside)
+    script = {"*/plan": [{"document": "PLAN.md"}], "*/build": [{"sh": "date +%N > code.txt"}]}
+    project.set_up(PLANNING, "WRK-002 new", script=script, more="[commits]\nsignoff = true\n")
+    project.hook("commit-msg", "grep -q '^Signed-off-by: ' $1 || { echo 'sign off'; exit 1; }")
     project.run("run", "--cap", "3")
     project.run("add", "Another", "--commit")
-
     made = project.git("log", "--format=%G? %(trailers:key=Signed-off-by,valueonly,separator=%x2c) %s").splitlines()[:-3]
     assert len(made) >= 4
     assert {line.split(" ")[0] for line in made} == {"G"}
@@ -217,21 +209,16 @@ def test_commits_are_signed_and_signed_off(project: Any) -> None:
 
 @pytest.mark.slow
 def test_a_phase_that_may_change_nothing_outlasts_a_hook_that_cannot_run(project: Any) -> None:
-    project.configure("build!", more="allow_empty = true\n")
-    project.backlog("WRK-001 in_progress phase=build phase_pool=main")
-    project.commit_all()
-    hook(project, "pre-commit", f"#!/bin/sh\ntest -e {project.outside}/mended || exec no-such-tool\n")
-
+    project.set_up(BUILDING, phases="build!", script={}, more="allow_empty = true\n")
+    project.hook("pre-commit", f"test -e {project.outside}/mended || exec no-such-tool")
     project.run("run", code=4)
     (project.outside / "mended").touch()
     project.run("run", "--cap", "0")
-
     assert project.agent_log() == ["WRK-001 build 1"]
     assert project.items() == {}
 
 
 # ---- What others do meanwhile --------------------------------------------------------------------
-
 
 @pytest.mark.slow
 def test_two_projects_of_one_repository_know_nothing_of_each_other(project: Any) -> None:
@@ -241,41 +228,37 @@ def test_two_projects_of_one_repository_know_nothing_of_each_other(project: Any)
         project.backlog("WRK-001 in_progress phase=build phase_pool=main", head=f"# of {name}\n")
         for file in ("BACKLOG.yaml", "orchestrator.toml"):
             (project.root / file).rename(project.root / name / file)
+    (project.root / "lib").mkdir()
+    (project.root / "lib/a.py").write_text("1\n")
     project.commit_all()
+    (project.root / "lib/a.py").write_text("2\n")  # a dirty file of a sibling project is in nobody's way
     project.script({"*": [{"announce": True, "hang": True}, {"sh": "echo x > code.txt"}]})
     a, b = ("--root", str(project.root / "a")), ("--root", str(project.root / "b"))
     one = project.start(*a, "run")
     project.announced()
-
     project.run(*b, "add", "For B", "--commit")
     one.kill()
     one.wait()
     project.run(*b, "run", "--cap", "0")
     project.run(*a, "run")
-
     assert (project.root / "a/BACKLOG.yaml").read_text().startswith("# of a\nschema_version: 3\nitems: []\n")
     assert (project.root / "b/BACKLOG.yaml").read_text().startswith("# of b\n")
     assert "title: For B" in project.git("show", "HEAD:b/BACKLOG.yaml")
     assert project.git("show", "HEAD:a/code.txt") == "x\n"
-    assert project.status() == ""
+    assert project.status() == " M lib/a.py\n"
 
 
 @pytest.mark.slow
 def test_what_the_operator_does_before_a_held_phase_is_committed_stays_the_operators(project: Any) -> None:
     """Our halt commit and a commit of the operator's move the branch in between."""
-    project.configure("build!")
-    project.backlog("WRK-001 ready")
-    project.commit_all()
-    project.script({"*": [{"write": {"code.txt": "x\n"}}]})
-    hook(project, "pre-commit", f"#!/bin/sh\ntest -e {project.outside}/mended || exec no-such-tool\n")
-
+    project.set_up("WRK-001 ready", phases="build!", script={"*": WRITES})
+    project.hook("pre-commit", f"test -e {project.outside}/mended || exec no-such-tool")
     project.run("run", code=4)
     project.run("add", "Another", "--commit")
     (project.root / "README.md").write_text("edited\n")
     (project.root / "secret.txt").write_text("the operator's\n")
     (project.outside / "mended").touch()
     project.run("run", "--target", "WRK-001", "--allow-dirty", code=None)
-
     assert project.agent_log() == ["WRK-001 build 1"]
     build = project.git("log", "-1", "--format=%H", "--", "code.txt").strip()
     assert [path for path in project.paths(build) if not path.startswith("_worklog")] == ["BACKLOG.yaml", "code.txt"]
@@ -284,47 +267,23 @@ def test_what_the_operator_does_before_a_held_phase_is_committed_stays_the_opera
 
 @pytest.mark.slow
 def test_what_a_hook_sweeps_up_is_not_committed(project: Any) -> None:
-    project.configure()
-    project.backlog("WRK-001 in_progress phase=plan phase_pool=main")
     (project.root / "old.txt~").write_text("tracked\n")
-    project.commit_all()
+    project.set_up(PLANNING, script={"*/plan": [{"sh": "echo note > stray.txt"}], "*/build": [{"sh": "echo x > code.txt; echo y > 'old.txt~'"}]})
     (project.root / ".README.md.swp").write_text("an editor's\n")
-    project.script({"*/plan": [{"sh": "echo note > stray.txt"}], "*/build": [{"sh": "echo x > code.txt; echo y > 'old.txt~'"}]})
-    hook(project, "pre-commit", "#!/bin/sh\ngit add -A\n")
-
+    project.hook("pre-commit", "git add -A")
     project.run("run")
-
     assert [path for path in project.paths() if not path.startswith("_worklog")] == ["BACKLOG.yaml", "code.txt", "old.txt~"]
     assert project.status() == "?? .README.md.swp\n?? stray.txt\n"
 
 
 @pytest.mark.slow
-def test_a_clone_in_the_tree_fails_no_check_and_no_later_attempt(project: Any, make_repo: Any) -> None:
-    clone = f"test -d lib || git clone -q {make_repo('library')} lib"
-    project.configure("build!", more='verify = [["true"]]\n')
-    project.backlog("WRK-001 in_progress phase=build phase_pool=main")
-    project.commit_all()
-    hook(project, "pre-commit", "#!/bin/sh\nexit 0\n")
-    project.script({"*": [{"sh": clone, "result": {"result": "failed"}}, {"sh": f"{clone}; echo x > code.txt"}]})
-
-    project.run("run")
-
-    assert project.items() == {}
-    assert project.status() == "?? lib/\n"
-
-
-@pytest.mark.slow
 def test_a_merge_that_an_agent_leaves_open_ends_the_run(project: Any) -> None:
-    project.configure("build!")
-    project.backlog(*(f"WRK-00{n} in_progress phase=build phase_pool=main" for n in (1, 2)))
-    project.commit_all()
+    act = "git switch -q other; git commit -q --allow-empty -m x; git switch -q main; git merge -q --no-commit --no-ff other; echo x > code.txt"
+    project.set_up(BUILDING, "WRK-002 in_progress phase=build phase_pool=main", phases="build!", script={"*": [{"sh": act}]})
     project.git("branch", "other")
     project.git("commit", "-q", "--allow-empty", "-m", "Mine")
-    project.script({"*": [{"sh": "git switch -q other; git commit -q --allow-empty -m x; git switch -q main; git merge -q --no-commit --no-ff other; echo x > code.txt"}]})
     command = f"import orchestrator as o; o.COMMIT_GIVE_UP_S = 0.0; raise SystemExit(o.main(['--root', {str(project.root)!r}, 'run']))"
-
     done = subprocess.run([sys.executable, "-c", command], cwd=project.program.parent, capture_output=True, text=True, timeout=60)
-
     assert done.returncode == 4, done.stderr
     assert "CircuitBreakerTripped" in done.stderr
     project.git("merge", "--abort")
@@ -341,9 +300,7 @@ def test_what_is_only_staged_outlasts_an_agent_that_writes_documents(project: An
     project.git("add", "README.md")
     (project.root / "README.md").write_text("edited\n")
     project.script({"*": [{"sh": act, "document": "PLAN.md"}]})
-
     project.run("run", "--allow-dirty", "--cap", "1")
-
     assert project.status() == "MM README.md\n"
     assert project.git("show", ":README.md") == "staged\n"
 
@@ -351,15 +308,12 @@ def test_what_is_only_staged_outlasts_an_agent_that_writes_documents(project: An
 @pytest.mark.slow
 def test_what_a_phase_or_a_hook_left_is_no_reason_to_refuse_a_build(project: Any) -> None:
     """A document agent's stray is built on; a hook formats a file, does not add it, and a build goes on from that."""
-    project.configure("plan build!", execution="max_retries = 0")
-    project.backlog("WRK-001 in_progress phase=plan phase_pool=main", "WRK-002 in_progress phase=build phase_pool=main")
-    project.commit_all()
-    project.script({"*/plan": [{"sh": "echo planned >> README.md"}], "*/build": [{"sh": "echo $ORCHESTRATOR_ITEM_ID >> README.md; echo $ORCHESTRATOR_ITEM_ID >> code.txt"}]})
-    hook(project, "pre-commit", "#!/bin/sh\necho formatted >> code.txt\n")
-
+    build = {"sh": "echo $ORCHESTRATOR_ITEM_ID >> README.md; echo $ORCHESTRATOR_ITEM_ID >> code.txt"}
+    script = {"*/plan": [{"sh": "echo planned >> README.md"}], "*/build": [build]}
+    project.set_up(PLANNING, "WRK-002 in_progress phase=build phase_pool=main", script=script, execution="max_retries = 0")
+    project.hook("pre-commit", "echo formatted >> code.txt")
     first = project.run("run", "--target", "WRK-001")
     second = project.run("run")
-
     assert "the hooks changed files without adding them; not committed: code.txt" in first.stderr
     assert project.items() == {}
     assert project.git("show", "HEAD:README.md") == "A project\nplanned\nWRK-001\nWRK-002\n"

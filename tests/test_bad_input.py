@@ -1,29 +1,20 @@
 """Bad input gets one clear message that says what, where and what to do; nothing is written.
 
-Tables of malformed configs, backlogs, agent results and repository states, each through
+Tables of malformed configs, backlogs and repository states, each through
 the real command line, with the bytes of the whole project and its git folder before and after.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 import orchestrator
+from tests.gitkit import Act, run, table, write
 from tests.test_cli import photograph
 
-ENV = {
-    "PATH": os.environ["PATH"], "HOME": "/nonexistent", "GIT_CONFIG_NOSYSTEM": "1",
-    "GIT_AUTHOR_NAME": "Operator", "GIT_AUTHOR_EMAIL": "operator@example.invalid",
-    "GIT_COMMITTER_NAME": "Operator", "GIT_COMMITTER_EMAIL": "operator@example.invalid",
-}
 ITEM = """\
 - id: WRK-001
   title: First
@@ -36,26 +27,14 @@ BACKLOG = f"schema_version: 3\nitems:\n{ITEM}next_item_id: 1\n"
 CONFIG = '[agent]\ncli = "demo"\n'
 
 
-def git(root: Path, *argv: str, check: bool = True) -> None:
-    subprocess.run(["git", "-C", str(root), *argv], check=check, capture_output=True, env=ENV)
-
-
-@pytest.fixture(scope="module")
-def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A sound project, committed; made once and copied for every case."""
-    root = tmp_path_factory.mktemp("template") / "repo"
-    root.mkdir()
-    git(root, "init", "-q", "-b", "main")
-    for name, text in {"README.md": "A project\n", "BACKLOG.yaml": BACKLOG, "orchestrator.toml": CONFIG}.items():
-        (root / name).write_text(text)
-    git(root, "add", "-A")
-    git(root, "commit", "-q", "-m", "Start")
-    return root
-
-
 @pytest.fixture
-def root(template: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(template, tmp_path / "repo", symlinks=True))
+def root(make_repo: Callable[..., Path]) -> Path:
+    """A sound project, committed."""
+    root = make_repo()
+    (root / "BACKLOG.yaml").write_text(BACKLOG)
+    (root / "orchestrator.toml").write_text(CONFIG)
+    run("git add -A && git commit -q -m 'Set up'")(root)
+    return root
 
 
 # What taking a lock makes: a folder, and a file with the pid of whoever had it last.
@@ -92,7 +71,6 @@ ALL = (*READING, *WRITING)
 
 # ---- Backlogs ------------------------------------------------------------------------------------
 
-
 def with_item(line: str) -> str:
     return BACKLOG.replace("  title: First\n", f"  title: First\n{line}\n")
 
@@ -102,21 +80,6 @@ BACKLOGS: dict[str, tuple[str | bytes, str]] = {
     "d63_comments_only": ("# nothing\n\n", "BACKLOG.yaml"),
     "d63_cut_off": (BACKLOG[: BACKLOG.index("created") + 4], "BACKLOG.yaml:7"),
     "not_utf8": (b"schema_version: 3\nitems: []\n# \xff\n", "BACKLOG.yaml:3:3: invalid UTF-8 (byte 0xFF); save the file as UTF-8"),
-    "utf16": (BACKLOG.encode("utf-16"), "BACKLOG.yaml:1:1: "),
-    "nul": (BACKLOG.replace("First", "Fi\0rst"), "BACKLOG.yaml:4:12: "),
-    "tab": (BACKLOG.replace("  title", "\ttitle"), "BACKLOG.yaml:4:1: "),
-    "unclosed_quote": (BACKLOG.replace("First", "'First"), "BACKLOG.yaml:5:3: "),
-    "anchor": (BACKLOG.replace("First", "&a First"), "BACKLOG.yaml:4:10: "),
-    "alias": (BACKLOG.replace("First", "*a"), "BACKLOG.yaml:4:10: "),
-    "tag": (BACKLOG.replace("First", "!!str First"), "BACKLOG.yaml:4:10: "),
-    "flow": (BACKLOG.replace("First", "{a: [1"), "BACKLOG.yaml:4:10: "),
-    "two_documents": (f"{BACKLOG}---\n{BACKLOG}", "BACKLOG.yaml:10:1: "),
-    "duplicate_key": (with_item("  title: Again"), "BACKLOG.yaml:5:3: "),
-    "colon_in_text": (BACKLOG.replace("First", "a: b"), "BACKLOG.yaml:4:"),
-    "bad_indent": (BACKLOG.replace("  status", "   status"), "BACKLOG.yaml:5:"),
-    "a_list": ("- a\n- b\n", "BACKLOG.yaml"),
-    "a_text": ("hello\n", "BACKLOG.yaml"),
-    "items_no_list": ("schema_version: 3\nitems: {}\nnext_item_id: 0\n", "BACKLOG.yaml"),
     "item_no_mapping": ("schema_version: 3\nitems:\n- just text\nnext_item_id: 0\n", "BACKLOG.yaml"),
     "version_0": (BACKLOG.replace(": 3", ": 0"), "schema_version"),
     "version_99": (BACKLOG.replace(": 3", ": 99"), "99"),
@@ -131,6 +94,10 @@ BACKLOGS: dict[str, tuple[str | bytes, str]] = {
     "tags_text": (with_item("  tags: ui"), "BACKLOG.yaml:5"),
     "priority_text": (with_item("  priority: high"), "BACKLOG.yaml:5"),
     "w33_description_text": (with_item("  description: plain"), "BACKLOG.yaml:5"),
+    **{
+        f"verify_{bad}": (with_item(f"  verify: {bad}"), "WRK-001: verify must be a list of commands, each on a line of its own such as - [make, test], not ")
+        for bad in ("make test", "[make, test]", "\n  - []", "\n  - [make, 5]")
+    },
     "d45_id_with_slash": (BACKLOG.replace("WRK-001", "../WRK-001"), "BACKLOG.yaml:3"),
     "duplicate_id": (BACKLOG.replace("next_item_id", f"{ITEM}next_item_id"), "WRK-001"),
     "conflict_markers": (f"<<<<<<< ours\n{BACKLOG}=======\n{BACKLOG}>>>>>>> theirs\n", "BACKLOG.yaml:1"),
@@ -149,40 +116,22 @@ def test_d63_bad_backlogs(root: Path, capsys: pytest.CaptureFixture[str]) -> Non
     check_bad_files(root, capsys, "BACKLOG.yaml", BACKLOGS)
 
 
-@pytest.mark.parametrize("argv", ALL, ids=" ".join)
-def test_every_command_names_line_and_column(root: Path, capsys: pytest.CaptureFixture[str], argv: list[str]) -> None:
+def test_every_command_names_line_and_column(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (root / "BACKLOG.yaml").write_text(BACKLOG.replace("First", "&a First"))
-    assert refused(root, capsys, *argv).startswith("orchestrator: BACKLOG.yaml:4:10: ")
+    for argv in ALL:
+        assert refused(root, capsys, *argv).startswith("orchestrator: BACKLOG.yaml:4:10: ")
 
 
-def make_folder(path: Path) -> None:
-    path.unlink()
-    path.mkdir()
+NO_FILES: dict[str, tuple[Act, str]] = {
+    "missing": (run("rm BACKLOG.yaml"), "there is no such file; "),
+    "pipe": (run("rm BACKLOG.yaml && mkfifo BACKLOG.yaml"), "it is not a regular file; move it away"),
+    "link": (run("mv BACKLOG.yaml real && ln -s real BACKLOG.yaml"), "it is a symbolic link, which a save would replace; put the file itself there"),
+}
 
 
-def make_fifo(path: Path) -> None:
-    path.unlink()
-    os.mkfifo(path)
-
-
-def make_link(path: Path) -> None:
-    path.rename(path.with_name("real.yaml"))
-    path.symlink_to("real.yaml")
-
-
-@pytest.mark.parametrize(
-    ("change", "says"),
-    [
-        (Path.unlink, "there is no such file; "),
-        (make_folder, "it is not a regular file; move it away"),
-        (make_fifo, "it is not a regular file; move it away"),
-        (make_link, "it is a symbolic link, which a save would replace; put the file itself there"),
-    ],
-)
-def test_a_backlog_that_is_no_file(
-    root: Path, capsys: pytest.CaptureFixture[str], change: Callable[[Path], None], says: str
-) -> None:
-    change(root / "BACKLOG.yaml")
+@pytest.mark.parametrize(("change", "says"), table(NO_FILES))
+def test_a_backlog_that_is_no_file(root: Path, capsys: pytest.CaptureFixture[str], change: Act, says: str) -> None:
+    change(root)
     for argv in (["status"], ["add", "x"], ["run", "--allow-dirty"]):
         message = refused(root, capsys, *argv)
         assert str(root / "BACKLOG.yaml") in message
@@ -205,13 +154,12 @@ def test_d27_d45_bad_configs(root: Path, capsys: pytest.CaptureFixture[str]) -> 
     check_bad_files(root, capsys, "orchestrator.toml", CONFIGS)
 
 
-@pytest.mark.parametrize("argv", [*ALL, ["stop"], ["init"]], ids=" ".join)
-def test_every_command_refuses_a_bad_config(root: Path, capsys: pytest.CaptureFixture[str], argv: list[str]) -> None:
+def test_every_command_refuses_a_bad_config(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (root / "orchestrator.toml").write_text("[projekt]\n")
-    message = refused(root, capsys, *argv)
-    assert message == (
-        'orchestrator: orchestrator.toml: validation failed, correct this:\n  - projekt is no known key (did you mean "project"?)\n'
-    )
+    for argv in (*ALL, ["stop"], ["init"]):
+        assert refused(root, capsys, *argv) == (
+            'orchestrator: orchestrator.toml: validation failed, correct this:\n  - projekt is no known key (did you mean "project"?)\n'
+        )
 
 
 def test_d28_the_config_that_is_named_is_the_one_that_counts(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -223,70 +171,20 @@ def test_d28_the_config_that_is_named_is_the_one_that_counts(root: Path, capsys:
 
 # ---- Repository states ---------------------------------------------------------------------------
 
-
-def diverge(root: Path) -> None:
-    """Branch `other` and main change README.md differently."""
-    git(root, "switch", "-q", "-c", "other")
-    (root / "README.md").write_text("theirs\n")
-    git(root, "commit", "-q", "-am", "Theirs")
-    git(root, "switch", "-q", "main")
-    (root / "README.md").write_text("ours\n")
-    git(root, "commit", "-q", "-am", "Ours")
-
-
-def operation(*argv: str) -> Callable[[Path], None]:
-    def prepare(root: Path) -> None:
-        diverge(root)
-        git(root, *argv, check=False)
-
-    return prepare
-
-
-def bisect(root: Path) -> None:
-    diverge(root)
-    git(root, "bisect", "start")
-
-
-def on_git(*argv: str) -> Callable[[Path], None]:
-    return lambda root: git(root, *argv)
-
-
-def write(name: str, text: str = "x\n") -> Callable[[Path], None]:
-    def prepare(root: Path) -> None:
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_text(text)
-
-    return prepare
-
-
-def ignored(root: Path) -> None:
-    git(root, "rm", "-q", "--cached", "BACKLOG.yaml")
-    (root / ".gitignore").write_text("BACKLOG.yaml\n")
-    git(root, "add", ".gitignore")
-    git(root, "commit", "-q", "-m", "Ignore it")
-
-
-def staged(root: Path) -> None:
-    (root / "mine.txt").write_text("mine\n")
-    git(root, "add", "mine.txt")
-
-
-STATES: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
-    "merge": (operation("merge", "other"), ("merge is in progress", "git merge --abort")),
-    "rebase": (operation("rebase", "other"), ("rebase is in progress", "git rebase --abort")),
-    "cherry_pick": (operation("cherry-pick", "other"), ("cherry-pick is in progress", "git cherry-pick --abort")),
-    "revert": (operation("revert", "--no-edit", "HEAD~1"), ()),
-    "bisect": (bisect, ("bisect is in progress", "git bisect reset")),
-    "detached": (on_git("checkout", "-q", "--detach"), ("HEAD is detached", "git switch BRANCH")),
-    "index_lock": (write(".git/index.lock", ""), ("index.lock", "if no git is running: `rm '")),
-    "head_lock": (write(".git/HEAD.lock", ""), ("HEAD.lock", "if no git is running: `rm '")),
-    "branch_lock": (write(".git/refs/heads/main.lock", ""), ("main.lock", "if no git is running: `rm '")),
+DIVERGE = (
+    "git switch -q -c other && echo theirs > README.md && git commit -q -am Theirs",
+    "git switch -q main && echo ours > README.md && git commit -q -am Ours",
+)
+IGNORE = run("git rm -q --cached BACKLOG.yaml && echo BACKLOG.yaml > .gitignore", "git add .gitignore && git commit -q -m 'Ignore it'")
+STATES: dict[str, tuple[Act, tuple[str, ...]]] = {
+    "merge": (run(*DIVERGE, "git merge -q other || true"), ("merge is in progress", "git merge --abort")),
+    "rebase": (run(*DIVERGE, "git rebase -q other || true"), ("rebase is in progress", "git rebase --abort")),
+    "bisect": (run("git bisect start"), ("bisect is in progress", "git bisect reset")),
     "edited": (write("README.md"), ("the work tree has uncommitted changes: README.md", "--allow-dirty")),
     "untracked": (write("new/file with space.txt"), ("uncommitted changes: new/file with space.txt", "--allow-dirty")),
-    "staged": (staged, ("uncommitted changes: mine.txt", "--allow-dirty")),
-    "ignored_backlog": (ignored, ("BACKLOG.yaml could not be committed", "ignore")),
-    "assume_unchanged": (on_git("update-index", "--assume-unchanged", "BACKLOG.yaml"), ("BACKLOG.yaml could not be committed", "--no-assume-unchanged")),
-    "skip_worktree": (on_git("update-index", "--skip-worktree", "BACKLOG.yaml"), ("BACKLOG.yaml could not be committed", "--no-skip-worktree")),
+    "staged": (run("echo mine > mine.txt && git add mine.txt"), ("uncommitted changes: mine.txt", "--allow-dirty")),
+    "ignored_backlog": (IGNORE, ("BACKLOG.yaml could not be committed", "ignore")),
+    "assume_unchanged": (run("git update-index --assume-unchanged BACKLOG.yaml"), ("BACKLOG.yaml could not be committed", "--no-assume-unchanged")),
     "protected": (write("orchestrator.toml", f'{CONFIG}[project]\nprotected_branches = ["main"]\n'), ("branch main is protected", "project.protected_branches")),
     "damaged_index": (write(".git/index", "nonsense"), ("git",)),
     "missing_agent": (write("orchestrator.toml", '[agent]\ncli = "command"\ncommand = ["no-such-agent-xyz"]\n'), ("no-such-agent-xyz", "agent.command")),
@@ -298,9 +196,8 @@ STATES: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if name.endswith("_lock") else ()) for name in STATES])
-def test_a_bad_state_of_the_repository(root: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
-    prepare, says = STATES[name]
+@pytest.mark.parametrize(("prepare", "says"), table(STATES))
+def test_a_bad_state_of_the_repository(root: Path, capsys: pytest.CaptureFixture[str], prepare: Act, says: tuple[str, ...]) -> None:
     prepare(root)
     message = refused(root, capsys, "run")
     for text in says:
@@ -337,59 +234,5 @@ def test_a_folder_that_is_no_project(root: Path, tmp_path: Path, capsys: pytest.
         message = refused(root, capsys, "--root", str(root / where), "run")
         assert str(root / where) in message
         assert "--root" in message
-    git(tmp_path, "init", "-q", "--bare", "bare.git")
+    run("git init -q --bare bare.git")(tmp_path)
     assert str(bare) in refused(bare, capsys, "init")
-
-
-def test_a_hook_of_git_is_no_place_for_a_run(root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("GIT_INDEX_FILE", str(root / ".git" / "index"))
-    assert "GIT_INDEX_FILE is set: this looks like the inside of a git hook" in refused(root, capsys, "run")
-
-
-# ---- Results of agents ---------------------------------------------------------------------------
-
-GOOD: dict[str, Any] = {"phase": "plan", "result": "phase_complete", "summary": "planned"}
-
-
-def changed(**keys: Any) -> str:
-    return json.dumps({"item_id": "@", **GOOD, **keys})
-
-
-BAD_RESULTS: dict[str, tuple[str, str]] = {
-    "empty": ("", "result"),
-    "not_json": ("I am done!", "JSON"),
-    "cut_off": (changed()[:-5], "JSON"),
-    "a_list": ("[]", "result"),
-    "a_text": ('"done"', "result"),
-    "null": ("null", "result"),
-    "deep": ("[" * 100_000, "result"),
-    "no_item": (json.dumps(GOOD), "item_id"),
-    "other_item": (changed(item_id="WRK-999"), "WRK-999"),
-    "other_phase": (changed(phase="build"), "build"),
-    "no_result": (json.dumps({"item_id": "@", "phase": "plan", "summary": "x"}), "result"),
-    "unknown_result": (changed(result="finished"), "finished"),
-    "result_number": (changed(result=1), "result"),
-}
-def run_with_results(project: Any, texts: dict[str, str]) -> Any:
-    """One run of the phase `plan` over one item per text; the texts by item id."""
-    project.configure("plan", execution="max_retries = 0\ncircuit_breaker = 1000\nmax_wip = 100\nmax_concurrent = 4")
-    ids = {name: f"WRK-{n:03}" for n, name in enumerate(texts, 1)}
-    for name, text in texts.items():
-        (project.outside / f"{ids[name]}.json").write_text(text.replace('"@"', f'"{ids[name]}"'))
-    project.script({"*": [{"no_result": True, "sh": f'cp "{project.outside}/$ORCHESTRATOR_ITEM_ID.json" "$ORCHESTRATOR_RESULT_PATH"'}]})
-    project.backlog(*(f"{item_id} in_progress phase=plan phase_pool=main" for item_id in ids.values()))
-    project.commit_all()
-    return ids
-
-
-@pytest.mark.slow
-def test_bad_results_of_agents_fail_the_attempt_and_say_why(project: Any) -> None:
-    ids = run_with_results(project, {name: text for name, (text, _) in BAD_RESULTS.items()})
-    done = project.run("run", "--json", code=3)
-    assert "Traceback" not in done.stderr
-    reasons = {row["id"]: row["reason"] for row in json.loads(done.stdout)["blocked"]}
-    for name, (_, says) in BAD_RESULTS.items():
-        assert reasons[ids[name]].startswith("plan failed after 1 attempt: "), name
-        assert says in reasons[ids[name]], name
-    assert (project.committed(), project.status()) == (project.text(), "")
-

@@ -383,19 +383,29 @@ def test_a_limit_in_a_build_keeps_what_it_had_done_and_the_next_attempt_is_told(
 
 
 def test_a_check_that_cannot_run_halts_the_run_and_charges_nobody(project: Any) -> None:
-    """What the agent did is kept on a ref."""
-    project.configure("build!", more='verify = [["sh", "-c", "echo no linter here; exit 127"]]\n', execution="max_retries = 0")
+    """What the agent did is not paid for again: the next start, with a check that works, commits it."""
+    check = 'verify = [["sh", "-c", "echo no linter here; exit {}"]]\n'
+    project.configure("build!", more=check.format(127), execution="max_retries = 0")
     project.backlog(*(f"WRK-00{n} in_progress phase=build phase_pool=main" for n in (1, 2)))
     project.commit_all()
-    project.script({"*": [{"write": {"a.txt": "1\n"}}]})
+    project.script({"*": [{"write": {"a.txt": "1\n"}}], "WRK-002/*": [{"write": {"b.txt": "1\n"}}]})
+
     log = project.run("run", code=4).stderr
     says = "verify command `sh -c echo no linter here; exit 127` failed with exit code 127 Last output: no linter here"
-    assert f"(CircuitBreakerTripped): {says}\n" in log
+    assert f"(CircuitBreakerTripped): [WRK-001][build] is finished, but {says} Nothing is charged" in log
     assert project.agent_log() == ["WRK-001 build 1"]
     assert set(project.statuses().values()) == {"in_progress build"}
     assert "attempts" not in project.text()
-    assert project.git("show", "refs/orchestrator/salvage/WRK-001/build/1:a.txt") == "1\n"
-    assert not (project.root / "a.txt").exists()
+    assert (project.root / "a.txt").read_text() == "1\n"
+    assert "ready to run" not in (told := project.run("check").stdout)
+    assert "to be committed: WRK-001 build" in told
+    assert says[:30] in project.run("run", code=1).stderr  # it still cannot
+    project.configure("build!", more=check.format(0), execution="max_retries = 0")
+    project.run("run")
+    assert project.agent_log() == ["WRK-001 build 1", "WRK-002 build 1"]
+    assert [path for path in project.paths("HEAD~1") if path.endswith(".txt")] == ["a.txt"]
+    assert project.git("log", "-1", "--format=%(trailers:key=Orchestrator-Verified,valueonly)", "HEAD~1").strip()
+    assert project.status() == " M orchestrator.toml\n"
 
 
 def test_the_live_line_tells_what_runs_what_rests_and_what_it_cost(project: Any, claude: Claude, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -411,7 +421,7 @@ def test_the_live_line_tells_what_runs_what_rests_and_what_it_cost(project: Any,
     rest(project, NOW + 5400)
     run.book.take_in()
     assert run._live_text() == (
-        "phases 0/10 · WRK-001 plan 1 min 05 s, claude rests, 1 h 30 min left · done 0 · blocked 0 · 1,234 tokens · $0.75"
+        "phases 0/10 · done 0 · blocked 0 · 1,234 tokens · $0.75 · WRK-001 plan 1 min 05 s, claude rests, 1 h 30 min left"
         "  Bash: make test"
     )
 

@@ -9,11 +9,9 @@ from typing import Any
 
 import pytest
 
-from backlog import BacklogError, State, parse_yaml
+from backlog import State
 
-# The phases that the old files name, in the order in which they ran.
-PRE_PHASES = ("research",)
-PHASES = ("prd", "tech-research", "design", "spec", "build", "review")
+PHASES = "research? prd tech-research design spec build! review"  # that the old files name, in their order
 
 
 def backlogs(corpus: Path) -> list[Path]:
@@ -22,13 +20,8 @@ def backlogs(corpus: Path) -> list[Path]:
     return found
 
 
-def version(path: Path) -> int:
-    found = re.search(r"^schema_version: (\d+)$", path.read_text(), re.M)
-    return int(found[1]) if found else 1
-
-
 def is_refused(path: Path) -> bool:
-    return version(path) != 3
+    return not re.search(r"^schema_version: 3$", path.read_text(), re.M)
 
 
 @pytest.fixture
@@ -38,8 +31,7 @@ def project_with(project: Any) -> Any:
     def prepare(path: Path) -> Any:
         text = path.read_text()
         prefix = re.search(r"^- id: ([A-Z]+)-\d", text, re.M)
-        words = [f"{name}?" for name in PRE_PHASES] + [name + "!" * (name == "build") for name in PHASES]
-        project.configure(" ".join(words), execution="max_retries = 0\ncircuit_breaker = 100")
+        project.configure(PHASES, execution="max_retries = 0\ncircuit_breaker = 100")
         config = project.root / "orchestrator.toml"
         config.write_text(f'[project]\nprefix = "{prefix[1] if prefix else "WRK"}"\n{config.read_text()}')
         (project.root / "BACKLOG.yaml").write_bytes(path.read_bytes())
@@ -48,23 +40,6 @@ def project_with(project: Any) -> Any:
         return project
 
     return prepare
-
-
-def test_each_file_loads_or_is_refused_for_its_version(corpus: Path) -> None:
-    for path in backlogs(corpus):
-        data = path.read_bytes()
-        if is_refused(path):
-            with pytest.raises(BacklogError, match=r"BACKLOG\.yaml.*schema_version"):
-                State.read(data, "BACKLOG.yaml")
-        elif b"\nnext_item_id:" not in data:
-            with pytest.raises(BacklogError, match=r"BACKLOG\.yaml: the line 'next_item_id: N' is missing"):
-                State.read(data, "BACKLOG.yaml")
-        else:
-            state, raw = State.read(data, "BACKLOG.yaml"), parse_yaml(data)
-            assert list(state.chunks) == [row["id"] for row in raw["items"] or []]  # type: ignore[index, call-overload]
-            assert state.changed(state.backlog) is state
-            assert state.document.to_bytes() == data
-    assert 0 < sum(map(is_refused, backlogs(corpus))) < len(backlogs(corpus))
 
 
 @pytest.mark.slow
@@ -77,24 +52,22 @@ def test_a_run_on_a_copy(corpus: Path, project_with: Any, number: int) -> None:
     path = files[number]
     project = project_with(path)
     before = project.text()
-    if is_refused(path):
-        done = project.run("run", "--cap", "12", code=1)
-        assert "schema_version" in done.stderr
+    if is_refused(path) or "\nnext_item_id:" not in before:  # it may be cut off; a human says that it is not
+        says = "schema_version" if is_refused(path) else "the line 'next_item_id: N' is missing"
+        assert says in project.run("run", code=1).stderr
         assert (project.text(), project.status()) == (before, "")
-        return
-    if "\nnext_item_id:" not in before:  # it may be cut off; a human says that it is not
-        assert "the line 'next_item_id: N' is missing" in project.run("run", code=1).stderr
-        assert (project.text(), project.status()) == (before, "")
+        if is_refused(path):
+            return
         before = f"{before}next_item_id: 900\n"
         (project.root / "BACKLOG.yaml").write_text(before)
         project.commit_all()
     check = project.run("check", code=None)
     if check.returncode:  # what the file itself has wrong is named, and nothing is done
-        done = project.run("run", "--cap", "12", code=1)
+        done = project.run("run", "--cap", "6", code=1)
         assert done.stderr.startswith("orchestrator: cannot start:\n- ")
         assert (project.text(), project.status()) == (before, "")
         pytest.skip(f"refused by name: {check.stdout.splitlines()[0]}")
-    done = project.run("run", "--cap", "12", "--json", code=None)
+    done = project.run("run", "--cap", "6", "--json", code=None)
     assert done.returncode in (0, 3), done.stderr
     assert "Traceback" not in done.stderr
     summary = json.loads(done.stdout)
@@ -102,7 +75,7 @@ def test_a_run_on_a_copy(corpus: Path, project_with: Any, number: int) -> None:
     assert (project.committed(), project.status()) == (project.text(), "")
     old, new = (State.read(text.encode(), "B") for text in (before, project.text()))
     kept = [key for key in new.chunks if old.items.get(key) == new.items.get(key)]
-    assert len(kept) >= len(old.chunks) - 12
+    assert len(kept) >= len(old.chunks) - 6
     assert [new.chunks[key].strip("\n") for key in kept] == [old.chunks[key].strip("\n") for key in kept]
     assert project.text().startswith(before.partition("items:")[0])
     again = project.run("run", "--cap", "0", code=None)

@@ -53,7 +53,6 @@ def hooks(body: str) -> str:
 
 
 def linked(project: Any) -> None:
-    """The project is a linked work tree."""
     project.git("worktree", "add", "-q", "-b", "work", "../linked tree")
     project.root = project.root.parent / "linked tree"
 
@@ -100,54 +99,35 @@ FAULTS = {
     # hooks and signing: a state commit runs none
     "hook rejects": Fault(before=hooks("exit 1")),
     "hook modifies the backlog": Fault(before=hooks("echo '# hook' >> BACKLOG.yaml; git add BACKLOG.yaml")),
-    "hook sweeps: git add -A": Fault(before=hooks("git add -A")),
     "hook hangs": Fault(before=hooks("sleep 600")),
-    "core.hooksPath with a rejecting hook": Fault(act="mkdir -p $OUTSIDE/h; printf '#!/bin/sh\\nexit 1\\n' > $OUTSIDE/h/pre-commit; chmod +x $OUTSIDE/h/pre-commit; git config core.hooksPath $OUTSIDE/h"),
     "signing program hangs": Fault(act=f"printf '#!/bin/sh\\nsleep 600\\n' > $OUTSIDE/gpg; chmod +x $OUTSIDE/gpg; {SIGN} $OUTSIDE/gpg"),
-    "signing program is missing": Fault(act=f"{SIGN} /nonexistent"),
     "no identity, useConfigOnly": Fault(prepare=no_identity),
     # locks
     "index.lock, stale": Fault(act="touch .git/index.lock", says="index.lock", end="rm .git/index.lock"),
-    "HEAD.lock, stale": Fault(act="touch .git/HEAD.lock", says="HEAD.lock", end="rm .git/HEAD.lock", lax=True),
-    "branch lock, stale": Fault(act="touch .git/refs/heads/main.lock", says="main.lock", end="rm .git/refs/heads/main.lock", lax=True),
     # operations that begin while a phase is running
     "merge": Fault(act="git merge -q --no-commit --no-ff side", says="a merge", end="git commit -qm merged", files="dirty untracked", quick=True, lax=True),
     "merge with conflicts, aborted": Fault(act="git merge -q clash || true", says="a merge", end="git merge --abort", files="dirty untracked"),
-    "cherry-pick": Fault(act="git cherry-pick clash || true", says="a cherry-pick", end="git cherry-pick --abort", files="untracked", lax=True),
-    "revert": Fault(act="git revert --no-edit HEAD~1 || true", says="a revert", end="git revert --abort", files="untracked", lax=True),
     "rebase with autostash": Fault(act="git -c rebase.autoStash=true rebase -q clash || true", says="a rebase", end="git checkout -q BACKLOG.yaml; git rebase --abort", **STOP_HERE),
     "bisect": Fault(act="git bisect start HEAD HEAD~2", says="a bisect", end="git bisect reset", **STOP_HERE),
     # the branch
     "branch switched": Fault(act="git switch -q side", says="HEAD is on side now, the run began on main", end="git switch -q main", **STOP_HERE),
-    "new branch at the same commit": Fault(act="git switch -q -c fresh", says="HEAD is on fresh now", end="git switch -q main", lax=True, **STOP_HERE),
-    "HEAD detached": Fault(act="git checkout -q --detach", says="HEAD is detached", end="git switch -q main", code=1),
     "branch deleted": Fault(act="git update-ref -d refs/heads/main", says="the branch main was deleted", end="git update-ref refs/heads/main $START", files="dirty untracked", code=1),
     "branch switched and deleted": Fault(act="git switch -q side; git branch -qD main", says="HEAD is on side now", end="git branch main $START; git switch -q main", lax=True, **STOP_HERE),
     "branch renamed": Fault(act="git branch -m trunk", says="HEAD is on trunk now", end="git branch -m main", code=1, lax=True),
     "unborn branch": Fault(before="git update-ref -d refs/heads/main", files="untracked"),
-    "a commit by somebody else": Fault(act="git commit -q --allow-empty -m theirs"),
     # where the project is
     "linked work tree": Fault(prepare=linked),
-    "linked work tree, merge": Fault(prepare=linked, act="git merge -q --no-commit --no-ff side", says="a merge", end="git merge --abort", files="dirty untracked"),
     "with a submodule": Fault(prepare=with_submodule),
-    "below the repository's top": Fault(prepare=below_the_top),
-    "below the top, HEAD detached": Fault(prepare=below_the_top, act="git checkout -q --detach", says="detached", end="git switch -q main", code=1, lax=True),
     "blanks and quotes in the path": Fault(prepare=renamed("it's  a \"repo\" "), act="git checkout -q --detach", says="detached", end="git switch -q main", code=1, lax=True),
     "non-ASCII and pattern characters": Fault(prepare=renamed("Überraschung [a]*")),
-    "leading dash": Fault(prepare=renamed("-rf")),
     "leading dash below the top": Fault(prepare=below("-rf"), act="git checkout -q --detach", says="detached", end="git switch -q main", code=1, lax=True),
     "line break below the top": Fault(prepare=below("two\nlin'es\\"), act="git checkout -q --detach", says="detached", end="git switch -q main", code=1, lax=True),
     # how git sees the file
-    "sparse checkout": Fault(before="git sparse-checkout set --no-cone '/README.md' '/orchestrator.toml' '/BACKLOG.yaml'", files="dirty untracked"),
     "sparse checkout that leaves the backlog out": Fault(act="git sparse-checkout set --no-cone '/README.md' '/orchestrator.toml'", files="untracked"),
     "assume-unchanged": Fault(act="git update-index --assume-unchanged BACKLOG.yaml", says="assume-unchanged", end="git update-index --no-assume-unchanged BACKLOG.yaml"),
-    "skip-worktree": Fault(act="git update-index --skip-worktree BACKLOG.yaml", says="skip-worktree", end="git update-index --no-skip-worktree BACKLOG.yaml", lax=True),
     "untracked": Fault(act="git rm -q --cached BACKLOG.yaml"),
     "ignored": Fault(act="git rm -q --cached BACKLOG.yaml; git commit -q -m gone; echo BACKLOG.yaml >> .git/info/exclude", says="git ignores it", end=": > .git/info/exclude", files="dirty untracked"),
-    "core.autocrlf": Fault(before="git config core.autocrlf true"),
     "eol=crlf": Fault(before="echo 'BACKLOG.yaml text eol=crlf' > .gitattributes; git add .gitattributes; git commit -qm eol; rm BACKLOG.yaml; git checkout -q BACKLOG.yaml; grep -q \"$(printf '\\r')\" BACKLOG.yaml"),
-    "clean and smudge filters": Fault(before="git config filter.x.clean 'tr a-z n-za-m'; git config filter.x.smudge 'tr a-z n-za-m'; echo 'BACKLOG.yaml filter=x' > .git/info/attributes"),
-    "clean filter fails": Fault(act="git config filter.x.clean false; git config filter.x.required true; echo 'BACKLOG.yaml filter=x' > .git/info/attributes", says="filter", end="rm .git/info/attributes", lax=True),
     # what cannot be written
     "objects cannot be written": Fault(act="git gc -q --prune=now; cd .git/objects; for a in 0 1 2 3 4 5 6 7 8 9 a b c d e f; do for b in 0 1 2 3 4 5 6 7 8 9 a b c d e f; do touch $a$b; done; done", says="was not committed", end="find .git/objects -maxdepth 1 -name '??' -type f -delete", code=1),
     "reflog cannot be written": Fault(act="mv .git/logs .git/logs.away; touch .git/logs", says="was not committed", end="rm .git/logs; mv .git/logs.away .git/logs"),
@@ -164,7 +144,6 @@ def theirs(project: Any) -> tuple[set[str], dict[str, bytes]]:
 
 
 def shell(project: Any, commands: str) -> None:
-    """Run the operator's commands (or the agent's) in the project's folder."""
     env = {**os.environ, "OUTSIDE": str(project.outside), "ROOT": str(project.root), "START": project.start_commit, "GIT_EDITOR": "true"}
     where = project.root if project.root.exists() else project.outside
     done = subprocess.run(["sh", "-ec", commands], cwd=where, env=env, capture_output=True, text=True, check=False)
@@ -307,7 +286,6 @@ def test_what_two_runs_could_not_commit(project: Any) -> None:
 
 # ---- The hooks of a destructive phase ------------------------------------------------------------
 
-
 class Hook(NamedTuple):
     """A hook of the operator's, and what it makes of the commit of a destructive phase."""
 
@@ -320,8 +298,7 @@ class Hook(NamedTuple):
 
 ONCE = "test -e $OUTSIDE/mended || "
 HOOKS = {
-    "pre-commit hangs": Hook("pre-commit", f"{ONCE}sleep 600", 4, "pre-commit hook cannot do its work"),
-    "pre-commit hangs and ignores TERM": Hook("pre-commit", f"trap '' TERM; {ONCE}sleep 600", 4, "it did not end within 1 s"),
+    "pre-commit hangs and ignores TERM": Hook("pre-commit", f"trap '' TERM; {ONCE}sleep 600", 4, "pre-commit hook cannot do its work: it did not end within 1 s"),
     "pre-commit calls what is not there": Hook("pre-commit", f"{ONCE}exec no-such-tool", 4, "no-such-tool"),
     "commit-msg rejects": Hook("commit-msg", f"{ONCE}{{ echo 'no ticket'; exit 1; }}", 1, "rejected the commit's message, tried on a sample: no ticket"),
     "commit-msg rejects later": Hook("commit-msg", f"{ONCE}! grep -q done $1 || {{ echo 'no ticket'; exit 1; }}", 4, "no ticket"),
@@ -337,15 +314,12 @@ HOOKS = {
 def test_hook_of_a_destructive_phase(project: Any, name: str) -> None:
     """What a hook cannot judge charges nobody: once it is mended, the next start commits what was paid for."""
     hook = HOOKS[name]
-    project.configure("build!", execution="max_retries = 0\nhook_timeout_seconds = 1")
-    project.backlog("WRK-001 in_progress phase=build phase_pool=main")
-    project.commit_all()
-    project.script({"*/build": [{"write": {"code.py": "1\n"}}]})
+    project.set_up(
+        "WRK-001 in_progress phase=build phase_pool=main", phases="build!",
+        script={"*/build": [{"write": {"code.py": "1\n"}}]}, execution="max_retries = 0\nhook_timeout_seconds = 1",
+    )  # fmt: skip
     (project.root / "own.txt").write_text("the operator's\n")
-    path = project.root / ".git/hooks" / hook.name
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(f"#!/bin/sh\n{hook.body}\n")
-    path.chmod(0o755)
+    project.hook(hook.name, hook.body)
     project.environment["OUTSIDE"] = str(project.outside)
 
     done = project.run("run", "--strict", "--allow-dirty", code=hook.code)
@@ -372,7 +346,6 @@ def test_hook_of_a_destructive_phase(project: Any, name: str) -> None:
 
 
 # ---- Saves that fail -----------------------------------------------------------------------------
-
 
 class NoSave(NamedTuple):
     """Why BACKLOG.yaml cannot be saved while a phase is running."""
@@ -427,11 +400,10 @@ def test_a_save_that_fails(project: Any, name: str) -> None:
     project.announced()
     shell(project, fault.act)
     (project.outside / "go").write_text("")
-    out, err = process.communicate(timeout=60)
-    log = out + err
+    log = "".join(process.communicate(timeout=60))
     assert process.returncode == 1, log
     assert fault.says in log
-    assert "Traceback" not in err.replace("Last output: Traceback", "")
+    assert "Traceback" not in log.replace("Last output: Traceback", "")
     assert "saved the backlog state" not in log
     assert "journal; once that is mended" in log or not fault.kept, log
     assert project.root.exists() != ("vanished" in name)  # nothing is made anew where it was
@@ -442,6 +414,3 @@ def test_a_save_that_fails(project: Any, name: str) -> None:
     assert fault.kept in project.text()
     assert project.statuses() == {"WRK-001": "blocked plan" if "blocked" in fault.kept else "in_progress plan"}
     assert stray_paths(project) == set()
-
-
-# ---- Elsewhere -----------------------------------------------------------------------------------

@@ -7,8 +7,6 @@ files around. Trouble with git is in test_git_trouble.py.
 
 from __future__ import annotations
 
-import json
-import os
 import signal
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -29,7 +27,7 @@ class Case(NamedTuple):
     args: tuple[str, ...] = ()
     script: dict[str, Any] = {}  # noqa: RUF012
     code: int = 0
-    prepare: Callable[[Any], None] = lambda project: None
+    execution: str = ""
     during: Callable[[Any, Any], None] | None = None  # what happens while the run is active
 
 
@@ -38,30 +36,12 @@ def terminate(project: Any, process: Any) -> None:
     process.send_signal(signal.SIGTERM)
 
 
-def one_attempt(project: Any) -> None:
-    project.configure(execution="max_retries = 0")
-
-
-def limited_claude(project: Any) -> None:
-    """A `claude` that reports a used-up usage limit, first on the PATH."""
-    event = {"type": "rate_limit_event", "rate_limit_info": {"status": "rejected", "resetsAt": 4102444800, "rateLimitType": "five_hour"}}
-    fake = project.outside / "claude"
-    fake.write_text(f"#!/bin/sh\ncat > /dev/null\necho '{json.dumps(event)}'\nexit 1\n")
-    fake.chmod(0o755)
-    os.environ["PATH"] = f"{project.outside}:{os.environ['PATH']}"
-    os.environ["IS_SANDBOX"] = "1"
-    text = (project.root / "orchestrator.toml").read_text()
-    lines = [line for line in text.splitlines() if not line.startswith(("cli =", "command ="))]
-    (project.root / "orchestrator.toml").write_text("\n".join(lines) + "\n")
-
-
 HANG = {"announce": True, "hang": True}
 ACTIVE = "WRK-001 in_progress phase=build phase_pool=main"
 CASES = [
-    Case("ShutdownRequested", True, ("WRK-001 ready",), ("--cap", "1"), script={"*": [HANG]}, code=143, during=terminate),
+    Case("ShutdownRequested", True, ("WRK-001 ready",), script={"*": [{**HANG, "on_term": "finish", **BLOCKS}]}, code=143, during=terminate),
     Case("ShutdownRequested", False, (ACTIVE,), script={"*": [HANG]}, code=143, during=terminate),
-    Case("CircuitBreakerTripped", True, ("WRK-001 ready", "WRK-002 ready"), script={"*": [FAILS]}, code=4, prepare=one_attempt),
-    Case("CircuitBreakerTripped", False, (ACTIVE,), code=4, prepare=limited_claude),
+    Case("CircuitBreakerTripped", True, ("WRK-001 ready", "WRK-002 ready"), script={"*": [FAILS]}, code=4, execution="max_retries = 0"),
     Case("TargetBlocked", True, ("WRK-001 ready",), ("--target", "WRK-001"), {"*": [BLOCKS]}, code=3),
     Case("TargetBlocked", False, ("WRK-001 blocked blocked_from_status=ready blocked_reason=why",), ("--target", "WRK-001"), code=3),
     Case(
@@ -86,41 +66,18 @@ def as_parameter(case: Case) -> Any:
     return pytest.param(case, id=f"{case.reason}-{'dirty' if case.dirty else 'clean'}", marks=marks)
 
 
-def set_up(project: Any, case: Case) -> None:
-    project.backlog(*case.items)
-    project.script(case.script)
-    case.prepare(project)
-    project.commit_all()
+@pytest.mark.parametrize("case", [as_parameter(case) for case in CASES])
+def test_every_halt_reason_commits_the_backlog_alone_and_only_if_dirty(project: Any, case: Case) -> None:
+    project.set_up(*case.items, script=case.script, execution=case.execution)
     (project.root / "staged.txt").write_text("staged by the operator\n")
     project.git("add", "staged.txt")
     (project.root / "README.md").write_text("edited by the operator\n")
     (project.root / "untracked.txt").write_text("untracked\n")
-
-
-def user_status(project: Any) -> str:
-    """`git status` without our own documents and worklog."""
-    own = ("changes/", "_worklog/", "_ideas/")
-    return "".join(line for line in project.status().splitlines(keepends=True) if not line[3:].startswith(own))
-
-
-def run_case(project: Any, case: Case) -> Any:
-    """Run a case to its end; returns the finished process' standard error."""
-    set_up(project, case)
     process = project.start("run", "--allow-dirty", *case.args)
     if case.during:
         case.during(project, process)
     out, err = process.communicate(timeout=60)
     assert process.returncode == case.code, out + err
-    return err
-
-
-@pytest.mark.parametrize("case", [as_parameter(case) for case in CASES])
-def test_every_halt_reason_commits_the_backlog_alone_and_only_if_dirty(
-    project: Any, case: Case, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("PATH", os.environ["PATH"])  # so that a case may change it
-    monkeypatch.setenv("IS_SANDBOX", "")
-    err = run_case(project, case)
     message = f"[orchestrator] Save backlog state on halt ({case.reason})"
     halts = [subject for subject in project.subjects() if "on halt" in subject]
     assert halts == ([message] if case.dirty else [])
@@ -132,8 +89,11 @@ def test_every_halt_reason_commits_the_backlog_alone_and_only_if_dirty(
         assert set(trailers) <= {"WRK-001", "WRK-002", "WRK-003"}
         assert project.paths() == ["BACKLOG.yaml"]
         assert "saved the backlog state: commit " in err
+    if case.dirty and case.during:  # a result that arrives while the run is being stopped is saved, and then committed
+        assert project.statuses() == {"WRK-001": "blocked plan"}
+        assert project.subjects()[1] == "[WRK-001][plan] Blocked: needs a decision"
     assert project.committed() == project.text()
-    assert user_status(project) == USER_STATUS
+    assert project.status() == USER_STATUS
     touched = {path for commit in project.git("log", "--format=%H").split() for path in project.paths(commit)}
     assert not touched & {"staged.txt", "untracked.txt"}
     assert project.git("show", "HEAD:README.md") == "A project\n"
@@ -152,54 +112,3 @@ def test_a_backlog_the_operator_left_dirty_is_committed_staged_or_not_but_once(p
     before = project.git("rev-parse", "HEAD")
     project.run("run", code=3)
     assert project.git("rev-parse", "HEAD") == before
-
-
-def test_the_commit_holds_what_the_coordinator_saved_last(project: Any) -> None:
-    """A result that arrives while the run is being stopped is saved, and then committed."""
-    project.backlog("WRK-001 ready")
-    project.commit_all()
-    project.script({"*/plan": [{"announce": True, "hang": True, "on_term": "finish", **BLOCKS}]})
-    process = project.start("run")
-    project.announced()
-    process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 143, err
-    assert project.statuses() == {"WRK-001": "blocked plan"}
-    assert "blocked_reason: needs a decision" in project.committed()
-    assert project.committed() == project.text()
-    assert project.subjects()[:2] == [
-        "[orchestrator] Save backlog state on halt (ShutdownRequested)",
-        "[WRK-001][plan] Blocked: needs a decision",
-    ]
-
-
-@pytest.mark.slow
-def test_documents_of_two_phases_in_flight_and_an_operator_editing(project: Any) -> None:
-    """Two document phases that end apart, while the operator adds, edits and stages."""
-    project.configure("plan", execution="max_concurrent = 2\nmax_wip = 2")
-    project.backlog("WRK-001 ready", "WRK-002 ready", head="# my backlog\n")
-    project.commit_all()
-    os.mkfifo(project.outside / "go")
-    project.script({
-        "WRK-001/plan": [{"document": "plan.md", "announce": True}],
-        "WRK-002/plan": [{"document": "plan.md", "await": "go"}],
-    })
-    process = project.start("run")
-    project.announced()
-    (project.root / "staged.txt").write_text("mine\n")
-    project.git("add", "staged.txt")
-    project.run("add", "Added meanwhile", "--size", "large")
-    text = project.text().replace("title: Item WRK-002", "title: Renamed by hand  # why not")
-    (project.root / "BACKLOG.yaml").write_text(text)
-    (project.outside / "go").write_text("")
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 0, out + err
-    documents = [path for commit in project.git("log", "--format=%H").split() for path in project.paths(commit)]
-    assert documents.count("changes/WRK-001_item-wrk-001/plan.md") == 1
-    assert documents.count("changes/WRK-002_renamed-by-hand/plan.md") + documents.count("changes/WRK-002_item-wrk-002/plan.md") == 1
-    assert project.committed() == project.text()
-    assert project.text().startswith("# my backlog\n")
-    assert "Renamed by hand" in next((project.root / "_worklog").iterdir()).read_text()
-    assert "Added meanwhile" in project.git("log", "-p", "--", "BACKLOG.yaml")
-    assert "staged.txt" not in documents
-    assert project.status() == "A  staged.txt\n"

@@ -38,13 +38,6 @@ def command(project: Any, *words: str) -> str:
     return " ".join(f"'{word}'" for word in (*argv, *words))
 
 
-def set_up(project: Any, *items: str, script: dict[str, Any], phases: str = "build!", execution: str = "", more: str = "") -> None:
-    project.configure(phases, execution=execution, more=more)
-    project.backlog(*items)
-    project.commit_all()
-    project.script(script)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("outcome", ["blocked", "phase_complete"])
 @pytest.mark.parametrize("half", [0, 1])
@@ -60,7 +53,7 @@ def test_what_an_agent_does_to_our_state_is_undone(project: Any, outcome: str, h
         }]
         for one, act in zip(ids, acts.values(), strict=True)
     }
-    set_up(project, *(f"{one} {BUILDING}" for one in ids), script=script, execution="max_wip = 99")
+    project.set_up(*(f"{one} {BUILDING}" for one in ids), phases="build!", script=script, execution="max_wip = 99")
     project.git("commit", "-q", "--allow-empty", "-m", "There is something to go back to")
     process = project.start("run", *(word for one in ids for word in ("--target", one)), "--auto-advance")
     project.finish(process, 3 if outcome == "blocked" else 0)
@@ -105,10 +98,15 @@ def test_hostile_result_files_fail_the_attempt_and_nothing_else(project: Any, tm
         "twice": good[:-1] + ', "item_id": "WRK-999"}',
         "outside": json.dumps(result(item_id="../../etc/passwd")),
         "types": json.dumps({**result(item_id="@"), **{key: [{"x": 1}] for key in odd}}),
+        "empty": "", "text": "I am done!", "cut off": good[:-5], "list": "[]", "no item": json.dumps(result()),
+        "other phase": json.dumps(result(item_id="@", phase="build")), "no result": json.dumps({"item_id": "@", "phase": "plan", "summary": "x"}),
+        "unknown": json.dumps(result(item_id="@", result="finished")), "number": json.dumps(result(item_id="@", result=1)),
     }
     (tmp_path / "files").mkdir()
-    acts = {name: (f"cp {tmp_path}/files/{name} $R", says) for name, says in {
+    acts = {name: (f"cp '{tmp_path}/files/{name}' $R", says) for name, says in {
         "nul": "JSON", "deep": "nested too deeply", "nan": "", "digits": "JSON", "twice": "WRK-999", "outside": "expected", "types": "",
+        "empty": "result", "text": "JSON", "cut off": "JSON", "list": "result", "no item": "item_id", "other phase": "build", "no result": "result",
+        "unknown": "finished", "number": "result",
     }.items()}
     acts |= {
         "huge": ("truncate -s 50M $R", "was refused: more than 5000000 bytes"), "link": ("ln -s /etc/passwd $R", "symbolic link"),
@@ -119,16 +117,16 @@ def test_hostile_result_files_fail_the_attempt_and_nothing_else(project: Any, tm
     ids = {name: f"WRK-{n:03}" for n, name in enumerate(acts, 1)}
     for name, data in files.items():
         (tmp_path / "files" / name).write_text(data.replace("@", ids[name]))
-    project.configure("plan", execution="max_retries = 0\ncircuit_breaker = 1000\nmax_wip = 100\n")
-    project.backlog(*(f"{one} in_progress phase=plan phase_pool=main" for one in ids.values()))
-    project.commit_all()
-    project.script({f"{ids[name]}/plan": [{"no_result": True, "sh": f"R=$ORCHESTRATOR_RESULT_PATH; {act}"}] for name, (act, _) in acts.items()})
+    script = {f"{ids[name]}/plan": [{"no_result": True, "sh": f"R=$ORCHESTRATOR_RESULT_PATH; {act}"}] for name, (act, _) in acts.items()}
+    items = (f"{one} in_progress phase=plan phase_pool=main" for one in ids.values())
+    project.set_up(*items, phases="plan", script=script, execution="max_retries = 0\ncircuit_breaker = 1000\nmax_wip = 100")
     process = project.start("run")
     log = project.finish(process)
     assert "Traceback" not in log
     rows = project.items()
     for name, (_, says) in acts.items():
         if says:
+            assert rows[ids[name]]["blocked_reason"].startswith("plan failed after 1 attempt: "), name
             assert says in rows[ids[name]]["blocked_reason"], name
         else:
             assert ids[name] not in rows, name
@@ -141,7 +139,7 @@ def test_hostile_result_files_fail_the_attempt_and_nothing_else(project: Any, tm
 def test_texts_of_agents_stay_texts_and_follow_ups_have_a_limit(project: Any) -> None:
     titles = [NASTY, "# no comment", "- no list", "key: value", "'", '"', "{", "&a *b !c", "../../escape", "x" * 5000, "---", "null", "2026-01-01"]
     many = [f"Follow-up number {n}" for n in range(3000)]
-    set_up(project, "WRK-001 in_progress phase=plan phase_pool=main", "WRK-002 in_progress phase=plan phase_pool=main", phases="plan", script={
+    project.set_up("WRK-001 in_progress phase=plan phase_pool=main", "WRK-002 in_progress phase=plan phase_pool=main", phases="plan", script={
         "WRK-001/plan": [{"document": "p.md", "sh": "printf '\\033[2J\\000\\233mout\\n'; printf '\\033]0;x\\007err\\n' >&2", "result": {
             "result": "blocked", "summary": NASTY, "context": NASTY, "follow_ups": [*titles, *({"title": one, "context": NASTY} for one in many)], "commit_summary": NASTY}}],
         "WRK-002/plan": [{"document": "p.md", "exit": 1, "no_result": True, "sh": "printf '\\033[2J\\000\\233mout\\n'; printf '\\033]0;x\\007err\\n' >&2; git update-ref refs/heads/evil HEAD; false"}],

@@ -299,6 +299,14 @@ def test_d29_retries_exhausted_and_a_claim_without_a_change(project: Any) -> Non
     clean_and_saved(project)
 
 
+def test_what_only_waits_for_a_place_is_told_at_the_halt(project: Any) -> None:
+    held = "in_progress phase=plan phase_pool=main dependencies=[WRK-002]"
+    project.backlog(f"WRK-001 {held}", "WRK-002 blocked blocked_from_status=ready", "WRK-003 ready")
+    project.commit_all()
+    done = project.run("run", code=3)
+    assert "(AllDoneOrBlocked): WRK-003 would start, but WRK-001 has every place (max_wip = 1)\n" in done.stderr
+
+
 @pytest.mark.slow
 def test_verify_that_fails_first_and_phases_that_are_commands(project: Any) -> None:
     check = 'verify = [["sh", "-c", "grep -q right code.py || { echo code is not right; exit 3; }"]]\n'

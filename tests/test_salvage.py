@@ -1,19 +1,25 @@
-"""What failed and interrupted work leaves: kept whole on refs, named, listed; and the operator's own files."""
+"""What failed and interrupted work leaves: kept whole on refs, named, listed; and the operator's own files.
+
+Killed at any point, the next start finishes what was decided and starts again what was not. The kill
+at every event of a run is in test_interruptions.py.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import signal
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-import orchestrator
 from tests.conftest import sh
 from tests.gitkit import work_tree
+from tests.test_cli import Cli, cli, here
+
+__all__ = ["cli", "here"]  # fixtures
 
 BUILDING = "in_progress phase=build phase_pool=main"
 PLANNING = "WRK-001 in_progress phase=plan phase_pool=main"
@@ -43,14 +49,13 @@ def theirs(root: Path) -> dict[str, tuple[int, bytes]]:
 @pytest.mark.slow
 @pytest.mark.parametrize("ending", ["failed", "blocked", "timed out", "cancelled"])
 def test_what_a_phase_left_is_kept_whole_and_nothing_else_moves(project: Any, tmp_path: Path, ending: str) -> None:
-    project.configure("build!", execution="max_retries = 0", more="timeout_minutes = 0.15\n" if ending == "timed out" else "")
-    project.backlog(f"WRK-001 {BUILDING}", f"WRK-002 {BUILDING}")
     sh(project.root, "sh", "-ec", BEFORE)
-    project.commit_all()
     build = {"sh": f"{PHASE} cp -a . {tmp_path}/left", "hang": ending in ("timed out", "cancelled")}
     build |= {"result": {"result": "blocked" if ending == "blocked" else "failed", "summary": "not finished"}}
     build |= {"announce": True} if ending == "cancelled" else {}
-    project.script({"WRK-001/build": [build, {"write": {"late.txt": "1\n"}}], "WRK-002/build": [{"write": {"other.txt": "1\n"}}]})
+    script = {"WRK-001/build": [build, {"write": {"late.txt": "1\n"}}], "WRK-002/build": [{"write": {"other.txt": "1\n"}}]}
+    limit = "timeout_minutes = 0.1\n" if ending == "timed out" else ""
+    project.set_up(f"WRK-001 {BUILDING}", f"WRK-002 {BUILDING}", phases="build!", script=script, execution="max_retries = 0", more=limit)
     sh(project.root, "sh", "-ec", OPERATORS)
     before, staged = theirs(project.root), project.git("diff", "--cached")
 
@@ -86,75 +91,44 @@ def test_what_a_phase_left_is_kept_whole_and_nothing_else_moves(project: Any, tm
 
 # ---- Listing -------------------------------------------------------------------------------------
 
-Cli = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def kept(project: Any, capsys: pytest.CaptureFixture[str]) -> tuple[Any, Cli, dict[str, str]]:
+def test_salvage_is_listed_with_the_command_that_drops_that_of_finished_items(project: Any, here: Cli) -> None:
     """Refs of an open, a done and an archived item, of an unknown one and of another branch's."""
     project.backlog("WRK-001 blocked", "WRK-002 done", "WRK-004 new")
-    text = project.text().replace("next_item_id: 3", "next_item_id: 7")
-    (project.root / "BACKLOG.yaml").write_text(text)
+    (project.root / "BACKLOG.yaml").write_text(project.text().replace("next_item_id: 3", "next_item_id: 7"))
     project.commit_all()
-    project.git("switch", "-q", "-c", "other")
-    project.git("commit", "-q", "--allow-empty", "-m", "Elsewhere")
-    elsewhere = sh(project.root, "git", "commit-tree", "HEAD^{tree}", "-p", "HEAD", "-m", "of another branch").strip()
-    project.git("switch", "-q", "main")
-    here = sh(project.root, "git", "commit-tree", "HEAD^{tree}", "-p", "HEAD", "-m", "of this one").strip()
-    refs = {
-        f"refs/orchestrator/salvage/{name}": commit
-        for name, commit in {
-            "WRK-001/build/1": here, "WRK-002/build/1": here, "WRK-002/build/2": here, "WRK-003/fix/1": here,
-            "WRK-005/build/1": elsewhere, "WRK-099/build/1": here,
-        }.items()
-    }
+    ours, base = (project.git("commit-tree", "HEAD^{tree}", "-p", "HEAD", "-m", text).strip() for text in ("Left", "Elsewhere"))
+    elsewhere = project.git("commit-tree", "HEAD^{tree}", "-p", base, "-m", "of another branch").strip()
+    names = ("WRK-001/build/1", "WRK-002/build/1", "WRK-002/build/2", "WRK-003/fix/1", "WRK-005/build/1", "WRK-099/build/1")
+    refs = {f"refs/orchestrator/salvage/{name}": elsewhere if "005" in name else ours for name in names}
     for ref, commit in refs.items():
         project.git("update-ref", ref, commit)
-
-    def cli(*words: str) -> tuple[int, str, str]:
-        code = orchestrator.main(["--root", str(project.root), *words])
-        return (code, *capsys.readouterr())
-
-    return project, cli, refs
-
-
-def test_salvage_is_listed_with_the_command_that_drops_that_of_finished_items(kept: tuple[Any, Cli, dict[str, str]]) -> None:
-    project, cli, refs = kept
-    names = {ref: ref.removeprefix("refs/orchestrator/salvage/").split("/") for ref in refs}
-    rows = [f"  {item} {phase:5} {ref}" for ref, (item, phase, _) in names.items()]
-    lines = cli("status")[1].splitlines()
+    parts = {ref: ref.split("/")[3:] for ref in refs}
+    rows = [f"  {item} {phase:5} {ref}" for ref, (item, phase, _) in parts.items()]
+    lines = here("status").out.splitlines()
     assert lines[-len(rows) - 1].endswith("(`git show --stat REF`):")
     assert lines[-len(rows) :] == rows
-    assert cli("status", "--only", "status=blocked")[1].endswith(f":\n{rows[0]}\n")
-    assert cli("show", "WRK-001")[1].endswith(f"\n\nLeft by attempts that did not complete, and kept (`git show --stat REF`):\n{rows[0]}\n")
+    assert here("status", "--only", "status=blocked").out.endswith(f":\n{rows[0]}\n")
+    assert here("show", "WRK-001").out.endswith(f"\n\nLeft by attempts that did not complete, and kept (`git show --stat REF`):\n{rows[0]}\n")
     known = [
         {"ref": ref, "item": item, "phase": phase, "commit": refs[ref], "finished": item in ("WRK-002", "WRK-003")}
-        for ref, (item, phase, _) in names.items()
+        for ref, (item, phase, _) in parts.items()
     ]
-    assert json.loads(cli("status", "--json")[1])["salvage"] == known
-    assert json.loads(cli("show", "WRK-002", "--json")[1])["salvage"] == known[1:3]
-    code, out, _ = cli("check")
-    assert code == 0
+    assert json.loads(here("status", "--json").out)["salvage"] == known
+    assert json.loads(here("show", "WRK-002", "--json").out)["salvage"] == known[1:3]
+    out = here("check").out
     assert [line for line in out.splitlines() if "keeps what" in line] == [
-        f"note: {ref} keeps what [{item}][{phase}] left" for ref, (item, phase, _) in names.items()
+        f"note: {ref} keeps what [{item}][{phase}] left" for ref, (item, phase, _) in parts.items()
     ]
-    assert json.loads(cli("check", "--json")[1])["salvage"] == known
+    assert json.loads(here("check", "--json").out)["salvage"] == known
     (note,) = [line for line in out.splitlines() if "finished items left: " in line]
     assert project.git("for-each-ref", "--format=%(refname)", "refs/orchestrator/").split() == list(refs)
     sh(project.root, "sh", "-c", note.partition("finished items left: ")[2])
     left = [ref for ref in refs if "WRK-002" not in ref and "WRK-003" not in ref]
     assert project.git("for-each-ref", "--format=%(refname)", "refs/orchestrator/").split() == left
-    assert "finished" not in cli("check")[1]
+    assert "finished" not in here("check").out
 
 
 # ---- What becomes of the rest --------------------------------------------------------------------
-
-def set_up(project: Any, item: str, script: dict[str, Any], execution: str = "max_retries = 0") -> None:
-    project.configure(execution=execution)
-    project.backlog(item)
-    project.commit_all()
-    project.script(script)
-
 
 def test_operator_files_survive_an_agent_that_commits_and_reverts_them(project: Any) -> None:
     (project.root / "notes.txt").write_text("base\n")
@@ -162,7 +136,7 @@ def test_operator_files_survive_an_agent_that_commits_and_reverts_them(project: 
         f"cd {project.root} && echo theirs > agent.txt && git add agent.txt && git commit -qm theirs"
         " && git checkout -q -- notes.txt && rm opfile.txt && echo half > half.txt"
     )
-    set_up(project, f"WRK-001 {BUILDING}", {"*/build": [{"sh": shell, **FAILS}]})
+    project.set_up(f"WRK-001 {BUILDING}", script={"*/build": [{"sh": shell, **FAILS}]}, execution="max_retries = 0")
     (project.root / "notes.txt").write_text("edited by the operator\n")
     (project.root / "opfile.txt").write_text("untracked\n")
     project.run("run", "--allow-dirty", code=3)
@@ -178,7 +152,7 @@ def test_operator_files_survive_an_agent_that_commits_and_reverts_them(project: 
 @pytest.mark.slow
 def test_documents_of_an_attempt_interrupted_before_its_retry_are_committed(project: Any) -> None:
     step = {"document": "plan.md", "result": {"result": "failed", "summary": "cannot"}}
-    set_up(project, PLANNING, {"*/plan": [step]}, "retry_delay_seconds = 200")
+    project.set_up(PLANNING, script={"*/plan": [step]}, execution="retry_delay_seconds = 200")
     text = (project.root / "orchestrator.toml").read_text().replace("retry_delay_seconds = 0\n", "")
     (project.root / "orchestrator.toml").write_text(text)
     process = project.start("run")
@@ -194,10 +168,8 @@ def test_documents_of_an_attempt_interrupted_before_its_retry_are_committed(proj
 @pytest.mark.slow
 def test_an_item_deleted_by_hand_while_its_phase_fails_does_not_stop_the_run(project: Any) -> None:
     os.mkfifo(project.outside / "go")
-    set_up(
-        project, PLANNING,
-        {"WRK-001/plan": [{"announce": True, "await": "go", **FAILS}], "*": [{}]}, "max_retries = 1",
-    )
+    script = {"WRK-001/plan": [{"announce": True, "await": "go", **FAILS}], "*": [{}]}
+    project.set_up(PLANNING, script=script, execution="max_retries = 1")
     process = project.start("run")
     project.announced()
     project.backlog("WRK-002 ready")
@@ -211,15 +183,14 @@ def test_an_item_deleted_by_hand_while_its_phase_fails_does_not_stop_the_run(pro
     assert project.committed() == project.text()
 
 
-@pytest.mark.slow
-def test_stop_ends_the_retries_too(project: Any) -> None:
-    os.mkfifo(project.outside / "go")
-    set_up(project, PLANNING, {"*": [{"announce": True, "await": "go", **FAILS}]}, "max_retries = 3")
+def test_stop_ends_the_retries_and_the_wait_before_them(project: Any) -> None:
+    project.set_up(PLANNING, script={"*": [FAILS]}, execution="max_retries = 3")
+    config = project.root / "orchestrator.toml"
+    config.write_text(re.sub("retry_delay_seconds = .*", "retry_delay_seconds = 300", config.read_text()))
     process = project.start("run")
-    project.announced()
+    project.read_until(process, "attempt 1 of 4 failed")
     said = project.run("stop").stdout
     assert said.endswith("finishes the phases in flight and halts.\n")
-    (project.outside / "go").write_text("")
     process.communicate(timeout=60)
     assert process.returncode == 0
     assert project.agent_log() == ["WRK-001 plan 1"]
@@ -235,12 +206,10 @@ def test_init_does_not_replace_a_backlog_that_is_only_missing_on_disk(project: A
     assert not (project.root / "BACKLOG.yaml").exists()
 
 
-@pytest.mark.parametrize(
-    "agent", ["git checkout -q -- BACKLOG.yaml", pytest.param("rm BACKLOG.yaml", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("agent", ["git checkout -q -- BACKLOG.yaml", pytest.param("rm BACKLOG.yaml", marks=pytest.mark.slow)])
 def test_a_backlog_reverted_by_an_agent_survives_a_sigkill(project: Any, agent: str) -> None:
     """The promotion was only on disk; the agent undoes it, and we are killed before noticing."""
-    set_up(project, "WRK-001 ready", {"*/plan": [{"sh": f"cd {project.root} && {agent}", "announce": True, "hang": True}]})
+    project.set_up("WRK-001 ready", script={"*/plan": [{"sh": f"cd {project.root} && {agent}", "announce": True, "hang": True}]})
     process = project.start("run")
     project.announced()
     process.kill()
@@ -248,3 +217,136 @@ def test_a_backlog_reverted_by_an_agent_survives_a_sigkill(project: Any, agent: 
     project.run("run", "--cap", "0")
     assert project.statuses() == {"WRK-001": "in_progress plan"}
     assert project.committed() == project.text()
+
+
+# ---- Killed, and what the next start makes of it -------------------------------------------------
+
+HANG = {"announce": True, "hang": True}
+RECOVERED = "[orchestrator] Recover backlog state"
+HALT = "[orchestrator] Save backlog state on halt"
+
+# Kills the process as it is about to rename, or add to, a file for the NTH time, or the one after that.
+WATCH = """
+renamed = []
+def watch(event, args):
+    journal = event == "open" and str(args[0]).endswith("/journal") and args[2] & os.O_RDWR
+    adds = journal or event == "open" and args[2] & os.O_APPEND
+    if event == "os.rename" or adds:
+        name = os.path.basename(os.fsdecode(args[0 if adds else 1]))
+        renamed.append(name)
+        nth = renamed.count(NAME) == NTH
+        if nth and (not THEN and name == NAME or THEN and name == THEN):
+            os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def kill_at_rename(project: Any, name: str, nth: int = 1, then: str = "") -> None:
+    """Run until the given file is to be replaced, or until another one is after that."""
+    project.inject(f"NAME, NTH, THEN = {name!r}, {nth}, {then!r}\n{WATCH}")
+    process = project.start("run", "--cap", "1")
+    assert process.wait() == -9
+    project.inject("")
+
+
+def recovered(project: Any) -> str:
+    """Start once more without working: everything holds after that; returns the log."""
+    log: str = project.run("run", "--cap", "0").stderr
+    assert project.committed() == project.text()
+    assert project.status() == ""
+    assert project.survivors() == []
+    assert project.git("for-each-ref", "refs/orchestrator/snapshots", "refs/orchestrator/backlog") == ""
+    return log
+
+
+def worklog(project: Any) -> str:
+    return "".join(path.read_text() for path in sorted((project.root / "_worklog").glob("*.md")))
+
+
+@pytest.mark.slow
+def test_f_f2_f3_killed_in_a_destructive_phase(project: Any) -> None:
+    """The agent is ended before anything else is done; what it left is on a ref, and not charged."""
+    project.set_up(f"WRK-001 {BUILDING}", "WRK-002 ready", execution="max_wip = 2", script={
+        "*/build": [{**HANG, "write": {"half.py": "1\n", "README.md": "spoilt\n"}}, {"write": {"code.py": "1\n"}}]})
+    process = project.start("run")
+    project.announced()
+    process.kill()
+    process.wait()
+    assert len(project.survivors()) == 1
+    assert project.committed() != project.text()  # the promotion of WRK-002
+    (project.root / "mine.py").write_text("written after the crash\n")
+    log = recovered(project)
+    assert "ended a process that an agent left behind" in log
+    assert project.subjects()[:2] == [RECOVERED, "Set up"]
+    assert project.paths() == ["BACKLOG.yaml"]
+    ref = "refs/orchestrator/salvage/WRK-001/build/1"
+    assert project.git("show", f"{ref}:half.py", f"{ref}:README.md") == "1\nspoilt\n"
+    assert f"to get a file of yours back: git restore --source={ref} -- PATH\n" in log
+    project.git("restore", f"--source={ref}", "--", "mine.py")
+    assert project.status() == "?? mine.py\n"
+    (project.root / "mine.py").unlink()
+    assert project.statuses() == {"WRK-001": "in_progress build", "WRK-002": "in_progress plan"}
+    assert "attempts" not in project.text()
+    project.run("run", "--target", "WRK-001")
+    assert project.agent_log() == ["WRK-001 build 1"] * 2
+    assert project.subjects()[0] == "[WRK-001][build] build done"
+
+
+@pytest.mark.slow
+def test_killed_in_a_document_phase_and_a_run_that_refuses_on_another_branch(project: Any) -> None:
+    """Its documents so far are committed; on another branch a start says where to go first."""
+    project.set_up("WRK-001 ready", script={"*/plan": [{**HANG, "document": "half.md"}, {"document": "plan.md"}]})
+    process = project.start("run")
+    project.announced()
+    process.kill()
+    process.wait()
+    project.git("stash", "push", "-q", "BACKLOG.yaml")
+    project.git("switch", "-q", "-c", "elsewhere")
+    refused = project.run("run", code=1).stderr
+    assert "git switch main" in refused
+    assert "orchestrator/journal" in refused
+    assert len(project.survivors()) == 1
+    project.git("switch", "-q", "main")
+    project.git("stash", "pop", "-q")
+    recovered(project)
+    assert project.git("show", "HEAD:changes/WRK-001_item-wrk-001/half.md", "HEAD~1:changes/WRK-001_item-wrk-001/half.md")
+    assert project.statuses() == {"WRK-001": "in_progress plan"}
+
+
+@pytest.mark.slow
+def test_a_decision_by_hand_between_a_crash_and_the_next_start_is_merged(project: Any) -> None:
+    """Killed between journal and save: the saved result meets an edit of the operator."""
+    project.set_up(f"WRK-001 {BUILDING}", "WRK-002 ready", script={"*/build": [{"write": {"code.py": "1\n"}}]})
+    kill_at_rename(project, "BACKLOG.yaml")
+    assert "WRK-001" in project.text()
+    (project.root / "BACKLOG.yaml").write_text("# by hand\n" + project.text().replace("Item WRK-002", "Renamed"))
+    recovered(project)
+    assert project.subjects()[0] in ("[WRK-001][build] build done", HALT + " (CapReached)")
+    assert "[WRK-001][build] build done" in project.subjects()
+    assert project.statuses() == {"WRK-002": "in_progress plan"}
+    assert project.text().startswith("# by hand\n")
+    assert "title: Renamed" in project.text()
+    assert worklog(project).count("**Outcome:** Complete") == worklog(project).count("**Status:** Done") == 1
+    assert project.agent_log() == ["WRK-001 build 1"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("then", "by_hand"), [("", False), ("journal", False), ("journal", True)],
+    ids=["before-the-save", "after-it", "after-it-in-an-editor"],
+)
+def test_what_is_unblocked_after_a_crash_stays_so(project: Any, then: str, by_hand: bool) -> None:
+    """Killed as a block is saved: journalled before, still in the journal right after."""
+    project.set_up("WRK-001 ready", script={"*/plan": [{"result": {"result": "blocked", "summary": "needs a decision"}}]})
+    kill_at_rename(project, "BACKLOG.yaml", 2, then)
+    assert project.statuses() == {"WRK-001": "blocked plan" if then else "in_progress plan"}
+    if by_hand:
+        text = re.sub(r"  blocked_.*\n", "", project.text()).replace("status: blocked", "status: in_progress")
+        (project.root / "BACKLOG.yaml").write_text(text)
+    else:
+        project.run("unblock", "WRK-001", "--notes", "go on")
+    recovered(project)
+    assert project.statuses() == {"WRK-001": "in_progress plan"}
+    assert "blocked" not in project.text()
+    assert ("go on" in project.text()) != by_hand
+    assert worklog(project).count("**Outcome:** Blocked") == 1
+    assert "[WRK-001][plan] Blocked: needs a decision" in project.subjects()

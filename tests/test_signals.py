@@ -77,17 +77,23 @@ def test_d11_d12_d58_results_that_are_finished_meanwhile_count(project: Any) -> 
 
 @pytest.mark.slow
 def test_during_verify_and_a_command_phase(project: Any) -> None:
-    """A check that hangs is ended like an agent, and the attempt does not count."""
+    """A check that hangs is ended like an agent; what it was to check is checked by the next start."""
     hang = f"echo here > {project.outside}/announce; exec sleep 1000"
-    project.configure("plan", more=f'verify = [["sh", "-c", "{hang}"]]\n[[pipelines.feature.phases]]\nname = "ship"\nrun = ["sh", "-c", "{hang}"]\n')
+    check = f'verify = [["sh", "-c", "test -e {project.outside}/fine || {{ {hang}; }}"]]\n'
+    project.configure("plan", more=f'{check}[[pipelines.feature.phases]]\nname = "ship"\nrun = ["sh", "-c", "{hang}"]\n')
     project.backlog("WRK-001 ready", "WRK-002 in_progress phase=ship phase_pool=main")
     project.commit_all()
-    for target, status in (("WRK-002", "ready"), ("WRK-001", "in_progress plan")):
+    for target, statuses in (("WRK-002", ("ready", "in_progress ship")), ("WRK-001", ("in_progress plan", "in_progress ship"))):
         process = project.start("run", "--target", target)
         assert project.announced() == "here"
         process.send_signal(signal.SIGTERM)
         project.finish(process, 143)
-        ended_well(project, {"WRK-001": status, "WRK-002": "in_progress ship"})
+        ended_well(project, dict(zip(("WRK-001", "WRK-002"), statuses, strict=True)))
+    (project.outside / "fine").touch()
+    project.run("run", "--target", "WRK-001", "--cap", "0")
+    assert project.agent_log() == ["WRK-001 plan 1"]
+    assert project.statuses()["WRK-001"] == "in_progress ship"
+    assert project.status() == ""
 
 
 ACTS = {

@@ -566,7 +566,7 @@ def test_the_summary_answers_what_was_done_what_needs_you_what_it_cost_and_what_
         '          orchestrator unblock WRK-002 --notes "YOUR ANSWER"',
         "          waiting for it: WRK-004",
         "",
-        "Failed, and what it left is kept (1):",
+        "Not completed, and kept (1):",
         "  WRK-002 build refs/orchestrator/salvage/WRK-002/build/1",
         "New items (1): WRK-004",
         "Backlog: 3 items: 2 blocked, 1 new",

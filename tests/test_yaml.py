@@ -6,14 +6,15 @@ import itertools
 import json
 import random
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import ClassVar
 
 import check_emission
 import pytest
 
-from backlog import ITEM_KEYS, Document, YamlError, parse_yaml, read_chunk, render_yaml
+from backlog import ITEM_KEYS, Document, YamlError, parse_yaml, render_yaml
+from tests.gitkit import table
 
 DATA = Path(__file__).parent / "data" / "yaml"
 OTHER_WRITERS = sorted(DATA.glob("*.yaml"))
@@ -25,14 +26,7 @@ def read(text: str) -> object:
 
 
 def same(one: object, other: object) -> bool:
-    """Equality that tells 1, 1.0 and True apart, and minds the order of keys."""
-    if type(one) is not type(other):
-        return False
-    if isinstance(one, dict) and isinstance(other, dict):
-        return list(one) == list(other) and all(same(one[key], other[key]) for key in one)
-    if isinstance(one, list | tuple) and isinstance(other, list | tuple):
-        return len(one) == len(other) and all(map(same, one, other))
-    return one == other
+    return repr(one) == repr(other)  # unlike ==, 1, 1.0 and true differ; and the order of keys counts
 
 
 def attempt(load: Callable[[bytes, str], object], data: bytes) -> object:
@@ -57,52 +51,26 @@ def refusal(data: bytes | str) -> YamlError:
 READ: dict[str, tuple[str, object]] = {
     "empty_file_is_none": ("", None),
     "comments_only_is_none": ("# a\n\n  # b\n", None),
-    "root_sequence_inbox": ("# new\n- title: A\n- title: B\n", [{"title": "A"}, {"title": "B"}]),
     "root_empty_flow_list": ("[]\n", []),
     "root_empty_flow_mapping": ("{ }  # none\n", {}),
     "leading_dashes_accepted": ("# c\n---  # d\na: 1\n", {"a": 1}),
     "leading_dashes_alone": ("---\n", None),
-    "seq_at_key_column": ("a:\n- 1\n- x\nb: 2\n", {"a": [1, "x"], "b": 2}),
-    "seq_indented_two": ("a:\n  - 1\n  - x\nb: 2\n", {"a": [1, "x"], "b": 2}),
-    "compact_seq_of_seq": ("- - a\n  - b\n- - - c\n", [["a", "b"], [["c"]]]),
-    "compact_mapping_in_seq": ("-   a: 1\n    b: 2\n- c: 3\n", [{"a": 1, "b": 2}, {"c": 3}]),
     "dash_alone_then_mapping": ("-\n  a: 1\n-\n- b\n", [{"a": 1}, None, "b"]),
-    "dash_with_comment_then_mapping": ("- # c\n  a: 1\n", [{"a": 1}]),
-    "key_without_value_is_null": ("a:\nb: # c\n\n# d\nc:\n", dict.fromkeys("abc")),
     "null_before_same_column_sequence": ("- a:\n- b\n", [{"a": None}, "b"]),
     "key_yes_and_on_are_strings": ("yes: no\non: off\n", {"yes": "no", "on": "off"}),
     "quoted_keys": ("'1': a\n\"b: c\" : d\n'it''s': e\n", {"1": "a", "b: c": "d", "it's": "e"}),
-    "spaces_before_colon": ("a : 1\nb   :\n", {"a": 1, "b": None}),
     "plain_with_brackets_hash_colon_inside": ("a: b [c] {d}, e#f g:h 'i' \"j\" & * !\n", {"a": "b [c] {d}, e#f g:h 'i' \"j\" & * !"}),
-    "plain_with_dash_in_front": ("- -x\n- a: -y\n", ["-x", {"a": "-y"}]),
-    "trailing_comment_needs_space": ("a: b#c\nb: b #c\n", {"a": "b#c", "b": "b"}),
-    "plain_multi_line_folds": ("a: b\n  c  \n\n\n   d\ne: f\n", {"a": "b c\n\nd", "e": "f"}),
     "plain_multi_line_is_text": ("a: 1\n  2\nb: null\n  x\n", {"a": "1 2", "b": "null x"}),
     "plain_continuation_starting_with_quote_sign": ("a: b\n  'c'\n  \"d\n  [e\n  &f\n", {"a": "b 'c' \"d [e &f"}),
-    "single_quote_doubled": ("a: 'it''s'\nb: ''''\nc: ''\n", {"a": "it's", "b": "'", "c": ""}),
     "single_multi_line": ("a: 'b  \n\n  c\n  d '\n", {"a": "b\nc d "}),
     "double_all_escapes": (r'a: "\0\a\b\t\n\v\f\r\e\ \"\/\\\N\_\L\P\x41\u263A\U0001F600"' + "\n", {"a": "\0\a\b\t\n\v\f\r\x1b \"/\\\x85\xa0\u2028\u2029A☺😀"}),
-    "double_multi_line_folds": ('a: "b\n\n\n  c\n  d"\n', {"a": "b\n\nc d"}),
     "double_multi_line_backslash_join": ('a: "b \\\n   c\\\n  \\ d"\n', {"a": "b c d"}),
     "double_escaped_space_before_break": ('a: "b\\   \n  c"\n', {"a": "b  c"}),
-    "quoted_text_looks_like_structure": ("a: '- b: c # d'\n", {"a": "- b: c # d"}),
-    "literal_clip": ("a: |\n  b\n\n\nc: 1\n", {"a": "b\n", "c": 1}),
-    "literal_strip": ("a: |-\n  b\n\n\nc: 1\n", {"a": "b", "c": 1}),
-    "literal_keep": ("a: |+\n  b\n\n\nc: 1\n", {"a": "b\n\n\n", "c": 1}),
-    "literal_indent_digit_serde": ("a: |2-\n    b\n   c\n", {"a": "  b\n c"}),
-    "literal_digit_behind_sign": ("a: |-1\n  b\n", {"a": " b"}),
-    "literal_contains_hash_dash_and_key_like_lines": ("a: | # c\n  # b\n  - c\n  d: e\n  ---\n", {"a": "# b\n- c\nd: e\n---\n"}),
-    "folded": ("a: >\n  b\n  c\n\n  d\n", {"a": "b c\nd\n"}),
-    "folded_more_indented_and_leading_blanks": ("a: >-\n\n  b\n  c\n    d\n  e\n\n    f\n\n  g\n", {"a": "\nb c\n  d\ne\n\n  f\n\ng"}),
     "block_eof_without_newline_strip": ("a: |-\n  b", {"a": "b"}),
     "comment_below_block_scalar_less_indented": ("a: |\n    b\n  # c\n    # d\n# e\nf: 1\n", {"a": "b\n", "f": 1}),
-    "block_scalar_in_list_entry": ("- |\n a\n- >-\n  b\n  c\n", ["a\n", "b c"]),
-    "flow_list_of_scalars": ("a: [b, 'c, d', \"e]\", 1, -2, true, x y, a/b.c] # f\n", {"a": ["b", "c, d", "e]", 1, -2, True, "x y", "a/b.c"]}),
-    "dates_times_stay_text_with_nanoseconds": ("a: 2026-02-12T16:23:33.711239234+00:00\nb: 2026-02-13\nc: 12:30:45\nd: 1_000\n", {"a": "2026-02-12T16:23:33.711239234+00:00", "b": "2026-02-13", "c": "12:30:45", "d": "1_000"}),
     "tab_inside_quotes": ("a: 'b\tc'\nd: \"e\tf\"\n", {"a": "b\tc", "d": "e\tf"}),
     "tab_behind_a_colon_that_is_text": ('a: "b:\tc"\nd: x # e:\tf\n', {"a": "b:\tc", "d": "x"}),
     "tab_inside_literal_and_comment": ("a: | #\tx\n  b\tc\t\n", {"a": "b\tc\t\n"}),
-    "unicode": ("é: naïve ☃ 😀\n", {"é": "naïve ☃ 😀"}),
 }
 
 
@@ -150,8 +118,6 @@ def test_leading_zero_hex_octal_inf_nan_16_digits_1e400_refused(text: str) -> No
 
 # name: text, line, column, what the message names
 REFUSED: dict[str, tuple[str, int, int, str]] = {
-    "second_document": ("a: 1\n---\nb: 2\n", 2, 1, "document start marker"),
-    "document_end_marker": ("a: 1\n...\n", 2, 1, "document end marker"),
     "directive": ("%YAML 1.2\n---\na: 1\n", 1, 1, "directive"),
     "directive_later": ("a: 1\n%TAG ! x\n", 2, 1, "directive"),
     "content_on_marker_line": ("--- a: 1\n", 1, 5, "content on the line of `---`"),
@@ -160,24 +126,11 @@ REFUSED: dict[str, tuple[str, int, int, str]] = {
     "mixed_seq_columns": ("a:\n  - 1\n - 2\n", 3, 2, "indented deeper than its neighbours"),
     "mixed_seq_columns_root": ("- 1\n - b: 2\n", 2, 2, '"- " inside a plain scalar'),
     "mixed_key_columns": ("a:\n    b: 1\n  c: 2\n", 3, 3, "indented deeper than its neighbours"),
-    "duplicate_key_names_first_line": ("a: 1\nb: 2\na: 3\n", 3, 1, "duplicate key 'a', first on line 1"),
     "duplicate_key_in_item": ("- a: 1\n  b: 2\n- a: 1\n  b: 2\n  a: 3\n", 5, 3, "first on line 3"),
-    "duplicate_key_quoted_and_plain": ("a: 1\n'a': 3\n", 2, 1, "duplicate key 'a', first on line 1"),
     "duplicate_items_across_sections": ("items:\n- a: |\n   items: 1\nb: 1\nitems: []\n", 5, 1, "first on line 1"),
-    "merge_key": ("a: 1\n<<: b\n", 2, 1, "merge key"),
-    "explicit_key": ("? a\n: b\n", 1, 1, "explicit key"),
     "explicit_key_in_list": ("- ? a\n", 1, 3, "explicit key"),
-    "empty_key": ("a: 1\n: b\n", 2, 1, "empty key"),
-    "key_colon_inside_value": ("a: b: c\n", 1, 5, '": " inside a plain scalar'),
-    "plain_ending_in_colon": ("a: b\nc: d:\n", 2, 5, '": " inside a plain scalar'),
-    "colon_in_key": ("a:b: c\n", 1, 2, "`:` in a plain key"),
-    "hash_in_key": ("a#b: c\n", 1, 2, "`#` in a plain key"),
-    "tab_in_key": ("a\tb: c\n", 1, 2, "tab character in a plain key"),
     "key_too_long": (f"{'k' * 1001}: 1\n", 1, 1, "more than 1000 characters"),
-    "key_with_dash_in_front": ("-a: 1\n", 1, 1, "starts with `-`"),
-    "line_without_colon": ("a: 1\nb\n", 2, 1, 'expected "key: value"'),
     "known_key_without_colon": ("a: 1\nb:\n  a: 2\nc:\n  b: 1\n  a\n", 6, 3, 'expected "key: value"'),
-    "quoted_key_without_colon": ("a: 1\n'b'\n", 2, 1, 'expected "key: value"'),
     "comment_then_continuation": ("a: b # c\n  d\n", 2, 3, "text after a comment"),
     "comment_line_then_continuation": ("a: b\n  # c\n  d\n", 3, 3, "text after a comment"),
     "deeper_line_after_blank_and_comment": ("a: b\n\n# c\n\n  d\n", 5, 3, "text after a comment"),
@@ -191,56 +144,24 @@ REFUSED: dict[str, tuple[str, int, int, str]] = {
     "key_one_column_too_shallow": ("- b: c\n f: g\n", 2, 2, "(column 2, theirs is 1)"),
     "dash_one_column_too_deep": ("a:\n- b\n - c\n", 3, 2, "continues line 2"),
     "last_key_indented": ("items:\n- id: A\n next_item_id: 1\n", 3, 2, "(column 2, theirs is 1)"),
-    "sequence_on_key_line": ("a: - b\n", 1, 4, "sequence entry on the line of its key"),
-    "sequence_entry_among_keys": ("a: 1\n- b\n", 2, 1, "sequence entry among mapping keys"),
     "key_among_sequence_entries": ("- a\nb: 1\n", 2, 1, "does not belong"),
     "scalar_on_own_line": ("a:\n  b\n", 2, 3, "line of its own"),
-    "question_mark_start": ("a: ?b\n", 1, 4, "starts with `?`"),
-    "colon_start": ("a: :b\n", 1, 4, "starts with `:`"),
-    "at_sign": ("a: @b\n", 1, 4, "reserved indicator @"),
-    "backtick": ("a: `b`\n", 1, 4, "reserved indicator `"),
-    "text_after_closing_quote": ("a: 'b' c\n", 1, 8, "text after the closing quote"),
-    "colon_after_closing_quote": ("a: 'b': c\n", 1, 7, "text after the closing quote"),
-    "hash_directly_after_quote": ('a: "b"#c\n', 1, 7, "text after the closing quote"),
     "unclosed_quote_reports_opening": ('a: 1\nb: "c\n  d\n\n', 2, 4, "never closed"),
     "unclosed_single_quote": ("a: 'b''\n", 1, 4, "never closed"),
     "quote_not_indented": ("a: 'b\nc'\n", 2, 1, "continuation of a quoted scalar is not indented"),
-    "unknown_escape": ('a: "b\\qc"\n', 1, 6, "unknown escape \\q"),
     "unknown_escape_on_second_line": ('a: "b\n   c\\x4"\n', 2, 5, "unknown escape \\x"),
-    "surrogate_escape": ('a: "\\uD83D\\uDE00"\n', 1, 5, "\\uD83D"),
-    "escape_out_of_range": ('a: "\\U00110000"\n', 1, 5, "\\U00110000"),
     "blank_after_escaped_break": ('a: "b\\\n\n  c"\n', 2, 1, "blank line after an escaped line break"),
-    "block_without_content": ("a: |\nb: 1\n", 1, 4, "block scalar without content"),
     "block_with_blanks_only": ("a: |+\n\n\nb: 1\n", 1, 4, "block scalar without content"),
-    "block_header": ("a: |x\n  b\n", 1, 4, "malformed block scalar header"),
-    "block_header_zero": ("a: |0\n  b\n", 1, 4, "malformed block scalar header"),
-    "block_header_text": ("a: > b\n", 1, 6, "text after a block scalar header"),
-    "block_header_comment_without_space": ("a: ># c\n  b\n", 1, 4, "malformed block scalar header"),
     "block_first_blank_wider": ("a: |\n    \n  b\n", 3, 3, "leading blank line has more spaces"),
     "block_less_indented": ("a: |\n   b\n  c\n", 3, 3, "indented less than the first line"),
     "block_spaces_only_line": ("a: |\n  b\n    \n  c\n", 3, 3, "blank line with more spaces"),
     "block_line_starting_with_tab": ("a: |\n  b\n  \tc\n", 3, 3, "starts with a tab character"),
     "block_eof_without_newline": ("a: |\n  b", 2, 4, "without a final line break"),
     "block_eof_keep_without_newline": ("a: |+\n  b\n\n ", 4, 2, "without a final line break"),
-    "flow_mapping": ("a: {b: 1}\n", 1, 4, "flow mapping that is not empty"),
-    "flow_nested": ("a: [b, [c]]\n", 1, 7, "flow sequence that is not a one-line list"),
-    "flow_trailing_comma": ("a: [b,]\n", 1, 7, "flow sequence that is not a one-line list"),
     "flow_multiline": ("a: [b,\n  c]\n", 1, 7, "flow sequence that is not a one-line list"),
-    "flow_question_mark": ("a: [?b]\n", 1, 5, "flow sequence that is not a one-line list"),
-    "flow_colon": ("a: [b: c]\n", 1, 5, "flow sequence that is not a one-line list"),
-    "flow_quoted_key": ("a: ['b':c]\n", 1, 5, "flow sequence that is not a one-line list"),
-    "flow_dash": ("a: [b, - c]\n", 1, 7, "flow sequence that is not a one-line list"),
-    "flow_lone_dash": ("a: [-]\n", 1, 5, "flow sequence that is not a one-line list"),
-    "flow_then_text": ("a: [] b\n", 1, 7, "text after the closing bracket"),
-    "flow_extra_bracket": ("a: [b]]\n", 1, 7, "text after the closing bracket"),
     "flow_as_key": ("[a]: b\n", 1, 4, "text after the closing bracket"),
     "flow_then_deeper_line": ("a: [b]\n  c\n", 2, 3, "indented deeper"),
-    "tab_indent": ("a:\n\tb: 1\n", 2, 1, "tab character in indentation"),
-    "tab_after_colon": ("a: \tb\n", 1, 4, "tab character between tokens"),
-    "tab_directly_after_colon": ("a: 1\nb:\tc\n", 2, 3, "a tab character behind a colon"),
     "tab_after_dash": ("- \ta\n", 1, 3, "tab character between tokens"),
-    "tab_in_plain": ("a: b\tc\n", 1, 5, "tab character in a plain scalar"),
-    "tab_before_comment": ("a: b\t# c\n", 1, 5, "tab character in a plain scalar"),
     "tab_on_blank_line": ("a: 1\n \t\nb: 2\n", 2, 2, "tab character in indentation"),
     "tab_at_end_of_quoted_line": ("a: 'b\t\n  c'\n", 1, 6, "tab character at the end"),
     "tab_at_start_of_quoted_line": ("a: 'b\n  \tc'\n", 2, 3, "tab character at the start"),
@@ -262,7 +183,6 @@ def test_other_writers_output_reads_equal(path: Path) -> None:
 
 
 # ---- real files and the public test suite, where this machine has them -------------------------------
-
 
 def backlogs(corpus: Path) -> list[Path]:
     found = sorted(corpus.glob("*/*.yaml"))
@@ -337,9 +257,7 @@ BYTES_REFUSED: dict[str, tuple[bytes, int, int, str]] = {
 }
 
 
-@pytest.mark.parametrize(
-    ("data", "line", "column", "names"), BYTES_REFUSED.values(), ids=BYTES_REFUSED
-)
+@pytest.mark.parametrize(("data", "line", "column", "names"), BYTES_REFUSED.values(), ids=BYTES_REFUSED)
 def test_bytes_refused(data: bytes, line: int, column: int, names: str) -> None:
     error = refusal(data)
     assert (error.line, error.column) == (line, column)
@@ -350,11 +268,7 @@ def test_depth_32_ok_33_refused() -> None:
     def nested(depth: int) -> str:
         return "".join(f"{' ' * n}a:\n" for n in range(depth - 1)) + " " * (depth - 1) + "a: 1\n"
 
-    value = read(nested(32))
-    for _ in range(32):
-        assert isinstance(value, dict)
-        value = value["a"]
-    assert value == 1
+    assert same(read(nested(32)), json.loads('{"a": ' * 32 + "1" + "}" * 32))
     error = refusal(nested(33))
     assert (error.line, error.column) == (33, 33)
     assert "nesting deeper than 32" in error.problem
@@ -382,15 +296,10 @@ HOSTILE: dict[str, Callable[[], bytes]] = {
     "unclosed_over_many_lines": lambda: b'a: "b\n' + b"  c\n" * 200_000,
     "late_duplicate": lambda: b"".join(b"k%d: v\n" % n for n in range(50_000)) + b"k7: v\n",
 }
-
-
 HOSTILE_AND_LONG = ("million_escapes", "block_scalar_of_many_lines", "late_duplicate", "unclosed_over_many_lines", "million_backslashes", "hundred_thousand_levels")
 
 
-@pytest.mark.parametrize("make", [
-    pytest.param(make, id=name, marks=[pytest.mark.slow] if name in HOSTILE_AND_LONG else [])
-    for name, make in HOSTILE.items()
-])
+@pytest.mark.parametrize("make", table(HOSTILE, HOSTILE_AND_LONG))
 def test_hostile_input_is_read_or_refused_by_name(make: Callable[[], bytes]) -> None:
     data = make()
     for load in (parse_yaml, Document.parse):
@@ -438,7 +347,6 @@ def test_mutated_files_raise_nothing_but_yaml_error() -> None:
 
 # ---- writing -------------------------------------------------------------------------------------
 
-
 def written(value: object) -> str:
     """How a value is written behind a key; checked by reading it back."""
     text = render_yaml({"a": value})
@@ -447,133 +355,69 @@ def written(value: object) -> str:
     return text[3:-1]
 
 
-@pytest.mark.parametrize("sign", "!\"#%&'*,>@[]`{|}-?:")
-def test_plain_rule_first_characters(sign: str) -> None:
-    assert written(sign) == "'" + sign.replace("'", "''") + "'"
-    assert written(sign + "x")[0] == "'"
-    assert written("x" + sign)[0] == ("'" if sign == ":" else "x")
+def quoted(texts: Iterable[str]) -> dict[str, str]:
+    return {text: "'" + text.replace("'", "''") + "'" for text in texts}
 
 
-@pytest.mark.parametrize(
-    ("text", "plain"),
-    [
-        ("a: b", False), ("a #b", False), ("a:", False), (" a", False), ("a ", False), ("", False),
-        ("a:b", True), ("a#b", True), ("a, [b] {c}", True), ("it's \"so\"", True), ("a - b", True),
-    ],
-)  # fmt: skip
-def test_plain_rule_inner_positions(text: str, plain: bool) -> None:
-    assert (written(text) == text) == plain
+WORDS = ["y", "n", "yes", "no", "on", "off", "true", "false", "null"]
+SIGNS = "!\"#%&'*,>@[]`{|}-?:"
+WRITTEN: dict[str, dict[str, str]] = {
+    "signs in front": quoted([*SIGNS, *(f"{sign}x" for sign in SIGNS), "x:"]),
+    "signs elsewhere": {text: text for text in (f"x{sign}" for sign in SIGNS if sign != ":")},
+    "inside, quoted": quoted(["a: b", "a #b", "a:", " a", "a ", ""]),
+    "inside, plain": {text: text for text in ("a:b", "a#b", "a, [b] {c}", "it's \"so\"", "a - b", "yEs")},
+    "words of YAML 1.1": quoted([*WORDS, *map(str.capitalize, WORDS), *map(str.upper, WORDS), "~", "=", "<<", "..."]),
+    "like numbers or dates": quoted(
+        ["61e9540", "1234567", "e123456", "0192117", "0_B0", "++1", "0b+1", "0", "-0", "+1", "007", "0x1F", "0o7", "-0b1", "1_000", "-_1", "1.", ".5", "1e3", "1E+3", "e3", "E9", ".", "+e1", ".inf", "-.INF", ".nan", "1:30", "12:30:45", "190:20:30.15", "2026-02-13", "2026-2-3", "2026-13-45", "2026-02-13T10:00:00Z"]
+    ),
+    "no numbers for any reader": {text: text for text in ("4c0bd27", "8957cea715e8", "1.2.3", "v1.0", "10 items", "2026-02")},
+    "other spaces": quoted([text for space in "\xa0\u3000\u2003" for text in (f"{space}a", f"a{space}")]) | {"a\u3000b": "a\u3000b"},
+    "controls": {"\x00\x1b\x7f\x85\u2028\u2029\ufeff\t\"\\": r'"\x00\x1B\x7F\x85\u2028\u2029\uFEFF\t\"\\"', "a\rb": r'"a\x0Db"'},
+    "literals": {"a\nb": "|-\n  a\n  b", "a\nb\n": "|\n  a\n  b", "a\n\n  b\n": "|\n  a\n\n    b", "# a\n- b": "|-\n  # a\n  - b"},
+    "no literals": {
+        text: json.dumps(text) for text in (" a\nb", "a \nb", "a\nb ", "a\n\n", "\na", "\n", "a\tb\nc", "a\n\u2028")
+    },
+}
 
 
-def test_reserved_words_three_cases() -> None:
-    words = ["y", "n", "yes", "no", "on", "off", "true", "false", "null"]
-    for word in [*words, *map(str.capitalize, words), *map(str.upper, words), "~", "=", "<<", "..."]:
-        assert written(word) == f"'{word}'"
-    assert written("yEs") == "yEs"
+@pytest.mark.parametrize("forms", WRITTEN.values(), ids=WRITTEN)
+def test_how_texts_are_written(forms: dict[str, str]) -> None:
+    """In quotes wherever a reader of YAML 1.1 or 1.2 would take them for something else."""
+    for text, form in forms.items():
+        assert written(text) == form
+        assert "\n" in form or render_yaml([text]) == f"- {form}\n"
 
 
-@pytest.mark.parametrize(
-    "text",
-    ["61e9540", "1234567", "e123456", "0192117", "0_B0", "++1", "0b+1", "0", "-0", "+1", "007", "0x1F", "0o7", "-0b1", "1_000", "-_1", "1.", ".5", "1e3", "1E+3", "e3", "E9", ".", "+e1", ".inf", "-.INF", ".nan", "1:30", "12:30:45", "190:20:30.15", "2026-02-13", "2026-2-3", "2026-13-45", "2026-02-13T10:00:00Z"],
-)
-def test_short_hashes_and_other_number_like_texts_quoted(text: str) -> None:
-    assert written(text) == f"'{text}'"
-    assert render_yaml([text]) == f"- '{text}'\n"
-
-
-@pytest.mark.parametrize("text", ["4c0bd27", "8957cea715e8", "1.2.3", "v1.0", "10 items", "2026-02"])
-def test_texts_that_no_reader_takes_for_numbers_stay_plain(text: str) -> None:
-    assert written(text) == text
-
-
-def test_key_e9_quoted() -> None:
+def test_how_keys_and_numbers_are_written() -> None:
     value = {"e9": 1, "yes": 2, "1": 3, "a b": 4, "a: b": 5, "": 6, "é": 7, "a-b_c": 8, "-": 9, "\t": 10}
     text = render_yaml(value)
     assert text == ("'e9': 1\n'yes': 2\n'1': 3\n'a b': 4\n'a: b': 5\n'': 6\n'é': 7\na-b_c: 8\n'-': 9\n\"\\t\": 10\n")
     assert same(read(text), value)
+    for number, form in ((1e16, "1.0e+16"), (1e-7, "1.0e-07"), (1.5e300, "1.5e+300"), (0.1, "0.1"), (-0.0, "-0.0"), (-999_999_999_999_999, "-999999999999999")):
+        assert written(number) == form
 
 
-@pytest.mark.parametrize("space", ["\xa0", "\u3000", "\u2003"])
-def test_nbsp_and_ideographic_space_at_ends_quoted(space: str) -> None:
-    assert written(f"{space}a") == f"'{space}a'"
-    assert written(f"a{space}") == f"'a{space}'"
-    assert written(f"a{space}b") == f"a{space}b"
-
-
-def test_control_and_line_separator_escaped() -> None:
-    assert written("\x00\x1b\x7f\x85\u2028\u2029\ufeff\t\"\\") == ('"\\x00\\x1B\\x7F\\x85\\u2028\\u2029\\uFEFF\\t\\"\\\\"')
-    assert written("a\rb") == '"a\\x0Db"'
-
-
-@pytest.mark.parametrize("value", ["a\ud800", ["\udfff"], {"\ud800": 1}])
-def test_lone_surrogate_refused(value: object) -> None:
-    with pytest.raises(ValueError, match=r"U\+D"):
-        render_yaml({"a": value})
-
-
-@pytest.mark.parametrize(
-    ("text", "form"),
-    [
-        ("a\nb", "|-\n  a\n  b"),
-        ("a\nb\n", "|\n  a\n  b"),
-        ("a\n\n  b\n", "|\n  a\n\n    b"),
-        ("# a\n- b", "|-\n  # a\n  - b"),
-        (" a\nb", '" a\\nb"'),
-        ("a \nb", '"a \\nb"'),
-        ("a\nb ", '"a\\nb "'),
-        ("a\n\n", '"a\\n\\n"'),
-        ("\na", '"\\na"'),
-        ("\n", '"\\n"'),
-        ("a\tb\nc", '"a\\tb\\nc"'),
-        ("a\n\u2028", '"a\\n\\u2028"'),
-    ],
-)
-def test_literal_choice_table(text: str, form: str) -> None:
-    assert written(text) == form
-
-
-def test_float_repr_portable() -> None:
-    for value, text in ((1e16, "1.0e+16"), (1e-7, "1.0e-07"), (1.5e300, "1.5e+300"), (0.1, "0.1"), (-0.0, "-0.0")):
-        assert written(value) == text
-    for value in (float("inf"), float("-inf"), float("nan")):
-        with pytest.raises(ValueError, match="cannot be written"):
-            render_yaml([value])
-
-
-def test_int_limit() -> None:
-    assert written(-999_999_999_999_999) == "-999999999999999"
-    with pytest.raises(ValueError, match="15 digits"):
-        render_yaml([10**15])
-
-
-@pytest.mark.parametrize(
-    "value", [{1: "a"}, {None: 1}, {"k" * 1001: 1}, {"a": (1, 2)}, {"a": b"x"}, [object()], "text", 1, True]
-)
-def test_what_cannot_be_written_is_refused(value: object) -> None:
-    with pytest.raises(ValueError, match=r"."):
-        render_yaml(value)
-
-
-def test_nesting_written_up_to_32() -> None:
+def test_what_cannot_be_written_is_refused() -> None:
     value: object = "x"
     for depth in range(32):
         value = {"a": value} if depth % 2 else [value]
     assert same(read(render_yaml(value)), value)
     cycle: list[object] = []
     cycle.append(cycle)
-    for deeper in ([value], cycle):
-        with pytest.raises(ValueError, match="nesting deeper than 32"):
-            render_yaml(deeper)
+    refused: list[tuple[object, str]] = [
+        ([value], "nesting deeper than 32"), (cycle, "nesting deeper than 32"), ([10**15], "15 digits"),
+        *(([float(text)], "cannot be written") for text in ("inf", "-inf", "nan")),
+        *(({"a": one}, r"U\+D") for one in ("a\ud800", ["\udfff"], {"\ud800": 1})),
+        *((one, ".") for one in ({1: "a"}, {None: 1}, {"k" * 1001: 1}, {"a": (1, 2)}, {"a": b"x"}, [object()], "text", 1, True)),
+    ]  # fmt: skip
+    for one, says in refused:
+        with pytest.raises(ValueError, match=says):
+            render_yaml(one)
 
 
-def test_empty_collections_and_none() -> None:
-    assert render_yaml(None) == ""
-    assert render_yaml([]) == "[]\n"
-    assert render_yaml({}) == "{}\n"
+def test_nested_layout_and_empty_collections() -> None:
+    assert [render_yaml(one) for one in (None, [], {})] == ["", "[]\n", "{}\n"]
     assert render_yaml({"a": [], "b": {}, "c": [[], {}], "d": None}) == "a: []\nb: {}\nc:\n- []\n- {}\nd: null\n"
-
-
-def test_nested_layout() -> None:
     value = {"a": [[1, [2]], {"b": {"c": ["d"]}, "e": "f\ng"}], "h": True}
     text = "a:\n- - 1\n  - - 2\n- b:\n    c:\n    - d\n  e: |-\n    f\n    g\nh: true\n"
     assert render_yaml(value) == text
@@ -584,37 +428,20 @@ def random_texts(rng: random.Random, count: int) -> list[str]:
     return ["".join(rng.choices(check_emission.SIGNS, k=rng.randint(0, 8))) for _ in range(count)]
 
 
-def check_texts(texts: list[str]) -> None:
-    """Written in every position, new and in place of another value, they read as what they are."""
+@pytest.mark.parametrize(("seed", "count"), [(99, 500), *(pytest.param(n, 20_000, marks=pytest.mark.slow) for n in range(100, 104))])
+def test_random_texts_are_read_as_what_they_are(seed: int, count: int) -> None:
+    """Written in every position, new and in place of another value."""
+    texts = check_emission.TRAPS + random_texts(random.Random(seed), count)
     for start in range(0, len(texts), 500):
         for text, meant in check_emission.documents(texts[start : start + 500]):
             assert same(read(text), meant)
 
 
-def test_random_strings_own_reader() -> None:
-    check_texts(random_texts(random.Random(99), 1_000) + check_emission.TRAPS)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", range(100, 108))
-def test_random_200k_strings_own_reader(seed: int) -> None:
-    check_texts(random_texts(random.Random(seed), 25_000))
-
-
-def check_number_like(length: int) -> None:
-    signs = "0179-+._eExXoObB:aF"
+@pytest.mark.parametrize("length", [3, pytest.param(4, marks=pytest.mark.slow)])
+def test_all_texts_of_the_signs_of_numbers_are_read_as_what_they_are(length: int) -> None:
     for size in range(1, length + 1):
-        texts = ["".join(text) for text in itertools.product(signs, repeat=size)]
+        texts = ["".join(text) for text in itertools.product("0179-+._eExXoObB:aF", repeat=size)]
         assert read(render_yaml(texts)) == texts
-
-
-def test_exhaustive_number_like_length_3() -> None:
-    check_number_like(3)
-
-
-@pytest.mark.slow
-def test_exhaustive_number_like_length_4() -> None:
-    check_number_like(4)
 
 
 @pytest.mark.slow
@@ -719,17 +546,6 @@ def set_top(key: str, value: object) -> Edit:
     return lambda made: made.with_top({key: value})
 
 
-def test_document_values() -> None:
-    made = document()
-    assert made.top == {"schema_version": 3, "next_item_id": 3}
-    assert [item["id"] for item in made.items] == ["A-1", "B-2", "C-3"]
-    assert made.items[0]["description"] == {
-        "context": "some text that goes on",
-        "problem": "# not a comment\n- not a list",
-        "other": "x",
-    }
-
-
 def test_set_same_value_changes_nothing() -> None:
     everything = document().items[0]
     assert edited(BACKLOG, change(0, everything), update(0, gone=None)) == BACKLOG
@@ -798,56 +614,38 @@ def test_dash_moves_when_the_first_key_is_deleted() -> None:
 
 
 def test_delete_item_takes_its_comment_not_the_next() -> None:
-    text = edited(BACKLOG, remove(1))
-    start = BACKLOG.index("# about B\n")
-    assert text == BACKLOG[:start] + BACKLOG[BACKLOG.index("- id: C-3") :]
-    text = edited(BACKLOG, remove(0))
-    start = BACKLOG.index("# about A\n")
-    assert text == BACKLOG[:start] + BACKLOG[BACKLOG.index("# belongs to the file\n") :]
-    text = edited(BACKLOG, remove(2))
-    assert text == BACKLOG.replace("- id: C-3\n  title: C\n", "")
-    assert edited("items:\n- id: A\n\n- id: B\nn: 1\n", remove(1)) == "items:\n- id: A\nn: 1\n"
-    assert edited("items:\n- id: A\n\n- id: B\n\nn: 1\n", remove(1)) == "items:\n- id: A\n\nn: 1\n"
+    def without(start: str, end: str) -> str:
+        return BACKLOG[: BACKLOG.index(start)] + BACKLOG[BACKLOG.index(end) :]
+
+    assert edited(BACKLOG, remove(1)) == without("# about B\n", "- id: C-3")
+    assert edited(BACKLOG, remove(0)) == without("# about A\n", "# belongs to the file\n")
+    assert edited(BACKLOG, remove(2)) == without("- id: C-3", "# at the end")
+    for tail in ("n: 1\n", "\nn: 1\n"):
+        assert edited(f"items:\n- id: A\n\n- id: B\n{tail}", remove(1)) == f"items:\n- id: A\n{tail}"
     assert edited("items:\n- id: A\n\n- id: B\n", remove(0)) == "items:\n- id: B\n"
+    head, rest = "# the backlog of a test\n\nschema_version: 3  # ours\n", "# belongs to the file\n\n# at the end\nnext_item_id: 3\n"
+    assert edited(BACKLOG, *[remove(0)] * 3) == f"{head}items: []\n{rest}"
+    assert edited(BACKLOG, *[remove(0)] * 3, append({"id": "D"})) == f"{head}items:\n- id: D\n{rest}"
 
 
-def test_delete_items_until_none_is_left_and_append() -> None:
-    text = edited(BACKLOG, *[remove(0)] * 3)
-    head = "# the backlog of a test\n\nschema_version: 3  # ours\n"
-    assert text == head + "items: []\n# belongs to the file\n\n# at the end\nnext_item_id: 3\n"
-    text = edited(BACKLOG, *[remove(0)] * 3, append({"id": "D"}))
-    assert text == head + "items:\n- id: D\n# belongs to the file\n\n# at the end\nnext_item_id: 3\n"
+APPENDED = {
+    "items:\n- id: A\nnext_item_id: 1\n": "items:\n- id: A\n- id: Z\nnext_item_id: 1\n",
+    "next_item_id: 1\nitems:\n- id: A\n": "next_item_id: 1\nitems:\n- id: A\n- id: Z\n",
+    "items:\n- id: A\n\n- id: B\n# c\nn: 1\n": "items:\n- id: A\n\n- id: B\n\n- id: Z\n# c\nn: 1\n",
+    "items:\n  - id: A\n\n  # d\n": "items:\n  - id: A\n  - id: Z\n\n  # d\n",
+    "items:\n- id: A\n  # p: q\n": "items:\n- id: A\n  # p: q\n- id: Z\n",
+    "items: []  # none\nn: 1\n": "items:  # none\n- id: Z\nn: 1\n",
+    "items:\n\n# c\nn: 1": "items:\n- id: Z\n\n# c\nn: 1",
+    "items: null": "items:\n- id: Z\n",
+    "items: []\n  # c\n": "items:\n- id: Z\n  # c\n",
+    "---\nschema_version: 3\nn: 1\n": "---\nschema_version: 3\nitems:\n- id: Z\nn: 1\n",
+    "items: ~\n": "items:\n- id: Z\n",
+}
 
 
-@pytest.mark.parametrize(
-    ("before", "after"),
-    [
-        ("items:\n- id: A\nnext_item_id: 1\n", "items:\n- id: A\n- id: Z\nnext_item_id: 1\n"),
-        ("next_item_id: 1\nitems:\n- id: A\n", "next_item_id: 1\nitems:\n- id: A\n- id: Z\n"),
-        ("items:\n- id: A\n\n- id: B\n# c\nn: 1\n", "items:\n- id: A\n\n- id: B\n\n- id: Z\n# c\nn: 1\n"),
-        ("items:\n  - id: A\n\n  # d\n", "items:\n  - id: A\n  - id: Z\n\n  # d\n"),
-        ("items:\n- id: A\n  # p: q\n", "items:\n- id: A\n  # p: q\n- id: Z\n"),
-    ],
-)
-def test_append_after_tail_key_absent_or_present(before: str, after: str) -> None:
-    assert edited(before, append({"id": "Z", "phase": None})) == after
-
-
-@pytest.mark.parametrize(
-    ("before", "after"),
-    [
-        ("items: []  # none\nn: 1\n", "items:  # none\n- id: Z\nn: 1\n"),
-        ("items:\n\n# c\nn: 1", "items:\n- id: Z\n\n# c\nn: 1"),
-        ("items: null", "items:\n- id: Z\n"),
-        ("items: []\n  # c\n", "items:\n- id: Z\n  # c\n"),
-        ("---\nschema_version: 3\nn: 1\n", "---\nschema_version: 3\nitems:\n- id: Z\nn: 1\n"),
-        ("items: ~\n", "items:\n- id: Z\n"),
-    ],
-)
-def test_append_to_empty_flow_items(before: str, after: str) -> None:
-    assert edited(before, append({"id": "Z"})) == after
-
-
+def test_where_an_item_is_appended() -> None:
+    for before, after in APPENDED.items():
+        assert edited(before, append({"id": "Z", "phase": None})) == after
 def test_appended_item_is_written_in_canonical_order_and_the_files_indentation() -> None:
     item = {"own": 1, "tags": ["x"], "title": "a: b", "id": "Z", "description": {"context": "a\nb"}}
     text = edited("items:\n  - id: A\n", append(item))
@@ -855,13 +653,9 @@ def test_appended_item_is_written_in_canonical_order_and_the_files_indentation()
         "items:\n  - id: A\n  - id: Z\n    title: 'a: b'\n    tags:\n      - x\n"
         "    description:\n      context: |-\n        a\n        b\n    own: 1\n"
     )
-
-
-def test_nested_list_offset_follows_document() -> None:
     for offset in ("", "  "):
         text = f"items:\n{offset}- id: A\n"
-        key = f"{offset}  tags:\n{offset}  {offset}- x\n"
-        assert edited(text, update(0, tags=["x"])) == text + key
+        assert edited(text, update(0, tags=["x"])) == f"{text}{offset}  tags:\n{offset}  {offset}- x\n"
 
 
 def test_file_without_final_newline() -> None:
@@ -872,29 +666,18 @@ def test_file_without_final_newline() -> None:
     assert edited(text, set_top("next_item_id", 2)) == text + "\nnext_item_id: 2\n"
     assert edited(text, update(0, title=None)) == "schema_version: 3\nitems:\n- id: A"
     assert edited(text + "\n- id: B", remove(1)) == text + "\n"
+    block = edited("items:\n- id: A\n  title: x", update(0, title="a\nb\n"))  # which needs one
+    assert block == "items:\n- id: A\n  title: |\n    a\n    b\n"
 
 
-def test_file_without_final_newline_gets_one_where_a_block_scalar_needs_it() -> None:
-    text = edited("items:\n- id: A\n  title: x", update(0, title="a\nb\n"))
-    assert text == "items:\n- id: A\n  title: |\n    a\n    b\n"
-
-
-def test_crlf_edit_writes_crlf() -> None:
-    data = BACKLOG.replace("\n", "\r\n").encode()
-    made = Document.parse(data, "t")
+def test_line_ends_and_a_byte_order_mark_are_kept() -> None:
+    data = b"\xef\xbb\xbf" + BACKLOG.replace("\n", "\r\n").encode()
+    made, plain = Document.parse(data, "t"), document()
     assert made.to_bytes() == data
-    edits = [update(0, title="B", description={"context": "a\nb"}), append({"id": "Z"})]
-    plain = document()
-    for edit in edits:
+    for edit in (update(0, title="B", description={"context": "a\nb"}), append({"id": "Z"}), set_top("next_item_id", 9)):
         made, plain = edit(made), edit(plain)
-    assert made.to_bytes() == plain.to_bytes().replace(b"\n", b"\r\n")
+    assert made.to_bytes() == b"\xef\xbb\xbf" + plain.to_bytes().replace(b"\n", b"\r\n")
     assert made.items[0]["description"] == {"context": "a\nb"}
-
-
-def test_bom_kept() -> None:
-    made = Document.parse(b"\xef\xbb\xbfitems: []\n", "t")
-    made = made.with_top({"next_item_id": 1})
-    assert made.to_bytes() == b"\xef\xbb\xbfitems: []\nnext_item_id: 1\n"
     assert parse_yaml(b"\xef\xbb\xbfa: 1\r\nb: 2\r\n") == {"a": 1, "b": 2}
 
 
@@ -982,8 +765,12 @@ def test_item_that_is_no_mapping_is_kept_as_parsed() -> None:
     assert edited(text, update(1, id="B"), remove(0)) == "items:\n- id: B\n- - x\n- null\n"
 
 
-def test_lines_of_items_and_keys() -> None:
+def test_values_and_lines_of_items_and_keys() -> None:
     made = document()
+    assert made.top == {"schema_version": 3, "next_item_id": 3}
+    assert made.items[0]["description"] == {
+        "context": "some text that goes on", "problem": "# not a comment\n- not a list", "other": "x",
+    }  # fmt: skip
     lines = BACKLOG.splitlines()
     assert [made.line_of(index) for index in range(3)] == [lines.index(line) + 1 for line in lines if line[:2] == "- "]
     assert lines[made.line_of(0, "description") - 1] == "  description:   # text"
@@ -994,27 +781,11 @@ def test_lines_of_items_and_keys() -> None:
 
 # ---- chunks --------------------------------------------------------------------------------------
 
-
-def test_chunks_are_the_lines_of_the_items() -> None:
-    made = document()
-    assert "".join((made.head, *made.chunks, made.tail)) == BACKLOG
-    assert made.head.endswith("\nitems:\n")
-    assert [chunk.splitlines()[0] for chunk in made.chunks] == ["# about A", "# about B", "- id: C-3"]
-    assert made.chunks[0].endswith("\n# belongs to the file\n\n")
-    assert made.tail == "# at the end\nnext_item_id: 3\n"
-    assert [read_chunk(chunk) for chunk in made.chunks] == [*made.items]
-    parts = (made.source, made.bom, made.newline, made.head, made.chunks, made.tail)
-    assert Document(*parts) == made
-    assert Document(*parts).top == made.top
-
-
 def test_chunks_of_another_document_take_its_indentation() -> None:
     deep = document("items:\n    # lead\n    - id: D\n      tags:\n          - x\n      title: |\n        a\n\n          b\n  # low\nn: 1\n")
     flat = document("items:\n- id: A\n\n- id: B\nn: 1\n")
     text = flat.with_chunks([flat.chunks[0], deep.chunks[0], flat.chunks[1]]).to_bytes().decode()
-    assert text == (
-        "items:\n- id: A\n\n# lead\n- id: D\n  tags:\n      - x\n  title: |\n    a\n\n      b\n\n- id: B\nn: 1\n"
-    )
+    assert text == ("items:\n- id: A\n\n# lead\n- id: D\n  tags:\n      - x\n  title: |\n    a\n\n      b\n\n- id: B\nn: 1\n")
     text = deep.with_chunks([*flat.chunks, *deep.chunks]).to_bytes().decode()
     assert text.startswith("items:\n    - id: A\n\n    - id: B\n    # lead\n    - id: D\n")
 
@@ -1066,17 +837,7 @@ def test_a_list_keeps_the_comments_of_what_stays() -> None:
     assert edited(text, update(0, deep="x")) == "items:\n- id: A\n  deep: x\n"
 
 
-def test_reading_again_reads_only_what_changed() -> None:
-    text = "items:\n" + "".join(f"- id: fresh-{number}\n" for number in range(50))
-    made = document(text).with_item(7, {"title": "x"})
-    before = read_chunk.cache_info().misses
-    assert document(made.to_bytes().decode()) == made
-    assert document(text.replace("fresh-9\n", "other\n")).items[9] == {"id": "other"}
-    assert read_chunk.cache_info().misses == before + 1
-
-
 # ---- random edits --------------------------------------------------------------------------------
-
 
 def random_value(rng: random.Random, depth: int = 0) -> object:
     kind = rng.randrange(12)
@@ -1127,17 +888,9 @@ def check_random_edits(texts: list[str], count: int) -> None:
                 assert made.to_bytes() == before.to_bytes()
 
 
-def edit_seeds() -> list[str]:
-    return [BACKLOG, *(path.read_text(encoding="utf-8") for path in OTHER_WRITERS)]
-
-
-def test_random_edits_only_touched_lines() -> None:
-    check_random_edits(edit_seeds(), 600)
-
-
-@pytest.mark.slow
-def test_random_4000_edits_only_touched_lines() -> None:
-    check_random_edits(edit_seeds(), 4_000)
+@pytest.mark.parametrize("count", [400, pytest.param(4_000, marks=pytest.mark.slow)])
+def test_random_edits_touch_only_their_lines(count: int) -> None:
+    check_random_edits([BACKLOG, *(path.read_text(encoding="utf-8") for path in OTHER_WRITERS)], count)
 
 
 def test_random_edits_of_corpus(corpus: Path) -> None:

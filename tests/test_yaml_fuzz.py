@@ -7,6 +7,7 @@ import random
 import pytest
 
 from backlog import Document, YamlError, parse_yaml, read_chunk
+from tests.test_yaml import same
 
 Scalar = tuple[list[str], object]  # the texts of its lines, without indentation, and its value
 
@@ -164,11 +165,8 @@ def as_bytes(rng: random.Random, lines: list[str]) -> bytes:
     return b"\xef\xbb\xbf" + data if rng.random() < 0.1 else data
 
 
-def same(one: object, other: object) -> bool:
-    return repr(one) == repr(other)  # unlike ==, 1, 1.0 and true differ; and the order of keys counts
-
-
-def check_documents(seeds: range) -> None:
+@pytest.mark.parametrize("seeds", [range(1_000), pytest.param(range(1_000, 21_000), marks=pytest.mark.slow)])
+def test_documents_of_the_grammar_mean_what_it_says(seeds: range) -> None:
     for seed in seeds:
         made = Maker(seed)
         lines, value = made.document()
@@ -185,17 +183,7 @@ def check_documents(seeds: range) -> None:
             assert document.to_bytes() == backlog
 
 
-def test_documents_of_the_grammar_mean_what_it_says() -> None:
-    check_documents(range(1_500))
-
-
-@pytest.mark.slow
-def test_twenty_thousand_documents_of_the_grammar_mean_what_it_says() -> None:
-    check_documents(range(1_500, 21_500))
-
-
 # ---- chunks --------------------------------------------------------------------------------------
-
 
 def backlog_text(made: Maker) -> str:
     """A backlog of random items with comments, gaps and line ends of all kinds around them."""
@@ -215,7 +203,8 @@ def backlog_text(made: Maker) -> str:
     return "\n".join([*head, *items, *lines, *tail]) + rng.choice(("\n", "\n\n", "" if "next_item_id: 3" in tail else "\n"))
 
 
-def check_chunks(seeds: range) -> None:
+@pytest.mark.parametrize("seeds", [range(300), pytest.param(range(300, 6_300), marks=pytest.mark.slow)])
+def test_chunks_in_another_order_or_document_mean_the_same(seeds: range) -> None:
     """Chunks of two documents in any order read as before; what is left is as it was."""
     for seed in seeds:
         made = Maker(seed)
@@ -239,42 +228,40 @@ def check_chunks(seeds: range) -> None:
                 assert lines[done.line_of(index, key) - 1].lstrip(" -'\"").startswith(key), told
 
 
-def test_chunks_in_another_order_or_document_mean_the_same() -> None:
-    check_chunks(range(600))
-
-
-@pytest.mark.slow
-def test_ten_thousand_documents_made_of_chunks_of_others_mean_the_same() -> None:
-    check_chunks(range(600, 10_600))
-
-
 # ---- faults --------------------------------------------------------------------------------------
 
-# One wrong entry of a mapping, and what its refusal names; all of them in the line of the entry.
+# One wrong entry of a mapping, with ¦ where it is refused, and what its refusal names.
 FAULTS: dict[str, str] = {
-    "z: &a b": "anchor", "z: *a": "alias", "z: !t b": "tag", "z: !!str 1": "tag", "z: @b": "@", "z: `b": "`", "z: %b": "%",
-    "z: ,b": ",", "z: ]": "]", "z: }": "}", "z: a: b": '": " inside a plain scalar', "z: b:": '": " inside a plain scalar',
-    'z: "b" c': "closing quote", "z: 'b' 'c'": "closing quote", "z: 'b'#c": "closing quote",
-    "z: [a": "flow sequence", "z: [a, [b]]": "flow sequence", "z: [a,]": "flow sequence", "z: [a: b]": "flow sequence",
-    "z: {a: b}": "flow mapping", "z: [a]b": "closing bracket", "z: |x": "block scalar header", "z: >12": "block scalar header",
-    "z: |": "block scalar without content", "z: 0x1F": "number", "z: 010": "number", "z: +1": "number", "z: .5": "number",
-    "z: 1.": "number", "z: .inf": "number", "z: 1234567890123456": "number", "z: 1e400": "number", "z: - b": "sequence entry",
-    "\tz: b": "tab", "z:\tb": "tab", "z: b\tc": "tab", 'z: "\\q"': "escape", 'z: "\\ud800"': "not a character",
-    "? z": "explicit key", "<<: z": "merge key", "1: z": "not a string", "true: z": "not a string", "~: z": "not a string",
-    ": z": "empty key", "&a z: b": "anchor", "!t z: b": "tag", "[z]: b": "", "{z}: b": "", "z": 'expected "key: value"',
-    "- z": "sequence entry among mapping keys", "z#y: b": "#", "'z' b": "", "---": "document start", "...": "document end",
-    "--- # c": "document start", "z: ?b": "?", "z: :b": ":", "first: again": "duplicate key 'first', first on line 1",
+    "z: ¦&a b": "anchor", "z: ¦*a": "alias", "z: ¦!t b": "tag", "z: ¦!!str 1": "tag", "z: ¦@b": "reserved indicator @", "z: ¦`b": "reserved indicator `",
+    "z: ¦%b": "%", "z: ¦,b": ",", "z: ¦]": "]", "z: ¦}": "}", "z: a¦: b": '": " inside a plain scalar', "z: b¦:": '": " inside a plain scalar',
+    'z: "b" ¦c': "closing quote", "z: 'b' ¦'c'": "closing quote", "z: 'b'¦#c": "closing quote", "z: 'b'¦: c": "closing quote",
+    "z: [¦a": "flow sequence", "z: [a,¦ [b]]": "flow sequence", "z: [a,¦]": "flow sequence", "z: [¦a: b]": "flow sequence", "z: [¦?b]": "flow sequence",
+    "z: [¦'b':c]": "flow sequence", "z: [b,¦ - c]": "flow sequence", "z: [¦-]": "flow sequence", "z: ¦{a: b}": "flow mapping", "z: [a]¦b": "closing bracket",
+    "z: [] ¦b": "closing bracket", "z: [b]¦]": "closing bracket", "¦[z]: b": "flow sequence in this place", "¦{z}: b": "flow mapping in this place",
+    "z: ¦|x": "malformed block scalar header", "z: ¦>12": "malformed block scalar header", "z: ¦|0": "malformed block scalar header",
+    "z: ¦># c": "malformed block scalar header", "z: > ¦b": "text after a block scalar header", "z: ¦|": "block scalar without content",
+    "z: ¦0x1F": "number", "z: ¦010": "number", "z: ¦+1": "number", "z: ¦.5": "number", "z: ¦1.": "number", "z: ¦.inf": "number",
+    "z: ¦1234567890123456": "number", "z: ¦1e400": "number", "z: ¦- b": "sequence entry on the line of its key", "z: ¦?b": "starts with `?`", "z: ¦:b": "starts with `:`",
+    "¦\tz: b": "tab character in indentation", "z:¦\tb": "tab character behind a colon", "z: ¦\tb": "tab character between tokens", "z: b¦\tc": "tab character in a plain scalar",
+    "z: b¦\t# c": "tab character in a plain scalar", "z¦\ty: c": "tab character in a plain key", "z¦:y: c": "`:` in a plain key", "z¦#y: b": "`#` in a plain key",
+    'z: "¦\\q"': "unknown escape \\q", 'z: "b¦\\x4"': "unknown escape \\x", 'z: "¦\\ud800"': "not a character", 'z: "¦\\U00110000"': "\\U00110000",
+    "¦? z": "explicit key", "¦<<: z": "merge key", "¦1: z": "not a string", "¦true: z": "not a string", "¦~: z": "not a string", "¦: z": "empty key",
+    "¦&a z: b": "anchor", "¦!t z: b": "tag", "¦-z: 1": "starts with `-`", "¦z": 'expected "key: value"', "¦'z'": 'expected "key: value"', "¦'z' b": 'expected "key: value"',
+    "¦- z": "sequence entry among mapping keys", "¦---": "document start", "¦...": "document end", "¦--- # c": "document start",
+    "¦first: again": "duplicate key 'first', first on line 1", "¦'first': x": "duplicate key 'first', first on line 1",
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(("fault", "name"), FAULTS.items(), ids=list(FAULTS))
-def test_a_fault_anywhere_in_a_document_is_refused_by_name_and_line(fault: str, name: str) -> None:
+def test_a_fault_anywhere_in_a_document_is_refused_by_name_and_place(fault: str, name: str) -> None:
+    column, line = fault.index("¦") + 1, fault.replace("¦", "")
     for seed in range(12):
         made = Maker(seed)
         above, _ = made.block(2, 2, 2)
         below, _ = made.block(2, 2, 2)
-        lines = ["first: 1", "second:", *above, fault, "third:", *below, ""]
+        lines = ["first: 1", "second:", *above, line, "third:", *below, ""]
         with pytest.raises(YamlError) as refused:
             parse_yaml("\n".join(lines).encode(), "f")
-        assert refused.value.line == lines.index(fault) + 1, "\n".join([str(refused.value), *lines])
+        found = (refused.value.line, refused.value.column)
+        assert found == (lines.index(line) + 1, column), "\n".join([str(refused.value), *lines])
         assert name in refused.value.problem

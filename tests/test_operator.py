@@ -1,0 +1,125 @@
+"""What an operator met in a night at the terminal: advice that is right, and files of theirs that stay."""
+
+import json
+import re
+import subprocess
+import sys
+from typing import Any
+
+from orchestrator import MessageEntry, phase_message, state_message
+
+IN_BUILD = "in_progress phase=build phase_pool=main"
+
+
+def test_what_the_operator_commits_after_a_kill_stays_as_it_is(project: Any) -> None:
+    """A file that was dirty as the killed build began is not taken back to that."""
+    project.configure("build!")
+    project.backlog(f"WRK-001 {IN_BUILD}")
+    (project.root / "notes.txt").write_text("one\n")
+    project.commit_all()
+    (project.root / "notes.txt").write_text("one\ntwo\n")
+    project.script({"*": [{"write": {"code.txt": "half\n"}, "announce": True, "hang": True}, {"write": {"code.txt": "x\n"}}]})
+    process = project.start("run", "--allow-dirty")
+    project.announced()
+    process.kill()
+    process.communicate()
+    (project.root / "notes.txt").write_text("one\ntwo\nthree\n")
+    project.git("commit", "-qm", "notes", "notes.txt")
+    project.run("run")
+    assert (project.root / "notes.txt").read_text() == "one\ntwo\nthree\n"
+    assert project.paths("refs/orchestrator/salvage/WRK-001/build/1") == ["code.txt"]
+    assert project.status() == ""
+
+
+def test_a_dirty_file_that_changes_under_a_build_is_named_with_the_way_to_get_it_back(project: Any) -> None:
+    project.configure("build!", execution="max_retries = 0")
+    project.backlog(f"WRK-001 {IN_BUILD}")
+    project.commit_all()
+    (project.root / "my notes.txt").write_text("one\n")
+    project.script({"*": [{"write": {"my notes.txt": "one\ntwo\n", "code.txt": "x\n"}}]})
+    done = project.run("run", "--allow-dirty", code=3)
+    ref = "refs/orchestrator/salvage/WRK-001/build/1"
+    assert (project.root / "my notes.txt").read_text() == "one\n"
+    (command,) = set(re.findall(r"^ *(git show .*)$", done.stderr, re.M))
+    assert subprocess.run(command, shell=True, cwd=project.root, capture_output=True, text=True).stdout == "one\ntwo\n"
+    assert project.paths(ref) == ["code.txt", "my notes.txt"]
+    summary = done.stderr.partition("\nHalt: ")[2]
+    assert "Warning: my notes.txt, which had uncommitted changes of yours, was changed while [WRK-001][build] ran" in summary
+
+
+def test_the_log_of_a_pipe_and_the_program_itself_are_in_nobodys_way(project: Any) -> None:
+    project.run("vendor", f"{project.root}/tools/")
+    command = f"{sys.executable} tools/orchestrator.py run 2>&1 | tee night.log"
+    done = subprocess.run(["bash", "-c", command], cwd=project.root, capture_output=True, text=True, stdin=subprocess.DEVNULL, start_new_session=True)
+    assert "(AllDoneOrBlocked)" in done.stdout, done.stdout
+    assert project.status() == "?? night.log\n?? tools/\n"
+
+
+def test_unblocking_what_the_guardrails_hold_says_what_comes_of_it(project: Any) -> None:
+    project.backlog("WRK-001 ready risk=high")
+    project.commit_all()
+    project.run("run", code=3)
+    assert "unblock ID --override-guardrails\n" in project.run("status").stdout
+    said = project.run("unblock", "WRK-001", "--notes", "go on").stdout
+    assert "But the next run blocks it again: the guardrails are exceeded by risk high (limit low)" in said
+    assert "\nNext: " not in project.run("run", code=3).stderr
+
+
+def test_a_target_that_waits_is_told_by_the_run_and_by_the_dry_run(project: Any) -> None:
+    project.backlog("WRK-001 new", "WRK-002 new dependencies=[WRK-001]")
+    project.commit_all()
+    assert "  WRK-002 waits for WRK-001 (new)\n" in project.run("run", "--target", "WRK-002", "--dry-run").stdout
+    assert "(AllDoneOrBlocked): WRK-002 waits for WRK-001 (new)\n" in project.run("run", "--target", "WRK-002").stderr
+
+
+def test_check_tells_of_a_config_that_is_gone_and_of_keys_that_nobody_reads(project: Any) -> None:
+    project.backlog("WRK-001 new prioritee=4 mine=5")
+    project.commit_all()
+    said = project.run("check").stdout
+    assert 'note: WRK-001: nobody reads prioritee (did you mean "priority"?)\n' in said
+    assert "mine" not in said
+    (project.root / "orchestrator.toml").unlink()
+    said = project.run("check", code=1).stdout
+    assert "orchestrator.toml is in git, but not on disk" in said
+
+
+def test_a_run_that_ends_while_an_agent_rests_leaves_nothing_unfinished(project: Any) -> None:
+    project.configure("plan")
+    project.backlog("WRK-001 ready")
+    project.commit_all()
+    project.script({"*": [{"exit": 1, "no_result": True}]})
+    project.run("run", code=4)
+    assert json.loads(project.run("status", "--json").stdout)["unfinished"] is None
+    assert not (project.root / ".git/orchestrator/journal").exists()
+    assert project.git("for-each-ref", "refs/orchestrator") == ""
+
+
+def test_a_commit_of_a_command_tells_all_that_it_holds(project: Any) -> None:
+    project.backlog("WRK-001 new", "WRK-002 blocked blocked_from_status=new blocked_reason=why")
+    project.commit_all()
+    project.run("unblock", "WRK-002")
+    project.run("edit", "WRK-001", "--priority", "5", "--commit")
+    items = project.git("log", "-1", "--format=%(trailers:key=Orchestrator-Item,valueonly,separator=%x2c)")
+    assert items == "WRK-001,WRK-002\n"
+
+
+def test_no_line_of_a_conventional_message_is_too_long_for_commitlint() -> None:
+    path = "/" + "long/" * 40
+    entry = MessageEntry("WRK-001", "build", "failed", f"look at {path} there", verified=(f"test -e {path}",))
+    for message in (phase_message([entry], "run", "conventional"), state_message(f"Edit {path}", [entry], "run", "conventional")):
+        assert max(map(len, message.splitlines())) <= 100
+        assert path[:60] in message
+
+
+def test_a_branch_that_was_rewound_is_told_of_once_for_all_that_was_in_flight(project: Any) -> None:
+    project.set_up(*(f"WRK-00{n} in_progress phase=plan phase_pool=main" for n in (1, 2)), script={"*": [{"announce": True, "hang": True}]}, execution="max_concurrent = 2\nmax_wip = 2")
+    project.git("commit", "-q", "--allow-empty", "-m", "to be rewound")
+    process = project.start("run")
+    assert {project.announced(), project.announced()} == {"WRK-001 plan 1", "WRK-002 plan 1"}
+    process.kill()
+    process.communicate()
+    project.git("reset", "-q", "--hard", "HEAD~1")
+    project.script({"*/plan": [{"document": "a.md"}], "*": [{"write": {"code.txt": "x\n"}}]})
+    assert "took commits off the branch" in project.run("run", code=1).stderr
+    project.run("run", "--cap", "2")
+    assert set(project.statuses().values()) == {"in_progress build"}
