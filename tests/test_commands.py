@@ -187,7 +187,7 @@ def test_quiet_logs_of_a_run(project: Project) -> None:
     project.script({"*/plan": [{"result": {"result": "blocked", "context": "Which?"}}]})
     blocked = project.run("run", "--quiet", code=3).stderr
     assert blocked.splitlines()[0].endswith("warning: WRK-001 is blocked: Which?")
-    assert "\nNext: " in blocked
+    assert "\nNeeds you (1):\n" in blocked
     halt = project.run("triage").stderr.strip().splitlines()[0]
     assert halt == "Halt: no new item is left to triage (AllDoneOrBlocked)"
 
