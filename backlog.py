@@ -2686,6 +2686,7 @@ class Store:
         self.journal: Journal | None = None
         self.trouble = ""  # why the file cannot be read just now: nothing new is to be started
         self._state: State | None = None
+        self._foreseen = False  # it is what a merge will make, and not in the journal
         self._written: bytes | None = None  # the file's content as last written or merged
         self._wreck: tuple[bytes | None, float] = None, 0.0  # its content, and since when
         self._versions: list[State] | None = None
@@ -2717,7 +2718,8 @@ class Store:
         with suppress(YamlError, BacklogError):
             data = self._read() if self._home else None
             if data is not None and (self._state.lacks or data != self._state.document.to_bytes()):
-                self._state, _ = self._merged(State.read(data, self.path.name))
+                self._state = self._merged(State.read(data, self.path.name))[0]
+                self._foreseen = True
         return self.backlog
 
     def _usable(self, data: bytes | None) -> tuple[State, bytes]:
@@ -2727,8 +2729,7 @@ class Store:
                 f"{self.path}: there is no such file; if git has it, `git restore {self.path.name}`"
                 " brings it back, else 'orchestrator init' makes one"
             )
-        state = State.read(data, self.path.name)
-        if complaints := state.complaints():
+        if complaints := (state := State.read(data, self.path.name)).complaints():
             raise BacklogError("\n".join(complaints))
         return state, data
 
@@ -2825,8 +2826,7 @@ class Store:
             self._append(line, flush=flush)
 
     def begin(self, run: Mapping[str, Any], committed: bytes | None) -> None:
-        """Open the journal of a run with the file as HEAD has it, or go on with the one there is;
-        SaveError."""
+        """Open a run's journal with the file as in HEAD, or go on with the one there; SaveError."""
         with self._locked():
             if self.journal is not None:
                 return self._append({"run": run})
@@ -2912,14 +2912,14 @@ class Store:
         if self._wreck[0] != data:
             self._wreck = data, now
             if patient:
-                self.warn(f"{why}. Nothing new is started until the file is mended.")
+                self.warn(f"{why}. Nothing new is started until it is mended, or after a minute.")
         self.trouble = why
         if patient and now - self._wreck[1] < WRECK_S:
             return
         kept = self.aside / f"{self.path.name}.broken-{self.clock():%Y%m%dT%H%M%S}"
         with self._writing(kept):
             replace_file(kept, data)
-        self.warn(f"{why}. It is set aside as {kept}, and the backlog is written again.")
+        self.warn(f"{why}. It is set aside as {kept}, where any edit in it is, and written again.")
         self.trouble, self._wreck = "", (None, 0.0)
 
     def _decide(self, state: State, extra: Mapping[str, Any] = {}) -> None:
@@ -2989,13 +2989,12 @@ class Store:
             os.close(fd)
 
     def _catch_up(self) -> None:
-        try:
+        with suppress(FileNotFoundError):  # that run has ended
             if self.journal is not None:
-                if self.journal.catch_up():
-                    self._state = self.journal.state()
+                if self.journal.catch_up() or self._foreseen:
+                    self._state, self._foreseen = self.journal.state(), False
                 return
-        except FileNotFoundError:
-            self._written = None
+        self._written = None
         self.journal = Journal.read(self.journal_path, self.path.name)
         if self.journal is not None:
-            self._state = self.journal.state()
+            self._state, self._foreseen = self.journal.state(), False

@@ -1279,14 +1279,28 @@ def dollars(usd: float) -> str:
     return f"${usd:.{2 if usd >= 1 else 4}f}"
 
 
+def minute(when: str) -> str:
+    """A time (RFC 3339) on this machine's clock; as it is, if it is none."""
+    try:
+        return f"{local_time(datetime.fromisoformat(when)):%Y-%m-%d %H:%M}"
+    except ValueError:
+        return when
+
+
+def local_time(when: datetime) -> datetime:
+    """A time with the zone of this machine, or in UTC where that is no zone (`TZ=UTC+25`)."""
+    try:
+        return when.astimezone()
+    except ValueError:
+        return datetime.fromtimestamp(when.timestamp(), UTC)
+
+
 # How a table shows the values of some keys, what it calls them, and how wide a column before the
 # last one may be; others are never cut, because people copy what is in them.
 SHOWN: Mapping[str, Callable[[Any], str]] = {
-    **dict.fromkeys(
-        ("when", "finished"),
-        lambda when: f"{local_time(datetime.fromisoformat(when)):%Y-%m-%d %H:%M}",
-    ),
-    **dict.fromkeys(("summary", "blocked_reason"), lambda text: one_line(text, 300)),
+    **dict.fromkeys(("when", "finished"), minute),
+    "summary": lambda text: one_line(text, 300),
+    "blocked_reason": lambda text: one_line(without_output(text), 300),
     "commit": lambda commit: commit[:10],
     "pipeline_type": lambda name: "" if name == DEFAULT_PIPELINE else name,
     "doing": lambda text: one_line(text, 60),
@@ -2060,6 +2074,7 @@ def _output_text(item: Item, task: Task, path: str) -> str:
 
 STATUS_ORDER = ("in_progress", "blocked", "ready", "scoping", "new", "done")
 NO_REASON = "no reason recorded"
+MOST_WAITING = 10  # items that wait for others, as `status` lists them
 
 
 def status_order(items: Iterable[Item]) -> list[Item]:
@@ -2099,7 +2114,10 @@ def render_status(rows: Sequence[Mapping[str, Any]], width: int, program: str) -
         lines += [f"  {program} unblock ID {option}" for option in how]
     waiting = [row for row in rows if row["waiting_for"]]
     if waiting:
-        lines += ["", "Waiting for other items:", *table("id waiting_for", waiting, width, "  ")]
+        told = table("id waiting_for", waiting[:MOST_WAITING], width, "  ")
+        lines += ["", "Waiting for other items:", *told]
+        if len(waiting) > len(told):
+            lines.append(f"  … and {len(waiting) - len(told)} more: {program} status --graph")
     return lines
 
 
@@ -2126,6 +2144,11 @@ def waits_for(item: Item, backlog: Backlog) -> list[str]:
 def block_reason(item: Item) -> str:
     """Why an item is blocked, in one text that is never empty."""
     return item.get("blocked_reason") or NO_REASON
+
+
+def without_output(reason: str) -> str:
+    """A reason without what an agent or a check printed last: `logs` has it all."""
+    return reason.partition("\nLast output:")[0]
 
 
 def unblock_option(reason: str) -> str:
@@ -2183,6 +2206,7 @@ def render_item(known: Mapping[str, Any], width: int) -> list[str]:
             if isinstance(value, list):
                 value = ", ".join(command_text(v) if isinstance(v, list) else v for v in value)
             label = key.replace("_", " ").capitalize()
+            value = minute(value) if key in ("created", "updated", "finished") else value
             rows.append({"label": f"{label}:", "value": "yes" if value is True else value})
     lines = wrap(f"{one_line(known['id'])}  {one_line(known['title'])}", width)
     lines += ["", *table("label value", rows, width)]
@@ -2514,17 +2538,14 @@ def render_summary(told: Mapping[str, Any], program: str, width: int = WHOLE_LIN
     if done:
         finished = [heading("Done", done, SHOWN_DONE, "status --done")]
         finished += table("id commit title", done[-SHOWN_DONE:], width, "  ")
-    checks: dict[str, list[str]] = {}
-    for row in done:
-        checks.setdefault(checked({**row, "status": "done"}), []).append(row["id"])
-    for text, ids in checks.items():
-        finished += wrap(f"  {text}: {id_list(ids, 5)}", width, "    ")
+    finished += check_lines([{**row, "status": "done"} for row in done], width)
     needs = []
     if asking:
         needs = [heading("Needs you", asking, SHOWN_ASKING, "status --only status=blocked")]
     for row in asking[:SHOWN_ASKING]:
         indent = " " * (3 + cell_width(one_line(row["id"])))
-        question = f"{one_line(row['question'], 240)} ({one_line(row['title'], 40)})"
+        question = one_line(without_output(row["question"]), 240)
+        question += f" ({one_line(row['title'], 40)})"
         needs += wrap(f"  {one_line(row['id'])} {question}", width, indent)
         needs.append(f"{indent}{row['command']}")
         if row["waiting"]:
@@ -2544,6 +2565,15 @@ def render_summary(told: Mapping[str, Any], program: str, width: int = WHOLE_LIN
     sections = [part for part in (halt, finished, needs, rest, warnings, steps) if part]
     dense = sum(map(len, sections)) + len(sections) > SCREEN
     return ("\n" if dense else "\n\n").join("\n".join(lines) for lines in sections)
+
+
+def check_lines(rows: Iterable[Mapping[str, Any]], width: int) -> list[str]:
+    """What checked some finished items, and which of them."""
+    checks: dict[str, list[str]] = {}
+    for row in rows:
+        checks.setdefault(checked(row), []).append(row["id"])
+    groups = [(text, ids) for text, ids in checks.items() if text]
+    return [x for text, ids in groups for x in wrap(f"  {text}: {id_list(ids, 5)}", width, "    ")]
 
 
 def _effort(told: Mapping[str, Any]) -> str:
@@ -3769,7 +3799,7 @@ async def run_verify(
     clock = time.monotonic
     deadline = clock() + spec.timeout_s
     for number, argv in enumerate(commands, 1):
-        name = f"verify command `{one_line(' '.join(argv), 200)}`"
+        name = f"verify command `{one_line(command_text(argv), 200)}`"
         if stop.is_set():
             return CannotRun(f"{name} was not run: the run is stopping")
         try:
@@ -4274,6 +4304,12 @@ class Ledger:
             before = self.repo.snapshot(f"{SNAPSHOT_REFS}{self.run_id}/{token}")
         else:
             before, strays = previous.before, previous.strays
+        if before.head.branch != self.branch:  # by an agent beside it, or by the operator
+            name = str(self.branch).removeprefix("refs/heads/")
+            raise OrchestratorError(
+                f"the branch was switched to {_branch_name(before.head)} while the run was at work,"
+                f" so it stops here; this goes back: git switch {name}"
+            )
         if not self.journal.attempts:
             self.ground = before
         since = self.clock().isoformat(timespec="seconds")
@@ -4689,7 +4725,7 @@ class Ledger:
                 did = f"(or you, since it was killed) {did}"
             remedy = "git merge -X ours {}"
         kept = self._keep_tip(attempt, tip) if tip else "no ref, for there was no commit yet"
-        if head.branch == before.branch:  # whoever starts again has seen what was done
+        if head.branch == self.branch:  # whoever starts again has seen what was done
             self.store.note({"ended": [attempt.token]})
         raise OrchestratorError(
             f"{attempt.label} {did}. The run stops here; what was there is kept on"
@@ -5726,11 +5762,9 @@ class Workspace(NamedTuple):
                 with suppress(OSError, ValueError):  # it has ended, or is somebody else's
                     path, info = Path(os.readlink(fd)), folder / "fdinfo" / fd.name
                     flags = int(re.findall(r"flags:\s*(\d+)", info.read_text())[0], 8)
-                    if (
-                        flags & os.O_ACCMODE
-                        and path.is_file()
-                        and path.is_relative_to(self.repo.top)
-                    ):
+                    inside = path.is_relative_to(self.repo.top)
+                    inside &= not path.is_relative_to(self.repo.git_dir)
+                    if flags & os.O_ACCMODE and inside and path.is_file():
                         self.add_strays([self.repo.relative(path)], growing=True)
 
     def add_strays(self, paths: Iterable[str], *, growing: bool = False) -> None:
@@ -6240,10 +6274,8 @@ def cmd_status(args: argparse.Namespace) -> int:
         if filters:
             raise UsageError("--done and --only cannot be combined: a finished item has no keys")
         rows = finished(space)
-        keys = "finished id status commit cost_usd title verified"
-        told = [{**row, "verified": checked(row)} for row in rows]
-        lines = table(keys, told, width, heads=True)
-        lines = lines or ["No item has been finished yet."]
+        lines = table("finished id status commit cost_usd title", rows, width, heads=True)
+        lines += ["", *check_lines(rows, width)] if rows else ["No item has been finished yet."]
         return answer(args, {"items": rows}, lines)
     rows, runs = status_rows(backlog, only, item_costs(space)), run_facts(space)
     kept = salvages(space)
@@ -6333,14 +6365,6 @@ def run_facts(space: Workspace) -> dict[str, Any]:
     return {"active": active, "unfinished": unfinished}
 
 
-def local_time(when: datetime) -> datetime:
-    """A time with the zone of this machine, or in UTC where that is no zone (`TZ=UTC+25`)."""
-    try:
-        return when.astimezone()
-    except ValueError:
-        return datetime.fromtimestamp(when.timestamp(), UTC)
-
-
 def run_lines(facts: Mapping[str, Any], width: int) -> list[str]:
     """What `run_facts` found: who is at work and what each agent does, or else what the next start
     recovers first."""
@@ -6349,7 +6373,7 @@ def run_lines(facts: Mapping[str, Any], width: int) -> list[str]:
         return human_duration(time.time() - datetime.fromisoformat(since).timestamp())
 
     if run := facts["active"]:
-        since = f"since {SHOWN['when'](run['since'])} ({lasts(run['since'])})"
+        since = f"since {minute(run['since'])} ({lasts(run['since'])})"
         rows = [{**one, "lasts": lasts(one["since"])} for one in run["phases"]]
         lines = table("item phase lasts doing", rows, width, "  ")
         lines += [line for text in run["remarks"] for line in wrap(f"  {text}", width)]

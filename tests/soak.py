@@ -341,7 +341,7 @@ class Soak:
             with suppress(OSError):
                 text = path.read_text()
                 items = self.items(text)
-                if not items:
+                if not items or "next_item_id" not in text:  # a wreck, as anybody sees
                     continue
                 item_id = self.dice.choice(sorted(items))
                 stale = self.dice.random() < STALE
@@ -406,7 +406,8 @@ class Soak:
         self.switch_back()
         for _ in range(2):  # a first one may have to be helped for what an agent left
             code, _, err = self.command("run", "--allow-dirty", "--cap", "1000", seconds=600)
-            rewound = "took commits off the branch" in err  # by an agent that was killed: said once
+            # By an agent that was killed: said once.
+            rewound = "took commits off the branch" in err or "switched from" in err
             self.helped["a start told of a rewound branch"] += rewound
             if code != 1 or not (rewound or self.mend()):
                 break

@@ -806,12 +806,12 @@ def test_verify_commands(make_spec: SpecMaker) -> None:
     assert (spec.root / "seen").read_text() == "1\n2\n"
     text = verify("true", "echo 3 failed; setsid sleep 120 & echo $! > pids; exit 2", "echo > not-reached")
     assert text is not None
-    assert text.startswith("verify command `sh -c echo 3 failed; setsid")
+    assert text.startswith("verify command `sh -c 'echo 3 failed; setsid")
     assert text.endswith("` failed with exit code 2\nLast output:\n3 failed")
     assert not isinstance(text, CannotRun)
     assert not (spec.root / "not-reached").exists()
     assert alive(spec.root / "pids") == []
-    assert verify("sleep 120", timeout_s=0.05) == "verify command `sh -c sleep 120` ran out of time"
+    assert verify("sleep 120", timeout_s=0.05) == "verify command `sh -c 'sleep 120'` ran out of time"
     assert verify("no-such") == CannotRun("verify command `no-such` cannot be started: No such file or directory")
     assert isinstance(verify("exit 127"), CannotRun)
 

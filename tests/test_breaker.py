@@ -391,7 +391,7 @@ def test_a_check_that_cannot_run_halts_the_run_and_charges_nobody(project: Any) 
     project.script({"*": [{"write": {"a.txt": "1\n"}}], "WRK-002/*": [{"write": {"b.txt": "1\n"}}]})
 
     log = project.run("run", code=4).stderr
-    says = "verify command `sh -c echo no linter here; exit 127` failed with exit code 127 Last output: no linter here"
+    says = "verify command `sh -c 'echo no linter here; exit 127'` failed with exit code 127 Last output: no linter here"
     assert f"(CircuitBreakerTripped): [WRK-001][build] is finished, but {says} Nothing is charged" in log
     assert project.agent_log() == ["WRK-001 build 1"]
     assert set(project.statuses().values()) == {"in_progress build"}

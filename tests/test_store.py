@@ -117,6 +117,27 @@ def running(tmp_path: Path) -> Bench:
     return Bench(tmp_path, journal=True)
 
 
+def test_an_edit_that_a_command_has_foreseen_is_in_the_journal_once_it_has_saved(running: Bench) -> None:
+    """Else the run, which goes by the journal, takes the edit back when the file is an older copy to it."""
+    running.by_hand("Second", "Edited")
+    command = running.fresh()
+    assert command.backlog.items["WRK-002"]["title"] == "Edited"
+    command.change(lambda d: d.add("WRK", "New", NOW))
+    journal = Journal.read(command.journal_path, "BACKLOG.yaml")
+    assert journal is not None
+    assert journal.state().items["WRK-002"]["title"] == "Edited"
+
+
+def test_a_buffer_that_was_saved_before_a_run_began_is_merged_by_the_command_that_saw_both(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    bench.by_hand("Second", "Edited")
+    command = bench.fresh()  # sees the file alone
+    bench.fresh().begin(RUN, TEXT.encode())
+    command.change(lambda d: d.add("WRK", "New", NOW))
+    assert "Edited" in bench.text
+    assert command.backlog.items["WRK-002"]["title"] == "Edited"
+
+
 # ---- Saving --------------------------------------------------------------------------------------
 
 def test_d44_a_save_changes_only_the_lines_of_the_changed_keys(bench: Bench) -> None:

@@ -435,7 +435,7 @@ def test_everything_about_one_item() -> None:
         blocked_reason="Which\ncolour?", description={"context": "one\ntwo", "problem": ""}, unblock_context="Blue.", cost_usd=0.5,
     )
     assert orchestrator.render_item(item, 80) == [
-        "WRK-001  Fix it", "", "Status:                blocked", f"Created:               {NOW}", f"Updated:               {NOW}",
+        "WRK-001  Fix it", "", "Status:                blocked", "Created:               2026-11-22 10:00", "Updated:               2026-11-22 10:00",
         "Requires human review: yes", "Tags:                  ui, api", "Blocked reason:        Which colour?",
         "Cost:                  about $0.5000", "", "Context:", "  one", "  two", "", "Your notes for the next phase:", "  Blue.",
     ]
@@ -572,8 +572,6 @@ def test_the_summary_answers_what_was_done_what_needs_you_what_it_cost_and_what_
         "Backlog: 4 items: 2 blocked, 2 new",
         "",
         "Warning: the index is locked",
-        "",
-        "Next: orchestrator run  # goes on with whatever can run then",
     ]
 
 

@@ -78,7 +78,7 @@ SHELL = {
     [
         ("mends", 2, ""), ("leaves", 2, ""), ("commits", 1, ""), ("edits", 1, ""),
         ("restless", 0, "hooks and checks change what is to be committed, in 4 rounds each time: code.py. Let git"),
-        ("hangs", 0, "verify command `sh -c sleep 100` ran out of time"), ("fails", 0, "failed with exit code 3\nLast output:\nno good"),
+        ("hangs", 0, "verify command `sh -c 'sleep 100'` ran out of time"), ("fails", 0, "failed with exit code 3\nLast output:\nno good"),
     ],
 )  # fmt: skip
 def test_checks_that_do_more_than_check(project: Any, name: str, rounds: int, text: str) -> None:
