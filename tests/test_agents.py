@@ -641,7 +641,7 @@ def test_what_is_no_limit(play: Player) -> None:
     assert play("claude", limit, 1, result=True).kind == "result"
 
 
-@pytest.mark.parametrize("cli", ["claude", "codex", "opencode", "gemini", "mine"])
+@pytest.mark.parametrize("cli", ["claude", "gemini", "mine"])
 def test_a_cli_that_exits_at_once_says_why_on_standard_error(make_spec: SpecMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: str) -> None:
     """Usage limits are read from events alone: on standard error anybody may speak of one."""
     binary = tmp_path / cli
@@ -734,8 +734,8 @@ def test_the_result_in_a_closing_message_is_taken_with_a_warning(play: Player, c
         (FENCED + FENCED, 0, "failed"),
         (report_json("finished"), 0, "failed"),
         ('[] {"item_id": "WRK-001"}', 0, "failed"),
-        ("{" * 5_000, 0, "failed"),
-        ('{"item_id": "WRK-001", ' * 3000, 0, "failed"),
+        ("{" * 1_500, 0, "failed"),
+        ('{"item_id": "WRK-001", ' * 300, 0, "failed"),
     ],
     ids=["beside another", "bad exit", "twice", "odd word", "incomplete", "nested", "cut off"],
 )

@@ -103,11 +103,11 @@ def test_commands_commit_the_backlog_alone(project: Project, here: Cli) -> None:
     (project.root / "README.md").write_text("edited\n")
     (project.root / "new.txt").write_text("new\n")
     project.git("add", "new.txt")
-    for argv, said, subject in COMMANDS:
+    for argv, said, _ in COMMANDS:
         assert here(*argv, "--commit").out.startswith(f"{said}\n")
-        assert project.subjects()[0] == f"[orchestrator] {subject}"
-        assert project.paths() == ["BACKLOG.yaml"]
-        assert project.committed() == project.text()
+    made = project.git("log", "--reverse", "--format=%x00%s", "--name-only", f"-{len(COMMANDS)}").split("\0")[1:]
+    assert [one.split("\n\n") for one in made] == [[f"[orchestrator] {subject}", "BACKLOG.yaml\n"] for _, _, subject in COMMANDS]
+    assert project.committed() == project.text()
     assert [line for line in project.status().splitlines() if "_worklog" not in line] == [" M README.md", "A  new.txt"]
 
 
@@ -187,7 +187,7 @@ def test_quiet_logs_of_a_run(project: Project) -> None:
     project.script({"*/plan": [{"result": {"result": "blocked", "context": "Which?"}}]})
     blocked = project.run("run", "--quiet", code=3).stderr
     assert blocked.splitlines()[0].endswith("warning: WRK-001 is blocked: Which?")
-    assert "\nNext: " in blocked
+    assert "\nNeeds you (1):\n" in blocked
     halt = project.run("triage").stderr.strip().splitlines()[0]
     assert halt == "Halt: no new item is left to triage (AllDoneOrBlocked)"
 

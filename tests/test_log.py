@@ -118,11 +118,10 @@ def test_neither_configuration_nor_a_shallow_history_disturbs(project: Project, 
 
 
 def test_a_project_below_the_top_tells_of_itself_alone(project: Project, cli: Cli) -> None:
-    for name in ("a", "b"):
-        folder = project.root / name
-        folder.mkdir()
-        cli("--root", folder, "init")
-        cli("--root", folder, "add", f"Of {name}", "--commit")
+    (project.root / "b").mkdir()
+    cli("--root", project.root / "b", "init")
+    cli("--root", project.root / "b", "add", "Of b", "--commit")
+    cli("--root", project.root, "add", "Of the top", "--commit")
     rows = json.loads(cli("--root", project.root / "b", "log", "--json").out)["log"]
     assert told(rows) == [("WRK-001", "", "added", "Of b")]
 

@@ -61,6 +61,7 @@ def test_every_command_with_its_options_and_arguments_is_documented_and_the_othe
     assert "same options and shutdown as `run`" in table(section("Commands"))["triage"][0]
     assert options(PARSERS["triage"]) == options(PARSERS["run"])
     for name, parser in PARSERS.items():
+        assert parser.format_help().startswith(f"usage: {PARSER.prog} {name} ")
         shown = set(re.findall(r"--[a-z][a-z-]*", DOCUMENTED[name]))
         if name in EDITING:  # said below the table, once for all
             shown.add("--commit")

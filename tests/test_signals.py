@@ -13,7 +13,6 @@ import pytest
 from tests.gitkit import is_alive, table
 
 HANG = {"announce": True, "hang": True}
-IN_BUILD = "in_progress phase=build phase_pool=main"
 HALT = "[orchestrator] Save backlog state on halt (ShutdownRequested)"
 
 # A tool command of an agent in a session of its own, deaf to TERM, its environment kept.
