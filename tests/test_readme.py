@@ -8,11 +8,12 @@ import shlex
 import subprocess
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import orchestrator
-from backlog import parse_filter, parse_yaml
+from backlog import ITEM_TABLE, parse_filter, parse_yaml, read_item
 
 HERE = Path(__file__).resolve().parent.parent
 README = (HERE / "README.md").read_text()
@@ -194,3 +195,11 @@ def test_versions_agree() -> None:
     assert project["requires-python"] == ">=3.11"
     assert "Python 3.11+" in README
     assert f"## {orchestrator.__version__}" in (HERE / "CHANGELOG.md").read_text()
+
+
+def test_the_sample_item_has_every_key_that_a_person_may_set() -> None:
+    (sample,) = re.findall(r"^```yaml\n(.*?)^```", section("Items"), re.M | re.S)
+    rows: Any = parse_yaml(f"items:\n{sample}".encode())
+    item, problems = read_item(rows["items"][0])
+    assert {key for key, _ in problems} == {"id", "status", "created", "updated"}  # a run completes them
+    assert item.keys() == {key for key, row in ITEM_TABLE.items() if row.owner == "person"}
