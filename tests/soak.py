@@ -266,8 +266,8 @@ class Soak:
         reader = threading.Thread(target=lambda: outputs.extend(process.communicate()))
         reader.start()
         reader.join(self.dice.uniform(0.3, 9))
-        if how == "stop":
-            self.command("stop")
+        if how == "stop" and "finishes the phases" in self.command("stop")[1]:
+            pass  # else it has not taken its lock yet, or has ended
         elif how != "cap" or reader.is_alive():
             number = {"kill": signal.SIGKILL, "int": signal.SIGINT}.get(how, signal.SIGTERM)
             with suppress(ProcessLookupError):
@@ -291,7 +291,11 @@ class Soak:
         for lock in locks:
             lock.unlink(missing_ok=True)
             self.helped["a killed git command left a lock"] += 1
-        return bool(locks)
+        unmerged = self.git("diff", "--name-only", "--diff-filter=U").split("\n")[:-1]
+        if unmerged:
+            self.git("checkout", "-q", "HEAD", "--", *unmerged)
+            self.helped["an agent's stash pop left conflicts"] += 1
+        return bool(locks or unmerged)
 
     def give_commands(self) -> None:
         number = 0
