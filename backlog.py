@@ -2330,7 +2330,7 @@ class _Merge:
         taken = {*self.decided.items, *self.items, *self.versions}
         item_id = asked = item.get("id", "")
         if not asked or asked in taken:
-            self.counter = max(self.counter, highest_number(prefix, {*taken, *self.file.items})) + 1
+            self.counter = max(self.counter, highest_number(prefix, {*taken, *self.file.found})) + 1
             item_id = self.renamed[key] = f"{prefix}-{self.counter:03d}"
         if asked in taken:
             title = item.get("title")
@@ -2466,7 +2466,7 @@ def merge(
     if missing := [key for key in decided.chunks if key not in file.chunks]:
         # By hand deleted; but for what is younger, and all that a file of several states lacks.
         mixed = any(
-            made.start_of(key, item)[0] is not base.items.get(key)
+            made.start_of(key, item)[0] is not base.found.get(key)
             for key, item in file.found.items()
         )
         younger = {key for key in missing if highest_number(prefix, [key]) > file.counter}

@@ -1290,6 +1290,9 @@ class Repo:
         only what is staged no more; others, too, may have staged things meanwhile.
         """
         changed = {change.after.path for change in self.changes(before.tree, after.tree)}
+        old, new = before.head.commit, after.head.commit
+        if old and new:  # what somebody has committed since is staged no more
+            changed |= {change.after.path for change in self.changes(old, new)}
         first, last = ({_GitRow.parse(row).path for row in s.staging} for s in (before, after))
         rows = first - last if lost else first | last
         if paths := sorted(rows - changed):

@@ -2154,7 +2154,7 @@ def without_output(reason: str) -> str:
 
 def unblock_option(reason: str) -> str:
     """What `unblock` needs so that the item is not blocked again for the same reason."""
-    overrides = re.search(r"guardrail|human review", reason)
+    overrides = re.match(r"human review is required|the guardrails are exceeded", reason)
     return "--override-guardrails" if overrides else '--notes "YOUR ANSWER"'
 
 
@@ -4357,6 +4357,7 @@ class Ledger:
             if isinstance(passed, str):
                 return passed
             seen, entries, message, verified = passed
+        self._keep_spoilt(attempt, seen)
         if attempt.destructive and outcome == "complete":
             self._name_unshared(attempt, seen)
             if attempt.only is None:
@@ -4440,7 +4441,7 @@ class Ledger:
         if attempt.only is not None:
             theirs |= {c.after.path: c.before for c in changes if c.after.path not in attempt.only}
             changes = [change for change in changes if change.after.path in attempt.only]
-        self._refuse_lost_branch(attempt, after.head)
+        self._refuse_lost_branch(attempt, Aftermath(after, changes, theirs))
         old, new = before.head.commit, after.head.commit
         if new and new != old and self.journal.run["id"] != self.run_id:
             # It was killed, and what is in HEAD by now has been committed by the operator since.
@@ -4449,6 +4450,10 @@ class Ledger:
         commits = self.repo.commits_between(old, new) if old and new and old != new else []
         if foreign := [commit[:10] for commit in commits if commit not in self.own_commits]:
             log().info("%s commits made meanwhile: %s", attempt.tag, ", ".join(foreign))
+            paths = {change.after.path for change in self._changes(old, new)} if new else set()
+            if swept := sorted(paths & theirs.keys()):  # its agent's `git add -A`, or the operator
+                names = one_line(", ".join(swept), 300)
+                log().warning("%s and they hold what you had not committed: %s", attempt.tag, names)
         return Aftermath(after, changes, theirs)
 
     def _changes(self, old: str | None, new: str) -> list[Change]:
@@ -4494,8 +4499,30 @@ class Ledger:
                 " %s",
                 *(attempt.tag, one_line(", ".join(sorted(elsewhere)), 300)),
             )
-            self.space.add_strays(elsewhere)
+            self.space.add_strays(set(elsewhere) - seen.theirs.keys())
         return made
+
+    def _keep_spoilt(self, attempt: Attempt, seen: Aftermath) -> None:
+        """Keep what a document phase has written over in files that the operator had changed."""
+        spoilt = [c for c in seen.changes if c.after.path in seen.theirs]
+        if spoilt and not attempt.destructive:
+            ref, self.salvaged = self._salvage_refs(attempt.task)[1], None
+            texts = [change.before for change in spoilt]
+            self.repo.salvage(ref, attempt.before.head.commit, texts, f"{attempt.label} Before it")
+            self._tell_of_theirs(attempt, ref, spoilt, "held before")
+
+    def _tell_of_theirs(
+        self, attempt: Attempt, ref: str, changes: Iterable[Change], what: str
+    ) -> None:
+        """Say, now and in the summary, how to get back what was in files of the operator's."""
+        for path in (change.after.path for change in changes):
+            text = (
+                f"{path}, which had uncommitted changes of yours, was changed while {attempt.label}"
+                f" ran, by its agent or by you. What it {what}:\n  git show"
+                f" {ref}:{command_text([path])}"
+            )
+            log().warning("%s", text)
+            self.remarks.append(text)
 
     def _objection(self, attempt: Attempt, result: PhaseResult, seen: Aftermath) -> str:
         """Why what a destructive phase did may not be committed; "" if it may."""
@@ -4613,11 +4640,14 @@ class Ledger:
         now = self.compare(attempt)  # a hook that was ended may have the operator's files stashed
         if attempt.destructive:
             self.repo.restage(attempt.before, now.after)
-        kept = self.repo.snapshot(f"{SNAPSHOT_REFS}{self.run_id}/{attempt.token}-held")
-        line = {"result": result._asdict(), "after": kept.tree}
-        self.store.note({"attempt": {**attempt.line(), "held": line}, **self._costs(attempt)})
+        if attempt.only is None:  # else it is held already, with what it left then
+            kept = self.repo.snapshot(f"{SNAPSHOT_REFS}{self.run_id}/{attempt.token}-held")
+            line = {"result": result._asdict(), "after": kept.tree, "why": one_line(why, 300)}
+            begun = self.journal.attempts[attempt.token]
+            self.store.note({"attempt": {**begun, "held": line}, **self._costs(attempt)})
         free = "Nothing is charged, and the next start goes on from there once that is mended"
-        return Held(f"{attempt.label} is finished, but {why}\n{free}")
+        giving_up = f"`close {attempt.task.item_id}` or `advance` gives it up"
+        return Held(f"{attempt.label} is finished, but {why}\n{free}; {giving_up}")
 
     def _conclude_held(self, attempt: Attempt, held: Mapping[str, Any]) -> bool:
         """Commit what a phase of the last run finished and was Held; False: run it again.
@@ -4631,6 +4661,8 @@ class Ledger:
             left = [change for change in left if change.after in mine]
         was = {change.after.path: change.before for change in left}
         attempt.only = frozenset(was)  # what else is in the tree by now is the operator's
+        if not is_due(self.store.backlog.items, attempt.task):
+            return False  # closed meanwhile, or moved on
         old, head = attempt.before.head.commit, now.head.commit
         since = self.repo.changes(old, head) if old and head else []
         if any(change.after.path in was for change in since):
@@ -4644,8 +4676,9 @@ class Ledger:
         if isinstance(verdict, Held):
             raise OrchestratorError(verdict)
         if isinstance(verdict, str):
-            log().warning("%s %s", attempt.tag, verdict)
-            return False
+            log().warning("%s failed after all: %s", attempt.tag, one_line(verdict, 300))
+            self.fail(attempt)
+            return attempt.destructive  # documents are still to be looked after
         self.recovered.append(verdict)
         return True
 
@@ -4678,14 +4711,7 @@ class Ledger:
         self.space.add_strays(links)  # they stay: nothing else holds their commits
         paths = one_line(", ".join(entry.path for entry in left), 200)
         log().info("%s what it left is kept on %s: %s", attempt.tag, ref, paths)
-        for change in theirs:
-            text = (
-                f"{change.after.path}, which had uncommitted changes of yours, was changed while"
-                f" {attempt.label} ran, by its agent or by you: it is as it was before. What it"
-                f" held then:\n  git show {ref}:{command_text([change.after.path])}"
-            )
-            log().warning("%s", text)
-            self.remarks.append(text)
+        self._tell_of_theirs(attempt, ref, theirs, "held then (it is as it was before the phase)")
         self.salvaged = None
         self.kept.append(ref)
         return ref
@@ -4703,12 +4729,12 @@ class Ledger:
         last = max((int(end) for end in ends if end.isdigit()), default=0)
         return f"{stem}{last}" if last else None, f"{stem}{last + 1}"
 
-    def _refuse_lost_branch(self, attempt: Attempt, head: Head) -> None:
+    def _refuse_lost_branch(self, attempt: Attempt, seen: Aftermath) -> None:
         """Stop where an agent switched the branch or took commits off it; what it held is kept.
 
         The branch is never moved back. Raises OrchestratorError with the command that restores it.
         """
-        before, own = attempt.before.head, self.own_commits[-1:]
+        before, own, head = attempt.before.head, self.own_commits[-1:], seen.after.head
         tip = before.commit  # the newest commit that the branch is known to have had since
         if tip and own and not self.repo.commits_between(own[0], tip):
             tip = own[0]
@@ -4727,6 +4753,7 @@ class Ledger:
             remedy = "git merge -X ours {}"
         kept = self._keep_tip(attempt, tip) if tip else "no ref, for there was no commit yet"
         if head.branch == self.branch:  # whoever starts again has seen what was done
+            self._salvage(attempt, seen)
             self.store.note({"ended": [attempt.token]})
         raise OrchestratorError(
             f"{attempt.label} {did}. The run stops here; what was there is kept on"
@@ -4886,7 +4913,9 @@ class Ledger:
     def _recover_attempt(self, attempt: Attempt, held: Mapping[str, Any] | None) -> None:
         if held is not None and self._conclude_held(attempt, held):
             return
-        log().info("%s was cut off; it starts again", attempt.tag)
+        due = is_due(self.store.backlog.items, attempt.task)
+        what = "it starts again" if due else "its item has gone, or moved on"
+        log().info("%s was cut off; %s", attempt.tag, what)
         if ref := self.cancel(attempt):
             log().warning(
                 "The files are again as they were before that phase. What you have changed"
@@ -5741,18 +5770,19 @@ class Workspace(NamedTuple):
         with suppress(OSError):
             found = (self.repo.top / path).lstat()
             own_output = any(os.path.samestat(found, os.fstat(fd)) for fd in (1, 2))
-            return own_output or self.strays().get(path) == self._stamps(path)[1]
+            return own_output or f"{self._stamps(path)[1]} {path}" in self._stray_lines()
         return False
 
     def strays(self) -> dict[str, str]:
         """What phases left beside their outputs, by path; what is gone or edited since is not."""
-        known = dict[str, str]()
+        lines = (line.partition(" ") for line in self._stray_lines())
+        return {path: stamp for stamp, _, path in lines if stamp in self._stamps(path)}
+
+    def _stray_lines(self) -> list[str]:
+        """What is noted of strays, each with the stamp that it had then."""
         with suppress(OSError):
-            text = os.fsdecode((self.repo.state_dir / "strays").read_bytes())
-            for stamp, _, path in (line.partition(" ") for line in text.split("\0")):
-                if stamp in self._stamps(path):
-                    known[path] = stamp
-        return known
+            return os.fsdecode((self.repo.state_dir / "strays").read_bytes()).split("\0")
+        return []
 
     def add_output(self) -> None:
         """Remember the files that our output goes to, also through `| tee`, for the runs that write
@@ -5766,7 +5796,8 @@ class Workspace(NamedTuple):
                     inside = path.is_relative_to(self.repo.top)
                     inside &= not path.is_relative_to(self.repo.git_dir)
                     if flags & os.O_ACCMODE and inside and path.is_file():
-                        self.add_strays([self.repo.relative(path)], growing=True)
+                        name = self.repo.relative(path)
+                        self.add_strays([] if self.repo.is_tracked(name) else [name], growing=True)
 
     def add_strays(self, paths: Iterable[str], *, growing: bool = False) -> None:
         """Remember paths as strays: never committed by us, and never taken for the operator's."""
@@ -6359,8 +6390,9 @@ def run_facts(space: Workspace) -> dict[str, Any]:
         to_commit = [f"{one['item']} {one['phase']}" for one in journal.outcomes.values()]
         cut_off = list[str]()
         for one in attempts:
-            left = to_commit if "held" in one else cut_off
-            left.append(f"{one['item']} {one['phase']['name']}")
+            left, name = to_commit if "held" in one else cut_off, one["phase"]["name"]
+            left.append(f"{one['item']} {name}")
+            remarks += [f"{one['item']} {name}: {one['held']['why']}"] if "held" in one else []
         unfinished = {"run_id": journal.run["id"], "cut_off": cut_off, "to_commit": to_commit}
         unfinished["remarks"] = remarks
     return {"active": active, "unfinished": unfinished}
@@ -6491,7 +6523,7 @@ def cmd_logs(args: argparse.Namespace) -> int:
                 report.worked = False
                 text = read_line(report, line, PROFILES[cli].read if cli else None)
                 text = one_line(text, 200) if report.worked else clean_text(text).strip()
-                if text and text != said:  # one line for a tool call, text as text
+                if text and (report.worked or text != said):  # one line for a call, text as text
                     parts = (wrap(one, width, "  ") for one in text.split("\n"))
                     print("\n".join(itertools.chain(*parts)), flush=True)
                     said = text  # a last message may come twice: as text, and as the result
@@ -6552,6 +6584,11 @@ def cmd_change(args: argparse.Namespace) -> int:
         space.repo.bring_out(f"{space.repo.prefix}{WORKLOG_DIR}/")
         append_worklog(space.repo.root / WORKLOG_DIR, now, done.worklog)
     print(done.told)
+    branch = space.store.journal.run["branch"] if space.store.journal else None
+    if branch is not None and branch != space.repo.branch():
+        name = branch.removeprefix("refs/heads/")
+        print(f"It is kept for the branch {name}, which a run has not finished with.")
+        return EXIT_OK
     if not args.commit:
         return EXIT_OK
     told = MessageEntry(done.item_id, "", done.outcome, done.summary)

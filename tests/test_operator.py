@@ -1,6 +1,7 @@
 """What an operator met in a night at the terminal: advice that is right, and files of theirs that stay."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -123,3 +124,86 @@ def test_a_branch_that_was_rewound_is_told_of_once_for_all_that_was_in_flight(pr
     assert "took commits off the branch" in project.run("run", code=1).stderr
     project.run("run", "--cap", "2")
     assert set(project.statuses().values()) == {"in_progress build"}
+
+
+def test_what_the_operator_does_while_a_phase_is_held_stays_theirs_however_often_it_is_held(project: Any) -> None:
+    project.set_up("WRK-001 in_progress phase=build phase_pool=main", script={"*": [{"write": {"code.txt": "x\n"}}]}, phases="build!", more='verify = [["no-such-check"]]\n')
+    project.run("run", code=4)
+    (project.root / "mine.txt").write_text("mine\n")
+    assert "is finished, but" in project.run("run", code=1).stderr
+    assert "verify command" in project.run("status").stdout
+    project.configure("build!")
+    project.git("commit", "-qm", "config", "orchestrator.toml")
+    project.run("run", "--cap", "0", "--allow-dirty")
+    assert project.paths("HEAD") == ["BACKLOG.yaml", next(iter(project.paths("HEAD")[1:2])), "code.txt"]
+    assert project.status() == "?? mine.txt\n"
+    assert project.agent_log() == ["WRK-001 build 1"]
+    assert project.git("for-each-ref", "refs/orchestrator/snapshots") == ""
+
+
+def test_a_held_phase_whose_item_is_closed_is_salvaged(project: Any) -> None:
+    project.set_up("WRK-001 in_progress phase=build phase_pool=main", script={"*": [{"write": {"code.txt": "x\n"}}]}, phases="build!", more='verify = [["no-such-check"]]\n')
+    project.run("run", code=4)
+    project.run("close", "WRK-001", "--reason", "not wanted", "--commit")
+    (project.root / "mine.txt").write_text("mine\n")
+    project.run("run", "--allow-dirty")
+    assert project.git("show", "refs/orchestrator/salvage/WRK-001/build/1:code.txt") == "x\n"
+    assert project.status() == "?? _worklog/\n?? mine.txt\n"
+    assert "Outcome: complete" not in project.git("log", "--format=%B")
+
+
+def test_a_held_phase_that_fails_its_mended_check_is_charged_and_tried_again(project: Any) -> None:
+    steps: Any = [{"write": {"code.txt": "bad\n"}}, {"write": {"code.txt": "good\n"}}]
+    project.set_up("WRK-001 in_progress phase=build phase_pool=main", script={"*": steps}, phases="build!", more='verify = [["no-such-check"]]\n')
+    project.run("run", code=4)
+    project.configure("build!", more='verify = [["grep", "good", "code.txt"]]\n')
+    project.git("commit", "-qm", "config", "orchestrator.toml")
+    assert "failed after all: verify command `grep good code.txt`" in project.run("run").stderr
+    assert project.agent_log() == ["WRK-001 build 1", "WRK-001 build 2"]
+    assert project.git("show", "HEAD:code.txt") == "good\n"
+
+
+def test_what_the_operator_commits_beside_a_document_phase_is_not_unstaged_again(project: Any) -> None:
+    os.mkfifo(project.outside / "go")
+    project.set_up("WRK-001 in_progress phase=plan phase_pool=main", script={"*/plan": [{"document": "a.md", "announce": True, "await": "go"}], "*": [{}]})
+    path = project.root / "README.md"
+    path.write_text("one\n")
+    project.git("add", "README.md")
+    path.write_text("one\ntwo\n")
+    process = project.start("run", "--allow-dirty", "--cap", "1")
+    project.announced()
+    project.git("commit", "-qm", "mine", "README.md")
+    (project.outside / "go").write_text("")
+    project.finish(process)
+    assert project.status() == ""
+
+
+def test_a_document_agent_that_writes_over_an_edit_of_the_operators_leaves_a_way_back(project: Any) -> None:
+    project.set_up("WRK-001 in_progress phase=plan phase_pool=main", script={"*/plan": [{"document": "a.md", "sh": "git checkout -q README.md; echo agent >> README.md"}]})
+    (project.root / "README.md").write_text("mine\n")
+    done = project.run("run", "--allow-dirty", "--cap", "1")
+    (command,) = set(re.findall(r"^ *(git show .*)$", done.stderr, re.M))
+    assert subprocess.run(command, shell=True, cwd=project.root, capture_output=True, text=True).stdout == "mine\n"
+    assert "uncommitted changes: README.md" in project.run("run", code=1).stderr
+
+
+def test_a_rewound_branch_does_not_leave_the_half_done_work_as_the_operators(project: Any) -> None:
+    project.set_up("WRK-001 in_progress phase=build phase_pool=main", script={"*": [{"write": {"code.txt": "half\n"}, "announce": True, "hang": True}]}, phases="build!")
+    process = project.start("run")
+    project.announced()
+    process.kill()
+    process.communicate()
+    project.git("commit", "-q", "--amend", "-m", "reworded", "--only")
+    project.run("run", code=1)
+    assert project.git("show", "refs/orchestrator/salvage/WRK-001/build/2:code.txt") == "half\n"
+    assert project.status() == ""
+
+
+def test_an_item_of_another_branch_is_said_to_wait_for_it(project: Any) -> None:
+    project.set_up("WRK-001 in_progress phase=build phase_pool=main", script={"*": [{"write": {"code.txt": "x\n"}}]}, phases="build!", more='verify = [["no-such-check"]]\n')
+    project.run("run", code=4)
+    project.git("stash", "-qu")
+    project.git("switch", "-qc", "other")
+    before = project.git("rev-parse", "HEAD")
+    assert "It is kept for the branch main" in project.run("add", "New", "--commit").stdout
+    assert project.git("rev-parse", "HEAD") == before
