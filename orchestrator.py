@@ -1548,7 +1548,11 @@ class MessageEntry(NamedTuple):
     @property
     def text(self) -> str:
         """What is said of it on one line; agents like to put the tag there themselves."""
-        text = one_line(self.summary).removeprefix(f"[{self.item_id}][{self.phase}]").strip()
+        text = (
+            one_line(without_output(self.summary))
+            .removeprefix(f"[{self.item_id}][{self.phase}]")
+            .strip()
+        )
         if self.outcome == "complete":
             return text
         return f"{self.outcome.capitalize()}: {text or 'no reason given'}"
@@ -1601,7 +1605,8 @@ def state_message(
     what: str, entries: Sequence[MessageEntry] = (), run_id: str = "", style: str = "bracket"
 ) -> str:
     """The message of a commit of BACKLOG.yaml alone; `entries`: see `state_entries`."""
-    told = [f"{one.tag} {one_line(one.summary, 300)}" for one in entries if one.summary]
+    texts = [(one.tag, one_line(without_output(one.summary), 300)) for one in entries]
+    told = [f"{tag} {text}" for tag, text in texts if text]
     subject = f"[orchestrator] {one_line(what, 72)}"
     if style == "conventional":
         told = folded((subject, *told))

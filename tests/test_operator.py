@@ -207,3 +207,10 @@ def test_an_item_of_another_branch_is_said_to_wait_for_it(project: Any) -> None:
     before = project.git("rev-parse", "HEAD")
     assert "It is kept for the branch main" in project.run("add", "New", "--commit").stdout
     assert project.git("rev-parse", "HEAD") == before
+
+
+def test_what_an_agent_printed_last_is_in_no_commit_message(project: Any) -> None:
+    project.set_up("WRK-001 in_progress phase=plan phase_pool=main", script={"*": [{"sh": "echo token ghp_SECRET", "no_result": True}]}, execution="max_retries = 0")
+    project.run("run", code=3)
+    assert "Last output:\ntoken ghp_SECRET" in project.items()["WRK-001"]["blocked_reason"]
+    assert "ghp_" not in project.git("log", "--format=%B")
