@@ -4509,11 +4509,12 @@ class Ledger:
 
     def _keep_spoilt(self, attempt: Attempt, seen: Aftermath) -> None:
         """Keep what a document phase has written over in files that the operator had changed."""
-        spoilt = [c for c in seen.changes if c.after.path in seen.theirs]
+        paths = seen.theirs.keys() & set(self._outputs(attempt, seen)[1])
+        spoilt = [change for change in seen.changes if change.after.path in paths]
         if spoilt and not attempt.destructive:
             ref, self.salvaged = self._salvage_refs(attempt.task)[1], None
-            texts = [change.before for change in spoilt]
-            self.repo.salvage(ref, attempt.before.head.commit, texts, f"{attempt.label} Before it")
+            texts, why = [change.before for change in spoilt], f"{attempt.label} Salvaged edits"
+            self.repo.salvage(ref, attempt.before.head.commit, texts, why)
             self._tell_of_theirs(attempt, ref, spoilt, "held before")
 
     def _tell_of_theirs(

@@ -181,9 +181,13 @@ def test_what_the_operator_commits_beside_a_document_phase_is_not_unstaged_again
 def test_a_document_agent_that_writes_over_an_edit_of_the_operators_leaves_a_way_back(project: Any) -> None:
     project.set_up("WRK-001 in_progress phase=plan phase_pool=main", script={"*/plan": [{"document": "a.md", "sh": "git checkout -q README.md; echo agent >> README.md"}]})
     (project.root / "README.md").write_text("mine\n")
+    for item in ("WRK-001_item-wrk-001", "WRK-002"):  # documents are agents'
+        (project.root / "changes" / item).mkdir(parents=True)
+        (project.root / "changes" / item / "a.md").write_text("old\n")
     done = project.run("run", "--allow-dirty", "--cap", "1")
     (command,) = set(re.findall(r"^ *(git show .*)$", done.stderr, re.M))
     assert subprocess.run(command, shell=True, cwd=project.root, capture_output=True, text=True).stdout == "mine\n"
+    assert done.stderr.count("which had uncommitted changes of yours") == 2  # as it happens, and in the summary
     assert "uncommitted changes: README.md" in project.run("run", code=1).stderr
 
 
