@@ -5659,7 +5659,7 @@ class Run:
             log().warning("%s is blocked: %s", item_id, one_line(applied.reason, 300))
         elif applied.state == "advanced":
             status, phase = applied.item["status"], applied.item.get("phase")
-            log().info("%s is %s now%s", item_id, status, f", next: {phase}" if phase else "")
+            log().info("%s is %s now", item_id, f"{status}, {phase} next" if phase else status)
 
     def _note_progress(self, running: Running, seen: Progress) -> None:
         """Show what an agent does; the log gets a line of it every few minutes."""

@@ -260,7 +260,7 @@ def test_other_agents_work_on_while_one_rests(project: Any, claude: Claude) -> N
     project.commit_all()
     claude.refuse(limit(IN_2100))
     process = project.start("run")
-    project.read_until(process, "WRK-002 is in_progress now, next: check")
+    project.read_until(process, "WRK-002 is in_progress, check next now")
     process.terminate()
     project.finish(process, 143)
     assert claude.asked == ["WRK-001 check 1"]
