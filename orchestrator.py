@@ -1548,11 +1548,8 @@ class MessageEntry(NamedTuple):
     @property
     def text(self) -> str:
         """What is said of it on one line; agents like to put the tag there themselves."""
-        text = (
-            one_line(without_output(self.summary))
-            .removeprefix(f"[{self.item_id}][{self.phase}]")
-            .strip()
-        )
+        text = one_line(without_output(self.summary))
+        text = text.removeprefix(f"[{self.item_id}][{self.phase}]").strip()
         if self.outcome == "complete":
             return text
         return f"{self.outcome.capitalize()}: {text or 'no reason given'}"
@@ -2508,8 +2505,8 @@ def what_waits(
     ready = [one for one in scope if one["status"] == "ready"]
     wanting = [one["id"] for one in ready if not unmet_dependencies(items, one)]
     at_work = [one["id"] for one in scope if one["status"] == "in_progress"]
-    who = f"{id_list(wanting)} would start, but {id_list(at_work)} has every place"
-    return f"{who} (max_wip = {most})" if wanting else ""
+    taken = f"every place (max_wip = {most}) is taken: {id_list(at_work)}"
+    return f"{id_list(wanting)} would start, but {taken}" if wanting else ""
 
 
 def halt_line(reason: HaltReason | None, detail: str, only_triage: bool = False) -> str:
@@ -4087,7 +4084,7 @@ class Attempt:
         before = Snapshot(**{**line["before"], "head": Head(**line["before"]["head"])})
         task = Task(line["item"], phase, line["pool"])
         told = line["number"], line["token"], line["was"], before
-        return cls(task, *told, strays=frozenset(line["strays"]))
+        return cls(task, *told, strays=frozenset(line.get("strays", ())))
 
 
 class Outcome(NamedTuple):
@@ -4289,7 +4286,8 @@ class Ledger:
         self.store.note({"rests": {agent: pause._asdict() if pause else None}})
 
     def pauses(self) -> dict[str, AgentPause]:
-        return {agent: AgentPause(**row) for agent, row in self.journal.rests.items()}
+        rests = dict(self.journal.rests)  # which the coordinator's thread may be changing
+        return {agent: AgentPause(**row) for agent, row in rests.items()}
 
     # -- one attempt -------------------------------------------------------------------------------
 
@@ -4388,6 +4386,7 @@ class Ledger:
         """Record that the last attempt failed: the item is blocked."""
         seen = self.compare(attempt)
         entries = self._documents(attempt, seen)
+        self._keep_spoilt(attempt, seen)
         reason = _with_salvage_note(reason, self._salvage(attempt, seen))
         failed = result or PhaseResult(attempt.task.item_id, attempt.task.name, "failed", reason)
         failed = failed._replace(result="failed", context=reason)
@@ -4401,6 +4400,7 @@ class Ledger:
         if attempt.token not in self.journal.attempts:  # its end is in the journal already
             return None
         seen = self.compare(attempt)
+        self._keep_spoilt(attempt, seen)
         ref = self._salvage(attempt, seen)
         line: dict[str, Any] = {"ended": [attempt.token], **self._costs(attempt)}
         documents, _ = self._outputs(attempt, seen)
@@ -4456,9 +4456,9 @@ class Ledger:
         if foreign := [commit[:10] for commit in commits if commit not in self.own_commits]:
             log().info("%s commits made meanwhile: %s", attempt.tag, ", ".join(foreign))
             paths = {change.after.path for change in self._changes(old, new)} if new else set()
-            if swept := sorted(paths & theirs.keys()):  # its agent's `git add -A`, or the operator
+            if swept := sorted(paths & theirs.keys()):  # by its agent's `git add -A`, or by you
                 names = one_line(", ".join(swept), 300)
-                log().warning("%s and they hold what you had not committed: %s", attempt.tag, names)
+                log().warning("%s these hold what you had not committed: %s", attempt.tag, names)
         return Aftermath(after, changes, theirs)
 
     def _changes(self, old: str | None, new: str) -> list[Change]:
@@ -4652,8 +4652,8 @@ class Ledger:
             begun = self.journal.attempts[attempt.token]
             self.store.note({"attempt": {**begun, "held": line}, **self._costs(attempt)})
         free = "Nothing is charged, and the next start goes on from there once that is mended"
-        giving_up = f"`close {attempt.task.item_id}` or `advance` gives it up"
-        return Held(f"{attempt.label} is finished, but {why}\n{free}; {giving_up}")
+        giving_up = f"{program_name()} close {attempt.task.item_id} --reason WHY"
+        return Held(f"{attempt.label} is finished, but {why}\n{free}. To give it up: {giving_up}")
 
     def _conclude_held(self, attempt: Attempt, held: Mapping[str, Any]) -> bool:
         """Commit what a phase of the last run finished and was Held; False: run it again.
@@ -4878,7 +4878,7 @@ class Ledger:
                 self.store.settle(self.committed)
             if stop_requested(self.repo.state_dir, run_id):  # not one that is for another run
                 (self.repo.state_dir / "stop").unlink(missing_ok=True)
-        except (OSError, GitError, SaveError) as error:
+        except (OSError, GitError, SaveError, OrchestratorError) as error:
             log().warning("%s", error)
 
     # -- recovery ----------------------------------------------------------------------------------
@@ -5223,7 +5223,6 @@ class Run:
             texts.append(f"not committed yet, but kept in the journal for the next run: {names}")
         if self.state_commit is not None and self.state_commit.warning:
             texts.append(self.state_commit.warning)
-        texts += self.ledger.remarks if self.ledger is not None else []
         if self.space.repo.unsigned:
             first, *rest = self.space.repo.unsigned
             texts.append(
@@ -5793,7 +5792,7 @@ class Workspace(NamedTuple):
     def add_output(self) -> None:
         """Remember the files that our output goes to, also through `| tee`, for the runs that write
         elsewhere: those that our process group has open for writing (Linux)."""
-        for process in processes().values():
+        for process in processes().values() if ON_LINUX else ():
             folder = Path(f"/proc/{process.pid}")
             for fd in folder.glob("fd/*") if process.group == os.getpgrp() else ():
                 with suppress(OSError, ValueError):  # it has ended, or is somebody else's
@@ -6199,6 +6198,7 @@ def summary_of(space: Workspace, run: Run, code: int) -> dict[str, Any]:
     log_rows = [row for row in history if row["run_id"] == run.run_id]
     ended = [(row["item"], row["phase"]) for row in log_rows if row["outcome"] == "complete"]
     finished = {(safe_name(item_id), safe_name(phase)) for item_id, phase in ended}
+    waiting = (f"{text}; it waits" for text in space.store.state.complaints())
     made = run.book.kept
     kept = [row for row in salvages(space) if row["ref"] in made] if made else []
     commits = {row["item"]: row["commit"] for row in reversed(log_rows)}
@@ -6242,8 +6242,7 @@ def summary_of(space: Workspace, run: Run, code: int) -> dict[str, Any]:
         "targets": list(options.targets),
         "state_commit": done.commit if done and done.outcome == "committed" else None,
         "kept": [row for row in kept if (row["item"], row["phase"]) not in finished],
-        "warnings": run.warnings()
-        + [f"{text}; it waits" for text in space.store.state.complaints()],
+        "warnings": [*run.warnings(), *run.book.remarks, *waiting],
         "counts": count_by_status(items.values()),
         "next": next_steps(run.reason, items, options.targets, program_name(), detail),
     }
@@ -6380,8 +6379,9 @@ def run_facts(space: Workspace) -> dict[str, Any]:
         if stop_requested(space.repo.state_dir, told[1]):
             remarks.append("it was asked to stop: what is in flight is finished, then it halts")
         try:
-            State.read(space.store.path.read_bytes(), space.store.path.name)
-        except (YamlError, BacklogError, OSError) as error:
+            with suppress(OSError):  # a missing one is written again
+                State.read(space.store.path.read_bytes(), space.store.path.name)
+        except (YamlError, BacklogError) as error:
             remarks.append(f"nothing new is started for a minute, or until it is mended: {error}")
         phases = []
         for one in attempts:
@@ -6398,7 +6398,8 @@ def run_facts(space: Workspace) -> dict[str, Any]:
         for one in attempts:
             left, name = to_commit if "held" in one else cut_off, one["phase"]["name"]
             left.append(f"{one['item']} {name}")
-            remarks += [f"{one['item']} {name}: {one['held']['why']}"] if "held" in one else []
+            if "held" in one:
+                remarks.append(f"{one['item']} {name}: {one['held'].get('why', 'it was held up')}")
         unfinished = {"run_id": journal.run["id"], "cut_off": cut_off, "to_commit": to_commit}
         unfinished["remarks"] = remarks
     return {"active": active, "unfinished": unfinished}
@@ -6422,7 +6423,7 @@ def run_lines(facts: Mapping[str, Any], width: int) -> list[str]:
         cut_off, to_commit = id_list(run["cut_off"]), id_list(run["to_commit"])
         rows = [{"what": "cut off, starts again:", "which": cut_off}] if cut_off else []
         rows += [{"what": "finished, to be committed:", "which": to_commit}] if to_commit else []
-        rows += [{"what": "to be heeded:", "which": text} for text in run["remarks"]]
+        rows += [{"what": "note:", "which": text} for text in run["remarks"]]
         return [*wrap(text, width), *table("what which", rows, width, "  ")]
     return []
 
@@ -6509,7 +6510,7 @@ def cmd_logs(args: argparse.Namespace) -> int:
     pattern = f"{safe_name(args.phase)}-*" if args.phase else "*"
     pipelines = space.config.pipelines.values()
     phases = {safe_name(one.name): one for line in pipelines for one in line.all_phases}
-    if args.phase and args.phase not in (*phases, TRIAGE):
+    if args.phase and args.phase not in (*phases, TRIAGE) and not any(folder.glob(pattern)):
         raise UsageError(f"{args.phase}: there is no such phase{did_you_mean(args.phase, phases)}")
     files, said = dict[Path, tuple[OutputFile, AgentReport, str]](), ""
     width = output_width(sys.stdout)
@@ -6700,10 +6701,8 @@ def _unblock(args: argparse.Namespace, config: Config, now: datetime, draft: Dra
     item = unblock(draft, args.id, now, notes=args.notes, override=args.override_guardrails)
     told, notes = f"Unblocked {args.id}: {item['status']} again", one_line(args.notes or "")
     if item["status"] != "new" and (why := guardrail_objection(item, rules_of(config).limits)):
-        told += (
-            f"\nBut the next run blocks it again: {why}. Then `unblock {args.id}"
-            " --override-guardrails` lets it pass; or `edit` its ratings now."
-        )
+        how = f"{program_name()} unblock {args.id} --override-guardrails"
+        told += f"\nBut the next run blocks it again: {why}. Then: {how}"
     return Changed(args.id, f"Unblock {args.id}", told, "unblocked", notes)
 
 

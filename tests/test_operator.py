@@ -7,6 +7,8 @@ import subprocess
 import sys
 from typing import Any
 
+import pytest
+
 from orchestrator import MessageEntry, phase_message, state_message
 
 IN_BUILD = "in_progress phase=build phase_pool=main"
@@ -178,13 +180,15 @@ def test_what_the_operator_commits_beside_a_document_phase_is_not_unstaged_again
     assert project.status() == ""
 
 
-def test_a_document_agent_that_writes_over_an_edit_of_the_operators_leaves_a_way_back(project: Any) -> None:
-    project.set_up("WRK-001 in_progress phase=plan phase_pool=main", script={"*/plan": [{"document": "a.md", "sh": "git checkout -q README.md; echo agent >> README.md"}]})
+@pytest.mark.parametrize("more", [{}, {"no_result": True}])
+def test_a_document_agent_that_writes_over_an_edit_of_the_operators_leaves_a_way_back(project: Any, more: Any) -> None:
+    act = {"document": "a.md", "sh": "git checkout -q README.md; echo agent >> README.md", **more}
+    project.set_up("WRK-001 in_progress phase=plan phase_pool=main", script={"*/plan": [act]}, execution="max_retries = 0")
     (project.root / "README.md").write_text("mine\n")
     for item in ("WRK-001_item-wrk-001", "WRK-002"):  # documents are agents'
         (project.root / "changes" / item).mkdir(parents=True)
         (project.root / "changes" / item / "a.md").write_text("old\n")
-    done = project.run("run", "--allow-dirty", "--cap", "1")
+    done = project.run("run", "--allow-dirty", "--cap", "1", "--strict", code=3 if more else 0)
     (command,) = set(re.findall(r"^ *(git show .*)$", done.stderr, re.M))
     assert subprocess.run(command, shell=True, cwd=project.root, capture_output=True, text=True).stdout == "mine\n"
     assert done.stderr.count("which had uncommitted changes of yours") == 2  # as it happens, and in the summary
@@ -218,3 +222,25 @@ def test_what_an_agent_printed_last_is_in_no_commit_message(project: Any) -> Non
     project.run("run", code=3)
     assert "Last output:\ntoken ghp_SECRET" in project.items()["WRK-001"]["blocked_reason"]
     assert "ghp_" not in project.git("log", "--format=%B")
+
+
+def test_status_tells_of_a_stop_and_of_a_file_that_cannot_be_read(project: Any) -> None:
+    os.mkfifo(project.outside / "go")
+    project.set_up("WRK-001 in_progress phase=plan phase_pool=main", script={"*": [{"document": "a.md", "announce": True, "await": "go"}]})
+    process = project.start("run")
+    project.announced()
+    project.run("stop")
+    (project.root / "BACKLOG.yaml").write_text("items: [broken\n")
+    said = project.run("status").stdout
+    assert "it was asked to stop" in said
+    assert "nothing new is started for a minute, or until it is mended: BACKLOG.yaml:1" in said
+    assert "there is no such phase" in project.run("logs", "WRK-001", "plam", code=2).stderr
+    (project.outside / "go").write_text("")
+    assert "asked to stop: what is in flight is finished" in project.finish(process)
+
+
+def test_what_an_agent_sweeps_into_a_commit_of_its_own_is_named(project: Any) -> None:
+    project.set_up("WRK-001 in_progress phase=plan phase_pool=main", script={"*/plan": [{"document": "a.md", "sh": "git add -A; git commit -qm swept"}]})
+    (project.root / "mine.txt").write_text("mine\n")
+    done = project.run("run", "--allow-dirty", "--cap", "1")
+    assert "these hold what you had not committed: mine.txt" in done.stderr
