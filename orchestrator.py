@@ -4060,18 +4060,11 @@ class Attempt:
 
     def line(self) -> dict[str, Any]:
         """What the journal holds of it, for a start after a crash."""
-        phase = self.task.phase
         return {
             "token": self.token,
             "item": self.task.item_id,
             "pool": self.task.pool,
-            "phase": {
-                "name": phase.name,
-                "destructive": phase.destructive,
-                "allow_empty": phase.allow_empty,
-                "timeout_minutes": phase.timeout_minutes,
-            },
-            "outputs": phase.outputs,
+            "phase": self.task.phase._asdict(),
             "number": self.number,
             "was": self.item,
             "strays": sorted(self.strays),
@@ -4080,11 +4073,10 @@ class Attempt:
 
     @classmethod
     def from_line(cls, line: Mapping[str, Any]) -> Attempt:
-        phase = Phase(**line["phase"], outputs=tuple(line["outputs"]))
         before = Snapshot(**{**line["before"], "head": Head(**line["before"]["head"])})
-        task = Task(line["item"], phase, line["pool"])
+        task = Task(line["item"], Phase(**line["phase"]), line["pool"])
         told = line["number"], line["token"], line["was"], before
-        return cls(task, *told, strays=frozenset(line.get("strays", ())))
+        return cls(task, *told, strays=frozenset(line["strays"]))
 
 
 class Outcome(NamedTuple):
@@ -4197,13 +4189,6 @@ class Ledger:
         self.take_in()  # before anything is changed: what was edited since the last commit
         for line in self.store.change(prepare):
             log().warning("%s", line)
-        name = self.repo.relative(self.store.path)
-        if not self.store.backlog.items and (stash := self.repo.stash_with(name)):
-            log().warning(
-                "there are no items, but %s holds changes of %s; to have them back:"
-                " git stash pop %s",
-                *(stash, self.store.path.name, stash),
-            )
 
     def take_in(self, *, patient: bool = True) -> None:
         """Take up what others have written to the file or to the journal."""
@@ -5791,16 +5776,18 @@ class Workspace(NamedTuple):
 
     def add_output(self) -> None:
         """Remember the files that our output goes to, also through `| tee`, for the runs that write
-        elsewhere: those that our process group has open for writing (Linux)."""
-        for process in processes().values() if ON_LINUX else ():
-            folder = Path(f"/proc/{process.pid}")
-            for fd in folder.glob("fd/*") if process.group == os.getpgrp() else ():
-                with suppress(OSError, ValueError):  # it has ended, or is somebody else's
-                    path, info = Path(os.readlink(fd)), folder / "fdinfo" / fd.name
-                    flags = int(re.findall(r"flags:\s*(\d+)", info.read_text())[0], 8)
+        elsewhere: what we, and whoever reads what we write, have open for writing (Linux)."""
+        pipes = set[str]()  # a pipeline is started from left to right
+        for pid in [os.getpid(), *sorted(processes())] if ON_LINUX else ():
+            folder, source = Path(f"/proc/{pid}/fd"), ""
+            with suppress(OSError):  # it has ended, or is somebody else's
+                source = os.readlink(folder / "0")
+            for fd in folder.glob("*") if source in pipes or pid == os.getpid() else ():
+                with suppress(OSError):
+                    path = fd.readlink() if fd.lstat().st_mode & stat.S_IWUSR else Path()
+                    pipes |= {str(path)} if path.name.startswith("pipe:") else set()
                     inside = path.is_relative_to(self.repo.top)
-                    inside &= not path.is_relative_to(self.repo.git_dir)
-                    if flags & os.O_ACCMODE and inside and path.is_file():
+                    if inside and not path.is_relative_to(self.repo.git_dir) and path.is_file():
                         name = self.repo.relative(path)
                         self.add_strays([] if self.repo.is_tracked(name) else [name], growing=True)
 
