@@ -48,7 +48,6 @@ import io
 import itertools
 import os
 import re
-import secrets
 import stat
 import sys
 import time
@@ -3849,7 +3848,7 @@ def probe_agent(settings: AgentSettings, root: Path) -> Probe:
     """Run an agent's real command line once, with a trivial prompt; its logs are kept as usual."""
     import asyncio
 
-    task, token = Task("PROBE-1", Phase("probe"), "main"), secrets.token_hex(8)
+    task, token = Task("PROBE-1", Phase("probe"), "main"), os.urandom(8).hex()
     folder = root / WORK_DIR / "probe"
     make_work_folder(root, folder)
     prompt = PROBE_PROMPT.format(path=attempt_file(root, "results", task, token))
@@ -4201,7 +4200,7 @@ class Ledger:
             if not applied.worklog:
                 return {}
             told = item_id, "promotion", "blocked", applied.reason
-            made = Outcome(secrets.token_hex(8), self.journal.run["head"], *told)
+            made = Outcome(os.urandom(8).hex(), self.journal.run["head"], *told)
             return {"outcome": made._replace(worklog=applied.worklog).line()}
 
         applied = self.store.change(
@@ -4285,7 +4284,7 @@ class Ledger:
         goes on from what `previous` left, so that its documents are still seen as the phase's; a
         destructive phase always starts from a tree put back.
         """
-        token = secrets.token_hex(8)
+        token = os.urandom(8).hex()
         if previous is None or task.phase.destructive:
             folders = (f"{self.repo.prefix}{folder}/" for folder in (CHANGES_DIR, IDEAS_DIR))
             self.repo.bring_out(*(f"{folder}{task.item_id}_" for folder in folders))
@@ -5892,7 +5891,7 @@ def utc_now() -> datetime:
 
 
 def new_run_id() -> str:
-    return f"{utc_now():%Y%m%dT%H%M%S}-{secrets.token_hex(3)}"
+    return f"{utc_now():%Y%m%dT%H%M%S}-{os.urandom(3).hex()}"
 
 
 def begin_run(space: Workspace, run_id: str, check: Check, *, allow_dirty: bool) -> Ledger:
