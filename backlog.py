@@ -1330,8 +1330,6 @@ RATING_KEYS = ("size", "complexity", "risk", "impact")
 RATING_WORDS = {key: ITEM_TABLE[key].kind.words for key in RATING_KEYS}
 OWNED_KEYS = frozenset(key for key, row in ITEM_TABLE.items() if row.owner == "run")
 
-_ITEM_ID = r"(.+)-([0-9]{1,10})"  # one that was handed out
-
 
 class BacklogError(Exception):
     """The backlog, or a request on it, cannot be used; the message is for the operator."""
@@ -1451,12 +1449,16 @@ def _item_of(values: Mapping[str, object]) -> Item:
     return {key: value for key, value in values.items() if value is not None}
 
 
+def id_parts(item_id: str) -> tuple[str, int]:
+    """Prefix and number of an id PREFIX-N; the number is 0 if there is none, or a date or the like
+    (ten digits and more)."""
+    prefix, _, digits = item_id.rpartition("-")
+    return prefix, int(digits) if re.fullmatch("[0-9]{1,9}", digits) else 0
+
+
 def highest_number(prefix: str, ids: Iterable[str]) -> int:
-    """The highest N among ids of the form PREFIX-N, 0 if there is none."""
-    start = f"{prefix}-"
-    suffixes = (item_id[len(start) :] for item_id in ids if item_id.startswith(start))
-    numbers = (int(s) for s in suffixes if s.isascii() and s.isdecimal() and len(s) <= 9)
-    return max(numbers, default=0)
+    """The highest number among ids of this prefix, 0 if there is none."""
+    return max((number for name, number in map(id_parts, ids) if name == prefix), default=0)
 
 
 def normalise_title(title: str) -> str:
@@ -1918,20 +1920,19 @@ def take_out(
 class IssuedIds:
     """The ids that were ever handed out: `"WRK-007" in issued`.
 
-    All prefixes share the counter: that of the config, and those of items that are still there.
+    With the prefix of the config those up to the counter, with another one those up to the highest
+    that is still there; as we write them (WRK-7 is a slip, not an item that was finished).
     """
 
     def __init__(self, prefix: str, backlog: Backlog | Draft) -> None:
-        self.prefixes = {prefix}
-        self.highest = backlog.next_item_id
-        for item_id in backlog.items:
-            if match := re.fullmatch(_ITEM_ID, item_id):
-                self.prefixes.add(match[1])
-                self.highest = max(self.highest, int(match[2]))
+        self.highest = {prefix: backlog.next_item_id}
+        for name, number in map(id_parts, backlog.items):
+            self.highest[name] = max(number, self.highest.get(name, 0))
 
     def __contains__(self, item_id: str) -> bool:
-        match = re.fullmatch(_ITEM_ID, item_id)
-        return bool(match and match[1] in self.prefixes and int(match[2]) <= self.highest)
+        name, number = id_parts(item_id)
+        written = item_id == f"{name}-{number:03d}"
+        return written and 0 < number <= self.highest.get(name, 0)
 
 
 def unmet_dependencies(items: Mapping[str, Item], item: Item) -> list[str]:

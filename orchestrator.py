@@ -6092,7 +6092,7 @@ def cmd_run(args: argparse.Namespace) -> int:
     options = run_options(args, space.config)
     if options.targets or args.dry_run:
         backlog = space.store.look()
-        items = [_item(backlog, target) for target in options.targets]
+        items = [_item(space.config, backlog, target) for target in options.targets]
         if args.dry_run:
             return _dry_run(args, space, options)
         if args.command == "step":
@@ -6443,7 +6443,7 @@ def cmd_show(args: argparse.Namespace) -> int:
     backlog = space.store.look()
     item = backlog.items.get(args.id)
     found = status_rows(backlog, [args.id], item_costs(space)) if item else finished(space, args.id)
-    known: Any = found[0] if found else _item(backlog, args.id)
+    known: Any = found[0] if found else _item(space.config, backlog, args.id)
     place = item_folder(space.repo.root, Item(id=args.id, title=known["title"]))
     documents = documents_in(place, space.repo.root)
     rows, code = read_log(space, item_id=args.id), code_phases(space.config)
@@ -6462,7 +6462,7 @@ def cmd_log(args: argparse.Namespace) -> int:
     space, width = open_workspace(args.root, args.config), output_width(sys.stdout)
     rows = read_log(space, args.n, args.since, args.id)
     if args.id is not None and not rows and not args.since:
-        _item(space.store.look(), args.id)
+        _item(space.config, space.store.look(), args.id)
     told = history_rows(rows, code_phases(space.config))
     lines = table("when item phase outcome commit summary", told, width, heads=True)
     none = "Nothing that the orchestrator did has been committed yet."
@@ -6524,16 +6524,16 @@ def cmd_logs(args: argparse.Namespace) -> int:
             break
         time.sleep(0.3)
     if not files:
-        if not has_left(args.id, space.store.look()):
-            _item(space.store.backlog, args.id)
+        if not has_left(space.config, space.store.look(), args.id):
+            _item(space.config, space.store.backlog, args.id)
         print(f"No agent has said anything here yet: {os.path.relpath(folder)}/")
     return EXIT_OK
 
 
-def _item(backlog: Backlog, item_id: str) -> Item:
+def _item(config: Config, backlog: Backlog, item_id: str) -> Item:
     if item_id in backlog.items:
         return backlog.items[item_id]
-    if has_left(item_id, backlog):
+    if has_left(config, backlog, item_id):
         raise UsageError(
             f"{item_id}: it is not in the backlog any more; what became of it:"
             f" {program_name()} show {item_id}"
@@ -6541,11 +6541,9 @@ def _item(backlog: Backlog, item_id: str) -> Item:
     raise UsageError(f"{item_id}: there is no such item{did_you_mean(item_id, backlog.items)}")
 
 
-def has_left(item_id: str, backlog: Backlog) -> bool:
-    """Whether an id was handed out, as far as the counter tells, and is in use no longer."""
-    written = re.fullmatch(r"[A-Z][A-Z0-9]*-([0-9]{3,9})", item_id)
-    number = int(written[1]) if written and item_id not in backlog.items else 0
-    return item_id.endswith(f"-{number:03}") and 0 < number <= backlog.next_item_id
+def has_left(config: Config, backlog: Backlog, item_id: str) -> bool:
+    """Whether an id was handed out, and is in use no longer."""
+    return item_id not in backlog.items and item_id in IssuedIds(config.prefix, backlog)
 
 
 # ---- Commands that change an item ----------------------------------------------------------------
@@ -6567,7 +6565,7 @@ def cmd_change(args: argparse.Namespace) -> int:
     space, now = open_workspace(args.root, args.config), utc_now()
     backlog = space.store.look()
     if args.command != "add":
-        _item(backlog, args.id)
+        _item(space.config, backlog, args.id)
     if args.command in ("complete", "close"):
         _refuse_while_running(space, args.id)
     change = partial(CHANGES[args.command], args, space.config, now)
@@ -6642,9 +6640,9 @@ def item_values(
         raise UsageError(f"--pipeline {pipeline}: there is no such pipeline{hint}")
     needs, notes = [], []
     for other in args.dependencies:
-        if has_left(other, backlog):
+        if has_left(config, backlog, other):
             notes.append(f"{other} has left the backlog already: nothing to wait for")
-        elif _item(backlog, other)["status"] == "done":
+        elif _item(config, backlog, other)["status"] == "done":
             notes.append(f"{other} is done already: nothing to wait for")
         else:
             needs.append(other)
@@ -6777,7 +6775,7 @@ def cmd_verify(args: argparse.Namespace) -> int:
     told = dict.fromkeys(text for row in rows for text in row["verified"])
     if not told:
         if not commit and not any(row["item"] == what for row in history):
-            _item(backlog, what)
+            _item(space.config, backlog, what)
         raise OrchestratorError(f"{what}: not checked, as far as the history of HEAD tells")
     commit, pipelines = rows[0]["commit"], space.config.pipelines.values()
     named = [argv for line in pipelines for one in line.all_phases for argv in one.verify]

@@ -671,3 +671,10 @@ def test_d49_dependencies_on_finished_items_are_pruned_by_id_and_typing_errors_a
         "WRK-005: dropped its dependencies on finished items: WRK-001, WRK-003",
         "WRK-006: dropped its dependencies on finished items: WRK-002",
     ]
+
+
+@pytest.mark.parametrize("other", ["OTHER-999", "WRK-2026112801", "WRK-004"])
+@pytest.mark.parametrize("need", ["WRK-010", "OTHER-1000", "WRK-04"])
+def test_a_dependency_on_what_is_still_to_be_written_stays_whatever_is_imported(other: str, need: str) -> None:
+    items, messages = repaired(item("WRK-005", dependencies=[need]), item(other))
+    assert (items["WRK-005"]["dependencies"], messages) == ([need], [])
