@@ -28,7 +28,7 @@ from collections import defaultdict
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime, timedelta
+from datetime import MAXYEAR, UTC, datetime, timedelta
 from functools import cached_property, lru_cache
 from itertools import takewhile
 from pathlib import Path
@@ -1353,11 +1353,14 @@ def timestamp(now: datetime) -> str:
 
 
 def moment(text: object) -> datetime:
-    """The time that `created` or `updated` tell; long ago for what tells none."""
-    found = datetime.min
-    with suppress(ValueError):
+    """The time that `created` or `updated` tell; long ago for what tells none, nor one that a later
+    one can follow."""
+    with suppress(ValueError, OverflowError):
         found = datetime.fromisoformat(str(text))
-    return found.astimezone(UTC) if found.tzinfo else found.replace(tzinfo=UTC)
+        found = found.astimezone(UTC) if found.tzinfo else found.replace(tzinfo=UTC)
+        if found.year < MAXYEAR:
+            return found
+    return datetime.min.replace(tzinfo=UTC)
 
 
 def read_item(raw: object) -> tuple[Item, list[tuple[str, str]]]:

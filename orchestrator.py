@@ -1282,7 +1282,7 @@ def minute(when: str) -> str:
     """A time (RFC 3339) on this machine's clock; as it is, if it is none."""
     try:
         return f"{local_time(datetime.fromisoformat(when)):%Y-%m-%d %H:%M}"
-    except ValueError:
+    except (ValueError, OverflowError):
         return when
 
 

@@ -55,6 +55,15 @@ def test_complete_and_close_take_an_item_out_and_tell_whoever_waited(project: Pr
     assert project.status() == " M BACKLOG.yaml\n?? _worklog/\n"  # nothing is committed unasked
 
 
+@pytest.mark.parametrize("time", ["0001-01-01T00:00:00+05:00", "9999-12-31T23:59:59.999999+00:00"])
+def test_a_time_that_no_calendar_reaches_is_shown_as_it_is_and_changed_like_any_other(project: Project, here: Cli, time: str) -> None:
+    project.backlog("WRK-001 new")
+    (project.root / "BACKLOG.yaml").write_text(re.sub("2026.*", f"'{time}'", project.text()))
+    assert here("show", "WRK-001").out.count(time[:10]) == 2
+    here("edit", "WRK-001", "--priority", "1")
+    assert str(project.items()["WRK-001"]["updated"]) > "2026"
+
+
 def test_status_and_check_tell_an_active_run_a_killed_one_and_trouble_apart(project: Project, here: Cli) -> None:
     step = {"write": {"code.py": "1\n"}, "sh": "echo compiling", "announce": True, "await": "go"}
     project.script({"*/build": [step]})

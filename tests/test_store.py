@@ -224,6 +224,16 @@ def test_an_item_added_by_hand_is_completed_and_the_counter_moves(running: Bench
     assert running.in_step()
 
 
+@pytest.mark.parametrize("time", ["0001-01-01T00:00:00+05:00", "9999-12-31T23:59:59.999999+00:00"])
+def test_a_time_that_no_calendar_reaches_is_one_long_ago(bench: Bench, time: str) -> None:
+    bench.by_hand("# numbers\n", f"- id: WRK-004\n  title: By hand\n  status: new\n  created: '{time}'\n  updated: '{time}'\n# numbers\n")
+    assert bench.update("WRK-004", priority=1)["updated"] == NOW.isoformat()
+    bench.by_hand("title: Third", f"title: Third one\n  updated: '{time}'\n  was:")
+    bench.by_hand("  dependencies:\n  - WRK-002\n  " + TIMES, "  dependencies: []\n  created: now\n")
+    assert bench.update("WRK-003", priority=1)["updated"] > "2026"
+    assert (bench.item("WRK-003")["title"], bench.in_step()) == ("Third one", True)
+
+
 def racing(bench: Bench, *edits: Callable[[], object]) -> Item:
     """Add an item while somebody edits the file after it was read, before it is replaced."""
     todo: Iterator[Callable[[], object]] = iter(edits)
