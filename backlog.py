@@ -2800,26 +2800,21 @@ class Store:
         """
         if self._state is None:
             self.look()
-        made: list[T] = []
+        made, decided = list[T](), False
         for _ in range(_SAVE_TRIES):
             self._ask_outside()
             with self._locked():
                 if self._is_news():
                     continue
-                found, before = self._take_in(patient), self.state
-                if self.journal is None or not made:  # once, with a journal
+                found = self._take_in(patient)
+                if not decided:
                     draft = Draft(self.backlog)
                     made = [edit(draft)]
                     self._decide(self.state.changed(draft.backlog()), note(made[0]) if note else {})
                     self._warn_of(draft.warnings)
-                for _ in range(_SAVE_TRIES):
-                    if self._publish(found):
-                        return made[0]
-                    if self._is_news():
-                        break
-                    found = self._take_in(patient, before)
-                else:
-                    break
+                    decided = self.journal is not None  # else it is made again, on a fresh file
+                if self._publish(found):
+                    return made[0]
         raise SaveError(
             f"{self.path}: another program changes the file all the time; stop it, then try again"
         )
@@ -2853,9 +2848,8 @@ class Store:
                 self.journal = None
             return self.journal is None
 
-    def _take_in(self, patient: bool, before: State | None = None) -> bytes | None:
-        """Merge the file into the decided state; returns what it holds (None: it is missing).
-        `before`: what an edit was made from that is not in the file yet."""
+    def _take_in(self, patient: bool) -> bytes | None:
+        """Merge the file into the decided state; returns what it holds (None: it is missing)."""
         try:
             data = self._read() if self._home else None
         except SaveError as error:  # a link or a folder is in its place
@@ -2866,7 +2860,7 @@ class Store:
             self.trouble = str(error)
             return None
         if self.journal is None:
-            self._take_in_alone(data, before)
+            self._take_in_alone(data)
         elif not self._home or data in (None, self._written, self.state.document.to_bytes()):
             self.trouble = ""
         else:
@@ -2886,17 +2880,14 @@ class Store:
         if self.state.lacks:
             self._decide(merge(self.state, self.state, (), self.clock(), self.prefix)[0])
 
-    def _take_in_alone(self, data: bytes | None, before: State | None) -> None:
+    def _take_in_alone(self, data: bytes | None) -> None:
         """The file is the truth, but an old copy in it undoes nothing that is committed."""
-        if before is not None and data is None:  # it was deleted just now: it is written again
-            return
-        made, (self._state, self._written) = self.state, self._usable(data)
-        known = self._readable(self._committed) if data != self._committed else ()
-        bases = [(state, self._versions or []) for state in known if not state.problems]
-        bases += [] if before is None else [(made, [before])]
-        for decided, earlier in bases:
-            self._state, notes = merge(decided, self.state, earlier, self.clock(), self.prefix)
-            self._warn_of(notes)
+        self._state, self._written = self._usable(data)
+        for known in self._readable(self._committed) if data != self._committed else ():
+            if not known.problems:
+                earlier = self._versions or ()
+                self._state, notes = merge(known, self._state, earlier, self.clock(), self.prefix)
+                self._warn_of(notes)
 
     def _merged(self, file: State) -> tuple[State, list[str]]:
         journal = cast(Journal, self.journal)

@@ -262,10 +262,16 @@ def test_an_editor_that_saves_right_before_the_rename_is_merged(bench: Bench) ->
     assert bench.in_step()
 
 
-def test_a_file_deleted_right_before_the_rename_is_written_again(bench: Bench) -> None:
-    racing(bench, bench.path.unlink)
-    assert "WRK-004" in bench.store.backlog.items
-    assert bench.in_step()
+def test_a_file_deleted_right_before_the_rename_is_written_again_by_a_run(running: Bench) -> None:
+    racing(running, running.path.unlink)
+    assert "WRK-004" in running.store.backlog.items
+    assert running.in_step()
+
+
+def test_a_file_deleted_right_before_the_rename_is_missed_where_it_is_the_truth(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    with pytest.raises(BacklogError, match="`git restore BACKLOG.yaml` brings it back"):
+        racing(bench, bench.path.unlink)
 
 
 def test_a_program_that_never_stops_writing_is_named_and_wins(bench: Bench) -> None:
