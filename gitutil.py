@@ -51,7 +51,6 @@ ADD_TRIES = 3  # a file that vanishes while the work tree is read makes a try in
 ABSENT_MODE = "000000"
 ABSENT_OID = "0" * 40
 GITLINK_MODE = "160000"
-LOW_SPACE_BYTES = 16 * 1024 * 1024
 FEW_PATHS = 100  # as arguments of one command; it is to list all where there are more
 BLOBS_AT_ONCE = 500  # that are read into one temporary file
 
@@ -1010,11 +1009,9 @@ class Repo:
         return lost
 
     def _refuse_to_move(self, head: Head, expect_branch: str | None) -> None:
-        operation, name = self.operation(), str(head.branch).removeprefix("refs/heads/")
-        if operation is not None:
-            raise HeadBusy(_git_open_operation(operation))
-        if head.branch is None:
-            raise HeadBusy("HEAD is detached")
+        for problem in self.head_problems(head):
+            raise HeadBusy(problem.what)
+        name = str(head.branch).removeprefix("refs/heads/")
         if expect_branch not in (None, head.branch):
             expected = str(expect_branch).removeprefix("refs/heads/")
             raise HeadBusy(f"HEAD is on {name} now, the run began on {expected}")
@@ -1178,9 +1175,7 @@ class Repo:
 
     # -- salvage and restore -----------------------------------------------------------------------
 
-    def salvage(
-        self, ref: str, parent: str | None, entries: Sequence[Entry], message: str
-    ) -> str:
+    def salvage(self, ref: str, parent: str | None, entries: Sequence[Entry], message: str) -> str:
         """Keep a commit on top of `parent` that holds these entries, on a new ref; its id.
 
         GitError when the ref exists already, or when not all of it is there.
@@ -1527,8 +1522,9 @@ class Repo:
         """What forbids even a commit: an open operation, no branch, a damaged HEAD."""
         operation = self.operation()
         if operation is not None:
+            what = f"{'an' if operation.startswith('a') else 'a'} {operation} is in progress"
             undo = "git bisect reset" if operation == "bisect" else f"git {operation} --abort"
-            yield Problem(_git_open_operation(operation), f"Finish it, or undo it: `{undo}`.")
+            yield Problem(what, f"Finish it, or undo it: `{undo}`.")
         if head.branch is None:
             yield Problem("HEAD is detached", "Switch to a branch: `git switch BRANCH`.")
 
@@ -1552,22 +1548,13 @@ class Repo:
             return [str(error)]
 
     def _remarks(self, name: str) -> Iterator[str]:
-        import shutil
-
         if self.version < FSYNC_GIT:
             yield "git is older than 2.36, a power cut may lose the last commits. Update git."
-        for variable in ("GIT_DIR", "GIT_WORK_TREE"):
-            if variable in os.environ:
-                yield f"{variable} is set and not heeded. `unset {variable}` if that surprises you."
-        if (self.git_dir / "SQUASH_MSG").exists():
-            yield "a squashed merge waits for its commit and is left so. `git commit` ends it."
         if self._call(("var", "GIT_COMMITTER_IDENT"), ok=range(256)).status:
             yield (
                 "git knows no name and e-mail for you, commits will carry those of orchestrator."
                 " Set them: `git config user.name NAME`, `git config user.email ADDRESS`."
             )
-        if shutil.disk_usage(self.common_dir).free < LOW_SPACE_BYTES:
-            yield f"less than 16 MiB are free for {self.common_dir}. Make room."
         if not self._index_rows([name]) and self._exists(name):
             yield f"{name} is not tracked by git yet; the run's first commit will add it."
         asked = ("filter", "ident", "working-tree-encoding")
@@ -1578,10 +1565,6 @@ class Repo:
                     f"{name} has the attribute {attribute}={value}: what git stores is not what is"
                     " on disk. Take it out of .gitattributes."
                 )
-
-
-def _git_open_operation(operation: str) -> str:
-    return f"{'an' if operation.startswith('a') else 'a'} {operation} is in progress"
 
 
 def _git_lock_text(lock: Path) -> str:

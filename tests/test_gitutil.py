@@ -803,8 +803,7 @@ def test_no_problem_and_all_at_once(messy: Path, monkeypatch: pytest.MonkeyPatch
 
 
 REMARKS = {
-    "echo x > .git/SQUASH_MSG": "squashed merge",
-    f"rm .git/SQUASH_MSG; git rm -q --cached {NAME} && git commit -q -m x": "not tracked",
+    f"git rm -q --cached {NAME} && git commit -q -m x": "not tracked",
     f"git add {NAME} && git commit -q -m y; echo '{NAME} filter=lfs' > .gitattributes": "filter=lfs",
     f"echo '{NAME} ident' > .gitattributes": "ident=set",
 }
@@ -819,10 +818,9 @@ def test_remarks(project: Path, repo: Repo, monkeypatch: pytest.MonkeyPatch) -> 
     for name in IDENTITY:
         monkeypatch.delenv(name)
     git(project, "config", "user.useConfigOnly", "true")
-    monkeypatch.setenv("GIT_DIR", "/elsewhere")
     repo.version = (2, 35)
     found = " | ".join(repo.remarks(project / NAME))
-    for what in ("older than 2.36", "GIT_DIR is set", "no name and e-mail"):
+    for what in ("older than 2.36", "no name and e-mail"):
         assert what in found
 
 
