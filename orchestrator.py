@@ -53,7 +53,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta, tzinfo
 from enum import StrEnum
@@ -4364,6 +4364,7 @@ class Ledger:
             lambda draft: charge_attempt(draft, attempt.item, self.clock()),
             lambda _: {"ended": ended, **self._costs(attempt)},
         )
+        attempt.usage = NOTHING_SPENT  # told
         return ref
 
     def give_up(self, attempt: Attempt, reason: str, result: PhaseResult | None) -> Applied:
@@ -5692,43 +5693,31 @@ def stop_requested(state_dir: Path, run_id: str) -> bool:
 
 # ==== 10. Start and shutdown ======================================================================
 
+RUN_LOCK_TRIES, RUN_LOCK_PAUSE_S = 20, 0.05
 
-class RunLock:
-    """The flock that makes sure of one run per work tree; a context manager."""
+@contextmanager
+def flocked(path: Path, owner: str) -> Iterator[None]:
+    """Hold a lock that names its owner; RunActive if somebody else keeps it for over a second."""
+    import fcntl
 
-    def __init__(self, path: Path, owner: str) -> None:
-        self.path = path
-        self.owner = owner  # a run id, or what else holds it
-        self._handle = -1
-
-    def __enter__(self) -> RunLock:
-        """Take the lock, or raise RunActive naming who has it."""
-        import fcntl
-
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(handle)
-            raise RunActive(
-                f"another run is at work here ({self.holder() or 'it has just begun'}). Wait for"
-                f" it, or ask it to stop with `{program_name()} stop`."
-            ) from None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "r+", errors="replace") as file:
+        for tries_left in reversed(range(RUN_LOCK_TRIES)):  # a command has it for a moment
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if not tries_left:
+                    raise RunActive(
+                        f"another run is at work here ({file.read() or 'it has just begun'}). Wait"
+                        f" for it, or ask it to stop with `{program_name()} stop`."
+                    ) from None
+                time.sleep(RUN_LOCK_PAUSE_S)
         since = local_time(utc_now()).isoformat(timespec="seconds")
-        os.ftruncate(handle, 0)
-        os.pwrite(handle, f"{self.owner}, pid {os.getpid()}, since {since}\n".encode(), 0)
-        self._handle = handle
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        os.close(self._handle)
-
-    def holder(self) -> str:
-        """Who took the lock last: owner, pid and time."""
-        with suppress(OSError):
-            return self.path.read_text(errors="replace").strip()
-        return ""
+        file.truncate(0)
+        file.write(f"{owner}, pid {os.getpid()}, since {since}")
+        file.flush()
+        yield
 
 
 # What vim, Emacs and their like keep beside a file that is open in them.
@@ -5815,8 +5804,19 @@ class Workspace(NamedTuple):
             return []
         return state_entries(old, self.store.state.items) if old else []
 
-    def run_lock(self, owner: str = "a command") -> RunLock:
-        return RunLock(self.repo.state_dir / "run.lock", owner)
+    @property
+    def lock_path(self) -> Path:
+        return self.repo.state_dir / "run.lock"
+
+    @contextmanager
+    def run_lock(self, run_id: str = "") -> Iterator[None]:
+        """Be the only one who works on the project, and a run: the only one in the work tree."""
+        tree, where = self.repo.git_dir / "orchestrator/tree.lock", self.repo.root
+        with ExitStack() as held:
+            held.enter_context(flocked(self.lock_path, f"run {run_id}" if run_id else "a command"))
+            if run_id:
+                held.enter_context(flocked(tree, f"run {run_id} in {where}"))
+            yield
 
     def journal(self) -> Journal | None:
         """What an active run, or one that left something unfinished, has noted."""
@@ -6100,7 +6100,7 @@ def cmd_run(args: argparse.Namespace) -> int:
             options = options._replace(overridden=items[0]["id"])
     run_id = new_run_id()
     import_asyncio()
-    with space.run_lock(f"run {run_id}"):
+    with space.run_lock(run_id):
         become_subreaper()
         live = LiveLine(sys.stderr.isatty() and not args.quiet)
         set_up_logging(args, live)
@@ -6339,14 +6339,11 @@ def lock_holder(space: Workspace) -> str:
     """What the holder of the run lock says of itself; "": nobody holds it. Changes nothing."""
     import fcntl
 
-    lock = space.run_lock()
-    try:
-        with lock.path.open("rb") as file:
+    with suppress(FileNotFoundError), space.lock_path.open(errors="replace") as file:
+        try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return ""
-    except BlockingIOError:
-        return lock.holder() or "a run that has only just begun"
+        except BlockingIOError:
+            return file.read() or "a run that has only just begun"
     return ""
 
 
