@@ -4449,7 +4449,8 @@ class Ledger:
     def _changes(self, old: str | None, new: str) -> list[Change]:
         """The difference of two trees, without what is no part of anybody's work."""
         changes = self.repo.changes(old, new)
-        return [change for change in changes if not self.space.is_ours(change.after.path)]
+        work = self.space.somebodys(change.after.path for change in changes)
+        return [change for change in changes if change.after.path in work]
 
     def _dirt(self, seen: Snapshot) -> dict[str, Entry]:
         """What differed from HEAD at a snapshot, as HEAD has it, by path."""
@@ -4612,14 +4613,9 @@ class Ledger:
             limit_s=self.config.execution.hook_timeout_seconds,
         )
         if verdict.outcome == "passed":  # a hook's `git add -A` takes more than is to be committed
-            known, strays = {change.after.path for change in seen.changes}, self.space.strays()
-            mine = [
-                entry
-                for entry in verdict.entries
-                if entry.path in known
-                or not (entry.path in strays or self.space.is_ours(entry.path))
-            ]
-            return verdict._replace(entries=mine)
+            mine = self.space.somebodys(entry.path for entry in verdict.entries)
+            mine = mine - self.space.strays().keys() | {*seen.paths}
+            return verdict._replace(entries=[e for e in verdict.entries if e.path in mine])
         if verdict.outcome == "files":
             return f"{_hook_trouble(verdict)}:\n{verdict.output}"
         keys = "commits.style, commits.signoff and execution.hook_timeout_seconds"
@@ -5731,25 +5727,32 @@ class Workspace(NamedTuple):
     config: Config
     store: Store
 
-    def is_ours(self, path: str) -> bool:
-        """Whether a path (from the top) is no part of anybody's work.
+    def somebodys(self, paths: Iterable[str]) -> set[str]:
+        """Those of the paths (from the top) that are a part of somebody's work.
 
-        State that the orchestrator writes itself, here and in other projects of the work tree, an
-        editor's own files, and the file that the output of this process goes to.
+        Not so: state that the orchestrator writes itself, here and in other projects of the work
+        tree, an editor's own files, and the files that our output goes to.
         """
-        own = [self.repo.relative(one) for one in (self.store.path, self.store.temporary)]
-        own += [prefix + BACKLOG_NAME for prefix in self.repo.neighbours]
+        own = {self.repo.relative(one) for one in (self.store.path, self.store.temporary)}
+        own |= {prefix + BACKLOG_NAME for prefix in self.repo.neighbours}
         places = (self.repo.prefix, *self.repo.neighbours)
-        folders = (f"{place}{name}/" for place in places for name in (WORKLOG_DIR, WORK_DIR))
-        if path in own or path.startswith(tuple(folders)):
-            return True
-        if EDITORS_FILE.fullmatch(path):
-            return not self.repo.is_tracked(path)
-        with suppress(OSError):
-            found = (self.repo.top / path).lstat()
-            own_output = any(os.path.samestat(found, os.fstat(fd)) for fd in (1, 2))
-            return own_output or f"{self._stamps(path)[1]} {path}" in self._stray_lines()
-        return False
+        folders = tuple(f"{place}{name}/" for place in places for name in (WORKLOG_DIR, WORK_DIR))
+        noted = {*self._stray_lines()}
+        for fd in (1, 2):
+            with suppress(OSError):
+                noted.add(_same_file(os.fstat(fd)))
+
+        def nobodys(path: str) -> bool:
+            if path in own or path.startswith(folders):
+                return True
+            if EDITORS_FILE.fullmatch(path):
+                return not self.repo.is_tracked(path)
+            with suppress(OSError):
+                same = _same_file((self.repo.top / path).lstat())
+                return same in noted or f"{same} {path}" in noted
+            return False
+
+        return {path for path in paths if not nobodys(path)}
 
     def strays(self) -> dict[str, str]:
         """What phases left beside their outputs, by path; what is gone or edited since is not."""
@@ -5793,8 +5796,7 @@ class Workspace(NamedTuple):
         except OSError:
             return "", ""
         state = f"{found.st_mtime_ns}-{found.st_size}"
-        same = f"inode-{found.st_ino}"
-        return "folder" if stat.S_ISDIR(found.st_mode) else state, same
+        return "folder" if stat.S_ISDIR(found.st_mode) else state, _same_file(found)
 
     def entries_since(self, before: bytes | None) -> list[MessageEntry]:
         """What a state commit says of each item that has changed since a version of the file."""
@@ -5821,6 +5823,10 @@ class Workspace(NamedTuple):
     def journal(self) -> Journal | None:
         """What an active run, or one that left something unfinished, has noted."""
         return Journal.read(self.store.journal_path, self.store.path.name)
+
+
+def _same_file(found: os.stat_result) -> str:
+    return f"file-{found.st_dev}-{found.st_ino}"
 
 
 def open_workspace(root: Path, config_path: Path | None) -> Workspace:
@@ -6010,18 +6016,14 @@ def _dirty_problems(space: Workspace) -> list[Problem]:
     known = {prefix + CONFIG_NAME, *space.strays()}
     with suppress(GitError):  # this program itself, if it was copied here
         known.add(space.repo.relative(Path(__file__).absolute()))
-    dirty = [
-        path
-        for path in space.repo.dirty_paths()
-        if path.startswith(prefix)
-        and not (path.rstrip("/") in known or path.startswith(folders) or space.is_ours(path))
-    ]
-    left = _left_by_a_run(space, dirty)
-    dirty = [path for path in dirty if path not in left]
+    dirty = space.somebodys(path for path in space.repo.dirty_paths() if path.startswith(prefix))
+    dirty = {p for p in dirty if not (p.rstrip("/") in known or p.startswith(folders))}
+    dirty -= _left_by_a_run(space, dirty)
     if not dirty:
         return []
-    shown = ", ".join(dirty[:5]) + (f" and {len(dirty) - 5} more" if len(dirty) > 5 else "")
-    paths = " ".join(shlex.quote(f":/{path}") for path in dirty)
+    names = sorted(dirty)
+    shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    paths = " ".join(shlex.quote(f":/{path}") for path in names)
     return [
         Problem(
             f"the work tree has uncommitted changes: {one_line(shown, 300)}",
