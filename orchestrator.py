@@ -5106,6 +5106,7 @@ class Run:
         self.signal: int | None = None  # the first that came
         self.stopping = asyncio.Event()  # end the agents now
         self.hurry = asyncio.Event()  # and without grace
+        space.repo.hurried = self.hurry.is_set
         self.halting = asyncio.Event()  # start nothing more
         self.running: dict[str, Running] = {}
         self.workers: set[asyncio.Task[None]] = set()
