@@ -4927,9 +4927,19 @@ class Ledger:
         self.repo.salvage(ref, outcome.parent, outcome.entries, why)
         self.kept.append(ref)
 
+        item_id, had = outcome.item, dict[str, Item]()  # the items as they were beside it
+        for state in self.journal.states():
+            had = state.items if item_id in state.items else had
+
         def undo(draft: Draft) -> None:
-            if outcome.was is not None and outcome.outcome != "interrupted":
-                draft.put(outcome.was, self.clock())
+            if outcome.was is None or outcome.outcome == "interrupted":
+                return
+            gone = item_id not in draft.items
+            draft.put(outcome.was, self.clock())
+            for other in draft.items.keys() & had.keys() if gone else ():
+                if item_id in had[other].get("dependencies", ()):
+                    needs = [*draft.items[other].get("dependencies", ()), item_id]
+                    draft.update(other, self.clock(), dependencies=needs)
 
         self.store.change(undo, lambda _: {"committed": [outcome.token]})
         log().warning(
