@@ -53,7 +53,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta, tzinfo
 from enum import StrEnum
@@ -4057,6 +4057,11 @@ class Attempt:
     def destructive(self) -> bool:
         return self.task.phase.destructive
 
+    def told(self, outcome: str, summary: str, kind: str = "docs") -> MessageEntry:
+        """What the commit of an outcome says."""
+        task = self.task
+        return MessageEntry(task.item_id, task.name, outcome, summary, self.token, kind)
+
     def line(self) -> dict[str, Any]:
         """What the journal holds of it, for a start after a crash."""
         return {
@@ -4081,35 +4086,23 @@ class Attempt:
 class Outcome(NamedTuple):
     """What a phase ended with, for the commit that it becomes (or becomes a part of)."""
 
-    token: str
+    told: MessageEntry  # what its commit says; if "complete", BACKLOG.yaml goes along
     parent: str | None  # HEAD as the attempt began: where a search for the token may stop
-    item: str
-    phase: str
-    outcome: str  # complete (BACKLOG.yaml goes along), blocked, failed or interrupted
-    summary: str
     entries: tuple[Entry, ...] = ()  # what the phase leaves, with the bytes it had when it ended
     worklog: str = ""  # text that belongs into the worklog, appended once
     was: Item | None = None  # the item as the phase began
-    kind: str = "docs"  # of its commit, see COMMIT_TYPES
     message: str = ""  # of its commit, as the repository's hooks left it; "": still to be made
-    verified: tuple[str, ...] = ()
-
-    @property
-    def label(self) -> str:
-        return f"[{self.item}][{self.phase}]"
-
-    @property
-    def told(self) -> MessageEntry:
-        told = self.item, self.phase, self.outcome, self.summary, self.token
-        return MessageEntry(*told, self.kind, self.verified)
 
     def line(self) -> dict[str, Any]:
-        return {**self._asdict(), "entries": [entry._asdict() for entry in self.entries]}
+        entries = [entry._asdict() for entry in self.entries]
+        told = {"token": self.told.token, "told": self.told._asdict()}
+        return {**self._asdict(), **told, "entries": entries}
 
     @classmethod
     def from_line(cls, line: Mapping[str, Any]) -> Outcome:
+        told = MessageEntry(**{**line["told"], "verified": tuple(line["told"]["verified"])})
         entries = tuple(Entry(**entry) for entry in line["entries"])
-        return cls(**{**line, "entries": entries, "verified": tuple(line.get("verified", ()))})
+        return cls(told, line["parent"], entries, line["worklog"], line["was"], line["message"])
 
 
 class Aftermath(NamedTuple):
@@ -4199,9 +4192,10 @@ class Ledger:
         def note(applied: Applied) -> dict[str, Any]:
             if not applied.worklog:
                 return {}
-            told = item_id, "promotion", "blocked", applied.reason
-            made = Outcome(os.urandom(8).hex(), self.journal.run["head"], *told)
-            return {"outcome": made._replace(worklog=applied.worklog).line()}
+            token = os.urandom(8).hex()
+            told = MessageEntry(item_id, "promotion", "blocked", applied.reason, token)
+            made = Outcome(told, self.journal.run["head"], worklog=applied.worklog)
+            return {"outcome": made.line()}
 
         applied = self.store.change(
             partial(promote, item_id=item_id, rules=self.rules, now=self.clock()), note
@@ -4212,36 +4206,23 @@ class Ledger:
     def decide(
         self,
         attempt: Attempt,
+        told: MessageEntry,
         entries: Iterable[Entry],
-        outcome: str,
-        summary: str,
         result: PhaseResult,
         message: str = "",
-        verified: tuple[str, ...] = (),
     ) -> Applied:
         """Decision and outcome of a phase: one line of the journal, then the file, the worklog."""
-        item_id, spent = attempt.task.item_id, self._spent(attempt)
+        spent = self._spent(attempt)
 
         def edit(draft: Draft) -> Applied:
             applied = apply_result(draft, attempt.item, result, self.rules, self.clock())
             return applied._replace(worklog=with_cost(applied.worklog, usage_text(spent)))
 
         def note(applied: Applied) -> dict[str, Any]:
-            made = Outcome(
-                attempt.token,
-                attempt.before.head.commit,
-                item_id,
-                attempt.task.name,
-                outcome,
-                summary,
-                tuple(entries),
-                applied.worklog,
-                attempt.item,
-                _commit_type(attempt, result),
-                message,
-                verified,
-            )
-            return {"ended": [attempt.token], "outcome": made.line(), "spent": {item_id: None}}
+            parent, worklog = attempt.before.head.commit, applied.worklog
+            made = Outcome(told, parent, tuple(entries), worklog, attempt.item, message)
+            ended = {"ended": [attempt.token], "outcome": made.line()}
+            return {**ended, "spent": {told.item_id: None}}
 
         applied = self.store.change(edit, note)
         self.write_worklog(applied.worklog)
@@ -4333,25 +4314,27 @@ class Ledger:
         Returns a text instead, and nothing is decided, where the attempt has failed after all, or
         is Held.
         """
-        seen, message, verified = self.compare(attempt), "", tuple[str, ...]()
-        outcome, summary = "complete", result.commit_summary or result.summary
+        seen, message = self.compare(attempt), ""
+        summary, kind = result.commit_summary or result.summary, _commit_type(attempt, result)
+        told = attempt.told("complete", summary, kind)
         if result.result == "blocked":
-            entries, summary = self._documents(attempt, seen), result.context or result.summary
-            summary = _with_salvage_note(summary, self._salvage(attempt, seen))
-            outcome, result = "blocked", result._replace(context=summary)
+            entries, why = self._documents(attempt, seen), result.context or result.summary
+            why = _with_salvage_note(why, self._salvage(attempt, seen))
+            told, result = attempt.told("blocked", why, kind), result._replace(context=why)
         else:
-            passed = self._pass(attempt, result, seen)
+            passed = self._pass(attempt, result, told, seen)
             if isinstance(passed, str):
                 return passed
-            seen, entries, message, verified = passed
+            seen, told, entries, message = passed
         self._keep_spoilt(attempt, seen)
-        if attempt.destructive and outcome == "complete":
+        complete = told.outcome == "complete"
+        if attempt.destructive and complete:
             self._name_unshared(attempt, seen)
             if attempt.only is None:
                 self.repo.restage(attempt.before, seen.after)
-        applied = self.decide(attempt, entries, outcome, summary, result, message, verified)
+        applied = self.decide(attempt, told, entries, result, message)
         batched = result.result == "phase_complete" and attempt.task.pool != TRIAGE
-        if outcome == "complete" and (attempt.destructive or not batched):
+        if complete and (attempt.destructive or not batched):
             self.commit()
         return applied
 
@@ -4364,6 +4347,7 @@ class Ledger:
             lambda draft: charge_attempt(draft, attempt.item, self.clock()),
             lambda _: {"ended": ended, **self._costs(attempt)},
         )
+        attempt.usage = NOTHING_SPENT  # told
         return ref
 
     def give_up(self, attempt: Attempt, reason: str, result: PhaseResult | None) -> Applied:
@@ -4374,7 +4358,8 @@ class Ledger:
         reason = _with_salvage_note(reason, self._salvage(attempt, seen))
         failed = result or PhaseResult(attempt.task.item_id, attempt.task.name, "failed", reason)
         failed = failed._replace(result="failed", context=reason)
-        return self.decide(attempt, entries, "failed", reason, failed)
+        told = attempt.told("failed", reason, _commit_type(attempt, failed))
+        return self.decide(attempt, told, entries, failed)
 
     def cancel(self, attempt: Attempt) -> str | None:
         """An attempt was interrupted: nothing is charged, nothing it left is lost.
@@ -4389,9 +4374,8 @@ class Ledger:
         line: dict[str, Any] = {"ended": [attempt.token], **self._costs(attempt)}
         documents, _ = self._outputs(attempt, seen)
         if documents:
-            task, parent = attempt.task, seen.after.head.commit
-            told = task.item_id, task.name, "interrupted", "its documents so far"
-            line["outcome"] = Outcome(attempt.token, parent, *told, tuple(documents)).line()
+            told = attempt.told("interrupted", "its documents so far")
+            line["outcome"] = Outcome(told, seen.after.head.commit, tuple(documents)).line()
         self.store.note(line)
         return ref
 
@@ -4448,7 +4432,8 @@ class Ledger:
     def _changes(self, old: str | None, new: str) -> list[Change]:
         """The difference of two trees, without what is no part of anybody's work."""
         changes = self.repo.changes(old, new)
-        return [change for change in changes if not self.space.is_ours(change.after.path)]
+        work = self.space.somebodys(change.after.path for change in changes)
+        return [change for change in changes if change.after.path in work]
 
     def _dirt(self, seen: Snapshot) -> dict[str, Entry]:
         """What differed from HEAD at a snapshot, as HEAD has it, by path."""
@@ -4542,20 +4527,20 @@ class Ledger:
             self.space.add_strays(alone)
 
     def _pass(
-        self, attempt: Attempt, result: PhaseResult, seen: Aftermath
-    ) -> tuple[Aftermath, list[Entry], str, tuple[str, ...]] | str:
+        self, attempt: Attempt, result: PhaseResult, told: MessageEntry, seen: Aftermath
+    ) -> tuple[Aftermath, MessageEntry, list[Entry], str] | str:
         """Hooks, then checks, and again while the work tree is not just what is to be committed: so
         the checks have passed on that. Or why the attempt has failed.
         """
         item = self.store.backlog.items.get(attempt.task.item_id, attempt.item)
         complete, apart = result.result == "phase_complete", list[str]()
         checks = checks_of(self.config, item, attempt.task.name) if complete else ()
-        verified = tuple(map(command_text, checks))
+        told = told._replace(verified=tuple(map(command_text, checks)))
         for _ in range(HOOK_ROUNDS):
             entries, message, hook = self._documents(attempt, seen), "", ""
             if attempt.destructive:
                 refusal = self._objection(attempt, result, seen)
-                judged = refusal or self._pass_hooks(attempt, result, seen, verified)
+                judged = refusal or self._pass_hooks(attempt, result, told, seen)
                 if isinstance(judged, str):
                     return judged
                 _, hook, _, entries, message = judged
@@ -4572,7 +4557,7 @@ class Ledger:
                 )
                 self.space.add_strays(apart)
             if not (apart and checks):
-                return seen, entries, message, verified
+                return seen, told, entries, message
         paths = one_line(", ".join(apart), 200)
         return (
             f"hooks and checks change what is to be committed, in {HOOK_ROUNDS} rounds each time:"
@@ -4594,15 +4579,12 @@ class Ledger:
         return sorted(apart - theirs)
 
     def _pass_hooks(
-        self, attempt: Attempt, result: PhaseResult, seen: Aftermath, verified: tuple[str, ...]
+        self, attempt: Attempt, result: PhaseResult, told: MessageEntry, seen: Aftermath
     ) -> HookResult | str:
         """Let the repository's hooks judge and mend the commit of a destructive phase.
 
         Returns what is to be committed, or why the attempt has failed or is Held.
         """
-        summary, kind = result.commit_summary or result.summary, _commit_type(attempt, result)
-        task, token = attempt.task, attempt.token
-        told = MessageEntry(task.item_id, task.name, "complete", summary, token, kind, verified)
         verdict = self.repo.run_hooks(
             [change.after for change in seen.changes],
             phase_message([told], self.run_id, self.config.commits.style),
@@ -4611,14 +4593,9 @@ class Ledger:
             limit_s=self.config.execution.hook_timeout_seconds,
         )
         if verdict.outcome == "passed":  # a hook's `git add -A` takes more than is to be committed
-            known, strays = {change.after.path for change in seen.changes}, self.space.strays()
-            mine = [
-                entry
-                for entry in verdict.entries
-                if entry.path in known
-                or not (entry.path in strays or self.space.is_ours(entry.path))
-            ]
-            return verdict._replace(entries=mine)
+            mine = self.space.somebodys(entry.path for entry in verdict.entries)
+            mine = mine - self.space.strays().keys() | {*seen.paths}
+            return verdict._replace(entries=[e for e in verdict.entries if e.path in mine])
         if verdict.outcome == "files":
             return f"{_hook_trouble(verdict)}:\n{verdict.output}"
         keys = "commits.style, commits.signoff and execution.hook_timeout_seconds"
@@ -4772,7 +4749,7 @@ class Ledger:
         early = patient and time.monotonic() < self.commit_again
         if not pending or self.store.trouble or early:
             return
-        names = ", ".join(outcome.label for outcome in pending)
+        names = ", ".join(outcome.told.tag for outcome in pending)
         entries = {entry.path: entry for outcome in pending for entry in outcome.entries}
         try:
             message = pending[0].message if len(pending) == 1 else ""
@@ -4786,7 +4763,7 @@ class Ledger:
                     return
                 message = passed.message
             files = {path: path.read_bytes() for path in recent_worklogs(self.worklog_dir)}
-            if any(outcome.outcome == "complete" for outcome in pending):
+            if any(outcome.told.outcome == "complete" for outcome in pending):
                 files[self.store.path] = self.store.state.document.to_bytes()
             entries |= {entry.path: entry for entry in self.repo.blobs(files)}
             commit = self.repo.commit(list(entries.values()), message, expect_branch=self.branch)
@@ -4802,7 +4779,7 @@ class Ledger:
         if commit:
             self.own_commits.append(commit)
             log().info("committed %s %s", commit[:10], message.split("\n")[0])
-        tokens = [outcome.token for outcome in pending]
+        tokens = [outcome.told.token for outcome in pending]
         self.store.note({"committed": tokens}, flush=False)  # a start finds it in history
 
     def commit_state(
@@ -4884,8 +4861,8 @@ class Ledger:
         if refused:
             raise refused[0]
         for outcome in self.pending:
-            if self.repo.mentions(outcome.token, outcome.parent):
-                self.store.note({"committed": [outcome.token]})
+            if self.repo.mentions(outcome.told.token, outcome.parent):
+                self.store.note({"committed": [outcome.told.token]})
             elif overtaken := self._overtaken(outcome):
                 self._take_back(outcome, overtaken)
             else:
@@ -4924,21 +4901,31 @@ class Ledger:
 
     def _take_back(self, outcome: Outcome, paths: Sequence[str]) -> None:
         """A phase whose files are somebody else's by now: kept on a ref, and to be run again."""
-        phase = Task(outcome.item, Phase(outcome.phase), "main")
+        item_id, had = outcome.told.item_id, dict[str, Item]()  # the items as they were beside it
+        phase = Task(item_id, Phase(outcome.told.phase), "main")
         ref, self.salvaged = self._salvage_refs(phase)[1], None
-        why = f"{outcome.label} Salvaged changes"
+        why = f"{outcome.told.tag} Salvaged changes"
         self.repo.salvage(ref, outcome.parent, outcome.entries, why)
         self.kept.append(ref)
 
-        def undo(draft: Draft) -> None:
-            if outcome.was is not None and outcome.outcome != "interrupted":
-                draft.put(outcome.was, self.clock())
+        for state in self.journal.states():
+            had = state.items if item_id in state.items else had
 
-        self.store.change(undo, lambda _: {"committed": [outcome.token]})
+        def undo(draft: Draft) -> None:
+            if outcome.was is None or outcome.told.outcome == "interrupted":
+                return
+            gone = item_id not in draft.items
+            draft.put(outcome.was, self.clock())
+            for other in draft.items.keys() & had.keys() if gone else ():
+                if item_id in had[other].get("dependencies", ()):
+                    needs = [*draft.items[other].get("dependencies", ()), item_id]
+                    draft.update(other, self.clock(), dependencies=needs)
+
+        self.store.change(undo, lambda _: {"committed": [outcome.told.token]})
         log().warning(
             "%s was finished, but not committed when its run ended, and %s was changed in git"
             " since. What the phase made is kept on %s; it is run again.",
-            *(outcome.label, one_line(", ".join(paths), 200), ref),
+            *(outcome.told.tag, one_line(", ".join(paths), 200), ref),
         )
 
 
@@ -5109,6 +5096,7 @@ class Run:
         self.signal: int | None = None  # the first that came
         self.stopping = asyncio.Event()  # end the agents now
         self.hurry = asyncio.Event()  # and without grace
+        space.repo.hurried = self.hurry.is_set
         self.halting = asyncio.Event()  # start nothing more
         self.running: dict[str, Running] = {}
         self.workers: set[asyncio.Task[None]] = set()
@@ -5203,7 +5191,7 @@ class Run:
         """Git trouble at the halt: what is not in history yet, and what becomes of it."""
         texts = []
         if self.ledger is not None and (pending := self.ledger.pending):
-            names = ", ".join(outcome.label for outcome in pending)
+            names = ", ".join(outcome.told.tag for outcome in pending)
             texts.append(f"not committed yet, but kept in the journal for the next run: {names}")
         if self.state_commit is not None and self.state_commit.warning:
             texts.append(self.state_commit.warning)
@@ -5692,43 +5680,31 @@ def stop_requested(state_dir: Path, run_id: str) -> bool:
 
 # ==== 10. Start and shutdown ======================================================================
 
+RUN_LOCK_TRIES, RUN_LOCK_PAUSE_S = 20, 0.05
 
-class RunLock:
-    """The flock that makes sure of one run per work tree; a context manager."""
+@contextmanager
+def flocked(path: Path, owner: str) -> Iterator[None]:
+    """Hold a lock that names its owner; RunActive if somebody else keeps it for over a second."""
+    import fcntl
 
-    def __init__(self, path: Path, owner: str) -> None:
-        self.path = path
-        self.owner = owner  # a run id, or what else holds it
-        self._handle = -1
-
-    def __enter__(self) -> RunLock:
-        """Take the lock, or raise RunActive naming who has it."""
-        import fcntl
-
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(handle)
-            raise RunActive(
-                f"another run is at work here ({self.holder() or 'it has just begun'}). Wait for"
-                f" it, or ask it to stop with `{program_name()} stop`."
-            ) from None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "r+", errors="replace") as file:
+        for tries_left in reversed(range(RUN_LOCK_TRIES)):  # a command has it for a moment
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if not tries_left:
+                    raise RunActive(
+                        f"another run is at work here ({file.read() or 'it has just begun'}). Wait"
+                        f" for it, or ask it to stop with `{program_name()} stop`."
+                    ) from None
+                time.sleep(RUN_LOCK_PAUSE_S)
         since = local_time(utc_now()).isoformat(timespec="seconds")
-        os.ftruncate(handle, 0)
-        os.pwrite(handle, f"{self.owner}, pid {os.getpid()}, since {since}\n".encode(), 0)
-        self._handle = handle
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        os.close(self._handle)
-
-    def holder(self) -> str:
-        """Who took the lock last: owner, pid and time."""
-        with suppress(OSError):
-            return self.path.read_text(errors="replace").strip()
-        return ""
+        file.truncate(0)
+        file.write(f"{owner}, pid {os.getpid()}, since {since}")
+        file.flush()
+        yield
 
 
 # What vim, Emacs and their like keep beside a file that is open in them.
@@ -5742,25 +5718,32 @@ class Workspace(NamedTuple):
     config: Config
     store: Store
 
-    def is_ours(self, path: str) -> bool:
-        """Whether a path (from the top) is no part of anybody's work.
+    def somebodys(self, paths: Iterable[str]) -> set[str]:
+        """Those of the paths (from the top) that are a part of somebody's work.
 
-        State that the orchestrator writes itself, here and in other projects of the work tree, an
-        editor's own files, and the file that the output of this process goes to.
+        Not so: state that the orchestrator writes itself, here and in other projects of the work
+        tree, an editor's own files, and the files that our output goes to.
         """
-        own = [self.repo.relative(one) for one in (self.store.path, self.store.temporary)]
-        own += [prefix + BACKLOG_NAME for prefix in self.repo.neighbours]
+        own = {self.repo.relative(one) for one in (self.store.path, self.store.temporary)}
+        own |= {prefix + BACKLOG_NAME for prefix in self.repo.neighbours}
         places = (self.repo.prefix, *self.repo.neighbours)
-        folders = (f"{place}{name}/" for place in places for name in (WORKLOG_DIR, WORK_DIR))
-        if path in own or path.startswith(tuple(folders)):
-            return True
-        if EDITORS_FILE.fullmatch(path):
-            return not self.repo.is_tracked(path)
-        with suppress(OSError):
-            found = (self.repo.top / path).lstat()
-            own_output = any(os.path.samestat(found, os.fstat(fd)) for fd in (1, 2))
-            return own_output or f"{self._stamps(path)[1]} {path}" in self._stray_lines()
-        return False
+        folders = tuple(f"{place}{name}/" for place in places for name in (WORKLOG_DIR, WORK_DIR))
+        noted = {*self._stray_lines()}
+        for fd in (1, 2):
+            with suppress(OSError):
+                noted.add(_same_file(os.fstat(fd)))
+
+        def nobodys(path: str) -> bool:
+            if path in own or path.startswith(folders):
+                return True
+            if EDITORS_FILE.fullmatch(path):
+                return not self.repo.is_tracked(path)
+            with suppress(OSError):
+                same = _same_file((self.repo.top / path).lstat())
+                return same in noted or f"{same} {path}" in noted
+            return False
+
+        return {path for path in paths if not nobodys(path)}
 
     def strays(self) -> dict[str, str]:
         """What phases left beside their outputs, by path; what is gone or edited since is not."""
@@ -5804,8 +5787,7 @@ class Workspace(NamedTuple):
         except OSError:
             return "", ""
         state = f"{found.st_mtime_ns}-{found.st_size}"
-        same = f"inode-{found.st_ino}"
-        return "folder" if stat.S_ISDIR(found.st_mode) else state, same
+        return "folder" if stat.S_ISDIR(found.st_mode) else state, _same_file(found)
 
     def entries_since(self, before: bytes | None) -> list[MessageEntry]:
         """What a state commit says of each item that has changed since a version of the file."""
@@ -5815,12 +5797,27 @@ class Workspace(NamedTuple):
             return []
         return state_entries(old, self.store.state.items) if old else []
 
-    def run_lock(self, owner: str = "a command") -> RunLock:
-        return RunLock(self.repo.state_dir / "run.lock", owner)
+    @property
+    def lock_path(self) -> Path:
+        return self.repo.state_dir / "run.lock"
+
+    @contextmanager
+    def run_lock(self, run_id: str = "") -> Iterator[None]:
+        """Be the only one who works on the project, and a run: the only one in the work tree."""
+        tree, where = self.repo.git_dir / "orchestrator/tree.lock", self.repo.root
+        with ExitStack() as held:
+            held.enter_context(flocked(self.lock_path, f"run {run_id}" if run_id else "a command"))
+            if run_id:
+                held.enter_context(flocked(tree, f"run {run_id} in {where}"))
+            yield
 
     def journal(self) -> Journal | None:
         """What an active run, or one that left something unfinished, has noted."""
         return Journal.read(self.store.journal_path, self.store.path.name)
+
+
+def _same_file(found: os.stat_result) -> str:
+    return f"file-{found.st_dev}-{found.st_ino}"
 
 
 def open_workspace(root: Path, config_path: Path | None) -> Workspace:
@@ -6010,18 +6007,14 @@ def _dirty_problems(space: Workspace) -> list[Problem]:
     known = {prefix + CONFIG_NAME, *space.strays()}
     with suppress(GitError):  # this program itself, if it was copied here
         known.add(space.repo.relative(Path(__file__).absolute()))
-    dirty = [
-        path
-        for path in space.repo.dirty_paths()
-        if path.startswith(prefix)
-        and not (path.rstrip("/") in known or path.startswith(folders) or space.is_ours(path))
-    ]
-    left = _left_by_a_run(space, dirty)
-    dirty = [path for path in dirty if path not in left]
+    dirty = space.somebodys(path for path in space.repo.dirty_paths() if path.startswith(prefix))
+    dirty = {p for p in dirty if not (p.rstrip("/") in known or p.startswith(folders))}
+    dirty -= _left_by_a_run(space, dirty)
     if not dirty:
         return []
-    shown = ", ".join(dirty[:5]) + (f" and {len(dirty) - 5} more" if len(dirty) > 5 else "")
-    paths = " ".join(shlex.quote(f":/{path}") for path in dirty)
+    names = sorted(dirty)
+    shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    paths = " ".join(shlex.quote(f":/{path}") for path in names)
     return [
         Problem(
             f"the work tree has uncommitted changes: {one_line(shown, 300)}",
@@ -6100,7 +6093,7 @@ def cmd_run(args: argparse.Namespace) -> int:
             options = options._replace(overridden=items[0]["id"])
     run_id = new_run_id()
     import_asyncio()
-    with space.run_lock(f"run {run_id}"):
+    with space.run_lock(run_id):
         become_subreaper()
         live = LiveLine(sys.stderr.isatty() and not args.quiet)
         set_up_logging(args, live)
@@ -6339,14 +6332,11 @@ def lock_holder(space: Workspace) -> str:
     """What the holder of the run lock says of itself; "": nobody holds it. Changes nothing."""
     import fcntl
 
-    lock = space.run_lock()
-    try:
-        with lock.path.open("rb") as file:
+    with suppress(FileNotFoundError), space.lock_path.open(errors="replace") as file:
+        try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return ""
-    except BlockingIOError:
-        return lock.holder() or "a run that has only just begun"
+        except BlockingIOError:
+            return file.read() or "a run that has only just begun"
     return ""
 
 
@@ -6379,7 +6369,8 @@ def run_facts(space: Workspace) -> dict[str, Any]:
         active = {"run_id": told[1], "pid": int(told[2]), "since": since, "phases": phases}
         active["remarks"] = remarks
     elif journal:
-        to_commit = [f"{one['item']} {one['phase']}" for one in journal.outcomes.values()]
+        outcomes = [one["told"] for one in journal.outcomes.values()]
+        to_commit = [f"{one['item_id']} {one['phase']}" for one in outcomes]
         cut_off = list[str]()
         for one in attempts:
             left, name = to_commit if "held" in one else cut_off, one["phase"]["name"]
