@@ -833,9 +833,9 @@ def _yaml_chunk(chunk: str) -> _YamlNode:
 class Document:
     """A backlog file: a head up to the `items:` line, one chunk of lines per item, and a tail.
 
-    A chunk begins with the comments directly above its dash, and ends where the next one begins, as
-    the tail does with the next key. An edit gives a new document; what it changes is read back and
-    compared, and ValueError if it would not read as intended.
+    A chunk begins with the comments directly above its dash, and ends where the next one begins;
+    blank lines and comments behind the last item belong to the tail. An edit gives a new document;
+    what it changes is read back and compared, and ValueError if it would not read as intended.
     """
 
     source: str  # the file's name, for messages
@@ -871,7 +871,7 @@ class Document:
             remedy = "write one `- id: …` below it per item"
             line, problem = items.start, f"`items` is not a list in block style; {remedy}"
         else:
-            return made
+            return made._ended(chunks, below, made.items[-1]) if chunks else made
         raise YamlError(source, line + 1, 1, problem)
 
     def to_bytes(self) -> bytes:
@@ -916,11 +916,12 @@ class Document:
         found = _YamlReader("\n".join(lines), self.source).document()
         if not _yaml_same(found.value, new):
             raise ValueError(_YAML_UNSOUND)
-        if not self.chunks:
-            return replace(self, head="\n".join(lines), tail="")
+        if not new.get("items"):
+            return replace(self, head="\n".join(lines), chunks=(), tail="")
         hole = found.keys["items"].end - 1
         head, tail = "\n".join([*lines[:hole], ""]), "\n".join(lines[hole + 1 :])
-        return replace(self, head=head, chunks=_yaml_ended(self.chunks, tail), tail=tail)
+        made = replace(self, head=head, chunks=("- 0\n",), tail=tail)
+        return made._ended(self.chunks, tail, self.items[-1]) if self.chunks else made
 
     def with_item(
         self, index: int, changes: Mapping[str, object], order: Sequence[str] = ()
@@ -939,78 +940,73 @@ class Document:
             ended = "\n" * (node.end < len(lines))  # else the file has no final line break
             body = "\n".join([*lines[: node.start], *edited]) + ended
         text = _yaml_fitted(body, "\n".join(lines[node.end :]), new, column)
-        return replace(self, chunks=(*self.chunks[:index], text, *self.chunks[index + 1 :]))
+        chunks = (*self.chunks[:index], text, *self.chunks[index + 1 :])
+        last = index + 1 == len(chunks)
+        return self._ended(chunks, self.tail, new) if last else replace(self, chunks=chunks)
 
     def with_chunks(self, chunks: Sequence[str], tail: str | None = None) -> Document:
         """This file with other chunks, of this or another document, and with another tail.
 
         Where pieces meet that did not before, there are as many blank lines as between the last two
-        items. Comments in a chunk that is left out stay if they belong to no item, and what is
-        behind the last item stays at the end.
+        items. Comments in a chunk that is left out stay if they belong to no item.
         """
         tail = self.tail if tail is None else tail
         if (tuple(chunks), tail) == (self.chunks, self.tail):
             return self
-        if not self.chunks:
-            gap = "\n" * (bool(tail) and not self.head.endswith("\n"))
-            frame = replace(self, head=self.head + gap + tail).with_top({"items": [0]})
-            frame = Document.parse(frame.to_bytes(), self.source)
-            whole = replace(frame, chunks=("- 0\n",)).with_chunks(chunks)
-            free = frame.chunks[0].removeprefix("- 0").removeprefix("\n")  # comments below `[]`
-            last = _yaml_fitted(whole.chunks[-1], free, read_chunk(whole.chunks[-1]), 0)
-            return replace(whole, chunks=(*whole.chunks[:-1], last))
+        if chunks and not self.chunks:  # all of such a file is head
+            return self.with_top({"items": [0]}).with_chunks(chunks)
         known, pieces = set(self.chunks), list(chunks)
         for place, chunk in enumerate(chunks):
             if chunk not in known and (by := self.column - _yaml_column(chunk)):
                 text = re.sub(rf"(?m)^ {{0,{max(-by, 0)}}}", " " * by, chunk)
                 text = re.sub(r"(?m)^ +$", "", text)
                 pieces[place] = _yaml_fitted(text, "", read_chunk(chunk), self.column)
-        above, made = self._joined(pieces, tail)
-        if made:
-            ended = _yaml_ended(made, tail)
-            whole = replace(self, head=self.head + above, chunks=ended, tail=tail)
-            _ = whole.top  # raises where head and tail do not fit together
-            return whole
-        whole = replace(self, head=self.head + above + tail, chunks=(), tail="")
-        return Document.parse(whole.with_top({"items": []}).to_bytes(), self.source)
+        free = self._free(pieces)
+        head = self.head + (f"{free[-1]}\n\n" if -1 in free else "")
+        if not pieces:
+            return replace(self, head=head + tail, chunks=(), tail="").with_top({"items": []})
+        apart = len(self.chunks) > 1 and self.chunks[-2].endswith("\n\n")
+        met, made, rest = {*itertools.pairwise((*self.chunks, ""))}, list[str](), ""
+        for at, (piece, following) in enumerate(itertools.pairwise((*pieces, ""))):
+            if (piece, following) in met and at not in free:
+                rest = ""
+                made.append(piece)
+                continue
+            had, below = piece.endswith("\n\n"), (following or tail)[:1]
+            rest = "\n" * (had or apart if following else had and below == "#")
+            if at in free:
+                rest = f"\n{free[at]}\n" + "\n" * (below not in ("", "\n"))
+            body, value = piece.rstrip("\n") + "\n", read_chunk(piece)
+            made.append(_yaml_fitted(body, rest, value, self.column) if following else body)
+        whole = replace(self, head=head)._ended(made, rest + tail, read_chunk(pieces[-1]))
+        _ = whole.top  # raises where head and tail do not fit together
+        return whole
 
     def render_chunk(self, item: Mapping[str, object]) -> str:
         """The chunk of a new item, in this file's indentation; keys that hold None are left out."""
         return _yaml_fitted("", "", _yaml_changed({}, item), self.column)
 
-    def _joined(self, pieces: Sequence[str], tail: str) -> tuple[str, tuple[str, ...]]:
-        """The comments that come to stand above all items, and the pieces as they follow here."""
-        own = set(self.chunks)
-        # An edited piece follows on its item's earlier one.
-        names = (piece if piece in own else _yaml_name(piece) for piece in pieces)
-        places = {name: at for at, name in enumerate(names)}
-        free: dict[int, str] = {}  # comments, by the place of the piece they are to follow
-        place, last = -1, cast(int | None, None)
+    def _free(self, pieces: Sequence[str]) -> dict[int, str]:
+        """The comments that belong to no item and would go, by the place they are to stay behind
+        (-1: above all)."""
+        places = {_yaml_name(piece): at for at, piece in enumerate(pieces)}
+        free, place = dict[int, str](), -1
         for chunk in self.chunks:
-            last = places.get(chunk, places.get(_yaml_name(chunk)))
-            place = place if last is None else last
-            rest = "" if last is not None else chunk[len(_yaml_own_text(chunk)) :].strip("\n")
-            if rest and chunk is not self.chunks[-1]:
+            if (found := places.get(_yaml_name(chunk))) is not None:
+                place = found
+            elif rest := chunk[len(_yaml_own_text(chunk)) :].strip("\n"):
                 free[place] = f"{free[place]}\n\n{rest}" if place in free else rest
-        ending = self.chunks[-1] if last is None else pieces[last]
-        end = ending[len(_yaml_own_text(ending)) :]  # what stands behind the last item
-        apart = len(self.chunks) > 1 and self.chunks[-2].endswith("\n\n")
-        met = dict(itertools.pairwise((*self.chunks, "")))
-        made: list[str] = []
-        for at, (piece, following) in enumerate(itertools.pairwise((*pieces, ""))):
-            if met.get(piece) == following and at not in free:
-                made.append(piece)
-                continue
-            body = _yaml_own_text(piece) if at == last else piece
-            had, below = body.endswith("\n\n"), following or end + tail
-            rest = "\n" * (had or apart if following else had and below[:1] == "#")
-            if at in free:
-                rest = f"\n{free[at]}\n" + "\n" * (below[:1] not in ("", "\n"))
-            rest += "" if following else end
-            body = body.rstrip("\n") + "\n"
-            made.append(_yaml_fitted(body, rest, read_chunk(piece), self.column))
-        above = f"{free[-1]}\n\n" if -1 in free else ""
-        return above if pieces else above + end, tuple(made)
+        return free
+
+    def _ended(self, chunks: Sequence[str], tail: str, value: object) -> Document:
+        """This file with other chunks and another tail: what stands behind the last item, which is
+        to read as `value`, is the tail's, and no text of it."""
+        last = chunks[-1] + "\n" * (bool(tail) and not chunks[-1].endswith("\n"))
+        lead = cast(re.Match[str], re.match(r"(?: *(?:#.*)?(?:\n|\Z))*", tail))[0]
+        text = _yaml_fitted(last, lead, value, self.column)
+        own = _yaml_own_text(text)
+        below = text[len(own) :] + tail[len(lead) :]
+        return replace(self, chunks=(*chunks[:-1], own), tail=below)
 
 
 _YAML_ITEMS = re.compile(r"""(?:items|'items'|"items") *:(?: *| +#.*)\n?$""")
@@ -1062,13 +1058,6 @@ def _yaml_name(chunk: str) -> object:
     item = read_chunk(chunk)
     found = item.get("id") if isinstance(item, dict) else None
     return found if isinstance(found, str) else chunk
-
-
-def _yaml_ended(chunks: tuple[str, ...], tail: str) -> tuple[str, ...]:
-    """The chunks, a line break at the end of the last one if something is to follow."""
-    if chunks and tail and not chunks[-1].endswith("\n"):
-        return (*chunks[:-1], chunks[-1] + "\n")
-    return chunks
 
 
 def _yaml_fitted(body: str, rest: str, value: object, column: int) -> str:
