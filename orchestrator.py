@@ -52,7 +52,16 @@ import stat
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    Callable,
+    Collection,
+    Container,
+    Generator,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta, tzinfo
@@ -3937,7 +3946,8 @@ COMMIT_PAUSE_S = 30.0  # between tries of a phase commit that met trouble
 COMMIT_GIVE_UP_S = 300.0  # then a run that can do nothing else halts
 
 Clock = Callable[[], datetime]
-Check = Callable[["Attempt", Sequence[Sequence[str]]], str | None]
+Checks = Sequence[Sequence[str]]
+Check = Callable[["Attempt", Checks], str | None]
 
 
 # ---- Log and terminal ----------------------------------------------------------------------------
@@ -4117,6 +4127,10 @@ class Aftermath(NamedTuple):
         return sorted(change.after.path for change in self.changes)
 
 
+# Gives checks that are to be run, takes why they failed, ends with what became of the phase.
+Conclusion = Generator[Checks, str | None, "Applied | str"]
+
+
 class Held(str):
     """Why a phase that is finished cannot be committed now, which is not its doing: the journal
     keeps its result, and the next start tries again."""
@@ -4126,8 +4140,8 @@ class Ledger:
     """Everything a run writes: decisions, worklog and commits. Synchronous, for one thread.
 
     The order at the end of a phase (compare, hooks, checks, decide, journal, save, worklog, commit)
-    makes every crash point one that `recover` can finish; `conclude` has it. `check` runs the
-    checks of an attempt to their end: see `run_verify`.
+    makes every crash point one that `recover` can finish; `conclude` has it. `check` runs
+    checks for `recover`.
     """
 
     def __init__(self, space: Workspace, run_id: str, clock: Clock, check: Check) -> None:
@@ -4308,11 +4322,11 @@ class Ledger:
         line = {"token": attempt.token, "pid": pid, "since": since}
         self.store.note({"process": line}, flush=False)
 
-    def conclude(self, attempt: Attempt, result: PhaseResult) -> Applied | str:
+    def conclude(self, attempt: Attempt, result: PhaseResult) -> Conclusion:
         """After the agent: compare → hooks → checks → decide → journal → save → worklog → commit.
 
-        Returns a text instead, and nothing is decided, where the attempt has failed after all, or
-        is Held.
+        Ends with a text, and nothing is decided, where the attempt has failed after all, or is
+        Held. Others have the ledger while checks run: see `resume`.
         """
         seen, message = self.compare(attempt), ""
         summary, kind = result.commit_summary or result.summary, _commit_type(attempt, result)
@@ -4322,7 +4336,7 @@ class Ledger:
             why = _with_salvage_note(why, self._salvage(attempt, seen))
             told, result = attempt.told("blocked", why, kind), result._replace(context=why)
         else:
-            passed = self._pass(attempt, result, told, seen)
+            passed = yield from self._pass(attempt, result, told, seen)
             if isinstance(passed, str):
                 return passed
             seen, told, entries, message = passed
@@ -4528,7 +4542,7 @@ class Ledger:
 
     def _pass(
         self, attempt: Attempt, result: PhaseResult, told: MessageEntry, seen: Aftermath
-    ) -> tuple[Aftermath, MessageEntry, list[Entry], str] | str:
+    ) -> Generator[Checks, str | None, tuple[Aftermath, MessageEntry, list[Entry], str] | str]:
         """Hooks, then checks, and again while the work tree is not just what is to be committed: so
         the checks have passed on that. Or why the attempt has failed.
         """
@@ -4544,7 +4558,7 @@ class Ledger:
                 if isinstance(judged, str):
                     return judged
                 _, hook, _, entries, message = judged
-            if checks and (trouble := self.check(attempt, checks)) is not None:
+            if checks and (trouble := (yield checks)) is not None:
                 cannot = isinstance(trouble, CannotRun)
                 return self._hold(attempt, result, trouble) if cannot else trouble
             if checks or hook:  # what they did to the work tree is the phase's, too
@@ -4637,9 +4651,11 @@ class Ledger:
         gone = [c for c in self._changes(kept.tree, now.tree) if was.get(c.after.path) == c.after]
         self.repo.restore(kept, gone)  # set aside meanwhile, by a stash or a checkout
         follow_ups = tuple(FollowUp(*one) for one in held["result"]["follow_ups"])
-        verdict = self.conclude(
-            attempt, PhaseResult(**{**held["result"], "follow_ups": follow_ups})
-        )
+        result = PhaseResult(**{**held["result"], "follow_ups": follow_ups})
+        steps = self.conclude(attempt, result)
+        checks, verdict = resume(steps)
+        while checks is not None:
+            checks, verdict = resume(steps, self.check(attempt, checks))
         if isinstance(verdict, Held):
             raise OrchestratorError(verdict)
         if isinstance(verdict, str):
@@ -4929,6 +4945,14 @@ class Ledger:
         )
 
 
+def resume(steps: Conclusion, trouble: str | None = None) -> tuple[Checks | None, Applied | str]:
+    """Go on to the next checks, or, without any, to the end; `trouble`: how the last ones went."""
+    try:
+        return steps.send(trouble), ""
+    except StopIteration as end:
+        return None, end.value
+
+
 def salvage_stem(item_id: str, phase: str) -> str:
     """What the names of the refs begin with that keep what attempts at a phase left."""
     return f"{SALVAGE_REFS}{safe_name(item_id)}/{safe_name(phase)}/"
@@ -5098,6 +5122,7 @@ class Run:
         self.hurry = asyncio.Event()  # and without grace
         space.repo.hurried = self.hurry.is_set
         self.halting = asyncio.Event()  # start nothing more
+        self.checking = asyncio.Lock()  # checks want the work tree, and ports, for themselves
         self.running: dict[str, Running] = {}
         self.workers: set[asyncio.Task[None]] = set()
         self.matched: set[str] = set()  # ids the filters ever matched
@@ -5119,7 +5144,7 @@ class Run:
             loop.add_signal_handler(number, self._on_signal, number)
         self.coordinator.start()
         try:
-            self.ledger = await self.do(self.open_ledger, self._check)
+            self.ledger = await self.do(self.open_ledger, self._check_at_start)
             for applied in self.ledger.recovered:
                 self._count(applied)
             await self.do(self.ledger.take_up, self.options.overridden)
@@ -5491,7 +5516,10 @@ class Run:
             self._tell(attempt.task, warning)
         if result is None or result.result == "failed":
             return failure_text(outcome)
-        verdict = await self.do(self.book.conclude, attempt, result)
+        steps = self.book.conclude(attempt, result)
+        checks, verdict = await self.do(resume, steps)
+        while checks is not None:
+            checks, verdict = await self.do(resume, steps, await self._check(attempt, checks))
         if isinstance(verdict, Applied) and result.result != "blocked":
             self.totals.exhausted_in_a_row = 0
         return verdict
@@ -5506,12 +5534,16 @@ class Run:
         self.totals.phases -= 1  # it goes on where it is now
         return True
 
-    def _check(self, attempt: Attempt, commands: Sequence[Sequence[str]]) -> str | None:
-        """For the coordinator's thread, which waits: run the checks of an attempt."""
+    def _check_at_start(self, attempt: Attempt, checks: Checks) -> str | None:
+        """For the coordinator's thread, which waits: nothing else is to be done yet."""
+        return asyncio.run_coroutine_threadsafe(self._check(attempt, checks), self.loop).result()
+
+    async def _check(self, attempt: Attempt, checks: Checks) -> str | None:
         if running := self.running.get(attempt.task.item_id):  # a start has none
-            running.seen = Progress(f"checks: {'; '.join(map(command_text, commands))}")
-        verdict = run_verify(self._spec(attempt), commands, stop=self.stopping, hurry=self.hurry)
-        return asyncio.run_coroutine_threadsafe(verdict, self.loop).result()
+            running.seen = Progress(f"checks: {'; '.join(map(command_text, checks))}")
+        async with self.checking:
+            spec = self._spec(attempt)
+            return await run_verify(spec, checks, stop=self.stopping, hurry=self.hurry)
 
     def _prompt(self, attempt: Attempt, most: int, failure: str, salvaged: str | None) -> str:
         task, root = attempt.task, self.space.repo.root
