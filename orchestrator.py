@@ -4150,7 +4150,7 @@ class Ledger:
         self.rules = rules_of(self.config)
         self.run_id = run_id
         self.clock = clock
-        self.branch = self.repo.branch()
+        self.branch: str | None = None  # the run's
         self.worklog_dir = self.repo.root / WORKLOG_DIR
         self.ground: Snapshot | None = None  # the last one that was taken while no agent worked
         self.committed: bytes | None = None  # what HEAD holds of the file after a state commit
@@ -5104,15 +5104,17 @@ class Run:
         options: RunOptions,
         live: LiveLine,
         run_id: str,
-        open_ledger: Callable[[Check], Ledger],
+        *,
+        allow_dirty: bool,
     ) -> None:
         self.space = space
         self.config = space.config
         self.options = options
         self.live = live
         self.run_id = run_id
-        self.open_ledger = open_ledger  # recovers, checks, opens the journal
-        self.ledger: Ledger | None = None  # None: the run has not begun
+        self.allow_dirty = allow_dirty
+        self.ledger = Ledger(space, run_id, utc_now, self._check_at_start)
+        self.begun = False  # from then on it ends with a halt commit
         self.totals = Totals()
         self.reason: HaltReason | None = None  # None: an error ended the run
         self.saved = False
@@ -5144,7 +5146,8 @@ class Run:
             loop.add_signal_handler(number, self._on_signal, number)
         self.coordinator.start()
         try:
-            self.ledger = await self.do(self.open_ledger, self._check_at_start)
+            await self.do(begin_run, self.ledger, allow_dirty=self.allow_dirty)
+            self.begun = True
             for applied in self.ledger.recovered:
                 self._count(applied)
             await self.do(self.ledger.take_up, self.options.overridden)
@@ -5163,7 +5166,7 @@ class Run:
         if self.stopping.is_set():
             log().warning("ending the agents at once")
             self.hurry.set()
-            if self.ledger is None:  # a start that hangs: a third signal ends it
+            if not self.begun:  # a start that hangs: a third signal ends it
                 asyncio.get_running_loop().remove_signal_handler(number)
         else:
             log().warning(
@@ -5176,7 +5179,7 @@ class Run:
     async def _shut_down(self) -> None:
         """Agents, their results, the batch, the coordinator, and only then the halt commit."""
         ledger = self.ledger
-        if ledger is None:  # nothing was begun, so there is nothing to save
+        if not self.begun:  # so there is nothing to save
             await self.coordinator.close(lambda: False)
             return
         try:
@@ -5215,7 +5218,7 @@ class Run:
     def warnings(self) -> list[str]:
         """Git trouble at the halt: what is not in history yet, and what becomes of it."""
         texts = []
-        if self.ledger is not None and (pending := self.ledger.pending):
+        if self.begun and (pending := self.ledger.pending):
             names = ", ".join(outcome.told.tag for outcome in pending)
             texts.append(f"not committed yet, but kept in the journal for the next run: {names}")
         if self.state_commit is not None and self.state_commit.warning:
@@ -5232,24 +5235,18 @@ class Run:
     # -- one turn ----------------------------------------------------------------------------------
 
     @property
-    def book(self) -> Ledger:
-        if self.ledger is None:
-            raise RuntimeError("the run has not begun")
-        return self.ledger
-
-    @property
     def backlog(self) -> Backlog:
         """The state as last decided; immutable, so nobody has to wait for it."""
-        return self.book.store.backlog
+        return self.ledger.store.backlog
 
     async def _work(self) -> HaltReason:
         """Look, decide, start, wait, until there is a reason to halt."""
         self.ticker = asyncio.create_task(self._tick())
-        for agent, pause in self.book.pauses().items():
+        for agent, pause in self.ledger.pauses().items():
             if pause.until > self._now():
                 log().info("%s %s (%s)", agent, self._rest_text(pause), pause.reason)
         while True:
-            await self.do(self.book.take_in)
+            await self.do(self.ledger.take_in)
             self._look_for_stop()
             if self.options.filters:
                 self.matched |= matching(self.backlog, self.options.filters)
@@ -5261,10 +5258,10 @@ class Run:
                 offered = self._offered(resting)
             if not await self._start(offered):
                 await self._wait()
-            await self.do(self.book.commit, patient=True)
-            since, trouble = self.book.troubled_since, self.book.held
+            await self.do(self.ledger.commit, patient=True)
+            since, trouble = self.ledger.troubled_since, self.ledger.held
             if since and not self.running and time.monotonic() - since >= COMMIT_GIVE_UP_S:
-                trouble = self.book.commit_trouble  # what waits for the commit never starts
+                trouble = self.ledger.commit_trouble  # what waits for the commit never starts
             if trouble and not self.breaker:
                 log().error("%s", trouble)
                 self.breaker = trouble
@@ -5349,17 +5346,17 @@ class Run:
 
         A phase that changes code starts from committed ground: not while anything is pending.
         """
-        if self.book.store.trouble:
+        if self.ledger.store.trouble:
             return False
         promotions = [action.item_id for action in offered if isinstance(action, Promote)]
         for item_id in promotions:
-            applied = await self.do(self.book.promote, item_id)
+            applied = await self.do(self.ledger.promote, item_id)
             if applied.state == "blocked":
                 self._count(applied)
         for task in offered:
             if isinstance(task, Promote) or self.cap_reached():
                 continue
-            uncommitted = task.phase.destructive and bool(self.book.pending)
+            uncommitted = task.phase.destructive and bool(self.ledger.pending)
             rests = agent_of(self.config, task.phase) in self._resting()
             item = self.backlog.items.get(task.item_id)  # None: deleted by hand since the choice
             if item is None or uncommitted or rests:
@@ -5396,13 +5393,13 @@ class Run:
         One attempt: snapshot → agent → compare → hooks → checks → decide → journal → save → worklog
         → commit; what comes behind the agent is `Ledger.conclude`.
         """
-        book, most = self.book, self.config.execution.max_retries + 1
+        ledger, most = self.ledger, self.config.execution.max_retries + 1
         item = self.backlog.items.get(task.item_id)
         first = (item.get("attempts") or 0) + 1 if item else 1
         failure, salvaged = self.failures.pop(task.item_id, ""), None
         attempt: Attempt | None = None
         for number in itertools.count(min(first, most)):
-            attempt = await self.do(book.begin_attempt, task, number, attempt)
+            attempt = await self.do(ledger.begin_attempt, task, number, attempt)
             if attempt is None:
                 self._tell(task, "not started: the item was deleted or moved meanwhile")
                 return None
@@ -5424,14 +5421,14 @@ class Run:
                 if number >= most:
                     self.totals.exhausted_in_a_row += 1
                     reason = f"{task.name} failed after {plural(most, 'attempt')}: {failure}"
-                    return await self.do(book.give_up, attempt, reason, outcome.result)
-                salvaged = await self.do(book.fail, attempt)
+                    return await self.do(ledger.give_up, attempt, reason, outcome.result)
+                salvaged = await self.do(ledger.fail, attempt)
             finally:  # said once it is charged: nobody is told what a crash would take back
                 text = f"attempt {number} of {most} failed: {one_line(failure, 300)}"
                 self._tell(task, text)
             if await self._put_off(task, retry_delay_s(self.config, number)):
                 self.failures[task.item_id] = failure
-                await self.do(book.cancel, attempt)
+                await self.do(ledger.cancel, attempt)
                 return None
         raise AssertionError("the last attempt returns")
 
@@ -5446,7 +5443,7 @@ class Run:
             stop=self.stopping,
             hurry=self.hurry,
             started=lambda pid, since: self.coordinator.post(
-                self.book.note_process, attempt, pid, since
+                self.ledger.note_process, attempt, pid, since
             ),
             progress=lambda seen: self._note_progress(running, seen),
         )
@@ -5466,13 +5463,13 @@ class Run:
         """
         task, agent = attempt.task, agent_of(self.config, attempt.task.phase)
         if outcome.kind == "cancelled":
-            await self.do(self.book.cancel, attempt)
+            await self.do(self.ledger.cancel, attempt)
             self._say(task, f"interrupted ({outcome.detail}); the next run starts it again")
         elif outcome.kind == "limited":
-            await self.do(self.book.cancel, attempt)
+            await self.do(self.ledger.cancel, attempt)
             await self._rest(task, outcome)
         elif await self._ended_free(attempt, outcome):
-            await self.do(self.book.cancel, attempt)
+            await self.do(self.ledger.cancel, attempt)
             self.totals.free_ends += 1
             self.free.setdefault((agent, task.item_id), False)
             if outcome.trouble == "refused":
@@ -5497,16 +5494,16 @@ class Run:
             return False
         if self.free.get((agent_of(self.config, attempt.task.phase), attempt.task.item_id)):
             return False
-        return await self.do(self.book.left_nothing, attempt)
+        return await self.do(self.ledger.left_nothing, attempt)
 
     async def _has_worked(self, task: Task, outcome: AgentOutcome) -> None:
         """An agent rests no longer, and its free ends with other items were these items' fault."""
         agent = agent_of(self.config, task.phase)
         self.free.pop((agent, task.item_id), None)
         self.free.update({key: True for key in self.free if key[0] == agent})
-        pause = self.book.pauses().get(agent)
+        pause = self.ledger.pauses().get(agent)
         if pause is not None and self._now() - outcome.seconds >= pause.until:
-            await self.do(self.book.rest, agent, None)
+            await self.do(self.ledger.rest, agent, None)
             log().info("%s works again", agent)
 
     async def _judge(self, attempt: Attempt, outcome: AgentOutcome) -> Applied | str:
@@ -5516,7 +5513,7 @@ class Run:
             self._tell(attempt.task, warning)
         if result is None or result.result == "failed":
             return failure_text(outcome)
-        steps = self.book.conclude(attempt, result)
+        steps = self.ledger.conclude(attempt, result)
         checks, verdict = await self.do(resume, steps)
         while checks is not None:
             checks, verdict = await self.do(resume, steps, await self._check(attempt, checks))
@@ -5529,7 +5526,7 @@ class Run:
         with suppress(TimeoutError):
             await asyncio.wait_for(self.halting.wait(), delay)
             return True
-        if agent_of(self.config, task.phase) not in self.book.pauses():
+        if agent_of(self.config, task.phase) not in self.ledger.pauses():
             return self._look_for_stop()
         self.totals.phases -= 1  # it goes on where it is now
         return True
@@ -5556,9 +5553,9 @@ class Run:
             attempts=most,
             result_path=attempt_file(root, "results", task, attempt.token),
             change_dir=change_dir,
-            previous_summary=last_summary(self.book.worklog(), task.item_id),
+            previous_summary=last_summary(self.ledger.worklog(), task.item_id),
             failure=failure,
-            salvage_ref=salvaged or self.book.last_salvage(task),
+            salvage_ref=salvaged or self.ledger.last_salvage(task),
             documents=documents_in(change_dir, root),
             backlog=self.backlog,
         )
@@ -5583,7 +5580,7 @@ class Run:
     # -- agents that rest --------------------------------------------------------------------------
 
     def _now(self) -> float:
-        return self.book.clock().timestamp()
+        return self.ledger.clock().timestamp()
 
     def _resting(self) -> set[str]:
         """The agents that may not be started just now.
@@ -5593,7 +5590,7 @@ class Run:
         """
         busy = {agent_of(self.config, one.task.phase) for one in self.running.values()} - {""}
         waking = {agent for agent in busy - self.awake if PROFILES[agent].starts_alone}
-        now, pauses = self._now(), self.book.pauses()
+        now, pauses = self._now(), self.ledger.pauses()
         return waking | {a for a, pause in pauses.items() if now < pause.until or a in busy}
 
     async def _rest(self, task: Task, outcome: AgentOutcome) -> None:
@@ -5617,7 +5614,7 @@ class Run:
 
         For the coordinator: two agents may meet a limit at once.
         """
-        before = self.book.pauses().get(agent)
+        before = self.ledger.pauses().get(agent)
         pause = pause_after(outcome, agent, before, self.config, self._now())
         if outcome.kind == "limited":
             goes_on = self.config.execution.on_usage_limit == "wait"
@@ -5625,7 +5622,7 @@ class Run:
         else:
             goes_on = pause.strikes < FREE_ENDS_IN_A_ROW
         if goes_on:
-            self.book.rest(agent, pause)
+            self.ledger.rest(agent, pause)
         return before, pause, goes_on
 
     def _rest_text(self, pause: AgentPause) -> str:
@@ -5683,7 +5680,7 @@ class Run:
         ]
         doing += [
             f"{pause.agent} rests, {human_duration(pause.until - self._now())} left"
-            for pause in self.book.pauses().values()
+            for pause in self.ledger.pauses().values()
             if pause.until > self._now()
         ]
         seen = [one.seen for one in self.running.values() if one.seen]
@@ -5923,14 +5920,15 @@ def new_run_id() -> str:
     return f"{utc_now():%Y%m%dT%H%M%S}-{os.urandom(3).hex()}"
 
 
-def begin_run(space: Workspace, run_id: str, check: Check, *, allow_dirty: bool) -> Ledger:
+def begin_run(ledger: Ledger, *, allow_dirty: bool) -> None:
     """Recover what the last run left, check everything, and open the journal of a new run.
 
-    The run lock is held by the caller. From here on the run ends with a halt commit.
-    Raises OrchestratorError with every problem at once.
+    The run lock is held by the caller. Raises OrchestratorError with every problem at once.
     """
+    space, run_id = ledger.space, ledger.run_id
     repo, store, last = space.repo, space.store, space.journal()
     head = repo.head()
+    ledger.branch = head.branch
     _refuse(_head_problems(space, head, last))
     if last is not None:
         pairs = [pair for line in last.attempts.values() for pair in line.get("processes", ())]
@@ -5939,7 +5937,6 @@ def begin_run(space: Workspace, run_id: str, check: Check, *, allow_dirty: bool)
     space.add_output()
     repo.bring_out(f"{repo.prefix}{WORKLOG_DIR}/")
     store.look()
-    ledger = Ledger(space, run_id, utc_now, check)
     if last is not None:
         repo.hook_env = {RUN_MARK: last.run["id"]}  # the one that the journal names
         ledger.recover()
@@ -5950,7 +5947,6 @@ def begin_run(space: Workspace, run_id: str, check: Check, *, allow_dirty: bool)
     run = {"id": run_id, "branch": head.branch, "head": head.commit}
     repo.hook_env = {RUN_MARK: run_id}
     store.begin(run, repo.committed(head.commit, repo.relative(store.path)))
-    return ledger
 
 
 def end_leftovers(run_id: str, known: Mapping[int, int] | None = None) -> None:
@@ -6129,14 +6125,13 @@ def cmd_run(args: argparse.Namespace) -> int:
         become_subreaper()
         live = LiveLine(sys.stderr.isatty() and not args.quiet)
         set_up_logging(args, live)
-        start = partial(begin_run, space, run_id, allow_dirty=args.allow_dirty)
-        run = Run(space, options, live, run_id, start)
+        run = Run(space, options, live, run_id, allow_dirty=args.allow_dirty)
         failed = True
         try:
             asyncio.run(run.conduct())
             failed = False
         except (OrchestratorError, BacklogError, GitError, YamlError, OSError) as error:
-            if run.ledger is None:  # it has not begun
+            if not run.begun:
                 raise
             log().error("%s", error)
         except Exception:
@@ -6210,7 +6205,7 @@ def summary_of(space: Workspace, run: Run, code: int) -> dict[str, Any]:
     ended = [(row["item"], row["phase"]) for row in log_rows if row["outcome"] == "complete"]
     finished = {(safe_name(item_id), safe_name(phase)) for item_id, phase in ended}
     waiting = (f"{text}; it waits" for text in space.store.state.complaints())
-    made = run.book.kept
+    made = run.ledger.kept
     kept = [row for row in salvages(space) if row["ref"] in made] if made else []
     commits = {row["item"]: row["commit"] for row in reversed(log_rows)}
     commits |= {item_id: row["commit"] for item_id, row in checks.items()}  # of its code
@@ -6253,7 +6248,7 @@ def summary_of(space: Workspace, run: Run, code: int) -> dict[str, Any]:
         "targets": list(options.targets),
         "state_commit": done.commit if done and done.outcome == "committed" else None,
         "kept": [row for row in kept if (row["item"], row["phase"]) not in finished],
-        "warnings": [*run.warnings(), *run.book.remarks, *waiting],
+        "warnings": [*run.warnings(), *run.ledger.remarks, *waiting],
         "counts": count_by_status(items.values()),
         "next": next_steps(run.reason, items, options.targets, program_name(), detail),
     }
