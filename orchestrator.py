@@ -888,13 +888,13 @@ def select_actions(
     only: Container[str] | None = None,
     target: str | None = None,
     resting: Collection[str] = (),
-    last: Collection[str] = (),
+    behind: Collection[str] = (),
 ) -> list[Action]:
     """What could be started now, best first: promotions, then tasks for the free slots.
 
     `only` and `target` limit which items may be acted on, and whose work in progress counts;
     dependencies are judged on the whole backlog. A target is not held back by max_wip and
-    max_concurrent. Tasks for the agents in `resting` are passed over. `last` are ids on which an
+    max_concurrent. Tasks for the agents in `resting` are passed over. `behind` are ids on which an
     agent could not work: others go first, for which one place more is made, so that it shows
     whether it is the agent's fault or the item's.
     """
@@ -910,7 +910,7 @@ def select_actions(
         and not ("dependencies" in item and unmet_dependencies(items, item))
     ]
     at_work = [item["id"] for item in scope if item["status"] == "in_progress"]
-    room = limits.max_wip - len(at_work) + any(item_id in last for item_id in at_work)
+    room = limits.max_wip - len(at_work) + any(item_id in behind for item_id in at_work)
     free = limits.max_concurrent - len(running)
     if target is not None:
         able, room, free = [item for item in able if item["id"] == target], 1, 1
@@ -919,8 +919,8 @@ def select_actions(
     ready = sorted((item for item in able if item["status"] == "ready"), key=_urgency)
     due: Iterable[Task] = _due(able, config)
     due = (task for task in due if agent_of(config, task.phase) not in resting)
-    if last:
-        due = sorted(due, key=lambda task: task.item_id in last)
+    if behind:
+        due = sorted(due, key=lambda task: task.item_id in behind)
     chosen: list[Action] = []
     for task in itertools.islice(due, free):
         if not task.phase.destructive:
@@ -992,7 +992,7 @@ def actions_for(
     *,
     completed: Container[str] = (),
     resting: Collection[str] = (),
-    last: Collection[str] = (),
+    behind: Collection[str] = (),
 ) -> list[Action]:
     """`select_actions` for what a run was asked to do.
 
@@ -1013,7 +1013,7 @@ def actions_for(
         if target is None:
             return []
     return select_actions(
-        backlog, running, config, only=only, target=target, resting=resting, last=last
+        backlog, running, config, only=only, target=target, resting=resting, behind=behind
     )
 
 
@@ -4159,7 +4159,7 @@ class Ledger:
         self.commit_again = 0.0  # monotonic seconds; see `commit`
         self.commit_trouble = ""  # the last complaint of `commit`, so that it is made once
         self.troubled_since = 0.0  # monotonic seconds; 0: there is none
-        self.held = ""  # why a hook keeps documents from being committed
+        self.refused = ""  # why a hook keeps documents from being committed
         self.recovered: list[Applied] = []  # what a start has finished for the last run
         self.kept: list[str] = []  # the salvage refs made
         self.remarks: list[str] = []  # what the summary is to say of the operator's own files
@@ -4547,7 +4547,7 @@ class Ledger:
         the checks have passed on that. Or why the attempt has failed.
         """
         item = self.store.backlog.items.get(attempt.task.item_id, attempt.item)
-        complete, apart = result.result == "phase_complete", list[str]()
+        complete, unlike = result.result == "phase_complete", list[str]()
         checks = checks_of(self.config, item, attempt.task.name) if complete else ()
         told = told._replace(verified=tuple(map(command_text, checks)))
         for _ in range(HOOK_ROUNDS):
@@ -4563,22 +4563,22 @@ class Ledger:
                 return self._hold(attempt, result, trouble) if cannot else trouble
             if checks or hook:  # what they did to the work tree is the phase's, too
                 seen = self.compare(attempt)
-            apart = self._apart(attempt, seen, {*entries}) if checks or hook else []
-            if apart and not checks:  # as `git commit` would have it: mended, and not added
+            unlike = self._unlike(attempt, seen, {*entries}) if checks or hook else []
+            if unlike and not checks:  # as `git commit` would have it: mended, and not added
                 log().warning(
                     "%s the hooks changed files without adding them; not committed: %s",
-                    *(attempt.tag, one_line(", ".join(apart), 300)),
+                    *(attempt.tag, one_line(", ".join(unlike), 300)),
                 )
-                self.space.add_strays(apart)
-            if not (apart and checks):
+                self.space.add_strays(unlike)
+            if not (unlike and checks):
                 return seen, told, entries, message
-        paths = one_line(", ".join(apart), 200)
+        paths = one_line(", ".join(unlike), 200)
         return (
             f"hooks and checks change what is to be committed, in {HOOK_ROUNDS} rounds each time:"
             f" {paths}. Let git ignore what only a check makes"
         )
 
-    def _apart(self, attempt: Attempt, seen: Aftermath, entries: set[Entry]) -> list[str]:
+    def _unlike(self, attempt: Attempt, seen: Aftermath, entries: set[Entry]) -> list[str]:
         """The paths in which the work tree is not what is to be committed."""
         left = {*self._outputs(attempt, seen)[0]}
         if attempt.destructive:
@@ -4587,10 +4587,10 @@ class Ledger:
         alone = {*self.repo.unshared(left)}  # in no commit: a warning names them
         left = {entry for entry in left if entry.path not in alone}
         gone = entries - left - {change.after for change in seen.changes}
-        apart = {entry.path for entry in gone | (left - entries)} - self.space.strays().keys()
+        unlike = {entry.path for entry in gone | (left - entries)} - self.space.strays().keys()
         # The operator's, but for what was changed now: `_objection` sees to that.
         theirs = seen.theirs.keys() - {*seen.paths} | {self.repo.prefix + CONFIG_NAME}
-        return sorted(apart - theirs)
+        return sorted(unlike - theirs)
 
     def _pass_hooks(
         self, attempt: Attempt, result: PhaseResult, told: MessageEntry, seen: Aftermath
@@ -4775,7 +4775,7 @@ class Ledger:
                 limit = self.config.execution.hook_timeout_seconds
                 passed = self.repo.run_hooks((), message, message_only=True, limit_s=limit)
                 if passed.outcome != "passed":
-                    self.held = f"{names}: {_hook_trouble(passed)}: {passed.output}"
+                    self.refused = f"{names}: {_hook_trouble(passed)}: {passed.output}"
                     return
                 message = passed.message
             files = {path: path.read_bytes() for path in recent_worklogs(self.worklog_dir)}
@@ -4886,7 +4886,7 @@ class Ledger:
         self.commit()
         if self.pending:
             raise OrchestratorError(
-                self.held
+                self.refused
                 or "finished phases of the last run could not be committed (see the warning above);"
                 " mend that, then start again: nothing is lost, the journal keeps them."
             )
@@ -5130,7 +5130,7 @@ class Run:
         self.matched: set[str] = set()  # ids the filters ever matched
         self.failures: dict[str, str] = {}  # item → why the attempt before an interruption failed
         # (agent, item) that had a free end → whether the agent has done another item's work since
-        self.free: dict[tuple[str, str], bool] = {}
+        self.suspects: dict[tuple[str, str], bool] = {}
         self.breaker = ""  # why the agent itself cannot work
         self.awake: set[str] = set()  # agents that have begun to work in this run
         self.ticker: asyncio.Task[None] | None = None
@@ -5259,7 +5259,7 @@ class Run:
             if not await self._start(offered):
                 await self._wait()
             await self.do(self.ledger.commit, patient=True)
-            since, trouble = self.ledger.troubled_since, self.ledger.held
+            since, trouble = self.ledger.troubled_since, self.ledger.refused
             if since and not self.running and time.monotonic() - since >= COMMIT_GIVE_UP_S:
                 trouble = self.ledger.commit_trouble  # what waits for the commit never starts
             if trouble and not self.breaker:
@@ -5289,7 +5289,7 @@ class Run:
             self.matched if self.options.filters else None,
             completed=self.totals.completed,
             resting=resting,
-            last={item_id for (_, item_id), others_work in self.free.items() if not others_work},
+            behind={item_id for (_, item_id), guilty in self.suspects.items() if not guilty},
         )
 
     def _running_tasks(self) -> dict[str, Task]:
@@ -5388,22 +5388,22 @@ class Run:
             self._count(applied)
 
     async def _attempts(self, task: Task) -> Applied | None:
-        """Run a phase until it succeeds or its attempts are used up; None: interrupted.
+        """Run a phase, and retry it, until it succeeds or no attempt is left; None: interrupted.
 
         One attempt: snapshot → agent → compare → hooks → checks → decide → journal → save → worklog
         → commit; what comes behind the agent is `Ledger.conclude`.
         """
-        ledger, most = self.ledger, self.config.execution.max_retries + 1
+        ledger, allowed = self.ledger, self.config.execution.max_retries + 1
         item = self.backlog.items.get(task.item_id)
         first = (item.get("attempts") or 0) + 1 if item else 1
         failure, salvaged = self.failures.pop(task.item_id, ""), None
         attempt: Attempt | None = None
-        for number in itertools.count(min(first, most)):
+        for number in itertools.count(min(first, allowed)):
             attempt = await self.do(ledger.begin_attempt, task, number, attempt)
             if attempt is None:
                 self._tell(task, "not started: the item was deleted or moved meanwhile")
                 return None
-            outcome = await self._run_agent(attempt, most, failure, salvaged)
+            outcome = await self._run_agent(attempt, allowed, failure, salvaged)
             if await self._interrupted(attempt, outcome):
                 self.failures[task.item_id] = failure
                 return None
@@ -5418,13 +5418,13 @@ class Run:
                 return verdict
             failure = verdict
             try:
-                if number >= most:
+                if number >= allowed:
                     self.totals.exhausted_in_a_row += 1
-                    reason = f"{task.name} failed after {plural(most, 'attempt')}: {failure}"
+                    reason = f"{task.name} failed after {plural(allowed, 'attempt')}: {failure}"
                     return await self.do(ledger.give_up, attempt, reason, outcome.result)
                 salvaged = await self.do(ledger.fail, attempt)
             finally:  # said once it is charged: nobody is told what a crash would take back
-                text = f"attempt {number} of {most} failed: {one_line(failure, 300)}"
+                text = f"attempt {number} of {allowed} failed: {one_line(failure, 300)}"
                 self._tell(task, text)
             if await self._put_off(task, retry_delay_s(self.config, number)):
                 self.failures[task.item_id] = failure
@@ -5433,10 +5433,10 @@ class Run:
         raise AssertionError("the last attempt returns")
 
     async def _run_agent(
-        self, attempt: Attempt, most: int, failure: str, salvaged: str | None
+        self, attempt: Attempt, allowed: int, failure: str, salvaged: str | None
     ) -> AgentOutcome:
         task, running = attempt.task, self.running[attempt.task.item_id]
-        prompt = await self.do(self._prompt, attempt, most, failure, salvaged)
+        prompt = await self.do(self._prompt, attempt, allowed, failure, salvaged)
         spec = self._spec(attempt)._replace(prompt=prompt, budget_usd=self._budget())
         outcome = await run_attempt(
             spec,
@@ -5471,7 +5471,7 @@ class Run:
         elif await self._ended_free(attempt, outcome):
             await self.do(self.ledger.cancel, attempt)
             self.totals.free_ends += 1
-            self.free.setdefault((agent, task.item_id), False)
+            self.suspects.setdefault((agent, task.item_id), False)
             if outcome.trouble == "refused":
                 self._trip(task, outcome.error)
             elif self.totals.free_ends >= FREE_ENDS:
@@ -5492,15 +5492,15 @@ class Run:
         """
         if outcome.kind != "failed" or outcome.trouble not in ("refused", "busy"):
             return False
-        if self.free.get((agent_of(self.config, attempt.task.phase), attempt.task.item_id)):
+        if self.suspects.get((agent_of(self.config, attempt.task.phase), attempt.task.item_id)):
             return False
         return await self.do(self.ledger.left_nothing, attempt)
 
     async def _has_worked(self, task: Task, outcome: AgentOutcome) -> None:
         """An agent rests no longer, and its free ends with other items were these items' fault."""
         agent = agent_of(self.config, task.phase)
-        self.free.pop((agent, task.item_id), None)
-        self.free.update({key: True for key in self.free if key[0] == agent})
+        self.suspects.pop((agent, task.item_id), None)
+        self.suspects.update({key: True for key in self.suspects if key[0] == agent})
         pause = self.ledger.pauses().get(agent)
         if pause is not None and self._now() - outcome.seconds >= pause.until:
             await self.do(self.ledger.rest, agent, None)
@@ -5542,7 +5542,7 @@ class Run:
             spec = self._spec(attempt)
             return await run_verify(spec, checks, stop=self.stopping, hurry=self.hurry)
 
-    def _prompt(self, attempt: Attempt, most: int, failure: str, salvaged: str | None) -> str:
+    def _prompt(self, attempt: Attempt, allowed: int, failure: str, salvaged: str | None) -> str:
         task, root = attempt.task, self.space.repo.root
         change_dir = item_folder(root, attempt.item)
         return build_prompt(
@@ -5550,7 +5550,7 @@ class Run:
             task,
             self.config,
             attempt=attempt.number,
-            attempts=most,
+            attempts=allowed,
             result_path=attempt_file(root, "results", task, attempt.token),
             change_dir=change_dir,
             previous_summary=last_summary(self.ledger.worklog(), task.item_id),
