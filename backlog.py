@@ -921,7 +921,7 @@ class Document:
         hole = found.keys["items"].end - 1
         head, tail = "\n".join([*lines[:hole], ""]), "\n".join(lines[hole + 1 :])
         made = replace(self, head=head, chunks=("- 0\n",), tail=tail)
-        return made._ended(self.chunks, tail, self.items[-1]) if self.chunks else made
+        return made._ended(self.chunks, tail, read_chunk(self.chunks[-1])) if self.chunks else made
 
     def with_item(
         self, index: int, changes: Mapping[str, object], order: Sequence[str] = ()
@@ -989,11 +989,13 @@ class Document:
     def _free(self, pieces: Sequence[str]) -> dict[int, str]:
         """The comments that belong to no item and would go, by the place they are to stay behind
         (-1: above all)."""
-        places = {_yaml_name(piece): at for at, piece in enumerate(pieces)}
-        free, place = dict[int, str](), -1
+        own, free, place = set(self.chunks), dict[int, str](), -1
+        # An edited piece follows on its item's earlier one.
+        places = {p if p in own else _yaml_name(p): at for at, p in enumerate(pieces)}
         for chunk in self.chunks:
-            if (found := places.get(_yaml_name(chunk))) is not None:
-                place = found
+            name = chunk if chunk in places else _yaml_name(chunk)
+            if name in places:
+                place = places[name]
             elif rest := chunk[len(_yaml_own_text(chunk)) :].strip("\n"):
                 free[place] = f"{free[place]}\n\n{rest}" if place in free else rest
         return free
