@@ -1041,6 +1041,7 @@ def _yaml_cuts(lines: list[str]) -> list[int]:
     return cuts
 
 
+@lru_cache(maxsize=100)  # the last items of many versions are few
 def _yaml_own_text(chunk: str) -> str:
     """What of a chunk belongs to its item: not blank lines and comments behind it, but comments
     directly below that are deeper than its dash."""
