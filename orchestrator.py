@@ -3175,6 +3175,8 @@ class Process(NamedTuple):
 
 def processes(only: int = 0) -> dict[int, Process]:
     """Every process that can be seen, by pid, or `only` that one; from `ps` without a /proc."""
+    import subprocess
+
     table = {}
     if ON_LINUX:
         for pid in [only] if only else [int(one) for one in os.listdir("/proc") if one.isdecimal()]:
@@ -3183,8 +3185,9 @@ def processes(only: int = 0) -> dict[int, Process]:
                 alive = row[0] not in (b"Z", b"X")
                 table[pid] = Process(pid, int(row[1]), int(row[2]), alive, int(row[19]))
         return table
-    columns = ("pid=", "ppid=", "pgid=", "stat=", "lstart=")
-    for line in _ps("-ax", *(word for column in columns for word in ("-o", column))):
+    command = ["ps", "-ax", *(f"-o{name}=" for name in ("pid", "ppid", "pgid", "stat", "lstart"))]
+    told = subprocess.run(command, env={**os.environ, "LC_ALL": "C"}, stdout=subprocess.PIPE)
+    for line in told.stdout.decode().splitlines():
         *ids, state, since = line.split(None, 4)
         pid, ppid, group = map(int, ids)
         begun = int(time.mktime(time.strptime(since.strip(), "%a %b %d %H:%M:%S %Y")))
@@ -3201,24 +3204,10 @@ def _proc(pid: int, name: str) -> bytes:
         return b""
 
 
-def _ps(*options: str) -> list[str]:
-    import subprocess
-
-    env = {**os.environ, "LC_ALL": "C"}
-    done = subprocess.run(["ps", *options], env=env, stdin=subprocess.DEVNULL, capture_output=True)
-    return done.stdout.decode(errors="replace").splitlines()
-
-
-def _marked(variable: str, table: Iterable[int]) -> set[int]:
-    """The processes whose environment holds a variable (NAME=value)."""
-    if ON_LINUX:
-        mark = os.fsencode(variable)
-        return {pid for pid in table if mark in _proc(pid, "environ").split(b"\0")}
-    # The environment follows the command; macOS shows it for processes of the same user only.
-    options = ("-axwwE", "-o", "pid=", "-o", "command=")
-    lines = _ps(*options) if sys.platform == "darwin" else _ps("axeww", "-o", "pid=,args=")
-    wanted = re.compile(rf"(?<!\S){re.escape(variable)}(?!\S)")
-    return {int(line.split(None, 1)[0]) for line in lines if wanted.search(line)}
+def _marked(variable: str, pids: Iterable[int]) -> set[int]:
+    """Those whose environment holds a variable (NAME=value), where there is a /proc."""
+    mark = os.fsencode(variable)
+    return {pid for pid in pids if mark in _proc(pid, "environ").split(b"\0")}
 
 
 def _family(roots: Iterable[int], table: Mapping[int, Process]) -> set[int]:
@@ -3238,36 +3227,29 @@ def become_subreaper() -> None:
 
     pr_set_child_subreaper, us = 36, os.getpid()  # linux/prctl.h
     if ON_LINUX and ctypes.CDLL(None).prctl(pr_set_child_subreaper, 1, 0, 0, 0) == 0:
-        if not _is_subreaper():
+        if os.environ.get(OWN_MARK) != str(us):
             _SPARED.update((one.pid, one.start) for one in processes().values() if one.ppid == us)
         os.environ[OWN_MARK] = str(us)
 
 
-def _is_subreaper() -> bool:
-    return os.environ.get(OWN_MARK) == str(os.getpid())
-
-
 def _adopted(table: Mapping[int, Process]) -> list[Process]:
-    """Children handed to us because their parent died, dead ones included.
+    """Children handed to us, the subreaper, because their parent died; dead ones included.
 
     Our own git calls and hooks are children, too; they carry our mark. Between fork and exec they
     show our own environment, during exec neither command nor environment; so the command is read
     first, and twice in case it goes on to exec another.
     """
     us = os.getpid()
+    mark, own = f"{OWN_MARK}={us}".encode(), _proc(us, "environ")
 
     def is_ours(pid: int) -> bool:
-        for _ in range(2):
-            in_exec = not _proc(pid, "cmdline")
-            same = _proc(pid, "environ") == _proc(us, "environ")
-            if in_exec or same or _marked(f"{OWN_MARK}={us}", {pid}):
-                return True
-        return False
+        in_exec, shown = not _proc(pid, "cmdline"), _proc(pid, "environ")
+        return in_exec or shown == own or mark in shown.split(b"\0")
 
     children = [one for one in table.values() if one.ppid == us and one.pid not in LIVE.values()]
     strange = [one for one in children if (one.pid, one.start) not in _SPARED]
-    found = [one for one in strange if not one.alive or not is_ours(one.pid)]
-    return found if _is_subreaper() else []
+    found = [one for one in strange if not (one.alive and (is_ours(one.pid) or is_ours(one.pid)))]
+    return found if os.environ.get(OWN_MARK) == str(us) else []
 
 
 # ---- Ending what an attempt started --------------------------------------------------------------
@@ -3284,16 +3266,14 @@ def end_processes(
 
     TERM goes to what is there at first, so that it may start something to tidy up with. Until
     nothing is found twice in a row, because a process may fork and leave while the table is being
-    read, and shows no environment during exec; once, if we have no child that could have forked.
-    Returns one line for each. Blocks; gives up after SWEEP_LIMIT_S.
+    read, and shows no environment during exec. Returns one line for each. Blocks; gives up after
+    SWEEP_LIMIT_S.
     """
     ended: dict[tuple[int, int], str] = {}
     begun, clean, seen = time.monotonic(), 0, dict(known or {})
-    enough = 1 if _is_subreaper() and _children() | _children() == {leader} else 2
-    while clean < enough and time.monotonic() < begun + grace_s + SWEEP_LIMIT_S:
+    while clean < 2 and time.monotonic() < begun + grace_s + SWEEP_LIMIT_S:
         left = _leftovers(variable, leader, seen)
         gentle = time.monotonic() < begun + grace_s and not hurry()
-        clean, enough = (0, 2) if left else (clean + 1, enough)
         for pid, start in () if gentle and ended else left:
             words = one_line(_proc(pid, "cmdline").decode(errors="replace").replace("\0", " "), 120)
             ended.setdefault((pid, start), f"process {pid}" + (f" ({words})" if words else ""))
@@ -3302,8 +3282,8 @@ def end_processes(
                 with suppress(ProcessLookupError, PermissionError):
                     os.kill(pid, signal.SIGTERM if gentle else signal.SIGKILL)
         seen.update(left)  # once its parent is gone, nothing else may tell whose it is
-        if clean < enough:
-            time.sleep(0.02 if left else 0.002)
+        clean = 0 if left else clean + 1
+        time.sleep(0.02 if left else 0.002)
     for pid, _ in ended:
         if pid not in LIVE.values():
             _reap(pid)
@@ -3329,15 +3309,6 @@ def _leftovers(variable: str, leader: int, known: Mapping[int, int]) -> list[tup
         ancestor = table.pop(ancestor).ppid
     found = {pid for pid in found if pid in table and table[pid].alive}
     return [(pid, table[pid].start) for pid in sorted(found, key=lambda pid: pid != leader)]
-
-
-def _children() -> set[int]:
-    """What the kernel lists; it may leave out a child while another one is being reaped."""
-    found: set[int] = set()
-    for listed in Path("/proc/self/task").glob("*/children"):
-        with suppress(OSError):  # the thread has ended
-            found.update(map(int, listed.read_bytes().split()))
-    return found
 
 
 def _reap(pid: int) -> None:
@@ -3400,6 +3371,13 @@ class Child:
     0 is none) end it with TERM, and KILL after the grace, which `hurry` cuts short.
     """
 
+    idle_s = 0.0
+    stdin = Path(os.devnull)  # or a regular file: an open pipe makes some agents wait
+    read: Reader | None = None  # of its events, if it has any
+    why: Ending = "exit"
+    code: int | None = None  # as Popen.returncode; None if it could not be killed
+    seconds = silent_s = 0.0  # how long it has been running, and said nothing
+
     def __init__(
         self,
         spec: AttemptSpec,
@@ -3412,16 +3390,11 @@ class Child:
         self.logs = log_paths(spec.root, spec.task, name)
         for path in (spec.prompt_path, spec.result_path, self.logs[0]):
             make_work_folder(spec.root, path.parent)
-        self.timeout_s, self.idle_s = spec.timeout_s, 0.0
-        self.stdin = Path(os.devnull)  # or a regular file: an open pipe makes some agents wait
-        self.read: Reader | None = None  # of its events, if it has any
+        self.timeout_s = spec.timeout_s
         # Called with pid and start time, for it and for what hides whose it is.
         self.started: Callable[[int, int], None] = lambda pid, start: None
         self.poll: Callable[[], bool] = lambda: False  # called often; true: it has settled
         self.report = AgentReport()
-        self.why: Ending = "exit"
-        self.code: int | None = None  # as Popen.returncode; None if it could not be killed
-        self.seconds = self.silent_s = 0.0  # how long it has been running, and said nothing
         self._marker = f"{ATTEMPT_MARK}={spec.result_path}"
         self._told: dict[int, int] = {}  # what hides whose it is, as {pid: start}
         self._known: dict[int, int] = {}  # of these, what was seen below this child
@@ -3436,16 +3409,15 @@ class Child:
         try:
             self._start()
             LIVE[self._marker] = pid = self._process.pid
+            marked = (self._marker, pid, self._known)
             try:
                 entry = processes(pid).get(pid)
                 self.started(pid, entry.start if entry else 0)
-                gone = self._watch()
-                self.why = await self._follow(gone)
+                self.why = await self._follow()
                 grace_s = 0.0 if self.why == "exit" else self.spec.grace_s
-                marked = (self._marker, pid, self._known)
                 await asyncio.to_thread(end_processes, *marked, grace_s, self.hurry.is_set)
             except BaseException:  # cancelled, too: whatever ends us, the child goes first
-                end_processes(self._marker, pid, self._known)
+                end_processes(*marked)
                 raise
             finally:
                 with suppress(subprocess.TimeoutExpired):  # it may hang in the kernel after KILL
@@ -3480,52 +3452,36 @@ class Child:
             )  # fmt: skip
         self.out, self.err = map(OutputFile, self.logs)
 
-    def _watch(self) -> asyncio.Event:
-        """An event that is set when the process has ended; where that counts it is not yet reaped.
+    async def _follow(self) -> Ending:
+        """Follow the output until the process ends or a reason to end it comes up.
 
-        Not the event loop's own child watching: that reaps behind our back and needs SIGCHLD.
+        Where that counts the process is not reaped yet then; the event loop would do so.
         """
         import asyncio
-        import threading
 
-        loop, gone, process = asyncio.get_running_loop(), asyncio.Event(), self._process
-
-        def wait() -> None:
-            with suppress(ChildProcessError, RuntimeError):  # reaped already; the loop is closed
-                if ON_LINUX:
-                    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
-                else:
-                    process.wait()
-                loop.call_soon_threadsafe(gone.set)
-
-        threading.Thread(target=wait, daemon=True, name=f"wait-{process.pid}").start()
-        return gone
-
-    async def _follow(self, gone: asyncio.Event) -> Ending:
-        """Follow the output until the process ends or a reason to end it comes up."""
-        import asyncio
-
-        clock = asyncio.get_running_loop().time
-        begun = grown = looked = clock()
+        loop, gone, descriptor = asyncio.get_running_loop(), asyncio.Event(), -1
+        if ON_LINUX:
+            descriptor = os.pidfd_open(self._process.pid)
+            loop.add_reader(descriptor, gone.set)
         either = [asyncio.ensure_future(event.wait()) for event in (gone, self.stop)]
-        first = asyncio.FIRST_COMPLETED
+        begun = grown = looked = now = loop.time()
         try:
             while True:
-                await asyncio.wait(either, timeout=LOOK_S, return_when=first)
-                now = clock()
+                await asyncio.wait(either, timeout=LOOK_S, return_when=asyncio.FIRST_COMPLETED)
+                now = loop.time()
                 grown = now if self._take() else grown
                 self.seconds, self.silent_s = now - begun, now - grown
                 settled = self.poll()
-                reasons: dict[Ending, bool] = {
-                    "exit": gone.is_set(),
-                    "stop": self.stop.is_set(),
-                    "timeout": self.seconds >= self.timeout_s,
-                    "idle": 0 < self.idle_s <= self.silent_s,
-                    "settled": settled,
-                }
-                for why, holds in reasons.items():
-                    if holds:
-                        return why
+                if gone.is_set() or (not ON_LINUX and self._process.poll() is not None):
+                    return "exit"
+                if self.stop.is_set():
+                    return "stop"
+                if self.seconds >= self.timeout_s:
+                    return "timeout"
+                if 0 < self.idle_s <= self.silent_s:
+                    return "idle"
+                if settled:
+                    return "settled"
                 if now - looked >= LOOK_AROUND_S:
                     looked = now
                     for pid, start in await asyncio.to_thread(self._look_around):
@@ -3533,6 +3489,9 @@ class Child:
         finally:
             for one in either:
                 one.cancel()
+            if ON_LINUX:
+                loop.remove_reader(descriptor)
+                os.close(descriptor)
 
     def _take(self, *, last: bool = False) -> bool:
         """Take in what is new of both outputs; True if either has grown."""

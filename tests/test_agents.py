@@ -401,6 +401,7 @@ def test_attempts_side_by_side_leave_each_other_alone(make_spec: SpecMaker, tmp_
     assert alive(first.root / "a") == []
 
 
+@linux_only
 def test_what_a_killed_run_left_is_ended(make_spec: SpecMaker, tmp_path: Path) -> None:
     env = agent_environment(make_spec(), os.environ)
     deaf = ["sh", "-c", "trap '' TERM; echo up; sleep 120"]
