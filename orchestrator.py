@@ -48,7 +48,6 @@ import io
 import itertools
 import os
 import re
-import secrets
 import stat
 import sys
 import time
@@ -3808,7 +3807,7 @@ def probe_agent(settings: AgentSettings, root: Path) -> Probe:
     """Run an agent's real command line once, with a trivial prompt; its logs are kept as usual."""
     import asyncio
 
-    task, token = Task("PROBE-1", Phase("probe"), "main"), secrets.token_hex(8)
+    task, token = Task("PROBE-1", Phase("probe"), "main"), os.urandom(8).hex()
     folder = root / WORK_DIR / "probe"
     make_work_folder(root, folder)
     prompt = PROBE_PROMPT.format(path=attempt_file(root, "results", task, token))
@@ -4019,18 +4018,11 @@ class Attempt:
 
     def line(self) -> dict[str, Any]:
         """What the journal holds of it, for a start after a crash."""
-        phase = self.task.phase
         return {
             "token": self.token,
             "item": self.task.item_id,
             "pool": self.task.pool,
-            "phase": {
-                "name": phase.name,
-                "destructive": phase.destructive,
-                "allow_empty": phase.allow_empty,
-                "timeout_minutes": phase.timeout_minutes,
-            },
-            "outputs": phase.outputs,
+            "phase": self.task.phase._asdict(),
             "number": self.number,
             "was": self.item,
             "strays": sorted(self.strays),
@@ -4039,11 +4031,10 @@ class Attempt:
 
     @classmethod
     def from_line(cls, line: Mapping[str, Any]) -> Attempt:
-        phase = Phase(**line["phase"], outputs=tuple(line["outputs"]))
         before = Snapshot(**{**line["before"], "head": Head(**line["before"]["head"])})
-        task = Task(line["item"], phase, line["pool"])
+        task = Task(line["item"], Phase(**line["phase"]), line["pool"])
         told = line["number"], line["token"], line["was"], before
-        return cls(task, *told, strays=frozenset(line.get("strays", ())))
+        return cls(task, *told, strays=frozenset(line["strays"]))
 
 
 class Outcome(NamedTuple):
@@ -4156,13 +4147,6 @@ class Ledger:
         self.take_in()  # before anything is changed: what was edited since the last commit
         for line in self.store.change(prepare):
             log().warning("%s", line)
-        name = self.repo.relative(self.store.path)
-        if not self.store.backlog.items and (stash := self.repo.stash_with(name)):
-            log().warning(
-                "there are no items, but %s holds changes of %s; to have them back:"
-                " git stash pop %s",
-                *(stash, self.store.path.name, stash),
-            )
 
     def take_in(self, *, patient: bool = True) -> None:
         """Take up what others have written to the file or to the journal."""
@@ -4175,7 +4159,7 @@ class Ledger:
             if not applied.worklog:
                 return {}
             told = item_id, "promotion", "blocked", applied.reason
-            made = Outcome(secrets.token_hex(8), self.journal.run["head"], *told)
+            made = Outcome(os.urandom(8).hex(), self.journal.run["head"], *told)
             return {"outcome": made._replace(worklog=applied.worklog).line()}
 
         applied = self.store.change(
@@ -4259,7 +4243,7 @@ class Ledger:
         goes on from what `previous` left, so that its documents are still seen as the phase's; a
         destructive phase always starts from a tree put back.
         """
-        token = secrets.token_hex(8)
+        token = os.urandom(8).hex()
         if previous is None or task.phase.destructive:
             folders = (f"{self.repo.prefix}{folder}/" for folder in (CHANGES_DIR, IDEAS_DIR))
             self.repo.bring_out(*(f"{folder}{task.item_id}_" for folder in folders))
@@ -5750,16 +5734,18 @@ class Workspace(NamedTuple):
 
     def add_output(self) -> None:
         """Remember the files that our output goes to, also through `| tee`, for the runs that write
-        elsewhere: those that our process group has open for writing (Linux)."""
-        for process in processes().values() if ON_LINUX else ():
-            folder = Path(f"/proc/{process.pid}")
-            for fd in folder.glob("fd/*") if process.group == os.getpgrp() else ():
-                with suppress(OSError, ValueError):  # it has ended, or is somebody else's
-                    path, info = Path(os.readlink(fd)), folder / "fdinfo" / fd.name
-                    flags = int(re.findall(r"flags:\s*(\d+)", info.read_text())[0], 8)
+        elsewhere: what we, and whoever reads what we write, have open for writing (Linux)."""
+        pipes = set[str]()  # a pipeline is started from left to right
+        for pid in [os.getpid(), *sorted(processes())] if ON_LINUX else ():
+            folder, source = Path(f"/proc/{pid}/fd"), ""
+            with suppress(OSError):  # it has ended, or is somebody else's
+                source = os.readlink(folder / "0")
+            for fd in folder.glob("*") if source in pipes or pid == os.getpid() else ():
+                with suppress(OSError):
+                    path = fd.readlink() if fd.lstat().st_mode & stat.S_IWUSR else Path()
+                    pipes |= {str(path)} if path.name.startswith("pipe:") else set()
                     inside = path.is_relative_to(self.repo.top)
-                    inside &= not path.is_relative_to(self.repo.git_dir)
-                    if flags & os.O_ACCMODE and inside and path.is_file():
+                    if inside and not path.is_relative_to(self.repo.git_dir) and path.is_file():
                         name = self.repo.relative(path)
                         self.add_strays([] if self.repo.is_tracked(name) else [name], growing=True)
 
@@ -5864,7 +5850,7 @@ def utc_now() -> datetime:
 
 
 def new_run_id() -> str:
-    return f"{utc_now():%Y%m%dT%H%M%S}-{secrets.token_hex(3)}"
+    return f"{utc_now():%Y%m%dT%H%M%S}-{os.urandom(3).hex()}"
 
 
 def begin_run(space: Workspace, run_id: str, check: Check, *, allow_dirty: bool) -> Ledger:

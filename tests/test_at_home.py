@@ -124,20 +124,6 @@ def test_a_repository_that_an_agent_leaves_in_the_tree_is_named(project: Any, ma
     assert project.status() == (f"?? {path}/\n" if kind == "clone" else f" M {path}\n").replace("vendor/lib/", "vendor/")
 
 
-@pytest.mark.parametrize("tracked", [True, pytest.param(False, marks=SLOW)])
-def test_a_start_without_items_tells_of_a_stash_that_holds_the_backlog(project: Any, tracked: bool) -> None:
-    empty = project.text()
-    if not tracked:
-        project.git("rm", "-q", "BACKLOG.yaml")
-        project.commit_all()
-        (project.root / "BACKLOG.yaml").write_text(empty)
-    project.run("add", "Something to do")
-    project.git("stash", "push", "-q", "--include-untracked")
-    (project.root / "BACKLOG.yaml").write_text(empty)
-    told = project.run("run").stderr
-    assert "there are no items, but stash@{0} holds changes of BACKLOG.yaml; to have them back: git stash pop stash@{0}" in told
-
-
 # ---- How the repository wants its commits --------------------------------------------------------
 
 COMMITLINT = r"""#!/usr/bin/env python3
