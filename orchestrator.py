@@ -304,11 +304,15 @@ class AttemptSpec(NamedTuple):
 
     @property
     def result_path(self) -> Path:
-        return attempt_file(self.root, "results", self.task, self.token)
+        return self.root / WORK_DIR / "results" / f"{self._stem}.json"
 
     @property
     def prompt_path(self) -> Path:
-        return attempt_file(self.root, "prompts", self.task, self.token)
+        return self.root / WORK_DIR / "prompts" / f"{self._stem}.md"
+
+    @property
+    def _stem(self) -> str:
+        return f"{safe_name(self.task.item_id)}_{safe_name(self.task.name)}_{self.token}"
 
 
 class Progress(NamedTuple):
@@ -475,6 +479,11 @@ class AgentSettings(NamedTuple):
     )
     args: tuple[str, ...] = row(_WORDS, (), "more arguments for the CLI", '["--verbose"]')
     env: Mapping[str, str] = row(_ENVIRONMENT, {}, "variables for the CLI", '{ CI = "1" }')
+
+    @property
+    def name(self) -> str:
+        """What the operator calls the agent."""
+        return Path(self.command[0]).name if self.cli == "command" else self.cli
 
 
 @config_table("commits")
@@ -2672,12 +2681,6 @@ QUIET_TOOLS = {"GIT_TERMINAL_PROMPT": "0", "GIT_EDITOR": "true", "PAGER": "cat",
 # ---- Paths ---------------------------------------------------------------------------------------
 
 
-def attempt_file(root: Path, kind: Literal["results", "prompts"], task: Task, token: str) -> Path:
-    """Where an attempt's result or prompt is; the token makes the name unique."""
-    name = f"{safe_name(task.item_id)}_{safe_name(task.name)}_{token}"
-    return root / WORK_DIR / kind / (name + {"results": ".json", "prompts": ".md"}[kind])
-
-
 def log_paths(root: Path, task: Task, name: int | str) -> tuple[Path, Path]:
     """New files for both outputs of an attempt; those of an earlier run are kept."""
     stem = root / WORK_DIR / "logs" / safe_name(task.item_id) / f"{safe_name(task.name)}-{name}"
@@ -3426,6 +3429,15 @@ class Child:
             del LIVE[self._marker]
         self.poll()
 
+    def progress(self) -> Progress:
+        """What it is doing, and since when it says nothing, if it does not."""
+        last = self.report.last
+        if self.silent_s >= SILENT_S:
+            since = datetime.now() - timedelta(seconds=self.silent_s)
+            silent = f"says nothing since {since:%H:%M} ({self.silent_s // 60:.0f} min)"
+            last = f"{silent}, before: {last}" if last else silent  # lines are cut at their end
+        return Progress(last, self.report.usage())
+
     def with_tail(self, text: str) -> str:
         """Append the last lines of both outputs, what was printed as an error last."""
         tail = "\n".join([*self.out.tail, *self.err.tail][-TAIL_LINES:])
@@ -3535,7 +3547,7 @@ async def run_attempt(
     *,
     stop: asyncio.Event,
     hurry: asyncio.Event,
-    started: Callable[[int, int], None],
+    started: Callable[[int, int], None] = lambda pid, start: None,
     progress: Callable[[Progress], None] = lambda seen: None,
 ) -> AgentOutcome:
     """Run one attempt of a phase and judge how it ended; see `Child` for stop, hurry and started.
@@ -3545,30 +3557,23 @@ async def run_attempt(
     """
     if stop.is_set():
         return AgentOutcome("cancelled", detail="not started: the run is stopping")
-    told = Progress()
+    argv, by_agent, told = agent_argv(spec), not spec.task.phase.run, Progress()
 
     def poll() -> bool:
         """Tell what is new; whether a valid result has long stayed the same: the agent lingers."""
         nonlocal told
-        last = child.report.last
-        if child.silent_s >= SILENT_S:
-            since = datetime.now() - timedelta(seconds=child.silent_s)
-            silent = f"says nothing since {since:%H:%M} ({child.silent_s // 60:.0f} min)"
-            last = f"{silent}, before: {last}" if last else silent  # lines are cut at their end
-        seen = Progress(last, child.report.usage())
-        if seen != told:
+        if (seen := child.progress()) != told:
             told = seen
             progress(seen)
         with suppress(OSError, ResultError):
-            if time.time() - os.lstat(spec.result_path).st_ctime >= SETTLE_S:
-                return read_result(spec) is not None
+            age_s = time.time() - os.lstat(spec.result_path).st_ctime
+            return age_s >= SETTLE_S and read_result(spec) is not None
         return False
 
-    argv = agent_argv(spec)
     try:
         child = Child(spec, argv, spec.attempt, stop, hurry)
         child.idle_s, child.started, child.poll = spec.idle_timeout_s, started, poll
-        if not spec.task.phase.run:
+        if by_agent:
             child.stdin, child.read = spec.prompt_path, PROFILES[spec.settings.cli].read
         spec.prompt_path.write_text(spec.prompt, encoding="utf-8", errors="replace")
         await child.run()
@@ -3576,7 +3581,7 @@ async def run_attempt(
         detail = f"{argv[0]!r} cannot be started: {error.strerror or error}"
         if error.filename == argv[0]:  # it is the CLI itself, no trouble that may pass
             refused = AgentOutcome("failed", detail=detail, error=detail, trouble="refused")
-            return refused if not spec.task.phase.run else AgentOutcome("failed", detail=detail)
+            return refused if by_agent else AgentOutcome("failed", detail=detail)
         where = f" ({os.fsdecode(error.filename)})" if error.filename else ""
         return AgentOutcome("failed", detail=detail + where)
     outcome = judge_attempt(spec, child, time.time())
@@ -3589,21 +3594,17 @@ def read_result(spec: AttemptSpec) -> PhaseResult | None:
     Raises ResultError if it is no regular file, too large, or says something unusable. An agent
     may have put anything there, so it is opened without following links and without waiting.
     """
-    import stat
-
     path, careful = spec.result_path, os.O_NOFOLLOW | os.O_NONBLOCK
     refused = f"the result file {path} was refused"
     try:
+        if not stat.S_ISREG(os.lstat(path).st_mode):
+            raise ResultError(f"{refused}: it is no regular file")
         with open(path, "rb", opener=lambda name, flags: os.open(name, flags | careful)) as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise ResultError(f"{refused}: it is no regular file")
             data = file.read(RESULT_LIMIT + 1)
     except FileNotFoundError:
         return None
     except OSError as error:
-        link = error.errno in (errno.ELOOP, errno.EMLINK)
-        reason = "it is a symbolic link" if link else error.strerror
-        raise ResultError(f"{refused}: {reason}") from error
+        raise ResultError(f"{refused}: {error.strerror}") from error
     if len(data) > RESULT_LIMIT:
         raise ResultError(f"{refused}: more than {RESULT_LIMIT} bytes")
     return parse_result(data, spec.task.item_id, spec.task.name)
@@ -3614,17 +3615,15 @@ def judge_attempt(spec: AttemptSpec, child: Child, now: float) -> AgentOutcome:
     result, problem = _find_result(spec, child)
     if result is not None:
         remark = "" if child.code == 0 else f"result accepted in spite of: {_code_text(child.code)}"
-        if child.why == "settled":
-            remark = "it lingered after its result and was ended"
-        elif child.why in ("timeout", "idle"):
-            remark = "it ran into a time limit after its result"
+        if child.why not in ("exit", "stop"):
+            remark = "it went on after its result and was ended"
         return AgentOutcome("result", result, remark)
     if child.stop.is_set():
         return AgentOutcome("cancelled", detail="stopped before it reported a result")
     report = child.report
     if report.limit or error_kind(report.error, report.status) == "limit":
         until = reset_time(report.error, now) if report.until is None else report.until
-        text = one_line(f"{_agent_name(spec)}: {report.limit or report.error}", TAIL_COLUMNS)
+        text = one_line(f"{spec.settings.name}: {report.limit or report.error}", TAIL_COLUMNS)
         text = f"{text}; resets at {_local_text(until)}" if until else text
         return AgentOutcome("limited", detail=text, error=text, until=until)
     outcome = AgentOutcome("failed", detail=child.with_tail(_failure(spec, child, problem)))
@@ -3636,9 +3635,7 @@ def _find_result(spec: AttemptSpec, child: Child) -> tuple[PhaseResult | None, s
     task, report = spec.task, child.report
     ended_well = child.why == "exit" and child.code == 0
     if task.phase.run:
-        import shlex
-
-        summary = one_line(f"`{shlex.join(task.phase.run)}` succeeded", 200)
+        summary = f"`{one_line(command_text(task.phase.run), 200)}` succeeded"
         done = PhaseResult(task.item_id, task.name, "phase_complete", summary)
         return (done if ended_well else None), ""
     try:
@@ -3646,7 +3643,7 @@ def _find_result(spec: AttemptSpec, child: Child) -> tuple[PhaseResult | None, s
     except ResultError as error:
         return None, str(error)
     if result is None and ended_well and not (report.error or report.unfinished):
-        result = _result_in_message(report.message, task)
+        result = _result_in_message(report.message[-MESSAGE_LIMIT:], task)
     if report.background and (result is not None or ended_well):
         names = (report.tasks.get(one) or f"task {one}" for one in sorted(report.background))
         running = one_line(", ".join(names), 200)
@@ -3660,44 +3657,18 @@ def _result_in_message(message: str, task: Task) -> PhaseResult | None:
 
     found, at, decoder = [], message.find("{"), json.JSONDecoder()
     while at >= 0:
-        try:
+        row, end = None, at + 1
+        with suppress(ValueError, RecursionError):
             row, end = decoder.raw_decode(message, at)
-        except (ValueError, RecursionError):
-            row, end = None, at + 1
         if (_text_at(row, "item_id"), _text_at(row, "phase")) == (task.item_id, task.name):
             found.append(json.dumps(row).encode())
         at = message.find("{", end)
-    try:
-        result = parse_result(found[0], task.item_id, task.name) if len(found) == 1 else None
-    except ResultError:
-        return None
     warning = "no result file was written; its closing message held the result"
-    return result and result._replace(warnings=(warning, *result.warnings))
-
-
-def _if_early(spec: AttemptSpec, child: Child, failed: AgentOutcome) -> AgentOutcome:
-    """Mark a failure of a CLI that could not do anything yet, with its own words if it has any."""
-    report, profile = child.report, PROFILES[spec.settings.cli]
-    if profile.read is None:
-        early = child.code != 0 and child.seconds < EARLY_S
-    else:
-        early = child.code != 0 or report.error != ""
-    if spec.task.phase.run or child.why != "exit" or report.worked or not early:
-        return failed
-    name, words = _agent_name(spec), report.error if report.error != UNTOLD else ""
-    if not words:
-        # Usage limits are read from events only; on standard error anybody may speak of one.
-        kinds = {line: error_kind(line) for line in child.err.tail}
-        complaints = [line for line, kind in kinds.items() if kind != "limit"]
-        telling = [line for line in complaints if kinds[line] != "busy"]
-        words = ["", *complaints, *telling][-1]
-    status = 401 if child.code in profile.refused_codes else report.status
-    trouble = cast("Any", error_kind(words, status))
-    text = f"{name}: {words}"
-    if not words:
-        log = child.logs[0].relative_to(spec.root)
-        text = f"{name} gave no reason ({_code_text(child.code)}); its output is in {log}"
-    return failed._replace(error=one_line(text, TAIL_COLUMNS), trouble=trouble)
+    with suppress(ResultError):
+        if len(found) == 1:
+            result = parse_result(found[0], task.item_id, task.name)
+            return result._replace(warnings=(warning, *result.warnings))
+    return None
 
 
 def _failure(spec: AttemptSpec, child: Child, problem: str) -> str:
@@ -3708,19 +3679,31 @@ def _failure(spec: AttemptSpec, child: Child, problem: str) -> str:
     if child.why == "timeout":
         return f"timed out after {spec.timeout_s:g} seconds"
     if spec.task.phase.run:
-        return f"{one_line(' '.join(spec.task.phase.run), 200)}: {code}"
-    parts = [f"{problem or 'no result file was written'} ({code})"]
+        return f"`{one_line(command_text(spec.task.phase.run), 200)}`: {code}"
+    text = f"{problem or 'no result file was written'} ({code})"
     if report.error:
-        parts.append(f"it reports: {one_line(report.error, TAIL_COLUMNS)}")
-    if report.unfinished:
-        parts.append("its event stream breaks off without a closing event")
-    return "; ".join(parts)
+        text += f"; it reports: {one_line(report.error, TAIL_COLUMNS)}"
+    return text + "; its events break off without a closing one" * report.unfinished
 
 
-def _agent_name(spec: AttemptSpec) -> str:
-    """What the operator calls the agent: its CLI, or the program of agent.command."""
-    settings = spec.settings
-    return Path(settings.command[0]).name if settings.cli == "command" else settings.cli
+def _if_early(spec: AttemptSpec, child: Child, failed: AgentOutcome) -> AgentOutcome:
+    """Mark a failure of a CLI that could not do anything yet, with its own words if it has any."""
+    report, profile, name = child.report, PROFILES[spec.settings.cli], spec.settings.name
+    early = child.code != 0 or report.error != ""
+    if profile.read is None:
+        early = child.code != 0 and child.seconds < EARLY_S
+    if spec.task.phase.run or child.why != "exit" or report.worked or not early:
+        return failed
+    words = report.error if report.error != UNTOLD else ""
+    if not words:
+        # Usage limits are read from events only; on standard error anybody may speak of one.
+        lines = [line for line in child.err.tail if error_kind(line) != "limit"]
+        words = ["", *sorted(lines, key=lambda line: error_kind(line) != "busy")][-1]
+    status = 401 if child.code in profile.refused_codes else report.status
+    log = child.logs[0].relative_to(spec.root)
+    silent = f"{name} gave no reason ({_code_text(child.code)}); its output is in {log}"
+    text = one_line(f"{name}: {words}" if words else silent, TAIL_COLUMNS)
+    return failed._replace(error=text, trouble=cast("Any", error_kind(words, status)))
 
 
 def _local_text(epoch: float) -> str:
@@ -3754,28 +3737,25 @@ async def run_verify(
 ) -> str | None:
     """Run checks in turn, within the phase's time limit; None if all of them exit with 0.
 
-    Else the text of the first failure with the tail of its output, a `CannotRun` if the command
-    itself is the trouble, or the run stops.
+    Else the text of the first failure with the tail of its output, or a `CannotRun`.
     """
-    clock = time.monotonic
-    deadline = clock() + spec.timeout_s
+    deadline = time.monotonic() + spec.timeout_s
     for number, argv in enumerate(commands, 1):
         name = f"verify command `{one_line(command_text(argv), 200)}`"
         if stop.is_set():
             return CannotRun(f"{name} was not run: the run is stopping")
         try:
             child = Child(spec, argv, f"{spec.attempt}-verify{number}", stop, hurry)
-            child.timeout_s = deadline - clock()
+            child.timeout_s = deadline - time.monotonic()
             await child.run()
         except OSError as error:
             return CannotRun(f"{name} cannot be started: {error.strerror or error}")
-        if child.why == "exit" and child.code == 0:
-            continue
-        failed = f"failed with {_code_text(child.code)}"
-        how = {"stop": "was stopped", "timeout": "ran out of time"}.get(child.why, failed)
-        text = child.with_tail(f"{name} {how}")
-        missing = child.why == "exit" and child.code in (126, 127)
-        return CannotRun(text) if missing or child.why == "stop" else text
+        if child.why != "exit" or child.code != 0:
+            failed = f"failed with {_code_text(child.code)}"
+            how = {"stop": "was stopped", "timeout": "ran out of time"}.get(child.why, failed)
+            text = child.with_tail(f"{name} {how}")
+            missing = child.why == "exit" and child.code in (126, 127)
+            return CannotRun(text) if missing or child.why == "stop" else text
     return None
 
 
@@ -3796,29 +3776,19 @@ Write exactly this JSON to exactly this file, then stop:
 """
 
 
-class Probe(NamedTuple):
-    """What came of trying an agent out."""
+def probe_agent(settings: AgentSettings, root: Path) -> tuple[Problem | None, dict[str, object]]:
+    """Run an agent's real command line once, with a trivial prompt; its logs are kept as usual.
 
-    problem: Problem | None  # None: it works
-    row: Mapping[str, object]  # agent, model (null: the CLI's default), works, seconds, cost_usd, …
-
-
-def probe_agent(settings: AgentSettings, root: Path) -> Probe:
-    """Run an agent's real command line once, with a trivial prompt; its logs are kept as usual."""
+    Returns what is wrong, if anything, and a row of facts.
+    """
     import asyncio
 
-    task, token = Task("PROBE-1", Phase("probe"), "main"), os.urandom(8).hex()
-    folder = root / WORK_DIR / "probe"
-    make_work_folder(root, folder)
-    prompt = PROBE_PROMPT.format(path=attempt_file(root, "results", task, token))
-    run, limits = f"probe-{token}", (PROBE_TIMEOUT_S, 0.0, LEFTOVER_GRACE_S)
-    spec = AttemptSpec(run, task, 1, token, root, prompt, folder, settings, *limits)
-
-    async def attempt() -> AgentOutcome:
-        never = asyncio.Event()
-        return await run_attempt(spec, stop=never, hurry=never, started=lambda pid, start: None)
-
-    outcome = asyncio.run(attempt())
+    token, never = os.urandom(8).hex(), asyncio.Event()
+    names = f"probe-{token}", Task("PROBE-1", Phase("probe"), "main"), 1, token, root
+    limits = PROBE_TIMEOUT_S, 0.0, LEFTOVER_GRACE_S
+    spec = AttemptSpec(*names, "", root / WORK_DIR, settings, *limits)
+    spec = spec._replace(prompt=PROBE_PROMPT.format(path=spec.result_path))
+    outcome = asyncio.run(run_attempt(spec, stop=never, hurry=never))
     row = {
         "agent": settings.cli,
         "model": settings.model,
@@ -3827,17 +3797,17 @@ def probe_agent(settings: AgentSettings, root: Path) -> Probe:
         **usage_json(outcome.usage),
     }
     if outcome.kind == "result":
-        return Probe(None, row)
-    login = PROFILES[settings.cli].login
-    remedy = f"Look at its output in {WORK_DIR}/logs/PROBE-1/"
-    remedy += ", and at model, args and env in [agent]."
+        return None, row
+    first, login = "", PROFILES[settings.cli].login
+    if outcome.trouble == "busy":
+        first = "Try again later, as a run would by itself. "
+    elif outcome.trouble == "refused" and login:
+        first = f"Log in: {login}. "
+    logs = f"{WORK_DIR}/logs/PROBE-1/"
+    remedy = f"{first}Look at its output in {logs}, and at model, args and env in [agent]."
     if outcome.kind == "limited":
         remedy = 'Wait for the reset; on_usage_limit = "wait" lets a run do that.'
-    elif outcome.trouble == "busy":
-        remedy = f"Try again later, as a run would by itself. {remedy}"
-    elif outcome.trouble == "refused" and login:
-        remedy = f"Log in: {login}. {remedy}"
-    return Probe(Problem(outcome.error or f"{settings.cli}: {outcome.detail}", remedy), row)
+    return Problem(outcome.error or f"{settings.cli}: {outcome.detail}", remedy), row
 
 
 # ---- The demo agent ------------------------------------------------------------------------------
@@ -3866,7 +3836,6 @@ def demo_agent(env: Mapping[str, str], prompt: str, root: Path) -> int:
         solution = "The smallest change that does it."
         report |= {"summary": f"Rated: small, {risk} risk", "updated_assessments": ratings}
         report["description"] = {"problem": f"This is missing: {title}.", "solution": solution}
-        report["requires_human_review"] = False
     elif phase == "build":
         target = root / "demo" / (re.sub(r"[^a-z0-9]+", "_", words).strip("_") + ".py")
         target.parent.mkdir(exist_ok=True)
@@ -3884,9 +3853,7 @@ def demo_agent(env: Mapping[str, str], prompt: str, root: Path) -> int:
         if "unclear" in words and "## Unblock Context" not in prompt:
             report |= {"result": "blocked", "summary": "It is unclear what is wanted"}
             report["context"] = "Is this for users or for developers?"
-    target = Path(env[ATTEMPT_MARK])
-    target.with_suffix(".part").write_text(json.dumps(report, indent=2) + "\n")
-    target.with_suffix(".part").replace(target)
+    replace_file(Path(env[ATTEMPT_MARK]), json.dumps(report, indent=2).encode())
     return 0
 
 
@@ -5493,7 +5460,7 @@ class Run:
             self.config,
             attempt=attempt.number,
             attempts=most,
-            result_path=attempt_file(root, "results", task, attempt.token),
+            result_path=self._spec(attempt).result_path,
             change_dir=change_dir,
             previous_summary=last_summary(self.book.worklog(), task.item_id),
             failure=failure,
@@ -6024,7 +5991,7 @@ def preflight_agents(config: Config, root: Path) -> list[Problem]:
     return [problem for problem in found if problem is not None]
 
 
-def probe_agents(config: Config, root: Path) -> list[Probe]:
+def probe_agents(config: Config, root: Path) -> list[tuple[Problem | None, dict[str, object]]]:
     """Try out every configured agent that can be started at all, one after the other."""
     become_subreaper()
     agents = [one for one in configured_agents(config) if agent_problem(one, root) is None]
@@ -6697,8 +6664,8 @@ def cmd_check(args: argparse.Namespace) -> int:
     problems = [] if runs["active"] else start_problems(space, allow_dirty=False)
     problems += signing_problems(space.repo)
     probes = probe_agents(space.config, space.repo.root) if args.probe else []
-    problems += [probe.problem for probe in probes if probe.problem]
-    remarks, tried = space.repo.remarks(space.store.path), [probe.row for probe in probes]
+    problems += [trouble for trouble, _ in probes if trouble]
+    remarks, tried = space.repo.remarks(space.store.path), [facts for _, facts in probes]
     phases = [one for line in space.config.pipelines.values() for one in line.phases]
     if bare := sorted({one.name for one in phases if one.destructive and not one.verify}):
         names = ", ".join(bare)

@@ -257,8 +257,8 @@ CLEAN = f"no result file was written (exit code 4)\nLast output:\n{NUMBERS}\nred
         (report(), {}, "result", ""),
         (f"{report('blocked')}; exit 3", {}, "result", "result accepted in spite of: exit code 3"),
         (f'echo "{{" > "$ORCHESTRATOR_RESULT_PATH"; sleep 0.2; {report()}; exit 7', {}, "result", "result accepted in spite of: exit code 7"),
-        (f"{report()}; sleep 120", {}, "result", "it lingered after its result and was ended"),
-        (f"{report(item_id='W')}; {report()}; sleep 120", {"timeout_s": 0.02}, "result", "it ran into a time limit after its result"),
+        (f"{report()}; sleep 120", {}, "result", "it went on after its result and was ended"),
+        (f"{report(item_id='W')}; {report()}; sleep 120", {"timeout_s": 0.02}, "result", "it went on after its result and was ended"),
         ("seq 1 30; printf '\\033[31mred\\033[0m\\007\\n' >&2; printf last >&2; exit 4", {}, "failed", CLEAN),
         (f"echo working; {report(item_id='WRK-2')}", {}, "failed", f"{FOREIGN} (exit code 0)\nLast output:\nworking"),
         ("kill -SEGV $$", {}, "failed", "no result file was written (ended by SIGSEGV)"),
@@ -510,7 +510,7 @@ CUT = OK[: OK.rindex('{"type":"result"') + 40]
     ("cli", "stream", "code", "says"),
     [
         ("claude", OK, 0, "no result file was written (exit code 0)\nLast output:\nBash: echo work > work.txt\nWrite: /tmp"),
-        ("claude", CUT, 143, "no result file was written (exit code 143); its event stream breaks off without a closing event\n"),
+        ("claude", CUT, 143, "no result file was written (exit code 143); its events break off without a closing one\n"),
         ("claude", events(CALLED, {"type": "result", "subtype": "error_max_turns", "is_error": True}), 1,
          "no result file was written (exit code 1); it reports: error_max_turns\n"),
         ("claude", events(CALLED, {"type": "result", "is_error": True, "api_error_status": 500, "result": "API Error: 500"}), 1,
@@ -787,7 +787,7 @@ def test_a_phase_that_is_a_command_ends_by_its_exit_code(make_spec: SpecMaker) -
     assert (done.result.item_id, done.result.phase) == ("WRK-001", "check")
     failed = run("sh", "-c", "echo broken >&2; exit 9")
     assert (failed.kind, failed.trouble) == ("failed", "")
-    assert failed.detail == "sh -c echo broken >&2; exit 9: exit code 9\nLast output:\nbroken"
+    assert failed.detail == "`sh -c 'echo broken >&2; exit 9'`: exit code 9\nLast output:\nbroken"
     missing = run("no-such-command")
     assert (missing.kind, missing.trouble) == ("failed", "")  # nobody blames the agent
     assert missing.detail == "'no-such-command' cannot be started: No such file or directory"
