@@ -300,6 +300,8 @@ class AttemptSpec(NamedTuple):
     timeout_s: float
     idle_timeout_s: float  # 0 = off
     grace_s: float
+    stop: asyncio.Event  # end it in order
+    hurry: asyncio.Event  # and without the grace
     budget_usd: float | None = None  # what is left of max_cost_usd, for CLIs that take a budget
 
     @property
@@ -3369,8 +3371,8 @@ class Child:
     """A process of an attempt with all that it starts, followed until all of it is gone.
 
     For agents, for phases that are a command, and for checks. What it starts is known by the value
-    of ATTEMPT_MARK in its environment. `stop`, the time limit and the idle limit (without output;
-    0 is none) end it with TERM, and KILL after the grace, which `hurry` cuts short.
+    of ATTEMPT_MARK in its environment. `spec.stop`, the time limit and the idle limit (without
+    output; 0 is none) end it with TERM, and KILL after the grace, which `spec.hurry` cuts short.
     """
 
     idle_s = 0.0
@@ -3380,16 +3382,9 @@ class Child:
     code: int | None = None  # as Popen.returncode; None if it could not be killed
     seconds = silent_s = 0.0  # how long it has been running, and said nothing
 
-    def __init__(
-        self,
-        spec: AttemptSpec,
-        argv: Sequence[str],
-        name: int | str,  # of its logs
-        stop: asyncio.Event,
-        hurry: asyncio.Event,
-    ) -> None:
-        self.spec, self.argv, self.stop, self.hurry = spec, argv, stop, hurry
-        self.logs = log_paths(spec.root, spec.task, name)
+    def __init__(self, spec: AttemptSpec, argv: Sequence[str], log_name: int | str) -> None:
+        self.spec, self.argv = spec, argv
+        self.logs = log_paths(spec.root, spec.task, log_name)
         for path in (spec.prompt_path, spec.result_path, self.logs[0]):
             make_work_folder(spec.root, path.parent)
         self.timeout_s = spec.timeout_s
@@ -3417,7 +3412,7 @@ class Child:
                 self.started(pid, entry.start if entry else 0)
                 self.why = await self._follow()
                 grace_s = 0.0 if self.why == "exit" else self.spec.grace_s
-                await asyncio.to_thread(end_processes, *marked, grace_s, self.hurry.is_set)
+                await asyncio.to_thread(end_processes, *marked, grace_s, self.spec.hurry.is_set)
             except BaseException:  # cancelled, too: whatever ends us, the child goes first
                 end_processes(*marked)
                 raise
@@ -3474,7 +3469,7 @@ class Child:
         if ON_LINUX:
             descriptor = os.pidfd_open(self._process.pid)
             loop.add_reader(descriptor, gone.set)
-        either = [asyncio.ensure_future(event.wait()) for event in (gone, self.stop)]
+        either = [asyncio.ensure_future(event.wait()) for event in (gone, self.spec.stop)]
         begun = grown = looked = now = loop.time()
         try:
             while True:
@@ -3485,7 +3480,7 @@ class Child:
                 settled = self.poll()
                 if gone.is_set() or (not ON_LINUX and self._process.poll() is not None):
                     return "exit"
-                if self.stop.is_set():
+                if self.spec.stop.is_set():
                     return "stop"
                 if self.seconds >= self.timeout_s:
                     return "timeout"
@@ -3544,18 +3539,15 @@ class Child:
 
 async def run_attempt(
     spec: AttemptSpec,
-    *,
-    stop: asyncio.Event,
-    hurry: asyncio.Event,
     started: Callable[[int, int], None] = lambda pid, start: None,
     progress: Callable[[Progress], None] = lambda seen: None,
 ) -> AgentOutcome:
-    """Run one attempt of a phase and judge how it ended; see `Child` for stop, hurry and started.
+    """Run one attempt of a phase and judge how it ended; see `Child` for `started`.
 
     Everything expected is an outcome; an exception is a bug, and even then nothing that was started
     is left.
     """
-    if stop.is_set():
+    if spec.stop.is_set():
         return AgentOutcome("cancelled", detail="not started: the run is stopping")
     argv, by_agent, told = agent_argv(spec), not spec.task.phase.run, Progress()
 
@@ -3571,7 +3563,7 @@ async def run_attempt(
         return False
 
     try:
-        child = Child(spec, argv, spec.attempt, stop, hurry)
+        child = Child(spec, argv, spec.attempt)
         child.idle_s, child.started, child.poll = spec.idle_timeout_s, started, poll
         if by_agent:
             child.stdin, child.read = spec.prompt_path, PROFILES[spec.settings.cli].read
@@ -3618,7 +3610,7 @@ def judge_attempt(spec: AttemptSpec, child: Child, now: float) -> AgentOutcome:
         if child.why not in ("exit", "stop"):
             remark = "it went on after its result and was ended"
         return AgentOutcome("result", result, remark)
-    if child.stop.is_set():
+    if spec.stop.is_set():
         return AgentOutcome("cancelled", detail="stopped before it reported a result")
     report = child.report
     if report.limit or error_kind(report.error, report.status) == "limit":
@@ -3728,13 +3720,7 @@ class CannotRun(str):
     or 127), or the run stops."""
 
 
-async def run_verify(
-    spec: AttemptSpec,
-    commands: Sequence[Sequence[str]],
-    *,
-    stop: asyncio.Event,
-    hurry: asyncio.Event,
-) -> str | None:
+async def run_verify(spec: AttemptSpec, commands: Sequence[Sequence[str]]) -> str | None:
     """Run checks in turn, within the phase's time limit; None if all of them exit with 0.
 
     Else the text of the first failure with the tail of its output, or a `CannotRun`.
@@ -3742,10 +3728,10 @@ async def run_verify(
     deadline = time.monotonic() + spec.timeout_s
     for number, argv in enumerate(commands, 1):
         name = f"verify command `{one_line(command_text(argv), 200)}`"
-        if stop.is_set():
+        if spec.stop.is_set():
             return CannotRun(f"{name} was not run: the run is stopping")
         try:
-            child = Child(spec, argv, f"{spec.attempt}-verify{number}", stop, hurry)
+            child = Child(spec, argv, f"{spec.attempt}-verify{number}")
             child.timeout_s = deadline - time.monotonic()
             await child.run()
         except OSError as error:
@@ -3785,10 +3771,10 @@ def probe_agent(settings: AgentSettings, root: Path) -> tuple[Problem | None, di
 
     token, never = os.urandom(8).hex(), asyncio.Event()
     names = f"probe-{token}", Task("PROBE-1", Phase("probe"), "main"), 1, token, root
-    limits = PROBE_TIMEOUT_S, 0.0, LEFTOVER_GRACE_S
+    limits = PROBE_TIMEOUT_S, 0.0, LEFTOVER_GRACE_S, never, never
     spec = AttemptSpec(*names, "", root / WORK_DIR, settings, *limits)
     spec = spec._replace(prompt=PROBE_PROMPT.format(path=spec.result_path))
-    outcome = asyncio.run(run_attempt(spec, stop=never, hurry=never))
+    outcome = asyncio.run(run_attempt(spec))
     row = {
         "agent": settings.cli,
         "model": settings.model,
@@ -5356,8 +5342,6 @@ class Run:
         spec = self._spec(attempt)._replace(prompt=prompt, budget_usd=self._budget())
         outcome = await run_attempt(
             spec,
-            stop=self.stopping,
-            hurry=self.hurry,
             started=lambda pid, since: self.coordinator.post(
                 self.book.note_process, attempt, pid, since
             ),
@@ -5448,7 +5432,7 @@ class Run:
         """For the coordinator's thread, which waits: run the checks of an attempt."""
         if running := self.running.get(attempt.task.item_id):  # a start has none
             running.seen = Progress(f"checks: {'; '.join(map(command_text, commands))}")
-        verdict = run_verify(self._spec(attempt), commands, stop=self.stopping, hurry=self.hurry)
+        verdict = run_verify(self._spec(attempt), commands)
         return asyncio.run_coroutine_threadsafe(verdict, self.loop).result()
 
     def _prompt(self, attempt: Attempt, most: int, failure: str, salvaged: str | None) -> str:
@@ -5484,6 +5468,8 @@ class Run:
             timeout_s=phase_timeout_s(self.config, task.phase),
             idle_timeout_s=idle_timeout_s(self.config, settings),
             grace_s=self.config.execution.kill_grace_seconds,
+            stop=self.stopping,
+            hurry=self.hurry,
         )
 
     # -- agents that rest --------------------------------------------------------------------------
@@ -6733,9 +6719,9 @@ def _check_again(config: Config, root: Path, argv: Sequence[str]) -> str:
     run_id, phase, never = new_run_id(), Phase("verify"), asyncio.Event()
     limits = phase_timeout_s(config, phase), 0.0, LEFTOVER_GRACE_S
     names = run_id, Task("verify", phase, "main"), 1, run_id
-    spec = AttemptSpec(*names, root, "", root, config.agent, *limits)
+    spec = AttemptSpec(*names, root, "", root, config.agent, *limits, never, never)
     become_subreaper()
-    trouble = asyncio.run(run_verify(spec, [argv], stop=never, hurry=never)) or ""
+    trouble = asyncio.run(run_verify(spec, [argv])) or ""
     missing = "\nThe work tree is a fresh one: what git ignores, such as an environment, is missing"
     return trouble + missing * bool(trouble)
 

@@ -79,7 +79,7 @@ def make_spec(tmp_path: Path) -> SpecMaker:
         root.mkdir(exist_ok=True)
         argv = ("sh", "-c", command) if isinstance(command, str) else tuple(command)
         task, settings = Task("WRK-001", Phase("build"), "main"), AgentSettings(cli="command", command=argv)
-        limits = (FOREVER, 0, FOREVER)
+        limits = (FOREVER, 0, FOREVER, asyncio.Event(), asyncio.Event())
         token, folder = os.urandom(4).hex(), root / "changes" / "WRK-001_x"
         spec = AttemptSpec("run-1", task, 1, token, root, "Do it.\n", folder, settings, *limits)
         return spec._replace(**fields)
@@ -101,13 +101,12 @@ def attempt(spec: AttemptSpec, sign: Path | None = None, *, hurry: bool = False,
     """Run an attempt; if `sign` is given, ask for the stop as soon as its agent has written that."""
 
     async def main() -> AgentOutcome:
-        events = {"stop": asyncio.Event(), "hurry": asyncio.Event()}
-        running = asyncio.create_task(run_attempt(spec, **{"started": lambda *_: None, **events, **more}))
+        running = asyncio.create_task(run_attempt(spec, **more))
         if sign is not None:
             await appears(sign)
-            events["stop"].set()
+            spec.stop.set()
             if hurry:
-                events["hurry"].set()
+                spec.hurry.set()
         return await running
 
     return asyncio.run(main())
@@ -316,11 +315,9 @@ def test_an_agent_that_ignores_term_is_killed(make_spec: SpecMaker, grace: float
     outcome = attempt(spec, spec.root / "sign", hurry=hurry)
     assert (outcome.kind, outcome.seconds < FOREVER / 2) == ("cancelled", True)
     assert alive(spec.root / "pids") == []
-    stop = asyncio.Event()
-    stop.set()
     late = spec._replace(root=spec.root / "empty")
     late.root.mkdir()
-    assert attempt(late, stop=stop) == AgentOutcome("cancelled", detail="not started: the run is stopping")
+    assert attempt(late) == AgentOutcome("cancelled", detail="not started: the run is stopping")
     assert list(late.root.iterdir()) == []
 
 
@@ -383,11 +380,9 @@ def test_attempts_side_by_side_leave_each_other_alone(make_spec: SpecMaker, tmp_
     second = make_spec(f"setsid sleep 120 & echo $! > b; {hidden.format('b')}", task=other)
 
     async def main() -> tuple[AgentOutcome, list[int]]:
-        never = asyncio.Event()
-        more: Any = {"stop": never, "hurry": never, "started": lambda *_: None}
-        running = asyncio.create_task(run_attempt(first, **more))
+        running = asyncio.create_task(run_attempt(first))
         await appears(first.root / "a-sign")
-        await run_attempt(second, **more)
+        await run_attempt(second)
         between = [len(alive(first.root / name)) for name in "ab"]
         (first.root / "go").write_text("")
         return await running, between
@@ -799,7 +794,7 @@ def test_verify_commands(make_spec: SpecMaker) -> None:
     def verify(*scripts: str, **more: Any) -> str | None:
         async def main() -> str | None:
             commands = [("sh", "-c", script) if " " in script else (script,) for script in scripts]
-            return await orchestrator.run_verify(spec._replace(**more), commands, stop=asyncio.Event(), hurry=asyncio.Event())
+            return await orchestrator.run_verify(spec._replace(**more), commands)
 
         return asyncio.run(main())
 
