@@ -2677,7 +2677,6 @@ SESSION_VARIABLE = (
     r"|CODEX_(SANDBOX\w*|THREAD_ID)|GEMINI_CLI|OPENCODE|OPENCODE_(PID|SESSION\w*)|ORCHESTRATOR_\w+"
     r"|GIT_CONFIG_(COUNT|KEY_\d+|VALUE_\d+)"
 )
-QUIET_TOOLS = {"GIT_TERMINAL_PROMPT": "0", "GIT_EDITOR": "true", "PAGER": "cat", "GIT_PAGER": "cat"}
 
 
 # ---- Paths ---------------------------------------------------------------------------------------
@@ -2737,6 +2736,11 @@ class AgentReport:
         self.error, self.status = text or UNTOLD, status
         return self.error
 
+    def said(self, text: str) -> str:
+        """Take in a piece of a message."""
+        self.message = (self.message + text)[-MESSAGE_LIMIT:]
+        return text
+
     def called(self, tool: str, call: object) -> str:
         """Take in a tool call; returns its name with its most telling argument."""
         self.worked, self.message = True, ""
@@ -2751,9 +2755,8 @@ class AgentReport:
 
     def usage(self) -> Usage:
         """Cost and tokens as far as they were reported."""
-        ways = zip((0, 0), *self.turns, *self.messages.values(), strict=True)
-        given, made = map(sum, ways)
-        return Usage(self.cost_usd, given, made) if given or made else Usage(self.cost_usd)
+        given, made = map(sum, zip((0, 0), *self.turns, *self.messages.values(), strict=True))
+        return Usage(self.cost_usd, given or None, made or None)
 
 
 def _at(value: object, kind: type[T], *keys: str) -> T:
@@ -2775,15 +2778,14 @@ def _number_at(value: object, key: str) -> float | None:
     return float(found) if 0 <= found < 1e15 else None
 
 
-def _tokens_at(usage: object, *inputs: str, output: str = "output_tokens") -> tuple[int, int]:
-    """Token counts, in and out; several keys count as input."""
-    given = sum(int(_number_at(usage, key) or 0) for key in inputs or ("input_tokens",))
-    return given, int(_number_at(usage, output) or 0)
+def _tokens_at(usage: object) -> tuple[int, int]:
+    """Token counts, in and out."""
+    caches = "cache_creation_input_tokens", "cache_read_input_tokens"  # claude's
+    counts = [int(_number_at(usage, k) or 0) for k in ("output_tokens", "input_tokens", *caches)]
+    return sum(counts[1:]), counts[0]
 
 
 # Each reader takes in one event of its CLI and returns what it tells people, if anything.
-
-CLAUDE_INPUTS = ("input_tokens", "cache_creation_input_tokens", "cache_read_input_tokens")
 
 
 def read_claude(report: AgentReport, event: Event) -> str:
@@ -2799,7 +2801,7 @@ def read_claude(report: AgentReport, event: Event) -> str:
             report.unfinished = True
         case "assistant", _:  # one of several events of a message, each with the message's figures
             report.unfinished = True
-            tokens = _tokens_at(_at(event, dict, "message", "usage"), *CLAUDE_INPUTS)
+            tokens = _tokens_at(_at(event, dict, "message", "usage"))
             report.messages[_text_at(event, "message", "id")] = tokens
             for part in _at(event, list, "message", "content"):
                 if _text_at(part, "type") == "tool_use":
@@ -2807,8 +2809,7 @@ def read_claude(report: AgentReport, event: Event) -> str:
                 else:
                     shown = _text_at(part, "text") or shown
             if error := _text_at(event, "error"):  # a message of the CLI itself, not of the model
-                refused = error in ("authentication_failed", "billing_error")
-                report.failed(shown or error, 401 if refused else None)
+                report.failed(shown or error)
         case "user", _:  # what a tool gave back; a command sent to the background returns at once
             told = event.get("tool_use_result")
             launched = _text_at(told, "status") == "async_launched"
@@ -2831,7 +2832,7 @@ def read_claude(report: AgentReport, event: Event) -> str:
             report.unfinished, shown = False, _text_at(event, "result")
             if (cost := _number_at(event, "total_cost_usd")) is not None:
                 report.cost_usd = cost
-            report.end_turn(_tokens_at(event.get("usage"), *CLAUDE_INPUTS))
+            report.end_turn(_tokens_at(event.get("usage")))
             if event.get("is_error") is not True:
                 report.ended_well()
                 report.message = shown[-MESSAGE_LIMIT:] or report.message
@@ -2871,22 +2872,20 @@ def read_opencode(report: AgentReport, event: Event) -> str:
     """`opencode run --format json` (seen: 1.18)."""
     kind, part = event.get("type"), event.get("part")
     if kind == "text":
-        text = _text_at(part, "text")
-        report.message = f"{report.message}\n{text}"[-MESSAGE_LIMIT:]
-        return text
+        return report.said("\n" + _text_at(part, "text"))
     if kind == "tool_use":
         return report.called(_text_at(part, "tool"), _at(part, dict, "state", "input"))
     if kind == "step_finish":
         report.ended_well()
-        given, made = _tokens_at(_at(part, dict, "tokens"), "input", output="output")
-        cached, _ = _tokens_at(_at(part, dict, "tokens", "cache"), "read", "write")
-        report.end_turn((given + cached, made))
+        told, cache = _at(part, dict, "tokens"), _at(part, dict, "tokens", "cache")
+        given = [_number_at(told, "input"), *(_number_at(cache, key) for key in ("read", "write"))]
+        report.end_turn((int(sum(n or 0 for n in given)), int(_number_at(told, "output") or 0)))
         if (cost := _number_at(part, "cost")) is not None:
             report.cost_usd = (report.cost_usd or 0.0) + cost
     if kind == "error":
         data, name = _at(event, dict, "error", "data"), _text_at(event, "error", "name") or "error"
-        status = 401 if name == "ProviderAuthError" else _number_at(data, "statusCode")
-        return report.failed(f"{name}: {_text_at(data, 'message') or UNTOLD}", status)
+        text = f"{name}: {_text_at(data, 'message') or UNTOLD}"
+        return report.failed(text, _number_at(data, "statusCode"))
     return ""
 
 
@@ -2896,9 +2895,7 @@ def read_gemini(report: AgentReport, event: Event) -> str:
     if kind == "init":
         report.unfinished = True
     if kind == "message" and event.get("role") == "assistant":  # the prompt is echoed as "user"
-        text = _text_at(event, "content")
-        report.message = (report.message + text)[-MESSAGE_LIMIT:]
-        return text
+        return report.said(_text_at(event, "content"))
     if kind == "tool_use":
         return report.called(_text_at(event, "tool_name"), event.get("parameters"))
     if kind == "result":
@@ -2937,15 +2934,13 @@ ITEM_WORDS = (
 )
 BUSY_WORDS = r"rate.limit|too many requests|at capacity|high demand|overloaded"
 REFUSED_WORDS = (
-    r"not logged in|logged out|(?:please|must|need to|cannot|failed to) (?:log|sign) ?in|/login\b"
-    r"|auth login|auth method|failed to authenticate|authentication.(?:failed|error|required)"
-    r"|not authenticated|unauthori[sz]ed|\b40[13]\b|forbidden|api.key|(?:oauth|refresh) token"
+    r"\b(?:not logged|logged out|(?:log|sign) ?in\b|auth (?:login|method))|/login\b|authenticat"
+    r"|AuthError|unauthori[sz]ed|\b40[13]\b|forbidden|api.key|(?:oauth|refresh) token"
     r"|credit|billing|payment|subscription|insufficient.(?:funds|balance)"
     r"|(?:organi[sz]ation|account)\b.{0,60}\b(?:disabled|suspended|not|no longer)\b"
     r"|model\b.{0,80}\b(?:not (?:found|exist|supported|allowed|have access)|may not)\b"
-    r"|(?:unknown|invalid|unsupported) model|model.?not.?found"
-    r"|(?:unknown|unexpected|unrecogni[sz]ed|illegal|no such) (?:option|argument|flag|command)"
-    r"|invalid (?:option|flag|command)|not a trusted|untrusted"
+    r"|(?:unknown|invalid|unsupported) model|model.?not.?found|untrusted|not a trusted"
+    r"|(?:unknown|unexpected|unrecogni[sz]ed|illegal|invalid|no such) (?:option|argument|flag|comm)"
 )
 
 
@@ -2964,20 +2959,15 @@ def error_kind(text: str, status: float | None = None) -> str:
     return "refused" if status in (401, 402, 403, 404) or about(REFUSED_WORDS) else "busy"
 
 
-MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
-RESET_AFTER = (
-    r"\b(?:again|resets?|retry|access|available)\s+(?:in|after)\s+("
-    r"(?:\d+(?:\.\d+)?\s*(?:days?|hours?|hrs?|min(?:ute)?s?|sec(?:ond)?s?|[dhms])"
-    r"\b[\s,]*(?:and\s+)?|\d+[dhm](?=\d))+)"
+RESET_WORDS = r"\b(?:again|resets?|retry|access|available) "
+RESET_AFTER = RESET_WORDS + (
+    r"(?:in|after) ((?:[\d.]+ ?(?:days?|hours?|hrs?|min(?:ute)?s?|sec(?:ond)?s?|[dhms])(?![a-z])"
+    r" ?(?:and )?)+)"
 )
-RESET_CLOCK = re.compile(
-    r"""\b(?:resets?|again|access|available)(?:\s+(?:at|on))?\s+
-    (?:(?P<iso>\d{4}-\d\d-\d\d)(?:\s+at\s+|\s+|T)
-      |(?P<month>[a-z]{3})[a-z]*\.?\s+(?P<day>\d{1,2})(?:st|nd|rd|th)?,?\s+
-       (?:(?P<year>\d{4}),?\s+)?(?:at\s+)?)?
-    (?P<hour>\d{1,2})(?::(?P<minute>\d\d))?(?::\d\d)?\s*(?P<half>[ap]m)?\b
-    \s*\(?(?P<zone>[a-z]+(?:/[a-z0-9_+-]+)+|UTC|GMT|Z\b)?""",
-    re.IGNORECASE | re.VERBOSE,
+RESET_AT = RESET_WORDS + (
+    r"(?:on )?(?:(?P<month>[a-z]{3})[a-z]* (?P<day>\d+) (?:(?P<year>\d{4}) )?"
+    r"|(?P<date>\d{4}-\d\d-\d\d) )?(?P<clock>\d+:\d\d(?: ?[ap]m)?|\d+ ?[ap]m)\b(?::\d\d)?"
+    r" ?\(?(?P<zone>[a-z]+(?:/[\w+-]+)+|UTC|GMT)?"
 )
 
 
@@ -2990,40 +2980,38 @@ def reset_time(text: str, now: float) -> float | None:
     """
     if epoch := re.search(r"\|(\d{10})\b", text):
         return float(epoch[1])
+    # "Apr 28th, 2026 at 10:03 PM", "2026-04-28T22:03": without what stands between
+    text = re.sub(r"(?<=\d)(?:st|nd|rd|th)\b|(?<=\d)T(?=\d)|[.,](?!\d)|\bat\b", " ", text)
+    text = " ".join(text.split())
     if after := re.search(RESET_AFTER, text, re.IGNORECASE):
         seconds = {"d": 86400, "h": 3600, "m": 60, "s": 1}
-        parts = re.findall(r"(\d+(?:\.\d+)?)\s*([dhms])", after[1], re.IGNORECASE)
+        parts = re.findall(r"([\d.]+) ?([dhms])", after[1], re.IGNORECASE)
         return now + sum(float(number) * seconds[unit.lower()] for number, unit in parts)
-    clock = RESET_CLOCK.search(text)
-    if not clock or not (clock["minute"] or clock["half"]):
-        return None
-    try:
-        return _clock_time(clock, now)
-    except (ValueError, OverflowError, OSError, KeyError):  # no such date, no such zone
-        return None
+    with suppress(ValueError, OverflowError, OSError, KeyError):  # no such date, no such zone
+        if found := re.search(RESET_AT, text, re.IGNORECASE):
+            return _clock_time(now, **found.groupdict())
+    return None
 
 
-def _clock_time(clock: re.Match[str], now: float) -> float:
-    zone: tzinfo | None = UTC if clock["zone"] else None  # None: naive, and local where it counts
-    if "/" in (clock["zone"] or ""):
+def _clock_time(
+    now: float, month: str, day: str, year: str, date: str, clock: str, zone: str
+) -> float:
+    where: tzinfo | None = UTC if zone else None  # None: naive, and local where it counts
+    if "/" in (zone or ""):
         from zoneinfo import ZoneInfo
 
-        zone = ZoneInfo(clock["zone"])
-    today = datetime.fromtimestamp(now, zone)
-    hour, half = int(clock["hour"]), (clock["half"] or "").lower()
-    if half:
-        hour = hour % 12 + (12 if half == "pm" else 0)
-    when = today.replace(hour=hour, minute=int(clock["minute"] or 0), second=0, microsecond=0)
-    if clock["iso"]:
-        year, month, day = map(int, clock["iso"].split("-"))
-        return when.replace(year=year, month=month, day=day).timestamp()
-    if clock["month"]:
-        month, day = MONTHS.index(clock["month"].lower()) + 1, int(clock["day"])
-        when = when.replace(year=int(clock["year"] or today.year), month=month, day=day)
-        if not clock["year"] and today - when > timedelta(days=180):
-            when = when.replace(year=today.year + 1)
-    elif today - when > timedelta(hours=1):
+        where = ZoneInfo(zone)
+    today, clock = datetime.fromtimestamp(now, where), clock.replace(" ", "")
+    hours = ("%I:%M%p" if ":" in clock else "%I%p") if clock[-1] in "mM" else "%H:%M"
+    if month:
+        date = f"{year or today.year}-{month}-{day}"
+    days = "%Y-%b-%d" if month else "%Y-%m-%d"
+    when = datetime.strptime(f"{date or today.date()} {clock}", f"{days} {hours}")
+    when = when.replace(tzinfo=where)
+    if not date and today - when > timedelta(hours=1):
         when += timedelta(days=1)
+    if month and not year and today - when > timedelta(days=180):
+        when = when.replace(year=when.year + 1)
     return when.timestamp()
 
 
@@ -3033,53 +3021,46 @@ def _clock_time(clock: re.Match[str], now: float) -> float:
 class Profile(NamedTuple):
     """How to start one kind of agent, and how to read what it prints."""
 
-    argv: str = ""  # words, with the placeholders of `agent_argv`; the prompt comes on stdin
+    argv: str = ""  # words; an option of `{model}` or `{budget}` goes where there is none
     read: Reader | None = None  # None: plain lines of text
     package: str = ""  # where npm has the CLI
     login: str = ""  # how to log in
-    model: str = ""  # the option that takes the model
-    budget: str = ""  # the option that takes dollars
-    last: tuple[str, ...] = ()  # what comes after the operator's own words
     env: str = ""  # words, defaults: the operator's own environment and agent.env win
     refused_codes: tuple[int, ...] = ()  # exit codes that say: not logged in, not trusted …
     starts_alone: bool = False  # a first start beside another one breaks both
 
 
-PROFILES: Mapping[str, Profile] = {
+PROFILES: Mapping[str, Profile] = {  # the prompt comes on stdin
     "claude": Profile(
-        "claude -p --output-format stream-json --verbose --dangerously-skip-permissions",
+        "claude -p --output-format stream-json --verbose --dangerously-skip-permissions"
+        " --model {model} --max-budget-usd {budget} {args}",
         read_claude,
         "@anthropic-ai/claude-code",
         "start `claude` once and use /login, or set ANTHROPIC_API_KEY",
-        model="--model",
-        budget="--max-budget-usd",
-        env="CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC=1 CLAUDE_CODE_DISABLE_BACKGROUND_TASKS=1"
+        "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC=1 CLAUDE_CODE_DISABLE_BACKGROUND_TASKS=1"
         " DISABLE_AUTOUPDATER=1 CLAUDE_CODE_MAX_RETRIES=4",
     ),
     "codex": Profile(
-        "codex exec --json --skip-git-repo-check --dangerously-bypass-approvals-and-sandbox",
+        "codex exec --json --skip-git-repo-check --dangerously-bypass-approvals-and-sandbox"
+        " -m {model} {args} -",
         read_codex,
         "@openai/codex",
         "`codex login`",
-        model="-m",
-        last=("-",),
     ),
     "opencode": Profile(  # a title that is given spares it a request for one
-        "opencode run --format json --auto --title {item_id}:{phase}",
+        "opencode run --format json --auto --title {item_id}:{phase} -m {model} {args}",
         read_opencode,
         "opencode-ai",
         "`opencode auth login`",
-        model="-m",
-        env="OPENCODE_DISABLE_AUTOUPDATE=1",
+        "OPENCODE_DISABLE_AUTOUPDATE=1",
         starts_alone=True,  # it makes a database in the operator's home
     ),
     "gemini": Profile(
-        "gemini --yolo --output-format stream-json",
+        "gemini --yolo --output-format stream-json -m {model} {args}",
         read_gemini,
         "@google/gemini-cli",
         "start `gemini` once and log in, or set GEMINI_API_KEY",
-        model="-m",
-        env="GEMINI_CLI_NO_RELAUNCH=true GEMINI_CLI_TRUST_WORKSPACE=true",
+        "GEMINI_CLI_NO_RELAUNCH=true GEMINI_CLI_TRUST_WORKSPACE=true",
         refused_codes=(41, 55, 145, 147),  # no login, folder not trusted, 401, 403 (mod 256)
     ),
     "command": Profile(),  # agent.command
@@ -3089,42 +3070,50 @@ PROFILES: Mapping[str, Profile] = {
 
 def agent_argv(spec: AttemptSpec) -> list[str]:
     """What starts an attempt; placeholders are replaced in one pass, so that values are inert."""
-    settings, profile = spec.settings, PROFILES[spec.settings.cli]
+    settings, argv = spec.settings, list[str]()
     if spec.task.phase.run:
         return list(spec.task.phase.run)
     if settings.cli == "demo":
         here = str(Path(__file__).resolve())  # this very program; -E and -S start quicker
         return [sys.executable, "-E", "-S", here, DEMO_AGENT, *settings.args]
+    budget = spec.budget_usd
     values = {
         "{prompt_file}": str(spec.prompt_path),
         "{result_path}": str(spec.result_path),
         "{model}": settings.model or "",
+        "{budget}": "" if budget is None else f"{budget + 0.00005:.4f}",  # rounded up
         "{item_id}": spec.task.item_id,
         "{phase}": spec.task.name,
     }
     names = re.compile("|".join(map(re.escape, values)))
-    words = settings.command if settings.cli == "command" else profile.argv.split()
-    argv = [names.sub(lambda found: values[found[0]], word) for word in words]
-    if settings.model and profile.model:
-        argv += [profile.model, settings.model]
-    if spec.budget_usd is not None and profile.budget:
-        argv += [profile.budget, f"{spec.budget_usd + 0.00005:.4f}"]  # rounded up
-    return [*argv, *settings.args, *profile.last]
+
+    def filled(word: str) -> str:
+        return names.sub(lambda found: values[found[0]], word)
+
+    if settings.cli == "command":
+        return [*map(filled, settings.command), *settings.args]
+    for word in PROFILES[settings.cli].argv.split():
+        if word == "{args}":
+            argv += settings.args
+        elif values.get(word) != "":
+            argv.append(filled(word))
+        else:
+            argv.pop()  # the option that takes it
+    return argv
 
 
 def agent_environment(spec: AttemptSpec, outer: Mapping[str, str]) -> dict[str, str]:
     """The environment of an agent and its tools, made from our own (`outer`)."""
-    settings = spec.settings
     kept = {
         name: value
         for name, value in outer.items()
         if not (GIT_DROPPED_ENV.fullmatch(name) or re.fullmatch(SESSION_VARIABLE, name))
     }
     return {
-        **dict(word.split("=") for word in PROFILES[settings.cli].env.split()),
+        **dict(word.split("=") for word in PROFILES[spec.settings.cli].env.split()),
         **kept,
-        **QUIET_TOOLS,
-        **settings.env,
+        **{"GIT_TERMINAL_PROMPT": "0", "GIT_EDITOR": "true", "PAGER": "cat", "GIT_PAGER": "cat"},
+        **spec.settings.env,
         RUN_MARK: spec.run_id,
         ATTEMPT_MARK: str(spec.result_path),
         "ORCHESTRATOR_ITEM_ID": spec.task.item_id,
@@ -3350,17 +3339,14 @@ class OutputFile:
     def remember(self, text: str) -> str:
         """Keep a line without control characters; returns it, "" if there is nothing to show."""
         line = one_line(text[:8000], TAIL_COLUMNS).strip()
-        if line:
-            self.tail.append(line)
+        self.tail += [line] if line else []
         return line
 
 
 def last_act(root: Path, cli: str, item_id: str, phase: str) -> str:
     """What an agent that is at work did last, from its output so far; "": nothing yet."""
     logs = (root / WORK_DIR / "logs" / safe_name(item_id)).glob(f"{safe_name(phase)}-*.out")
-    newest = max(logs, key=lambda path: path.stat().st_mtime, default=None)
-    if newest is None:
-        return ""
+    newest = max(logs, key=lambda path: path.stat().st_mtime, default=Path(os.devnull))
     output, report = OutputFile(newest), AgentReport()
     for line in output.lines(last=True):
         output.remember(read_line(report, line, PROFILES[cli].read if cli else None))
@@ -3370,9 +3356,9 @@ def last_act(root: Path, cli: str, item_id: str, phase: str) -> str:
 class Child:
     """A process of an attempt with all that it starts, followed until all of it is gone.
 
-    For agents, for phases that are a command, and for checks. What it starts is known by the value
-    of ATTEMPT_MARK in its environment. `spec.stop`, the time limit and the idle limit (without
-    output; 0 is none) end it with TERM, and KILL after the grace, which `spec.hurry` cuts short.
+    For checks and, as an `AgentChild`, the attempt itself. What it starts is known by the value of
+    ATTEMPT_MARK in its environment. `spec.stop`, the time limit and the idle limit (without output;
+    0 is none) end it with TERM, and KILL after the grace, which `spec.hurry` cuts short.
     """
 
     idle_s = 0.0
@@ -3383,19 +3369,21 @@ class Child:
     seconds = silent_s = 0.0  # how long it has been running, and said nothing
 
     def __init__(self, spec: AttemptSpec, argv: Sequence[str], log_name: int | str) -> None:
-        self.spec, self.argv = spec, argv
+        self.spec, self.argv, self.timeout_s = spec, argv, spec.timeout_s
+        # Called with pid and start time, for the process and for what hides whose it is.
+        self.started: Callable[[int, int], None] = lambda pid, start: None
         self.logs = log_paths(spec.root, spec.task, log_name)
         for path in (spec.prompt_path, spec.result_path, self.logs[0]):
             make_work_folder(spec.root, path.parent)
-        self.timeout_s = spec.timeout_s
-        # Called with pid and start time, for it and for what hides whose it is.
-        self.started: Callable[[int, int], None] = lambda pid, start: None
-        self.poll: Callable[[], bool] = lambda: False  # called often; true: it has settled
         self.report = AgentReport()
         self._marker = f"{ATTEMPT_MARK}={spec.result_path}"
         self._told: dict[int, int] = {}  # what hides whose it is, as {pid: start}
         self._known: dict[int, int] = {}  # of these, what was seen below this child
         self._dead: set[Process] = set()  # adopted, seen dead at the last look around
+
+    def settled(self) -> bool:
+        """Called often; whether it has done its work, and yet goes on."""
+        return False
 
     async def run(self) -> None:
         """Run to the end, whatever it is, and leave nothing behind; OSError if it cannot start."""
@@ -3422,16 +3410,15 @@ class Child:
                 self._take(last=True)
         finally:
             del LIVE[self._marker]
-        self.poll()
+        self.settled()
 
-    def progress(self) -> Progress:
-        """What it is doing, and since when it says nothing, if it does not."""
-        last = self.report.last
-        if self.silent_s >= SILENT_S:
-            since = datetime.now() - timedelta(seconds=self.silent_s)
-            silent = f"says nothing since {since:%H:%M} ({self.silent_s // 60:.0f} min)"
-            last = f"{silent}, before: {last}" if last else silent  # lines are cut at their end
-        return Progress(last, self.report.usage())
+    @property
+    def ending(self) -> str:
+        """How it ended, in words."""
+        if self.code is None or self.code >= 0:
+            return "could not be killed" if self.code is None else f"exit code {self.code}"
+        names = {number.value: number.name for number in signal.Signals}
+        return f"ended by {names.get(-self.code, f'signal {-self.code}')}"
 
     def with_tail(self, text: str) -> str:
         """Append the last lines of both outputs, what was printed as an error last."""
@@ -3452,35 +3439,35 @@ class Child:
             open(self.logs[0], "xb") as out,
             open(self.logs[1], "xb") as err,
         ):
+            files: dict[str, Any] = {"stdin": stdin, "stdout": out, "stderr": err}
             self._process = subprocess.Popen(
-                self.argv, cwd=root, env=env, stdin=stdin, stdout=out, stderr=err,
-                start_new_session=True,
-            )  # fmt: skip
+                self.argv, cwd=root, env=env, start_new_session=True, **files
+            )
         self.out, self.err = map(OutputFile, self.logs)
 
     async def _follow(self) -> Ending:
-        """Follow the output until the process ends or a reason to end it comes up.
+        """Follow the output until the process ends, not yet reaped, or there is a reason to end it.
 
-        Where that counts the process is not reaped yet then; the event loop would do so.
+        The event loop's own watching would reap it, behind our back.
         """
         import asyncio
 
-        loop, gone, descriptor = asyncio.get_running_loop(), asyncio.Event(), -1
+        loop, gone, stop = asyncio.get_running_loop(), asyncio.Event(), self.spec.stop
+        descriptor = os.pidfd_open(self._process.pid) if ON_LINUX else -1
         if ON_LINUX:
-            descriptor = os.pidfd_open(self._process.pid)
             loop.add_reader(descriptor, gone.set)
-        either = [asyncio.ensure_future(event.wait()) for event in (gone, self.spec.stop)]
-        begun = grown = looked = now = loop.time()
+        either = [asyncio.ensure_future(event.wait()) for event in (gone, stop)]
+        begun = grown = looked = loop.time()
         try:
             while True:
                 await asyncio.wait(either, timeout=LOOK_S, return_when=asyncio.FIRST_COMPLETED)
                 now = loop.time()
                 grown = now if self._take() else grown
                 self.seconds, self.silent_s = now - begun, now - grown
-                settled = self.poll()
+                settled = self.settled()
                 if gone.is_set() or (not ON_LINUX and self._process.poll() is not None):
                     return "exit"
-                if self.spec.stop.is_set():
+                if stop.is_set():
                     return "stop"
                 if self.seconds >= self.timeout_s:
                     return "timeout"
@@ -3527,11 +3514,10 @@ class Child:
         below = _family({leader}, table) - {leader}
         seen = below | _family((one.pid for one in adopted if one.alive), table)
         unmarked = seen - _marked(f"{RUN_MARK}={self.spec.run_id}", seen)
-        new = [(pid, table[pid].start) for pid in unmarked]
-        new = [(pid, start) for pid, start in new if self._told.get(pid) != start]
+        new = dict({(pid, table[pid].start) for pid in unmarked} - self._told.items())
         self._told.update(new)
-        self._known.update((pid, start) for pid, start in new if pid in below)
-        return new
+        self._known.update((pid, start) for pid, start in new.items() if pid in below)
+        return list(new.items())
 
 
 # ---- One attempt ---------------------------------------------------------------------------------
@@ -3549,98 +3535,142 @@ async def run_attempt(
     """
     if spec.stop.is_set():
         return AgentOutcome("cancelled", detail="not started: the run is stopping")
-    argv, by_agent, told = agent_argv(spec), not spec.task.phase.run, Progress()
-
-    def poll() -> bool:
-        """Tell what is new; whether a valid result has long stayed the same: the agent lingers."""
-        nonlocal told
-        if (seen := child.progress()) != told:
-            told = seen
-            progress(seen)
-        with suppress(OSError, ResultError):
-            age_s = time.time() - os.lstat(spec.result_path).st_ctime
-            return age_s >= SETTLE_S and read_result(spec) is not None
-        return False
-
+    argv, refused = agent_argv(spec), False
     try:
-        child = Child(spec, argv, spec.attempt)
-        child.idle_s, child.started, child.poll = spec.idle_timeout_s, started, poll
-        if by_agent:
-            child.stdin, child.read = spec.prompt_path, PROFILES[spec.settings.cli].read
+        child = AgentChild(spec, argv, spec.attempt)
+        child.started, child.tell = started, progress
         spec.prompt_path.write_text(spec.prompt, encoding="utf-8", errors="replace")
         await child.run()
     except OSError as error:
-        detail = f"{argv[0]!r} cannot be started: {error.strerror or error}"
-        if error.filename == argv[0]:  # it is the CLI itself, no trouble that may pass
-            refused = AgentOutcome("failed", detail=detail, error=detail, trouble="refused")
-            return refused if by_agent else AgentOutcome("failed", detail=detail)
-        where = f" ({os.fsdecode(error.filename)})" if error.filename else ""
-        return AgentOutcome("failed", detail=detail + where)
-    outcome = judge_attempt(spec, child, time.time())
+        refused = error.filename == argv[0]  # the CLI itself: no trouble that may pass
+        where = f" ({os.fsdecode(error.filename)})" if error.filename and not refused else ""
+        text = f"{argv[0]!r} cannot be started: {error.strerror or error}{where}"
+        if refused and not spec.task.phase.run:
+            return AgentOutcome("failed", detail=text, error=text, trouble="refused")
+        return AgentOutcome("failed", detail=text)
+    outcome = child.judge(time.time())
     return outcome._replace(usage=child.report.usage(), seconds=child.seconds)
 
 
-def read_result(spec: AttemptSpec) -> PhaseResult | None:
-    """The result an agent wrote; None if there is none.
+class AgentChild(Child):
+    """An agent at work, or the command that a phase is; and what comes of it."""
 
-    Raises ResultError if it is no regular file, too large, or says something unusable. An agent
-    may have put anything there, so it is opened without following links and without waiting.
-    """
-    path, careful = spec.result_path, os.O_NOFOLLOW | os.O_NONBLOCK
-    refused = f"the result file {path} was refused"
-    try:
-        if not stat.S_ISREG(os.lstat(path).st_mode):
-            raise ResultError(f"{refused}: it is no regular file")
-        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | careful)) as file:
-            data = file.read(RESULT_LIMIT + 1)
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise ResultError(f"{refused}: {error.strerror}") from error
-    if len(data) > RESULT_LIMIT:
-        raise ResultError(f"{refused}: more than {RESULT_LIMIT} bytes")
-    return parse_result(data, spec.task.item_id, spec.task.name)
+    def __init__(self, spec: AttemptSpec, argv: Sequence[str], log_name: int | str) -> None:
+        super().__init__(spec, argv, log_name)
+        self.idle_s, self.profile = spec.idle_timeout_s, PROFILES[spec.settings.cli]
+        if not spec.task.phase.run:
+            self.stdin, self.read = spec.prompt_path, self.profile.read
+        self.tell: Callable[[Progress], None] = lambda seen: None
+        self._seen = Progress()
 
+    def settled(self) -> bool:
+        """Tell what is new; whether a valid result has long stayed the same: it lingers."""
+        last = self.report.last
+        if self.silent_s >= SILENT_S:
+            since = datetime.now() - timedelta(seconds=self.silent_s)
+            silent = f"says nothing since {since:%H:%M} ({self.silent_s // 60:.0f} min)"
+            last = f"{silent}, before: {last}" if last else silent  # lines are cut at their end
+        before, self._seen = self._seen, Progress(last, self.report.usage())
+        if self._seen != before:
+            self.tell(self._seen)
+        with suppress(OSError, ResultError):
+            age_s = time.time() - os.lstat(self.spec.result_path).st_ctime
+            return age_s >= SETTLE_S and self.read_result() is not None
+        return False
 
-def judge_attempt(spec: AttemptSpec, child: Child, now: float) -> AgentOutcome:
-    """Decide what an attempt came to; `now` in epoch seconds. Exit codes lie, results do not."""
-    result, problem = _find_result(spec, child)
-    if result is not None:
-        remark = "" if child.code == 0 else f"result accepted in spite of: {_code_text(child.code)}"
-        if child.why not in ("exit", "stop"):
-            remark = "it went on after its result and was ended"
-        return AgentOutcome("result", result, remark)
-    if spec.stop.is_set():
-        return AgentOutcome("cancelled", detail="stopped before it reported a result")
-    report = child.report
-    if report.limit or error_kind(report.error, report.status) == "limit":
-        until = reset_time(report.error, now) if report.until is None else report.until
-        text = one_line(f"{spec.settings.name}: {report.limit or report.error}", TAIL_COLUMNS)
-        text = f"{text}; resets at {_local_text(until)}" if until else text
-        return AgentOutcome("limited", detail=text, error=text, until=until)
-    outcome = AgentOutcome("failed", detail=child.with_tail(_failure(spec, child, problem)))
-    return outcome if problem else _if_early(spec, child, outcome)
+    def read_result(self) -> PhaseResult | None:
+        """The result that the agent wrote; None if there is none.
 
+        Raises ResultError if it is no regular file, too large, or says something unusable. An agent
+        may have put anything there, so it is opened without following links and without waiting.
+        """
+        path, careful = self.spec.result_path, os.O_NOFOLLOW | os.O_NONBLOCK
+        refused = f"the result file {path} was refused"
+        try:
+            if not stat.S_ISREG(os.lstat(path).st_mode):
+                raise ResultError(f"{refused}: it is no regular file")
+            with open(
+                path, "rb", opener=lambda name, flags: os.open(name, flags | careful)
+            ) as file:
+                data = file.read(RESULT_LIMIT + 1)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise ResultError(f"{refused}: {error.strerror}") from error
+        if len(data) > RESULT_LIMIT:
+            raise ResultError(f"{refused}: more than {RESULT_LIMIT} bytes")
+        return parse_result(data, self.spec.task.item_id, self.spec.task.name)
 
-def _find_result(spec: AttemptSpec, child: Child) -> tuple[PhaseResult | None, str]:
-    """The result, or what is wrong with what there is ("" if there simply is none)."""
-    task, report = spec.task, child.report
-    ended_well = child.why == "exit" and child.code == 0
-    if task.phase.run:
-        summary = f"`{one_line(command_text(task.phase.run), 200)}` succeeded"
-        done = PhaseResult(task.item_id, task.name, "phase_complete", summary)
-        return (done if ended_well else None), ""
-    try:
-        result = read_result(spec)
-    except ResultError as error:
-        return None, str(error)
-    if result is None and ended_well and not (report.error or report.unfinished):
-        result = _result_in_message(report.message[-MESSAGE_LIMIT:], task)
-    if report.background and (result is not None or ended_well):
-        names = (report.tasks.get(one) or f"task {one}" for one in sorted(report.background))
-        running = one_line(", ".join(names), 200)
-        return None, f"it ended while this was still running in the background: {running}"
-    return result, ""
+    def judge(self, now: float) -> AgentOutcome:
+        """Decide what it came to; `now` in epoch seconds. Exit codes lie, results do not."""
+        report, (result, problem) = self.report, self._find_result()
+        if result is not None:
+            remark = f"result accepted in spite of: {self.ending}" if self.code != 0 else ""
+            if self.why not in ("exit", "stop"):
+                remark = "it went on after its result and was ended"
+            return AgentOutcome("result", result, remark)
+        if self.spec.stop.is_set():
+            return AgentOutcome("cancelled", detail="stopped before it reported a result")
+        if report.limit or error_kind(report.error, report.status) == "limit":
+            until = reset_time(report.error, now) if report.until is None else report.until
+            name = self.spec.settings.name
+            text = one_line(f"{name}: {report.limit or report.error}", TAIL_COLUMNS)
+            text = f"{text}; resets at {_local_text(until)}" if until else text
+            return AgentOutcome("limited", detail=text, error=text, until=until)
+        outcome = AgentOutcome("failed", detail=self.with_tail(self._failure(problem)))
+        return outcome if problem else self._if_early(outcome)
+
+    def _find_result(self) -> tuple[PhaseResult | None, str]:
+        """The result, or what is wrong with what there is ("" if there simply is none)."""
+        task, report, ended_well = self.spec.task, self.report, (self.why, self.code) == ("exit", 0)
+        if task.phase.run:
+            summary = f"`{one_line(command_text(task.phase.run), 200)}` succeeded"
+            done = PhaseResult(task.item_id, task.name, "phase_complete", summary)
+            return (done if ended_well else None), ""
+        try:
+            result = self.read_result()
+        except ResultError as error:
+            return None, str(error)
+        if result is None and ended_well and not (report.error or report.unfinished):
+            result = _result_in_message(report.message, task)
+        if report.background and (result is not None or ended_well):
+            names = (report.tasks.get(one) or f"task {one}" for one in sorted(report.background))
+            running = one_line(", ".join(names), 200)
+            return None, f"it ended while this was still running in the background: {running}"
+        return result, ""
+
+    def _failure(self, problem: str) -> str:
+        """Why the attempt failed, in one line."""
+        spec, report, run = self.spec, self.report, self.spec.task.phase.run
+        if self.why == "idle":
+            return f"timed out: no output for {spec.idle_timeout_s:g} seconds"
+        if self.why == "timeout":
+            return f"timed out after {spec.timeout_s:g} seconds"
+        if run:
+            return f"`{one_line(command_text(run), 200)}`: {self.ending}"
+        text = f"{problem or 'no result file was written'} ({self.ending})"
+        if report.error:
+            text += f"; it reports: {one_line(report.error, TAIL_COLUMNS)}"
+        return text + "; its events break off without a closing one" * report.unfinished
+
+    def _if_early(self, failed: AgentOutcome) -> AgentOutcome:
+        """Mark a failure of a CLI that could not do anything yet, with its own words if any."""
+        spec, report, name = self.spec, self.report, self.spec.settings.name
+        early = self.code != 0 or report.error != ""
+        if self.profile.read is None:
+            early = self.code != 0 and self.seconds < EARLY_S
+        if spec.task.phase.run or self.why != "exit" or report.worked or not early:
+            return failed
+        words = report.error if report.error != UNTOLD else ""
+        if not words:
+            # Usage limits are read from events only; on standard error anybody may speak of one.
+            lines = [line for line in self.err.tail if error_kind(line) != "limit"]
+            words = ["", *sorted(lines, key=lambda line: error_kind(line) != "busy")][-1]
+        status = 401 if self.code in self.profile.refused_codes else report.status
+        log = self.logs[0].relative_to(spec.root)
+        silent = f"{name} gave no reason ({self.ending}); its output is in {log}"
+        text = one_line(f"{name}: {words}" if words else silent, TAIL_COLUMNS)
+        return failed._replace(error=text, trouble=cast("Any", error_kind(words, status)))
 
 
 def _result_in_message(message: str, task: Task) -> PhaseResult | None:
@@ -3663,53 +3693,10 @@ def _result_in_message(message: str, task: Task) -> PhaseResult | None:
     return None
 
 
-def _failure(spec: AttemptSpec, child: Child, problem: str) -> str:
-    """Why an attempt failed, in one line."""
-    report, code = child.report, _code_text(child.code)
-    if child.why == "idle":
-        return f"timed out: no output for {spec.idle_timeout_s:g} seconds"
-    if child.why == "timeout":
-        return f"timed out after {spec.timeout_s:g} seconds"
-    if spec.task.phase.run:
-        return f"`{one_line(command_text(spec.task.phase.run), 200)}`: {code}"
-    text = f"{problem or 'no result file was written'} ({code})"
-    if report.error:
-        text += f"; it reports: {one_line(report.error, TAIL_COLUMNS)}"
-    return text + "; its events break off without a closing one" * report.unfinished
-
-
-def _if_early(spec: AttemptSpec, child: Child, failed: AgentOutcome) -> AgentOutcome:
-    """Mark a failure of a CLI that could not do anything yet, with its own words if it has any."""
-    report, profile, name = child.report, PROFILES[spec.settings.cli], spec.settings.name
-    early = child.code != 0 or report.error != ""
-    if profile.read is None:
-        early = child.code != 0 and child.seconds < EARLY_S
-    if spec.task.phase.run or child.why != "exit" or report.worked or not early:
-        return failed
-    words = report.error if report.error != UNTOLD else ""
-    if not words:
-        # Usage limits are read from events only; on standard error anybody may speak of one.
-        lines = [line for line in child.err.tail if error_kind(line) != "limit"]
-        words = ["", *sorted(lines, key=lambda line: error_kind(line) != "busy")][-1]
-    status = 401 if child.code in profile.refused_codes else report.status
-    log = child.logs[0].relative_to(spec.root)
-    silent = f"{name} gave no reason ({_code_text(child.code)}); its output is in {log}"
-    text = one_line(f"{name}: {words}" if words else silent, TAIL_COLUMNS)
-    return failed._replace(error=text, trouble=cast("Any", error_kind(words, status)))
-
-
 def _local_text(epoch: float) -> str:
     with suppress(ValueError, OverflowError, OSError):
         return f"{datetime.fromtimestamp(epoch).astimezone():%Y-%m-%d %H:%M %Z}"
     return "an unknown time"
-
-
-def _code_text(code: int | None) -> str:
-    """An exit status in words."""
-    if code is None or code >= 0:
-        return "could not be killed" if code is None else f"exit code {code}"
-    names = {number.value: number.name for number in signal.Signals}
-    return f"ended by {names.get(-code, f'signal {-code}')}"
 
 
 # ---- Verify commands -----------------------------------------------------------------------------
@@ -3737,7 +3724,7 @@ async def run_verify(spec: AttemptSpec, commands: Sequence[Sequence[str]]) -> st
         except OSError as error:
             return CannotRun(f"{name} cannot be started: {error.strerror or error}")
         if child.why != "exit" or child.code != 0:
-            failed = f"failed with {_code_text(child.code)}"
+            failed = f"failed with {child.ending}"
             how = {"stop": "was stopped", "timeout": "ran out of time"}.get(child.why, failed)
             text = child.with_tail(f"{name} {how}")
             missing = child.why == "exit" and child.code in (126, 127)
