@@ -374,17 +374,15 @@ def _is_environment(value: object) -> bool:
     )
 
 
-def _is_below_root(value: object) -> bool:
-    return WORD.fits(value) and not re.search(r"^/|(?:^|/)\.\.(?:/|$)", str(value))
-
-
 _COUNT = whole_number(0, MAX_NUMBER)
 _PLACES = whole_number(1, MAX_NUMBER)
 _AMOUNT = number_within(0, MAX_NUMBER)
 _PLAIN = TEXT._replace(fits=PLAIN.fits)
 _WORDS = list_of(WORD, 'a list of texts such as ["a", "b"]')
-_PATHS = 'a list of paths below the project root such as ["docs/"]'
-_PATTERNS = list_of(Kind("", _is_below_root), _PATHS)
+_PATHS = list_of(
+    matching_text("", r"(?!/|(.*/)?\.\.(/|\Z))[^\0]*[^\0\s][^\0]*"),
+    'a list of paths below the project root such as ["docs/"]',
+)
 _ARGVS = list_of(ARGV, 'a list of commands such as [["make", "test"]]')
 _ENVIRONMENT = Kind('names with texts such as { CI = "1" }', _is_environment)
 _NAME = matching_text("at most 64 ASCII letters, digits, - and _", NAME)
@@ -396,13 +394,13 @@ _MODEL = matching_text(  # it becomes an argument, so it must not look like an o
 
 
 class ConfigKey(NamedTuple):
-    """A row of the table: what a key may hold, what holds without it, and what it is good for."""
+    """A row of the table, which stands where its field's default would."""
 
     kind: Kind
     default: Any
-    meaning: str
-    example: str  # a value to show where the default cannot be written, or says too little
-    name: str  # as the file spells it, if the record does not
+    meaning: str = ""
+    example: str = ""  # a value to show where the default cannot be written, or says too little
+    name: str = ""  # as the file spells it, if the record does not
 
     def line(self, field: str, value: object) -> str:
         """The key as a line of TOML, with what there is to choose from, and the meaning."""
@@ -414,12 +412,9 @@ class ConfigKey(NamedTuple):
 
 
 CONFIG_KEYS: dict[str, dict[str, ConfigKey]] = {}  # by table of the file, then by field
+Words = tuple[str, ...]
 Record = TypeVar("Record", bound=type)
-
-
-def row(kind: Kind, default: object, meaning: str = "", example: str = "", name: str = "") -> Any:
-    """A row, which stands where its field's default would."""
-    return ConfigKey(kind, default, meaning, example, name)
+row: Callable[..., Any] = ConfigKey
 
 
 def config_table(name: str) -> Callable[[Record], Record]:
@@ -462,12 +457,8 @@ class Execution(NamedTuple):
         _AMOUNT, None, "no output = timeout; 0 = off, as for CLIs that tell nothing", "15"
     )
     kill_grace_seconds: float = row(_AMOUNT, 5, "from TERM to KILL, when an agent is ended")
-    hook_timeout_seconds: float = row(
-        _AMOUNT, round(HOOK_LIMIT_S), "for one hook of yours, at the commit of a destructive phase"
-    )
-    on_usage_limit: Literal["halt", "wait"] = row(
-        choice("halt", "wait"), "halt", "when the account of an agent's CLI is used up"
-    )
+    hook_timeout_seconds: float = row(_AMOUNT, round(HOOK_LIMIT_S), "for one hook of yours")
+    on_usage_limit: str = row(choice("halt", "wait"), "halt", "when an agent's account is used up")
 
 
 @config_table("agent")
@@ -476,10 +467,10 @@ class AgentSettings(NamedTuple):
 
     cli: str = row(choice(*AGENT_CLIS), "claude")
     model: str | None = row(_MODEL, None, "as the CLI calls it", '"opus"')
-    command: tuple[str, ...] = row(
+    command: Words = row(
         ARGV, (), 'for cli = "command"', '["my-agent", "{prompt_file}", "{result_path}"]'
     )
-    args: tuple[str, ...] = row(_WORDS, (), "more arguments for the CLI", '["--verbose"]')
+    args: Words = row(_WORDS, (), "more arguments for the CLI", '["--verbose"]')
     env: Mapping[str, str] = row(_ENVIRONMENT, {}, "variables for the CLI", '{ CI = "1" }')
 
     @property
@@ -501,10 +492,10 @@ class Commits(NamedTuple):
 
 @config_table("notify")
 class Notify(NamedTuple):
-    """Who is told of a halt."""
+    """Who is told of a halt: a command that is run at every one."""
 
-    command: tuple[str, ...] = row(
-        ARGV, (), "run at every halt, JSON summary on stdin", '["notify-send", "orchestrator"]'
+    command: Words = row(
+        ARGV, (), "at every halt, JSON on stdin", '["notify-send", "orchestrator"]'
     )
 
 
@@ -513,24 +504,16 @@ class Phase(NamedTuple):
     """One phase of a pipeline."""
 
     name: str
-    destructive: bool = row(
-        FLAG, False, "modifies code, runs alone, is committed at once", "true", "is_destructive"
-    )
-    workflows: tuple[str, ...] = row(
-        _WORDS, (), "files to follow, not the built-in instructions", '["docs/build.md"]'
-    )
+    destructive: bool = row(FLAG, False, "modifies code, runs alone", "true", "is_destructive")
+    workflows: Words = row(_WORDS, (), "instead of the built-in instructions", '["docs/build.md"]')
     agent: str | None = row(choice(*AGENT_CLIS), None, "", '"codex"')
     model: str | None = row(_MODEL, None, "for this phase", '"opus"')
     timeout_minutes: float | None = row(_AMOUNT, None, "instead of phase_timeout_minutes", "90")
-    run: tuple[str, ...] = row(
-        ARGV, (), "this command does the phase, no agent", '["make", "docs"]'
-    )
-    verify: tuple[tuple[str, ...], ...] = row(
+    run: Words = row(ARGV, (), "this command does the phase, no agent", '["make", "docs"]')
+    verify: tuple[Words, ...] = row(
         _ARGVS, (), "must pass after the agent says it is done", '[["make", "test"]]'
     )
-    outputs: tuple[str, ...] = row(
-        _PATTERNS, (), "what a phase that is not destructive may commit", '["docs/"]'
-    )
+    outputs: Words = row(_PATHS, (), "what a phase that is not destructive may commit", '["docs/"]')
     allow_empty: bool = row(FLAG, False, "a destructive phase may end without any change", "true")
 
 
@@ -551,9 +534,7 @@ class Config(NamedTuple):
     pipelines: Mapping[str, Pipeline]
     prefix: str = row(_NAME, "WRK", "ids are PREFIX-001, PREFIX-002, …")
     backlog_path: str = row(_PLAIN, BACKLOG_NAME, "relative to this file")
-    protected_branches: tuple[str, ...] = row(
-        _WORDS, (), '`run` refuses to work on these, e.g. ["main"]'
-    )
+    protected_branches: Words = row(_WORDS, (), '`run` refuses to work on these, e.g. ["main"]')
     guardrails: Guardrails = Guardrails()
     execution: Execution = Execution()
     agent: AgentSettings = AgentSettings()
@@ -563,17 +544,13 @@ class Config(NamedTuple):
     source: str = BUILT_IN
 
 
-TRIAGE_PHASE = Phase(TRIAGE, outputs=DOCUMENT_OUTPUTS)  # has no agent and no limits of its own
-BUILT_IN_PIPELINE = Pipeline(
-    DEFAULT_PIPELINE,
-    (Phase("research", outputs=DOCUMENT_OUTPUTS),),
-    (
-        Phase("prd", outputs=DOCUMENT_OUTPUTS),
-        Phase("design", outputs=DOCUMENT_OUTPUTS),
-        Phase("build", destructive=True),
-        Phase("review", outputs=DOCUMENT_OUTPUTS),
-    ),
-)
+def _documents(*names: str) -> tuple[Phase, ...]:
+    return tuple(Phase(name, outputs=DOCUMENT_OUTPUTS) for name in names)
+
+
+(TRIAGE_PHASE,) = _documents(TRIAGE)  # has no agent and no limits of its own
+_PHASES = (*_documents("prd", "design"), Phase("build", destructive=True), *_documents("review"))
+BUILT_IN_PIPELINE = Pipeline(DEFAULT_PIPELINE, _documents("research"), _PHASES)
 
 
 # ---- Reading -------------------------------------------------------------------------------------
@@ -589,17 +566,14 @@ def parse_config(data: bytes, source: str, base: Path) -> Config:
 
     try:
         tables = tomllib.loads(data.decode("utf-8-sig"))  # editors on Windows put a BOM in front
-    except UnicodeDecodeError as error:
-        trouble = f"it is not UTF-8 text (byte {error.start + 1}). Save it as UTF-8."
-        raise ConfigError(f"Failed to parse {source}: {trouble}") from None
-    except (ValueError, RecursionError) as error:  # also numbers of thousands of digits
+    except (ValueError, RecursionError) as error:  # no UTF-8, too; numbers of thousands of digits
         raise ConfigError(f"Failed to parse {source}: {error}. Correct the TOML.") from None
     problems: list[str] = []
     top = Fields(tables, "", problems)
-    records = {"guardrails": Guardrails, "execution": Execution, "agent": AgentSettings}
-    records |= {"commits": Commits, "notify": Notify}
     read = _read_table("project", top.table("project"))
-    read |= {name: one(**_read_table(name, top.table(name))) for name, one in records.items()}
+    for record in (Guardrails, Execution, AgentSettings, Commits, Notify):
+        name = record.__name__.lower().removesuffix("settings")
+        read[name] = record(**_read_table(name, top.table(name)))
     listed = top.table("pipelines")
     pipelines = {name: _read_pipeline(name, listed.table(name)) for name in listed.values}
     pipelines = pipelines or {DEFAULT_PIPELINE: BUILT_IN_PIPELINE}
@@ -631,16 +605,15 @@ def _read_table(name: str, table: Fields) -> dict[str, Any]:
 
 
 def _read_pipeline(name: str, table: Fields) -> Pipeline:
-    pre_phases = tuple(map(_read_phase, table.tables("pre_phases")))
-    pipeline = Pipeline(name, pre_phases, tuple(map(_read_phase, table.tables("phases"))))
+    pools = (tuple(map(_read_phase, table.tables(pool))) for pool in ("pre_phases", "phases"))
+    pipeline, problems = Pipeline(name, *pools), table.complaints
     table.close()
-    problems = table.complaints
     if not pipeline.phases:
         problems.append(f"{table.where} needs at least one main phase in `phases`")
     names = [phase.name for phase in pipeline.all_phases]
     for twice in dict.fromkeys(name for name in names if names.count(name) > 1):
         problems.append(f"{table.where} has a duplicate phase name: {twice}")
-    for phase in pre_phases:
+    for phase in pipeline.pre_phases:
         if phase.destructive:
             wrong = f"the pre-phase {phase.name} cannot be destructive; move it to `phases`"
             problems.append(f"{table.where}: {wrong}")
@@ -674,7 +647,7 @@ def pipeline_of(config: Config, item: Item) -> Pipeline | None:
     return config.pipelines.get(pipeline_name(item))
 
 
-def checks_of(config: Config, item: Item, phase: str) -> tuple[tuple[str, ...], ...]:
+def checks_of(config: Config, item: Item, phase: str) -> tuple[Words, ...]:
     """What must succeed before the work of a phase is committed: the phase's checks, and in the
     last phase that changes code the item's own."""
     pipeline = pipeline_of(config, item)
@@ -711,11 +684,9 @@ class PhasePlace(NamedTuple):
 
 def phase_places(pipeline: Pipeline) -> dict[str, PhasePlace]:
     """Every phase of a pipeline, by name."""
-    first_main = len(pipeline.pre_phases)
-    return {
-        phase.name: PhasePlace(phase, "pre" if rank < first_main else "main", rank)
-        for rank, phase in enumerate(pipeline.all_phases)
-    }
+    pools = ["pre"] * len(pipeline.pre_phases) + ["main"] * len(pipeline.phases)
+    ranked = enumerate(zip(pipeline.all_phases, pools, strict=True))
+    return {one.name: PhasePlace(one, cast("Any", pool), rank) for rank, (one, pool) in ranked}
 
 
 def agent_settings(config: Config, phase: Phase) -> AgentSettings:
@@ -744,9 +715,8 @@ def phase_timeout_s(config: Config, phase: Phase) -> float:
 def idle_timeout_s(config: Config, settings: AgentSettings) -> float:
     """Seconds an agent may be silent; 0 = for ever, as with CLIs that print only at their end."""
     minutes = config.execution.idle_timeout_minutes
-    if minutes is None:
-        minutes = STREAM_IDLE_MINUTES if PROFILES[settings.cli].read else 0.0
-    return 60 * minutes
+    usual = STREAM_IDLE_MINUTES if PROFILES[settings.cli].read else 0.0
+    return 60 * (usual if minutes is None else minutes)
 
 
 def retry_delay_s(config: Config, attempt: int) -> float:
@@ -758,18 +728,16 @@ def retry_delay_s(config: Config, attempt: int) -> float:
 # ---- Preflight -----------------------------------------------------------------------------------
 
 
-def preflight_config(config: Config, exists: Callable[[Path], bool]) -> list[Problem]:
+def preflight_config(config: Config) -> list[Problem]:
     """Every workflow file that is named but not there, by path."""
-    users: dict[str, str] = {}
-    for pipeline in config.pipelines.values():
-        for phase in pipeline.all_phases:
-            for workflow in phase.workflows:
-                users.setdefault(workflow, f"pipelines.{pipeline.name}, phase {phase.name}")
+    lines = config.pipelines.values()
+    phases = [(f"{line.name}, phase {one.name}", one) for line in lines for one in line.all_phases]
+    users = {name: user for user, phase in phases for name in phase.workflows}
     remedy = "Create it, correct the path, or remove `workflows`: every phase can do without."
     return [
-        Problem(f"{config.source}: {user}: Workflow file not found: {config.base / name}", remedy)
-        for name, user in sorted(users.items())
-        if not exists(config.base / name)
+        Problem(f"{config.source}: pipelines.{user}: Workflow file not found: {path}", remedy)
+        for path, user in sorted((config.base / name, user) for name, user in users.items())
+        if not path.exists()
     ]
 
 
@@ -800,19 +768,18 @@ def _phase_problem(config: Config, item: Item) -> list[tuple[str, str]]:
     pipeline, name = pipeline_of(config, item), item.get("phase")
     if pipeline is None or not name:
         return []
-    who, places = f"{item['id']} ({item['status']})", phase_places(pipeline)
+    places, status = phase_places(pipeline), item["status"]
     if name not in places:
-        known = f"Set phase to one of {', '.join(places)}, or add it to pipelines.{pipeline.name}."
-        return [(f"{who} is in the unknown phase {name!r}{did_you_mean(name, places)}", known)]
-    listed = places[name].pool
-    pool, phase = item.get("phase_pool", listed), f"{name} is a {listed} phase"
-    if pool != listed:
-        return [(f"{who}: phase_pool is {pool}, but {phase}", f"Set it to {listed}.")]
-    status = "scoping" if listed == "pre" else "in_progress"
-    if item["status"] != status:
-        remedy = f"Set status to {status}, or choose another phase."
-        return [(f"{who}: {phase}, which does not run in this status", remedy)]
-    return []
+        what = f"{item['id']} ({status}) is in the unknown phase {name!r}"
+        remedy = f"Set phase to one of {', '.join(places)}, or add it to pipelines.{pipeline.name}."
+        return [(what + did_you_mean(name, places), remedy)]
+    pool = places[name].pool
+    usual = "scoping" if pool == "pre" else "in_progress"
+    if (item.get("phase_pool", pool), status) == (pool, usual):
+        return []
+    now = ", ".join(filter(None, (status, item.get("phase_pool"))))
+    what = f"{item['id']} ({now}): {name} is a {pool} phase"
+    return [(what, f"Set status to {usual} and phase_pool to {pool}, or choose another phase.")]
 
 
 # ---- The file that `init` writes -----------------------------------------------------------------
@@ -820,17 +787,15 @@ def _phase_problem(config: Config, item: Item) -> list[tuple[str, str]]:
 _TEMPLATE = """\
 # What `orchestrator` does in this repository. Every key may be left out: the values below are the
 # defaults. An unknown or misspelt key is an error, so nothing here is silently ignored.
-{tables}
+{}
 # A pipeline is what an item goes through: pre-phases until it is ready, then the phases. A phase
 # may also have
-{phase_keys}
-[pipelines.{name}]
+{}
+[pipelines.{}]
 pre_phases = [
-{pre_phases}
-]
+{}]
 phases = [
-{phases}
-]
+{}]
 """
 
 
@@ -844,15 +809,14 @@ def config_template(
     """
     import json
 
-    instead = f", verify = {json.dumps([check.split()])} }},  # only what passes counts"
-
     def rows(phases: Iterable[Phase]) -> str:
-        lines = []
+        verify = f", verify = {json.dumps([check.split()])} }},  # only what passes counts"
+        text = ""
         for one in phases:
             begin = f'{{ name = "{one.name}"' + ", is_destructive = true" * one.destructive
-            lines.append(f"  {begin} }},")
-            lines += [f"  # {begin}{instead}"] * bool(check and one.destructive)
-        return "\n".join(lines)
+            text += f"  {begin} }},\n"
+            text += f"  # {begin}{verify}\n" if check and one.destructive else ""
+        return text
 
     chosen, tables = {"prefix": prefix, "cli": agent}, ""
     for table in ("project", "guardrails", "execution", "agent", "commits", "notify"):
@@ -864,14 +828,10 @@ def config_template(
             mark = "# " if hint is not None or (key.example and not needed) else ""
             value = chosen.get(field, key.default) if hint is None else hint
             tables += f"{mark}{key.line(field, value)}\n"
-    pipeline, keys = BUILT_IN_PIPELINE, CONFIG_KEYS["phase"].items()
-    return _TEMPLATE.format(
-        tables=tables,
-        phase_keys="\n".join(f"#   {key.line(field, key.default)}" for field, key in keys),
-        name=pipeline.name,
-        pre_phases=rows(pipeline.pre_phases),
-        phases=rows(pipeline.phases),
-    )
+    keys = CONFIG_KEYS["phase"].items()
+    phase_keys = "\n".join(f"#   {key.line(field, key.default)}" for field, key in keys)
+    pipeline, pre, main = BUILT_IN_PIPELINE
+    return _TEMPLATE.format(tables, phase_keys, pipeline, rows(pre), rows(main))
 
 
 # ==== 4. Decisions (pure) =========================================================================
@@ -5872,7 +5832,7 @@ def preflight(space: Workspace, *, allow_dirty: bool) -> list[Problem]:
     if config.source == BUILT_IN and repo.committed(commit, repo.relative(path)) is not None:
         what = f"{CONFIG_NAME} is in git, but not on disk, so that what it says does not count"
         problems.append(Problem(what, f"Bring it back: git restore {CONFIG_NAME}"))
-    problems += preflight_config(config, lambda path: (config.base / path).exists())
+    problems += preflight_config(config)
     problems += preflight_items(config, space.store.backlog)
     problems += preflight_agents(config, repo.root)
     return problems
