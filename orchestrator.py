@@ -2603,13 +2603,11 @@ def worklog_costs(entries: Iterable[Mapping[str, str]]) -> dict[str, Usage]:
 
 # ==== 6. Agent processes ==========================================================================
 #
-# One subprocess per attempt, watched from the event loop, and nothing that it started outlives it.
-# A process group is not enough for that: today's agents run every tool command in a session of its
-# own. So whatever carries the attempt's marker in its environment is ended, and (Linux) whatever
-# lost the marker but was handed to us, the child subreaper, when its parent died.
-#
-# A further agent CLI is its name in AGENT_CLIS (chapter 3), a row of PROFILES, and a reader of its
-# events beside `read_claude`.
+# One subprocess per attempt, and nothing that it started outlives it. A process group is not enough
+# for that: agents run tool commands in sessions of their own. So whatever carries the attempt's
+# marker in its environment is ended, and (Linux) what was handed to us, the child subreaper, when
+# its parent died. A further agent CLI is its name in AGENT_CLIS (chapter 3), a row of PROFILES, and
+# a reader of its events beside `read_claude`.
 
 RESULT_LIMIT = 5_000_000  # bytes of a result file
 LINE_LIMIT = 8 << 20  # bytes of one line of output that are looked at; codex writes long ones
@@ -2751,9 +2749,8 @@ def _tokens_at(usage: object) -> tuple[int, int]:
 def read_claude(report: AgentReport, event: Event) -> str:
     """Claude Code's stream-json (seen: 1.0.128 to 2.1.330).
 
-    An API or login failure ends with subtype "success" and is_error true: only is_error counts.
-    There are two ends when a background task outlived the first turn: total_cost_usd is cumulative
-    over them, usage is not.
+    A failure may end with subtype "success": only is_error counts. There are two ends when a
+    background task outlived the first turn; total_cost_usd is cumulative over them, usage is not.
     """
     shown = ""
     match event.get("type"), event.get("subtype"):
@@ -3218,9 +3215,8 @@ def end_processes(
     """End and reap what an attempt or a run left, see `_leftovers`: TERM, grace, KILL.
 
     TERM goes to what is there at first, so that it may start something to tidy up with. Until
-    nothing is found twice in a row, because a process may fork and leave while the table is being
-    read, and shows no environment during exec. Returns one line for each. Blocks; gives up after
-    SWEEP_LIMIT_S.
+    nothing is found twice in a row: a process may fork and leave while the table is read, and shows
+    no environment during exec. Returns a line for each; blocks; gives up after SWEEP_LIMIT_S.
     """
     ended: dict[tuple[int, int], str] = {}
     begun, clean, seen = time.monotonic(), 0, dict(known or {})
@@ -3237,9 +3233,8 @@ def end_processes(
         seen.update(left)  # once its parent is gone, nothing else may tell whose it is
         clean = 0 if left else clean + 1
         time.sleep(0.02 if left else 0.002)
-    for pid, _ in ended:
-        if pid not in LIVE.values():
-            _reap(pid)
+    for pid in {pid for pid, _ in ended} - {*LIVE.values()}:
+        _reap(pid)
     return list(ended.values())
 
 
@@ -3337,8 +3332,7 @@ class Child:
             make_work_folder(spec.root, path.parent)
         self.report = AgentReport()
         self._marker = f"{ATTEMPT_MARK}={spec.result_path}"
-        self._told: dict[int, int] = {}  # what hides whose it is, as {pid: start}
-        self._known: dict[int, int] = {}  # of these, what was seen below this child
+        self._known: dict[int, int] = {}  # what hides whose it is, as {pid: start}
         self._dead: set[Process] = set()  # adopted, seen dead at the last look around
 
     def settled(self) -> bool:
@@ -3388,8 +3382,8 @@ class Child:
     def _start(self) -> None:
         """Start the process in a session of its own.
 
-        Signals are not blocked around this: the agent and all its tools would inherit the mask. Our
-        handlers raise nothing, and CPython holds signals off in the child until it has its session.
+        With no signal blocked, for all its tools would inherit that: our handlers raise nothing,
+        and CPython holds signals off in the child until it has its session.
         """
         import subprocess
 
@@ -3461,9 +3455,9 @@ class Child:
     def _look_around(self) -> list[tuple[int, int]]:
         """Note what hides whose it is, below the child or adopted; returns what is new.
 
-        Also reaps adopted processes that have ended, as init would have done: a tool that waits for
-        its daemon's end by the pid would else wait for ever. Only at the second look, for a git
-        call of ours that has just ended looks the same, and its status belongs to who waits for it.
+        Also reaps adopted processes that have ended, as init would: a tool may wait for its
+        daemon's pid to go. At the second look, for a git call of ours that has just ended looks the
+        same, and its status belongs to who waits for it.
         """
         table, leader = processes(), self._process.pid
         adopted = _adopted(table)
@@ -3471,12 +3465,12 @@ class Child:
         for one in dead & self._dead:
             _reap(one.pid)
         self._dead = dead
-        below = _family({leader}, table) - {leader}
-        seen = below | _family((one.pid for one in adopted if one.alive), table)
+        # Of several children nobody knows whose an orphan is; of one it is found at the end, too.
+        orphans = [one.pid for one in adopted if one.alive and len(LIVE) == 1]
+        seen = _family({leader, *orphans}, table) - {leader}
         unmarked = seen - _marked(f"{RUN_MARK}={self.spec.run_id}", seen)
-        new = dict({(pid, table[pid].start) for pid in unmarked} - self._told.items())
-        self._told.update(new)
-        self._known.update((pid, start) for pid, start in new.items() if pid in below)
+        new = dict({(pid, table[pid].start) for pid in unmarked} - self._known.items())
+        self._known.update(new)
         return list(new.items())
 
 
@@ -3490,8 +3484,7 @@ async def run_attempt(
 ) -> AgentOutcome:
     """Run one attempt of a phase and judge how it ended; see `Child` for `started`.
 
-    Everything expected is an outcome; an exception is a bug, and even then nothing that was started
-    is left.
+    Everything expected is an outcome; an exception is a bug, and leaves nothing that was started.
     """
     if spec.stop.is_set():
         return AgentOutcome("cancelled", detail="not started: the run is stopping")
@@ -3541,8 +3534,8 @@ class AgentChild(Child):
     def read_result(self) -> PhaseResult | None:
         """The result that the agent wrote; None if there is none.
 
-        Raises ResultError if it is no regular file, too large, or says something unusable. An agent
-        may have put anything there, so it is opened without following links and without waiting.
+        Raises ResultError if it is unusable. An agent may have put anything there, so it is opened
+        without following links and without waiting.
         """
         path, careful = self.spec.result_path, os.O_NOFOLLOW | os.O_NONBLOCK
         refused = f"the result file {path} was refused"
@@ -3698,22 +3691,15 @@ PROBE_TIMEOUT_S = 180.0  # opencode tries for 90 s before it says that the API i
 PROBE_PROMPT = """\
 This only tests whether you can work here. Change nothing in the project and look at nothing.
 Write exactly this JSON to exactly this file, then stop:
-
+{{"item_id": "PROBE-1", "phase": "probe", "result": "phase_complete", "summary": "It works"}}
 ```text
 {path}
-```
-
-```json
-{{"item_id": "PROBE-1", "phase": "probe", "result": "phase_complete", "summary": "It works"}}
 ```
 """
 
 
 def probe_agent(settings: AgentSettings, root: Path) -> tuple[Problem | None, dict[str, object]]:
-    """Run an agent's real command line once, with a trivial prompt; its logs are kept as usual.
-
-    Returns what is wrong, if anything, and a row of facts.
-    """
+    """Run an agent's real command line once, with a trivial prompt: what is wrong, and the facts."""
     import asyncio
 
     token, never = os.urandom(8).hex(), asyncio.Event()
@@ -3731,15 +3717,14 @@ def probe_agent(settings: AgentSettings, root: Path) -> tuple[Problem | None, di
     }
     if outcome.kind == "result":
         return None, row
-    first, login = "", PROFILES[settings.cli].login
-    if outcome.trouble == "busy":
-        first = "Try again later, as a run would by itself. "
-    elif outcome.trouble == "refused" and login:
-        first = f"Log in: {login}. "
-    logs = f"{WORK_DIR}/logs/PROBE-1/"
-    remedy = f"{first}Look at its output in {logs}, and at model, args and env in [agent]."
+    remedy = f"Look at its output in {WORK_DIR}/logs/PROBE-1/, and at [agent]: model, args, env."
+    login = PROFILES[settings.cli].login
     if outcome.kind == "limited":
         remedy = 'Wait for the reset; on_usage_limit = "wait" lets a run do that.'
+    elif outcome.trouble == "busy":
+        remedy = f"Try again later, as a run would by itself. {remedy}"
+    elif outcome.trouble == "refused" and login:
+        remedy = f"Log in: {login}. {remedy}"
     return Problem(outcome.error or f"{settings.cli}: {outcome.detail}", remedy), row
 
 
@@ -3749,26 +3734,23 @@ def probe_agent(settings: AgentSettings, root: Path) -> tuple[Problem | None, di
 def demo_agent(env: Mapping[str, str], prompt: str, root: Path) -> int:
     """A scripted agent that shows the whole machinery in seconds; returns its exit code.
 
-    Words in an item's title choose what happens: "risky" is rated high risk at triage, "flaky"
-    calls broken code done at its first attempt at the phase build, "follow-up" makes build report a
-    new item, "unclear" blocks at its first document, until it is unblocked. Everything else is
-    completed.
+    Words in a title choose what happens: "risky" is rated high risk, "flaky" calls broken code done
+    at its first attempt, "follow-up" makes build report a new item, "unclear" blocks at its first
+    document until it is unblocked. Everything else is completed.
     """
     import json
 
     phase, item_id = env["ORCHESTRATOR_PHASE"], env["ORCHESTRATOR_ITEM_ID"]
     attempt, folder = env["ORCHESTRATOR_ATTEMPT"], Path(env["ORCHESTRATOR_CHANGE_DIR"])
-    found = re.search(r"^- \*\*Title:\*\* (.+)$", prompt, re.MULTILINE)
-    title = found[1] if found else item_id
+    (title,) = re.findall(r"^- \*\*Title:\*\* (.+)$", prompt, re.MULTILINE)[:1] or [item_id]
     words = title.lower()
     print(f"demo agent: {item_id} {phase}, attempt {attempt}: {title}", flush=True)
     report: dict[str, object] = {"item_id": item_id, "phase": phase, "result": "phase_complete"}
     if phase == TRIAGE:
         risk = "high" if "risky" in words else "low"
         ratings = {"size": "small", "complexity": "low", "risk": risk, "impact": "medium"}
-        solution = "The smallest change that does it."
         report |= {"summary": f"Rated: small, {risk} risk", "updated_assessments": ratings}
-        report["description"] = {"problem": f"This is missing: {title}.", "solution": solution}
+        report["description"] = {"problem": f"This is missing: {title}."}
     elif phase == "build":
         target = root / "demo" / (re.sub(r"[^a-z0-9]+", "_", words).strip("_") + ".py")
         target.parent.mkdir(exist_ok=True)
@@ -3776,8 +3758,7 @@ def demo_agent(env: Mapping[str, str], prompt: str, root: Path) -> int:
         target.write_text(f"# {title}\n\n\ndef feature{head}\n    return {item_id!r}\n")
         report["summary"] = report["commit_summary"] = f"Add {target.relative_to(root)}"
         if "follow-up" in words:
-            more = f"Document what {item_id} added (unclear)"
-            report["follow_ups"] = [{"title": more, "suggested_size": "small"}]
+            report["follow_ups"] = [{"title": f"Document what {item_id} added (unclear)"}]
     else:
         folder.mkdir(parents=True, exist_ok=True)
         document = folder / f"{safe_name(phase).upper()}.md"
