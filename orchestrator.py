@@ -3309,35 +3309,30 @@ def last_act(root: Path, cli: str, item_id: str, phase: str) -> str:
 
 
 class Child:
-    """A process of an attempt with all that it starts, followed until all of it is gone.
+    """The process of an attempt with all that it starts, followed to its end, and judged.
 
-    For checks and, as an `AgentChild`, the attempt itself. What it starts is known by the value of
-    ATTEMPT_MARK in its environment. `spec.stop`, the time limit and the idle limit (without output;
-    0 is none) end it with TERM, and KILL after the grace, which `spec.hurry` cuts short.
+    An agent or, where the phase has one, a command; checks are commands, too. What it starts is
+    known by ATTEMPT_MARK in its environment. `spec.stop`, the time limit and the idle limit (no
+    output; 0 is none) end it with TERM, and KILL after the grace, which `spec.hurry` cuts short.
     """
 
-    idle_s = 0.0
-    stdin = Path(os.devnull)  # or a regular file: an open pipe makes some agents wait
-    read: Reader | None = None  # of its events, if it has any
     why: Ending = "exit"
     code: int | None = None  # as Popen.returncode; None if it could not be killed
     seconds = silent_s = 0.0  # how long it has been running, and said nothing
 
-    def __init__(self, spec: AttemptSpec, argv: Sequence[str], log_name: int | str) -> None:
-        self.spec, self.argv, self.timeout_s = spec, argv, spec.timeout_s
+    def __init__(self, spec: AttemptSpec, log_name: int | str) -> None:
+        self.spec, self.argv, self.command = spec, agent_argv(spec), spec.task.phase.run
+        told = f"`{one_line(command_text(self.command), 200)}`"
+        self.label = told if self.command else repr(self.argv[0])
+        self.profile = Profile() if self.command else PROFILES[spec.settings.cli]
+        self.logs = log_paths(spec.root, spec.task, log_name)
         # Called with pid and start time, for the process and for what hides whose it is.
         self.started: Callable[[int, int], None] = lambda pid, start: None
-        self.logs = log_paths(spec.root, spec.task, log_name)
-        for path in (spec.prompt_path, spec.result_path, self.logs[0]):
-            make_work_folder(spec.root, path.parent)
-        self.report = AgentReport()
+        self.tell: Callable[[Progress], None] = lambda seen: None
+        self.report, self._seen = AgentReport(), Progress()
         self._marker = f"{ATTEMPT_MARK}={spec.result_path}"
         self._known: dict[int, int] = {}  # what hides whose it is, as {pid: start}
         self._dead: set[Process] = set()  # adopted, seen dead at the last look around
-
-    def settled(self) -> bool:
-        """Called often; whether it has done its work, and yet goes on."""
-        return False
 
     async def run(self) -> None:
         """Run to the end, whatever it is, and leave nothing behind; OSError if it cannot start."""
@@ -3364,7 +3359,7 @@ class Child:
                 self._take(last=True)
         finally:
             del LIVE[self._marker]
-        self.settled()
+        self._settled()
 
     @property
     def ending(self) -> str:
@@ -3382,20 +3377,25 @@ class Child:
     def _start(self) -> None:
         """Start the process in a session of its own.
 
-        With no signal blocked, for all its tools would inherit that: our handlers raise nothing,
-        and CPython holds signals off in the child until it has its session.
+        Its prompt is in a regular file: an open pipe makes some agents wait. With no signal
+        blocked, for all its tools would inherit that: our handlers raise nothing, and CPython holds
+        signals off in the child until it has its session.
         """
         import subprocess
 
-        env, root = agent_environment(self.spec, os.environ), self.spec.root
+        spec, env = self.spec, agent_environment(self.spec, os.environ)
+        for path in (spec.prompt_path, spec.result_path, self.logs[0]):
+            make_work_folder(spec.root, path.parent)
+        if spec.prompt:
+            spec.prompt_path.write_text(spec.prompt, encoding="utf-8", errors="replace")
         with (
-            open(self.stdin, "rb") as stdin,
+            open(os.devnull if self.command else spec.prompt_path, "rb") as stdin,
             open(self.logs[0], "xb") as out,
             open(self.logs[1], "xb") as err,
         ):
             files: dict[str, Any] = {"stdin": stdin, "stdout": out, "stderr": err}
             self._process = subprocess.Popen(
-                self.argv, cwd=root, env=env, start_new_session=True, **files
+                self.argv, cwd=spec.root, env=env, start_new_session=True, **files
             )
         self.out, self.err = map(OutputFile, self.logs)
 
@@ -3418,14 +3418,14 @@ class Child:
                 now = loop.time()
                 grown = now if self._take() else grown
                 self.seconds, self.silent_s = now - begun, now - grown
-                settled = self.settled()
+                settled = self._settled()
                 if gone.is_set() or (not ON_LINUX and self._process.poll() is not None):
                     return "exit"
                 if stop.is_set():
                     return "stop"
-                if self.seconds >= self.timeout_s:
+                if self.seconds >= self.spec.timeout_s:
                     return "timeout"
-                if 0 < self.idle_s <= self.silent_s:
+                if 0 < self.spec.idle_timeout_s <= self.silent_s:
                     return "idle"
                 if settled:
                     return "settled"
@@ -3445,8 +3445,8 @@ class Child:
         sizes = self.out.size, self.err.size
         out, err = self.out.lines(last=last), self.err.lines(last=last)
         # Of text only the end is shown; to clean millions of lines would hold up the event loop.
-        for line in out if self.read else out[-10 * TAIL_LINES :]:  # some may be blank
-            text = read_line(self.report, line, self.read)
+        for line in out if self.profile.read else out[-10 * TAIL_LINES :]:  # some may be blank
+            text = read_line(self.report, line, self.profile.read)
             self.report.last = self.out.remember(text) or self.report.last
         for line in err[-10 * TAIL_LINES :]:
             self.err.remember(line.decode(errors="replace"))
@@ -3473,50 +3473,7 @@ class Child:
         self._known.update(new)
         return list(new.items())
 
-
-# ---- One attempt ---------------------------------------------------------------------------------
-
-
-async def run_attempt(
-    spec: AttemptSpec,
-    started: Callable[[int, int], None] = lambda pid, start: None,
-    progress: Callable[[Progress], None] = lambda seen: None,
-) -> AgentOutcome:
-    """Run one attempt of a phase and judge how it ended; see `Child` for `started`.
-
-    Everything expected is an outcome; an exception is a bug, and leaves nothing that was started.
-    """
-    if spec.stop.is_set():
-        return AgentOutcome("cancelled", detail="not started: the run is stopping")
-    argv, refused = agent_argv(spec), False
-    try:
-        child = AgentChild(spec, argv, spec.attempt)
-        child.started, child.tell = started, progress
-        spec.prompt_path.write_text(spec.prompt, encoding="utf-8", errors="replace")
-        await child.run()
-    except OSError as error:
-        refused = error.filename == argv[0]  # the CLI itself: no trouble that may pass
-        where = f" ({os.fsdecode(error.filename)})" if error.filename and not refused else ""
-        text = f"{argv[0]!r} cannot be started: {error.strerror or error}{where}"
-        if refused and not spec.task.phase.run:
-            return AgentOutcome("failed", detail=text, error=text, trouble="refused")
-        return AgentOutcome("failed", detail=text)
-    outcome = child.judge(time.time())
-    return outcome._replace(usage=child.report.usage(), seconds=child.seconds)
-
-
-class AgentChild(Child):
-    """An agent at work, or the command that a phase is; and what comes of it."""
-
-    def __init__(self, spec: AttemptSpec, argv: Sequence[str], log_name: int | str) -> None:
-        super().__init__(spec, argv, log_name)
-        self.idle_s, self.profile = spec.idle_timeout_s, PROFILES[spec.settings.cli]
-        if not spec.task.phase.run:
-            self.stdin, self.read = spec.prompt_path, self.profile.read
-        self.tell: Callable[[Progress], None] = lambda seen: None
-        self._seen = Progress()
-
-    def settled(self) -> bool:
+    def _settled(self) -> bool:
         """Tell what is new; whether a valid result has long stayed the same: it lingers."""
         last = self.report.last
         if self.silent_s >= SILENT_S:
@@ -3528,10 +3485,10 @@ class AgentChild(Child):
             self.tell(self._seen)
         with suppress(OSError, ResultError):
             age_s = time.time() - os.lstat(self.spec.result_path).st_ctime
-            return age_s >= SETTLE_S and self.read_result() is not None
+            return not self.command and age_s >= SETTLE_S and self._read_result() is not None
         return False
 
-    def read_result(self) -> PhaseResult | None:
+    def _read_result(self) -> PhaseResult | None:
         """The result that the agent wrote; None if there is none.
 
         Raises ResultError if it is unusable. An agent may have put anything there, so it is opened
@@ -3556,6 +3513,8 @@ class AgentChild(Child):
 
     def judge(self, now: float) -> AgentOutcome:
         """Decide what it came to; `now` in epoch seconds. Exit codes lie, results do not."""
+        if self.command:
+            return self._judge_command()
         report, (result, problem) = self.report, self._find_result()
         if result is not None:
             remark = f"result accepted in spite of: {self.ending}" if self.code != 0 else ""
@@ -3573,15 +3532,25 @@ class AgentChild(Child):
         outcome = AgentOutcome("failed", detail=self.with_tail(self._failure(problem)))
         return outcome if problem else self._if_early(outcome)
 
+    def _judge_command(self) -> AgentOutcome:
+        """A command tells by its exit status; by 126 and 127 that it is missing: an `error`."""
+        task = self.spec.task
+        if (self.why, self.code) == ("exit", 0):
+            summary = f"{self.label} succeeded"
+            done = PhaseResult(task.item_id, task.name, "phase_complete", summary)
+            return AgentOutcome("result", done)
+        if self.spec.stop.is_set():
+            return AgentOutcome("cancelled", detail=f"{self.label} was stopped")
+        how = f"failed with {self.ending}" if self.why == "exit" else "ran out of time"
+        text = self.with_tail(f"{self.label} {how}")
+        missing = self.why == "exit" and self.code in (126, 127)
+        return AgentOutcome("failed", detail=text, error=text if missing else "")
+
     def _find_result(self) -> tuple[PhaseResult | None, str]:
         """The result, or what is wrong with what there is ("" if there simply is none)."""
         task, report, ended_well = self.spec.task, self.report, (self.why, self.code) == ("exit", 0)
-        if task.phase.run:
-            summary = f"`{one_line(command_text(task.phase.run), 200)}` succeeded"
-            done = PhaseResult(task.item_id, task.name, "phase_complete", summary)
-            return (done if ended_well else None), ""
         try:
-            result = self.read_result()
+            result = self._read_result()
         except ResultError as error:
             return None, str(error)
         if result is None and ended_well and not (report.error or report.unfinished):
@@ -3594,13 +3563,11 @@ class AgentChild(Child):
 
     def _failure(self, problem: str) -> str:
         """Why the attempt failed, in one line."""
-        spec, report, run = self.spec, self.report, self.spec.task.phase.run
+        spec, report = self.spec, self.report
         if self.why == "idle":
             return f"timed out: no output for {spec.idle_timeout_s:g} seconds"
         if self.why == "timeout":
             return f"timed out after {spec.timeout_s:g} seconds"
-        if run:
-            return f"`{one_line(command_text(run), 200)}`: {self.ending}"
         text = f"{problem or 'no result file was written'} ({self.ending})"
         if report.error:
             text += f"; it reports: {one_line(report.error, TAIL_COLUMNS)}"
@@ -3612,7 +3579,7 @@ class AgentChild(Child):
         early = self.code != 0 or report.error != ""
         if self.profile.read is None:
             early = self.code != 0 and self.seconds < EARLY_S
-        if spec.task.phase.run or self.why != "exit" or report.worked or not early:
+        if self.why != "exit" or report.worked or not early:
             return failed
         words = report.error if report.error != UNTOLD else ""
         if not words:
@@ -3652,7 +3619,34 @@ def _local_text(epoch: float) -> str:
     return "an unknown time"
 
 
-# ---- Verify commands -----------------------------------------------------------------------------
+# ---- Attempts and checks -------------------------------------------------------------------------
+
+
+async def run_attempt(
+    spec: AttemptSpec,
+    started: Callable[[int, int], None] = lambda pid, start: None,
+    progress: Callable[[Progress], None] = lambda seen: None,
+    log_name: int | str = "",  # else the number of the attempt
+) -> AgentOutcome:
+    """Run one attempt of a phase and judge how it ended; see `Child` for `started`.
+
+    Everything expected is an outcome; an exception is a bug, and leaves nothing that was started.
+    """
+    child = Child(spec, log_name or spec.attempt)
+    child.started, child.tell = started, progress
+    if spec.stop.is_set():
+        return AgentOutcome("cancelled", detail=f"{child.label} was not run: the run is stopping")
+    try:
+        await child.run()
+    except OSError as error:
+        missing = error.filename == child.argv[0]  # the CLI itself: no trouble that may pass
+        where = f" ({os.fsdecode(error.filename)})" if error.filename and not missing else ""
+        text = f"{child.label} cannot be started: {error.strerror or error}{where}"
+        told = text if missing or child.command else ""
+        trouble: Any = "refused" if missing and not child.command else ""
+        return AgentOutcome("failed", detail=text, error=told, trouble=trouble)
+    outcome = child.judge(time.time())
+    return outcome._replace(usage=child.report.usage(), seconds=child.seconds)
 
 
 class CannotRun(str):
@@ -3667,21 +3661,12 @@ async def run_verify(spec: AttemptSpec, commands: Sequence[Sequence[str]]) -> st
     """
     deadline = time.monotonic() + spec.timeout_s
     for number, argv in enumerate(commands, 1):
-        name = f"verify command `{one_line(command_text(argv), 200)}`"
-        if spec.stop.is_set():
-            return CannotRun(f"{name} was not run: the run is stopping")
-        try:
-            child = Child(spec, argv, f"{spec.attempt}-verify{number}")
-            child.timeout_s = deadline - time.monotonic()
-            await child.run()
-        except OSError as error:
-            return CannotRun(f"{name} cannot be started: {error.strerror or error}")
-        if child.why != "exit" or child.code != 0:
-            failed = f"failed with {child.ending}"
-            how = {"stop": "was stopped", "timeout": "ran out of time"}.get(child.why, failed)
-            text = child.with_tail(f"{name} {how}")
-            missing = child.why == "exit" and child.code in (126, 127)
-            return CannotRun(text) if missing or child.why == "stop" else text
+        task = spec.task._replace(phase=spec.task.phase._replace(run=tuple(argv)))
+        one = spec._replace(task=task, timeout_s=deadline - time.monotonic(), idle_timeout_s=0)
+        outcome = await run_attempt(one, log_name=f"{spec.attempt}-verify{number}")
+        if outcome.kind != "result":
+            text = f"verify command {outcome.detail}"
+            return CannotRun(text) if outcome.error or outcome.kind == "cancelled" else text
     return None
 
 
@@ -3699,7 +3684,7 @@ Write exactly this JSON to exactly this file, then stop:
 
 
 def probe_agent(settings: AgentSettings, root: Path) -> tuple[Problem | None, dict[str, object]]:
-    """Run an agent's real command line once, with a trivial prompt: what is wrong, and the facts."""
+    """Run an agent's real command line once, with a trivial prompt; what is wrong, and facts."""
     import asyncio
 
     token, never = os.urandom(8).hex(), asyncio.Event()

@@ -317,7 +317,7 @@ def test_an_agent_that_ignores_term_is_killed(make_spec: SpecMaker, grace: float
     assert alive(spec.root / "pids") == []
     late = spec._replace(root=spec.root / "empty")
     late.root.mkdir()
-    assert attempt(late) == AgentOutcome("cancelled", detail="not started: the run is stopping")
+    assert attempt(late) == AgentOutcome("cancelled", detail="'sh' was not run: the run is stopping")
     assert list(late.root.iterdir()) == []
 
 
@@ -782,10 +782,10 @@ def test_a_phase_that_is_a_command_ends_by_its_exit_code(make_spec: SpecMaker) -
     assert (done.result.item_id, done.result.phase) == ("WRK-001", "check")
     failed = run("sh", "-c", "echo broken >&2; exit 9")
     assert (failed.kind, failed.trouble) == ("failed", "")
-    assert failed.detail == "`sh -c 'echo broken >&2; exit 9'`: exit code 9\nLast output:\nbroken"
+    assert failed.detail == "`sh -c 'echo broken >&2; exit 9'` failed with exit code 9\nLast output:\nbroken"
     missing = run("no-such-command")
     assert (missing.kind, missing.trouble) == ("failed", "")  # nobody blames the agent
-    assert missing.detail == "'no-such-command' cannot be started: No such file or directory"
+    assert missing.detail == "`no-such-command` cannot be started: No such file or directory"
 
 
 def test_verify_commands(make_spec: SpecMaker) -> None:
