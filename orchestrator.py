@@ -571,8 +571,8 @@ def parse_config(data: bytes, source: str, base: Path) -> Config:
     problems: list[str] = []
     top = Fields(tables, "", problems)
     read = _read_table("project", top.table("project"))
-    for record in (Guardrails, Execution, AgentSettings, Commits, Notify):
-        name = record.__name__.lower().removesuffix("settings")
+    records = {"guardrails": Guardrails, "execution": Execution, "agent": AgentSettings}
+    for name, record in (records | {"commits": Commits, "notify": Notify}).items():
         read[name] = record(**_read_table(name, top.table(name)))
     listed = top.table("pipelines")
     pipelines = {name: _read_pipeline(name, listed.table(name)) for name in listed.values}
@@ -2917,10 +2917,7 @@ def error_kind(text: str, status: float | None = None) -> str:
 
 
 RESET_WORDS = r"\b(?:again|resets?|retry|access|available) "
-RESET_AFTER = RESET_WORDS + (
-    r"(?:in|after) ((?:[\d.]+ ?(?:days?|hours?|hrs?|min(?:ute)?s?|sec(?:ond)?s?|[dhms])(?![a-z])"
-    r" ?(?:and )?)+)"
-)
+RESET_AFTER = RESET_WORDS + r"(?:in|after) ((?:[\d.]+ ?[dhms][a-z]* ?(?:and )?)+)"
 RESET_AT = RESET_WORDS + (
     r"(?:on )?(?:(?P<month>[a-z]{3})[a-z]* (?P<day>\d+) (?:(?P<year>\d{4}) )?"
     r"|(?P<date>\d{4}-\d\d-\d\d) )?(?P<clock>\d+:\d\d(?: ?[ap]m)?|\d+ ?[ap]m)\b(?::\d\d)?"
@@ -2942,11 +2939,11 @@ def reset_time(text: str, now: float) -> float | None:
     text = " ".join(text.split())
     if after := re.search(RESET_AFTER, text, re.IGNORECASE):
         seconds = {"d": 86400, "h": 3600, "m": 60, "s": 1}
-        parts = re.findall(r"([\d.]+) ?([dhms])", after[1], re.IGNORECASE)
-        return now + sum(float(number) * seconds[unit.lower()] for number, unit in parts)
+        parts = re.findall(r"(\d+(?:\.\d+)?) ?([dhms])", after[1].lower())
+        return now + sum(float(number) * seconds[unit] for number, unit in parts)
+    clock = re.search(RESET_AT, text, re.IGNORECASE)
     with suppress(ValueError, OverflowError, OSError, KeyError):  # no such date, no such zone
-        if found := re.search(RESET_AT, text, re.IGNORECASE):
-            return _clock_time(now, **found.groupdict())
+        return _clock_time(now, **clock.groupdict()) if clock else None
     return None
 
 
@@ -3094,16 +3091,12 @@ def agent_problem(
     if settings.cli != "demo" and not shutil.which(where, path=env.get("PATH", os.defpath)):
         package = PROFILES[settings.cli].package
         how = f"npm install -g {package}" if package else "check agent.command"
-        return Problem(
-            f"the agent {binary!r} is not on PATH or not executable",
-            f"Install it ({how}), or choose another agent with agent.cli.",
-        )
+        what = f"the agent {binary!r} is not on PATH or not executable"
+        return Problem(what, f"Install it ({how}), or choose another agent with agent.cli.")
     if settings.cli == "claude" and os.geteuid() == 0 and env.get("IS_SANDBOX") != "1":
-        return Problem(
-            "claude refuses to work unattended as root",
-            "Run as an ordinary user, or, in a container made for it, set IS_SANDBOX=1 exactly"
-            ' (e.g. env = { IS_SANDBOX = "1" } in [agent]).',
-        )
+        how = "Run as an ordinary user, or, in a container made for it, with IS_SANDBOX=1"
+        how += ' (e.g. env = { IS_SANDBOX = "1" } in [agent]).'
+        return Problem("claude refuses to work unattended as root", how)
     return None
 
 
