@@ -53,7 +53,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta, tzinfo
 from enum import StrEnum
@@ -4182,6 +4182,7 @@ class Ledger:
             lambda draft: charge_attempt(draft, attempt.item, self.clock()),
             lambda _: {"ended": ended, **self._costs(attempt)},
         )
+        attempt.usage = NOTHING_SPENT  # told
         return ref
 
     def give_up(self, attempt: Attempt, reason: str, result: PhaseResult | None) -> Applied:
@@ -4266,7 +4267,8 @@ class Ledger:
     def _changes(self, old: str | None, new: str) -> list[Change]:
         """The difference of two trees, without what is no part of anybody's work."""
         changes = self.repo.changes(old, new)
-        return [change for change in changes if not self.space.is_ours(change.after.path)]
+        work = self.space.somebodys(change.after.path for change in changes)
+        return [change for change in changes if change.after.path in work]
 
     def _dirt(self, seen: Snapshot) -> dict[str, Entry]:
         """What differed from HEAD at a snapshot, as HEAD has it, by path."""
@@ -4429,14 +4431,9 @@ class Ledger:
             limit_s=self.config.execution.hook_timeout_seconds,
         )
         if verdict.outcome == "passed":  # a hook's `git add -A` takes more than is to be committed
-            known, strays = {change.after.path for change in seen.changes}, self.space.strays()
-            mine = [
-                entry
-                for entry in verdict.entries
-                if entry.path in known
-                or not (entry.path in strays or self.space.is_ours(entry.path))
-            ]
-            return verdict._replace(entries=mine)
+            mine = self.space.somebodys(entry.path for entry in verdict.entries)
+            mine = mine - self.space.strays().keys() | {*seen.paths}
+            return verdict._replace(entries=[e for e in verdict.entries if e.path in mine])
         if verdict.outcome == "files":
             return f"{_hook_trouble(verdict)}:\n{verdict.output}"
         keys = "commits.style, commits.signoff and execution.hook_timeout_seconds"
@@ -5510,43 +5507,31 @@ def stop_requested(state_dir: Path, run_id: str) -> bool:
 
 # ==== 10. Start and shutdown ======================================================================
 
+RUN_LOCK_TRIES, RUN_LOCK_PAUSE_S = 20, 0.05
 
-class RunLock:
-    """The flock that makes sure of one run per work tree; a context manager."""
+@contextmanager
+def flocked(path: Path, owner: str) -> Iterator[None]:
+    """Hold a lock that names its owner; RunActive if somebody else keeps it for over a second."""
+    import fcntl
 
-    def __init__(self, path: Path, owner: str) -> None:
-        self.path = path
-        self.owner = owner  # a run id, or what else holds it
-        self._handle = -1
-
-    def __enter__(self) -> RunLock:
-        """Take the lock, or raise RunActive naming who has it."""
-        import fcntl
-
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(handle)
-            raise RunActive(
-                f"another run is at work here ({self.holder() or 'it has just begun'}). Wait for"
-                f" it, or ask it to stop with `{program_name()} stop`."
-            ) from None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "r+", errors="replace") as file:
+        for tries_left in reversed(range(RUN_LOCK_TRIES)):  # a command has it for a moment
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if not tries_left:
+                    raise RunActive(
+                        f"another run is at work here ({file.read() or 'it has just begun'}). Wait"
+                        f" for it, or ask it to stop with `{program_name()} stop`."
+                    ) from None
+                time.sleep(RUN_LOCK_PAUSE_S)
         since = local_time(utc_now()).isoformat(timespec="seconds")
-        os.ftruncate(handle, 0)
-        os.pwrite(handle, f"{self.owner}, pid {os.getpid()}, since {since}\n".encode(), 0)
-        self._handle = handle
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        os.close(self._handle)
-
-    def holder(self) -> str:
-        """Who took the lock last: owner, pid and time."""
-        with suppress(OSError):
-            return self.path.read_text(errors="replace").strip()
-        return ""
+        file.truncate(0)
+        file.write(f"{owner}, pid {os.getpid()}, since {since}")
+        file.flush()
+        yield
 
 
 # What vim, Emacs and their like keep beside a file that is open in them.
@@ -5560,25 +5545,32 @@ class Workspace(NamedTuple):
     config: Config
     store: Store
 
-    def is_ours(self, path: str) -> bool:
-        """Whether a path (from the top) is no part of anybody's work.
+    def somebodys(self, paths: Iterable[str]) -> set[str]:
+        """Those of the paths (from the top) that are a part of somebody's work.
 
-        State that the orchestrator writes itself, here and in other projects of the work tree, an
-        editor's own files, and the file that the output of this process goes to.
+        Not so: state that the orchestrator writes itself, here and in other projects of the work
+        tree, an editor's own files, and the files that our output goes to.
         """
-        own = [self.repo.relative(one) for one in (self.store.path, self.store.temporary)]
-        own += [prefix + BACKLOG_NAME for prefix in self.repo.neighbours]
+        own = {self.repo.relative(one) for one in (self.store.path, self.store.temporary)}
+        own |= {prefix + BACKLOG_NAME for prefix in self.repo.neighbours}
         places = (self.repo.prefix, *self.repo.neighbours)
-        folders = (f"{place}{name}/" for place in places for name in (WORKLOG_DIR, WORK_DIR))
-        if path in own or path.startswith(tuple(folders)):
-            return True
-        if EDITORS_FILE.fullmatch(path):
-            return not self.repo.is_tracked(path)
-        with suppress(OSError):
-            found = (self.repo.top / path).lstat()
-            own_output = any(os.path.samestat(found, os.fstat(fd)) for fd in (1, 2))
-            return own_output or f"{self._stamps(path)[1]} {path}" in self._stray_lines()
-        return False
+        folders = tuple(f"{place}{name}/" for place in places for name in (WORKLOG_DIR, WORK_DIR))
+        noted = {*self._stray_lines()}
+        for fd in (1, 2):
+            with suppress(OSError):
+                noted.add(_same_file(os.fstat(fd)))
+
+        def nobodys(path: str) -> bool:
+            if path in own or path.startswith(folders):
+                return True
+            if EDITORS_FILE.fullmatch(path):
+                return not self.repo.is_tracked(path)
+            with suppress(OSError):
+                same = _same_file((self.repo.top / path).lstat())
+                return same in noted or f"{same} {path}" in noted
+            return False
+
+        return {path for path in paths if not nobodys(path)}
 
     def strays(self) -> dict[str, str]:
         """What phases left beside their outputs, by path; what is gone or edited since is not."""
@@ -5622,8 +5614,7 @@ class Workspace(NamedTuple):
         except OSError:
             return "", ""
         state = f"{found.st_mtime_ns}-{found.st_size}"
-        same = f"inode-{found.st_ino}"
-        return "folder" if stat.S_ISDIR(found.st_mode) else state, same
+        return "folder" if stat.S_ISDIR(found.st_mode) else state, _same_file(found)
 
     def entries_since(self, before: bytes | None) -> list[MessageEntry]:
         """What a state commit says of each item that has changed since a version of the file."""
@@ -5633,12 +5624,27 @@ class Workspace(NamedTuple):
             return []
         return state_entries(old, self.store.state.items) if old else []
 
-    def run_lock(self, owner: str = "a command") -> RunLock:
-        return RunLock(self.repo.state_dir / "run.lock", owner)
+    @property
+    def lock_path(self) -> Path:
+        return self.repo.state_dir / "run.lock"
+
+    @contextmanager
+    def run_lock(self, run_id: str = "") -> Iterator[None]:
+        """Be the only one who works on the project, and a run: the only one in the work tree."""
+        tree, where = self.repo.git_dir / "orchestrator/tree.lock", self.repo.root
+        with ExitStack() as held:
+            held.enter_context(flocked(self.lock_path, f"run {run_id}" if run_id else "a command"))
+            if run_id:
+                held.enter_context(flocked(tree, f"run {run_id} in {where}"))
+            yield
 
     def journal(self) -> Journal | None:
         """What an active run, or one that left something unfinished, has noted."""
         return Journal.read(self.store.journal_path, self.store.path.name)
+
+
+def _same_file(found: os.stat_result) -> str:
+    return f"file-{found.st_dev}-{found.st_ino}"
 
 
 def open_workspace(root: Path, config_path: Path | None) -> Workspace:
@@ -5828,18 +5834,14 @@ def _dirty_problems(space: Workspace) -> list[Problem]:
     known = {prefix + CONFIG_NAME, *space.strays()}
     with suppress(GitError):  # this program itself, if it was copied here
         known.add(space.repo.relative(Path(__file__).absolute()))
-    dirty = [
-        path
-        for path in space.repo.dirty_paths()
-        if path.startswith(prefix)
-        and not (path.rstrip("/") in known or path.startswith(folders) or space.is_ours(path))
-    ]
-    left = _left_by_a_run(space, dirty)
-    dirty = [path for path in dirty if path not in left]
+    dirty = space.somebodys(path for path in space.repo.dirty_paths() if path.startswith(prefix))
+    dirty = {p for p in dirty if not (p.rstrip("/") in known or p.startswith(folders))}
+    dirty -= _left_by_a_run(space, dirty)
     if not dirty:
         return []
-    shown = ", ".join(dirty[:5]) + (f" and {len(dirty) - 5} more" if len(dirty) > 5 else "")
-    paths = " ".join(shlex.quote(f":/{path}") for path in dirty)
+    names = sorted(dirty)
+    shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    paths = " ".join(shlex.quote(f":/{path}") for path in names)
     return [
         Problem(
             f"the work tree has uncommitted changes: {one_line(shown, 300)}",
@@ -5918,7 +5920,7 @@ def cmd_run(args: argparse.Namespace) -> int:
             options = options._replace(overridden=items[0]["id"])
     run_id = new_run_id()
     import_asyncio()
-    with space.run_lock(f"run {run_id}"):
+    with space.run_lock(run_id):
         become_subreaper()
         live = LiveLine(sys.stderr.isatty() and not args.quiet)
         set_up_logging(args, live)
@@ -6157,14 +6159,11 @@ def lock_holder(space: Workspace) -> str:
     """What the holder of the run lock says of itself; "": nobody holds it. Changes nothing."""
     import fcntl
 
-    lock = space.run_lock()
-    try:
-        with lock.path.open("rb") as file:
+    with suppress(FileNotFoundError), space.lock_path.open(errors="replace") as file:
+        try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return ""
-    except BlockingIOError:
-        return lock.holder() or "a run that has only just begun"
+        except BlockingIOError:
+            return file.read() or "a run that has only just begun"
     return ""
 
 
