@@ -358,21 +358,12 @@ AGENT_CLIS = ("claude", "codex", "opencode", "gemini", "command", "demo")
 DOCUMENT_OUTPUTS = ("changes/{id}_*/", "_ideas/{id}_*")
 BUILT_IN = "built-in defaults"  # where the values of a config without a file come from
 MAX_NUMBER = 2**32 - 1  # what any count or duration may be at most
-MAX_RETRY_DELAY_S = 300.0
 STREAM_IDLE_MINUTES = 15.0  # a long tool command is silent too, so not shorter
 
 # Ids and phase names become parts of file names and of git refs, so they hold nothing special.
 NAME = r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}"
 
 # ---- What a key may hold -------------------------------------------------------------------------
-
-
-def _is_environment(value: object) -> bool:
-    return isinstance(value, dict) and all(
-        name and "=" not in name and PLAIN.fits(name) and PLAIN.fits(text)
-        for name, text in value.items()
-    )
-
 
 _COUNT = whole_number(0, MAX_NUMBER)
 _PLACES = whole_number(1, MAX_NUMBER)
@@ -384,7 +375,13 @@ _PATHS = list_of(
     'a list of paths below the project root such as ["docs/"]',
 )
 _ARGVS = list_of(ARGV, 'a list of commands such as [["make", "test"]]')
-_ENVIRONMENT = Kind('names with texts such as { CI = "1" }', _is_environment)
+_ENVIRONMENT = Kind(
+    'names with texts such as { CI = "1" }',
+    lambda value: (
+        isinstance(value, dict)
+        and all(re.fullmatch(r"[^\0=]+", name) and PLAIN.fits(value[name]) for name in value)
+    ),
+)
 _NAME = matching_text("at most 64 ASCII letters, digits, - and _", NAME)
 _MODEL = matching_text(  # it becomes an argument, so it must not look like an option
     "letters, digits, . _ / - (no leading -)", r"|[A-Za-z0-9._/][A-Za-z0-9._/-]*"
@@ -674,19 +671,11 @@ def rules_of(config: Config) -> Rules:
     return Rules(config.prefix, limits, pipelines, config.source)
 
 
-class PhasePlace(NamedTuple):
-    """Where a phase stands in its pipeline."""
-
-    phase: Phase
-    pool: Literal["pre", "main"]
-    rank: int  # counted over pre-phases and main phases together
-
-
-def phase_places(pipeline: Pipeline) -> dict[str, PhasePlace]:
-    """Every phase of a pipeline, by name."""
-    pools = ["pre"] * len(pipeline.pre_phases) + ["main"] * len(pipeline.phases)
-    ranked = enumerate(zip(pipeline.all_phases, pools, strict=True))
-    return {one.name: PhasePlace(one, cast("Any", pool), rank) for rank, (one, pool) in ranked}
+def phase_places(pipeline: Pipeline) -> dict[str, tuple[Phase, Literal["pre", "main"], int]]:
+    """Every phase of a pipeline by name, with its pool and its rank among all of them."""
+    first = len(pipeline.pre_phases)
+    ranked = enumerate(pipeline.all_phases)
+    return {one.name: (one, "pre" if rank < first else "main", rank) for rank, one in ranked}
 
 
 def agent_settings(config: Config, phase: Phase) -> AgentSettings:
@@ -721,8 +710,8 @@ def idle_timeout_s(config: Config, settings: AgentSettings) -> float:
 
 def retry_delay_s(config: Config, attempt: int) -> float:
     """Seconds to wait after the failure of the given attempt (1-based): doubles, at most 300."""
-    doublings = min(attempt - 1, 60)  # more would only overflow; the limit is reached long before
-    return min(MAX_RETRY_DELAY_S, config.execution.retry_delay_seconds * 2.0**doublings)
+    # More than 60 doublings would only overflow; the limit is reached long before.
+    return min(300.0, config.execution.retry_delay_seconds * 2.0 ** min(attempt - 1, 60))
 
 
 # ---- Preflight -----------------------------------------------------------------------------------
@@ -773,7 +762,7 @@ def _phase_problem(config: Config, item: Item) -> list[tuple[str, str]]:
         what = f"{item['id']} ({status}) is in the unknown phase {name!r}"
         remedy = f"Set phase to one of {', '.join(places)}, or add it to pipelines.{pipeline.name}."
         return [(what + did_you_mean(name, places), remedy)]
-    pool = places[name].pool
+    _, pool, _ = places[name]
     usual = "scoping" if pool == "pre" else "in_progress"
     if (item.get("phase_pool", pool), status) == (pool, usual):
         return []
@@ -923,14 +912,14 @@ def _due(able: Sequence[Item], config: Config) -> Iterator[Task]:
     places = {name: phase_places(pipeline) for name, pipeline in config.pipelines.items()}
     for status, pool in (("in_progress", "main"), ("scoping", "pre")):
         found = [
-            (-(item.get("priority") or 0), -place.rank, item["created"], item["id"], place)
+            (-(item.get("priority") or 0), -place[2], item["created"], item["id"], place)
             for item in able
             if item["status"] == status
             and (place := places.get(pipeline_name(item), {}).get(item.get("phase") or ""))
-            and place.pool == pool
+            and place[1] == pool
         ]
-        for *_, item_id, place in sorted(found, key=lambda one: one[:3]):
-            yield Task(item_id, place.phase, place.pool)
+        for *_, item_id, (phase, main_or_pre, _) in sorted(found, key=lambda one: one[:3]):
+            yield Task(item_id, phase, main_or_pre)
     new = (item for item in able if item["status"] == "new")
     for item in sorted(new, key=lambda item: (-(item.get("priority") or 0), item["created"])):
         yield Task(item["id"], TRIAGE_PHASE, "triage")
@@ -5508,6 +5497,7 @@ def stop_requested(state_dir: Path, run_id: str) -> bool:
 # ==== 10. Start and shutdown ======================================================================
 
 RUN_LOCK_TRIES, RUN_LOCK_PAUSE_S = 20, 0.05
+
 
 @contextmanager
 def flocked(path: Path, owner: str) -> Iterator[None]:
