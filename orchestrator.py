@@ -2680,7 +2680,7 @@ class AgentReport:
 
     def failed(self, text: str, status: float | None = None) -> str:
         """Take in an error that the CLI reports."""
-        self.error, self.status = text or UNTOLD, status
+        self.error, self.status, self.unfinished = text or UNTOLD, status, False
         return self.error
 
     def said(self, text: str) -> str:
@@ -2743,10 +2743,7 @@ def read_claude(report: AgentReport, event: Event) -> str:
     """
     shown = ""
     match event.get("type"), event.get("subtype"):
-        case "system", "init":
-            report.unfinished = True
         case "assistant", _:  # one of several events of a message, each with the message's figures
-            report.unfinished = True
             tokens = _tokens_at(_at(event, dict, "message", "usage"))
             report.messages[_text_at(event, "message", "id")] = tokens
             for part in _at(event, list, "message", "content"):
@@ -2775,7 +2772,7 @@ def read_claude(report: AgentReport, event: Event) -> str:
                 report.limit = shown = f"usage limit reached ({kind})"
                 report.until = _number_at(info, "resetsAt")  # seconds, not milliseconds
         case "result", _:
-            report.unfinished, shown = False, _text_at(event, "result")
+            shown = _text_at(event, "result")
             if (cost := _number_at(event, "total_cost_usd")) is not None:
                 report.cost_usd = cost
             report.end_turn(_tokens_at(event.get("usage")))
@@ -2793,9 +2790,7 @@ def read_codex(report: AgentReport, event: Event) -> str:
     """`codex exec --json` (seen: 0.169 to 0.171)."""
     kind, item = event.get("type"), event.get("item")
     what, name = _text_at(item, "type"), _text_at(item, "id")
-    if kind == "turn.started":
-        report.unfinished = True
-    elif kind in ("item.started", "item.completed"):
+    if kind in ("item.started", "item.completed"):
         report.background.discard(name)
         if what == "command_execution" and kind == "item.started":
             report.tasks[name] = _text_at(item, "command")
@@ -2805,12 +2800,14 @@ def read_codex(report: AgentReport, event: Event) -> str:
         if what not in ("agent_message", "reasoning", "todo_list", "error"):
             return report.called(what, item)
         return _text_at(item, "text") or _text_at(item, "message") or what
-    elif kind == "turn.completed":
+    if kind == "turn.completed":
         report.ended_well()
         report.messages["thread"] = _tokens_at(event.get("usage"))  # cumulative over the thread
-    elif kind in ("turn.failed", "error"):  # an error alone may be followed by "Reconnecting"
-        report.unfinished = report.unfinished and kind == "error"
-        return report.failed(_text_at(event, "error", "message") or _text_at(event, "message"))
+    elif kind in ("turn.failed", "error"):
+        text = _text_at(event, "error", "message") or _text_at(event, "message")
+        report.failed(text)
+        report.unfinished = kind == "error"  # alone: "Reconnecting" may follow
+        return report.error
     return ""
 
 
@@ -2838,8 +2835,6 @@ def read_opencode(report: AgentReport, event: Event) -> str:
 def read_gemini(report: AgentReport, event: Event) -> str:
     """gemini's stream-json (seen: 0.61)."""
     kind = event.get("type")
-    if kind == "init":
-        report.unfinished = True
     if kind == "message" and event.get("role") == "assistant":  # the prompt is echoed as "user"
         return report.said(_text_at(event, "content"))
     if kind == "tool_use":
@@ -2860,6 +2855,7 @@ def read_line(report: AgentReport, line: bytes, read: Reader | None) -> str:
         with suppress(ValueError, RecursionError):
             event = json.loads(line)
             if isinstance(event, dict):  # CLIs print warnings in between
+                report.unfinished = True  # unless it is a closing one
                 return read(report, event)
     return line[:8000].decode(errors="replace")
 
@@ -3214,7 +3210,8 @@ def end_processes(
                     os.kill(pid, signal.SIGTERM if gentle else signal.SIGKILL)
         seen.update(left)  # once its parent is gone, nothing else may tell whose it is
         clean = 0 if left else clean + 1
-        time.sleep(0.02 if left else 0.002)
+        if clean < 2:
+            time.sleep(0.02 if left else 0.002)
     for pid in {pid for pid, _ in ended} - {*LIVE.values()}:
         _reap(pid)
     return list(ended.values())
