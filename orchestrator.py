@@ -3468,26 +3468,19 @@ class Child:
         return False
 
     def _read_result(self) -> PhaseResult | None:
-        """The result that the agent wrote; None if there is none.
-
-        Raises ResultError if it is unusable. An agent may have put anything there, so it is opened
-        without following links and without waiting.
-        """
-        path, careful = self.spec.result_path, os.O_NOFOLLOW | os.O_NONBLOCK
-        refused = f"the result file {path} was refused"
+        """The result that the agent wrote; None if there is none, ResultError if it is unusable."""
+        path, data = self.spec.result_path, None
         try:
-            if not stat.S_ISREG(os.lstat(path).st_mode):
-                raise ResultError(f"{refused}: it is no regular file")
-            with open(
-                path, "rb", opener=lambda name, flags: os.open(name, flags | careful)
-            ) as file:
-                data = file.read(RESULT_LIMIT + 1)
+            info = path.lstat()  # the agent may have put anything there
+            if stat.S_ISREG(info.st_mode) and info.st_size <= RESULT_LIMIT:
+                data = path.read_bytes()
         except FileNotFoundError:
             return None
         except OSError as error:
-            raise ResultError(f"{refused}: {error.strerror}") from error
-        if len(data) > RESULT_LIMIT:
-            raise ResultError(f"{refused}: more than {RESULT_LIMIT} bytes")
+            raise ResultError(f"the result file {path} was refused: {error.strerror}") from error
+        if data is None:
+            wanted = f"no regular file of at most {RESULT_LIMIT} bytes"
+            raise ResultError(f"the result file {path} was refused: it is {wanted}")
         return parse_result(data, self.spec.task.item_id, self.spec.task.name)
 
     def judge(self, now: float) -> AgentOutcome:
