@@ -3043,14 +3043,10 @@ def agent_argv(spec: AttemptSpec) -> list[str]:
 
 def agent_environment(spec: AttemptSpec, outer: Mapping[str, str]) -> dict[str, str]:
     """The environment of an agent and its tools, made from our own (`outer`)."""
-    kept = {
-        name: value
-        for name, value in outer.items()
-        if not (GIT_DROPPED_ENV.fullmatch(name) or re.fullmatch(SESSION_VARIABLE, name))
-    }
+    foreign = f"{SESSION_VARIABLE}|{GIT_DROPPED_ENV.pattern}"
     return {
         **dict(word.split("=") for word in PROFILES[spec.settings.cli].env.split()),
-        **kept,
+        **{name: text for name, text in outer.items() if not re.fullmatch(foreign, name)},
         **{"GIT_TERMINAL_PROMPT": "0", "GIT_EDITOR": "true", "PAGER": "cat", "GIT_PAGER": "cat"},
         **spec.settings.env,
         RUN_MARK: spec.run_id,
