@@ -52,7 +52,16 @@ import stat
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    Callable,
+    Collection,
+    Container,
+    Generator,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta, tzinfo
@@ -3730,7 +3739,8 @@ COMMIT_PAUSE_S = 30.0  # between tries of a phase commit that met trouble
 COMMIT_GIVE_UP_S = 300.0  # then a run that can do nothing else halts
 
 Clock = Callable[[], datetime]
-Check = Callable[["Attempt", Sequence[Sequence[str]]], str | None]
+Checks = Sequence[Sequence[str]]
+Check = Callable[["Attempt", Checks], str | None]
 
 
 # ---- Log and terminal ----------------------------------------------------------------------------
@@ -3850,6 +3860,11 @@ class Attempt:
     def destructive(self) -> bool:
         return self.task.phase.destructive
 
+    def told(self, outcome: str, summary: str, kind: str = "docs") -> MessageEntry:
+        """What the commit of an outcome says."""
+        task = self.task
+        return MessageEntry(task.item_id, task.name, outcome, summary, self.token, kind)
+
     def line(self) -> dict[str, Any]:
         """What the journal holds of it, for a start after a crash."""
         return {
@@ -3874,35 +3889,23 @@ class Attempt:
 class Outcome(NamedTuple):
     """What a phase ended with, for the commit that it becomes (or becomes a part of)."""
 
-    token: str
+    told: MessageEntry  # what its commit says; if "complete", BACKLOG.yaml goes along
     parent: str | None  # HEAD as the attempt began: where a search for the token may stop
-    item: str
-    phase: str
-    outcome: str  # complete (BACKLOG.yaml goes along), blocked, failed or interrupted
-    summary: str
     entries: tuple[Entry, ...] = ()  # what the phase leaves, with the bytes it had when it ended
     worklog: str = ""  # text that belongs into the worklog, appended once
     was: Item | None = None  # the item as the phase began
-    kind: str = "docs"  # of its commit, see COMMIT_TYPES
     message: str = ""  # of its commit, as the repository's hooks left it; "": still to be made
-    verified: tuple[str, ...] = ()
-
-    @property
-    def label(self) -> str:
-        return f"[{self.item}][{self.phase}]"
-
-    @property
-    def told(self) -> MessageEntry:
-        told = self.item, self.phase, self.outcome, self.summary, self.token
-        return MessageEntry(*told, self.kind, self.verified)
 
     def line(self) -> dict[str, Any]:
-        return {**self._asdict(), "entries": [entry._asdict() for entry in self.entries]}
+        entries = [entry._asdict() for entry in self.entries]
+        told = {"token": self.told.token, "told": self.told._asdict()}
+        return {**self._asdict(), **told, "entries": entries}
 
     @classmethod
     def from_line(cls, line: Mapping[str, Any]) -> Outcome:
+        told = MessageEntry(**{**line["told"], "verified": tuple(line["told"]["verified"])})
         entries = tuple(Entry(**entry) for entry in line["entries"])
-        return cls(**{**line, "entries": entries, "verified": tuple(line.get("verified", ()))})
+        return cls(told, line["parent"], entries, line["worklog"], line["was"], line["message"])
 
 
 class Aftermath(NamedTuple):
@@ -3917,6 +3920,10 @@ class Aftermath(NamedTuple):
         return sorted(change.after.path for change in self.changes)
 
 
+# Gives checks that are to be run, takes why they failed, ends with what became of the phase.
+Conclusion = Generator[Checks, str | None, "Applied | str"]
+
+
 class Held(str):
     """Why a phase that is finished cannot be committed now, which is not its doing: the journal
     keeps its result, and the next start tries again."""
@@ -3926,8 +3933,8 @@ class Ledger:
     """Everything a run writes: decisions, worklog and commits. Synchronous, for one thread.
 
     The order at the end of a phase (compare, hooks, checks, decide, journal, save, worklog, commit)
-    makes every crash point one that `recover` can finish; `conclude` has it. `check` runs the
-    checks of an attempt to their end: see `run_verify`.
+    makes every crash point one that `recover` can finish; `conclude` has it. `check` runs
+    checks for `recover`.
     """
 
     def __init__(self, space: Workspace, run_id: str, clock: Clock, check: Check) -> None:
@@ -3992,9 +3999,10 @@ class Ledger:
         def note(applied: Applied) -> dict[str, Any]:
             if not applied.worklog:
                 return {}
-            told = item_id, "promotion", "blocked", applied.reason
-            made = Outcome(os.urandom(8).hex(), self.journal.run["head"], *told)
-            return {"outcome": made._replace(worklog=applied.worklog).line()}
+            token = os.urandom(8).hex()
+            told = MessageEntry(item_id, "promotion", "blocked", applied.reason, token)
+            made = Outcome(told, self.journal.run["head"], worklog=applied.worklog)
+            return {"outcome": made.line()}
 
         applied = self.store.change(
             partial(promote, item_id=item_id, rules=self.rules, now=self.clock()), note
@@ -4005,36 +4013,23 @@ class Ledger:
     def decide(
         self,
         attempt: Attempt,
+        told: MessageEntry,
         entries: Iterable[Entry],
-        outcome: str,
-        summary: str,
         result: PhaseResult,
         message: str = "",
-        verified: tuple[str, ...] = (),
     ) -> Applied:
         """Decision and outcome of a phase: one line of the journal, then the file, the worklog."""
-        item_id, spent = attempt.task.item_id, self._spent(attempt)
+        spent = self._spent(attempt)
 
         def edit(draft: Draft) -> Applied:
             applied = apply_result(draft, attempt.item, result, self.rules, self.clock())
             return applied._replace(worklog=with_cost(applied.worklog, usage_text(spent)))
 
         def note(applied: Applied) -> dict[str, Any]:
-            made = Outcome(
-                attempt.token,
-                attempt.before.head.commit,
-                item_id,
-                attempt.task.name,
-                outcome,
-                summary,
-                tuple(entries),
-                applied.worklog,
-                attempt.item,
-                _commit_type(attempt, result),
-                message,
-                verified,
-            )
-            return {"ended": [attempt.token], "outcome": made.line(), "spent": {item_id: None}}
+            parent, worklog = attempt.before.head.commit, applied.worklog
+            made = Outcome(told, parent, tuple(entries), worklog, attempt.item, message)
+            ended = {"ended": [attempt.token], "outcome": made.line()}
+            return {**ended, "spent": {told.item_id: None}}
 
         applied = self.store.change(edit, note)
         self.write_worklog(applied.worklog)
@@ -4120,31 +4115,33 @@ class Ledger:
         line = {"token": attempt.token, "pid": pid, "since": since}
         self.store.note({"process": line}, flush=False)
 
-    def conclude(self, attempt: Attempt, result: PhaseResult) -> Applied | str:
+    def conclude(self, attempt: Attempt, result: PhaseResult) -> Conclusion:
         """After the agent: compare → hooks → checks → decide → journal → save → worklog → commit.
 
-        Returns a text instead, and nothing is decided, where the attempt has failed after all, or
-        is Held.
+        Ends with a text, and nothing is decided, where the attempt has failed after all, or is
+        Held. Others have the ledger while checks run: see `resume`.
         """
-        seen, message, verified = self.compare(attempt), "", tuple[str, ...]()
-        outcome, summary = "complete", result.commit_summary or result.summary
+        seen, message = self.compare(attempt), ""
+        summary, kind = result.commit_summary or result.summary, _commit_type(attempt, result)
+        told = attempt.told("complete", summary, kind)
         if result.result == "blocked":
-            entries, summary = self._documents(attempt, seen), result.context or result.summary
-            summary = _with_salvage_note(summary, self._salvage(attempt, seen))
-            outcome, result = "blocked", result._replace(context=summary)
+            entries, why = self._documents(attempt, seen), result.context or result.summary
+            why = _with_salvage_note(why, self._salvage(attempt, seen))
+            told, result = attempt.told("blocked", why, kind), result._replace(context=why)
         else:
-            passed = self._pass(attempt, result, seen)
+            passed = yield from self._pass(attempt, result, told, seen)
             if isinstance(passed, str):
                 return passed
-            seen, entries, message, verified = passed
+            seen, told, entries, message = passed
         self._keep_spoilt(attempt, seen)
-        if attempt.destructive and outcome == "complete":
+        complete = told.outcome == "complete"
+        if attempt.destructive and complete:
             self._name_unshared(attempt, seen)
             if attempt.only is None:
                 self.repo.restage(attempt.before, seen.after)
-        applied = self.decide(attempt, entries, outcome, summary, result, message, verified)
+        applied = self.decide(attempt, told, entries, result, message)
         batched = result.result == "phase_complete" and attempt.task.pool != TRIAGE
-        if outcome == "complete" and (attempt.destructive or not batched):
+        if complete and (attempt.destructive or not batched):
             self.commit()
         return applied
 
@@ -4168,7 +4165,8 @@ class Ledger:
         reason = _with_salvage_note(reason, self._salvage(attempt, seen))
         failed = result or PhaseResult(attempt.task.item_id, attempt.task.name, "failed", reason)
         failed = failed._replace(result="failed", context=reason)
-        return self.decide(attempt, entries, "failed", reason, failed)
+        told = attempt.told("failed", reason, _commit_type(attempt, failed))
+        return self.decide(attempt, told, entries, failed)
 
     def cancel(self, attempt: Attempt) -> str | None:
         """An attempt was interrupted: nothing is charged, nothing it left is lost.
@@ -4183,9 +4181,8 @@ class Ledger:
         line: dict[str, Any] = {"ended": [attempt.token], **self._costs(attempt)}
         documents, _ = self._outputs(attempt, seen)
         if documents:
-            task, parent = attempt.task, seen.after.head.commit
-            told = task.item_id, task.name, "interrupted", "its documents so far"
-            line["outcome"] = Outcome(attempt.token, parent, *told, tuple(documents)).line()
+            told = attempt.told("interrupted", "its documents so far")
+            line["outcome"] = Outcome(told, seen.after.head.commit, tuple(documents)).line()
         self.store.note(line)
         return ref
 
@@ -4337,24 +4334,24 @@ class Ledger:
             self.space.add_strays(alone)
 
     def _pass(
-        self, attempt: Attempt, result: PhaseResult, seen: Aftermath
-    ) -> tuple[Aftermath, list[Entry], str, tuple[str, ...]] | str:
+        self, attempt: Attempt, result: PhaseResult, told: MessageEntry, seen: Aftermath
+    ) -> Generator[Checks, str | None, tuple[Aftermath, MessageEntry, list[Entry], str] | str]:
         """Hooks, then checks, and again while the work tree is not just what is to be committed: so
         the checks have passed on that. Or why the attempt has failed.
         """
         item = self.store.backlog.items.get(attempt.task.item_id, attempt.item)
         complete, apart = result.result == "phase_complete", list[str]()
         checks = checks_of(self.config, item, attempt.task.name) if complete else ()
-        verified = tuple(map(command_text, checks))
+        told = told._replace(verified=tuple(map(command_text, checks)))
         for _ in range(HOOK_ROUNDS):
             entries, message, hook = self._documents(attempt, seen), "", ""
             if attempt.destructive:
                 refusal = self._objection(attempt, result, seen)
-                judged = refusal or self._pass_hooks(attempt, result, seen, verified)
+                judged = refusal or self._pass_hooks(attempt, result, told, seen)
                 if isinstance(judged, str):
                     return judged
                 _, hook, _, entries, message = judged
-            if checks and (trouble := self.check(attempt, checks)) is not None:
+            if checks and (trouble := (yield checks)) is not None:
                 cannot = isinstance(trouble, CannotRun)
                 return self._hold(attempt, result, trouble) if cannot else trouble
             if checks or hook:  # what they did to the work tree is the phase's, too
@@ -4367,7 +4364,7 @@ class Ledger:
                 )
                 self.space.add_strays(apart)
             if not (apart and checks):
-                return seen, entries, message, verified
+                return seen, told, entries, message
         paths = one_line(", ".join(apart), 200)
         return (
             f"hooks and checks change what is to be committed, in {HOOK_ROUNDS} rounds each time:"
@@ -4389,15 +4386,12 @@ class Ledger:
         return sorted(apart - theirs)
 
     def _pass_hooks(
-        self, attempt: Attempt, result: PhaseResult, seen: Aftermath, verified: tuple[str, ...]
+        self, attempt: Attempt, result: PhaseResult, told: MessageEntry, seen: Aftermath
     ) -> HookResult | str:
         """Let the repository's hooks judge and mend the commit of a destructive phase.
 
         Returns what is to be committed, or why the attempt has failed or is Held.
         """
-        summary, kind = result.commit_summary or result.summary, _commit_type(attempt, result)
-        task, token = attempt.task, attempt.token
-        told = MessageEntry(task.item_id, task.name, "complete", summary, token, kind, verified)
         verdict = self.repo.run_hooks(
             [change.after for change in seen.changes],
             phase_message([told], self.run_id, self.config.commits.style),
@@ -4450,9 +4444,11 @@ class Ledger:
         gone = [c for c in self._changes(kept.tree, now.tree) if was.get(c.after.path) == c.after]
         self.repo.restore(kept, gone)  # set aside meanwhile, by a stash or a checkout
         follow_ups = tuple(FollowUp(*one) for one in held["result"]["follow_ups"])
-        verdict = self.conclude(
-            attempt, PhaseResult(**{**held["result"], "follow_ups": follow_ups})
-        )
+        result = PhaseResult(**{**held["result"], "follow_ups": follow_ups})
+        steps = self.conclude(attempt, result)
+        checks, verdict = resume(steps)
+        while checks is not None:
+            checks, verdict = resume(steps, self.check(attempt, checks))
         if isinstance(verdict, Held):
             raise OrchestratorError(verdict)
         if isinstance(verdict, str):
@@ -4562,7 +4558,7 @@ class Ledger:
         early = patient and time.monotonic() < self.commit_again
         if not pending or self.store.trouble or early:
             return
-        names = ", ".join(outcome.label for outcome in pending)
+        names = ", ".join(outcome.told.tag for outcome in pending)
         entries = {entry.path: entry for outcome in pending for entry in outcome.entries}
         try:
             message = pending[0].message if len(pending) == 1 else ""
@@ -4576,7 +4572,7 @@ class Ledger:
                     return
                 message = passed.message
             files = {path: path.read_bytes() for path in recent_worklogs(self.worklog_dir)}
-            if any(outcome.outcome == "complete" for outcome in pending):
+            if any(outcome.told.outcome == "complete" for outcome in pending):
                 files[self.store.path] = self.store.state.document.to_bytes()
             entries |= {entry.path: entry for entry in self.repo.blobs(files)}
             commit = self.repo.commit(list(entries.values()), message, expect_branch=self.branch)
@@ -4592,7 +4588,7 @@ class Ledger:
         if commit:
             self.own_commits.append(commit)
             log().info("committed %s %s", commit[:10], message.split("\n")[0])
-        tokens = [outcome.token for outcome in pending]
+        tokens = [outcome.told.token for outcome in pending]
         self.store.note({"committed": tokens}, flush=False)  # a start finds it in history
 
     def commit_state(
@@ -4674,8 +4670,8 @@ class Ledger:
         if refused:
             raise refused[0]
         for outcome in self.pending:
-            if self.repo.mentions(outcome.token, outcome.parent):
-                self.store.note({"committed": [outcome.token]})
+            if self.repo.mentions(outcome.told.token, outcome.parent):
+                self.store.note({"committed": [outcome.told.token]})
             elif overtaken := self._overtaken(outcome):
                 self._take_back(outcome, overtaken)
             else:
@@ -4714,22 +4710,40 @@ class Ledger:
 
     def _take_back(self, outcome: Outcome, paths: Sequence[str]) -> None:
         """A phase whose files are somebody else's by now: kept on a ref, and to be run again."""
-        phase = Task(outcome.item, Phase(outcome.phase), "main")
+        item_id, had = outcome.told.item_id, dict[str, Item]()  # the items as they were beside it
+        phase = Task(item_id, Phase(outcome.told.phase), "main")
         ref, self.salvaged = self._salvage_refs(phase)[1], None
-        why = f"{outcome.label} Salvaged changes"
+        why = f"{outcome.told.tag} Salvaged changes"
         self.repo.salvage(ref, outcome.parent, outcome.entries, why)
         self.kept.append(ref)
 
-        def undo(draft: Draft) -> None:
-            if outcome.was is not None and outcome.outcome != "interrupted":
-                draft.put(outcome.was, self.clock())
+        for state in self.journal.states():
+            had = state.items if item_id in state.items else had
 
-        self.store.change(undo, lambda _: {"committed": [outcome.token]})
+        def undo(draft: Draft) -> None:
+            if outcome.was is None or outcome.told.outcome == "interrupted":
+                return
+            gone = item_id not in draft.items
+            draft.put(outcome.was, self.clock())
+            for other in draft.items.keys() & had.keys() if gone else ():
+                if item_id in had[other].get("dependencies", ()):
+                    needs = [*draft.items[other].get("dependencies", ()), item_id]
+                    draft.update(other, self.clock(), dependencies=needs)
+
+        self.store.change(undo, lambda _: {"committed": [outcome.told.token]})
         log().warning(
             "%s was finished, but not committed when its run ended, and %s was changed in git"
             " since. What the phase made is kept on %s; it is run again.",
-            *(outcome.label, one_line(", ".join(paths), 200), ref),
+            *(outcome.told.tag, one_line(", ".join(paths), 200), ref),
         )
+
+
+def resume(steps: Conclusion, trouble: str | None = None) -> tuple[Checks | None, Applied | str]:
+    """Go on to the next checks, or, without any, to the end; `trouble`: how the last ones went."""
+    try:
+        return steps.send(trouble), ""
+    except StopIteration as end:
+        return None, end.value
 
 
 def salvage_stem(item_id: str, phase: str) -> str:
@@ -4899,7 +4913,9 @@ class Run:
         self.signal: int | None = None  # the first that came
         self.stopping = asyncio.Event()  # end the agents now
         self.hurry = asyncio.Event()  # and without grace
+        space.repo.hurried = self.hurry.is_set
         self.halting = asyncio.Event()  # start nothing more
+        self.checking = asyncio.Lock()  # checks want the work tree, and ports, for themselves
         self.running: dict[str, Running] = {}
         self.workers: set[asyncio.Task[None]] = set()
         self.matched: set[str] = set()  # ids the filters ever matched
@@ -4921,7 +4937,7 @@ class Run:
             loop.add_signal_handler(number, self._on_signal, number)
         self.coordinator.start()
         try:
-            self.ledger = await self.do(self.open_ledger, self._check)
+            self.ledger = await self.do(self.open_ledger, self._check_at_start)
             for applied in self.ledger.recovered:
                 self._count(applied)
             await self.do(self.ledger.take_up, self.options.overridden)
@@ -4993,7 +5009,7 @@ class Run:
         """Git trouble at the halt: what is not in history yet, and what becomes of it."""
         texts = []
         if self.ledger is not None and (pending := self.ledger.pending):
-            names = ", ".join(outcome.label for outcome in pending)
+            names = ", ".join(outcome.told.tag for outcome in pending)
             texts.append(f"not committed yet, but kept in the journal for the next run: {names}")
         if self.state_commit is not None and self.state_commit.warning:
             texts.append(self.state_commit.warning)
@@ -5291,7 +5307,10 @@ class Run:
             self._tell(attempt.task, warning)
         if result is None or result.result == "failed":
             return failure_text(outcome)
-        verdict = await self.do(self.book.conclude, attempt, result)
+        steps = self.book.conclude(attempt, result)
+        checks, verdict = await self.do(resume, steps)
+        while checks is not None:
+            checks, verdict = await self.do(resume, steps, await self._check(attempt, checks))
         if isinstance(verdict, Applied) and result.result != "blocked":
             self.totals.exhausted_in_a_row = 0
         return verdict
@@ -5306,12 +5325,15 @@ class Run:
         self.totals.phases -= 1  # it goes on where it is now
         return True
 
-    def _check(self, attempt: Attempt, commands: Sequence[Sequence[str]]) -> str | None:
-        """For the coordinator's thread, which waits: run the checks of an attempt."""
+    def _check_at_start(self, attempt: Attempt, checks: Checks) -> str | None:
+        """For the coordinator's thread, which waits: nothing else is to be done yet."""
+        return asyncio.run_coroutine_threadsafe(self._check(attempt, checks), self.loop).result()
+
+    async def _check(self, attempt: Attempt, checks: Checks) -> str | None:
         if running := self.running.get(attempt.task.item_id):  # a start has none
-            running.seen = Progress(f"checks: {'; '.join(map(command_text, commands))}")
-        verdict = run_verify(self._spec(attempt), commands)
-        return asyncio.run_coroutine_threadsafe(verdict, self.loop).result()
+            running.seen = Progress(f"checks: {'; '.join(map(command_text, checks))}")
+        async with self.checking:
+            return await run_verify(self._spec(attempt), checks)
 
     def _prompt(self, attempt: Attempt, most: int, failure: str, salvaged: str | None) -> str:
         task, root = attempt.task, self.space.repo.root
@@ -6172,7 +6194,8 @@ def run_facts(space: Workspace) -> dict[str, Any]:
         active = {"run_id": told[1], "pid": int(told[2]), "since": since, "phases": phases}
         active["remarks"] = remarks
     elif journal:
-        to_commit = [f"{one['item']} {one['phase']}" for one in journal.outcomes.values()]
+        outcomes = [one["told"] for one in journal.outcomes.values()]
+        to_commit = [f"{one['item_id']} {one['phase']}" for one in outcomes]
         cut_off = list[str]()
         for one in attempts:
             left, name = to_commit if "held" in one else cut_off, one["phase"]["name"]
