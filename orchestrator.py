@@ -3391,8 +3391,9 @@ class Child:
         import asyncio
 
         loop, gone, stop = asyncio.get_running_loop(), asyncio.Event(), self.spec.stop
-        descriptor = os.pidfd_open(self._process.pid) if ON_LINUX else -1
-        if ON_LINUX:
+        descriptor = None
+        with suppress(AttributeError, OSError):  # not Linux, or an old kernel: each look tells
+            descriptor = os.pidfd_open(self._process.pid)
             loop.add_reader(descriptor, gone.set)
         either = [asyncio.ensure_future(event.wait()) for event in (gone, stop)]
         begun = grown = looked = loop.time()
@@ -3403,7 +3404,7 @@ class Child:
                 grown = now if self._take() else grown
                 self.seconds, self.silent_s = now - begun, now - grown
                 settled = self._settled()
-                if gone.is_set() or (not ON_LINUX and self._process.poll() is not None):
+                if gone.is_set() or (descriptor is None and self._process.poll() is not None):
                     return "exit"
                 if stop.is_set():
                     return "stop"
@@ -3420,7 +3421,7 @@ class Child:
         finally:
             for one in either:
                 one.cancel()
-            if ON_LINUX:
+            if descriptor is not None:
                 loop.remove_reader(descriptor)
                 os.close(descriptor)
 

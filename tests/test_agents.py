@@ -61,8 +61,9 @@ def leave_subreaping() -> None:
 
 @pytest.fixture
 def without_proc(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a system without /proc and without subreaping: `ps` and waiting threads."""
+    """As on a system without /proc and without subreaping: `ps` and polling."""
     leave_subreaping()
+    monkeypatch.delattr(os, "pidfd_open", raising=False)
     monkeypatch.setattr(orchestrator, "ON_LINUX", False)
 
 
