@@ -278,7 +278,7 @@ class AgentOutcome(NamedTuple):
     kind: Literal["result", "cancelled", "limited", "failed"]
     result: PhaseResult | None = None  # set if and only if kind == "result"
     detail: str = ""  # operator's text, for log, reason and next prompt; with the output's tail
-    error: str = ""  # limited, or trouble: one line, `claude: ` and the CLI's own words
+    error: str = ""  # limited, trouble: `claude: ` and the CLI's words; a command that is missing
     trouble: Literal["", "refused", "item", "busy"] = ""
     until: float | None = None  # limited: epoch seconds of the reset, if the CLI said
     usage: Usage = Usage()
@@ -372,7 +372,7 @@ STREAM_IDLE_MINUTES = 15.0  # a long tool command is silent too, so not shorter
 # Ids and phase names become parts of file names and of git refs, so they hold nothing special.
 NAME = r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}"
 
-# ---- What a key may hold -------------------------------------------------------------------------
+# ---- The table of keys, and what each may hold ---------------------------------------------------
 
 _COUNT = whole_number(0, MAX_NUMBER)
 _PLACES = whole_number(1, MAX_NUMBER)
@@ -395,8 +395,6 @@ _NAME = matching_text("at most 64 ASCII letters, digits, - and _", NAME)
 _MODEL = matching_text(  # it becomes an argument, so it must not look like an option
     "letters, digits, . _ / - (no leading -)", r"|[A-Za-z0-9._/][A-Za-z0-9._/-]*"
 )
-
-# ---- The table of keys ---------------------------------------------------------------------------
 
 
 class ConfigKey(NamedTuple):
@@ -2635,25 +2633,6 @@ SESSION_VARIABLE = (
 )
 
 
-# ---- Paths ---------------------------------------------------------------------------------------
-
-
-def log_paths(root: Path, task: Task, name: int | str) -> tuple[Path, Path]:
-    """New files for both outputs of an attempt; those of an earlier run are kept."""
-    stem = root / WORK_DIR / "logs" / safe_name(task.item_id) / f"{safe_name(task.name)}-{name}"
-    stems = (f"{stem}.{number}" if number > 1 else f"{stem}" for number in itertools.count(1))
-    pairs = ((Path(f"{one}.out"), Path(f"{one}.err")) for one in stems)
-    return next(pair for pair in pairs if not any(map(os.path.lexists, pair)))
-
-
-def make_work_folder(root: Path, folder: Path) -> None:
-    """Make the work folder, which keeps itself out of git, or one below it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    ignore = root / WORK_DIR / ".gitignore"
-    if not ignore.exists():
-        ignore.write_text("*\n")
-
-
 # ---- What an agent's events tell -----------------------------------------------------------------
 
 Event = Mapping[str, Any]
@@ -3090,7 +3069,7 @@ def agent_problem(
     return None
 
 
-# ---- The process table ---------------------------------------------------------------------------
+# ---- Processes, and their end --------------------------------------------------------------------
 
 LIVE: dict[str, int] = {}  # marker of a live `Child` -> pid, 0 until it has started
 _SPARED: set[tuple[int, int]] = set()  # (pid, start) of children from before we became subreaper
@@ -3185,9 +3164,6 @@ def _adopted(table: Mapping[int, Process]) -> list[Process]:
     return found if os.environ.get(OWN_MARK) == str(us) else []
 
 
-# ---- Ending what an attempt started --------------------------------------------------------------
-
-
 def end_processes(
     variable: str,
     leader: int = 0,
@@ -3218,7 +3194,8 @@ def end_processes(
         if clean < 2:
             time.sleep(0.02 if left else 0.002)
     for pid in {pid for pid, _ in ended} - {*LIVE.values()}:
-        _reap(pid)
+        with suppress(ChildProcessError):
+            os.waitpid(pid, os.WNOHANG)
     return list(ended.values())
 
 
@@ -3243,14 +3220,25 @@ def _leftovers(variable: str, leader: int, known: Mapping[int, int]) -> list[tup
     return [(pid, table[pid].start) for pid in sorted(found, key=lambda pid: pid != leader)]
 
 
-def _reap(pid: int) -> None:
-    with suppress(ChildProcessError):
-        os.waitpid(pid, os.WNOHANG)
-
-
 # ---- One child process ---------------------------------------------------------------------------
 
 Ending = Literal["exit", "stop", "timeout", "idle", "settled"]
+
+
+def log_paths(root: Path, task: Task, name: int | str) -> tuple[Path, Path]:
+    """New files for both outputs of an attempt; those of an earlier run are kept."""
+    stem = root / WORK_DIR / "logs" / safe_name(task.item_id) / f"{safe_name(task.name)}-{name}"
+    stems = (f"{stem}.{number}" if number > 1 else f"{stem}" for number in itertools.count(1))
+    pairs = ((Path(f"{one}.out"), Path(f"{one}.err")) for one in stems)
+    return next(pair for pair in pairs if not any(map(os.path.lexists, pair)))
+
+
+def make_work_folder(root: Path, folder: Path) -> None:
+    """Make the work folder, which keeps itself out of git, or one below it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    ignore = root / WORK_DIR / ".gitignore"
+    if not ignore.exists():
+        ignore.write_text("*\n")
 
 
 class OutputFile:
@@ -3448,7 +3436,8 @@ class Child:
         adopted = _adopted(table)
         dead = {one for one in adopted if not one.alive}
         for one in dead & self._dead:
-            _reap(one.pid)
+            with suppress(ChildProcessError):
+                os.waitpid(one.pid, os.WNOHANG)
         self._dead = dead
         # Of several children nobody knows whose an orphan is; of one it is found at the end, too.
         orphans = [one.pid for one in adopted if one.alive and len(LIVE) == 1]
