@@ -570,7 +570,10 @@ def parse_config(data: bytes, source: str, base: Path) -> Config:
 
     try:
         tables = tomllib.loads(data.decode("utf-8-sig"))  # editors on Windows put a BOM in front
-    except (ValueError, RecursionError) as error:  # no UTF-8, too; numbers of thousands of digits
+    except UnicodeDecodeError as error:
+        trouble = f"it is not UTF-8 text (byte {error.start + 1}). Save it as UTF-8."
+        raise ConfigError(f"Failed to parse {source}: {trouble}") from None
+    except (ValueError, RecursionError) as error:  # also numbers of thousands of digits
         raise ConfigError(f"Failed to parse {source}: {error}. Correct the TOML.") from None
     problems: list[str] = []
     top = Fields(tables, "", problems)
@@ -724,7 +727,7 @@ def retry_delay_s(config: Config, attempt: int) -> float:
 # ---- Preflight -----------------------------------------------------------------------------------
 
 
-def preflight_config(config: Config) -> list[Problem]:
+def preflight_config(config: Config, exists: Callable[[Path], bool]) -> list[Problem]:
     """Every workflow file that is named but not there, by path."""
     lines = config.pipelines.values()
     phases = [(f"{line.name}, phase {one.name}", one) for line in lines for one in line.all_phases]
@@ -733,7 +736,7 @@ def preflight_config(config: Config) -> list[Problem]:
     return [
         Problem(f"{config.source}: pipelines.{user}: Workflow file not found: {path}", remedy)
         for path, user in sorted((config.base / name, user) for name, user in users.items())
-        if not path.exists()
+        if not exists(path)
     ]
 
 
@@ -5785,7 +5788,7 @@ def preflight(space: Workspace, *, allow_dirty: bool) -> list[Problem]:
     if config.source == BUILT_IN and repo.committed(commit, repo.relative(path)) is not None:
         what = f"{CONFIG_NAME} is in git, but not on disk, so that what it says does not count"
         problems.append(Problem(what, f"Bring it back: git restore {CONFIG_NAME}"))
-    problems += preflight_config(config)
+    problems += preflight_config(config, Path.exists)
     problems += preflight_items(config, space.store.backlog)
     problems += preflight_agents(config, repo.root)
     return problems

@@ -229,7 +229,7 @@ def test_workflow_files_must_exist_and_are_looked_up_beside_the_config(tmp_path:
     (tmp_path / "there.md").write_text("x")
     text = one_pipeline("{name='a', workflows=['there.md', 'z.md']}, {name='b', workflows=['gone/x.md', 'z.md']}")
     config = parse_config(text.encode(), "my.toml", tmp_path)
-    found = orchestrator.preflight_config(config)
+    found = orchestrator.preflight_config(config, Path.exists)
     assert [problem.what for problem in found] == [
         f"my.toml: pipelines.p, phase b: Workflow file not found: {tmp_path}/gone/x.md",
         f"my.toml: pipelines.p, phase b: Workflow file not found: {tmp_path}/z.md",
