@@ -2754,8 +2754,6 @@ def read_claude(report: AgentReport, event: Event) -> str:
         case "system", "task_notification" | "task_updated":
             if _text_at(event, "patch", "status") not in ("running", "pending"):
                 report.background.discard(_text_at(event, "task_id"))
-        case "system", "api_retry":
-            shown = f"API retry: {_text_at(event, 'error') or UNTOLD}"
         case "rate_limit_event", _:
             info = event.get("rate_limit_info")
             if _text_at(info, "status") == "rejected":  # other ones only warn
@@ -2853,43 +2851,38 @@ def read_line(report: AgentReport, line: bytes, read: Reader | None) -> str:
 
 # ---- What an error of a CLI is about -------------------------------------------------------------
 
-# Searched in any case. Words decide only what happens next, never whether an item is charged.
-LIMIT_WORDS = (
-    r"(?:session|usage|hours?|hourly|daily|weekly|monthly|opus|sonnet|plan|spend\w*) limits?\b"
-    r"|hit your limit|out of (?:extra )?usage|\bquota\b|\blimit\b.{0,40}\bresets?\b"
-)
+# Searched in any case, the first kind counts: for what happens next, never for whether an item is
+# charged.
 OTHER_LIMITS = r"(?:context|prompt|tokens?|size|file|window|length|input)\W+(?:\w+\W+)?limit"
-ITEM_WORDS = (
-    r"(?:prompt|input|context|conversation|messages?|request|file|image)(?: is| are| was)?"
+ERROR_WORDS = {
+    "limit": rf"\A(?!.*{OTHER_LIMITS}).*(?:hit your limit|out of (?:extra )?usage|\bquota\b"
+    r"|(?:session|usage|hours?|hourly|daily|weekly|monthly|opus|sonnet|plan|spend\w*) limits?\b"
+    r"|\blimit\b.{0,40}\bresets?\b)",
+    "item": r"(?:prompt|input|context|conversation|messages?|request|file|image)(?: is| are| was)?"
     r" too (?:long|large|big)|context.(?:window|length)|context limit|exceeds the maximum"
     r"|input_too_large|(?:usage|content|safety|management) polic|content.filter|flagged"
-    r"|prohibited.content|unable to respond to this request"
-)
-BUSY_WORDS = r"rate.limit|too many requests|at capacity|high demand|overloaded"
-REFUSED_WORDS = (
-    r"\b(?:not logged|logged out|(?:log|sign) ?in\b|auth (?:login|method))|/login\b|authenticat"
-    r"|AuthError|unauthori[sz]ed|\b40[13]\b|forbidden|api.key|(?:oauth|refresh) token"
-    r"|credit|billing|payment|subscription|insufficient.(?:funds|balance)"
+    r"|prohibited.content|unable to respond to this request",
+    "busy": r"rate.limit|too many requests|at capacity|high demand|overloaded",
+    "refused": r"\b(?:not logged|logged out|(?:log|sign) ?in\b|auth (?:login|method))|/login\b"
+    r"|authenticat|AuthError|unauthori[sz]ed|\b40[13]\b|forbidden|(?:oauth|refresh) token|api.key"
+    r"|credit|billing|payment|subscription|insufficient.(?:funds|balance)|untrusted|not a trusted"
     r"|(?:organi[sz]ation|account)\b.{0,60}\b(?:disabled|suspended|not|no longer)\b"
     r"|model\b.{0,80}\b(?:not (?:found|exist|supported|allowed|have access)|may not)\b"
-    r"|(?:unknown|invalid|unsupported) model|model.?not.?found|untrusted|not a trusted"
-    r"|(?:unknown|unexpected|unrecogni[sz]ed|illegal|invalid|no such) (?:option|argument|flag|comm)"
-)
+    r"|(?:unknown|invalid|unsupported) model|model.?not.?found"
+    r"|(?:unknown|unexpected|unrecogni[sz]ed|illegal|no such|invalid) (?:option|arg|flag|command)",
+}
+HTTP_STATUSES = {
+    "item": (413,), "busy": (408, 429, *range(500, 600)), "refused": (401, 402, 403, 404)
+}  # fmt: skip
 
 
 def error_kind(text: str, status: float | None = None) -> str:
     """What an error is about: "limit", "refused", "item" or "busy"; `status` is the HTTP one."""
-
-    def about(words: str) -> bool:
-        return re.search(words, text, re.IGNORECASE) is not None
-
-    if about(LIMIT_WORDS) and not about(OTHER_LIMITS):
-        return "limit"
-    if status == 413 or about(ITEM_WORDS):
-        return "item"
-    if status in (408, 429) or (status or 0) >= 500 or about(BUSY_WORDS):
-        return "busy"
-    return "refused" if status in (401, 402, 403, 404) or about(REFUSED_WORDS) else "busy"
+    for kind, words in ERROR_WORDS.items():
+        by_status = status in HTTP_STATUSES.get(kind, ())
+        if by_status or re.search(words, text, re.IGNORECASE | re.DOTALL):
+            return kind
+    return "busy"
 
 
 RESET_WORDS = r"\b(?:again|resets?|retry|access|available) "
