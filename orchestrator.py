@@ -620,10 +620,9 @@ def _read_pipeline(name: str, table: Fields) -> Pipeline:
     names = [phase.name for phase in pipeline.all_phases]
     for twice in dict.fromkeys(name for name in names if names.count(name) > 1):
         problems.append(f"{table.where} has a duplicate phase name: {twice}")
-    for phase in pipeline.pre_phases:
-        if phase.destructive:
-            wrong = f"the pre-phase {phase.name} cannot be destructive; move it to `phases`"
-            problems.append(f"{table.where}: {wrong}")
+    for name in (phase.name for phase in pipeline.pre_phases if phase.destructive):
+        wrong = f"the pre-phase {name} cannot be destructive; move it to `phases`"
+        problems.append(f"{table.where}: {wrong}")
     return pipeline
 
 
@@ -817,16 +816,14 @@ def config_template(
             text += f"  # {begin}{verify}\n" if check and one.destructive else ""
         return text
 
-    chosen, tables = {"prefix": prefix, "cli": agent}, ""
+    chosen, tables = {"prefix": prefix, "cli": agent, **hints}, ""
     for table in ("project", "guardrails", "execution", "agent", "commits", "notify"):
         tables += f"\n[{table}]\n"
         for field, key in CONFIG_KEYS[table].items():
             # What is only an example is a remark; but `command` is refused without one.
             needed = (table, field, agent) == ("agent", "command", "command")
-            hint = hints.get(field) if table == "commits" else None
-            mark = "# " if hint is not None or (key.example and not needed) else ""
-            value = chosen.get(field, key.default) if hint is None else hint
-            tables += f"{mark}{key.line(field, value)}\n"
+            mark = "# " if field in hints or (key.example and not needed) else ""
+            tables += f"{mark}{key.line(field, chosen.get(field, key.default))}\n"
     keys = CONFIG_KEYS["phase"].items()
     phase_keys = "\n".join(f"#   {key.line(field, key.default)}" for field, key in keys)
     pipeline, pre, main = BUILT_IN_PIPELINE
