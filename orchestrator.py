@@ -5609,11 +5609,11 @@ class Workspace(NamedTuple):
     @contextmanager
     def run_lock(self, run_id: str = "") -> Iterator[None]:
         """Be the only one who works on the project, and a run: the only one in the work tree."""
-        tree, where = self.repo.git_dir / "orchestrator/tree.lock", self.repo.root
+        tree, where = self.repo.git_dir / "orchestrator/run.lock", self.repo.root
         with ExitStack() as held:
             held.enter_context(flocked(self.lock_path, f"run {run_id}" if run_id else "a command"))
-            if run_id:
-                held.enter_context(flocked(tree, f"run {run_id} in {where}"))
+            if run_id and tree != self.lock_path:
+                held.enter_context(flocked(tree, f"run {run_id} of {where}"))
             yield
 
     def journal(self) -> Journal | None:
@@ -6139,7 +6139,8 @@ def lock_holder(space: Workspace) -> str:
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
-            return file.read() or "a run that has only just begun"
+            told = file.read() or "a run that has only just begun"
+            return "" if re.match(r"run \S+ of ", told) else told  # of a project below this one
     return ""
 
 
