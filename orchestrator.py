@@ -6033,22 +6033,20 @@ def summary_of(space: Workspace, run: Run, code: int) -> dict[str, Any]:
 def _notify(config: Config, told: Mapping[str, Any]) -> None:
     """Run `notify.command` with the summary on stdin; its failure is a warning."""
     import subprocess
+    import tempfile
 
     if not config.notify.command:
         return
     data, null = _dumps(told).encode(), subprocess.DEVNULL
     try:
-        subprocess.run(
-            config.notify.command,
-            input=data,
-            stdout=null,
-            stderr=subprocess.PIPE,
-            timeout=60,
-            check=True,
-        )
-    except subprocess.CalledProcessError as error:
-        tail = one_line(error.stderr.decode(errors="replace"), 300)
-        log().warning("notify.command exited with %d: %s", error.returncode, tail)
+        with tempfile.TemporaryFile() as err:  # no pipe: what it starts may keep that open
+            done = subprocess.run(
+                config.notify.command, input=data, stdout=null, stderr=err, timeout=60
+            )
+            err.seek(0)
+            if done.returncode:
+                tail = one_line(err.read().decode(errors="replace"), 300)
+                log().warning("notify.command exited with %d: %s", done.returncode, tail)
     except (OSError, subprocess.TimeoutExpired) as error:
         log().warning("notify.command failed: %s", error)
 
