@@ -1248,6 +1248,11 @@ def table(
     return drawn
 
 
+def listed(heading: str, keys: str, rows: Sequence[Mapping[str, Any]], width: int) -> list[str]:
+    """A blank line, a heading and the rows below it; nothing where there are none."""
+    return ["", *wrap(heading, width), *table(keys, rows, width, "  ")] if rows else []
+
+
 TINTS: Mapping[str, str] = {  # SGR parameters by what is coloured for a terminal
     r"^(?:[\d:]{8} )?(?:error|problem|orchestrator):": "31",
     r"^(?:[\d:]{8} )?(?:warning|Warning|note):": "33",
@@ -1384,7 +1389,7 @@ def matches_output(path: str, patterns: Iterable[str], item_id: str) -> bool:
 RESULT_CODES = ("phase_complete", "subphase_complete", "failed", "blocked")
 RATING_KINDS = {key: ITEM_TABLE[key].kind for key in RATING_KEYS}
 DESCRIPTION_LABELS = {key: key.replace("_", " ").title() for key in DESCRIPTION_KEYS}
-PLACEHOLDER = r"<[^<>\n]{1,80}>"  # as in the skeleton of the prompt
+PLACEHOLDER = r"<[^<>\n]{1,120}>"  # as in the skeleton of the prompt
 NO_SUMMARY = "(the agent gave no summary)"
 
 
@@ -1646,40 +1651,35 @@ def state_entries(old: Mapping[str, Item], new: Mapping[str, Item]) -> list[Mess
 
 # ---- What an agent is told -----------------------------------------------------------------------
 
-PHASE_INSTRUCTIONS: Mapping[str, str] = {
+# For phases that write documents: the goal, what the document holds, the steps. "": any other.
+DOCUMENT_PHASES: Mapping[str, str] = {
+    "": """\
+Do the work of the phase `{phase}` for this item, as its name says. It produces documents.
+what it calls for
+1. Read what earlier phases wrote and build on it; do not repeat it.
+2. Read the code before you write about it. Name files and functions.""",
     "research": """\
-Find out what the later phases need to know, so that they do not have to guess. Change no code.
-
+Find out what the later phases need to know, so that they do not have to guess.
+the sections Goal, Findings, Options and Recommendation, Risks
 1. State the goal in one or two sentences, and how anyone could tell that it is reached.
-2. Check that the work is still needed. It may be done already, or rest on a wrong assumption. If
-   it is not needed, report `blocked` and give the evidence (file, commit).
+2. Check that the work is still needed: it may be done already, or rest on a wrong assumption.
 3. Read the code, the tests and the documentation that it touches. Name files and functions.
-4. Where there is a real choice, compare the approaches: what speaks for and against each, in this
-   project. Recommend one.
+4. Where there is a real choice, compare the approaches for this project. Recommend one.
 5. List what could go wrong: callers, file formats, public interfaces, data, security, unknowns.
 6. Correct the ratings in `updated_assessments` if you found them wrong. They decide whether a
-   human has to approve the work, so be honest rather than hopeful.
-
-Write `{folder}/research.md` with the sections Goal, Findings, Options and Recommendation, Risks,
-Assumptions.""",
+   human has to approve the work, so be honest rather than hopeful.""",
     "prd": """\
-Write down what shall be true when this is done: the requirements, not the solution. Change no code.
-
+Write down what shall be true when this is done: the requirements, not the solution.
+the sections Problem, Requirements, Out of Scope
 1. Describe the problem from the view of whoever has it. Say what happens today.
 2. List the requirements, numbered (R1, R2, …), each one testable: somebody who did not write it can
    decide whether it holds. Separate "must" from "should".
 3. Cover what is easily forgotten: errors, empty and very large input, existing data, compatibility,
    security, documentation.
-4. Say what is out of scope, so that nobody builds it.
-5. Keep it as short as the work is small. For a one-line fix, half a page is right.
-6. If requirements contradict each other in a way that only a human can settle, report `blocked`
-   with the exact question and the answers you see. Decide all else and note it as an assumption.
-
-Write `{folder}/prd.md` with the sections Problem, Requirements, Out of Scope, Assumptions.""",
+4. Say what is out of scope, so that nobody builds it.""",
     "design": """\
 Decide how the requirements are met, in enough detail that the build needs no further decisions.
-Change no code.
-
+the sections Approach, Changes, Steps, Tests, Risks
 1. Read the code to be changed before you design. Follow the structure and conventions you find.
 2. Choose the simplest design that meets every requirement. Say what you rejected and why.
 3. Name the files and functions to add, change or remove, with signatures, data formats and error
@@ -1687,35 +1687,10 @@ Change no code.
 4. Cut the work into ordered steps. After each step the project works and its tests pass.
 5. Name the test for each requirement (R1 → which test).
 6. Say how existing data and users are carried over, and how the change can be undone.
-7. Rate again in `updated_assessments` if the design shows more size, complexity or risk than rated.
-
-Write `{folder}/design.md` with the sections Approach, Changes, Steps, Tests, Risks,
-Assumptions.""",
-    "build": """\
-Make the change: code, tests and documentation, complete and working.
-
-1. Read the documents listed above and the project's own rules (README, CONTRIBUTING, AGENTS.md,
-   CLAUDE.md or the like), if there are any.
-2. Find out how the project is tested and run the tests once before you change anything, so that you
-   know what failed already.
-3. Work in small steps. Change what the task needs and nothing else: no drive-by refactoring, no
-   reformatting of lines you do not touch, no new dependency that the design does not name. Report
-   what else you notice as follow-ups.
-4. Write tests that would fail without your change, for the errors and the edges too. Never weaken,
-   skip or delete a test to make it pass.
-5. Run the tests, linters and type checks that the project has, until they pass.
-6. Update the documentation that your change makes wrong.
-7. Read your whole `git diff` as a critical reviewer would, and go through the requirements one by
-   one: is each met, and shown by a test? Remove debugging left-overs and generated files.
-8. Tell in the summary which checks you ran and how they ended, also what failed before you came or
-   could not be run here: never report as passed what you have not seen pass.
-
-If the work is too much for one session, finish a part that leaves the project working, note in
-`{folder}/progress.md` what is done and what remains, and report `subphase_complete`. If the plan
-turns out to be wrong, mend it in the document and say so in the summary.""",
+7. Rate again in `updated_assessments` if the design shows more size, complexity or risk.""",
     "review": """\
-Judge the finished work as an experienced colleague who did not write it. Change no code.
-
+Judge the finished work as an experienced colleague who did not write it.
+the sections Verdict, Requirements, Findings
 1. Find the commits: `git log --grep='^Orchestrator-Item: {id}$'`. Read each with `git show COMMIT`.
 2. Go through the requirements one by one: is it met, and which test proves it?
 3. Look for mistakes: errors that are not handled, edge cases, races, security, data loss, broken
@@ -1723,43 +1698,49 @@ Judge the finished work as an experienced colleague who did not write it. Change
 4. Run the tests, and check that the new ones would fail without the change: do they look at the
    outcome, or only at what was called? Believe what you saw, not what a summary says.
 5. For each finding give file and line, what goes wrong, how to see it, and how bad it is:
-   "must fix" or "could be better".
-
-Write `{folder}/review.md` with the sections Verdict, Requirements, Findings, Assumptions.
-
-If nothing must be fixed, report `phase_complete`, with each "could be better" that is worth doing
-as a follow-up. If something must be fixed, report `blocked`, block_type `decision`, with the
-must-fix list as the context: a human then decides whether to send it back.""",
+   "must fix" or "could be better". Report what could be better and is worth doing as a follow-up.
+6. If something must be fixed, report `blocked`, block_type `decision`, with the must-fix list as
+   the context: a human then decides whether to send it back.""",
 }
+DOCUMENT_END = """\
+If the work is not needed, report `blocked` and give the evidence (file, commit); if only a human
+can decide, report it with the exact question and the answers you see. Decide all else, and note it
+as an assumption.
 
-DOCUMENT_INSTRUCTIONS = """\
-Do the work of the phase `{phase}` for this item, as its name says. It produces documents. Change no
-code.
+Write `{folder}/{file}.md`, as short as the work is small, with {parts} and Assumptions."""
 
-1. Read what earlier phases wrote and build on it; do not repeat it.
-2. Read the code before you write about it. Name files and functions.
-3. Write the result to `{folder}/{file}.md`, as short as the work is small. End it with a section
-   Assumptions.
-4. If you find that the work is not needed, or that only a human can decide, report `blocked`."""
+CODE_PHASES = {
+    "": "Do the work of the phase `{phase}` for this item, as its name says. It may change the"
+    " project's files.",
+    "build": "Make the change: code, tests and documentation, complete and working.",
+}
+CODE_STEPS = """\
+1. Read the documents listed above and the project's own rules (README, CONTRIBUTING, AGENTS.md,
+   CLAUDE.md or the like), if there are any.
+2. Run the project's tests once before you change anything, so that you know what failed already.
+3. Work in small steps. Change what the task needs and nothing else: no drive-by refactoring, no
+   reformatting of lines you do not touch, no new dependency that the design does not name. Report
+   what else you notice as follow-ups.
+4. Write tests that would fail without your change, for the errors and the edges too. Never weaken,
+   skip or delete a test to make it pass.
+5. Run the tests, linters and type checks that the project has, until they pass.
+6. Update the documentation that your change makes wrong.
+7. Read your whole `git diff` as a critical reviewer would: is each requirement met, and shown by a
+   test? Remove debugging left-overs and generated files.
+8. Tell in the summary which checks you ran and how they ended, also what failed before you came or
+   could not be run here: never report as passed what you have not seen pass.
 
-CODE_INSTRUCTIONS = """\
-Do the work of the phase `{phase}` for this item, as its name says. It may change the project's
-files.
-
-1. Read what earlier phases wrote, and the project's own rules (README, CONTRIBUTING, AGENTS.md,
-   CLAUDE.md or the like).
-2. Change what the phase needs and nothing else. Cover what you change with tests.
-3. Run the tests, linters and type checks that the project has, until they pass.
-4. Read your whole `git diff` as a critical reviewer would before you report.
-5. If it is too much for one session, finish a part that leaves the project working, note in
-   `{folder}/progress.md` what remains, and report `subphase_complete`."""
+If the work is too much for one session, finish a part that leaves the project working, note in
+`{folder}/progress.md` what is done and what remains, and report `subphase_complete`. If the plan
+turns out to be wrong, mend it in the document and say so in the summary."""
 
 TRIAGE_INSTRUCTIONS = """\
 Decide what this item is, how big it is and where it goes. Do not start to work on it. Change no
 code.
 
 1. **Understand it.** Read the item and look at the code it talks about. If it is done already or
-   not needed, report `blocked` and give the evidence in `context`.
+   not needed, report `blocked` and give the evidence in `context`; if it is unclear what is wanted,
+   report `blocked`, block_type `clarification`, with the exact question.
 2. **Look for duplicates** in the backlog. Put the ids of items that ask for the same thing into
    `duplicates`: a human is asked then. Related is not the same.
 3. **Choose the pipeline** (`pipeline_type`) from the types above.
@@ -1773,15 +1754,10 @@ code.
    missing), `solution` (the direction, not the design), `impact` (who gains what),
    `sizing_rationale` (why these ratings). It replaces the description shown above, so carry over
    whatever is worth keeping.
-6. **Route it.**
-   - small size AND low risk: it can go ahead; report `phase_complete` to promote directly.
-   - anything else: write an idea file, `{idea}`, with the
-     problem, the options and the open questions, then report `phase_complete`.
-   - high risk, or a decision that belongs to a human: set `requires_human_review` to true as well.
-   - unclear what is wanted: report `blocked`, block_type `clarification`, with the exact question.
-
-When in doubt, write the idea file and ask for the review."""
-
+6. **Route it.** If it is of small size AND low risk, report `phase_complete` to promote directly.
+   For anything else, or in doubt, write an idea file first, `{idea}`, with
+   the problem, the options and the open questions. If the risk is high, or a decision belongs to a
+   human, set `requires_human_review` to true as well."""
 
 INTRO = """\
 You are running autonomously in the git repository that is your working directory. No human is
@@ -1803,11 +1779,10 @@ RETRY_NOTE = (
     " way."
 )
 SALVAGE_NOTE = """\
-What it had changed is not in the working tree any more, but kept. Look before you redo it:
-
-- `git show --stat {ref}` lists the files,
-- `git diff {ref}^ {ref} -- PATH` shows what changed in one,
-- `git show {ref}:PATH > PATH` takes one over. Take only what you have checked."""
+What it had changed is not in the working tree any more, but kept: `git show --stat {ref}` lists
+the files, `git diff {ref}^ {ref} -- PATH` shows what changed in one, and
+`git show {ref}:PATH > PATH` takes one over. Look before you redo it; take only what you have
+checked."""
 
 DOCUMENT_RULES = """\
 - This phase changes no code. It may write only these paths, relative to the project root: {paths}.
@@ -1832,8 +1807,9 @@ As your last act write one JSON object to exactly this file:
 {path}
 ```
 
-Without it, everything you did counts as failed. Replace every `<…>`, keep `item_id` and `phase` as
-they are, and leave out keys that you have nothing to say about.
+Without it, everything you did counts as failed. Strict JSON, UTF-8: no comments, no trailing
+commas, no Markdown fence. Replace every `<…>`, keep `item_id` and `phase` as they are, and leave
+out keys that you have nothing to say about, and ratings that you agree with.
 
 ```json
 {skeleton}
@@ -1847,29 +1823,35 @@ they are, and leave out keys that you have nothing to say about.
 - `blocked`: only a human can go on, or the work is not needed. Say in `context` what you need to
   know or why it is not needed. Not for work that is merely hard.
 
-Also:
-
-- `summary`: two to five sentences for whoever works on the next phase: what you did, what you
-  decided, what to look out for.
-- `updated_assessments`: only the ratings that you found to be different.
-- `commit_summary`: under 72 characters, in the imperative, about the content.
-- `follow_ups`: work you noticed that does not belong to this item, with enough context to act on it
-  months later. Look at the backlog first: no duplicates, no wishes.
-- Strict JSON, UTF-8: no comments, no trailing commas, no Markdown fence around it."""
+`follow_ups` are for work you noticed that does not belong to this item. Look at the backlog first:
+no duplicates, no wishes."""
 SUBPHASE = """\
 - `subphase_complete`: a usable part is done, more remains in this phase. You are started again with
   your summary.
 """
-TRIAGE_OUTPUT = """
-- `duplicates`: a list of ids, empty if there are none.
-- `description`: all five texts."""
-
-
-def _taken(item: Item, backlog: Backlog) -> list[str]:
-    """What came from an item already, so that a retry does not report it in other words."""
-    origins = ((one, (one.get("origin") or "").partition("/")[0]) for one in backlog.items.values())
-    taken = [f"{one['id']}: {one['title']}" for one, origin in origins if origin == item["id"]]
-    return [TAKEN_NOTE, quote(_bullets(taken))] if taken else []
+# What the result file may hold besides what it is about. A text that is still `<…>` is dropped.
+SKELETON: dict[str, object] = {
+    "result": "phase_complete",
+    "summary": "<2 to 5 sentences for the next phase: what you did, decided and would watch>",
+    "context": "<blocked or failed: the explanation; else leave out>",
+    "block_type": "<blocked: clarification or decision; else leave out>",
+    "updated_assessments": {key: f"<{', '.join(words)}>" for key, words in RATING_WORDS.items()},
+    "commit_summary": "<under 72 characters, in the imperative, about the content>",
+    "follow_ups": [
+        {
+            "title": "<one line>",
+            "context": "<why, and where in the code: enough to act on it months later>",
+            "suggested_size": "<small, medium, large>",
+            "suggested_risk": "<low, medium, high>",
+        }
+    ],
+}
+TRIAGE_SKELETON = {
+    "pipeline_type": "<one of the available types>",
+    "duplicates": [],
+    "requires_human_review": False,
+    "description": dict.fromkeys(DESCRIPTION_LABELS, "<text>"),
+}
 
 
 def build_prompt(
@@ -1894,7 +1876,7 @@ def build_prompt(
     Whatever people, agents or tools wrote appears quoted, so that it cannot pass for a section.
     """
     triage, pipeline = task.pool == TRIAGE, pipeline_of(config, item)
-    needs, notes = ", ".join(item.get("dependencies") or ()), item.get("unblock_context") or ""
+    needs, folder = ", ".join(item.get("dependencies") or ()), str(change_dir)
     facts = {
         "ID": item["id"],
         "Title": item["title"],
@@ -1912,22 +1894,25 @@ def build_prompt(
     described = (item.get("description") or {}).get
     texts = {label: described(key, "").strip() for key, label in DESCRIPTION_LABELS.items()}
     rated = {key.capitalize(): cast(Any, item).get(key) for key in RATING_WORDS}
-    failures = [f"This is attempt {attempt} of {attempts}. Earlier work on it did not succeed."]
-    failures += ["What went wrong:", quote(failure), RETRY_NOTE] if failure else []
-    failures += [SALVAGE_NOTE.format(ref=salvage_ref)] if salvage_ref else []
+    again = f"This is attempt {attempt} of {attempts}. Earlier work on it did not succeed."
+    retry = ["What went wrong:", quote(failure), RETRY_NOTE] if failure else []
+    retry += [SALVAGE_NOTE.format(ref=salvage_ref)] if salvage_ref else []
+    others = backlog.items.values()
+    origins = ((one, (one.get("origin") or "").partition("/")[0]) for one in others)
+    taken = [f"{one['id']}: {one['title']}" for one, origin in origins if origin == item["id"]]
     sections = [
         _section("Item to Triage" if triage else "Item", _facts(facts)),
         _section("Position", _facts(position)),
         _section("Current Assessments", _facts(rated)),
         _section("Description", *(quote(f"**{k}:** {v}") for k, v in texts.items() if v)),
         _section("Previous Phase Summary", quote(previous_summary or "")),
-        _section("Unblock Context", *([UNBLOCK_NOTE, quote(notes)] if notes.strip() else ())),
-        _section("Previous Failure", *(failures if len(failures) > 1 else ())),
-        _section("Documents", *([DOCUMENTS_NOTE, _bullets(documents)] if documents else ())),
-        _section("Follow-ups Taken", *_taken(item, backlog)),
+        _section("Unblock Context", quote(item.get("unblock_context") or ""), note=UNBLOCK_NOTE),
+        _section("Previous Failure", *retry, note=again),
+        _section("Documents", _bullets(documents), note=DOCUMENTS_NOTE),
+        _section("Follow-ups Taken", quote(_bullets(taken)), note=TAKEN_NOTE),
         *(_triage_sections(item, config, backlog) if triage else ()),
-        _task_section(item, task, config, str(change_dir)),
-        _section("Rules", _rules(item, task, config, str(change_dir))),
+        _task_section(item, task, config, folder),
+        _section("Rules", _rules(item, task, config, folder)),
         _section("Structured Output", _output_text(item, task, str(result_path))),
     ]
     title = f"# Autonomous {'Triage ' if triage else ''}Agent"
@@ -1940,17 +1925,16 @@ def quote(text: str) -> str:
     Every line begins with `>`, so that nothing in it can open a section or a fence of ours.
     """
     text = clean_text(text).strip()
-    if len(text) > QUOTE_HEAD + QUOTE_TAIL:
-        left_out = len(text) - QUOTE_HEAD - QUOTE_TAIL
+    if (left_out := len(text) - QUOTE_HEAD - QUOTE_TAIL) > 0:
         note = f"\n[… {left_out} characters left out …]\n"
         text = text[:QUOTE_HEAD] + note + text[-QUOTE_TAIL:]
     return text and "\n".join(f"> {line}".rstrip() for line in text.split("\n"))
 
 
-def _section(heading: str, *paragraphs: str) -> str:
-    """A section of a prompt; nothing at all when there is nothing to say."""
-    told = [paragraph for paragraph in paragraphs if paragraph]
-    return "\n\n".join([f"## {heading}", *told]) if told else ""
+def _section(heading: str, *paragraphs: str, note: str = "") -> str:
+    """A section of a prompt, with a note on top; nothing at all when there is nothing to say."""
+    told = list(filter(None, paragraphs))
+    return "\n\n".join(filter(None, [f"## {heading}", note, *told])) if told else ""
 
 
 def _bullets(lines: Iterable[str]) -> str:
@@ -1999,19 +1983,19 @@ def _task_section(item: Item, task: Task, config: Config, folder: str) -> str:
     if task.pool == TRIAGE:
         idea = f"{IDEAS_DIR}/{change_dir_name(item['id'], item['title'])}.md"
         return _section("Instructions", TRIAGE_INSTRUCTIONS.format(idea=idea))
-    paths = [f"`{config.base / workflow}`" for workflow in task.phase.workflows]
-    generic = CODE_INSTRUCTIONS if task.phase.destructive else DOCUMENT_INSTRUCTIONS
-    # A familiar name with another nature: the instructions would contradict it.
-    usual = task.phase.destructive == (task.name == "build")
-    known = PHASE_INSTRUCTIONS.get(task.name, generic) if usual else generic
-    if len(paths) == 1:
-        text = f"Read this file and follow it: {paths[0]}"
-    elif paths:
-        rows = [f"{number}. {path}" for number, path in enumerate(paths, 1)]
+    if paths := [f"`{config.base / workflow}`" for workflow in task.phase.workflows]:
+        rows = (f"{number}. {path}" for number, path in enumerate(paths, 1))
         text = "\n".join(["Read these files and follow them, in order:\n", *rows])
+    elif task.phase.destructive:
+        goal = CODE_PHASES.get(task.name, CODE_PHASES[""])
+        text = f"{goal}\n\n{CODE_STEPS}"
     else:
+        goal, parts, steps = DOCUMENT_PHASES.get(task.name, DOCUMENT_PHASES[""]).split("\n", 2)
+        end = DOCUMENT_END.replace("{parts}", parts)
+        text = f"{goal} Change no code.\n\n{steps}\n\n{end}"
+    if not paths:
         file = safe_name(task.name)
-        text = known.format(folder=folder, id=item["id"], phase=task.name, file=file)
+        text = text.format(folder=folder, id=item["id"], phase=task.name, file=file)
     return _section("Task", text, f"Folder for this item's documents: `{folder}`")
 
 
@@ -2028,65 +2012,34 @@ def _rules(item: Item, task: Task, config: Config, folder: str) -> str:
     if checks := checks_of(config, item, task.name):
         told = ", ".join(f"`{command_text(command)}`" for command in checks)
         rules.append(f"- After `phase_complete` these must succeed, so run them first: {told}")
-    rules.append(
-        RULES.format(
-            backlog=config.backlog_path, config=CONFIG_NAME, worklog=WORKLOG_DIR, work=WORK_DIR
-        )
-    )
-    return "\n".join(rules)
+    places = {"backlog": config.backlog_path, "config": CONFIG_NAME}
+    return "\n".join([*rules, RULES.format(**places, worklog=WORKLOG_DIR, work=WORK_DIR)])
 
 
 def _output_text(item: Item, task: Task, path: str) -> str:
     """What the result file is to hold: the contract that `parse_result` reads."""
     import json
 
-    skeleton: dict[str, object] = {
-        "item_id": item["id"],
-        "phase": task.name,
-        "result": "phase_complete",
-        "summary": "<what you did and decided>",
-        "context": "<blocked or failed: the explanation; else leave out>",
-        "block_type": "<blocked: clarification or decision; else leave out>",
-        "updated_assessments": {key: f"<{', '.join(w)}>" for key, w in RATING_WORDS.items()},
-        "commit_summary": "<under 72 characters>",
-        "follow_ups": [
-            {
-                "title": "<one line>",
-                "context": "<why, and where in the code>",
-                "suggested_size": "<small, medium, large>",
-                "suggested_risk": "<low, medium, high>",
-            }
-        ],
-    }
+    triage = task.pool == TRIAGE
+    skeleton = {"item_id": item["id"], "phase": task.name, **SKELETON}
     if task.phase.destructive:
         skeleton["commit_type"] = f"<{', '.join(COMMIT_TYPES)}>"
-    triage = task.pool == TRIAGE
     if triage:
-        skeleton |= {
-            "pipeline_type": "<one of the available types>",
-            "duplicates": [],
-            "requires_human_review": False,
-            "description": dict.fromkeys(DESCRIPTION_LABELS, "<text>"),
-        }
+        skeleton |= TRIAGE_SKELETON
     told = json.dumps(skeleton, indent=2, ensure_ascii=False)
-    text = OUTPUT.format(path=path, skeleton=told, subphase="" if triage else SUBPHASE)
-    return text + (TRIAGE_OUTPUT if triage else "")
+    return OUTPUT.format(path=path, skeleton=told, subphase="" if triage else SUBPHASE)
 
 
 # ---- Items, listed and drawn ---------------------------------------------------------------------
 
 STATUS_ORDER = ("in_progress", "blocked", "ready", "scoping", "new", "done")
-NO_REASON = "no reason recorded"
 MOST_WAITING = 10  # items that wait for others, as `status` lists them
+KEPT = "Left by attempts that did not complete, and kept (`git show --stat REF`):"
 
 
 def status_order(items: Iterable[Item]) -> list[Item]:
     """Items as `status` lists them: by status, then the more important ones first."""
-
-    def key(item: Item) -> tuple[int, int, int]:
-        return STATUS_ORDER.index(item["status"]), -(item.get("priority") or 0), -_impact(item)
-
-    return sorted(items, key=key)
+    return sorted(items, key=lambda one: (STATUS_ORDER.index(one["status"]), _urgency(one)[:2]))
 
 
 def status_rows(
@@ -2110,17 +2063,14 @@ def render_status(rows: Sequence[Mapping[str, Any]], width: int, program: str) -
     keys = "id status phase pipeline_type priority impact size risk title"
     lines = [*table(keys, rows, width, heads=True), "", status_counts(count_by_status(rows))]
     blocked = [row for row in rows if row["status"] == "blocked"]
-    if blocked:
-        said = [{**row, "blocked_reason": row["blocked_reason"] or NO_REASON} for row in blocked]
-        lines += ["", "Blocked, each needs you:", *table("id blocked_reason", said, width, "  ")]
-        how = sorted({unblock_option(row["blocked_reason"]) for row in said})
-        lines += [f"  {program} unblock ID {option}" for option in how]
+    said = [{"id": row["id"], "blocked_reason": block_reason(row)} for row in blocked]
+    lines += listed("Blocked, each needs you:", "id blocked_reason", said, width)
+    how = sorted({unblock_option(row["blocked_reason"]) for row in said})
+    lines += [f"  {program} unblock ID {option}" for option in how]
     waiting = [row for row in rows if row["waiting_for"]]
-    if waiting:
-        told = table("id waiting_for", waiting[:MOST_WAITING], width, "  ")
-        lines += ["", "Waiting for other items:", *told]
-        if len(waiting) > len(told):
-            lines.append(f"  … and {len(waiting) - len(told)} more: {program} status --graph")
+    lines += listed("Waiting for other items:", "id waiting_for", waiting[:MOST_WAITING], width)
+    if more := len(waiting[MOST_WAITING:]):
+        lines.append(f"  … and {more} more: {program} status --graph")
     return lines
 
 
@@ -2144,9 +2094,9 @@ def waits_for(item: Item, backlog: Backlog) -> list[str]:
     return [f"{need} ({backlog.items[need]['status']})" for need in needs]
 
 
-def block_reason(item: Item) -> str:
+def block_reason(item: Mapping[str, Any]) -> str:
     """Why an item is blocked, in one text that is never empty."""
-    return item.get("blocked_reason") or NO_REASON
+    return item.get("blocked_reason") or "no reason recorded"
 
 
 def without_output(reason: str) -> str:
@@ -2208,8 +2158,8 @@ def render_item(known: Mapping[str, Any], width: int) -> list[str]:
         if value and key not in apart:
             if isinstance(value, list):
                 value = ", ".join(command_text(v) if isinstance(v, list) else v for v in value)
-            label = key.replace("_", " ").capitalize()
             value = minute(value) if key in ("created", "updated", "finished") else value
+            label = key.replace("_", " ").capitalize()
             rows.append({"label": f"{label}:", "value": "yes" if value is True else value})
     lines = wrap(f"{one_line(known['id'])}  {one_line(known['title'])}", width)
     lines += ["", *table("label value", rows, width)]
@@ -2217,16 +2167,9 @@ def render_item(known: Mapping[str, Any], width: int) -> list[str]:
     texts = {label: described.get(key) for key, label in DESCRIPTION_LABELS.items()}
     texts["Your notes for the next phase"] = known.get("unblock_context")
     for label, text in texts.items():
-        if text and (told := clean_text(text).strip()):
+        if told := clean_text(text or "").strip():
             lines += ["", f"{label}:", *(f"  {line}".rstrip() for line in told.split("\n"))]
     return lines
-
-
-def render_salvage(kept: Sequence[Mapping[str, object]], width: int) -> list[str]:
-    """The lines of `status` and `show` about work that is kept on refs; none if there is none."""
-    rows = table("item phase ref", kept, width, "  ")
-    heading = "Left by attempts that did not complete, and kept (`git show --stat REF`):"
-    return ["", *wrap(heading, width), *rows] if rows else []
 
 
 # ---- What would run ------------------------------------------------------------------------------
@@ -2239,61 +2182,65 @@ def plan_rows(backlog: Backlog, config: Config, options: RunOptions) -> list[dic
     what comes after a triage is for the triage to say. Done items are not listed, nor with `triage`
     those that are not new. `kind` is what a reason has in common with others.
     """
-    draft, rows, triaged = Draft(backlog), list[dict[str, Any]](), set[str]()
-    rules, only, turn = rules_of(config), matching(backlog, options.filters), 0
+    draft, rows, triaged, turn = Draft(backlog), list[dict[str, Any]](), set[str](), 0
+    rules, only = rules_of(config), matching(backlog, options.filters)
 
-    def add(item: Item, text: str, task: Task | None = None, kind: str | None = None) -> None:
-        row = {"id": item["id"], "title": item["title"], "runs": task is not None}
-        row |= {"turn": task and turn, "phase": task and task.name}
-        rows.append({**row, "text": text, "kind": kind})
+    def actions() -> list[Action]:
+        if len(rows) >= options.cap:
+            return []
+        return actions_for(options, draft.backlog(), {}, config, only - triaged)
 
-    while len(rows) < options.cap:
-        actions = actions_for(options, draft.backlog(), {}, config, only - triaged)
-        if not actions:
-            break
-        turn += any(isinstance(action, Task) for action in actions)
-        for action in actions:
+    while found := actions():
+        turn += any(isinstance(action, Task) for action in found)
+        for action in found:
             if isinstance(action, Promote):
                 promote(draft, action.item_id, rules, PLAN_TIME)
             elif len(rows) < options.cap:
                 item = draft.item(action.item_id)
-                add(item, phase_position(pipeline_of(config, item), action), action)
+                row = {"id": item["id"], "title": item["title"], "runs": True, "turn": turn}
+                text = phase_position(pipeline_of(config, item), action)
+                rows.append({**row, "phase": action.name, "text": text, "kind": None})
                 if action.pool == TRIAGE:
                     triaged.add(item["id"])
                 else:
                     result = PhaseResult(item["id"], action.name, "phase_complete", "planned")
                     apply_result(draft, item, result, rules, PLAN_TIME)
-    ended, used_up = draft.backlog(), len(rows) >= options.cap
-    started, wanted = {row["id"] for row in rows}, options.targets or only
+    ended, started = draft.backlog(), {row["id"] for row in rows}
+    limit = "the limit of phases for one run is used up" if len(rows) >= options.cap else ""
     for item in status_order(ended.items.values()):
-        listed = item["status"] == "new" if options.only_triage else item["status"] != "done"
-        if listed and item["id"] not in triaged:
-            kind, text = _idle_reason(item, ended, config, used_up)
-            if item["id"] not in wanted:
-                kind = text = "left out by --target or --only"
-            elif options.targets and not (used_up or item["status"] == "blocked" or kind != text):
-                kind = text = "later: another target comes first"
-            add(item, f"then {text}" if item["id"] in started else text, kind=kind)
+        mine = item["status"] == "new" if options.only_triage else item["status"] != "done"
+        if mine and item["id"] not in triaged:
+            kind, text = "left out by --target or --only", ""
+            if item["id"] in (options.targets or only):
+                kind, text = _idle_reason(item, ended, config, limit, options.targets)
+            row = {"id": item["id"], "title": item["title"], "runs": False, "turn": None}
+            text = "then " * (item["id"] in started) + (text or kind)
+            rows.append({**row, "phase": None, "text": text, "kind": kind})
     return rows
 
 
-def _idle_reason(item: Item, backlog: Backlog, config: Config, used_up: bool) -> tuple[str, str]:
-    """Why an item does not move: what it has in common with others, and all of it."""
+def _idle_reason(
+    item: Item, backlog: Backlog, config: Config, limit: str, targets: Sequence[str]
+) -> tuple[str, str]:
+    """Why an item does not move: what it has in common with others, and all of it, if that is more.
+
+    `limit`: what keeps everything from going on.
+    """
     needs, limits = waits_for(item, backlog), config.execution
     if item["status"] == "blocked":
         return "blocked, each needs you", f"blocked: {block_reason(item)}"
-    if used_up:
-        text = "later: the limit of phases for one run is used up"
-    elif needs:
+    if limit:
+        return f"later: {limit}", ""
+    if needs:
         return "waiting for other items", f"waits for {', '.join(needs)}"
-    elif item["status"] != "new" and pipeline_of(config, item) is None:
-        text = f'its pipeline "{pipeline_name(item)}" is not in {CONFIG_NAME}'
-    elif item["status"] == "ready":
-        text = f"ready; max_wip = {limits.max_wip} lets no further item start yet"
-    else:
-        most = limits.max_concurrent
-        text = f"later; max_concurrent = {most}, and a phase that changes code runs alone"
-    return text, text
+    if item["status"] != "new" and pipeline_of(config, item) is None:
+        return f'its pipeline "{pipeline_name(item)}" is not in {CONFIG_NAME}', ""
+    if targets:
+        return "later: another target comes first", ""
+    if item["status"] == "ready":
+        return f"ready; max_wip = {limits.max_wip} lets no further item start yet", ""
+    most = limits.max_concurrent
+    return f"later; max_concurrent = {most}, and a phase that changes code runs alone", ""
 
 
 def render_plan(
@@ -2307,15 +2254,14 @@ def render_plan(
             moves.setdefault(row["id"], {**row, "phases": []})["phases"].append(row["phase"])
         else:
             idle.setdefault(row["kind"], []).append(row)
-    lines = table("turn id title phases", list(moves.values()), width, "  ")
-    lines = ["Would run, if every phase succeeds:", *lines] if lines else ["Nothing would start."]
     why = []
     for kind, group in idle.items():
         text = f"{kind}: {id_list([row['id'] for row in group])}"
         many = {"id": plural(len(group), "item"), "text": text}
         why.append(many if len(group) > 1 else group[0])
-    told = table("id text", why, width, "  ")
-    lines += ["", "Would not run:", *told] if told else []
+    would, keys = "Would run, if every phase succeeds:", "turn id title phases"
+    lines = listed(would, keys, list(moves.values()), width)[1:] or ["Nothing would start."]
+    lines += listed("Would not run:", "id text", why, width)
     if problems:
         lines += ["", "But a run cannot start:", *problem_lines(problems, width)]
     return [*lines, "", "Nothing was started and nothing was written."]
@@ -2325,11 +2271,8 @@ def problem_lines(
     problems: Iterable[Problem], width: int = WHOLE_LINES, begin: str = "- "
 ) -> list[str]:
     """What keeps a run from starting, each with its remedy, to be copied, whole below it."""
-    return [
-        line
-        for one in problems
-        for line in (*wrap(f"{begin}{one.what}", width, "  "), f"  {one.remedy}")
-    ]
+    told = ((*wrap(f"{begin}{one.what}", width, "  "), f"  {one.remedy}") for one in problems)
+    return list(itertools.chain(*told))
 
 
 # ---- What happened, from history -----------------------------------------------------------------
@@ -2350,39 +2293,37 @@ def log_rows(output: str) -> list[dict[str, Any]]:
         head, _, message = record.partition("\n\n")
         first, *trailers = head.split("\n")
         commit, _, when = first.partition(" ")
-        subject = one_line(message.partition("\n")[0])
-        run_id, found = "", list[dict[str, Any]]()
+        subject, run_id = one_line(message.partition("\n")[0]), ""
+        found = list[dict[str, Any]]()
         for key, _, value in (line.removeprefix(TRAILER).partition(": ") for line in trailers):
+            value = one_line(value)
             if key == "Run":
                 run_id = value
             elif key == "Item":
-                found.append({key: value, "Verified": []})
+                row = {"when": when, "item": value, "phase": "", "outcome": "", "summary": ""}
+                more = {"commit": commit, "run_id": run_id, "verified": [], "subject": subject}
+                found.append({**row, **more})
             elif found and key == "Verified":
-                found[-1][key].append(one_line(value))
+                found[-1]["verified"].append(value)
             elif found:
-                found[-1].setdefault(key, value)
-        for one in found:
-            item, phase, outcome = (one_line(one.get(k, "")) for k in ("Item", "Phase", "Outcome"))
-            # Told of it is the longest text behind its tag, else the subject.
-            tag = re.escape(MessageEntry(item, phase).tag)
+                found[-1][key.lower()] = value
+        for row in found:  # told of it is the longest text behind its tag, else the subject
+            phase = re.escape(row["phase"])
+            tag = re.escape(MessageEntry(row["item"], row["phase"]).tag)
             told = re.findall(rf"(?:^| \| ){tag} ((?:(?! \| \[).)+)", message, re.M)
-            begin = rf"\[orchestrator\] |\w+\([^)]*\): (?:{re.escape(phase)}: )?"
-            text = max(told, key=len, default=re.sub(f"^(?:{begin})", "", subject))
-            text = one_line(text).removeprefix(f"{outcome.capitalize()}: ")
-            row = {"when": when, "item": item, "phase": phase, "outcome": outcome, "summary": text}
-            row |= {"commit": commit, "run_id": run_id, "verified": one["Verified"]}
-            rows.append({**row, "subject": subject})
+            begin = rf"^(?:\[orchestrator\] |\w+\([^)]*\): (?:{phase}: )?)"
+            text = one_line(max(told, key=len, default=re.sub(begin, "", subject)))
+            row["summary"] = text.removeprefix(f"{row['outcome'].capitalize()}: ")
+        rows += found
     return rows
 
 
-def proofs(rows: Iterable[Mapping[str, Any]], code: Container[str]) -> dict[str, Mapping[str, Any]]:
+def proofs(rows: Sequence[Mapping[str, Any]], code: Container[str]) -> dict[str, Mapping[str, Any]]:
     """By item the newest row of `log_rows` that tells what checked it, or that nothing did: of a
-    phase in `code`, those that change code."""
-    found = dict[str, Mapping[str, Any]]()
-    for row in rows:
-        if row["outcome"] == "complete" and (row["phase"] in code or row["verified"]):
-            found.setdefault(row["item"], row)
-    return found
+    phase in `code`, those that change code. Else, its newest one."""
+    newest = {row["item"]: row for row in reversed(rows)}
+    done = [row for row in reversed(rows) if row["outcome"] == "complete"]
+    return newest | {row["item"]: row for row in done if row["phase"] in code or row["verified"]}
 
 
 def checked(row: Mapping[str, Any], code: Container[str] = ()) -> str:
@@ -2406,28 +2347,25 @@ def finished_rows(
     `entries`: the worklogs', see `read_worklog`. `told` (see `log_rows`), newest first, has the
     commits; an item that only it knows to have left counts, too. `code`: see `proofs`.
     """
-    ends, last = list[tuple[str, str, str, str, str]](), dict[str, str]()
+    rows, last, row = dict[str, dict[str, Any]](), dict[str, str](), dict[str, Any]()
     for entry in entries:
-        item_id, status = entry["item"], entry.get("status", "").lower()
-        why = entry.get("summary") or entry.get("reason") or ""
-        if status:
+        item_id, why = entry["item"], entry.get("summary") or entry.get("reason") or ""
+        if status := entry.get("status", "").lower():
+            row = {"id": item_id, "title": entry["title"], "status": status}
             why = why or last.get(item_id, "")
-            ends.append((entry["when"], item_id, entry["title"], status, why))
+            rows[item_id] = {**row, "finished": entry["when"], "summary": one_line(why)}
         last[item_id] = why
-    in_worklog = {item_id for _, item_id, *_ in ends}
-    for row in told:
-        if row["item"] not in in_worklog and row["outcome"] in ("done", "closed", "removed"):
-            ends.append((row["when"], row["item"], row["summary"], row["outcome"], row["summary"]))
-    costs, commits = worklog_costs(entries), {row["item"]: row["commit"] for row in reversed(told)}
-    checks = proofs(told, code)
-    commits |= {item_id: row["commit"] for item_id, row in checks.items()}  # of its code
-    rows = dict[str, dict[str, Any]]()
-    for when, item_id, title, status, why in ends:
-        end = {"id": item_id, "title": title, "status": status, "finished": when}
-        spent = usage_json(costs.get(item_id, NOTHING_SPENT))
-        told_of = {"summary": one_line(why), "commit": commits.get(item_id)}
-        verified = checks[item_id]["verified"] if item_id in checks else []
-        rows[item_id] = {**end, **told_of, "verified": verified, **spent}
+    for one in told:
+        item_id, why = one["item"], one["summary"]
+        if item_id not in rows and one["outcome"] in ("done", "closed", "removed"):
+            row = {"id": item_id, "title": why, "status": one["outcome"]}
+            rows[item_id] = {**row, "finished": one["when"], "summary": why}
+    costs, checks = worklog_costs(entries), proofs(told, code)
+    none = dict[str, Any](commit=None)
+    for item_id, row in rows.items():
+        proof = checks.get(item_id, none)
+        row.update(commit=proof["commit"], verified=proof.get("verified", []))
+        row.update(usage_json(costs.get(item_id, NOTHING_SPENT)))
     return sorted(rows.values(), key=lambda row: str(row["finished"]))[::-1]
 
 
@@ -6324,7 +6262,7 @@ def cmd_status(args: argparse.Namespace) -> int:
     else:
         lines.append("No items." if only is None else "No item matches.")
     facts = {**runs, "counts": count_by_status(rows), "items": rows, "salvage": kept}
-    return answer(args, facts, [*lines, *render_salvage(shown, width)])
+    return answer(args, facts, [*lines, *listed(KEPT, "item phase ref", shown, width)])
 
 
 def finished(space: Workspace, item_id: str | None = None) -> list[dict[str, Any]]:
@@ -6463,13 +6401,13 @@ def cmd_show(args: argparse.Namespace) -> int:
     rows, code = read_log(space, item_id=args.id), code_phases(space.config)
     kept = [one for one in salvages(space) if one["item"] == safe_name(args.id)]
     lines = render_item(known if item else {**known, "verified": checked(known)}, width)
-    history = table("when phase outcome commit summary", history_rows(rows, code), width, "  ")
-    lines += ["", "History:", *history] if rows else []
-    listed = [f"  {one_line(path)}" for path in documents]
-    lines += ["", "Documents:", *listed] if listed else []
+    keys = "when phase outcome commit summary"
+    lines += listed("History:", keys, history_rows(rows, code), width)
+    told = [f"  {one_line(path)}" for path in documents]
+    lines += ["", "Documents:", *told] if told else []
     facts = {"item": item or known, "documents": documents, "commits": rows, "salvage": kept}
     facts |= {key: known[key] for key in Usage._fields}
-    return answer(args, facts, [*lines, *render_salvage(kept, width)])
+    return answer(args, facts, [*lines, *listed(KEPT, "item phase ref", kept, width)])
 
 
 def cmd_log(args: argparse.Namespace) -> int:

@@ -338,7 +338,7 @@ def test_built_in_instructions_of_the_build() -> None:
     ("name", "destructive", "says"),
     [
         ("security-audit", False, "/security-audit.md`"), ("security-audit", True, "Run the tests, linters"),
-        ("build", False, "no\ncode"), ("review", True, "It may change"),
+        ("build", False, "Change no code."), ("review", True, "It may change"),
     ],
 )
 def test_d47_a_phase_of_another_name_or_nature_gets_sensible_instructions(name: str, destructive: bool, says: str) -> None:
@@ -347,7 +347,7 @@ def test_d47_a_phase_of_another_name_or_nature_gets_sensible_instructions(name: 
     task = section(prompt_for(task=Task("WRK-042", phase, "main"), config=config), "Task")
     assert task.startswith(f"Do the work of the phase `{name}`")
     assert says in task
-    assert ("no\ncode" in task) is not destructive
+    assert ("Change no code." in task) is not destructive
 
 
 def test_workflow_files_replace_the_built_in_instructions() -> None:
@@ -356,8 +356,7 @@ def test_workflow_files_replace_the_built_in_instructions() -> None:
         return section(prompt_for(task=Task("WRK-042", phase, "main")), "Task")
 
     folder = "\n\nFolder for this item's documents: `/project/changes/WRK-042_title`"
-    assert told("flows/prd.md") == f"Read this file and follow it: `/project/flows/prd.md`{folder}"
-    assert "in order:\n\n1. `/project/a.md`\n2. `/abs/b.md`\n" in told("a.md", "/abs/b.md")
+    assert told("a.md", "/abs/b.md") == f"Read these files and follow them, in order:\n\n1. `/project/a.md`\n2. `/abs/b.md`{folder}"
 
 
 @pytest.mark.parametrize("task", [task_of("prd", 'W"-1\\'), triage_of('W"-1\\')], ids=["phase", "triage"])
