@@ -6504,73 +6504,66 @@ def has_left(item_id: str, backlog: Backlog) -> bool:
 
 
 class Changed(NamedTuple):
-    """What a command did to an item."""
+    """What a command did to an item, and what is to be said of it."""
 
     item_id: str
-    what: str  # "Advance WRK-001 to build": the subject of the commit
-    told: str  # the same for the terminal
-    outcome: str  # for the trailer
-    summary: str = ""
+    what: str = ""  # behind the id, in the commit's subject and on the terminal
+    summary: str = ""  # in the commit's body
+    notes: Sequence[str] = ()  # more lines for the terminal
     worklog: str = ""
 
 
 def cmd_change(args: argparse.Namespace) -> int:
     """`add` and whatever changes an item or takes it out: one edit, one save; see CHANGES."""
-    space, now = open_workspace(args.root, args.config), utc_now()
+    space, now, command = open_workspace(args.root, args.config), utc_now(), args.command
     backlog = space.store.look()
-    if args.command != "add":
+    if command != "add":
         _item(backlog, args.id)
-    if args.command in ("complete", "close"):
-        _refuse_while_running(space, args.id)
-    change = partial(CHANGES[args.command], args, space.config, now)
+    at_work = run_facts(space)["active"] if command in ("complete", "close") else None
+    for one in at_work["phases"] if at_work else ():
+        if one["item"] == args.id:
+            raise OrchestratorError(
+                f"{args.id}: its phase {one['phase']} is running just now. Wait for it, or ask the"
+                f" run to halt when it is through: {program_name()} stop"
+            )
+    change = partial(CHANGES[command], args, space.config, now)
     change(Draft(backlog))  # what is refused is refused before anything is touched
     done = space.store.change(change)
     if done.worklog:
         space.repo.bring_out(f"{space.repo.prefix}{WORKLOG_DIR}/")
         append_worklog(space.repo.root / WORKLOG_DIR, now, done.worklog)
-    print(done.told)
+    past, subject = f"{command.removesuffix('e')}ed", f"{done.item_id}{done.what}"
+    print("\n".join([f"{past.capitalize()} {subject}", *done.notes]))
     branch = space.store.journal.run["branch"] if space.store.journal else None
     if branch is not None and branch != space.repo.branch():
         name = branch.removeprefix("refs/heads/")
         print(f"It is kept for the branch {name}, which a run has not finished with.")
         return EXIT_OK
-    if not args.commit:
-        return EXIT_OK
-    told = MessageEntry(done.item_id, "", done.outcome, done.summary)
+    outcome = "done" if command == "complete" else past
+    told = MessageEntry(done.item_id, "", outcome, done.summary)
 
     def message(before: bytes | None) -> str:  # the file is committed whole, so all is told
         others = [one for one in space.entries_since(before) if one.item_id != done.item_id]
-        return state_message(done.what, [told, *others], style=space.config.commits.style)
+        what, style = f"{command.capitalize()} {subject}", space.config.commits.style
+        return state_message(what, [told, *others], style=style)
 
     try:
-        with space.run_lock():
-            data = space.store.state.document.to_bytes()
-            commit = space.repo.commit_state(space.store.path, data, message)
+        if args.commit:
+            with space.run_lock():
+                data = space.store.state.document.to_bytes()
+                commit = space.repo.commit_state(space.store.path, data, message)
+            if commit.warning:
+                print(f"{commit.warning} The change itself is made.", file=sys.stderr)
     except RunActive:
         print("A run is active: its next commit carries the change.")
-        return EXIT_OK
-    if commit.warning:
-        print(f"{commit.warning} The change itself is made.", file=sys.stderr)
     return EXIT_OK
-
-
-def _refuse_while_running(space: Workspace, item_id: str) -> None:
-    """An item whose phase runs just now is not to be taken from under it."""
-    at_work = run_facts(space)["active"]
-    for one in at_work["phases"] if at_work else ():
-        if one["item"] == item_id:
-            raise OrchestratorError(
-                f"{item_id}: its phase {one['phase']} is running just now. Wait for it, or ask the"
-                f" run to halt when it is through: {program_name()} stop"
-            )
 
 
 def _add(args: argparse.Namespace, config: Config, now: datetime, draft: Draft) -> Changed:
     title = _title(" ".join(args.title))
     values, notes = item_values(args, config, draft.backlog())
     item_id = draft.add(config.prefix, title, now, **values)["id"]
-    told = "\n".join([f"Added {item_id}: {title}", *notes])
-    return Changed(item_id, f"Add {item_id}: {title}", told, "added", title)
+    return Changed(item_id, f": {title}", title, notes)
 
 
 def _title(text: str) -> str:
@@ -6588,16 +6581,13 @@ def item_values(
     args: argparse.Namespace, config: Config, backlog: Backlog
 ) -> tuple[dict[str, object], list[str]]:
     """The keys of an item that the options of `add` and `edit` give, and what to say about them."""
-    pipeline = args.pipeline_type
+    pipeline, needs, notes = args.pipeline_type, [], []
     if pipeline is not None and pipeline not in config.pipelines:
         hint = did_you_mean(pipeline, config.pipelines)
         raise UsageError(f"--pipeline {pipeline}: there is no such pipeline{hint}")
-    needs, notes = [], []
     for other in args.dependencies:
-        if has_left(other, backlog):
-            notes.append(f"{other} has left the backlog already: nothing to wait for")
-        elif _item(backlog, other)["status"] == "done":
-            notes.append(f"{other} is done already: nothing to wait for")
+        if has_left(other, backlog) or _item(backlog, other)["status"] == "done":
+            notes.append(f"{other} is done or gone already: nothing to wait for")
         else:
             needs.append(other)
     values = {key: getattr(args, key) for key in ITEM_OPTIONS.values()}
@@ -6620,8 +6610,7 @@ def _edit(args: argparse.Namespace, config: Config, now: datetime, draft: Draft)
         if args.id in cycle:
             raise UsageError(f"--depends-on: {' → '.join(cycle)} could never start")
     keys = ", ".join(values)
-    told = "\n".join([f"Edited {args.id}: {keys}", *notes])
-    return Changed(args.id, f"Edit {args.id}: {keys}", told, "edited", keys)
+    return Changed(args.id, f": {keys}", keys, notes)
 
 
 def _advance(args: argparse.Namespace, config: Config, now: datetime, draft: Draft) -> Changed:
@@ -6631,32 +6620,27 @@ def _advance(args: argparse.Namespace, config: Config, now: datetime, draft: Dra
         raise OrchestratorError(f"{args.id}: pipeline {pipeline_name(item)} is not in the config")
     names = [phase.name for phase in pipeline.phases]
     phase = advance(draft, args.id, names, args.to, now).get("phase")
-    told = f"Advanced {args.id}{f' from {before}' if before else ''} to {phase}"
-    return Changed(args.id, f"Advance {args.id} to {phase}", told, "advanced", f"to {phase}")
+    what = f" from {before} to {phase}" if before else f" to {phase}"
+    return Changed(args.id, what, what.strip())
 
 
 def _unblock(args: argparse.Namespace, config: Config, now: datetime, draft: Draft) -> Changed:
     item = unblock(draft, args.id, now, notes=args.notes, override=args.override_guardrails)
-    told, notes = f"Unblocked {args.id}: {item['status']} again", one_line(args.notes or "")
+    notes = []
     if item["status"] != "new" and (why := guardrail_objection(item, rules_of(config).limits)):
         how = f"{program_name()} unblock {args.id} --override-guardrails"
-        told += f"\nBut the next run blocks it again: {why}. Then: {how}"
-    return Changed(args.id, f"Unblock {args.id}", told, "unblocked", notes)
+        notes.append(f"But the next run blocks it again: {why}. Then: {how}")
+    return Changed(args.id, f": {item['status']} again", one_line(args.notes or ""), notes)
 
 
 def _take_out(args: argparse.Namespace, config: Config, now: datetime, draft: Draft) -> Changed:
     """`complete` and `close`: out of the backlog, into the worklog, and whoever waited is told."""
-    close = args.command == "close"
-    why = one_line((args.reason if close else args.summary) or "", 1000)
+    close, why = args.command == "close", one_line(args.why or "", 1000)
     if close and not why:
         raise UsageError("--reason is blank; say why the item is not wanted any more")
     item, waited, worklog = take_out(draft, args.id, "Closed" if close else "Done", why, now)
-    verb, title = args.command.capitalize(), one_line(item["title"])
-    told = f"{verb.removesuffix('e')}ed {args.id}: {title}"
-    if waited:
-        told += f"\nNo longer waiting for it: {', '.join(waited)}"
-    outcome = "closed" if close else "done"
-    return Changed(args.id, f"{verb} {args.id}: {title}", told, outcome, why, worklog)
+    notes = [f"No longer waiting for it: {', '.join(waited)}"] if waited else []
+    return Changed(args.id, f": {one_line(item['title'])}", why, notes, worklog)
 
 
 CHANGES: Mapping[str, Callable[[argparse.Namespace, Config, datetime, Draft], Changed]] = {
@@ -6808,11 +6792,6 @@ def cmd_init(args: argparse.Namespace) -> int:
     import shlex
 
     repo = Repo.open(args.root)
-    if not re.fullmatch(NAME, args.prefix):
-        raise UsageError(
-            f"--prefix {args.prefix!r}: use at most 64 ASCII letters, digits, - and _,"
-            " a letter or digit first"
-        )
     above = project_above(repo)
     if above is not None and args.root == Path():
         raise OrchestratorError(
@@ -6856,7 +6835,8 @@ def cmd_init(args: argparse.Namespace) -> int:
     program = program_name()
     print(f'Next: {program} add "What shall be done", then {program} run')
     if args.hook:
-        install_hook(open_workspace(args.root, args.config))
+        args.action = "install"
+        return cmd_hook(args)
     return EXIT_OK
 
 
@@ -6987,8 +6967,6 @@ def _dumps(value: object) -> str:
 
 # ---- The git hook --------------------------------------------------------------------------------
 
-BACKLOG_OF_HOOK = "backlog=BACKLOG.yaml"
-
 # The file hooks/pre-commit: an installed package and the single file have no folder beside them.
 HOOK_TEXT = """\
 #!/bin/sh
@@ -7023,73 +7001,49 @@ if [ -z "$ORCHESTRATOR_RUN_ID" ] && left_behind; then
 fi
 exit 0
 """
-
-HOOK_ID = "# orchestrator-hook: "
-
-
-def render_hook(backlog: str) -> str:
-    """The hook for a backlog at this path in the work tree."""
-    import shlex
-
-    return HOOK_TEXT.replace(BACKLOG_OF_HOOK, f"backlog={shlex.quote(backlog)}", 1)
-
-
-def is_our_hook(text: str) -> bool:
-    """Whether this is the hook as it was installed, or copied by hand; for whichever backlog."""
-    line = re.search(r"^backlog=.*(?= # relative)", text, re.M)
-    return line is not None and text.replace(line[0], BACKLOG_OF_HOOK, 1) == HOOK_TEXT
+HOOK_ID, HOOK_BACKLOG = "# orchestrator-hook: ", r"(?m)^backlog=(.*)(?= # relative)"
 
 
 def cmd_hook(args: argparse.Namespace) -> int:
-    space = open_workspace(args.root, args.config)
-    if args.action == "install":
-        install_hook(space)
-        return EXIT_OK
-    path, found = _hook_there(space)
-    if found is None or HOOK_ID not in found:
-        print(f"nothing to do: {path} is not installed by us")
-    elif not is_our_hook(found):
-        raise OrchestratorError(
-            f"{path} is our hook of another version, or changed by hand, so it is left alone. To"
-            f" remove it: rm {path}"
-        )
-    else:
-        path.unlink()
-        print(f"removed {path}")
-    return EXIT_OK
-
-
-def _hook_there(space: Workspace) -> tuple[Path, str | None]:
-    """Where git looks for the hook, and what is there: "" if it is unreadable, None if nothing."""
-    path = space.repo.hook_path("pre-commit")
-    path = Path(os.path.realpath(path.parent)) / path.name
-    try:
-        return path, path.read_text(errors="surrogateescape")
-    except OSError:
-        return path, "" if os.path.lexists(path) else None
-
-
-def install_hook(space: Workspace) -> None:
-    """Install or mend the hook; OrchestratorError, with the line to add, where another one is."""
+    """Install or mend the hook, or remove it; another one stays, and gets a line to add."""
     import shlex
 
-    path, found = _hook_there(space)
-    backlog = space.repo.relative(space.store.path)
-    if path.parent.exists() and not path.parent.is_dir():
+    space = open_workspace(args.root, args.config)
+    path = space.repo.hook_path("pre-commit")
+    path, found = Path(os.path.realpath(path.parent)) / path.name, ""
+    there = os.path.lexists(path)
+    with suppress(OSError):  # there is none, or it is unreadable
+        found = path.read_text(errors="surrogateescape")
+    # Ours is the text as it was installed, or copied by hand, for whichever backlog.
+    ours = re.sub(HOOK_BACKLOG, "backlog=BACKLOG.yaml", found, count=1) == HOOK_TEXT
+    name = space.repo.relative(space.store.path)
+    wanted = re.sub(HOOK_BACKLOG, lambda _: f"backlog={shlex.quote(name)}", HOOK_TEXT, count=1)
+    if args.action == "uninstall":
+        told = f"nothing to do: {path} is not installed by us"
+        if HOOK_ID in found and not ours:
+            raise OrchestratorError(
+                f"{path} is our hook of another version, or changed by hand, so it is left alone."
+                f" To remove it: rm {path}"
+            )
+        if ours:
+            path.unlink()
+            told = f"removed {path}"
+    elif path.parent.exists() and not path.parent.is_dir():
         raise OrchestratorError(f"{path.parent} is no folder: core.hooksPath switches hooks off")
-    if found is not None and not is_our_hook(found):
-        warning = shlex.quote(f"{backlog} has changes that are not in this commit")
+    elif there and not ours:
+        warning = shlex.quote(f"{name} has changes that are not in this commit")
         raise OrchestratorError(
             f"{path} is another hook, or ours changed by hand, and stays as it is. Add this line to"
-            f" it:\ngit diff --quiet -- {shlex.quote(backlog)} || echo {warning} >&2"
+            f" it:\ngit diff --quiet -- {shlex.quote(name)} || echo {warning} >&2"
         )
-    wanted = render_hook(backlog)
-    if found == wanted and os.access(path, os.X_OK):
-        print(f"nothing to do: {path} is installed")
+    elif found == wanted and os.access(path, os.X_OK):
+        told = f"nothing to do: {path} is installed"
     else:
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_file(path, os.fsencode(wanted), 0o755)
-        print(f"{'installed' if found is None else 'updated'} {path}")
+        told = f"{'updated' if there else 'installed'} {path}"
+    print(told)
+    return EXIT_OK
 
 
 # ---- The single file -----------------------------------------------------------------------------
@@ -7236,60 +7190,37 @@ def program_name() -> str:
     return " ".join([SCRIPT, *map(shlex.quote, _project_options)])
 
 
-# Name, words of ARGUMENTS that it takes, what it is for.
+# Name, function, words of ARGUMENTS that it takes, what it is for.
 _COMMANDS = """\
-init | --prefix --agent --no-commit --hook | make BACKLOG.yaml and orchestrator.toml, commit them
-demo | dir | see a run on a throw-away repository; needs no account
-run | {run} | work through the backlog
-triage | {run} | only rate and route new items
-step | target --allow-dirty --dry-run --strict --json | run one phase of an item, guardrails or not
-status | --only --done --graph --json | list the items, the active run first
-show | id --json | show one item, open or finished, its documents and commits
-log | [id] -n --since --json | tell what happened, from git history, newest first
-logs | id [phase] -f | tell what the agents of an item said and did
-add | title {item} --commit | add an item
-edit | id --title --clear {item} --commit | change what is known of an item; lists are given whole
-advance | id --to --commit | move an item to its next phase, or to the one given
-unblock | id --notes --override-guardrails --commit | let a blocked item go on where it was
-complete | id --summary --commit | take out an item that was done outside of this backlog
-close | id --reason --commit | take out an item that is not wanted any more
-check | --probe --json | say what would keep a run from working
-verify | what | run what a commit says has checked it again, in a work tree of that commit
-stop | | ask the active run to finish what is in flight and halt
-hook | action | the optional pre-commit hook, which warns of a dirty BACKLOG.yaml
-vendor | path --force | write this program as one file, to be copied anywhere
+init | cmd_init | --prefix --agent --no-commit --hook | make the files of a project, commit them
+demo | cmd_demo | dir | see a run on a throw-away repository; needs no account
+run | cmd_run | {run} | work through the backlog
+triage | cmd_run | {run} | only rate and route new items
+step | cmd_run | target --allow-dirty --dry-run --strict --json | run one phase, guardrails or not
+status | cmd_status | --only --done --graph --json | list the items, the active run first
+show | cmd_show | id --json | show one item, open or finished, its documents and commits
+log | cmd_log | [id] -n --since --json | tell what happened, from git history, newest first
+logs | cmd_logs | id [phase] -f | tell what the agents of an item said and did
+add | cmd_change | title {item} | add an item
+edit | cmd_change | id --title --clear {item} | change what is known of an item; lists given whole
+advance | cmd_change | id --to --commit | move an item to its next phase, or to the one given
+unblock | cmd_change | id --notes --override-guardrails --commit | let a blocked item go on
+complete | cmd_change | id --summary --commit | take out an item that was done by other means
+close | cmd_change | id --reason --commit | take out an item that is not wanted any more
+check | cmd_check | --probe --json | say what would keep a run from working
+verify | cmd_verify | what | run again what a commit says has checked it, in a work tree of it
+stop | cmd_stop | | ask the active run to finish what is in flight and halt
+hook | cmd_hook | action | the optional pre-commit hook, which warns of a dirty BACKLOG.yaml
+vendor | cmd_vendor | path --force | write this program as one file, to be copied anywhere
 """.format(
     run="--target --only --cap --auto-advance --allow-dirty --dry-run --strict --json",
-    item=" ".join(f"--{name}" for name in ITEM_OPTIONS),
+    item=" ".join(f"--{name}" for name in ITEM_OPTIONS) + " --commit",
 )
-
-
-class Command(NamedTuple):
-    """A command, as the table has it, and what does it."""
-
-    takes: Sequence[str]
-    summary: str
-    run: Callable[[argparse.Namespace], int]
-
-
-_RUNS: Mapping[str, Callable[[argparse.Namespace], int]] = {
-    **dict.fromkeys(("run", "triage", "step"), cmd_run),
-    **dict.fromkeys(CHANGES, cmd_change),
-    "init": cmd_init,
-    "demo": cmd_demo,
-    "status": cmd_status,
-    "show": cmd_show,
-    "log": cmd_log,
-    "logs": cmd_logs,
-    "check": cmd_check,
-    "verify": cmd_verify,
-    "stop": cmd_stop,
-    "hook": cmd_hook,
-    "vendor": cmd_vendor,
-}
 COMMANDS = {
-    name.strip(): Command(takes.split(), summary.strip(), _RUNS[name.strip()])
-    for name, takes, summary in (line.split("|") for line in _COMMANDS.splitlines())
+    name: (globals()[function], takes.split(), summary)
+    for name, function, takes, summary in (
+        map(str.strip, line.split("|")) for line in _COMMANDS.splitlines()
+    )
 }
 
 
@@ -7313,53 +7244,47 @@ def _tag(text: str) -> str:
     return tag
 
 
-def _flag(meaning: str) -> dict[str, Any]:
-    return {"action": "store_true", "help": meaning}
+def _option(meaning: str, **known: Any) -> dict[str, Any]:
+    return {"help": meaning, **known}
 
 
-def _several(metavar: str, meaning: str) -> dict[str, Any]:
-    return {"action": "append", "default": [], "metavar": metavar, "help": meaning}
+def _flag(meaning: str, **known: Any) -> dict[str, Any]:
+    return _option(meaning, action="store_true", **known)
+
+
+def _several(metavar: str, meaning: str, **known: Any) -> dict[str, Any]:
+    return _option(meaning, action="append", default=[], metavar=metavar, **known)
 
 
 def _of_item(key: str) -> dict[str, Any]:
     """The option of `add` and `edit` that sets a key of an item; see `item_values`."""
     row = ITEM_TABLE[key]
     words, name = " | ".join(row.kind.words), row.option.upper()
-    read = {"tags": _tag, "dependencies": str, "description": str}
-    option: dict[str, Any] = {"dest": key, "type": read.get(key, _argument(row.kind))}
+    read = {"tags": _tag, "dependencies": str, "description": str}.get(key, _argument(row.kind))
     if row.kind is TEXTS:
-        return {**option, **_several(name, row.meaning)}
-    if words:
-        return {**option, "metavar": "WORD", "help": f"{row.meaning}: {words}"}
-    return {**option, "metavar": name, "help": row.meaning}
+        return _several(name, row.meaning, dest=key, type=read)
+    told = f"{row.meaning}: {words}" if words else row.meaning
+    return _option(told, dest=key, type=read, metavar="WORD" if words else name)
 
 
 # What argparse has to know of the words in COMMANDS.
 ARGUMENTS: Mapping[str, Mapping[str, Any]] = {
     "id": {},
-    "[id]": {"nargs": "?", "help": "of one item only"},
-    "[phase]": {"nargs": "?", "help": "of one phase only"},
-    "title": {"nargs": "+", "help": "one word or several"},
+    "[id]": _option("of one item only", nargs="?"),
+    "[phase]": _option("of one phase only", nargs="?"),
+    "title": _option("one word or several", nargs="+"),
     "target": {"nargs": 1, "metavar": "ID"},
-    "dir": {"nargs": "?", "type": Path, "help": "where to make it (default: a temporary folder)"},
-    "what": {"metavar": "ID|COMMIT", "help": "an item, or a commit of one"},
+    "dir": _option("where to make it (default: a temporary folder)", nargs="?", type=Path),
+    "what": _option("an item, or a commit of one", metavar="ID|COMMIT"),
     "action": {"choices": ("install", "uninstall")},
-    "path": {"help": "the file, NAME.py, or the folder for orchestrator.py"},
-    "--prefix": {"default": "WRK", "help": "of item ids (default: WRK)"},
-    "--agent": {
-        "default": "claude",
-        "choices": AGENT_CLIS,
-        "help": "the agent's CLI (default: claude)",
-    },
+    "path": _option("the file, NAME.py, or the folder for orchestrator.py"),
+    "--prefix": _option("of item ids (default: WRK)", default="WRK", type=_argument(_NAME)),
+    "--agent": _option("its CLI (default: claude)", default="claude", choices=AGENT_CLIS),
     "--no-commit": _flag("leave the new files uncommitted"),
     "--hook": _flag("install the git hook as well"),
     "--target": _several("ID", "work on this item only; may be repeated, in order"),
     "--only": _several("KEY=VALUE[,VALUE]", "matching items only; may be repeated (and)"),
-    "--cap": {
-        "type": _argument(_COUNT),
-        "metavar": "N",
-        "help": "start at most N phases (default: execution.default_phase_cap)",
-    },
+    "--cap": _option("start at most N phases", type=_argument(_COUNT), metavar="N"),
     "--auto-advance": _flag("go on to the next target when one is blocked"),
     "--allow-dirty": _flag("start although there are uncommitted changes"),
     "--dry-run": _flag("only say what would be done, and what not and why"),
@@ -7367,16 +7292,16 @@ ARGUMENTS: Mapping[str, Mapping[str, Any]] = {
     "--json": _flag("print it as JSON on stdout"),
     "--done": _flag("the finished and closed items instead, newest first"),
     "--graph": _flag("what waits for what, and cycles, as a Mermaid chart"),
-    "-f": {"dest": "follow", **_flag("follow the one at work")},
-    "-n": {"type": _argument(_COUNT), "metavar": "N", "help": "at most N lines"},
-    "--since": {"metavar": "WHEN", "help": 'as git reads it: "yesterday", 2026-11-28'},
+    "-f": _flag("follow the one at work", dest="follow"),
+    "-n": _option("at most N lines", type=_argument(_COUNT), metavar="N"),
+    "--since": _option('as git reads it: "yesterday", 2026-11-28', metavar="WHEN"),
     "--title": {"metavar": "TEXT"},
-    "--clear": {**_several("KEY", "forget it"), "choices": ITEM_OPTIONS},
+    "--clear": _several("KEY", "forget it", choices=ITEM_OPTIONS),
     "--to": {"metavar": "PHASE"},
-    "--notes": {"help": "what the agents should know now"},
+    "--notes": _option("what the agents should know now"),
     "--override-guardrails": _flag("let it pass the guardrails for good"),
-    "--summary": {"help": "what was done, for the worklog and those that waited"},
-    "--reason": {"required": True, "help": "why, for the worklog and those that waited"},
+    "--summary": _option("what was done, for the worklog and those that waited", dest="why"),
+    "--reason": _option("for the worklog and those that waited", dest="why", required=True),
     "--commit": _flag("commit BACKLOG.yaml, alone"),
     "--probe": _flag("also run each agent once with a trivial prompt"),
     "--force": _flag("write over whatever is there"),
@@ -7384,25 +7309,13 @@ ARGUMENTS: Mapping[str, Mapping[str, Any]] = {
 }
 
 # The options accepted before and after the command.
+_LEVELS, _COLOURS = ("error", "warning", "info", "debug"), ("auto", "always", "never")
 GLOBAL_OPTIONS: Mapping[str, Mapping[str, Any]] = {
-    "--root": {
-        "default": Path(),
-        "type": Path,
-        "metavar": "DIR",
-        "help": "project folder (default: here)",
-    },
-    "--config": {
-        "type": Path,
-        "metavar": "FILE",
-        "help": f"config file (default: {CONFIG_NAME} in the project folder)",
-    },
-    "--log-level": {"default": "info", "choices": ("error", "warning", "info", "debug")},
+    "--root": _option("project folder (default: here)", default=Path(), type=Path, metavar="DIR"),
+    "--config": _option(f"(default: DIR/{CONFIG_NAME})", type=Path, metavar="FILE"),
+    "--log-level": {"default": "info", "choices": _LEVELS},
     "--quiet": _flag("log only warnings and errors, and no summary of a run that went well"),
-    "--color": {
-        "default": "auto",
-        "choices": ("auto", "always", "never"),
-        "help": "auto: on a terminal, unless NO_COLOR is set",
-    },
+    "--color": _option("auto: on a terminal, without NO_COLOR", default="auto", choices=_COLOURS),
 }
 HIDDEN = {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
 
@@ -7418,33 +7331,27 @@ OTHER_WORDS: Mapping[str, str] = {
 # What `--json` prints, by command. "schema" grows when a key changes its meaning or goes; new keys
 # may come at any time. A value that is not there is null.
 _FORM_PARTS = {
-    "COST": '"cost_usd", "input_tokens", "output_tokens"',
-    "ITEM": ", ".join(f'"{key}"' for key in ITEM_KEYS),
-    "SALVAGE": '"salvage": [{"ref", "item", "phase", "commit", "finished"}]',
-    "RUNS": """"active": null or {"run_id", "pid", "since", "phases": [{"item", "phase", "attempt",
-        "since", "doing"}], "remarks": [text]}, "unfinished" (what the next start recovers): null or
-        {"run_id", "cut_off", "to_commit", "remarks"}""",
-    "FINISHED": '"id", "title", "status", "finished", "summary", "commit", "verified", COST',
-    "ROW": """"when", "item", "phase", "outcome", "summary", "commit", "run_id", "subject",
-        "verified" (the commands that checked it)""",
+    "COST": "cost_usd, input_tokens, output_tokens",
+    "ITEM": ", ".join(ITEM_KEYS),
+    "SALVAGE": "[{ref, item, phase, commit, finished}]",
+    "PROBLEMS": "problems: [{what, remedy}]",
+    "RUNS": "active: {run_id, pid, since, phases: [{item, phase, attempt, since, doing}], remarks},"
+    " unfinished: {run_id, cut_off, to_commit, remarks}",
+    "DONE": "id, title, status, finished, summary, commit, verified, COST",
+    "ROW": "when, item, phase, outcome, summary, commit, run_id, subject, verified",
 }
 _FORMS = {
-    "status": """{"schema": 1, RUNS, "counts": {STATUS: number}, "items": [{ITEM, "waiting_for",
-        COST}], SALVAGE}; with --done {"schema": 1, "items": [{FINISHED}]}, newest first""",
-    "show": """{"schema": 1, "item": {the keys of the item in BACKLOG.yaml; of a finished one
-        FINISHED}, "documents": [path], "commits": [{ROW}], SALVAGE, COST}, newest commit first""",
-    "log": """{"schema": 1, "log": [{ROW}]}, newest first, "" where there is nothing""",
-    "check": """{"schema": 1, RUNS, "problems": [{"what", "remedy"}], "remarks": [text], SALVAGE,
-        "probes": [{"agent", "model", "works", "seconds", COST}]}""",
-    "run": """{"schema": 1, "run_id", "halt_reason" (null: an error), "halt" (a sentence), "detail",
-        "exit_code", "phases", "cap", "seconds", "completed": [{"id", "title", "commit",
-        "verified"}], "blocked"
-        (in this run): [{"id", "title", "reason"}], "needs_you" (all that are blocked): [{"id",
-        "title", "question", "command", "waiting": [id]}], "follow_ups": [id], COST, "spent":
-        [{"item", "phase", COST}], "filters", "targets", "state_commit", "kept" (as "salvage"
-        elsewhere), "warnings": [text], "counts": {STATUS: number}, "next": [{"command", "why"}]};
-        with --dry-run {"schema": 1, RUNS, "items": [{"id", "title", "runs", "turn", "phase",
-        "text", "kind" (of reason, where it does not run)}], "problems": [{"what", "remedy"}]}""",
+    "status": "RUNS, counts: {STATUS: N}, items: [{ITEM, waiting_for, COST}], salvage: SALVAGE};"
+    " --done: {schema, items: [{DONE}]",
+    "show": "item: {ITEM} | {DONE}, documents, commits: [{ROW}], salvage: SALVAGE, COST",
+    "log": "log: [{ROW}]",
+    "check": "RUNS, PROBLEMS, remarks, salvage: SALVAGE, probes: [{agent, model, works, seconds,"
+    " COST}]",
+    "run": "run_id, halt_reason, halt, detail, exit_code, phases, cap, seconds, completed: [{id,"
+    " title, commit, verified}], blocked: [{id, title, reason}], needs_you: [{id, title, question,"
+    " command, waiting}], follow_ups, COST, spent: [{item, phase, COST}], filters, targets,"
+    " state_commit, kept: SALVAGE, warnings, counts: {STATUS: N}, next: [{command, why}]};"
+    " --dry-run: {schema, RUNS, items: [{id, title, runs, turn, phase, text, kind}], PROBLEMS",
 }
 
 
@@ -7453,7 +7360,7 @@ def json_form(command: str) -> str:
     form = _FORMS.get("run" if command in ("triage", "step") else command, "")
     for _ in range(2):  # parts have parts
         form = re.sub("|".join(_FORM_PARTS), lambda found: _FORM_PARTS[found[0]], form)
-    return one_line(form)
+    return form and re.sub(r"(?<!-)\b[a-z_]+\b", '"\\g<0>"', f"{{schema, {form}}}")
 
 
 class Parser(argparse.ArgumentParser):
@@ -7496,7 +7403,7 @@ def build_parser() -> argparse.ArgumentParser:
         "Before or after the command also: --root DIR, --config FILE, --log-level, --quiet,"
         f" --color; see `{SCRIPT} --help`."
     )
-    for name, (takes, summary, _) in COMMANDS.items():
+    for name, (_, takes, summary) in COMMANDS.items():
         form = json_form(name)
         epilog = (hint + (f" --json prints {form}." if form else "")).replace("%", "%%")
         sub = commands.add_parser(name, help=summary, description=summary, epilog=epilog)
@@ -7529,7 +7436,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.print_help()
         else:
             set_up_logging(args)
-            code = COMMANDS[args.command].run(args)
+            code = COMMANDS[args.command][0](args)
         flush_output()
     except (OrchestratorError, BacklogError, GitError, YamlError) as error:
         trouble, code = str(error), getattr(error, "exit_code", EXIT_ERROR)
