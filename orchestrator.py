@@ -2361,10 +2361,9 @@ def finished_rows(
             row = {"id": item_id, "title": why, "status": one["outcome"]}
             rows[item_id] = {**row, "finished": one["when"], "summary": why}
     costs, checks = worklog_costs(entries), proofs(told, code)
-    none = dict[str, Any](commit=None)
     for item_id, row in rows.items():
-        proof = checks.get(item_id, none)
-        row.update(commit=proof["commit"], verified=proof.get("verified", []))
+        proof = checks.get(item_id, {})
+        row.update(commit=proof.get("commit"), verified=proof.get("verified", []))
         row.update(usage_json(costs.get(item_id, NOTHING_SPENT)))
     return sorted(rows.values(), key=lambda row: str(row["finished"]))[::-1]
 
@@ -6068,16 +6067,9 @@ def cmd_run(args: argparse.Namespace) -> int:
             log().error("%s", error)
         except Exception:
             log().exception("internal error; the run was shut down in order. Please report this:")
-    return _report(space, run, args, failed)
-
-
-def _report(space: Workspace, run: Run, args: argparse.Namespace, failed: bool) -> int:
-    """Tell how a run ended, on the terminal and by `notify.command`."""
-    totals, code = run.totals, EXIT_ERROR
-    if not failed and run.saved and run.reason is not None:
-        code = exit_code(run.reason, run.signal, totals.completed, run.blocked_now())
-    if args.strict and run.warnings():
-        code = EXIT_ERROR
+    code = EXIT_ERROR
+    if not failed and run.saved and run.reason is not None and not (args.strict and run.warnings()):
+        code = exit_code(run.reason, run.signal, run.totals.completed, run.blocked_now())
     told = summary_of(space, run, code)
     with suppress(OSError):  # nobody may be listening any more
         if args.json:
@@ -6114,14 +6106,11 @@ def run_options(args: argparse.Namespace, config: Config) -> RunOptions:
 
 def _check_step(item: Item, backlog: Backlog) -> None:
     """Refuse a step that could not be taken, rather than start a run that only says so."""
-    why, needs = "", waits_for(item, backlog)
-    if item["status"] == "blocked":
-        unblock = f"{program_name()} unblock {item['id']}"
-        why = f"is blocked: {block_reason(item)}. First: {unblock}"
-    elif item["status"] == "done":
-        why = "is done: there is no phase left to run"
-    elif needs:
-        why = f"waits for {', '.join(needs)}"
+    unblock, needs = f"{program_name()} unblock {item['id']}", waits_for(item, backlog)
+    why = {
+        "blocked": f"is blocked: {block_reason(item)}. First: {unblock}",
+        "done": "is done: there is no phase left to run",
+    }.get(item["status"], needs and f"waits for {', '.join(needs)}")
     if why:
         raise OrchestratorError(f"{item['id']} {why}")
 
@@ -6132,20 +6121,24 @@ def summary_of(space: Workspace, run: Run, code: int) -> dict[str, Any]:
     # What checked an item that is done may have been committed by a run long ago.
     most = None if totals.completed else 2 * totals.phases + 10
     history = read_log(space, most) if totals.spent else []
-    checks = proofs(history, code_phases(space.config))
-    log_rows = [row for row in history if row["run_id"] == run.run_id]
-    ended = [(row["item"], row["phase"]) for row in log_rows if row["outcome"] == "complete"]
-    finished = {(safe_name(item_id), safe_name(phase)) for item_id, phase in ended}
-    waiting = (f"{text}; it waits" for text in space.store.state.complaints())
+    ended = {
+        (safe_name(row["item"]), safe_name(row["phase"]))
+        for row in history
+        if row["run_id"] == run.run_id and row["outcome"] == "complete"
+    }
     made = run.book.kept
     kept = [row for row in salvages(space) if row["ref"] in made] if made else []
-    commits = {row["item"]: row["commit"] for row in reversed(log_rows)}
-    commits |= {item_id: row["commit"] for item_id, row in checks.items()}  # of its code
     titles = totals.titles | {item_id: item["title"] for item_id, item in items.items()}
+    checks, completed = proofs(history, code_phases(space.config)), []
+    for id in totals.completed:
+        proof = checks.get(id, {})
+        row = {"id": id, "title": titles.get(id, ""), "commit": proof.get("commit")}
+        completed.append({**row, "verified": proof.get("verified", [])})
     detail = run.cap_reached() if run.reason is HaltReason.CAP_REACHED else run.breaker
     if run.reason is HaltReason.ALL_DONE_OR_BLOCKED and not options.only_triage:
         only = run.matched if options.filters else None
         detail = detail or what_waits(run.backlog, space.config, only, options.targets)
+    waiting = (f"{text}; it waits" for text in space.store.state.complaints())
     return {
         "schema": 1,
         "run_id": run.run_id,
@@ -6156,15 +6149,7 @@ def summary_of(space: Workspace, run: Run, code: int) -> dict[str, Any]:
         "phases": totals.phases,
         "cap": options.cap,
         "seconds": round(time.monotonic() - totals.began, 3),
-        "completed": [
-            {
-                "id": id,
-                "title": titles.get(id, ""),
-                "commit": commits.get(id),
-                "verified": checks[id]["verified"] if id in checks else [],
-            }
-            for id in totals.completed
-        ],
+        "completed": completed,
         "blocked": [
             {"id": id, "title": titles.get(id, ""), "reason": why}
             for id, why in totals.blocked.items()
@@ -6179,7 +6164,7 @@ def summary_of(space: Workspace, run: Run, code: int) -> dict[str, Any]:
         "filters": [str(one) for one in options.filters],
         "targets": list(options.targets),
         "state_commit": done.commit if done and done.outcome == "committed" else None,
-        "kept": [row for row in kept if (row["item"], row["phase"]) not in finished],
+        "kept": [row for row in kept if (row["item"], row["phase"]) not in ended],
         "warnings": [*run.warnings(), *run.book.remarks, *waiting],
         "counts": count_by_status(items.values()),
         "next": next_steps(run.reason, items, options.targets, program_name(), detail),
@@ -6190,21 +6175,13 @@ def _notify(config: Config, told: Mapping[str, Any]) -> None:
     """Run `notify.command` with the summary on stdin; its failure is a warning."""
     import subprocess
 
-    if not config.notify.command:
-        return
-    data, null = _dumps(told).encode(), subprocess.DEVNULL
+    argv, data = config.notify.command, _dumps(told).encode()
     try:
-        subprocess.run(
-            config.notify.command,
-            input=data,
-            stdout=null,
-            stderr=subprocess.PIPE,
-            timeout=60,
-            check=True,
-        )
-    except subprocess.CalledProcessError as error:
-        tail = one_line(error.stderr.decode(errors="replace"), 300)
-        log().warning("notify.command exited with %d: %s", error.returncode, tail)
+        if argv:
+            done = subprocess.run(argv, input=data, capture_output=True, timeout=60)
+            if done.returncode:
+                tail = one_line(done.stderr.decode(errors="replace"), 300)
+                log().warning("notify.command exited with %d: %s", done.returncode, tail)
     except (OSError, subprocess.TimeoutExpired) as error:
         log().warning("notify.command failed: %s", error)
 
@@ -6214,8 +6191,7 @@ def _dry_run(args: argparse.Namespace, space: Workspace, options: RunOptions) ->
     rows = plan_rows(space.store.backlog, space.config, options)
     problems = start_problems(space, allow_dirty=args.allow_dirty)
     runs, width = run_facts(space), output_width(sys.stdout)
-    at_work = run_lines(runs, width)
-    lines = [*at_work, *[""] * bool(at_work), *render_plan(rows, problems, width)]
+    lines = [*run_lines(runs, width, [""]), *render_plan(rows, problems, width)]
     facts = {**runs, "items": rows, "problems": [problem._asdict() for problem in problems]}
     return answer(args, facts, lines)
 
@@ -6252,17 +6228,20 @@ def cmd_status(args: argparse.Namespace) -> int:
         lines = table("finished id status commit cost_usd title", rows, width, heads=True)
         lines += ["", *check_lines(rows, width)] if rows else ["No item has been finished yet."]
         return answer(args, {"items": rows}, lines)
-    rows, runs = status_rows(backlog, only, item_costs(space)), run_facts(space)
-    kept = salvages(space)
-    shown = [one for one in kept if only is None or one["item"] in map(safe_name, only)]
-    at_work = run_lines(runs, width)
-    lines = [*at_work, *[""] * bool(at_work)]
+    rows, runs, kept = (
+        status_rows(backlog, only, item_costs(space)),
+        run_facts(space),
+        salvages(space),
+    )
+    lines = run_lines(runs, width, [""])
     if rows:
         lines += render_status(rows, width, program_name())
     else:
         lines.append("No items." if only is None else "No item matches.")
+    shown = [one for one in kept if only is None or one["item"] in map(safe_name, only)]
+    lines += listed(KEPT, "item phase ref", shown, width)
     facts = {**runs, "counts": count_by_status(rows), "items": rows, "salvage": kept}
-    return answer(args, facts, [*lines, *listed(KEPT, "item phase ref", shown, width)])
+    return answer(args, facts, lines)
 
 
 def finished(space: Workspace, item_id: str | None = None) -> list[dict[str, Any]]:
@@ -6305,10 +6284,11 @@ def lock_holder(space: Workspace) -> str:
 def run_facts(space: Workspace) -> dict[str, Any]:
     """The run at work and what its agents do, or else what the last one left for the next start to
     finish; see `json_form`."""
-    told = re.match(r"run (\S+), pid (\d+), since (\S+)", lock_holder(space))
-    journal = space.journal()
+    told, journal = (
+        re.match(r"run (\S+), pid (\d+), since (\S+)", lock_holder(space)),
+        space.journal(),
+    )
     attempts = list(journal.attempts.values()) if journal else []
-    active, unfinished = None, None
     remarks = [
         f"{agent} rests until {_local_text(one['until'])}: {one['reason']}"
         for agent, one in (journal.rests.items() if journal else ())
@@ -6324,28 +6304,27 @@ def run_facts(space: Workspace) -> dict[str, Any]:
         phases = []
         for one in attempts:
             item_id, phase = one["item"], one["phase"]["name"]
+            doing = last_act(space.repo.root, one["cli"], item_id, phase)
             row = {"item": item_id, "phase": phase, "attempt": one["number"]}
-            row["since"] = local_time(datetime.fromisoformat(one["since"])).isoformat()
-            phases.append({**row, "doing": last_act(space.repo.root, one["cli"], item_id, phase)})
-        since = local_time(datetime.fromisoformat(told[3])).isoformat()
-        active = {"run_id": told[1], "pid": int(told[2]), "since": since, "phases": phases}
-        active["remarks"] = remarks
-    elif journal:
-        to_commit = [f"{one['item']} {one['phase']}" for one in journal.outcomes.values()]
-        cut_off = list[str]()
-        for one in attempts:
-            left, name = to_commit if "held" in one else cut_off, one["phase"]["name"]
-            left.append(f"{one['item']} {name}")
-            if "held" in one:
-                remarks.append(f"{one['item']} {name}: {one['held'].get('why', 'it was held up')}")
-        unfinished = {"run_id": journal.run["id"], "cut_off": cut_off, "to_commit": to_commit}
-        unfinished["remarks"] = remarks
-    return {"active": active, "unfinished": unfinished}
+            phases.append({**row, "since": one["since"], "doing": doing})
+        active = {"run_id": told[1], "pid": int(told[2]), "since": told[3], "phases": phases}
+        return {"active": {**active, "remarks": remarks}, "unfinished": None}
+    if journal is None:
+        return {"active": None, "unfinished": None}
+    cut_off = list[str]()
+    to_commit = [f"{one['item']} {one['phase']}" for one in journal.outcomes.values()]
+    for one in attempts:
+        name = f"{one['item']} {one['phase']['name']}"
+        (to_commit if "held" in one else cut_off).append(name)
+        if "held" in one:
+            remarks.append(f"{name}: {one['held'].get('why', 'it was held up')}")
+    left = {"run_id": journal.run["id"], "cut_off": cut_off, "to_commit": to_commit}
+    return {"active": None, "unfinished": {**left, "remarks": remarks}}
 
 
-def run_lines(facts: Mapping[str, Any], width: int) -> list[str]:
+def run_lines(facts: Mapping[str, Any], width: int, end: Sequence[str] = ()) -> list[str]:
     """What `run_facts` found: who is at work and what each agent does, or else what the next start
-    recovers first."""
+    recovers first; then `end`."""
 
     def lasts(since: str) -> str:
         return human_duration(time.time() - datetime.fromisoformat(since).timestamp())
@@ -6355,14 +6334,14 @@ def run_lines(facts: Mapping[str, Any], width: int) -> list[str]:
         rows = [{**one, "lasts": lasts(one["since"])} for one in run["phases"]]
         lines = table("item phase lasts doing", rows, width, "  ")
         lines += [line for text in run["remarks"] for line in wrap(f"  {text}", width)]
-        return [f"A run is active: pid {run['pid']}, {since}", *lines]
+        return [f"A run is active: pid {run['pid']}, {since}", *lines, *end]
     if run := facts["unfinished"]:
         text = f"Run {run['run_id']} left something unfinished; the next `run` recovers it first."
-        cut_off, to_commit = id_list(run["cut_off"]), id_list(run["to_commit"])
-        rows = [{"what": "cut off, starts again:", "which": cut_off}] if cut_off else []
-        rows += [{"what": "finished, to be committed:", "which": to_commit}] if to_commit else []
+        told = {"cut off, starts again:": run["cut_off"]}
+        told["finished, to be committed:"] = run["to_commit"]
+        rows = [{"what": what, "which": id_list(ids)} for what, ids in told.items() if ids]
         rows += [{"what": "note:", "which": text} for text in run["remarks"]]
-        return [*wrap(text, width), *table("what which", rows, width, "  ")]
+        return [*wrap(text, width), *table("what which", rows, width, "  "), *end]
     return []
 
 
@@ -6801,73 +6780,70 @@ def cmd_init(args: argparse.Namespace) -> int:
     config = load_config(repo.root, None)  # the one that is there already, or the defaults
     repo.signoff, repo.sign = config.commits.signoff, config.commits.sign
     hints, check = commit_hints(repo, config.commits), how_tested(repo.root)
-    empty = {"schema_version": 3, "items": [], "next_item_id": 0}
-    values = {key: hint.value for key, hint in hints.items()}
-    wanted = {
-        repo.root / CONFIG_NAME: config_template(args.prefix, args.agent, values, check),
-        repo.root / config.backlog_path: render_yaml(empty),
-    }
-    made = [path for path in wanted if not os.path.lexists(path)]
+    values = {key: value for key, (value, _) in hints.items()}
+    toml, backlog = repo.root / CONFIG_NAME, repo.root / config.backlog_path
+    wanted = {toml: config_template(args.prefix, args.agent, values, check)}
+    wanted[backlog] = render_yaml({"schema_version": 3, "items": [], "next_item_id": 0})
+    made = {path: text.encode() for path, text in wanted.items() if not os.path.lexists(path)}
     head, told = repo.head().commit, "nothing to do: the files are there already"
-    for path in made:
+    for path, data in made.items():
         if repo.committed(head, repo.relative(path)) is not None:
             raise OrchestratorError(
                 f"{path.name} is in git but not on disk; a new one would not know what it held."
                 f" Bring it back first: git -C {shlex.quote(str(path.parent))} restore {path.name}"
             )
-        replace_file(path, wanted[path].encode())
+        replace_file(path, data)
         told = f"made {' and '.join(os.path.relpath(one, repo.root) for one in made)}"
     make_work_folder(repo.root, repo.root / WORK_DIR)
     if made and not args.no_commit:
         try:
-            blobs = repo.blobs({path: path.read_bytes() for path in made})
             style = str(values.get("style", config.commits.style))
-            commit = repo.commit(blobs, state_message("Set up the backlog", style=style))
-            told += f", committed as {str(commit)[:10]}"
+            message = state_message("Set up the backlog", style=style)
+            told += f", committed as {str(repo.commit(repo.blobs(made), message))[:10]}"
         except HeadBusy as error:
             print(f"not committed: {error}", file=sys.stderr)
-    for line in (told, *_house_rules(repo, load_config(repo.root, None), hints)):
-        print("\n".join(wrap(line, output_width(sys.stdout), "  ")))
-    if check and repo.root / CONFIG_NAME in made:
-        print(f"in it, commented out, this project's tests as `verify`: {check}")
-    if args.agent == "command" and repo.root / CONFIG_NAME in made:
-        print("agent.command in it is an example: set it before you run anything")
+    lines = [told, *_house_rules(repo, load_config(repo.root, None), hints)]
+    if check and toml in made:
+        lines.append(f"in it, commented out, this project's tests as `verify`: {check}")
+    if args.agent == "command" and toml in made:
+        lines.append("agent.command in it is an example: set it before you run anything")
     program = program_name()
-    print(f'Next: {program} add "What shall be done", then {program} run')
+    lines.append(f'Next: {program} add "What shall be done", then {program} run')
+    for line in lines:
+        print("\n".join(wrap(line, output_width(sys.stdout), "  ")))
     if args.hook:
         args.action = "install"
         return cmd_hook(args)
     return EXIT_OK
 
 
-class Hint(NamedTuple):
-    """A value of a key of [commits] that the repository seems to want, and what shows it."""
-
-    value: object
-    shown_by: list[str]
-
-
 COMMITLINT_FILES = ("commitlint.config.*", ".commitlintrc*")
 HOOK_MANAGERS = (".pre-commit-config.yaml", ".husky", "lefthook.yml")
 UNASKED = re.compile(r"--(dangerously\S+|yolo|auto)")  # the flags of CLIs that then ask nobody
+LOOKS_LIKE: Mapping[str, tuple[object, str]] = {  # values of [commits], and messages made by them
+    "style": ("conventional", rf"\A({'|'.join(COMMIT_TYPES)})(\(.+?\))?!?: \S"),
+    "signoff": (True, r"^Signed-off-by: .+@"),
+}
 
 
-def commit_hints(repo: Repo, chosen: Commits) -> dict[str, Hint]:
-    """What the last commits and commitlint's files say of how commits are made, if not chosen."""
+def commit_hints(repo: Repo, chosen: Commits) -> dict[str, tuple[object, str]]:
+    """What of [commits] the last commits and commitlint's files seem to want and is not chosen, and
+    what shows it."""
     options = ("-20", "--no-merges", "--no-show-signature", "--format=%x00%B")
     said = repo.git("log", *options).decode(errors="replace") if repo.head().commit else ""
-    messages = said.split("\0")[1:]
-    shown = [path.name for name in COMMITLINT_FILES for path in sorted(repo.top.glob(name))]
-    hints = {"style": Hint("conventional", shown), "signoff": Hint(True, [])}
-    types = rf"({'|'.join(COMMIT_TYPES)})(\(.+?\))?!?: \S"
-    for key, pattern in {"style": rf"\A{types}", "signoff": r"^Signed-off-by: .+@"}.items():
+    messages, hints = said.split("\0")[1:], {}
+    for key, (value, pattern) in LOOKS_LIKE.items():
+        files = COMMITLINT_FILES if key == "style" else ()
+        shown = [path.name for name in files for path in sorted(repo.top.glob(name))]
         count = sum(bool(re.search(pattern, message, re.M)) for message in messages)
         if 2 * count > len(messages) > 2:
-            hints[key].shown_by.append(f"{count} of the last {len(messages)} commits")
-    return {k: h for k, h in hints.items() if h.shown_by and getattr(chosen, k) != h.value}
+            shown.append(f"{count} of the last {len(messages)} commits")
+        if shown and getattr(chosen, key) != value:
+            hints[key] = value, ", ".join(shown)
+    return hints
 
 
-def _house_rules(repo: Repo, config: Config, hints: Mapping[str, Hint]) -> list[str]:
+def _house_rules(repo: Repo, config: Config, hints: Mapping[str, tuple[object, str]]) -> list[str]:
     """What `init` says of the repository's own rules: at most four lines."""
     lines = []
     hooks = [name for name in HOOK_NAMES if os.access(repo.hook_path(name), os.X_OK)]
@@ -6877,8 +6853,8 @@ def _house_rules(repo: Repo, config: Config, hints: Mapping[str, Hint]) -> list[
     elif idle:
         lines.append(f"hooks: none is installed, though there is {idle[0]}; install them first")
     if hints:
-        seen = [f"{key} = {_dumps(v)} ({', '.join(shown)})" for key, (v, shown) in hints.items()]
-        lines.append(f"commits: look like {'; '.join(seen)}; for ours, set that in {CONFIG_NAME}")
+        seen = "; ".join(f"{key} = {_dumps(v)} ({shown})" for key, (v, shown) in hints.items())
+        lines.append(f"commits: look like {seen}; for ours, set that in {CONFIG_NAME}")
     if repo.wants_signatures():
         trouble = repo.sign_trouble and f", but that failed: {one_line(repo.sign_trouble, 200)}"
         lines.append(f"signatures: git is configured to sign commits, and so are ours{trouble}")
@@ -6889,7 +6865,9 @@ def _house_rules(repo: Repo, config: Config, hints: Mapping[str, Hint]) -> list[
     return lines
 
 
-DEMO_CONFIG = """\
+DEMO_FILES = {
+    "README.md": "# Demo\n\nA project that exists to show a run.\n",
+    CONFIG_NAME: """\
 [project]
 prefix = "DEMO"
 
@@ -6909,12 +6887,13 @@ name = "plan"
 name = "build"
 destructive = true
 verify = [["sh", "check.sh"]]
-"""
-
-DEMO_CHECK = """\
+""",
+    "check.sh": """\
 # What stands for the tests of this project: no line may end within a parenthesis.
 ! grep -n '(:$' demo/*.py
-"""
+""",
+    BACKLOG_NAME: "schema_version: 3\nitems: []\nnext_item_id: 0\n",
+}
 
 DEMO_TITLES = (
     "Greet the user by name",
@@ -6933,24 +6912,16 @@ def cmd_demo(args: argparse.Namespace) -> int:
     if where.exists() and any(where.iterdir()):
         raise UsageError(f"{where} is not empty; name a new folder, or none")
     where.mkdir(parents=True, exist_ok=True)
-    repo, draft = Repo.init(where), Draft(Backlog({}, 0))
-    for title in DEMO_TITLES:
-        draft.add("DEMO", title, utc_now())
-    draft.update("DEMO-005", utc_now(), dependencies=["DEMO-001"])
-    items = [dict(item) for item in draft.items.values()]
-    files = {
-        "README.md": "# Demo\n\nA project that exists to show a run.\n",
-        CONFIG_NAME: DEMO_CONFIG,
-        "check.sh": DEMO_CHECK,
-        BACKLOG_NAME: render_yaml({"schema_version": 3, "items": items, "next_item_id": 5}),
-    }
-    for name, text in files.items():
-        (where / name).write_text(text)
-    blobs = repo.blobs({where / name: text.encode() for name, text in files.items()})
-    repo.commit(blobs, "A small project to work on")
+    repo, here = Repo.init(where), ["--root", str(where)]
     print(f"A demo project in {where}: five items, a scripted agent, no account needed.\n")
-    flush_output()
-    code = main(["--root", str(where), "run"])
+    for name, text in DEMO_FILES.items():
+        (where / name).write_text(text)
+    for title in DEMO_TITLES:
+        main([*here, "add", title])
+    main([*here, "edit", "DEMO-005", "--depends-on", "DEMO-001"])
+    blobs = repo.blobs({where / name: (where / name).read_bytes() for name in DEMO_FILES})
+    repo.commit(blobs, "A small project to work on")
+    code = main([*here, "run"])
     history = repo.git("log", "--oneline").decode(errors="replace")
     print(f"\n$ git -C {where} log --oneline\n{history}")
     print(f"Look around: cd {where} && git log --stat, or delete the folder.")
