@@ -1271,8 +1271,11 @@ def tint(text: str) -> str:
 def human_duration(seconds: float) -> str:
     """A duration as people say it, in its two largest units: `45 s`, `3 min 05 s`, `2 h`."""
     whole = max(0, round(seconds))
-    units = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
-    for (unit, size), (smaller, part) in itertools.pairwise(units):
+    for unit, size, smaller, part in (
+        ("d", 86400, "h", 3600),
+        ("h", 3600, "min", 60),
+        ("min", 60, "s", 1),
+    ):
         if whole >= size:
             rest = whole % size // part
             return f"{whole // size} {unit}" + (f" {rest:02} {smaller}" if rest else "")
@@ -1404,12 +1407,10 @@ def parse_result(data: bytes, item_id: str, phase: str) -> PhaseResult:
     ResultError is raised, as for anything that is no JSON object. Every other field is read
     leniently: what does not fit is dropped and named in `warnings`. All texts are cleaned.
     """
-    row = _result_object(data, item_id, phase)
-    warnings: list[str] = []
+    row, warnings = _result_object(data, item_id, phase), list[str]()
+    if isinstance(row.get("description"), str):  # the context, what else could be meant?
+        row["description"] = {"context": row["description"]}
     read = ResultFields(row, "", warnings)
-    described = read.values.get("description")
-    if isinstance(described, str):  # counts as the context, what else could be meant?
-        read = ResultFields({**row, "description": {"context": described}}, "", warnings)
     result = PhaseResult(
         item_id=item_id,
         phase=phase,
@@ -1439,7 +1440,7 @@ def failure_text(outcome: AgentOutcome) -> str:
     return "\n\n".join(dict.fromkeys(part for part in parts if part))
 
 
-def _result_object(data: bytes, item_id: str, phase: str) -> Mapping[str, object]:
+def _result_object(data: bytes, item_id: str, phase: str) -> dict[str, object]:
     """The object in a result file, if it is about what was asked for."""
     import json
 
@@ -1456,16 +1457,10 @@ def _result_object(data: bytes, item_id: str, phase: str) -> Mapping[str, object
         raise ResultError(f"the result file is not valid JSON: {error}") from None
     if not isinstance(row, dict):
         raise ResultError(f"the result file must hold one JSON object, not {shown(row)}")
-    wrong = [
-        f"{key} is {shown(row.get(key))}, expected {shown(value)}"
-        for key, value in (("item_id", item_id), ("phase", phase))
-        if row.get(key) != value
-    ]
-    if wrong:
-        raise ResultError(f"the result file belongs to something else: {'; '.join(wrong)}")
-    if row.get("result") not in RESULT_CODES:
-        told, words = shown(row.get("result")), ", ".join(RESULT_CODES)
-        raise ResultError(f"the result file says result {told}, expected one of {words}")
+    for key, wanted in {"item_id": [item_id], "phase": [phase], "result": RESULT_CODES}.items():
+        if row.get(key) not in wanted:
+            told, words = shown(row.get(key)), " or ".join(map(shown, wanted))
+            raise ResultError(f"the result file says {key} {told}, expected {words}")
     return row
 
 
@@ -1520,10 +1515,11 @@ def _read_follow_ups(read: ResultFields) -> tuple[FollowUp, ...]:
             continue
         if len(title) > MAX_TITLE:  # the rest of an overlong title is not lost
             context = "\n\n".join(filter(None, [title, context]))
-        keys = (("suggested_size", "size"), ("suggested_risk", "risk"))
-        names = [(long if long in one.values else short, short) for long, short in keys]
-        size, risk = (one.get(name, RATING_KINDS[short]) for name, short in names)
-        found.append(FollowUp(one_line(title, MAX_TITLE), context, size, risk))
+        rated = []
+        for key in ("size", "risk"):
+            name = key if f"suggested_{key}" not in one.values else f"suggested_{key}"
+            rated.append(one.get(name, RATING_KINDS[key]))
+        found.append(FollowUp(one_line(title, MAX_TITLE), context, *rated))
     return tuple(found)
 
 
@@ -1615,17 +1611,6 @@ def state_message(
         said = f"chore(backlog): {what[:1].lower()}{what[1:]}"
         subject = one_line(said.rstrip("."), SUBJECT_COLUMNS)
     return commit_message(subject, told, entries, run_id)
-
-
-def halt_message(
-    reason: HaltReason | None,
-    entries: Sequence[MessageEntry] = (),
-    run_id: str = "",
-    style: str = "bracket",
-) -> str:
-    """The message of the commit that saves the backlog at a halt; None: an error ended the run."""
-    why = f" ({reason})" if reason else ""
-    return state_message(f"Save backlog state on halt{why}", entries, run_id, style)
 
 
 def state_entries(old: Mapping[str, Item], new: Mapping[str, Item]) -> list[MessageEntry]:
@@ -2405,24 +2390,22 @@ def next_steps(
     detail: str = "",
 ) -> list[dict[str, str]]:
     """Commands, and why one would give them after a run that ended for this reason."""
-    steps = {}
-    if reason is None:
-        steps["check"] = "shows what stands in the way"
+    steps, left = {}, [item for item in items.values() if item["status"] != "done"]
+    able = [item for item in left if item["status"] != "blocked"]
     # No probe tells more of a phase that is held, or of a limit.
     known = detail.startswith("[") or error_kind(detail) == "limit"
-    if reason is HaltReason.CIRCUIT_BREAKER_TRIPPED and not known:
+    if reason is None:
+        steps["check"] = "shows what stands in the way"
+    elif reason is HaltReason.CIRCUIT_BREAKER_TRIPPED and not known:
         steps["check --probe"] = f"tries each agent once; their logs: {WORK_DIR}/logs/"
-    if reason is HaltReason.NO_MATCHING_ITEMS:
+    elif reason is HaltReason.NO_MATCHING_ITEMS:
         steps["status"] = "shows what there is to match"
-    if all(item["status"] == "done" for item in items.values()):
+    if not left:
         steps['add "TITLE"'] = "adds work: nothing is left"
     elif reason is HaltReason.TARGET_BLOCKED and len(targets) > 1:
         again = "".join(f" --target {one_line(target)}" for target in targets)
         steps[f"run{again} --auto-advance"] = "goes on with the targets that are not blocked"
-    elif any(
-        item["status"] not in ("done", "blocked") and not unmet_dependencies(items, item)
-        for item in items.values()
-    ):
+    elif not all(unmet_dependencies(items, item) for item in able):
         steps["run"] = "goes on with whatever can run then"
     return [{"command": f"{program} {command}", "why": why} for command, why in steps.items()]
 
@@ -2433,11 +2416,9 @@ def what_waits(
     """What a run that found nothing to do has left: targets that wait for other items, and items
     that would start but for max_wip; "" if there are none."""
     items, most = backlog.items, config.execution.max_wip
-    held = [items[one] for one in targets if one in items and waits_for(items[one], backlog)]
-    if held:
-        return "; ".join(
-            f"{one['id']} waits for {', '.join(waits_for(one, backlog))}" for one in held
-        )
+    needs = {id: waits_for(items[id], backlog) for id in targets if id in items}
+    if held := [f"{id} waits for {', '.join(names)}" for id, names in needs.items() if names]:
+        return "; ".join(held)
     scope = list(_considered(items, only))
     ready = [one for one in scope if one["status"] == "ready"]
     wanting = [one["id"] for one in ready if not unmet_dependencies(items, one)]
@@ -2469,19 +2450,15 @@ def render_summary(told: Mapping[str, Any], program: str, width: int = WHOLE_LIN
     `told`: see `summary_of`. Commands are never broken over lines, they are there to be copied.
     """
 
-    def heading(word: str, rows: Sequence[object], most: int, everything: str) -> str:
+    def part(word: str, rows: Sequence[Any], most: int, everything: str, keys: str) -> list[str]:
         more = f"; all: {program} {everything}" if len(rows) > most else ""
-        return f"{word} ({len(rows)}{more}):"
+        return listed(f"{word} ({len(rows)}{more}):", keys, rows[-most:], width)[1:]
 
-    done, asking, kept = told["completed"], told["needs_you"], told["kept"]
-    finished = ["Done: no item was finished"]
-    if done:
-        finished = [heading("Done", done, SHOWN_DONE, "status --done")]
-        finished += table("id commit title", done[-SHOWN_DONE:], width, "  ")
+    done, asking = told["completed"], told["needs_you"]
+    finished = part("Done", done, SHOWN_DONE, "status --done", "id commit title")
+    finished = finished or ["Done: no item was finished"]
     finished += check_lines([{**row, "status": "done"} for row in done], width)
-    needs = []
-    if asking:
-        needs = [heading("Needs you", asking, SHOWN_ASKING, "status --only status=blocked")]
+    needs = part("Needs you", asking, SHOWN_ASKING, "status --only status=blocked", "")
     for row in asking[:SHOWN_ASKING]:
         indent = " " * (3 + cell_width(one_line(row["id"])))
         question = one_line(without_output(row["question"]), 240)
@@ -2490,10 +2467,7 @@ def render_summary(told: Mapping[str, Any], program: str, width: int = WHOLE_LIN
         needs.append(f"{indent}{row['command']}")
         if row["waiting"]:
             needs += wrap(f"{indent}waiting for it: {id_list(row['waiting'], 5)}", width)
-    rest = []
-    if kept:
-        rest = [heading("Not completed, and kept", kept, SHOWN_KEPT, "status")]
-        rest += table("item phase ref", kept[-SHOWN_KEPT:], width, "  ")
+    rest = part("Not completed, and kept", told["kept"], SHOWN_KEPT, "status", "item phase ref")
     if new := told["follow_ups"]:
         rest += wrap(f"New items ({len(new)}): {id_list(new)}", width)
     rest += wrap(f"Backlog: {status_counts(told['counts'])}", width)
@@ -5136,7 +5110,9 @@ class Run:
             finally:
                 self.saved = await self.coordinator.close(ledger.closing_save)
                 if self.saved:
-                    told, message = "saved the backlog state", partial(halt_message, self.reason)
+                    why = f" ({self.reason})" if self.reason else ""  # without: after an error
+                    message = partial(state_message, f"Save backlog state on halt{why}")
+                    told = "saved the backlog state"
                     self.state_commit = await asyncio.to_thread(ledger.commit_state, told, message)
                 await asyncio.to_thread(ledger.end, self.run_id)
 

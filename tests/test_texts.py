@@ -188,7 +188,7 @@ def test_the_message_of_the_halt_commit_names_the_reason_and_the_items() -> None
     new = make_item("WRK-1", "blocked", blocked_reason="Which colour?")
     before, after = {"WRK-1": old, "WRK-2": same}, {"WRK-1": new, "WRK-2": same, "WRK-3": make_item("WRK-3", "new")}
     for reason in (*HaltReason, None):  # after an error it has no parentheses
-        assert orchestrator.halt_message(reason, orchestrator.state_entries(before, after), "run-1") == (
+        assert orchestrator.state_message(f"Save backlog state on halt{f' ({reason})' if reason else ''}", orchestrator.state_entries(before, after), "run-1") == (
             f"[orchestrator] Save backlog state on halt{f' ({reason})' if reason else ''}\n\n"
             "[WRK-1] Which colour?\n[WRK-3] Title of WRK-3\n\n"
             "Orchestrator-Run: run-1\n"
