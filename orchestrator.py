@@ -1154,11 +1154,8 @@ UNSEEN = r"[\x00-\x08\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ufeff\ufffe\uf
 
 
 def clean_text(text: str) -> str:
-    """The text without anything that a terminal, YAML or git would take for more than text.
-
-    Terminal sequences and control characters go, every kind of line break becomes a newline, lone
-    surrogates (which no encoder takes) become U+FFFD. Tabs stay.
-    """
+    """The text without anything that a terminal, YAML or git would take for more than text: every
+    kind of line break becomes a newline, lone surrogates (which no encoder takes) U+FFFD."""
     if text.isprintable():  # the usual case, and far quicker
         return text
     text = re.sub(TERMINAL_SEQUENCE, "", text)
@@ -1196,18 +1193,16 @@ def fit(text: str, width: int) -> str:
 
 
 def wrap(line: str, width: int, indent: str | None = None) -> list[str]:
-    """A line broken at blanks where it is too long; what follows is indented like its begin.
-
-    A word that is longer than that stays whole: paths, refs and ids are there to be copied.
-    """
+    """A line broken at blanks where it is too long; what follows is indented like its begin. A word
+    that is longer stays whole: paths, refs and ids are there to be copied."""
     if cell_width(line) <= width:
         return [line]
     lead = line[: len(line) - len(line.lstrip())]
-    lines = [lead]
-    for word in line.split():
-        longer = f"{lines[-1]} {word}" if lines[-1].strip() else lines[-1] + word
-        if cell_width(longer) <= width or not lines[-1].strip():
-            lines[-1] = longer
+    first, *words = line.split() or [""]
+    lines = [lead + first]
+    for word in words:
+        if cell_width(f"{lines[-1]} {word}") <= width:
+            lines[-1] += f" {word}"
         else:
             lines.append(((lead or "  ") if indent is None else indent) + word)
     return lines
@@ -1217,27 +1212,22 @@ def table(
     keys: str, rows: Sequence[Mapping[str, Any]], width: int, lead: str = "", *, heads: bool = False
 ) -> list[str]:
     """The rows' values of some keys, each line behind `lead`; keys without any value are left out.
-
-    The last column takes the room that the others leave, and goes on below itself; where there is
-    too little, it goes below the whole row. With `heads` the columns have headings; see SHOWN.
-    """
+    The last column takes the room that the others leave, or stands below the whole row."""
 
     def cell(key: str, value: object) -> str:
         return "" if value in (None, "") else one_line(SHOWN.get(key, str)(value))
 
-    drawn, sizes = [], []
-    grid = {key: [cell(key, row.get(key)) for row in rows] for key in keys.split()}
-    used = [key for key, cells in grid.items() if any(cells)]
-    if not used:
-        return []
-    if heads:
-        for key in used:
-            grid[key] = [HEADINGS.get(key, key.upper()), *(cell or "-" for cell in grid[key])]
-    for key in used[:-1]:
-        widest = max(map(cell_width, grid[key]))
-        sizes.append(min(widest, WIDEST.get(key, widest)))
+    drawn, sizes, grid = [], [], {}
+    for key in keys.split():
+        cells = [cell(key, row.get(key)) for row in rows]
+        if any(cells):
+            head = HEADINGS.get(key, key.upper())
+            grid[key] = [head, *(text or "-" for text in cells)] if heads else cells
+            widest = max(map(cell_width, grid[key]))
+            sizes.append(min(widest, WIDEST.get(key, widest)))
+    sizes = sizes[:-1]
     left = width - len(lead) - sum(sizes) - len(sizes)
-    for *cells, text in zip(*(grid[key] for key in used), strict=True):
+    for *cells, text in zip(*grid.values(), strict=True):
         begin = lead + "".join(f"{fit(cell, n)} " for cell, n in zip(cells, sizes, strict=True))
         if left < LEAST_LAST and cell_width(text) > max(left, 0):
             drawn.append(begin.rstrip())
@@ -1303,8 +1293,8 @@ def local_time(when: datetime) -> datetime:
         return datetime.fromtimestamp(when.timestamp(), UTC)
 
 
-# How a table shows the values of some keys, what it calls them, and how wide a column before the
-# last one may be; others are never cut, because people copy what is in them.
+# How a table shows the values of some keys, what it calls them, and how wide a column but the last
+# may be; others are never cut, because people copy what is in them.
 SHOWN: Mapping[str, Callable[[Any], str]] = {
     **dict.fromkeys(("when", "finished"), minute),
     "summary": lambda text: one_line(text, 300),
@@ -1346,20 +1336,14 @@ def phase_line(item_id: str, phase: str, text: str) -> str:
     return f"[{item_id}][{phase.upper()}] {text}"
 
 
-# ---- Names of files ------------------------------------------------------------------------------
-
-
 def safe_name(text: str) -> str:
     """An id or a phase name as one part of a path or of a ref: no separators, no leading dot."""
     return re.sub(r"\.{2,}|[^A-Za-z0-9._-]", "-", text).strip(".") or "-"
 
 
 def change_dir_name(item_id: str, title: str) -> str:
-    """The name of an item's folder of documents, `<ID>_<slug>`.
-
-    The slug has at most 50 characters, and a title without any Latin letter or digit gives `item`.
-    An empty title gives the bare prefix `<ID>_`, by which an existing folder is found.
-    """
+    """The name of an item's folder of documents, `<ID>_<slug>`; for an empty title the bare prefix
+    `<ID>_`, by which an existing folder is found."""
     import unicodedata
 
     latin = unicodedata.normalize("NFKD", title).encode("ascii", "ignore").decode()
@@ -1368,11 +1352,8 @@ def change_dir_name(item_id: str, title: str) -> str:
 
 
 def matches_output(path: str, patterns: Iterable[str], item_id: str) -> bool:
-    """Whether a phase may commit a path: one of its `outputs` patterns covers it.
-
-    Paths and patterns are relative to the project root. `*`, `?` and `[…]` match within one
-    segment; a pattern that ends in `/` (or `/**`) covers everything below; `{id}` is the item's id.
-    """
+    """Whether one of a phase's `outputs` covers a path (both from the project root): `*`, `?` and
+    `[…]` match within a segment, a `/` (or `/**`) at the end all below; `{id}` is the item's id."""
     from fnmatch import fnmatchcase
 
     parts = path.split("/")
@@ -1401,12 +1382,8 @@ class ResultError(OrchestratorError):
 
 
 def parse_result(data: bytes, item_id: str, phase: str) -> PhaseResult:
-    """Read a result file, an object as described in the prompt's "Structured Output".
-
-    `item_id` and `phase` must be the ones asked for and `result` one of RESULT_CODES, else
-    ResultError is raised, as for anything that is no JSON object. Every other field is read
-    leniently: what does not fit is dropped and named in `warnings`. All texts are cleaned.
-    """
+    """Read a result file, see SKELETON: strictly what it is about and its `result` (ResultError),
+    all else leniently; what does not fit is dropped and named in `warnings`."""
     row, warnings = _result_object(data, item_id, phase), list[str]()
     if isinstance(row.get("description"), str):  # the context, what else could be meant?
         row["description"] = {"context": row["description"]}
@@ -1447,14 +1424,13 @@ def _result_object(data: bytes, item_id: str, phase: str) -> dict[str, object]:
     text = data.decode("utf-8-sig", "replace").strip()
     if fenced := re.fullmatch(r"```\w*\n(.*)\n```", text, re.DOTALL):  # as agents like to write it
         text = fenced[1]
-    if not text:
-        raise ResultError("the result file is empty")
     try:
         row = json.loads(text)
     except RecursionError:
         raise ResultError("the result file is nested too deeply") from None
     except ValueError as error:
-        raise ResultError(f"the result file is not valid JSON: {error}") from None
+        trouble = f"not valid JSON: {error}" if text else "empty"
+        raise ResultError(f"the result file is {trouble}") from None
     if not isinstance(row, dict):
         raise ResultError(f"the result file must hold one JSON object, not {shown(row)}")
     for key, wanted in {"item_id": [item_id], "phase": [phase], "result": RESULT_CODES}.items():
@@ -1559,10 +1535,8 @@ class MessageEntry(NamedTuple):
 def commit_message(
     subject: str, told: Iterable[str], entries: Sequence[MessageEntry], run_id: str = ""
 ) -> str:
-    """Subject, the lines of the body, and the trailers that `log` and later starts read.
-
-    Of each entry first its item, then what else there is of it: `log_rows` relies on that.
-    """
+    """Subject, the lines of the body, and the trailers that `log` and later starts read: of each
+    entry its item first, which `log_rows` relies on."""
     trailers = [f"{TRAILER}Run: {run_id}"] if run_id else []
     for one in entries:
         facts = {"Item": one.item_id, "Phase": one.phase, "Attempt": one.token}
@@ -1854,12 +1828,9 @@ def build_prompt(
     salvage_ref: str | None = None,
     documents: Sequence[str] = (),
 ) -> str:
-    """All that an agent is told for one attempt, as Markdown.
-
-    `attempt` counts from 1 to `attempts`; `failure` is why the one before failed and `salvage_ref`
-    the ref that holds what it had changed; `documents` are paths of earlier phases' documents.
-    Whatever people, agents or tools wrote appears quoted, so that it cannot pass for a section.
-    """
+    """All that an agent is told for one attempt, as Markdown: `failure` is why the one before
+    failed, `salvage_ref` holds what it had changed, `documents` are those of earlier phases.
+    Whatever people, agents or tools wrote appears quoted, so that it cannot pass for a section."""
     triage, pipeline = task.pool == TRIAGE, pipeline_of(config, item)
     needs, folder = ", ".join(item.get("dependencies") or ()), str(change_dir)
     facts = {
@@ -1905,10 +1876,8 @@ def build_prompt(
 
 
 def quote(text: str) -> str:
-    """Somebody else's text as a Markdown quotation, its middle left out when it is very long.
-
-    Every line begins with `>`, so that nothing in it can open a section or a fence of ours.
-    """
+    """Somebody else's text, every line behind a `>`, so that none can open a section or a fence of
+    ours; its middle is left out when it is very long."""
     text = clean_text(text).strip()
     if (left_out := len(text) - QUOTE_HEAD - QUOTE_TAIL) > 0:
         note = f"\n[… {left_out} characters left out …]\n"
@@ -2030,11 +1999,8 @@ def status_order(items: Iterable[Item]) -> list[Item]:
 def status_rows(
     backlog: Backlog, only: Container[str] | None = None, costs: Mapping[str, Usage] | None = None
 ) -> list[dict[str, Any]]:
-    """The items of `status`, in order, for its table and its JSON: every key is always there.
-
-    `only` limits them (ids); dependencies are judged on the whole backlog. `costs`: what items have
-    cost so far, by id.
-    """
+    """The items of `status`, in order, every key always there, with their costs so far (by id).
+    `only` limits them (ids); dependencies are judged on the whole backlog."""
     rows = []
     for item in status_order(_considered(backlog.items, only)):
         row = {key: item.get(key, known.default) for key, known in ITEM_TABLE.items()}
@@ -2103,10 +2069,8 @@ GRAPH_STYLES: Mapping[str, str] = {
 
 
 def render_graph(backlog: Backlog, only: Container[str] | None = None) -> str:
-    """What waits for what as Mermaid (flowchart), the waiting items and cycles as comments on top.
-
-    Of the items in `only` (ids; None: all) that are not done, and of what these wait for.
-    """
+    """What waits for what as Mermaid (flowchart), the waiting items and cycles as comments on top:
+    of the items in `only` (ids; None: all) that are not done, and of what these wait for."""
     items, names = backlog.items, dict[str, str]()
     needs = {id: unmet_dependencies(items, item) for id, item in items.items()}
     to_do = [one["id"] for one in _considered(items, only) if one["status"] != "done"]
@@ -2161,12 +2125,9 @@ def render_item(known: Mapping[str, Any], width: int) -> list[str]:
 
 
 def plan_rows(backlog: Backlog, config: Config, options: RunOptions) -> list[dict[str, Any]]:
-    """The plan of `run --dry-run`: the phases in order, then why the other items do not move.
-
-    Played through with the run's own decisions, as if every phase succeeded and took equally long;
-    what comes after a triage is for the triage to say. Done items are not listed, nor with `triage`
-    those that are not new. `kind` is what a reason has in common with others.
-    """
+    """The plan of `run --dry-run`: the phases in order, then why the other items do not move, of
+    which `kind` is what the reason has in common with others. Played through with the run's own
+    decisions, as if every phase succeeded; what comes after a triage is for the triage to say."""
     draft, rows, triaged, turn = Draft(backlog), list[dict[str, Any]](), set[str](), 0
     rules, only = rules_of(config), matching(backlog, options.filters)
 
@@ -2207,10 +2168,8 @@ def plan_rows(backlog: Backlog, config: Config, options: RunOptions) -> list[dic
 def _idle_reason(
     item: Item, backlog: Backlog, config: Config, limit: str, targets: Sequence[str]
 ) -> tuple[str, str]:
-    """Why an item does not move: what it has in common with others, and all of it, if that is more.
-
-    `limit`: what keeps everything from going on.
-    """
+    """Why an item does not move: what it has in common with others, and all of it, if that is more;
+    `limit` keeps everything from going on."""
     needs, limits = waits_for(item, backlog), config.execution
     if item["status"] == "blocked":
         return "blocked, each needs you", f"blocked: {block_reason(item)}"
@@ -2327,11 +2286,8 @@ def history_rows(rows: Iterable[Mapping[str, Any]], code: Container[str]) -> lis
 def finished_rows(
     entries: Sequence[Mapping[str, str]], told: Sequence[Mapping[str, Any]], code: Container[str]
 ) -> list[dict[str, Any]]:
-    """The items that have left the backlog, newest first, with the keys of `json_form`.
-
-    `entries`: the worklogs', see `read_worklog`. `told` (see `log_rows`), newest first, has the
-    commits; an item that only it knows to have left counts, too. `code`: see `proofs`.
-    """
+    """The items that have left the backlog, newest first: those of the worklogs' entries, and those
+    that only the log's rows, newest first, know of; see `read_worklog`, `log_rows`, `proofs`."""
     rows, last, row = dict[str, dict[str, Any]](), dict[str, str](), dict[str, Any]()
     for entry in entries:
         item_id, why = entry["item"], entry.get("summary") or entry.get("reason") or ""
@@ -2445,10 +2401,8 @@ SHOWN_DONE, SHOWN_ASKING, SHOWN_KEPT = 4, 3, 2
 
 
 def render_summary(told: Mapping[str, Any], program: str, width: int = WHOLE_LINES) -> str:
-    """What got done, what needs somebody, what that holds up, what it cost, and what to do next.
-
-    `told`: see `summary_of`. Commands are never broken over lines, they are there to be copied.
-    """
+    """What got done, what needs somebody, what that holds up, what it cost, and what to do next;
+    see `summary_of`. Commands are never broken over lines, they are there to be copied."""
 
     def part(word: str, rows: Sequence[Any], most: int, everything: str, keys: str) -> list[str]:
         more = f"; all: {program} {everything}" if len(rows) > most else ""
@@ -2511,10 +2465,8 @@ def sum_usage(parts: Iterable[Usage]) -> Usage:
 
 
 def usage_text(usage: Usage) -> str:
-    """`about $0.12, 3,000 tokens in and 600 out`; what was not reported is left out.
-
-    CLIs reckon with list prices, and under a subscription nobody pays them: hence "about".
-    """
+    """`about $0.12, 3,000 tokens in and 600 out`, as far as reported; "about", because CLIs reckon
+    with list prices."""
     parts = []
     if usage.cost_usd is not None:
         parts.append(f"about {dollars(usage.cost_usd)}")
@@ -6323,11 +6275,8 @@ def run_lines(facts: Mapping[str, Any], width: int, end: Sequence[str] = ()) -> 
 
 def salvages(space: Workspace) -> list[dict[str, Any]]:
     """All that is kept of attempts, also by other work trees of the repository, the last of a phase
-    last; item and phase as `safe_name` writes them.
-
-    An item counts as finished if it is done, or was handed out here and has left the backlog; but
-    not one of another branch, whose items may have the same ids.
-    """
+    last; item and phase as `safe_name` writes them. An item counts as finished if it is done or has
+    left the backlog; but not one of another branch, whose items may have the same ids."""
     repo, backlog = space.repo, space.store.backlog
     going_on = {safe_name(id) for id, item in backlog.items.items() if item["status"] != "done"}
     issued = IssuedIds(space.config.prefix, backlog)
@@ -6612,11 +6561,8 @@ CHANGES: Mapping[str, Callable[[argparse.Namespace, Config, datetime, Draft], Ch
 
 
 def cmd_check(args: argparse.Namespace) -> int:
-    """Everything that `run` would refuse for, and what it would remark; changes nothing.
-
-    With `--probe` each agent's real command line is run once, which may cost a little. The work of
-    a run that is active, or that the next start recovers, is nothing to complain of.
-    """
+    """Everything that `run` would refuse for, and what it would remark; changes nothing. The work
+    of a run that is active, or that the next start recovers, is nothing to complain of."""
     import shlex
 
     space, width = open_workspace(args.root, args.config), output_width(sys.stdout)
@@ -6654,10 +6600,8 @@ def cmd_check(args: argparse.Namespace) -> int:
 
 
 def cmd_verify(args: argparse.Namespace) -> int:
-    """Run the checks that a commit says it has passed again, and say what holds now.
-
-    What a commit says is not to be run blindly: only commands that the config or the item names.
-    """
+    """Run the checks that a commit says it has passed again, and say what holds now: not blindly,
+    only those that the config or the item names."""
     space, what, commit = open_workspace(args.root, args.config), args.what, ""
     backlog, history = space.store.look(), read_log(space)
     with suppress(GitError):
@@ -7060,11 +7004,8 @@ def single_file() -> bytes:
 
 
 def build_single_file(sources: Mapping[str, str]) -> str:
-    """The modules one behind the other, between marks, as they are but for what cannot stand twice
-    or has no meaning in one file: `#!`, the import from the future, imports from one another.
-
-    `sources` are texts by module name, in order. Names must not clash: a test sees to that.
-    """
+    """The modules, texts by name, one behind the other, as they are but for what cannot stand twice
+    or means nothing in one file: `#!`, the import from the future, imports from one another."""
     ours = re.compile(rf"^from (?:{'|'.join(sources)}) import (?:\([^)]*\)|.*)\n", re.M)
     below = FUTURE
     for name, text in sources.items():
@@ -7128,10 +7069,8 @@ _project_options: list[str] = []  # --root and --config, as this command got the
 
 
 def program_name() -> str:
-    """What a command to copy begins with, so that it means the same program and project.
-
-    Not for texts that are kept, such as the reason of a block: their reader may call it otherwise.
-    """
+    """What a command to copy begins with, so that it means the same program and project. Not for
+    texts that are kept, such as the reason of a block: their reader may call it otherwise."""
     import shlex
 
     return " ".join([SCRIPT, *map(shlex.quote, _project_options)])
