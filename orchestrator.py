@@ -5593,7 +5593,7 @@ class RunLock:
         except BlockingIOError:
             os.close(handle)
             raise RunActive(
-                f"another run is at work here ({self.holder() or 'it has just begun'}). Wait for"
+                f"another run is at work here ({self.holder() or 'it has just ended'}). Wait for"
                 f" it, or ask it to stop with `{program_name()} stop`."
             ) from None
         since = local_time(utc_now()).isoformat(timespec="seconds")
@@ -5606,9 +5606,14 @@ class RunLock:
         os.close(self._handle)
 
     def holder(self) -> str:
-        """Who took the lock last: owner, pid and time."""
-        with suppress(OSError):
-            return self.path.read_text(errors="replace").strip()
+        """Owner, pid and time, as whoever holds the lock says; "": nobody does."""
+        import fcntl
+
+        with suppress(FileNotFoundError), self.path.open(errors="replace") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return file.read().strip() or "a run that has only just begun"
         return ""
 
 
@@ -6156,12 +6161,8 @@ def cmd_status(args: argparse.Namespace) -> int:
         lines = table("finished id status commit cost_usd title", rows, width, heads=True)
         lines += ["", *check_lines(rows, width)] if rows else ["No item has been finished yet."]
         return answer(args, {"items": rows}, lines)
-    rows, runs, kept = (
-        status_rows(backlog, only, item_costs(space)),
-        run_facts(space),
-        salvages(space),
-    )
-    lines = run_lines(runs, width, [""])
+    rows, runs = status_rows(backlog, only, item_costs(space)), run_facts(space)
+    lines, kept = run_lines(runs, width, [""]), salvages(space)
     if rows:
         lines += render_status(rows, width, program_name())
     else:
@@ -6181,8 +6182,7 @@ def finished(space: Workspace, item_id: str | None = None) -> list[dict[str, Any
 def worklog_entries(space: Workspace) -> list[dict[str, str]]:
     """What the worklogs on disk tell, oldest first; see `read_worklog`."""
     months = sorted((space.repo.root / WORKLOG_DIR).glob("*.md"))
-    texts = [month.read_text(errors="replace") for month in months]
-    return [entry for text in texts for entry in read_worklog(text)]
+    return [entry for one in months for entry in read_worklog(one.read_text(errors="replace"))]
 
 
 def item_costs(space: Workspace) -> dict[str, Usage]:
@@ -6194,34 +6194,16 @@ def item_costs(space: Workspace) -> dict[str, Usage]:
     return costs
 
 
-def lock_holder(space: Workspace) -> str:
-    """What the holder of the run lock says of itself; "": nobody holds it. Changes nothing."""
-    import fcntl
-
-    lock = space.run_lock()
-    try:
-        with lock.path.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return ""
-    except BlockingIOError:
-        return lock.holder() or "a run that has only just begun"
-    return ""
-
-
 def run_facts(space: Workspace) -> dict[str, Any]:
     """The run at work and what its agents do, or else what the last one left for the next start to
     finish; see `json_form`."""
-    told, journal = (
-        re.match(r"run (\S+), pid (\d+), since (\S+)", lock_holder(space)),
-        space.journal(),
-    )
+    holder, journal = space.run_lock().holder(), space.journal()
     attempts = list(journal.attempts.values()) if journal else []
     remarks = [
         f"{agent} rests until {_local_text(one['until'])}: {one['reason']}"
         for agent, one in (journal.rests.items() if journal else ())
     ]
-    if told:
+    if told := re.match(r"run (\S+), pid (\d+), since (\S+)", holder):
         if stop_requested(space.repo.state_dir, told[1]):
             remarks.append("it was asked to stop: what is in flight is finished, then it halts")
         try:
@@ -6283,13 +6265,10 @@ def salvages(space: Workspace) -> list[dict[str, Any]]:
     found = []
     for ref, commit in repo.refs(SALVAGE_REFS).items():
         item, phase, *_ = (*ref.removeprefix(SALVAGE_REFS).split("/"), "")
-        finished = item in issued and item not in going_on
-        if finished:
-            try:
-                finished = repo.is_ancestor(f"{commit}^")
-            except GitError:  # it began on an unborn branch
-                finished = False
-        row = {"ref": ref, "item": item, "phase": phase, "commit": commit, "finished": finished}
+        over, here = item in issued and item not in going_on, False
+        with suppress(GitError):  # it began on an unborn branch
+            here = over and repo.is_ancestor(f"{commit}^")
+        row = {"ref": ref, "item": item, "phase": phase, "commit": commit, "finished": here}
         found.append(row)
     return sorted(found, key=lambda row: (row["item"], row["phase"], len(row["ref"]), row["ref"]))
 
@@ -6307,8 +6286,7 @@ def cmd_show(args: argparse.Namespace) -> int:
     lines = render_item(known if item else {**known, "verified": checked(known)}, width)
     keys = "when phase outcome commit summary"
     lines += listed("History:", keys, history_rows(rows, code), width)
-    told = [f"  {one_line(path)}" for path in documents]
-    lines += ["", "Documents:", *told] if told else []
+    lines += listed("Documents:", "path", [{"path": path} for path in documents], width)
     facts = {"item": item or known, "documents": documents, "commits": rows, "salvage": kept}
     facts |= {key: known[key] for key in Usage._fields}
     return answer(args, facts, [*lines, *listed(KEPT, "item phase ref", kept, width)])
@@ -6321,9 +6299,8 @@ def cmd_log(args: argparse.Namespace) -> int:
         _item(space.store.look(), args.id)
     told = history_rows(rows, code_phases(space.config))
     lines = table("when item phase outcome commit summary", told, width, heads=True)
-    none = "Nothing that the orchestrator did has been committed yet."
-    if args.since or args.n is not None:
-        none = "Nothing that the orchestrator did has been committed in that time."
+    when = "in that time" if args.since or args.n is not None else "yet"
+    none = f"Nothing that the orchestrator did has been committed {when}."
     return answer(args, {"log": rows}, lines or [none])
 
 
@@ -6357,7 +6334,9 @@ def cmd_logs(args: argparse.Namespace) -> int:
     files, said = dict[Path, tuple[OutputFile, AgentReport, str]](), ""
     width = output_width(sys.stdout)
     while True:
-        active = bool(args.follow and lock_holder(space))  # asked first, so that nothing is missed
+        active = bool(
+            args.follow and space.run_lock().holder()
+        )  # asked first, so that nothing is missed
         found = [path for path in folder.glob(pattern) if path.stat().st_size]
         for path in sorted(found, key=lambda path: path.stat().st_mtime):
             if path not in files:
@@ -6578,8 +6557,8 @@ def cmd_check(args: argparse.Namespace) -> int:
     problems += [probe.problem for probe in probes if probe.problem]
     remarks, tried = space.repo.remarks(space.store.path), [probe.row for probe in probes]
     phases = [one for line in space.config.pipelines.values() for one in line.phases]
-    if bare := sorted({one.name for one in phases if one.destructive and not one.verify}):
-        names = ", ".join(bare)
+    if bare := {one.name for one in phases if one.destructive and not one.verify}:
+        names = ", ".join(sorted(bare))
         remarks.append(f"no `verify`, so what an agent calls done is committed unchecked: {names}")
     for item_id, item in space.store.backlog.items.items():
         hints = {key: did_you_mean(key, ITEM_KEYS) for key in item if key not in ITEM_TABLE}
@@ -6599,22 +6578,27 @@ def cmd_check(args: argparse.Namespace) -> int:
     return EXIT_ERROR if problems else EXIT_OK
 
 
+FRESH_TREE = "\nThe work tree is a fresh one: what git ignores, such as an environment, is missing"
+
+
 def cmd_verify(args: argparse.Namespace) -> int:
     """Run the checks that a commit says it has passed again, and say what holds now: not blindly,
     only those that the config or the item names."""
+    import asyncio
+
     space, what, commit = open_workspace(args.root, args.config), args.what, ""
-    backlog, history = space.store.look(), read_log(space)
+    backlog, history, config = space.store.look(), read_log(space), space.config
     with suppress(GitError):
         found = space.repo.git("rev-parse", "-q", "--verify", f"{what}^{{commit}}")
         commit = found.decode().strip()
-    proof = proofs(history, code_phases(space.config)).get(what)
+    proof = proofs(history, code_phases(config)).get(what)
     rows = [proof] if proof else [row for row in history if row["commit"] == commit]
     told = dict.fromkeys(text for row in rows for text in row["verified"])
     if not told:
-        if not commit and not any(row["item"] == what for row in history):
+        if not commit and not proof:
             _item(backlog, what)
         raise OrchestratorError(f"{what}: not checked, as far as the history of HEAD tells")
-    commit, pipelines = rows[0]["commit"], space.config.pipelines.values()
+    commit, pipelines = rows[0]["commit"], config.pipelines.values()
     named = [argv for line in pipelines for one in line.all_phases for argv in one.verify]
     with suppress(GitError, BacklogError, YamlError):  # items as they were then: they may be gone
         data = space.repo.committed(f"{commit}^", space.repo.relative(space.store.path))
@@ -6623,44 +6607,35 @@ def cmd_verify(args: argparse.Namespace) -> int:
     known = {"".join(command_text(argv).split()): argv for argv in named}
     for number in ending_signals():  # whatever ends it, the check and the work tree go first
         signal.signal(number, signal.default_int_handler)
-    held = 0
+    held, run_id, phase = 0, new_run_id(), Phase("verify")
+    become_subreaper()
     with space.repo.checkout(commit) as root:
+        names = run_id, Task("verify", phase, "main"), 1, run_id, root, "", root
+        limits = phase_timeout_s(config, phase), 0.0, LEFTOVER_GRACE_S
+        spec = AttemptSpec(*names, config.agent, *limits)
         for text in told:
-            trouble = f"{text}: not run, for neither {space.config.source} nor the item names it"
+            trouble = f"{text}: not run, for neither {config.source} nor the item names it"
             if argv := known.get("".join(text.split())):
-                trouble = _check_again(space.config, root, argv)
+                check = run_verify(spec, [argv], stop=asyncio.Event(), hurry=asyncio.Event())
+                trouble = asyncio.run(check) or ""
+                trouble += FRESH * bool(trouble)
             held += not trouble
             say(args, trouble or f"{text}: holds")
     say(args, f"{held} of {plural(len(told), 'check')} of {what} ({commit[:10]}) held")
     return EXIT_OK if held == len(told) else EXIT_ERROR
 
 
-def _check_again(config: Config, root: Path, argv: Sequence[str]) -> str:
-    """Run a check in a fresh work tree; "", or why it does not hold."""
-    import asyncio
-
-    run_id, phase, never = new_run_id(), Phase("verify"), asyncio.Event()
-    limits = phase_timeout_s(config, phase), 0.0, LEFTOVER_GRACE_S
-    names = run_id, Task("verify", phase, "main"), 1, run_id
-    spec = AttemptSpec(*names, root, "", root, config.agent, *limits)
-    become_subreaper()
-    trouble = asyncio.run(run_verify(spec, [argv], stop=never, hurry=never)) or ""
-    missing = "\nThe work tree is a fresh one: what git ignores, such as an environment, is missing"
-    return trouble + missing * bool(trouble)
-
-
 def cmd_stop(args: argparse.Namespace) -> int:
     """Ask the active run, by a file naming it, to end when its phases in flight are through."""
     space = open_workspace(args.root, args.config)
-    holder = lock_holder(space)
-    found = re.match(r"run ([^,]+),", holder)
+    holder = space.run_lock().holder()
     if not holder:
         print("No run is active.")
-    elif found is None:
-        raise OrchestratorError("the active run has only just begun; try again in a moment")
-    else:
+    elif found := re.match(r"run ([^,]+),", holder):
         replace_file(space.repo.state_dir / "stop", found[1].encode())
         print(f"Run {found[1]} finishes the phases in flight and halts.")
+    else:
+        raise OrchestratorError(f"it is {holder}; try again in a moment")
     return EXIT_OK
 
 
@@ -7033,11 +7008,12 @@ def single_file_state(data: bytes) -> tuple[str, str]:
 def version_text() -> str:
     """Version and origin of this program."""
     try:
-        source, _ = single_file_state(single_file())
-        _, state = single_file_state(Path(__file__).read_bytes())
+        data = single_file()
     except OSError:  # imported from an archive
         return f"orchestrator {__version__} (source unreadable)"
-    kind, end = ("single file", f", {state}") if state else ("three modules", "")
+    source, state = single_file_state(data)
+    alone = data == Path(__file__).read_bytes()
+    kind, end = ("single file", f", {state}") if alone else ("three modules", "")
     return f"orchestrator {__version__} ({kind}, source {source[:12]}{end})"
 
 
