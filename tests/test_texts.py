@@ -338,7 +338,7 @@ def test_built_in_instructions_of_the_build() -> None:
     ("name", "destructive", "says"),
     [
         ("security-audit", False, "/security-audit.md`"), ("security-audit", True, "Run the tests, linters"),
-        ("build", False, "Change no code."), ("review", True, "It may change"),
+        ("build", False, "Change no code."), ("review", True, "It may change code"),
     ],
 )
 def test_d47_a_phase_of_another_name_or_nature_gets_sensible_instructions(name: str, destructive: bool, says: str) -> None:
