@@ -1139,6 +1139,10 @@ MAX_LISTED = 400  # items a triage prompt lists
 WHOLE_LINES = 10_000  # columns of an output that is no terminal
 LEAST_LAST = 24  # columns that the last column of a table needs to stand beside the others
 
+Row = Mapping[str, Any]  # of a table, or of what a command answers as JSON
+Rows = Sequence[Row]
+Items = Mapping[str, Item]
+
 # Escape sequences of terminals: CSI, OSC, the other string types, two-character ones (ECMA-48).
 TERMINAL_SEQUENCE = (
     r"(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b\n]*(?:\x07|\x1b\\)?"
@@ -1207,9 +1211,7 @@ def wrap(line: str, width: int, indent: str | None = None) -> list[str]:
     return lines
 
 
-def table(
-    keys: str, rows: Sequence[Mapping[str, Any]], width: int, lead: str = "", *, heads: bool = False
-) -> list[str]:
+def table(keys: str, rows: Rows, width: int, lead: str = "", *, heads: bool = False) -> list[str]:
     """The rows' values of some keys, each line behind `lead`; keys without any value are left out.
     The last column takes the room that the others leave, or stands below the whole row."""
 
@@ -1237,7 +1239,7 @@ def table(
     return drawn
 
 
-def listed(heading: str, keys: str, rows: Sequence[Mapping[str, Any]], width: int) -> list[str]:
+def listed(heading: str, keys: str, rows: Rows, width: int) -> list[str]:
     """A blank line, a heading and the rows below it; nothing where there are none."""
     return ["", *wrap(heading, width), *table(keys, rows, width, "  ")] if rows else []
 
@@ -1583,7 +1585,7 @@ def state_message(
     return commit_message(subject, told, entries, run_id)
 
 
-def state_entries(old: Mapping[str, Item], new: Mapping[str, Item]) -> list[MessageEntry]:
+def state_entries(old: Items, new: Items) -> list[MessageEntry]:
     """What a state commit says of each item that differs between HEAD and itself."""
     entries = []
     for item_id in {**new, **old}:
@@ -1993,29 +1995,13 @@ def status_rows(
     return rows
 
 
-def render_status(rows: Sequence[Mapping[str, Any]], width: int, program: str) -> list[str]:
-    """The table of `status`, with why each blocked or waiting item does not move."""
-    keys = "id status phase pipeline_type priority impact size risk title"
-    lines = [*table(keys, rows, width, heads=True), "", status_counts(count_by_status(rows))]
-    blocked = [row for row in rows if row["status"] == "blocked"]
-    said = [{"id": row["id"], "blocked_reason": block_reason(row)} for row in blocked]
-    lines += listed("Blocked, each needs you:", "id blocked_reason", said, width)
-    how = sorted({unblock_option(row["blocked_reason"]) for row in said})
-    lines += [f"  {program} unblock ID {option}" for option in how]
-    waiting = [row for row in rows if row["waiting_for"]]
-    lines += listed("Waiting for other items:", "id waiting_for", waiting[:MOST_WAITING], width)
-    if more := len(waiting[MOST_WAITING:]):
-        lines.append(f"  … and {more} more: {program} status --graph")
-    return lines
-
-
 def status_counts(counts: Mapping[str, int]) -> str:
     """One line: `5 items: 1 in_progress, 4 new`."""
     parts = ", ".join(f"{count} {status}" for status, count in counts.items())
     return f"{plural(sum(counts.values()), 'item')}: {parts}" if parts else "no items"
 
 
-def count_by_status(rows: Iterable[Mapping[str, Any]]) -> dict[str, int]:
+def count_by_status(rows: Iterable[Row]) -> dict[str, int]:
     """How many items (or rows) have each status; those that none has are left out."""
     found = [row["status"] for row in rows]
     return {status: found.count(status) for status in STATUS_ORDER if status in found}
@@ -2029,7 +2015,7 @@ def waits_for(item: Item, backlog: Backlog) -> list[str]:
     return [f"{need} ({backlog.items[need]['status']})" for need in needs]
 
 
-def block_reason(item: Mapping[str, Any]) -> str:
+def block_reason(item: Row) -> str:
     """Why an item is blocked, in one text that is never empty."""
     return item.get("blocked_reason") or "no reason recorded"
 
@@ -2081,7 +2067,7 @@ def render_graph(backlog: Backlog, only: Container[str] | None = None) -> str:
     return "\n".join(lines)
 
 
-def render_item(known: Mapping[str, Any], width: int) -> list[str]:
+def render_item(known: Row, width: int) -> list[str]:
     """Everything that a row of `status_rows` or `finished_rows` tells, for `show`: what an item is
     made of one by one, texts of several lines below."""
     apart = {"id", "title", "description", "unblock_context", *Usage._fields}
@@ -2171,12 +2157,10 @@ def _idle_reason(
     return f"later; max_concurrent = {most}, and a phase that changes code runs alone", ""
 
 
-def render_plan(
-    rows: Sequence[Mapping[str, Any]], problems: Sequence[Problem], width: int
-) -> list[str]:
+def render_plan(rows: Rows, problems: Sequence[Problem], width: int) -> list[str]:
     """`run --dry-run` for people: a line for each item that moves, and one for each reason why
     others do not. `problems` keep a run from starting at all."""
-    moves, idle = dict[str, dict[str, Any]](), dict[str, list[Mapping[str, Any]]]()
+    moves, idle = dict[str, dict[str, Any]](), dict[str, list[Row]]()
     for row in rows:
         if row["runs"]:
             moves.setdefault(row["id"], {**row, "phases": []})["phases"].append(row["phase"])
@@ -2246,7 +2230,7 @@ def log_rows(output: str) -> list[dict[str, Any]]:
     return rows
 
 
-def proofs(rows: Sequence[Mapping[str, Any]], code: Container[str]) -> dict[str, Mapping[str, Any]]:
+def proofs(rows: Rows, code: Container[str]) -> dict[str, Row]:
     """By item the newest row of `log_rows` that tells what checked it, or that nothing did: of a
     phase in `code`, those that change code. Else, its newest one."""
     newest = {row["item"]: row for row in reversed(rows)}
@@ -2254,43 +2238,17 @@ def proofs(rows: Sequence[Mapping[str, Any]], code: Container[str]) -> dict[str,
     return newest | {row["item"]: row for row in done if row["phase"] in code or row["verified"]}
 
 
-def checked(row: Mapping[str, Any], code: Container[str] = ()) -> str:
+def checked(row: Row, code: Container[str] = ()) -> str:
     """What checked a finished item, or a phase, or that nothing did, if something ought to have."""
     told, done = ", ".join(row["verified"]), row.get("status", row.get("outcome"))
     needed = done == "done" or (done == "complete" and row["phase"] in code)
     return f"checked by {told}" if told else "not checked" if needed else ""
 
 
-def history_rows(rows: Iterable[Mapping[str, Any]], code: Container[str]) -> list[dict[str, Any]]:
+def history_rows(rows: Iterable[Row], code: Container[str]) -> list[dict[str, Any]]:
     """Rows of `log_rows` for a table: behind the summary what checked it."""
     told = ((row, checked(row, code)) for row in rows)
     return [{**row, "summary": row["summary"] + f" ({text})" * bool(text)} for row, text in told]
-
-
-def finished_rows(
-    entries: Sequence[Mapping[str, str]], told: Sequence[Mapping[str, Any]], code: Container[str]
-) -> list[dict[str, Any]]:
-    """The items that have left the backlog, newest first: those of the worklogs' entries, and those
-    that only the log's rows, newest first, know of; see `read_worklog`, `log_rows`, `proofs`."""
-    rows, last, row = dict[str, dict[str, Any]](), dict[str, str](), dict[str, Any]()
-    for entry in entries:
-        item_id, why = entry["item"], entry.get("summary") or entry.get("reason") or ""
-        if status := entry.get("status", "").lower():
-            row = {"id": item_id, "title": entry["title"], "status": status}
-            why = why or last.get(item_id, "")
-            rows[item_id] = {**row, "finished": entry["when"], "summary": one_line(why)}
-        last[item_id] = why
-    for one in told:
-        item_id, why = one["item"], one["summary"]
-        if item_id not in rows and one["outcome"] in ("done", "closed", "removed"):
-            row = {"id": item_id, "title": why, "status": one["outcome"]}
-            rows[item_id] = {**row, "finished": one["when"], "summary": why}
-    costs, checks = worklog_costs(entries), proofs(told, code)
-    for item_id, row in rows.items():
-        proof = checks.get(item_id, {})
-        row.update(commit=proof.get("commit"), verified=proof.get("verified", []))
-        row.update(usage_json(costs.get(item_id, NOTHING_SPENT)))
-    return sorted(rows.values(), key=lambda row: str(row["finished"]))[::-1]
 
 
 # ---- The end of a run ----------------------------------------------------------------------------
@@ -2307,12 +2265,10 @@ HALT_TEXTS: Mapping[HaltReason, str] = {
 }
 
 
-def needs_you(
-    items: Mapping[str, Item], first: Collection[str], program: str
-) -> list[dict[str, Any]]:
+def needs_you(items: Items, first: Container[str], program: str) -> list[Row]:
     """The blocked items, those in `first` before the others; the keys are those of `json_form`."""
     asking = [item for item in items.values() if item["status"] == "blocked"]
-    rows = []
+    rows = list[Row]()
     for item in sorted(asking, key=lambda item: item["id"] not in first):
         item_id, question = item["id"], block_reason(item)
         row = {"id": item_id, "title": item["title"], "question": question}
@@ -2323,11 +2279,7 @@ def needs_you(
 
 
 def next_steps(
-    reason: HaltReason | None,
-    items: Mapping[str, Item],
-    targets: Sequence[str],
-    program: str,
-    detail: str = "",
+    reason: HaltReason | None, items: Items, targets: Sequence[str], program: str, detail: str = ""
 ) -> list[dict[str, str]]:
     """Commands, and why one would give them after a run that ended for this reason."""
     steps, left = {}, [item for item in items.values() if item["status"] != "done"]
@@ -2384,7 +2336,7 @@ SCREEN = 24  # lines that the summary of a night is to fit into
 SHOWN_DONE, SHOWN_ASKING, SHOWN_KEPT = 4, 3, 2
 
 
-def render_summary(told: Mapping[str, Any], program: str, width: int = WHOLE_LINES) -> str:
+def render_summary(told: Row, program: str, width: int = WHOLE_LINES) -> str:
     """What got done, what needs somebody, what that holds up, what it cost, and what to do next;
     see `summary_of`. Commands are never broken over lines, they are there to be copied."""
 
@@ -2419,7 +2371,7 @@ def render_summary(told: Mapping[str, Any], program: str, width: int = WHOLE_LIN
     return ("\n" if dense else "\n\n").join("\n".join(lines) for lines in sections)
 
 
-def check_lines(rows: Iterable[Mapping[str, Any]], width: int) -> list[str]:
+def check_lines(rows: Iterable[Row], width: int) -> list[str]:
     """What checked some finished items, and which of them."""
     checks: dict[str, list[str]] = {}
     for row in rows:
@@ -2428,7 +2380,7 @@ def check_lines(rows: Iterable[Mapping[str, Any]], width: int) -> list[str]:
     return [x for text, ids in groups for x in wrap(f"  {text}: {id_list(ids, 5)}", width, "    ")]
 
 
-def _effort(told: Mapping[str, Any]) -> str:
+def _effort(told: Row) -> str:
     """What a run took: phases, time, cost."""
     spent = usage_text(Usage(*map(told.get, Usage._fields)))
     parts = [f"{plural(told['phases'], 'phase')} (limit {told['cap']})"]
@@ -6088,7 +6040,7 @@ def summary_of(space: Workspace, run: Run, code: int) -> dict[str, Any]:
     }
 
 
-def _notify(config: Config, told: Mapping[str, Any]) -> None:
+def _notify(config: Config, told: Row) -> None:
     """Run `notify.command` with the summary on stdin; its failure is a warning."""
     import subprocess
 
@@ -6146,21 +6098,53 @@ def cmd_status(args: argparse.Namespace) -> int:
         lines += ["", *check_lines(rows, width)] if rows else ["No item has been finished yet."]
         return answer(args, {"items": rows}, lines)
     rows, runs = status_rows(backlog, only, item_costs(space)), run_facts(space)
-    lines, kept = run_lines(runs, width, [""]), salvages(space)
-    if rows:
-        lines += render_status(rows, width, program_name())
-    else:
-        lines.append("No items." if only is None else "No item matches.")
+    kept, counts = salvages(space), count_by_status(rows)
+    keys = "id status phase pipeline_type priority impact size risk title"
+    stuck = [row for row in rows if row["status"] == "blocked"]
+    blocked = [{"id": row["id"], "blocked_reason": block_reason(row)} for row in stuck]
+    waiting = [row for row in rows if row["waiting_for"]]
     shown = [one for one in kept if only is None or one["item"] in map(safe_name, only)]
+    lines = [*run_lines(runs, width, [""]), *table(keys, rows, width, heads=True)]
+    lines += (
+        ["", status_counts(counts)] if rows else ["No item matches." if filters else "No items."]
+    )
+    lines += listed("Blocked, each needs you:", "id blocked_reason", blocked, width)
+    how = sorted({unblock_option(row["blocked_reason"]) for row in blocked})
+    lines += [f"  {program_name()} unblock ID {option}" for option in how]
+    lines += listed("Waiting for other items:", "id waiting_for", waiting[:MOST_WAITING], width)
+    if more := len(waiting[MOST_WAITING:]):
+        lines.append(f"  … and {more} more: {program_name()} status --graph")
     lines += listed(KEPT, "item phase ref", shown, width)
-    facts = {**runs, "counts": count_by_status(rows), "items": rows, "salvage": kept}
-    return answer(args, facts, lines)
+    return answer(args, {**runs, "counts": counts, "items": rows, "salvage": kept}, lines)
 
 
 def finished(space: Workspace, item_id: str | None = None) -> list[dict[str, Any]]:
-    """The items that are finished, newest first, or that one; see `finished_rows`."""
+    """The items that have left the backlog, newest first, or that one: those of the worklogs, and
+    those that only the log knows of; see `read_worklog`, `read_log`."""
     entries = [one for one in worklog_entries(space) if item_id in (None, one["item"])]
-    return finished_rows(entries, read_log(space, item_id=item_id), code_phases(space.config))
+    told, rows, last = (
+        read_log(space, item_id=item_id),
+        dict[str, dict[str, Any]](),
+        dict[str, str](),
+    )
+    for entry in entries:
+        id, why = entry["item"], entry.get("summary") or entry.get("reason") or ""
+        if status := entry.get("status", "").lower():
+            summary = one_line(why or last.get(id, ""))
+            rows[id] = {"id": id, "title": entry["title"], "status": status}
+            rows[id] |= {"finished": entry["when"], "summary": summary}
+        last[id] = why
+    for one in told:
+        id, why = one["item"], one["summary"]
+        if id not in rows and one["outcome"] in ("done", "closed", "removed"):
+            rows[id] = {"id": id, "title": why, "status": one["outcome"]}
+            rows[id] |= {"finished": one["when"], "summary": why}
+    costs, checks = worklog_costs(entries), proofs(told, code_phases(space.config))
+    for id, row in rows.items():
+        proof = checks.get(id, {})
+        row |= {"commit": proof.get("commit"), "verified": proof.get("verified", [])}
+        row |= usage_json(costs.get(id, NOTHING_SPENT))
+    return sorted(rows.values(), key=lambda row: str(row["finished"]))[::-1]
 
 
 def worklog_entries(space: Workspace) -> list[dict[str, str]]:
@@ -6216,7 +6200,7 @@ def run_facts(space: Workspace) -> dict[str, Any]:
     return {"active": None, "unfinished": {**left, "remarks": remarks}}
 
 
-def run_lines(facts: Mapping[str, Any], width: int, end: Sequence[str] = ()) -> list[str]:
+def run_lines(facts: Row, width: int, end: Sequence[str] = ()) -> list[str]:
     """What `run_facts` found: who is at work and what each agent does, or else what the next start
     recovers first; then `end`."""
 
@@ -7117,7 +7101,7 @@ def _of_item(key: str) -> dict[str, Any]:
 
 
 # What argparse has to know of the words in COMMANDS.
-ARGUMENTS: Mapping[str, Mapping[str, Any]] = {
+ARGUMENTS: Mapping[str, Row] = {
     "id": {},
     "[id]": _option("of one item only", nargs="?"),
     "[phase]": _option("of one phase only", nargs="?"),
@@ -7159,7 +7143,7 @@ ARGUMENTS: Mapping[str, Mapping[str, Any]] = {
 
 # The options accepted before and after the command.
 _LEVELS, _COLOURS = ("error", "warning", "info", "debug"), ("auto", "always", "never")
-GLOBAL_OPTIONS: Mapping[str, Mapping[str, Any]] = {
+GLOBAL_OPTIONS: Mapping[str, Row] = {
     "--root": _option("project folder (default: here)", default=Path(), type=Path, metavar="DIR"),
     "--config": _option(f"(default: DIR/{CONFIG_NAME})", type=Path, metavar="FILE"),
     "--log-level": {"default": "info", "choices": _LEVELS},
