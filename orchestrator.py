@@ -2100,13 +2100,10 @@ def plan_rows(backlog: Backlog, config: Config, options: RunOptions) -> list[dic
     decisions, as if every phase succeeded; what comes after a triage is for the triage to say."""
     draft, rows, triaged, turn = Draft(backlog), list[dict[str, Any]](), set[str](), 0
     rules, only = rules_of(config), matching(backlog, options.filters)
-
-    def actions() -> list[Action]:
-        if len(rows) >= options.cap:
-            return []
-        return actions_for(options, draft.backlog(), {}, config, only - triaged)
-
-    while found := actions():
+    while len(rows) < options.cap:
+        found = actions_for(options, draft.backlog(), {}, config, only - triaged)
+        if not found:
+            break
         turn += any(isinstance(action, Task) for action in found)
         for action in found:
             if isinstance(action, Promote):
@@ -2200,7 +2197,7 @@ LOG_FORMAT = (
 def log_rows(output: str) -> list[dict[str, Any]]:
     """What `git log -z` with LOG_FORMAT printed, in its order: what each commit says of each item,
     with the keys of `json_form`; "" where it says nothing."""
-    rows = list[dict[str, Any]]()
+    rows = []
     for record in output.split("\0"):
         head, _, message = record.partition("\n\n")
         first, *trailers = head.split("\n")
@@ -2213,8 +2210,7 @@ def log_rows(output: str) -> list[dict[str, Any]]:
                 run_id = value
             elif key == "Item":
                 row = {"when": when, "item": value, "phase": "", "outcome": "", "summary": ""}
-                more = {"commit": commit, "run_id": run_id, "verified": [], "subject": subject}
-                found.append({**row, **more})
+                found.append({**row, "commit": commit, "run_id": run_id, "verified": []})
             elif found and key == "Verified":
                 found[-1]["verified"].append(value)
             elif found:
@@ -2225,7 +2221,8 @@ def log_rows(output: str) -> list[dict[str, Any]]:
             told = re.findall(rf"(?:^| \| ){tag} ((?:(?! \| \[).)+)", message, re.M)
             begin = rf"^(?:\[orchestrator\] |\w+\([^)]*\): (?:{phase}: )?)"
             text = one_line(max(told, key=len, default=re.sub(begin, "", subject)))
-            row["summary"] = text.removeprefix(f"{row['outcome'].capitalize()}: ")
+            summary = text.removeprefix(f"{row['outcome'].capitalize()}: ")
+            row.update(summary=summary, subject=subject)
         rows += found
     return rows
 
@@ -2251,7 +2248,7 @@ def history_rows(rows: Iterable[Row], code: Container[str]) -> list[dict[str, An
     return [{**row, "summary": row["summary"] + f" ({text})" * bool(text)} for row, text in told]
 
 
-# ---- The end of a run ----------------------------------------------------------------------------
+# ---- The end of a run, and what it cost ----------------------------------------------------------
 
 HALT_TEXTS: Mapping[HaltReason, str] = {
     HaltReason.SHUTDOWN_REQUESTED: "stopped on request",
@@ -2392,14 +2389,6 @@ def _effort(told: Row) -> str:
     return ", ".join(parts)
 
 
-# ---- What things cost ----------------------------------------------------------------------------
-
-
-def sum_usage(parts: Iterable[Usage]) -> Usage:
-    """All of them together."""
-    return reduce(Usage.plus, parts, NOTHING_SPENT)
-
-
 def usage_text(usage: Usage) -> str:
     """`about $0.12, 3,000 tokens in and 600 out`, as far as reported; "about", because CLIs reckon
     with list prices."""
@@ -2421,10 +2410,10 @@ def worklog_costs(entries: Iterable[Mapping[str, str]]) -> dict[str, Usage]:
     """What every item has cost so far by id, as worklogs tell in the words of `usage_text`."""
     costs: dict[str, Usage] = {}
     for entry in entries:
-        told = entry.get("cost", "")
+        told = entry.get("cost", "").replace(",", "")
         usd = re.search(r"about \$(\d+\.\d+)", told)
-        tokens = re.search(r"([\d,]+) tokens in and ([\d,]+) out", told)
-        given, made = (int(n.replace(",", "")) for n in tokens.groups()) if tokens else (None, None)
+        tokens = re.search(r"(\d+) tokens in and (\d+) out", told)
+        given, made = map(int, tokens.groups()) if tokens else (None, None)
         spent = Usage(float(usd[1]) if usd else None, given, made)
         costs[entry["item"]] = costs.get(entry["item"], NOTHING_SPENT).plus(spent)
     return costs
@@ -5134,7 +5123,7 @@ class Run:
     def _budget(self) -> float | None:
         """What is left of max_cost_usd; None: no limit."""
         most = self.config.execution.max_cost_usd
-        spent = sum_usage(self.totals.spent.values()).cost_usd
+        spent = reduce(Usage.plus, self.totals.spent.values(), NOTHING_SPENT).cost_usd
         return None if most is None else most - (spent or 0)
 
     def blocked_now(self) -> list[str]:
@@ -5484,7 +5473,9 @@ class Run:
             if pause.until > self._now()
         ]
         seen = [one.seen for one in self.running.values() if one.seen]
-        spent = sum_usage([*totals.spent.values(), *(one.usage for one in seen)])
+        spent = reduce(
+            Usage.plus, [*totals.spent.values(), *(one.usage for one in seen)], NOTHING_SPENT
+        )
         so_far = f" · {spent.tokens:,} tokens" if spent.tokens else ""
         so_far += f" · ${spent.cost_usd:.2f}" if spent.cost_usd is not None else ""
         last = "; ".join(one.last for one in seen if one.last)
@@ -6025,7 +6016,7 @@ def summary_of(space: Workspace, run: Run, code: int) -> dict[str, Any]:
         ],
         "needs_you": needs_you(items, totals.blocked, program_name()),
         "follow_ups": totals.follow_ups,
-        **usage_json(sum_usage(totals.spent.values())),
+        **usage_json(reduce(Usage.plus, totals.spent.values(), NOTHING_SPENT)),
         "spent": [
             {"item": item_id, "phase": phase, **usage_json(usage)}
             for (item_id, phase), usage in totals.spent.items()
@@ -6105,9 +6096,8 @@ def cmd_status(args: argparse.Namespace) -> int:
     waiting = [row for row in rows if row["waiting_for"]]
     shown = [one for one in kept if only is None or one["item"] in map(safe_name, only)]
     lines = [*run_lines(runs, width, [""]), *table(keys, rows, width, heads=True)]
-    lines += (
-        ["", status_counts(counts)] if rows else ["No item matches." if filters else "No items."]
-    )
+    none = "No item matches." if filters else "No items."
+    lines += ["", status_counts(counts)] if rows else [none]
     lines += listed("Blocked, each needs you:", "id blocked_reason", blocked, width)
     how = sorted({unblock_option(row["blocked_reason"]) for row in blocked})
     lines += [f"  {program_name()} unblock ID {option}" for option in how]
@@ -6122,11 +6112,8 @@ def finished(space: Workspace, item_id: str | None = None) -> list[dict[str, Any
     """The items that have left the backlog, newest first, or that one: those of the worklogs, and
     those that only the log knows of; see `read_worklog`, `read_log`."""
     entries = [one for one in worklog_entries(space) if item_id in (None, one["item"])]
-    told, rows, last = (
-        read_log(space, item_id=item_id),
-        dict[str, dict[str, Any]](),
-        dict[str, str](),
-    )
+    told, last = read_log(space, item_id=item_id), dict[str, str]()
+    rows = dict[str, dict[str, Any]]()
     for entry in entries:
         id, why = entry["item"], entry.get("summary") or entry.get("reason") or ""
         if status := entry.get("status", "").lower():
@@ -6711,24 +6698,21 @@ def commit_hints(repo: Repo, chosen: Commits) -> dict[str, tuple[object, str]]:
 
 def _house_rules(repo: Repo, config: Config, hints: Mapping[str, tuple[object, str]]) -> list[str]:
     """What `init` says of the repository's own rules: at most four lines."""
-    lines = []
     hooks = [name for name in HOOK_NAMES if os.access(repo.hook_path(name), os.X_OK)]
-    idle = [name for name in HOOK_MANAGERS if (repo.top / name).exists() and not hooks]
-    if hooks:
-        lines.append(f"hooks: {', '.join(hooks)}; what agents build has to pass them")
-    elif idle:
-        lines.append(f"hooks: none is installed, though there is {idle[0]}; install them first")
-    if hints:
-        seen = "; ".join(f"{key} = {_dumps(v)} ({shown})" for key, (v, shown) in hints.items())
-        lines.append(f"commits: look like {seen}; for ours, set that in {CONFIG_NAME}")
+    idle = [name for name in HOOK_MANAGERS if (repo.top / name).exists()]
+    told = {"hooks": f"{', '.join(hooks)}; what agents build has to pass them" if hooks else ""}
+    if idle and not hooks:
+        told["hooks"] = f"none is installed, though there is {idle[0]}; install them first"
+    if seen := "; ".join(f"{key} = {_dumps(v)} ({shown})" for key, (v, shown) in hints.items()):
+        told["commits"] = f"look like {seen}; for ours, set that in {CONFIG_NAME}"
     if repo.wants_signatures():
         trouble = repo.sign_trouble and f", but that failed: {one_line(repo.sign_trouble, 200)}"
-        lines.append(f"signatures: git is configured to sign commits, and so are ours{trouble}")
+        told["signatures"] = f"git is configured to sign commits, and so are ours{trouble}"
     flags = {one.cli: UNASKED.search(PROFILES[one.cli].argv) for one in configured_agents(config)}
     free = ", ".join(f"{cli} {flag[0]}" for cli, flag in flags.items() if flag)
     off = f"permission prompts are off ({free}); " if free else ""
-    lines.append(f"agents: {off}commits go to {_branch_name(repo.head())}, see protected_branches")
-    return lines
+    told["agents"] = f"{off}commits go to {_branch_name(repo.head())}, see protected_branches"
+    return [f"{what}: {text}" for what, text in told.items() if text]
 
 
 DEMO_FILES = {
