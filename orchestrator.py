@@ -1382,41 +1382,6 @@ class ResultError(OrchestratorError):
 def parse_result(data: bytes, item_id: str, phase: str) -> PhaseResult:
     """Read a result file, see SKELETON: strictly what it is about and its `result` (ResultError),
     all else leniently; what does not fit is dropped and named in `warnings`."""
-    row, warnings = _result_object(data, item_id, phase), list[str]()
-    if isinstance(row.get("description"), str):  # the context, what else could be meant?
-        row["description"] = {"context": row["description"]}
-    read = ResultFields(row, "", warnings)
-    result = PhaseResult(
-        item_id=item_id,
-        phase=phase,
-        result=cast(Any, row["result"]),
-        summary=read.get("summary", TEXT, NO_SUMMARY),
-        context=read.get("context", TEXT),
-        ratings=read.table("updated_assessments").given(RATING_KINDS),
-        follow_ups=_read_follow_ups(read),
-        pipeline_type=read.line("pipeline_type"),
-        commit_summary=read.line("commit_summary"),
-        commit_type=read.get("commit_type", choice(*COMMIT_TYPES)),
-        duplicates=read.lines("duplicates"),
-        description=read.table("description").given(dict.fromkeys(DESCRIPTION_KEYS, TEXT)),
-        requires_human_review=read.get("requires_human_review", FLAG),
-        block_type=read.get("block_type", ITEM_TABLE["blocked_type"].kind),
-    )
-    if result.summary == NO_SUMMARY:
-        read.complain("summary", "is missing")
-    return result._replace(warnings=tuple(warnings))
-
-
-def failure_text(outcome: AgentOutcome) -> str:
-    """Why an attempt failed, for the log, the block reason and the next attempt's prompt."""
-    if outcome.result is None:
-        return outcome.detail or "the attempt failed without saying why"
-    parts = [outcome.result.summary, outcome.result.context or ""]
-    return "\n\n".join(dict.fromkeys(part for part in parts if part))
-
-
-def _result_object(data: bytes, item_id: str, phase: str) -> dict[str, object]:
-    """The object in a result file, if it is about what was asked for."""
     import json
 
     text = data.decode("utf-8-sig", "replace").strip()
@@ -1435,7 +1400,36 @@ def _result_object(data: bytes, item_id: str, phase: str) -> dict[str, object]:
         if row.get(key) not in wanted:
             told, words = shown(row.get(key)), " or ".join(map(shown, wanted))
             raise ResultError(f"the result file says {key} {told}, expected {words}")
-    return row
+    if isinstance(row.get("description"), str):  # the context, what else could be meant?
+        row["description"] = {"context": row["description"]}
+    read = ResultFields(row, "", [])
+    result = PhaseResult(
+        item_id=item_id,
+        phase=phase,
+        result=row["result"],
+        summary=read.get("summary", TEXT, NO_SUMMARY),
+        context=read.get("context", TEXT),
+        ratings=read.table("updated_assessments").given(RATING_KINDS),
+        follow_ups=_read_follow_ups(read),
+        pipeline_type=read.line("pipeline_type"),
+        commit_summary=read.line("commit_summary"),
+        commit_type=read.get("commit_type", choice(*COMMIT_TYPES)),
+        duplicates=read.lines("duplicates"),
+        description=read.table("description").given(dict.fromkeys(DESCRIPTION_KEYS, TEXT)),
+        requires_human_review=read.get("requires_human_review", FLAG),
+        block_type=read.get("block_type", ITEM_TABLE["blocked_type"].kind),
+    )
+    if result.summary == NO_SUMMARY:
+        read.complain("summary", "is missing")
+    return result._replace(warnings=tuple(read.complaints))
+
+
+def failure_text(outcome: AgentOutcome) -> str:
+    """Why an attempt failed, for the log, the block reason and the next attempt's prompt."""
+    if outcome.result is None:
+        return outcome.detail or "the attempt failed without saying why"
+    parts = [outcome.result.summary, outcome.result.context or ""]
+    return "\n\n".join(dict.fromkeys(part for part in parts if part))
 
 
 class ResultFields(Fields):
@@ -6398,17 +6392,10 @@ def cmd_change(args: argparse.Namespace) -> int:
 
 
 def _add(args: argparse.Namespace, config: Config, now: datetime, draft: Draft) -> Changed:
-    title = _title(" ".join(args.title))
     values, notes = item_values(args, config, draft.backlog())
+    title = str(values.pop("title"))
     item_id = draft.add(config.prefix, title, now, **values)["id"]
     return Changed(item_id, f": {title}", title, notes)
-
-
-def _title(text: str) -> str:
-    title = one_line(text, 500)
-    if not title:
-        raise UsageError("the title is empty")
-    return title
 
 
 # The options of `add` and `edit`, which `edit --clear` takes, too; by name, the item's key.
@@ -6429,14 +6416,16 @@ def item_values(
         else:
             needs.append(other)
     values = {key: getattr(args, key) for key in ITEM_OPTIONS.values()}
+    if args.title is not None:
+        values["title"] = one_line(" ".join(args.title), 500)
+        if not values["title"]:
+            raise UsageError("the title is empty")
     values |= {"dependencies": needs, "description": context_description(args.description)}
     return {key: value for key, value in values.items() if value not in (None, [])}, notes
 
 
 def _edit(args: argparse.Namespace, config: Config, now: datetime, draft: Draft) -> Changed:
     values, notes = item_values(args, config, draft.backlog())
-    if args.title is not None:
-        values["title"] = _title(args.title)
     values |= {ITEM_OPTIONS[name]: None for name in args.clear}
     if not values and not notes:
         raise UsageError(f"nothing to change; see {program_name()} edit --help")
@@ -6531,9 +6520,6 @@ def cmd_check(args: argparse.Namespace) -> int:
     facts = {**runs, "problems": [one._asdict() for one in problems], "remarks": remarks}
     answer(args, {**facts, "salvage": kept, "probes": tried}, lines)
     return EXIT_ERROR if problems else EXIT_OK
-
-
-FRESH_TREE = "\nThe work tree is a fresh one: what git ignores, such as an environment, is missing"
 
 
 FRESH = "\nThe work tree is a fresh one: what git ignores, such as an environment, is missing"
@@ -6720,23 +6706,19 @@ DEMO_FILES = {
     CONFIG_NAME: """\
 [project]
 prefix = "DEMO"
-
-# A small pipeline: plan (a document), then build (code).
 [agent]
 cli = "demo"
-
 [execution]
 retry_delay_seconds = 0.1
 max_concurrent = 2
 max_wip = 2
 
-[[pipelines.feature.phases]]
-name = "plan"
-
-[[pipelines.feature.phases]]
-name = "build"
-destructive = true
-verify = [["sh", "check.sh"]]
+# A small pipeline: plan (a document), then build (code).
+[pipelines.feature]
+phases = [
+  { name = "plan" },
+  { name = "build", is_destructive = true, verify = [["sh", "check.sh"]] },
+]
 """,
     "check.sh": """\
 # What stands for the tests of this project: no line may end within a parenthesis.
@@ -7112,7 +7094,7 @@ ARGUMENTS: Mapping[str, Row] = {
     "-f": _flag("follow the one at work", dest="follow"),
     "-n": _option("at most N lines", type=_argument(_COUNT), metavar="N"),
     "--since": _option('as git reads it: "yesterday", 2026-11-28', metavar="WHEN"),
-    "--title": {"metavar": "TEXT"},
+    "--title": {"metavar": "TEXT", "action": "append"},
     "--clear": _several("KEY", "forget it", choices=ITEM_OPTIONS),
     "--to": {"metavar": "PHASE"},
     "--notes": _option("what the agents should know now"),
