@@ -1278,17 +1278,12 @@ def dollars(usd: float) -> str:
 def minute(when: str) -> str:
     """A time (RFC 3339) on this machine's clock; as it is, if it is none."""
     try:
-        return f"{local_time(datetime.fromisoformat(when)):%Y-%m-%d %H:%M}"
+        time = datetime.fromisoformat(when)
     except ValueError:
         return when
-
-
-def local_time(when: datetime) -> datetime:
-    """A time with the zone of this machine, or in UTC where that is no zone (`TZ=UTC+25`)."""
-    try:
-        return when.astimezone()
-    except ValueError:
-        return datetime.fromtimestamp(when.timestamp(), UTC)
+    with suppress(ValueError):  # `TZ=UTC+25` is no zone
+        time = time.astimezone()
+    return f"{time:%Y-%m-%d %H:%M}"
 
 
 # How a table shows the values of some keys, what it calls them, and how wide a column but the last
@@ -5517,7 +5512,7 @@ class RunLock:
                 f"another run is at work here ({self.holder() or 'it has just ended'}). Wait for"
                 f" it, or ask it to stop with `{program_name()} stop`."
             ) from None
-        since = local_time(utc_now()).isoformat(timespec="seconds")
+        since = utc_now().isoformat(timespec="seconds")
         os.ftruncate(handle, 0)
         os.pwrite(handle, f"{self.owner}, pid {os.getpid()}, since {since}\n".encode(), 0)
         self._handle = handle
@@ -7204,7 +7199,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     for name, (_, takes, summary) in COMMANDS.items():
         form = json_form(name)
-        epilog = (hint + (f" --json prints {form}." if form else "")).replace("%", "%%")
+        told = f"{hint} --json prints {form}; null: not known." if form else hint
+        epilog = told.replace("%", "%%")
         sub = commands.add_parser(name, help=summary, description=summary, epilog=epilog)
         for word, options in GLOBAL_OPTIONS.items():  # what was given before stands
             sub.add_argument(word, **{**options, **HIDDEN})
