@@ -592,16 +592,6 @@ class Repo:
         fields = {"1": 8, "u": 10, "?": 1}  # how many fields precede the path
         return sorted(row.split(" ", fields[row[0]])[-1] for row in rows if row[0] in fields)
 
-    def stash_with(self, path: str) -> str:
-        """The newest stash that holds changes of a path, "" if there is none."""
-        for name in self._line("stash", "list", "--format=%gd").split():
-            tracked = self._call(("diff", "--quiet", f"{name}^1", name, "--", path), ok=(0, 1))
-            if tracked.status or not self._call(
-                ("cat-file", "-e", f"{name}^3:{path}"), ok=(0, 1, 128)
-            ).status:
-                return name
-        return ""
-
     def committed(self, commit: str | None, path: str) -> bytes | None:
         """What a commit holds of a file of ours; None when it holds none."""
         if commit is None:

@@ -48,13 +48,12 @@ import io
 import itertools
 import os
 import re
-import secrets
 import stat
 import sys
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta, tzinfo
 from enum import StrEnum
@@ -3626,7 +3625,7 @@ def probe_agent(settings: AgentSettings, root: Path) -> Probe:
     """Run an agent's real command line once, with a trivial prompt; its logs are kept as usual."""
     import asyncio
 
-    task, token = Task("PROBE-1", Phase("probe"), "main"), secrets.token_hex(8)
+    task, token = Task("PROBE-1", Phase("probe"), "main"), os.urandom(8).hex()
     folder = root / WORK_DIR / "probe"
     make_work_folder(root, folder)
     prompt = PROBE_PROMPT.format(path=attempt_file(root, "results", task, token))
@@ -3837,18 +3836,11 @@ class Attempt:
 
     def line(self) -> dict[str, Any]:
         """What the journal holds of it, for a start after a crash."""
-        phase = self.task.phase
         return {
             "token": self.token,
             "item": self.task.item_id,
             "pool": self.task.pool,
-            "phase": {
-                "name": phase.name,
-                "destructive": phase.destructive,
-                "allow_empty": phase.allow_empty,
-                "timeout_minutes": phase.timeout_minutes,
-            },
-            "outputs": phase.outputs,
+            "phase": self.task.phase._asdict(),
             "number": self.number,
             "was": self.item,
             "strays": sorted(self.strays),
@@ -3857,11 +3849,10 @@ class Attempt:
 
     @classmethod
     def from_line(cls, line: Mapping[str, Any]) -> Attempt:
-        phase = Phase(**line["phase"], outputs=tuple(line["outputs"]))
         before = Snapshot(**{**line["before"], "head": Head(**line["before"]["head"])})
-        task = Task(line["item"], phase, line["pool"])
+        task = Task(line["item"], Phase(**line["phase"]), line["pool"])
         told = line["number"], line["token"], line["was"], before
-        return cls(task, *told, strays=frozenset(line.get("strays", ())))
+        return cls(task, *told, strays=frozenset(line["strays"]))
 
 
 class Outcome(NamedTuple):
@@ -3974,13 +3965,6 @@ class Ledger:
         self.take_in()  # before anything is changed: what was edited since the last commit
         for line in self.store.change(prepare):
             log().warning("%s", line)
-        name = self.repo.relative(self.store.path)
-        if not self.store.backlog.items and (stash := self.repo.stash_with(name)):
-            log().warning(
-                "there are no items, but %s holds changes of %s; to have them back:"
-                " git stash pop %s",
-                *(stash, self.store.path.name, stash),
-            )
 
     def take_in(self, *, patient: bool = True) -> None:
         """Take up what others have written to the file or to the journal."""
@@ -3993,7 +3977,7 @@ class Ledger:
             if not applied.worklog:
                 return {}
             told = item_id, "promotion", "blocked", applied.reason
-            made = Outcome(secrets.token_hex(8), self.journal.run["head"], *told)
+            made = Outcome(os.urandom(8).hex(), self.journal.run["head"], *told)
             return {"outcome": made._replace(worklog=applied.worklog).line()}
 
         applied = self.store.change(
@@ -4077,7 +4061,7 @@ class Ledger:
         goes on from what `previous` left, so that its documents are still seen as the phase's; a
         destructive phase always starts from a tree put back.
         """
-        token = secrets.token_hex(8)
+        token = os.urandom(8).hex()
         if previous is None or task.phase.destructive:
             folders = (f"{self.repo.prefix}{folder}/" for folder in (CHANGES_DIR, IDEAS_DIR))
             self.repo.bring_out(*(f"{folder}{task.item_id}_" for folder in folders))
@@ -4157,6 +4141,7 @@ class Ledger:
             lambda draft: charge_attempt(draft, attempt.item, self.clock()),
             lambda _: {"ended": ended, **self._costs(attempt)},
         )
+        attempt.usage = NOTHING_SPENT  # told
         return ref
 
     def give_up(self, attempt: Attempt, reason: str, result: PhaseResult | None) -> Applied:
@@ -4241,7 +4226,8 @@ class Ledger:
     def _changes(self, old: str | None, new: str) -> list[Change]:
         """The difference of two trees, without what is no part of anybody's work."""
         changes = self.repo.changes(old, new)
-        return [change for change in changes if not self.space.is_ours(change.after.path)]
+        work = self.space.somebodys(change.after.path for change in changes)
+        return [change for change in changes if change.after.path in work]
 
     def _dirt(self, seen: Snapshot) -> dict[str, Entry]:
         """What differed from HEAD at a snapshot, as HEAD has it, by path."""
@@ -4404,14 +4390,9 @@ class Ledger:
             limit_s=self.config.execution.hook_timeout_seconds,
         )
         if verdict.outcome == "passed":  # a hook's `git add -A` takes more than is to be committed
-            known, strays = {change.after.path for change in seen.changes}, self.space.strays()
-            mine = [
-                entry
-                for entry in verdict.entries
-                if entry.path in known
-                or not (entry.path in strays or self.space.is_ours(entry.path))
-            ]
-            return verdict._replace(entries=mine)
+            mine = self.space.somebodys(entry.path for entry in verdict.entries)
+            mine = mine - self.space.strays().keys() | {*seen.paths}
+            return verdict._replace(entries=[e for e in verdict.entries if e.path in mine])
         if verdict.outcome == "files":
             return f"{_hook_trouble(verdict)}:\n{verdict.output}"
         keys = "commits.style, commits.signoff and execution.hook_timeout_seconds"
@@ -5489,48 +5470,32 @@ def stop_requested(state_dir: Path, run_id: str) -> bool:
 
 # ==== 10. Start and shutdown ======================================================================
 
+RUN_LOCK_TRIES, RUN_LOCK_PAUSE_S = 20, 0.05
 
-class RunLock:
-    """The flock that makes sure of one run per work tree; a context manager."""
 
-    def __init__(self, path: Path, owner: str) -> None:
-        self.path = path
-        self.owner = owner  # a run id, or what else holds it
-        self._handle = -1
+@contextmanager
+def flocked(path: Path, owner: str) -> Iterator[None]:
+    """Hold a lock that names its owner; RunActive if somebody else keeps it for over a second."""
+    import fcntl
 
-    def __enter__(self) -> RunLock:
-        """Take the lock, or raise RunActive naming who has it."""
-        import fcntl
-
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(handle)
-            raise RunActive(
-                f"another run is at work here ({self.holder() or 'it has just ended'}). Wait for"
-                f" it, or ask it to stop with `{program_name()} stop`."
-            ) from None
-        since = utc_now().isoformat(timespec="seconds")
-        os.ftruncate(handle, 0)
-        os.pwrite(handle, f"{self.owner}, pid {os.getpid()}, since {since}\n".encode(), 0)
-        self._handle = handle
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        os.close(self._handle)
-
-    def holder(self) -> str:
-        """Owner, pid and time, as whoever holds the lock says; "": nobody does."""
-        import fcntl
-
-        with suppress(FileNotFoundError), self.path.open(errors="replace") as file:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "r+", errors="replace") as file:
+        for tries_left in reversed(range(RUN_LOCK_TRIES)):  # a command has it for a moment
             try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
             except BlockingIOError:
-                return file.read().strip() or "a run that has only just begun"
-        return ""
+                if not tries_left:
+                    raise RunActive(
+                        f"another run is at work here ({file.read() or 'it has just begun'}). Wait"
+                        f" for it, or ask it to stop with `{program_name()} stop`."
+                    ) from None
+                time.sleep(RUN_LOCK_PAUSE_S)
+        since = utc_now().isoformat(timespec="seconds")
+        file.truncate(0)
+        file.write(f"{owner}, pid {os.getpid()}, since {since}")
+        file.flush()
+        yield
 
 
 # What vim, Emacs and their like keep beside a file that is open in them.
@@ -5544,25 +5509,32 @@ class Workspace(NamedTuple):
     config: Config
     store: Store
 
-    def is_ours(self, path: str) -> bool:
-        """Whether a path (from the top) is no part of anybody's work.
+    def somebodys(self, paths: Iterable[str]) -> set[str]:
+        """Those of the paths (from the top) that are a part of somebody's work.
 
-        State that the orchestrator writes itself, here and in other projects of the work tree, an
-        editor's own files, and the file that the output of this process goes to.
+        Not so: state that the orchestrator writes itself, here and in other projects of the work
+        tree, an editor's own files, and the files that our output goes to.
         """
-        own = [self.repo.relative(one) for one in (self.store.path, self.store.temporary)]
-        own += [prefix + BACKLOG_NAME for prefix in self.repo.neighbours]
+        own = {self.repo.relative(one) for one in (self.store.path, self.store.temporary)}
+        own |= {prefix + BACKLOG_NAME for prefix in self.repo.neighbours}
         places = (self.repo.prefix, *self.repo.neighbours)
-        folders = (f"{place}{name}/" for place in places for name in (WORKLOG_DIR, WORK_DIR))
-        if path in own or path.startswith(tuple(folders)):
-            return True
-        if EDITORS_FILE.fullmatch(path):
-            return not self.repo.is_tracked(path)
-        with suppress(OSError):
-            found = (self.repo.top / path).lstat()
-            own_output = any(os.path.samestat(found, os.fstat(fd)) for fd in (1, 2))
-            return own_output or f"{self._stamps(path)[1]} {path}" in self._stray_lines()
-        return False
+        folders = tuple(f"{place}{name}/" for place in places for name in (WORKLOG_DIR, WORK_DIR))
+        noted = {*self._stray_lines()}
+        for fd in (1, 2):
+            with suppress(OSError):
+                noted.add(_same_file(os.fstat(fd)))
+
+        def nobodys(path: str) -> bool:
+            if path in own or path.startswith(folders):
+                return True
+            if EDITORS_FILE.fullmatch(path):
+                return not self.repo.is_tracked(path)
+            with suppress(OSError):
+                same = _same_file((self.repo.top / path).lstat())
+                return same in noted or f"{same} {path}" in noted
+            return False
+
+        return {path for path in paths if not nobodys(path)}
 
     def strays(self) -> dict[str, str]:
         """What phases left beside their outputs, by path; what is gone or edited since is not."""
@@ -5577,16 +5549,18 @@ class Workspace(NamedTuple):
 
     def add_output(self) -> None:
         """Remember the files that our output goes to, also through `| tee`, for the runs that write
-        elsewhere: those that our process group has open for writing (Linux)."""
-        for process in processes().values() if ON_LINUX else ():
-            folder = Path(f"/proc/{process.pid}")
-            for fd in folder.glob("fd/*") if process.group == os.getpgrp() else ():
-                with suppress(OSError, ValueError):  # it has ended, or is somebody else's
-                    path, info = Path(os.readlink(fd)), folder / "fdinfo" / fd.name
-                    flags = int(re.findall(r"flags:\s*(\d+)", info.read_text())[0], 8)
+        elsewhere: what we, and whoever reads what we write, have open for writing (Linux)."""
+        pipes = set[str]()  # a pipeline is started from left to right
+        for pid in [os.getpid(), *sorted(processes())] if ON_LINUX else ():
+            folder, source = Path(f"/proc/{pid}/fd"), ""
+            with suppress(OSError):  # it has ended, or is somebody else's
+                source = os.readlink(folder / "0")
+            for fd in folder.glob("*") if source in pipes or pid == os.getpid() else ():
+                with suppress(OSError):
+                    path = fd.readlink() if fd.lstat().st_mode & stat.S_IWUSR else Path()
+                    pipes |= {str(path)} if path.name.startswith("pipe:") else set()
                     inside = path.is_relative_to(self.repo.top)
-                    inside &= not path.is_relative_to(self.repo.git_dir)
-                    if flags & os.O_ACCMODE and inside and path.is_file():
+                    if inside and not path.is_relative_to(self.repo.git_dir) and path.is_file():
                         name = self.repo.relative(path)
                         self.add_strays([] if self.repo.is_tracked(name) else [name], growing=True)
 
@@ -5604,8 +5578,7 @@ class Workspace(NamedTuple):
         except OSError:
             return "", ""
         state = f"{found.st_mtime_ns}-{found.st_size}"
-        same = f"inode-{found.st_ino}"
-        return "folder" if stat.S_ISDIR(found.st_mode) else state, same
+        return "folder" if stat.S_ISDIR(found.st_mode) else state, _same_file(found)
 
     def entries_since(self, before: bytes | None) -> list[MessageEntry]:
         """What a state commit says of each item that has changed since a version of the file."""
@@ -5615,12 +5588,27 @@ class Workspace(NamedTuple):
             return []
         return state_entries(old, self.store.state.items) if old else []
 
-    def run_lock(self, owner: str = "a command") -> RunLock:
-        return RunLock(self.repo.state_dir / "run.lock", owner)
+    @property
+    def lock_path(self) -> Path:
+        return self.repo.state_dir / "run.lock"
+
+    @contextmanager
+    def run_lock(self, run_id: str = "") -> Iterator[None]:
+        """Be the only one who works on the project, and a run: the only one in the work tree."""
+        tree, where = self.repo.git_dir / "orchestrator/tree.lock", self.repo.root
+        with ExitStack() as held:
+            held.enter_context(flocked(self.lock_path, f"run {run_id}" if run_id else "a command"))
+            if run_id:
+                held.enter_context(flocked(tree, f"run {run_id} in {where}"))
+            yield
 
     def journal(self) -> Journal | None:
         """What an active run, or one that left something unfinished, has noted."""
         return Journal.read(self.store.journal_path, self.store.path.name)
+
+
+def _same_file(found: os.stat_result) -> str:
+    return f"file-{found.st_dev}-{found.st_ino}"
 
 
 def open_workspace(root: Path, config_path: Path | None) -> Workspace:
@@ -5691,7 +5679,7 @@ def utc_now() -> datetime:
 
 
 def new_run_id() -> str:
-    return f"{utc_now():%Y%m%dT%H%M%S}-{secrets.token_hex(3)}"
+    return f"{utc_now():%Y%m%dT%H%M%S}-{os.urandom(3).hex()}"
 
 
 def begin_run(space: Workspace, run_id: str, check: Check, *, allow_dirty: bool) -> Ledger:
@@ -5810,18 +5798,14 @@ def _dirty_problems(space: Workspace) -> list[Problem]:
     known = {prefix + CONFIG_NAME, *space.strays()}
     with suppress(GitError):  # this program itself, if it was copied here
         known.add(space.repo.relative(Path(__file__).absolute()))
-    dirty = [
-        path
-        for path in space.repo.dirty_paths()
-        if path.startswith(prefix)
-        and not (path.rstrip("/") in known or path.startswith(folders) or space.is_ours(path))
-    ]
-    left = _left_by_a_run(space, dirty)
-    dirty = [path for path in dirty if path not in left]
+    dirty = space.somebodys(path for path in space.repo.dirty_paths() if path.startswith(prefix))
+    dirty = {p for p in dirty if not (p.rstrip("/") in known or p.startswith(folders))}
+    dirty -= _left_by_a_run(space, dirty)
     if not dirty:
         return []
-    shown = ", ".join(dirty[:5]) + (f" and {len(dirty) - 5} more" if len(dirty) > 5 else "")
-    paths = " ".join(shlex.quote(f":/{path}") for path in dirty)
+    names = sorted(dirty)
+    shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    paths = " ".join(shlex.quote(f":/{path}") for path in names)
     return [
         Problem(
             f"the work tree has uncommitted changes: {one_line(shown, 300)}",
@@ -5900,7 +5884,7 @@ def cmd_run(args: argparse.Namespace) -> int:
             options = options._replace(overridden=items[0]["id"])
     run_id = new_run_id()
     import_asyncio()
-    with space.run_lock(f"run {run_id}"):
+    with space.run_lock(run_id):
         become_subreaper()
         live = LiveLine(sys.stderr.isatty() and not args.quiet)
         set_up_logging(args, live)
@@ -6138,10 +6122,22 @@ def item_costs(space: Workspace) -> dict[str, Usage]:
     return costs
 
 
+def lock_holder(space: Workspace) -> str:
+    """What the holder of the run lock says of itself; "": nobody holds it. Changes nothing."""
+    import fcntl
+
+    with suppress(FileNotFoundError), space.lock_path.open(errors="replace") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return file.read() or "a run that has only just begun"
+    return ""
+
+
 def run_facts(space: Workspace) -> dict[str, Any]:
     """The run at work and what its agents do, or else what the last one left for the next start to
     finish; see `json_form`."""
-    holder, journal = space.run_lock().holder(), space.journal()
+    holder, journal = lock_holder(space), space.journal()
     attempts = list(journal.attempts.values()) if journal else []
     remarks = [
         f"{agent} rests until {_local_text(one['until'])}: {one['reason']}"
@@ -6278,9 +6274,7 @@ def cmd_logs(args: argparse.Namespace) -> int:
     files, said = dict[Path, tuple[OutputFile, AgentReport, str]](), ""
     width = output_width(sys.stdout)
     while True:
-        active = bool(
-            args.follow and space.run_lock().holder()
-        )  # asked first, so that nothing is missed
+        active = bool(args.follow and lock_holder(space))  # asked first, so that nothing is missed
         found = [path for path in folder.glob(pattern) if path.stat().st_size]
         for path in sorted(found, key=lambda path: path.stat().st_mtime):
             if path not in files:
@@ -6567,7 +6561,7 @@ def cmd_verify(args: argparse.Namespace) -> int:
 def cmd_stop(args: argparse.Namespace) -> int:
     """Ask the active run, by a file naming it, to end when its phases in flight are through."""
     space = open_workspace(args.root, args.config)
-    holder = space.run_lock().holder()
+    holder = lock_holder(space)
     if not holder:
         print("No run is active.")
     elif found := re.match(r"run ([^,]+),", holder):

@@ -179,7 +179,7 @@ def run_by(clock: Clock, project: Any, monkeypatch: pytest.MonkeyPatch) -> orche
 
     orchestrator.import_asyncio()
     run = orchestrator.Run(space, orchestrator.RunOptions(cap=10), orchestrator.LiveLine(enabled=False), "test", begin)
-    with space.run_lock("run test"):
+    with space.run_lock("test"):
         asyncio.run(run.conduct())
     return run
 
@@ -347,6 +347,16 @@ def test_a_failure_before_the_interruption_still_counts_and_is_told_with_what_al
     assert month.read_text() == project.git("show", f"HEAD:_worklog/{month.name}")
     status = json.loads(project.run("status", "--json").stdout)
     assert status["items"][0]["cost_usd"] == 1.0
+
+
+def test_a_stop_between_two_attempts_counts_the_cost_of_the_first_once(project: Any, claude: Claude) -> None:
+    merge = f"git -C {project.root} rev-parse HEAD > {project.root}/.git/MERGE_HEAD"  # so that the journal stays
+    stop = f"{sys.executable} {project.program} --root {project.root} stop"
+    claude.script(FAKE_CLAUDE.replace("exit 1", f"{merge}; {stop}; exit 1"))
+    claude.refuse([WORKED, end("I gave up", total_cost_usd=0.25)])
+    project.run("run")
+    (item,) = json.loads(project.run("status", "--json").stdout)["items"]
+    assert (claude.asked, item["attempts"], item["cost_usd"]) == (["WRK-001 plan 1"], 1, 0.25)
 
 
 @pytest.mark.slow
