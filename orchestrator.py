@@ -1763,6 +1763,11 @@ SUBPHASE = """\
   your summary.
 """
 # What the result file may hold besides what it is about. A text that is still `<…>` is dropped.
+FOLLOW_UP = {
+    "title": "<one line>",
+    "context": "<why, and where in the code: enough to act on it months later>",
+    **{f"suggested_{key}": f"<{', '.join(RATING_WORDS[key])}>" for key in ("size", "risk")},
+}
 SKELETON: dict[str, object] = {
     "result": "phase_complete",
     "summary": "<2 to 5 sentences for the next phase: what you did, decided and would watch>",
@@ -1770,16 +1775,9 @@ SKELETON: dict[str, object] = {
     "block_type": "<blocked: clarification or decision; else leave out>",
     "updated_assessments": {key: f"<{', '.join(words)}>" for key, words in RATING_WORDS.items()},
     "commit_summary": "<under 72 characters, in the imperative, about the content>",
-    "follow_ups": [
-        {
-            "title": "<one line>",
-            "context": "<why, and where in the code: enough to act on it months later>",
-            "suggested_size": "<small, medium, large>",
-            "suggested_risk": "<low, medium, high>",
-        }
-    ],
+    "follow_ups": [FOLLOW_UP],
 }
-TRIAGE_SKELETON = {
+TRIAGE_SKELETON: dict[str, object] = {
     "pipeline_type": "<one of the available types>",
     "duplicates": [],
     "requires_human_review": False,
@@ -1807,20 +1805,13 @@ def build_prompt(
     Whatever people, agents or tools wrote appears quoted, so that it cannot pass for a section."""
     triage, pipeline = task.pool == TRIAGE, pipeline_of(config, item)
     needs, folder = ", ".join(item.get("dependencies") or ()), str(change_dir)
-    facts = {
-        "ID": item["id"],
-        "Title": item["title"],
-        "Tags": ", ".join(item.get("tags") or ()),
-        "Depends on": needs and f"{needs} (done)",
-        "Origin": item.get("origin"),
-    }
+    facts = {"ID": item["id"], "Title": item["title"], "Tags": ", ".join(item.get("tags") or ())}
+    facts |= {"Depends on": needs and f"{needs} (done)", "Origin": item.get("origin") or ""}
     limit = human_duration(phase_timeout_s(config, task.phase))
-    position = {
-        "Pipeline": f"{pipeline.name}: {_phases(pipeline)}" if pipeline and not triage else "",
-        "Phase": phase_position(pipeline, task),
-        "Attempt": f"{attempt} of {attempts}",
-        "Time limit": f"{limit}; then the attempt is ended and counts as failed",
-    }
+    line = f"{pipeline.name}: {_phases(pipeline)}" if pipeline and not triage else ""
+    position = {"Pipeline": line, "Phase": phase_position(pipeline, task)}
+    position["Attempt"] = f"{attempt} of {attempts}"
+    position["Time limit"] = f"{limit}; then the attempt is ended and counts as failed"
     described = (item.get("description") or {}).get
     texts = {label: described(key, "").strip() for key, label in DESCRIPTION_LABELS.items()}
     rated = {key.capitalize(): cast(Any, item).get(key) for key in RATING_WORDS}
@@ -5972,36 +5963,24 @@ def summary_of(space: Workspace, run: Run, code: int) -> dict[str, Any]:
         only = run.matched if options.filters else None
         detail = detail or what_waits(run.backlog, space.config, only, options.targets)
     waiting = (f"{text}; it waits" for text in space.store.state.complaints())
-    return {
-        "schema": 1,
-        "run_id": run.run_id,
-        "halt_reason": run.reason and str(run.reason),
-        "halt": halt_line(run.reason, detail, options.only_triage),
-        "detail": detail,
-        "exit_code": code,
-        "phases": totals.phases,
-        "cap": options.cap,
-        "seconds": round(time.monotonic() - totals.began, 3),
-        "completed": completed,
-        "blocked": [
-            {"id": id, "title": titles.get(id, ""), "reason": why}
-            for id, why in totals.blocked.items()
-        ],
-        "needs_you": needs_you(items, totals.blocked, program_name()),
-        "follow_ups": totals.follow_ups,
-        **usage_json(reduce(Usage.plus, totals.spent.values(), NOTHING_SPENT)),
-        "spent": [
-            {"item": item_id, "phase": phase, **usage_json(usage)}
-            for (item_id, phase), usage in totals.spent.items()
-        ],
-        "filters": [str(one) for one in options.filters],
-        "targets": list(options.targets),
-        "state_commit": done.commit if done and done.outcome == "committed" else None,
-        "kept": [row for row in kept if (row["item"], row["phase"]) not in ended],
-        "warnings": [*run.warnings(), *run.book.remarks, *waiting],
-        "counts": count_by_status(items.values()),
-        "next": next_steps(run.reason, items, options.targets, program_name(), detail),
-    }
+    reasons = totals.blocked.items()
+    blocked = [{"id": id, "title": titles.get(id, ""), "reason": why} for id, why in reasons]
+    spent = reduce(Usage.plus, totals.spent.values(), NOTHING_SPENT)
+    spent_on = [(*on, usage) for on, usage in totals.spent.items()]
+    told = {"schema": 1, "run_id": run.run_id, "halt_reason": run.reason and str(run.reason)}
+    told |= {"halt": halt_line(run.reason, detail, options.only_triage), "detail": detail}
+    told |= {"exit_code": code, "phases": totals.phases, "cap": options.cap}
+    told |= {"seconds": round(time.monotonic() - totals.began, 3), **usage_json(spent)}
+    told |= {"completed": completed, "blocked": blocked, "follow_ups": totals.follow_ups}
+    told["needs_you"] = needs_you(items, totals.blocked, program_name())
+    told["spent"] = [{"item": id, "phase": name, **usage_json(one)} for id, name, one in spent_on]
+    told |= {"filters": [str(one) for one in options.filters], "targets": list(options.targets)}
+    told["state_commit"] = done.commit if done and done.outcome == "committed" else None
+    told["kept"] = [row for row in kept if (row["item"], row["phase"]) not in ended]
+    told["warnings"] = [*run.warnings(), *run.book.remarks, *waiting]
+    told["counts"] = count_by_status(items.values())
+    told["next"] = next_steps(run.reason, items, options.targets, program_name(), detail)
+    return told
 
 
 def _notify(config: Config, told: Row) -> None:
@@ -6335,7 +6314,7 @@ class Changed(NamedTuple):
 
 
 def cmd_change(args: argparse.Namespace) -> int:
-    """`add` and whatever changes an item or takes it out: one edit, one save; see CHANGES."""
+    """`add` and whatever changes an item or takes it out: one edit, one save."""
     space, now, command = open_workspace(args.root, args.config), utc_now(), args.command
     backlog = space.store.look()
     if command != "add":
@@ -6347,7 +6326,7 @@ def cmd_change(args: argparse.Namespace) -> int:
                 f"{args.id}: its phase {one['phase']} is running just now. Wait for it, or ask the"
                 f" run to halt when it is through: {program_name()} stop"
             )
-    change = partial(CHANGES[command], args, space.config, now)
+    change = partial(change_item, args, space.config, now)
     change(Draft(backlog))  # what is refused is refused before anything is touched
     done = space.store.change(change)
     if done.worklog:
@@ -6380,20 +6359,13 @@ def cmd_change(args: argparse.Namespace) -> int:
     return EXIT_OK
 
 
-def _add(args: argparse.Namespace, config: Config, now: datetime, draft: Draft) -> Changed:
-    values, notes = item_values(args, config, draft.backlog())
-    title = str(values.pop("title"))
-    item_id = draft.add(config.prefix, title, now, **values)["id"]
-    return Changed(item_id, f": {title}", title, notes)
-
-
 # The options of `add` and `edit`, which `edit --clear` takes, too; by name, the item's key.
 ITEM_OPTIONS = {row.option: key for key, row in ITEM_TABLE.items() if row.option}
 
 
 def item_values(
     args: argparse.Namespace, config: Config, backlog: Backlog
-) -> tuple[dict[str, object], list[str]]:
+) -> tuple[dict[str, Any], list[str]]:
     """The keys of an item that the options of `add` and `edit` give, and what to say about them."""
     pipeline, needs, notes = args.pipeline_type, [], []
     if pipeline is not None and pipeline not in config.pipelines:
@@ -6413,60 +6385,50 @@ def item_values(
     return {key: value for key, value in values.items() if value not in (None, [])}, notes
 
 
-def _edit(args: argparse.Namespace, config: Config, now: datetime, draft: Draft) -> Changed:
-    values, notes = item_values(args, config, draft.backlog())
-    values |= {ITEM_OPTIONS[name]: None for name in args.clear}
-    if not values and not notes:
-        raise UsageError(f"nothing to change; see {program_name()} edit --help")
-    if values.get("description"):  # the option gives one of its texts, the others stay
-        known = draft.item(args.id).get("description") or {}
-        values["description"] = {**known, "context": args.description.strip()}
-    draft.update(args.id, now, **values)
-    for cycle in dependency_cycles(draft.items) if values.get("dependencies") else ():
-        if args.id in cycle:
-            raise UsageError(f"--depends-on: {' → '.join(cycle)} could never start")
-    keys = ", ".join(values)
-    return Changed(args.id, f": {keys}", keys, notes)
-
-
-def _advance(args: argparse.Namespace, config: Config, now: datetime, draft: Draft) -> Changed:
-    item = draft.item(args.id)
-    before, pipeline = item.get("phase"), pipeline_of(config, item)
-    if pipeline is None:
-        raise OrchestratorError(f"{args.id}: pipeline {pipeline_name(item)} is not in the config")
-    names = [phase.name for phase in pipeline.phases]
-    phase = advance(draft, args.id, names, args.to, now).get("phase")
-    what = f" from {before} to {phase}" if before else f" to {phase}"
-    return Changed(args.id, what, what.strip())
-
-
-def _unblock(args: argparse.Namespace, config: Config, now: datetime, draft: Draft) -> Changed:
-    item = unblock(draft, args.id, now, notes=args.notes, override=args.override_guardrails)
-    notes = []
-    if item["status"] != "new" and (why := guardrail_objection(item, rules_of(config).limits)):
-        how = f"{program_name()} unblock {args.id} --override-guardrails"
-        notes.append(f"But the next run blocks it again: {why}. Then: {how}")
-    return Changed(args.id, f": {item['status']} again", one_line(args.notes or ""), notes)
-
-
-def _take_out(args: argparse.Namespace, config: Config, now: datetime, draft: Draft) -> Changed:
-    """`complete` and `close`: out of the backlog, into the worklog, and whoever waited is told."""
-    close, why = args.command == "close", one_line(args.why or "", 1000)
+def change_item(args: argparse.Namespace, config: Config, now: datetime, draft: Draft) -> Changed:
+    """Do to an item of the draft what a command says."""
+    command, id = args.command, "" if args.command == "add" else args.id
+    if command == "add":
+        values, notes = item_values(args, config, draft.backlog())
+        title = values.pop("title")
+        id = draft.add(config.prefix, title, now, **values)["id"]
+        return Changed(id, f": {title}", title, notes)
+    if command == "edit":
+        values, notes = item_values(args, config, draft.backlog())
+        values |= {ITEM_OPTIONS[name]: None for name in args.clear}
+        if not values and not notes:
+            raise UsageError(f"nothing to change; see {program_name()} edit --help")
+        if values.get("description"):  # the option gives one of its texts, the others stay
+            known = draft.item(id).get("description") or {}
+            values["description"] = {**known, "context": args.description.strip()}
+        draft.update(id, now, **values)
+        for cycle in dependency_cycles(draft.items) if values.get("dependencies") else ():
+            if id in cycle:
+                raise UsageError(f"--depends-on: {' → '.join(cycle)} could never start")
+        keys = ", ".join(values)
+        return Changed(id, f": {keys}", keys, notes)
+    if command == "advance":
+        item = draft.item(id)
+        before, pipeline = item.get("phase"), pipeline_of(config, item)
+        if pipeline is None:
+            raise OrchestratorError(f"{id}: pipeline {pipeline_name(item)} is not in the config")
+        phase = advance(draft, id, [one.name for one in pipeline.phases], args.to, now).get("phase")
+        what = f" from {before} to {phase}" if before else f" to {phase}"
+        return Changed(id, what, what.strip())
+    if command == "unblock":
+        item = unblock(draft, id, now, notes=args.notes, override=args.override_guardrails)
+        notes = []
+        if item["status"] != "new" and (why := guardrail_objection(item, rules_of(config).limits)):
+            how = f"{program_name()} unblock {id} --override-guardrails"
+            notes.append(f"But the next run blocks it again: {why}. Then: {how}")
+        return Changed(id, f": {item['status']} again", one_line(args.notes or ""), notes)
+    # complete, close: out of the backlog, into the worklog, and whoever waited is told
+    close, why = command == "close", one_line(args.why or "", 1000)
     if close and not why:
         raise UsageError("--reason is blank; say why the item is not wanted any more")
-    item, waited, worklog = take_out(draft, args.id, "Closed" if close else "Done", why, now)
+    item, waited, worklog = take_out(draft, id, "Closed" if close else "Done", why, now)
     notes = [f"No longer waiting for it: {', '.join(waited)}"] if waited else []
-    return Changed(args.id, f": {one_line(item['title'])}", why, notes, worklog)
-
-
-CHANGES: Mapping[str, Callable[[argparse.Namespace, Config, datetime, Draft], Changed]] = {
-    "add": _add,
-    "edit": _edit,
-    "advance": _advance,
-    "unblock": _unblock,
-    "complete": _take_out,
-    "close": _take_out,
-}
+    return Changed(id, f": {one_line(item['title'])}", why, notes, worklog)
 
 
 # ---- Commands around a run -----------------------------------------------------------------------
