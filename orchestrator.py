@@ -1269,11 +1269,6 @@ def human_duration(seconds: float) -> str:
     return f"{whole} s"
 
 
-def dollars(usd: float) -> str:
-    """`$12.50`, `$0.0123`."""
-    return f"${usd:.{2 if usd >= 1 else 4}f}"
-
-
 def minute(when: str) -> str:
     """A time (RFC 3339) on this machine's clock; as it is, if it is none."""
     try:
@@ -1299,7 +1294,7 @@ SHOWN: Mapping[str, Callable[[Any], str]] = {
     "turn": "{}.".format,
     "works": lambda works: "works" if works else "does not work",
     "seconds": human_duration,
-    "cost_usd": dollars,
+    "cost_usd": lambda usd: usage_text(Usage(usd)),
 }
 HEADINGS = {"pipeline_type": "PIPELINE", "priority": "PRIO", "cost_usd": "COST"}
 WIDEST = {"phase": 16, "pipeline_type": 16, "title": 40}
@@ -1600,7 +1595,7 @@ def state_entries(old: Items, new: Items) -> list[MessageEntry]:
 DOCUMENT_PHASES: Mapping[str, str] = {
     "": """\
 Do the work of the phase `{phase}` for this item, as its name says. It produces documents.
-what it calls for
+whatever sections it needs
 - Read what earlier phases wrote and build on it; do not repeat it.""",
     "research": """\
 Find out what the later phases need to know, so that they do not have to guess.
@@ -2373,7 +2368,7 @@ def usage_text(usage: Usage) -> str:
     with list prices."""
     parts = []
     if usage.cost_usd is not None:
-        parts.append(f"about {dollars(usage.cost_usd)}")
+        parts.append(f"about ${usage.cost_usd:.{2 if usage.cost_usd >= 1 else 4}f}")
     if usage.tokens:
         parts.append(f"{usage.input_tokens or 0:,} tokens in and {usage.output_tokens or 0:,} out")
     return ", ".join(parts)
@@ -7062,7 +7057,7 @@ ARGUMENTS: Mapping[str, Row] = {
 _LEVELS, _COLOURS = ("error", "warning", "info", "debug"), ("auto", "always", "never")
 GLOBAL_OPTIONS: Mapping[str, Row] = {
     "--root": _option("project folder (default: here)", default=Path(), type=Path, metavar="DIR"),
-    "--config": _option(f"(default: DIR/{CONFIG_NAME})", type=Path, metavar="FILE"),
+    "--config": _option(f"config (default: DIR/{CONFIG_NAME})", type=Path, metavar="FILE"),
     "--log-level": {"default": "info", "choices": _LEVELS},
     "--quiet": _flag("log only warnings and errors, and no summary of a run that went well"),
     "--color": _option("auto: on a terminal, without NO_COLOR", default="auto", choices=_COLOURS),
