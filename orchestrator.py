@@ -1272,12 +1272,12 @@ def human_duration(seconds: float) -> str:
 def minute(when: str) -> str:
     """A time (RFC 3339) on this machine's clock; as it is, if it is none."""
     try:
-        time = datetime.fromisoformat(when)
+        clock = datetime.fromisoformat(when)
     except ValueError:
         return when
     with suppress(ValueError):  # `TZ=UTC+25` is no zone
-        time = time.astimezone()
-    return f"{time:%Y-%m-%d %H:%M}"
+        clock = clock.astimezone()
+    return f"{clock:%Y-%m-%d %H:%M}"
 
 
 # How a table shows the values of some keys, what it calls them, and how wide a column but the last
