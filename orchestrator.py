@@ -3820,6 +3820,11 @@ class Attempt:
     def destructive(self) -> bool:
         return self.task.phase.destructive
 
+    def told(self, outcome: str, summary: str, kind: str = "docs") -> MessageEntry:
+        """What the commit of an outcome says."""
+        task = self.task
+        return MessageEntry(task.item_id, task.name, outcome, summary, self.token, kind)
+
     def line(self) -> dict[str, Any]:
         """What the journal holds of it, for a start after a crash."""
         return {
@@ -3844,35 +3849,23 @@ class Attempt:
 class Outcome(NamedTuple):
     """What a phase ended with, for the commit that it becomes (or becomes a part of)."""
 
-    token: str
+    told: MessageEntry  # what its commit says; if "complete", BACKLOG.yaml goes along
     parent: str | None  # HEAD as the attempt began: where a search for the token may stop
-    item: str
-    phase: str
-    outcome: str  # complete (BACKLOG.yaml goes along), blocked, failed or interrupted
-    summary: str
     entries: tuple[Entry, ...] = ()  # what the phase leaves, with the bytes it had when it ended
     worklog: str = ""  # text that belongs into the worklog, appended once
     was: Item | None = None  # the item as the phase began
-    kind: str = "docs"  # of its commit, see COMMIT_TYPES
     message: str = ""  # of its commit, as the repository's hooks left it; "": still to be made
-    verified: tuple[str, ...] = ()
-
-    @property
-    def label(self) -> str:
-        return f"[{self.item}][{self.phase}]"
-
-    @property
-    def told(self) -> MessageEntry:
-        told = self.item, self.phase, self.outcome, self.summary, self.token
-        return MessageEntry(*told, self.kind, self.verified)
 
     def line(self) -> dict[str, Any]:
-        return {**self._asdict(), "entries": [entry._asdict() for entry in self.entries]}
+        entries = [entry._asdict() for entry in self.entries]
+        told = {"token": self.told.token, "told": self.told._asdict()}
+        return {**self._asdict(), **told, "entries": entries}
 
     @classmethod
     def from_line(cls, line: Mapping[str, Any]) -> Outcome:
+        told = MessageEntry(**{**line["told"], "verified": tuple(line["told"]["verified"])})
         entries = tuple(Entry(**entry) for entry in line["entries"])
-        return cls(**{**line, "entries": entries, "verified": tuple(line.get("verified", ()))})
+        return cls(told, line["parent"], entries, line["worklog"], line["was"], line["message"])
 
 
 class Aftermath(NamedTuple):
@@ -3962,9 +3955,10 @@ class Ledger:
         def note(applied: Applied) -> dict[str, Any]:
             if not applied.worklog:
                 return {}
-            told = item_id, "promotion", "blocked", applied.reason
-            made = Outcome(os.urandom(8).hex(), self.journal.run["head"], *told)
-            return {"outcome": made._replace(worklog=applied.worklog).line()}
+            token = os.urandom(8).hex()
+            told = MessageEntry(item_id, "promotion", "blocked", applied.reason, token)
+            made = Outcome(told, self.journal.run["head"], worklog=applied.worklog)
+            return {"outcome": made.line()}
 
         applied = self.store.change(
             partial(promote, item_id=item_id, rules=self.rules, now=self.clock()), note
@@ -3975,36 +3969,23 @@ class Ledger:
     def decide(
         self,
         attempt: Attempt,
+        told: MessageEntry,
         entries: Iterable[Entry],
-        outcome: str,
-        summary: str,
         result: PhaseResult,
         message: str = "",
-        verified: tuple[str, ...] = (),
     ) -> Applied:
         """Decision and outcome of a phase: one line of the journal, then the file, the worklog."""
-        item_id, spent = attempt.task.item_id, self._spent(attempt)
+        spent = self._spent(attempt)
 
         def edit(draft: Draft) -> Applied:
             applied = apply_result(draft, attempt.item, result, self.rules, self.clock())
             return applied._replace(worklog=with_cost(applied.worklog, usage_text(spent)))
 
         def note(applied: Applied) -> dict[str, Any]:
-            made = Outcome(
-                attempt.token,
-                attempt.before.head.commit,
-                item_id,
-                attempt.task.name,
-                outcome,
-                summary,
-                tuple(entries),
-                applied.worklog,
-                attempt.item,
-                _commit_type(attempt, result),
-                message,
-                verified,
-            )
-            return {"ended": [attempt.token], "outcome": made.line(), "spent": {item_id: None}}
+            parent, worklog = attempt.before.head.commit, applied.worklog
+            made = Outcome(told, parent, tuple(entries), worklog, attempt.item, message)
+            ended = {"ended": [attempt.token], "outcome": made.line()}
+            return {**ended, "spent": {told.item_id: None}}
 
         applied = self.store.change(edit, note)
         self.write_worklog(applied.worklog)
@@ -4096,25 +4077,27 @@ class Ledger:
         Returns a text instead, and nothing is decided, where the attempt has failed after all, or
         is Held.
         """
-        seen, message, verified = self.compare(attempt), "", tuple[str, ...]()
-        outcome, summary = "complete", result.commit_summary or result.summary
+        seen, message = self.compare(attempt), ""
+        summary, kind = result.commit_summary or result.summary, _commit_type(attempt, result)
+        told = attempt.told("complete", summary, kind)
         if result.result == "blocked":
-            entries, summary = self._documents(attempt, seen), result.context or result.summary
-            summary = _with_salvage_note(summary, self._salvage(attempt, seen))
-            outcome, result = "blocked", result._replace(context=summary)
+            entries, why = self._documents(attempt, seen), result.context or result.summary
+            why = _with_salvage_note(why, self._salvage(attempt, seen))
+            told, result = attempt.told("blocked", why, kind), result._replace(context=why)
         else:
-            passed = self._pass(attempt, result, seen)
+            passed = self._pass(attempt, result, told, seen)
             if isinstance(passed, str):
                 return passed
-            seen, entries, message, verified = passed
+            seen, told, entries, message = passed
         self._keep_spoilt(attempt, seen)
-        if attempt.destructive and outcome == "complete":
+        complete = told.outcome == "complete"
+        if attempt.destructive and complete:
             self._name_unshared(attempt, seen)
             if attempt.only is None:
                 self.repo.restage(attempt.before, seen.after)
-        applied = self.decide(attempt, entries, outcome, summary, result, message, verified)
+        applied = self.decide(attempt, told, entries, result, message)
         batched = result.result == "phase_complete" and attempt.task.pool != TRIAGE
-        if outcome == "complete" and (attempt.destructive or not batched):
+        if complete and (attempt.destructive or not batched):
             self.commit()
         return applied
 
@@ -4138,7 +4121,8 @@ class Ledger:
         reason = _with_salvage_note(reason, self._salvage(attempt, seen))
         failed = result or PhaseResult(attempt.task.item_id, attempt.task.name, "failed", reason)
         failed = failed._replace(result="failed", context=reason)
-        return self.decide(attempt, entries, "failed", reason, failed)
+        told = attempt.told("failed", reason, _commit_type(attempt, failed))
+        return self.decide(attempt, told, entries, failed)
 
     def cancel(self, attempt: Attempt) -> str | None:
         """An attempt was interrupted: nothing is charged, nothing it left is lost.
@@ -4153,9 +4137,8 @@ class Ledger:
         line: dict[str, Any] = {"ended": [attempt.token], **self._costs(attempt)}
         documents, _ = self._outputs(attempt, seen)
         if documents:
-            task, parent = attempt.task, seen.after.head.commit
-            told = task.item_id, task.name, "interrupted", "its documents so far"
-            line["outcome"] = Outcome(attempt.token, parent, *told, tuple(documents)).line()
+            told = attempt.told("interrupted", "its documents so far")
+            line["outcome"] = Outcome(told, seen.after.head.commit, tuple(documents)).line()
         self.store.note(line)
         return ref
 
@@ -4307,20 +4290,20 @@ class Ledger:
             self.space.add_strays(alone)
 
     def _pass(
-        self, attempt: Attempt, result: PhaseResult, seen: Aftermath
-    ) -> tuple[Aftermath, list[Entry], str, tuple[str, ...]] | str:
+        self, attempt: Attempt, result: PhaseResult, told: MessageEntry, seen: Aftermath
+    ) -> tuple[Aftermath, MessageEntry, list[Entry], str] | str:
         """Hooks, then checks, and again while the work tree is not just what is to be committed: so
         the checks have passed on that. Or why the attempt has failed.
         """
         item = self.store.backlog.items.get(attempt.task.item_id, attempt.item)
         complete, apart = result.result == "phase_complete", list[str]()
         checks = checks_of(self.config, item, attempt.task.name) if complete else ()
-        verified = tuple(map(command_text, checks))
+        told = told._replace(verified=tuple(map(command_text, checks)))
         for _ in range(HOOK_ROUNDS):
             entries, message, hook = self._documents(attempt, seen), "", ""
             if attempt.destructive:
                 refusal = self._objection(attempt, result, seen)
-                judged = refusal or self._pass_hooks(attempt, result, seen, verified)
+                judged = refusal or self._pass_hooks(attempt, result, told, seen)
                 if isinstance(judged, str):
                     return judged
                 _, hook, _, entries, message = judged
@@ -4337,7 +4320,7 @@ class Ledger:
                 )
                 self.space.add_strays(apart)
             if not (apart and checks):
-                return seen, entries, message, verified
+                return seen, told, entries, message
         paths = one_line(", ".join(apart), 200)
         return (
             f"hooks and checks change what is to be committed, in {HOOK_ROUNDS} rounds each time:"
@@ -4359,15 +4342,12 @@ class Ledger:
         return sorted(apart - theirs)
 
     def _pass_hooks(
-        self, attempt: Attempt, result: PhaseResult, seen: Aftermath, verified: tuple[str, ...]
+        self, attempt: Attempt, result: PhaseResult, told: MessageEntry, seen: Aftermath
     ) -> HookResult | str:
         """Let the repository's hooks judge and mend the commit of a destructive phase.
 
         Returns what is to be committed, or why the attempt has failed or is Held.
         """
-        summary, kind = result.commit_summary or result.summary, _commit_type(attempt, result)
-        task, token = attempt.task, attempt.token
-        told = MessageEntry(task.item_id, task.name, "complete", summary, token, kind, verified)
         verdict = self.repo.run_hooks(
             [change.after for change in seen.changes],
             phase_message([told], self.run_id, self.config.commits.style),
@@ -4532,7 +4512,7 @@ class Ledger:
         early = patient and time.monotonic() < self.commit_again
         if not pending or self.store.trouble or early:
             return
-        names = ", ".join(outcome.label for outcome in pending)
+        names = ", ".join(outcome.told.tag for outcome in pending)
         entries = {entry.path: entry for outcome in pending for entry in outcome.entries}
         try:
             message = pending[0].message if len(pending) == 1 else ""
@@ -4546,7 +4526,7 @@ class Ledger:
                     return
                 message = passed.message
             files = {path: path.read_bytes() for path in recent_worklogs(self.worklog_dir)}
-            if any(outcome.outcome == "complete" for outcome in pending):
+            if any(outcome.told.outcome == "complete" for outcome in pending):
                 files[self.store.path] = self.store.state.document.to_bytes()
             entries |= {entry.path: entry for entry in self.repo.blobs(files)}
             commit = self.repo.commit(list(entries.values()), message, expect_branch=self.branch)
@@ -4562,7 +4542,7 @@ class Ledger:
         if commit:
             self.own_commits.append(commit)
             log().info("committed %s %s", commit[:10], message.split("\n")[0])
-        tokens = [outcome.token for outcome in pending]
+        tokens = [outcome.told.token for outcome in pending]
         self.store.note({"committed": tokens}, flush=False)  # a start finds it in history
 
     def commit_state(
@@ -4644,8 +4624,8 @@ class Ledger:
         if refused:
             raise refused[0]
         for outcome in self.pending:
-            if self.repo.mentions(outcome.token, outcome.parent):
-                self.store.note({"committed": [outcome.token]})
+            if self.repo.mentions(outcome.told.token, outcome.parent):
+                self.store.note({"committed": [outcome.told.token]})
             elif overtaken := self._overtaken(outcome):
                 self._take_back(outcome, overtaken)
             else:
@@ -4684,21 +4664,31 @@ class Ledger:
 
     def _take_back(self, outcome: Outcome, paths: Sequence[str]) -> None:
         """A phase whose files are somebody else's by now: kept on a ref, and to be run again."""
-        phase = Task(outcome.item, Phase(outcome.phase), "main")
+        item_id, had = outcome.told.item_id, dict[str, Item]()  # the items as they were beside it
+        phase = Task(item_id, Phase(outcome.told.phase), "main")
         ref, self.salvaged = self._salvage_refs(phase)[1], None
-        why = f"{outcome.label} Salvaged changes"
+        why = f"{outcome.told.tag} Salvaged changes"
         self.repo.salvage(ref, outcome.parent, outcome.entries, why)
         self.kept.append(ref)
 
-        def undo(draft: Draft) -> None:
-            if outcome.was is not None and outcome.outcome != "interrupted":
-                draft.put(outcome.was, self.clock())
+        for state in self.journal.states():
+            had = state.items if item_id in state.items else had
 
-        self.store.change(undo, lambda _: {"committed": [outcome.token]})
+        def undo(draft: Draft) -> None:
+            if outcome.was is None or outcome.told.outcome == "interrupted":
+                return
+            gone = item_id not in draft.items
+            draft.put(outcome.was, self.clock())
+            for other in draft.items.keys() & had.keys() if gone else ():
+                if item_id in had[other].get("dependencies", ()):
+                    needs = [*draft.items[other].get("dependencies", ()), item_id]
+                    draft.update(other, self.clock(), dependencies=needs)
+
+        self.store.change(undo, lambda _: {"committed": [outcome.told.token]})
         log().warning(
             "%s was finished, but not committed when its run ended, and %s was changed in git"
             " since. What the phase made is kept on %s; it is run again.",
-            *(outcome.label, one_line(", ".join(paths), 200), ref),
+            *(outcome.told.tag, one_line(", ".join(paths), 200), ref),
         )
 
 
@@ -4869,6 +4859,7 @@ class Run:
         self.signal: int | None = None  # the first that came
         self.stopping = asyncio.Event()  # end the agents now
         self.hurry = asyncio.Event()  # and without grace
+        space.repo.hurried = self.hurry.is_set
         self.halting = asyncio.Event()  # start nothing more
         self.running: dict[str, Running] = {}
         self.workers: set[asyncio.Task[None]] = set()
@@ -4965,7 +4956,7 @@ class Run:
         """Git trouble at the halt: what is not in history yet, and what becomes of it."""
         texts = []
         if self.ledger is not None and (pending := self.ledger.pending):
-            names = ", ".join(outcome.label for outcome in pending)
+            names = ", ".join(outcome.told.tag for outcome in pending)
             texts.append(f"not committed yet, but kept in the journal for the next run: {names}")
         if self.state_commit is not None and self.state_commit.warning:
             texts.append(self.state_commit.warning)
@@ -6136,7 +6127,8 @@ def run_facts(space: Workspace) -> dict[str, Any]:
     if journal is None:
         return {"active": None, "unfinished": None}
     cut_off = list[str]()
-    to_commit = [f"{one['item']} {one['phase']}" for one in journal.outcomes.values()]
+    outcomes = [one["told"] for one in journal.outcomes.values()]
+    to_commit = [f"{one['item_id']} {one['phase']}" for one in outcomes]
     for one in attempts:
         name = f"{one['item']} {one['phase']['name']}"
         (to_commit if "held" in one else cut_off).append(name)
