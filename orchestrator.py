@@ -2042,7 +2042,7 @@ def render_graph(backlog: Backlog, only: Container[str] | None = None) -> str:
 
 
 def render_item(known: Row, width: int) -> list[str]:
-    """Everything that a row of `status_rows` or `finished_rows` tells, for `show`: what an item is
+    """Everything that a row of `status_rows` or `finished` tells, for `show`: what an item is
     made of one by one, texts of several lines below."""
     apart = {"id", "title", "description", "unblock_context", *Usage._fields}
     spent = usage_text(Usage(*map(known.get, Usage._fields)))
@@ -6792,29 +6792,26 @@ def cmd_hook(args: argparse.Namespace) -> int:
 # The modules are put one behind the other in this order, so each may import from those before it.
 MODULE_ORDER = ("gitutil", "backlog", "orchestrator")
 
-# The file LICENSE; every copy has to carry it.
+# The text of the file LICENSE, in longer lines; every copy has to carry it.
 LICENCE_TEXT = """\
 MIT License
 
 Copyright (c) 2026 the orchestrator authors
 
-Permission is hereby granted, free of charge, to any person obtaining a copy
-of this software and associated documentation files (the "Software"), to deal
-in the Software without restriction, including without limitation the rights
-to use, copy, modify, merge, publish, distribute, sublicense, and/or sell
-copies of the Software, and to permit persons to whom the Software is
+Permission is hereby granted, free of charge, to any person obtaining a copy of this software and
+associated documentation files (the "Software"), to deal in the Software without restriction,
+including without limitation the rights to use, copy, modify, merge, publish, distribute,
+sublicense, and/or sell copies of the Software, and to permit persons to whom the Software is
 furnished to do so, subject to the following conditions:
 
-The above copyright notice and this permission notice shall be included in all
-copies or substantial portions of the Software.
+The above copyright notice and this permission notice shall be included in all copies or substantial
+portions of the Software.
 
-THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR
-IMPLIED, INCLUDING BUT NOT LIMITED TO THE WARRANTIES OF MERCHANTABILITY,
-FITNESS FOR A PARTICULAR PURPOSE AND NONINFRINGEMENT. IN NO EVENT SHALL THE
-AUTHORS OR COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER
-LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM,
-OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE
-SOFTWARE.
+THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING BUT
+NOT LIMITED TO THE WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND
+NONINFRINGEMENT. IN NO EVENT SHALL THE AUTHORS OR COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES
+OR OTHER LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM, OUT OF OR IN
+CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
 """
 
 SINGLE_FILE = rb"#!/usr/bin/env python3\n(?:# .*\n){2}# sha256 of all below: ([0-9a-f]{64})\n"
