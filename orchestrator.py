@@ -52,7 +52,16 @@ import stat
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    Callable,
+    Collection,
+    Container,
+    Generator,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta, tzinfo
@@ -879,13 +888,13 @@ def select_actions(
     only: Container[str] | None = None,
     target: str | None = None,
     resting: Collection[str] = (),
-    last: Collection[str] = (),
+    behind: Collection[str] = (),
 ) -> list[Action]:
     """What could be started now, best first: promotions, then tasks for the free slots.
 
     `only` and `target` limit which items may be acted on, and whose work in progress counts;
     dependencies are judged on the whole backlog. A target is not held back by max_wip and
-    max_concurrent. Tasks for the agents in `resting` are passed over. `last` are ids on which an
+    max_concurrent. Tasks for the agents in `resting` are passed over. `behind` are ids on which an
     agent could not work: others go first, for which one place more is made, so that it shows
     whether it is the agent's fault or the item's.
     """
@@ -901,7 +910,7 @@ def select_actions(
         and not ("dependencies" in item and unmet_dependencies(items, item))
     ]
     at_work = [item["id"] for item in scope if item["status"] == "in_progress"]
-    room = limits.max_wip - len(at_work) + any(item_id in last for item_id in at_work)
+    room = limits.max_wip - len(at_work) + any(item_id in behind for item_id in at_work)
     free = limits.max_concurrent - len(running)
     if target is not None:
         able, room, free = [item for item in able if item["id"] == target], 1, 1
@@ -910,8 +919,8 @@ def select_actions(
     ready = sorted((item for item in able if item["status"] == "ready"), key=_urgency)
     due: Iterable[Task] = _due(able, config)
     due = (task for task in due if agent_of(config, task.phase) not in resting)
-    if last:
-        due = sorted(due, key=lambda task: task.item_id in last)
+    if behind:
+        due = sorted(due, key=lambda task: task.item_id in behind)
     chosen: list[Action] = []
     for task in itertools.islice(due, free):
         if not task.phase.destructive:
@@ -983,7 +992,7 @@ def actions_for(
     *,
     completed: Container[str] = (),
     resting: Collection[str] = (),
-    last: Collection[str] = (),
+    behind: Collection[str] = (),
 ) -> list[Action]:
     """`select_actions` for what a run was asked to do.
 
@@ -1004,7 +1013,7 @@ def actions_for(
         if target is None:
             return []
     return select_actions(
-        backlog, running, config, only=only, target=target, resting=resting, last=last
+        backlog, running, config, only=only, target=target, resting=resting, behind=behind
     )
 
 
@@ -3700,7 +3709,8 @@ COMMIT_PAUSE_S = 30.0  # between tries of a phase commit that met trouble
 COMMIT_GIVE_UP_S = 300.0  # then a run that can do nothing else halts
 
 Clock = Callable[[], datetime]
-Check = Callable[["Attempt", Sequence[Sequence[str]]], str | None]
+Checks = Sequence[Sequence[str]]
+Check = Callable[["Attempt", Checks], str | None]
 
 
 # ---- Log and terminal ----------------------------------------------------------------------------
@@ -3880,6 +3890,10 @@ class Aftermath(NamedTuple):
         return sorted(change.after.path for change in self.changes)
 
 
+# Gives checks that are to be run, takes why they failed, ends with what became of the phase.
+Conclusion = Generator[Checks, str | None, "Applied | str"]
+
+
 class Held(str):
     """Why a phase that is finished cannot be committed now, which is not its doing: the journal
     keeps its result, and the next start tries again."""
@@ -3889,8 +3903,8 @@ class Ledger:
     """Everything a run writes: decisions, worklog and commits. Synchronous, for one thread.
 
     The order at the end of a phase (compare, hooks, checks, decide, journal, save, worklog, commit)
-    makes every crash point one that `recover` can finish; `conclude` has it. `check` runs the
-    checks of an attempt to their end: see `run_verify`.
+    makes every crash point one that `recover` can finish; `conclude` has it. `check` runs
+    checks for `recover`.
     """
 
     def __init__(self, space: Workspace, run_id: str, clock: Clock, check: Check) -> None:
@@ -3899,7 +3913,7 @@ class Ledger:
         self.rules = rules_of(self.config)
         self.run_id = run_id
         self.clock = clock
-        self.branch = self.repo.branch()
+        self.branch: str | None = None  # the run's
         self.worklog_dir = self.repo.root / WORKLOG_DIR
         self.ground: Snapshot | None = None  # the last one that was taken while no agent worked
         self.committed: bytes | None = None  # what HEAD holds of the file after a state commit
@@ -3908,7 +3922,7 @@ class Ledger:
         self.commit_again = 0.0  # monotonic seconds; see `commit`
         self.commit_trouble = ""  # the last complaint of `commit`, so that it is made once
         self.troubled_since = 0.0  # monotonic seconds; 0: there is none
-        self.held = ""  # why a hook keeps documents from being committed
+        self.refused = ""  # why a hook keeps documents from being committed
         self.recovered: list[Applied] = []  # what a start has finished for the last run
         self.kept: list[str] = []  # the salvage refs made
         self.remarks: list[str] = []  # what the summary is to say of the operator's own files
@@ -4071,11 +4085,11 @@ class Ledger:
         line = {"token": attempt.token, "pid": pid, "since": since}
         self.store.note({"process": line}, flush=False)
 
-    def conclude(self, attempt: Attempt, result: PhaseResult) -> Applied | str:
+    def conclude(self, attempt: Attempt, result: PhaseResult) -> Conclusion:
         """After the agent: compare → hooks → checks → decide → journal → save → worklog → commit.
 
-        Returns a text instead, and nothing is decided, where the attempt has failed after all, or
-        is Held.
+        Ends with a text, and nothing is decided, where the attempt has failed after all, or is
+        Held. Others have the ledger while checks run: see `resume`.
         """
         seen, message = self.compare(attempt), ""
         summary, kind = result.commit_summary or result.summary, _commit_type(attempt, result)
@@ -4085,7 +4099,7 @@ class Ledger:
             why = _with_salvage_note(why, self._salvage(attempt, seen))
             told, result = attempt.told("blocked", why, kind), result._replace(context=why)
         else:
-            passed = self._pass(attempt, result, told, seen)
+            passed = yield from self._pass(attempt, result, told, seen)
             if isinstance(passed, str):
                 return passed
             seen, told, entries, message = passed
@@ -4291,12 +4305,12 @@ class Ledger:
 
     def _pass(
         self, attempt: Attempt, result: PhaseResult, told: MessageEntry, seen: Aftermath
-    ) -> tuple[Aftermath, MessageEntry, list[Entry], str] | str:
+    ) -> Generator[Checks, str | None, tuple[Aftermath, MessageEntry, list[Entry], str] | str]:
         """Hooks, then checks, and again while the work tree is not just what is to be committed: so
         the checks have passed on that. Or why the attempt has failed.
         """
         item = self.store.backlog.items.get(attempt.task.item_id, attempt.item)
-        complete, apart = result.result == "phase_complete", list[str]()
+        complete, unlike = result.result == "phase_complete", list[str]()
         checks = checks_of(self.config, item, attempt.task.name) if complete else ()
         told = told._replace(verified=tuple(map(command_text, checks)))
         for _ in range(HOOK_ROUNDS):
@@ -4307,27 +4321,27 @@ class Ledger:
                 if isinstance(judged, str):
                     return judged
                 _, hook, _, entries, message = judged
-            if checks and (trouble := self.check(attempt, checks)) is not None:
+            if checks and (trouble := (yield checks)) is not None:
                 cannot = isinstance(trouble, CannotRun)
                 return self._hold(attempt, result, trouble) if cannot else trouble
             if checks or hook:  # what they did to the work tree is the phase's, too
                 seen = self.compare(attempt)
-            apart = self._apart(attempt, seen, {*entries}) if checks or hook else []
-            if apart and not checks:  # as `git commit` would have it: mended, and not added
+            unlike = self._unlike(attempt, seen, {*entries}) if checks or hook else []
+            if unlike and not checks:  # as `git commit` would have it: mended, and not added
                 log().warning(
                     "%s the hooks changed files without adding them; not committed: %s",
-                    *(attempt.tag, one_line(", ".join(apart), 300)),
+                    *(attempt.tag, one_line(", ".join(unlike), 300)),
                 )
-                self.space.add_strays(apart)
-            if not (apart and checks):
+                self.space.add_strays(unlike)
+            if not (unlike and checks):
                 return seen, told, entries, message
-        paths = one_line(", ".join(apart), 200)
+        paths = one_line(", ".join(unlike), 200)
         return (
             f"hooks and checks change what is to be committed, in {HOOK_ROUNDS} rounds each time:"
             f" {paths}. Let git ignore what only a check makes"
         )
 
-    def _apart(self, attempt: Attempt, seen: Aftermath, entries: set[Entry]) -> list[str]:
+    def _unlike(self, attempt: Attempt, seen: Aftermath, entries: set[Entry]) -> list[str]:
         """The paths in which the work tree is not what is to be committed."""
         left = {*self._outputs(attempt, seen)[0]}
         if attempt.destructive:
@@ -4336,10 +4350,10 @@ class Ledger:
         alone = {*self.repo.unshared(left)}  # in no commit: a warning names them
         left = {entry for entry in left if entry.path not in alone}
         gone = entries - left - {change.after for change in seen.changes}
-        apart = {entry.path for entry in gone | (left - entries)} - self.space.strays().keys()
+        unlike = {entry.path for entry in gone | (left - entries)} - self.space.strays().keys()
         # The operator's, but for what was changed now: `_objection` sees to that.
         theirs = seen.theirs.keys() - {*seen.paths} | {self.repo.prefix + CONFIG_NAME}
-        return sorted(apart - theirs)
+        return sorted(unlike - theirs)
 
     def _pass_hooks(
         self, attempt: Attempt, result: PhaseResult, told: MessageEntry, seen: Aftermath
@@ -4400,9 +4414,11 @@ class Ledger:
         gone = [c for c in self._changes(kept.tree, now.tree) if was.get(c.after.path) == c.after]
         self.repo.restore(kept, gone)  # set aside meanwhile, by a stash or a checkout
         follow_ups = tuple(FollowUp(*one) for one in held["result"]["follow_ups"])
-        verdict = self.conclude(
-            attempt, PhaseResult(**{**held["result"], "follow_ups": follow_ups})
-        )
+        result = PhaseResult(**{**held["result"], "follow_ups": follow_ups})
+        steps = self.conclude(attempt, result)
+        checks, verdict = resume(steps)
+        while checks is not None:
+            checks, verdict = resume(steps, self.check(attempt, checks))
         if isinstance(verdict, Held):
             raise OrchestratorError(verdict)
         if isinstance(verdict, str):
@@ -4522,7 +4538,7 @@ class Ledger:
                 limit = self.config.execution.hook_timeout_seconds
                 passed = self.repo.run_hooks((), message, message_only=True, limit_s=limit)
                 if passed.outcome != "passed":
-                    self.held = f"{names}: {_hook_trouble(passed)}: {passed.output}"
+                    self.refused = f"{names}: {_hook_trouble(passed)}: {passed.output}"
                     return
                 message = passed.message
             files = {path: path.read_bytes() for path in recent_worklogs(self.worklog_dir)}
@@ -4633,7 +4649,7 @@ class Ledger:
         self.commit()
         if self.pending:
             raise OrchestratorError(
-                self.held
+                self.refused
                 or "finished phases of the last run could not be committed (see the warning above);"
                 " mend that, then start again: nothing is lost, the journal keeps them."
             )
@@ -4690,6 +4706,14 @@ class Ledger:
             " since. What the phase made is kept on %s; it is run again.",
             *(outcome.told.tag, one_line(", ".join(paths), 200), ref),
         )
+
+
+def resume(steps: Conclusion, trouble: str | None = None) -> tuple[Checks | None, Applied | str]:
+    """Go on to the next checks, or, without any, to the end; `trouble`: how the last ones went."""
+    try:
+        return steps.send(trouble), ""
+    except StopIteration as end:
+        return None, end.value
 
 
 def salvage_stem(item_id: str, phase: str) -> str:
@@ -4843,15 +4867,17 @@ class Run:
         options: RunOptions,
         live: LiveLine,
         run_id: str,
-        open_ledger: Callable[[Check], Ledger],
+        *,
+        allow_dirty: bool,
     ) -> None:
         self.space = space
         self.config = space.config
         self.options = options
         self.live = live
         self.run_id = run_id
-        self.open_ledger = open_ledger  # recovers, checks, opens the journal
-        self.ledger: Ledger | None = None  # None: the run has not begun
+        self.allow_dirty = allow_dirty
+        self.ledger = Ledger(space, run_id, utc_now, self._check_at_start)
+        self.begun = False  # from then on it ends with a halt commit
         self.totals = Totals()
         self.reason: HaltReason | None = None  # None: an error ended the run
         self.saved = False
@@ -4861,12 +4887,13 @@ class Run:
         self.hurry = asyncio.Event()  # and without grace
         space.repo.hurried = self.hurry.is_set
         self.halting = asyncio.Event()  # start nothing more
+        self.checking = asyncio.Lock()  # checks want the work tree, and ports, for themselves
         self.running: dict[str, Running] = {}
         self.workers: set[asyncio.Task[None]] = set()
         self.matched: set[str] = set()  # ids the filters ever matched
         self.failures: dict[str, str] = {}  # item → why the attempt before an interruption failed
         # (agent, item) that had a free end → whether the agent has done another item's work since
-        self.free: dict[tuple[str, str], bool] = {}
+        self.suspects: dict[tuple[str, str], bool] = {}
         self.breaker = ""  # why the agent itself cannot work
         self.awake: set[str] = set()  # agents that have begun to work in this run
         self.ticker: asyncio.Task[None] | None = None
@@ -4882,7 +4909,8 @@ class Run:
             loop.add_signal_handler(number, self._on_signal, number)
         self.coordinator.start()
         try:
-            self.ledger = await self.do(self.open_ledger, self._check)
+            await self.do(begin_run, self.ledger, allow_dirty=self.allow_dirty)
+            self.begun = True
             for applied in self.ledger.recovered:
                 self._count(applied)
             await self.do(self.ledger.take_up, self.options.overridden)
@@ -4901,7 +4929,7 @@ class Run:
         if self.stopping.is_set():
             log().warning("ending the agents at once")
             self.hurry.set()
-            if self.ledger is None:  # a start that hangs: a third signal ends it
+            if not self.begun:  # a start that hangs: a third signal ends it
                 asyncio.get_running_loop().remove_signal_handler(number)
         else:
             log().warning(
@@ -4914,7 +4942,7 @@ class Run:
     async def _shut_down(self) -> None:
         """Agents, their results, the batch, the coordinator, and only then the halt commit."""
         ledger = self.ledger
-        if ledger is None:  # nothing was begun, so there is nothing to save
+        if not self.begun:  # so there is nothing to save
             await self.coordinator.close(lambda: False)
             return
         try:
@@ -4955,7 +4983,7 @@ class Run:
     def warnings(self) -> list[str]:
         """Git trouble at the halt: what is not in history yet, and what becomes of it."""
         texts = []
-        if self.ledger is not None and (pending := self.ledger.pending):
+        if self.begun and (pending := self.ledger.pending):
             names = ", ".join(outcome.told.tag for outcome in pending)
             texts.append(f"not committed yet, but kept in the journal for the next run: {names}")
         if self.state_commit is not None and self.state_commit.warning:
@@ -4972,24 +5000,18 @@ class Run:
     # -- one turn ----------------------------------------------------------------------------------
 
     @property
-    def book(self) -> Ledger:
-        if self.ledger is None:
-            raise RuntimeError("the run has not begun")
-        return self.ledger
-
-    @property
     def backlog(self) -> Backlog:
         """The state as last decided; immutable, so nobody has to wait for it."""
-        return self.book.store.backlog
+        return self.ledger.store.backlog
 
     async def _work(self) -> HaltReason:
         """Look, decide, start, wait, until there is a reason to halt."""
         self.ticker = asyncio.create_task(self._tick())
-        for agent, pause in self.book.pauses().items():
+        for agent, pause in self.ledger.pauses().items():
             if pause.until > self._now():
                 log().info("%s %s (%s)", agent, self._rest_text(pause), pause.reason)
         while True:
-            await self.do(self.book.take_in)
+            await self.do(self.ledger.take_in)
             self._look_for_stop()
             if self.options.filters:
                 self.matched |= matching(self.backlog, self.options.filters)
@@ -5001,10 +5023,10 @@ class Run:
                 offered = self._offered(resting)
             if not await self._start(offered):
                 await self._wait()
-            await self.do(self.book.commit, patient=True)
-            since, trouble = self.book.troubled_since, self.book.held
+            await self.do(self.ledger.commit, patient=True)
+            since, trouble = self.ledger.troubled_since, self.ledger.refused
             if since and not self.running and time.monotonic() - since >= COMMIT_GIVE_UP_S:
-                trouble = self.book.commit_trouble  # what waits for the commit never starts
+                trouble = self.ledger.commit_trouble  # what waits for the commit never starts
             if trouble and not self.breaker:
                 log().error("%s", trouble)
                 self.breaker = trouble
@@ -5032,7 +5054,7 @@ class Run:
             self.matched if self.options.filters else None,
             completed=self.totals.completed,
             resting=resting,
-            last={item_id for (_, item_id), others_work in self.free.items() if not others_work},
+            behind={item_id for (_, item_id), guilty in self.suspects.items() if not guilty},
         )
 
     def _running_tasks(self) -> dict[str, Task]:
@@ -5089,17 +5111,17 @@ class Run:
 
         A phase that changes code starts from committed ground: not while anything is pending.
         """
-        if self.book.store.trouble:
+        if self.ledger.store.trouble:
             return False
         promotions = [action.item_id for action in offered if isinstance(action, Promote)]
         for item_id in promotions:
-            applied = await self.do(self.book.promote, item_id)
+            applied = await self.do(self.ledger.promote, item_id)
             if applied.state == "blocked":
                 self._count(applied)
         for task in offered:
             if isinstance(task, Promote) or self.cap_reached():
                 continue
-            uncommitted = task.phase.destructive and bool(self.book.pending)
+            uncommitted = task.phase.destructive and bool(self.ledger.pending)
             rests = agent_of(self.config, task.phase) in self._resting()
             item = self.backlog.items.get(task.item_id)  # None: deleted by hand since the choice
             if item is None or uncommitted or rests:
@@ -5131,22 +5153,22 @@ class Run:
             self._count(applied)
 
     async def _attempts(self, task: Task) -> Applied | None:
-        """Run a phase until it succeeds or its attempts are used up; None: interrupted.
+        """Run a phase, and retry it, until it succeeds or no attempt is left; None: interrupted.
 
         One attempt: snapshot → agent → compare → hooks → checks → decide → journal → save → worklog
         → commit; what comes behind the agent is `Ledger.conclude`.
         """
-        book, most = self.book, self.config.execution.max_retries + 1
+        ledger, allowed = self.ledger, self.config.execution.max_retries + 1
         item = self.backlog.items.get(task.item_id)
         first = (item.get("attempts") or 0) + 1 if item else 1
         failure, salvaged = self.failures.pop(task.item_id, ""), None
         attempt: Attempt | None = None
-        for number in itertools.count(min(first, most)):
-            attempt = await self.do(book.begin_attempt, task, number, attempt)
+        for number in itertools.count(min(first, allowed)):
+            attempt = await self.do(ledger.begin_attempt, task, number, attempt)
             if attempt is None:
                 self._tell(task, "not started: the item was deleted or moved meanwhile")
                 return None
-            outcome = await self._run_agent(attempt, most, failure, salvaged)
+            outcome = await self._run_agent(attempt, allowed, failure, salvaged)
             if await self._interrupted(attempt, outcome):
                 self.failures[task.item_id] = failure
                 return None
@@ -5161,32 +5183,32 @@ class Run:
                 return verdict
             failure = verdict
             try:
-                if number >= most:
+                if number >= allowed:
                     self.totals.exhausted_in_a_row += 1
-                    reason = f"{task.name} failed after {plural(most, 'attempt')}: {failure}"
-                    return await self.do(book.give_up, attempt, reason, outcome.result)
-                salvaged = await self.do(book.fail, attempt)
+                    reason = f"{task.name} failed after {plural(allowed, 'attempt')}: {failure}"
+                    return await self.do(ledger.give_up, attempt, reason, outcome.result)
+                salvaged = await self.do(ledger.fail, attempt)
             finally:  # said once it is charged: nobody is told what a crash would take back
-                text = f"attempt {number} of {most} failed: {one_line(failure, 300)}"
+                text = f"attempt {number} of {allowed} failed: {one_line(failure, 300)}"
                 self._tell(task, text)
             if await self._put_off(task, retry_delay_s(self.config, number)):
                 self.failures[task.item_id] = failure
-                await self.do(book.cancel, attempt)
+                await self.do(ledger.cancel, attempt)
                 return None
         raise AssertionError("the last attempt returns")
 
     async def _run_agent(
-        self, attempt: Attempt, most: int, failure: str, salvaged: str | None
+        self, attempt: Attempt, allowed: int, failure: str, salvaged: str | None
     ) -> AgentOutcome:
         task, running = attempt.task, self.running[attempt.task.item_id]
-        prompt = await self.do(self._prompt, attempt, most, failure, salvaged)
+        prompt = await self.do(self._prompt, attempt, allowed, failure, salvaged)
         spec = self._spec(attempt)._replace(prompt=prompt, budget_usd=self._budget())
         outcome = await run_attempt(
             spec,
             stop=self.stopping,
             hurry=self.hurry,
             started=lambda pid, since: self.coordinator.post(
-                self.book.note_process, attempt, pid, since
+                self.ledger.note_process, attempt, pid, since
             ),
             progress=lambda seen: self._note_progress(running, seen),
         )
@@ -5206,15 +5228,15 @@ class Run:
         """
         task, agent = attempt.task, agent_of(self.config, attempt.task.phase)
         if outcome.kind == "cancelled":
-            await self.do(self.book.cancel, attempt)
+            await self.do(self.ledger.cancel, attempt)
             self._say(task, f"interrupted ({outcome.detail}); the next run starts it again")
         elif outcome.kind == "limited":
-            await self.do(self.book.cancel, attempt)
+            await self.do(self.ledger.cancel, attempt)
             await self._rest(task, outcome)
         elif await self._ended_free(attempt, outcome):
-            await self.do(self.book.cancel, attempt)
+            await self.do(self.ledger.cancel, attempt)
             self.totals.free_ends += 1
-            self.free.setdefault((agent, task.item_id), False)
+            self.suspects.setdefault((agent, task.item_id), False)
             if outcome.trouble == "refused":
                 self._trip(task, outcome.error)
             elif self.totals.free_ends >= FREE_ENDS:
@@ -5235,18 +5257,18 @@ class Run:
         """
         if outcome.kind != "failed" or outcome.trouble not in ("refused", "busy"):
             return False
-        if self.free.get((agent_of(self.config, attempt.task.phase), attempt.task.item_id)):
+        if self.suspects.get((agent_of(self.config, attempt.task.phase), attempt.task.item_id)):
             return False
-        return await self.do(self.book.left_nothing, attempt)
+        return await self.do(self.ledger.left_nothing, attempt)
 
     async def _has_worked(self, task: Task, outcome: AgentOutcome) -> None:
         """An agent rests no longer, and its free ends with other items were these items' fault."""
         agent = agent_of(self.config, task.phase)
-        self.free.pop((agent, task.item_id), None)
-        self.free.update({key: True for key in self.free if key[0] == agent})
-        pause = self.book.pauses().get(agent)
+        self.suspects.pop((agent, task.item_id), None)
+        self.suspects.update({key: True for key in self.suspects if key[0] == agent})
+        pause = self.ledger.pauses().get(agent)
         if pause is not None and self._now() - outcome.seconds >= pause.until:
-            await self.do(self.book.rest, agent, None)
+            await self.do(self.ledger.rest, agent, None)
             log().info("%s works again", agent)
 
     async def _judge(self, attempt: Attempt, outcome: AgentOutcome) -> Applied | str:
@@ -5256,7 +5278,10 @@ class Run:
             self._tell(attempt.task, warning)
         if result is None or result.result == "failed":
             return failure_text(outcome)
-        verdict = await self.do(self.book.conclude, attempt, result)
+        steps = self.ledger.conclude(attempt, result)
+        checks, verdict = await self.do(resume, steps)
+        while checks is not None:
+            checks, verdict = await self.do(resume, steps, await self._check(attempt, checks))
         if isinstance(verdict, Applied) and result.result != "blocked":
             self.totals.exhausted_in_a_row = 0
         return verdict
@@ -5266,19 +5291,23 @@ class Run:
         with suppress(TimeoutError):
             await asyncio.wait_for(self.halting.wait(), delay)
             return True
-        if agent_of(self.config, task.phase) not in self.book.pauses():
+        if agent_of(self.config, task.phase) not in self.ledger.pauses():
             return self._look_for_stop()
         self.totals.phases -= 1  # it goes on where it is now
         return True
 
-    def _check(self, attempt: Attempt, commands: Sequence[Sequence[str]]) -> str | None:
-        """For the coordinator's thread, which waits: run the checks of an attempt."""
-        if running := self.running.get(attempt.task.item_id):  # a start has none
-            running.seen = Progress(f"checks: {'; '.join(map(command_text, commands))}")
-        verdict = run_verify(self._spec(attempt), commands, stop=self.stopping, hurry=self.hurry)
-        return asyncio.run_coroutine_threadsafe(verdict, self.loop).result()
+    def _check_at_start(self, attempt: Attempt, checks: Checks) -> str | None:
+        """For the coordinator's thread, which waits: nothing else is to be done yet."""
+        return asyncio.run_coroutine_threadsafe(self._check(attempt, checks), self.loop).result()
 
-    def _prompt(self, attempt: Attempt, most: int, failure: str, salvaged: str | None) -> str:
+    async def _check(self, attempt: Attempt, checks: Checks) -> str | None:
+        if running := self.running.get(attempt.task.item_id):  # a start has none
+            running.seen = Progress(f"checks: {'; '.join(map(command_text, checks))}")
+        async with self.checking:
+            spec = self._spec(attempt)
+            return await run_verify(spec, checks, stop=self.stopping, hurry=self.hurry)
+
+    def _prompt(self, attempt: Attempt, allowed: int, failure: str, salvaged: str | None) -> str:
         task, root = attempt.task, self.space.repo.root
         change_dir = item_folder(root, attempt.item)
         return build_prompt(
@@ -5286,12 +5315,12 @@ class Run:
             task,
             self.config,
             attempt=attempt.number,
-            attempts=most,
+            attempts=allowed,
             result_path=attempt_file(root, "results", task, attempt.token),
             change_dir=change_dir,
-            previous_summary=last_summary(self.book.worklog(), task.item_id),
+            previous_summary=last_summary(self.ledger.worklog(), task.item_id),
             failure=failure,
-            salvage_ref=salvaged or self.book.last_salvage(task),
+            salvage_ref=salvaged or self.ledger.last_salvage(task),
             documents=documents_in(change_dir, root),
             backlog=self.backlog,
         )
@@ -5316,7 +5345,7 @@ class Run:
     # -- agents that rest --------------------------------------------------------------------------
 
     def _now(self) -> float:
-        return self.book.clock().timestamp()
+        return self.ledger.clock().timestamp()
 
     def _resting(self) -> set[str]:
         """The agents that may not be started just now.
@@ -5326,7 +5355,7 @@ class Run:
         """
         busy = {agent_of(self.config, one.task.phase) for one in self.running.values()} - {""}
         waking = {agent for agent in busy - self.awake if PROFILES[agent].starts_alone}
-        now, pauses = self._now(), self.book.pauses()
+        now, pauses = self._now(), self.ledger.pauses()
         return waking | {a for a, pause in pauses.items() if now < pause.until or a in busy}
 
     async def _rest(self, task: Task, outcome: AgentOutcome) -> None:
@@ -5350,7 +5379,7 @@ class Run:
 
         For the coordinator: two agents may meet a limit at once.
         """
-        before = self.book.pauses().get(agent)
+        before = self.ledger.pauses().get(agent)
         pause = pause_after(outcome, agent, before, self.config, self._now())
         if outcome.kind == "limited":
             goes_on = self.config.execution.on_usage_limit == "wait"
@@ -5358,7 +5387,7 @@ class Run:
         else:
             goes_on = pause.strikes < FREE_ENDS_IN_A_ROW
         if goes_on:
-            self.book.rest(agent, pause)
+            self.ledger.rest(agent, pause)
         return before, pause, goes_on
 
     def _rest_text(self, pause: AgentPause) -> str:
@@ -5416,7 +5445,7 @@ class Run:
         ]
         doing += [
             f"{pause.agent} rests, {human_duration(pause.until - self._now())} left"
-            for pause in self.book.pauses().values()
+            for pause in self.ledger.pauses().values()
             if pause.until > self._now()
         ]
         seen = [one.seen for one in self.running.values() if one.seen]
@@ -5659,14 +5688,15 @@ def new_run_id() -> str:
     return f"{utc_now():%Y%m%dT%H%M%S}-{os.urandom(3).hex()}"
 
 
-def begin_run(space: Workspace, run_id: str, check: Check, *, allow_dirty: bool) -> Ledger:
+def begin_run(ledger: Ledger, *, allow_dirty: bool) -> None:
     """Recover what the last run left, check everything, and open the journal of a new run.
 
-    The run lock is held by the caller. From here on the run ends with a halt commit.
-    Raises OrchestratorError with every problem at once.
+    The run lock is held by the caller. Raises OrchestratorError with every problem at once.
     """
+    space, run_id = ledger.space, ledger.run_id
     repo, store, last = space.repo, space.store, space.journal()
     head = repo.head()
+    ledger.branch = head.branch
     _refuse(_head_problems(space, head, last))
     if last is not None:
         pairs = [pair for line in last.attempts.values() for pair in line.get("processes", ())]
@@ -5675,7 +5705,6 @@ def begin_run(space: Workspace, run_id: str, check: Check, *, allow_dirty: bool)
     space.add_output()
     repo.bring_out(f"{repo.prefix}{WORKLOG_DIR}/")
     store.look()
-    ledger = Ledger(space, run_id, utc_now, check)
     if last is not None:
         repo.hook_env = {RUN_MARK: last.run["id"]}  # the one that the journal names
         ledger.recover()
@@ -5686,7 +5715,6 @@ def begin_run(space: Workspace, run_id: str, check: Check, *, allow_dirty: bool)
     run = {"id": run_id, "branch": head.branch, "head": head.commit}
     repo.hook_env = {RUN_MARK: run_id}
     store.begin(run, repo.committed(head.commit, repo.relative(store.path)))
-    return ledger
 
 
 def end_leftovers(run_id: str, known: Mapping[int, int] | None = None) -> None:
@@ -5865,14 +5893,13 @@ def cmd_run(args: argparse.Namespace) -> int:
         become_subreaper()
         live = LiveLine(sys.stderr.isatty() and not args.quiet)
         set_up_logging(args, live)
-        start = partial(begin_run, space, run_id, allow_dirty=args.allow_dirty)
-        run = Run(space, options, live, run_id, start)
+        run = Run(space, options, live, run_id, allow_dirty=args.allow_dirty)
         failed = True
         try:
             asyncio.run(run.conduct())
             failed = False
         except (OrchestratorError, BacklogError, GitError, YamlError, OSError) as error:
-            if run.ledger is None:  # it has not begun
+            if not run.begun:
                 raise
             log().error("%s", error)
         except Exception:
@@ -5936,7 +5963,7 @@ def summary_of(space: Workspace, run: Run, code: int) -> dict[str, Any]:
         for row in history
         if row["run_id"] == run.run_id and row["outcome"] == "complete"
     }
-    made = run.book.kept
+    made = run.ledger.kept
     kept = [row for row in salvages(space) if row["ref"] in made] if made else []
     titles = totals.titles | {item_id: item["title"] for item_id, item in items.items()}
     checks, completed = proofs(history, code_phases(space.config)), []
@@ -5963,7 +5990,7 @@ def summary_of(space: Workspace, run: Run, code: int) -> dict[str, Any]:
     told |= {"filters": [str(one) for one in options.filters], "targets": list(options.targets)}
     told["state_commit"] = done.commit if done and done.outcome == "committed" else None
     told["kept"] = [row for row in kept if (row["item"], row["phase"]) not in ended]
-    told["warnings"] = [*run.warnings(), *run.book.remarks, *waiting]
+    told["warnings"] = [*run.warnings(), *run.ledger.remarks, *waiting]
     told["counts"] = count_by_status(items.values())
     told["next"] = next_steps(run.reason, items, options.targets, program_name(), detail)
     return told
