@@ -1481,10 +1481,8 @@ def _read_follow_ups(read: ResultFields) -> tuple[FollowUp, ...]:
             continue
         if len(title) > MAX_TITLE:  # the rest of an overlong title is not lost
             context = "\n\n".join(filter(None, [title, context]))
-        rated = []
-        for key in ("size", "risk"):
-            name = key if f"suggested_{key}" not in one.values else f"suggested_{key}"
-            rated.append(one.get(name, RATING_KINDS[key]))
+        kinds = (("size", RATING_KINDS["size"]), ("risk", RATING_KINDS["risk"]))
+        rated = (one.get(f"suggested_{key}", kind) or one.get(key, kind) for key, kind in kinds)
         found.append(FollowUp(one_line(title, MAX_TITLE), context, *rated))
     return tuple(found)
 
@@ -1885,7 +1883,7 @@ def _triage_sections(item: Item, config: Config, backlog: Backlog) -> list[str]:
     """The other items, for finding duplicates, the most similar first; and the pipelines."""
 
     def words(one: Item) -> set[str]:
-        return {word for word in re.findall(r"\w+", one["title"].lower()) if len(word) > 2}
+        return set(re.findall(r"\w{3,}", one["title"].lower()))
 
     wanted = words(item)
     others = [other for other in backlog.items.values() if other["id"] != item["id"]]
