@@ -6362,6 +6362,7 @@ def cmd_change(args: argparse.Namespace) -> int:
     try:
         if args.commit:
             with space.run_lock():
+                space.store.change(lambda _: None)  # others may have decided since
                 data = space.store.state.document.to_bytes()
                 commit = space.repo.commit_state(space.store.path, data, message)
             if commit.warning:
