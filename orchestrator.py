@@ -1524,7 +1524,7 @@ def commit_message(
     subject: str, told: Iterable[str], entries: Sequence[MessageEntry], run_id: str = ""
 ) -> str:
     """Subject, the lines of the body, and the trailers that `log` and later starts read: of each
-    entry its item first, which `log_rows` relies on."""
+    entry its item first, which `read_log` relies on."""
     trailers = [f"{TRAILER}Run: {run_id}"] if run_id else []
     for one in entries:
         facts = {"Item": one.item_id, "Phase": one.phase, "Attempt": one.token}
@@ -2167,49 +2167,9 @@ def problem_lines(
 
 # ---- What happened, from history -----------------------------------------------------------------
 
-# For `git log -z`: commit and time, our trailers, an empty line, the message.
-LOG_FORMAT = (
-    "--format=%H %cI%n%(trailers:unfold"
-    + "".join(f",key={TRAILER}{key}" for key in ("Run", "Item", "Phase", "Outcome", "Verified"))
-    + ")%n%B"
-)
-
-
-def log_rows(output: str) -> list[dict[str, Any]]:
-    """What `git log -z` with LOG_FORMAT printed, in its order: what each commit says of each item,
-    with the keys of `json_form`; "" where it says nothing."""
-    rows = []
-    for record in output.split("\0"):
-        head, _, message = record.partition("\n\n")
-        first, *trailers = head.split("\n")
-        commit, _, when = first.partition(" ")
-        subject, run_id = one_line(message.partition("\n")[0]), ""
-        found = list[dict[str, Any]]()
-        for key, _, value in (line.removeprefix(TRAILER).partition(": ") for line in trailers):
-            value = one_line(value)
-            if key == "Run":
-                run_id = value
-            elif key == "Item":
-                row = {"when": when, "item": value, "phase": "", "outcome": "", "summary": ""}
-                found.append({**row, "commit": commit, "run_id": run_id, "verified": []})
-            elif found and key == "Verified":
-                found[-1]["verified"].append(value)
-            elif found:
-                found[-1][key.lower()] = value
-        for row in found:  # told of it is the longest text behind its tag, else the subject
-            phase = re.escape(row["phase"])
-            tag = re.escape(MessageEntry(row["item"], row["phase"]).tag)
-            told = re.findall(rf"(?:^| \| ){tag} ((?:(?! \| \[).)+)", message, re.M)
-            begin = rf"^(?:\[orchestrator\] |\w+\([^)]*\): (?:{phase}: )?)"
-            text = one_line(max(told, key=len, default=re.sub(begin, "", subject)))
-            summary = text.removeprefix(f"{row['outcome'].capitalize()}: ")
-            row.update(summary=summary, subject=subject)
-        rows += found
-    return rows
-
 
 def proofs(rows: Rows, code: Container[str]) -> dict[str, Row]:
-    """By item the newest row of `log_rows` that tells what checked it, or that nothing did: of a
+    """By item the newest row of `read_log` that tells what checked it, or that nothing did: of a
     phase in `code`, those that change code. Else, its newest one."""
     newest = {row["item"]: row for row in reversed(rows)}
     done = [row for row in reversed(rows) if row["outcome"] == "complete"]
@@ -2224,7 +2184,7 @@ def checked(row: Row, code: Container[str] = ()) -> str:
 
 
 def history_rows(rows: Iterable[Row], code: Container[str]) -> list[dict[str, Any]]:
-    """Rows of `log_rows` for a table: behind the summary what checked it."""
+    """Rows of `read_log` for a table: behind the summary what checked it."""
     told = ((row, checked(row, code)) for row in rows)
     return [{**row, "summary": row["summary"] + f" ({text})" * bool(text)} for row, text in told]
 
@@ -6235,11 +6195,19 @@ def cmd_log(args: argparse.Namespace) -> int:
     return answer(args, {"log": rows}, lines or [none])
 
 
+# For `git log -z`: commit and time, our trailers, an empty line, the message.
+LOG_FORMAT = (
+    "--format=%H %cI%n%(trailers:unfold"
+    + "".join(f",key={TRAILER}{key}" for key in ("Run", "Item", "Phase", "Outcome", "Verified"))
+    + ")%n%B"
+)
+
+
 def read_log(
     space: Workspace, most: int | None = None, since: str | None = None, item_id: str | None = None
 ) -> list[dict[str, Any]]:
-    """What the commits of HEAD's history say that the orchestrator did here, newest first; see
-    `log_rows`. `most` rows; `since` as git reads a time. One git process."""
+    """What the commits of HEAD's history say that the orchestrator did with items, newest first,
+    with the keys of `json_form`; "" where they say nothing. `since` as git reads a time."""
     repo = space.repo
     if repo.head().commit is None:
         return []
@@ -6249,7 +6217,33 @@ def read_log(
     options += [f"--since={since}"] if since else []
     options += ["--full-history", "--", repo.prefix] if repo.prefix else []
     output = repo.git("-c", "trailer.separators=:", "log", *options)
-    rows = log_rows(output.decode(errors="replace"))
+    rows = []
+    for record in output.decode(errors="replace").split("\0"):
+        head, _, message = record.partition("\n\n")
+        first, *trailers = head.split("\n")
+        commit, _, when = first.partition(" ")
+        subject, run_id = one_line(message.partition("\n")[0]), ""
+        found = list[dict[str, Any]]()
+        for key, _, value in (line.removeprefix(TRAILER).partition(": ") for line in trailers):
+            value = one_line(value)
+            if key == "Run":
+                run_id = value
+            elif key == "Item":
+                row = {"when": when, "item": value, "phase": "", "outcome": "", "summary": ""}
+                found.append({**row, "commit": commit, "run_id": run_id, "verified": []})
+            elif found and key == "Verified":
+                found[-1]["verified"].append(value)
+            elif found:
+                found[-1][key.lower()] = value
+        for row in found:  # told of it is the longest text behind its tag, else the subject
+            phase = re.escape(row["phase"])
+            tag = re.escape(MessageEntry(row["item"], row["phase"]).tag)
+            told = re.findall(rf"(?:^| \| ){tag} ((?:(?! \| \[).)+)", message, re.M)
+            begin = rf"^(?:\[orchestrator\] |\w+\([^)]*\): (?:{phase}: )?)"
+            text = one_line(max(told, key=len, default=re.sub(begin, "", subject)))
+            summary = text.removeprefix(f"{row['outcome'].capitalize()}: ")
+            row.update(summary=summary, subject=subject)
+        rows += found
     return [row for row in rows if item_id in (None, row["item"])][:most]
 
 
