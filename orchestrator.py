@@ -5079,7 +5079,7 @@ class Run:
         for task in offered:
             if isinstance(task, Promote) or self.cap_reached():
                 continue
-            uncommitted = task.phase.destructive and bool(self.ledger.pending)
+            uncommitted = task.phase.destructive and bool(self.ledger.journal.outcomes)
             rests = agent_of(self.config, task.phase) in self._resting()
             item = self.backlog.items.get(task.item_id)  # None: deleted by hand since the choice
             if item is None or uncommitted or rests:
