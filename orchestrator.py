@@ -1203,19 +1203,18 @@ def fit(text: str, width: int) -> str:
     return text + " " * (width - cell_width(text))
 
 
-def wrap(line: str, width: int, indent: str | None = None) -> list[str]:
-    """A line broken at blanks where it is too long; what follows is indented like its begin. A word
-    that is longer stays whole: paths, refs and ids are there to be copied."""
+def wrap(line: str, width: int, indent: str = "  ") -> list[str]:
+    """A line broken at blanks where it is too long; what follows is indented. A word that is longer
+    stays whole: paths, refs and ids are there to be copied."""
     if cell_width(line) <= width:
         return [line]
-    lead = line[: len(line) - len(line.lstrip())]
     first, *words = line.split() or [""]
-    lines = [lead + first]
+    lines = [line[: len(line) - len(line.lstrip())] + first]
     for word in words:
         if cell_width(f"{lines[-1]} {word}") <= width:
             lines[-1] += f" {word}"
         else:
-            lines.append(((lead or "  ") if indent is None else indent) + word)
+            lines.append(indent + word)
     return lines
 
 
@@ -2161,7 +2160,7 @@ def problem_lines(
     problems: Iterable[Problem], width: int = WHOLE_LINES, begin: str = "- "
 ) -> list[str]:
     """What keeps a run from starting, each with its remedy, to be copied, whole below it."""
-    told = ((*wrap(f"{begin}{one.what}", width, "  "), f"  {one.remedy}") for one in problems)
+    told = ((*wrap(f"{begin}{one.what}", width), f"  {one.remedy}") for one in problems)
     return list(itertools.chain(*told))
 
 
@@ -2294,7 +2293,7 @@ def render_summary(told: Row, program: str, width: int = WHOLE_LINES) -> str:
         needs += wrap(f"  {one_line(row['id'])} {question}", width, indent)
         needs.append(f"{indent}{row['command']}")
         if row["waiting"]:
-            needs += wrap(f"{indent}waiting for it: {id_list(row['waiting'], 5)}", width)
+            needs += wrap(f"{indent}waiting for it: {id_list(row['waiting'], 5)}", width, indent)
     rest = part("Not completed, and kept", told["kept"], SHOWN_KEPT, "status", "item phase ref")
     if new := told["follow_ups"]:
         rest += wrap(f"New items ({len(new)}): {id_list(new)}", width)
@@ -6275,7 +6274,7 @@ def cmd_logs(args: argparse.Namespace) -> int:
                 text = read_line(report, line, PROFILES[cli].read if cli else None)
                 text = one_line(text, 200) if report.worked else clean_text(text).strip()
                 if text and (report.worked or text != said):  # one line for a call, text as text
-                    parts = (wrap(one, width, "  ") for one in text.split("\n"))
+                    parts = (wrap(one, width) for one in text.split("\n"))
                     print("\n".join(itertools.chain(*parts)), flush=True)
                     said = text  # a last message may come twice: as text, and as the result
         if not active:
@@ -6607,7 +6606,7 @@ def cmd_init(args: argparse.Namespace) -> int:
     program = program_name()
     lines.append(f'Next: {program} add "What shall be done", then {program} run')
     for line in lines:
-        print("\n".join(wrap(line, output_width(sys.stdout), "  ")))
+        print("\n".join(wrap(line, output_width(sys.stdout))))
     if args.hook:
         args.action = "install"
         return cmd_hook(args)
