@@ -1469,8 +1469,7 @@ def _read_follow_ups(read: ResultFields) -> tuple[FollowUp, ...]:
     """The new items suggested: titles, or objects with a title."""
     listed = read.get("follow_ups", LIST, ())
     if len(listed) > MAX_FOLLOW_UPS:
-        dropped = f"{len(listed) - MAX_FOLLOW_UPS} of {len(listed)} dropped"
-        read.complain("follow_ups", f"are too many: {dropped}, at most {MAX_FOLLOW_UPS} are taken")
+        read.complain("follow_ups", f"are {len(listed)}: at most {MAX_FOLLOW_UPS} are taken")
     rows = [{"title": row} if isinstance(row, str) else row for row in listed[:MAX_FOLLOW_UPS]]
     found = []
     for one in ResultFields({"follow_ups": rows}, "", read.complaints).tables("follow_ups"):
@@ -5851,19 +5850,17 @@ def cmd_run(args: argparse.Namespace) -> int:
         live = LiveLine(sys.stderr.isatty() and not args.quiet)
         set_up_logging(args, live)
         run = Run(space, options, live, run_id, allow_dirty=args.allow_dirty)
-        failed = True
+        code = EXIT_ERROR
         try:
             asyncio.run(run.conduct())
-            failed = False
+            if run.saved and run.reason is not None and not (args.strict and run.warnings()):
+                code = exit_code(run.reason, run.signal, run.totals.completed, run.blocked_now())
         except (OrchestratorError, BacklogError, GitError, YamlError, OSError) as error:
             if not run.begun:
                 raise
             log().error("%s", error)
         except Exception:
             log().exception("internal error; the run was shut down in order. Please report this:")
-    code = EXIT_ERROR
-    if not failed and run.saved and run.reason is not None and not (args.strict and run.warnings()):
-        code = exit_code(run.reason, run.signal, run.totals.completed, run.blocked_now())
     told = summary_of(space, run, code)
     with suppress(OSError):  # nobody may be listening any more
         if args.json:
