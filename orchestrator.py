@@ -5809,27 +5809,29 @@ def cmd_status(args: argparse.Namespace) -> int:
 def finished(space: Workspace, item_id: str | None = None) -> list[dict[str, Any]]:
     """The items that have left the backlog, newest first, or that one: those of the worklogs, and
     those that only the log knows of; see `read_worklog`, `read_log`."""
+    open_ones = space.store.backlog.items  # one that was taken back is not finished
     entries = [one for one in worklog_entries(space) if item_id in (None, one["item"])]
     told, last = read_log(space, item_id=item_id), dict[str, str]()
     rows = dict[str, dict[str, Any]]()
     for entry in entries:
-        id, why = entry["item"], entry.get("summary") or entry.get("reason") or ""
+        key, why = entry["item"], entry.get("summary") or entry.get("reason") or ""
         if status := entry.get("status", "").lower():
-            summary = one_line(why or last.get(id, ""))
-            rows[id] = {"id": id, "title": entry["title"], "status": status}
-            rows[id] |= {"finished": entry["when"], "summary": summary}
-        last[id] = why
+            summary = one_line(why or last.get(key, ""))
+            rows[key] = {"id": key, "title": entry["title"], "status": status}
+            rows[key] |= {"finished": entry["when"], "summary": summary}
+        last[key] = why
     for one in told:
-        id, why = one["item"], one["summary"]
-        if id not in rows and one["outcome"] in ("done", "closed", "removed"):
-            rows[id] = {"id": id, "title": why, "status": one["outcome"]}
-            rows[id] |= {"finished": one["when"], "summary": why}
+        key, why = one["item"], one["summary"]
+        if key not in rows and one["outcome"] in ("done", "closed", "removed"):
+            rows[key] = {"id": key, "title": why, "status": one["outcome"]}
+            rows[key] |= {"finished": one["when"], "summary": why}
     costs, checks = worklog_costs(entries), proofs(told, code_phases(space.config))
-    for id, row in rows.items():
-        proof = checks.get(id, {})
+    for key, row in rows.items():
+        proof = checks.get(key, {})
         row |= {"commit": proof.get("commit"), "verified": proof.get("verified", [])}
-        row |= usage_json(costs.get(id, NOTHING_SPENT))
-    return sorted(rows.values(), key=lambda row: str(row["finished"]))[::-1]
+        row |= usage_json(costs.get(key, NOTHING_SPENT))
+    left = (row for key, row in rows.items() if key not in open_ones)
+    return sorted(left, key=lambda row: str(row["finished"]))[::-1]
 
 
 def worklog_entries(space: Workspace) -> list[dict[str, str]]:
