@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import select
@@ -28,24 +29,25 @@ IDENTITY = {
 }
 
 
-@pytest.fixture(autouse=True)
-def hermetic(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A private HOME and a clean environment; gives the HOME."""
+@pytest.fixture(autouse=True, scope="session")
+def hermetic(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A private HOME and a clean environment."""
     hangup = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # below nohup the command would ignore it
-    home = tmp_path_factory.getbasetemp() / "home"  # one for all: nothing is written to it
-    home.mkdir(exist_ok=True)
-    for name in list(os.environ):
-        if name.startswith(("GIT_", "ORCHESTRATOR_", "CLAUDE")) and name != "ORCHESTRATOR_CORPUS":
-            monkeypatch.delenv(name)
-    for name, value in {"HOME": str(home), "XDG_CONFIG_HOME": str(home / ".config"), **IDENTITY}.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setenv("GIT_CONFIG_NOSYSTEM", "1")
-    monkeypatch.setenv("LC_ALL", "C.UTF-8")
-    monkeypatch.setenv("TZ", "UTC")
-    # Where no compiled form may be written, each of hundreds of commands would compile the modules anew.
-    monkeypatch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)
-    monkeypatch.setenv("PYTHONPYCACHEPREFIX", str(tmp_path_factory.getbasetemp() / "pycache"))
-    yield home
+    base = tmp_path_factory.getbasetemp()
+    (base / "home").mkdir()
+    ours = {
+        **IDENTITY, "HOME": f"{base}/home", "XDG_CONFIG_HOME": f"{base}/home/.config", "GIT_CONFIG_NOSYSTEM": "1",
+        "LC_ALL": "C.UTF-8", "TZ": "UTC", "PYTHONPYCACHEPREFIX": f"{base}/pycache",
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name in list(os.environ):
+            if name.startswith(("GIT_", "ORCHESTRATOR_", "CLAUDE")) and name != "ORCHESTRATOR_CORPUS":
+                patch.delenv(name)
+        # Where no compiled form may be written, each of hundreds of commands would compile the modules anew.
+        patch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)
+        for name, value in ours.items():
+            patch.setenv(name, value)
+        yield
     signal.signal(signal.SIGHUP, hangup)
 
 
@@ -96,6 +98,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--vendored", action="store_true",
         help="start the command from its single file; only tests that start it are run",
     )  # fmt: skip
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # thousands of tests, which every collection would go through again
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
