@@ -496,7 +496,7 @@ def test_an_item_that_is_newer_than_a_copy_which_nobody_remembers_stays() -> Non
     assert [item["title"] for item in merged.items.values()] == ["mine", "t2", "t3", "t4"]
 
 
-ROUNDS = {"a_few": (1, 20, LENGTH), **{f"long_{n}": (n, 250, LENGTH) for n in range(2, 10)}, **{f"short_{n}": (n, 3_000, 6) for n in range(10, 16)}}
+ROUNDS = {"a_few": (1, 10, LENGTH), **{f"long_{n}": (n, 250, LENGTH) for n in range(2, 10)}, **{f"short_{n}": (n, 3_000, 6) for n in range(10, 16)}}
 
 
 @pytest.mark.parametrize(("seed", "number", "length"), table(ROUNDS, slow=ROUNDS.keys() - {"a_few"}))

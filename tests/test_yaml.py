@@ -295,7 +295,7 @@ HOSTILE: dict[str, Callable[[], bytes]] = {
     "unclosed_over_many_lines": lambda: b'a: "b\n' + b"  c\n" * 200_000,
     "late_duplicate": lambda: b"".join(b"k%d: v\n" % n for n in range(50_000)) + b"k7: v\n",
 }
-HOSTILE_AND_LONG = ("million_escapes", "block_scalar_of_many_lines", "late_duplicate", "unclosed_over_many_lines", "million_backslashes", "hundred_thousand_levels")
+HOSTILE_AND_LONG = ("million_dashes_one_line", "long_flow_list", "million_escapes", "block_scalar_of_many_lines", "late_duplicate", "unclosed_over_many_lines", "million_backslashes", "hundred_thousand_levels")
 
 
 @pytest.mark.parametrize("make", table(HOSTILE, HOSTILE_AND_LONG))
