@@ -2491,7 +2491,7 @@ class Journal:
     A torn last line counts as not written. Every method but `read` wants the backlog lock held.
     """
 
-    VERSION = 2
+    VERSION = 3
 
     def __init__(self, path: Path, source: str) -> None:
         self.path, self.source = path, source

@@ -40,8 +40,10 @@ FSYNC_GIT = (2, 36)  # first with core.fsync
 STEP_LIMIT_S = 10.0  # one git process of a commit
 TREE_LIMIT_S = 300.0  # a process that reads the whole work tree, or all of history
 HOOK_LIMIT_S = 120.0  # one hook of the operator
+HURRIED_S = 2.0  # one hook when a run is to end at once
 TERMINAL_LIMIT_S = 60.0  # a trial of signing, in which a passphrase is typed
 KILL_GRACE_S = 2.0  # TERM to KILL
+HURRY_POLL_S = 0.2
 LOCK_PAUSE_S = 0.05
 LOCK_TRIES = 60  # so a lock is waited for 3 s
 RETRY_DELAYS_S = (0.02, 0.04, 0.08)  # between the four tries to move the branch
@@ -262,10 +264,12 @@ def _git_run_child(
     stdin: bytes = b"",
     out: IO[bytes] | None = None,
     terminal: bool = False,
+    hurried: Callable[[], bool] | None = None,
 ) -> _GitEnded:
     """Run git or a hook to its end, in a session of its own; OSError when it cannot be started.
 
-    With `terminal` it keeps ours, so that it can ask for a passphrase.
+    With `terminal` it keeps ours, so that it can ask for a passphrase. Once it is `hurried`, its
+    limit is HURRIED_S.
 
     Standard input and output are files, so a grandchild that keeps them open delays nobody; with
     `out`, the output goes to that file alone. Whatever ends the wait early (the limit, an exception
@@ -291,7 +295,13 @@ def _git_run_child(
                 )
             finally:
                 signal.pthread_sigmask(signal.SIG_SETMASK, held)  # may raise what a handler raises
-            ended = _git_wait(process.pid, process.wait, limit_s)
+            begun, turn_s = time.monotonic(), HURRY_POLL_S if hurried else limit_s
+            while not ended:
+                limit_s = HURRIED_S if hurried and hurried() else limit_s
+                left_s = begun + limit_s - time.monotonic()
+                ended = _git_wait(process.pid, process.wait, max(0.0, min(turn_s, left_s)))
+                if left_s <= 0:
+                    break
         finally:
             if process is not None and not ended:
                 end = os.kill if terminal else os.killpg  # whatever is left of the group
@@ -383,6 +393,7 @@ class Repo:
         self.sign: bool | None = None  # whether commits are; None: as git's configuration says
         self.signoff = False  # whether they carry Signed-off-by:
         self.hook_env: Mapping[str, str] = {}  # by which a hook is found that outlives its run
+        self.hurried: Callable[[], bool] = lambda: False  # whether the run is to end at once
         self.sign_trouble = ""  # why no commit is signed any more, for the rest of the run
         self.unsigned: list[str] = []  # commits that were made without a signature since
         self.apart: tuple[str, ...] = ()  # paths that snapshots take from the index: not to be read
@@ -591,16 +602,6 @@ class Repo:
         rows = _git_rows(self.git("status", "--porcelain=v2", *options, limit_s=TREE_LIMIT_S))
         fields = {"1": 8, "u": 10, "?": 1}  # how many fields precede the path
         return sorted(row.split(" ", fields[row[0]])[-1] for row in rows if row[0] in fields)
-
-    def stash_with(self, path: str) -> str:
-        """The newest stash that holds changes of a path, "" if there is none."""
-        for name in self._line("stash", "list", "--format=%gd").split():
-            tracked = self._call(("diff", "--quiet", f"{name}^1", name, "--", path), ok=(0, 1))
-            if tracked.status or not self._call(
-                ("cat-file", "-e", f"{name}^3:{path}"), ok=(0, 1, 128)
-            ).status:
-                return name
-        return ""
 
     def committed(self, commit: str | None, path: str) -> bytes | None:
         """What a commit holds of a file of ours; None when it holds none."""
@@ -1400,7 +1401,8 @@ class Repo:
         said = (ended.out + ended.err).decode(errors="replace").strip().splitlines()
         outcome = _GIT_ENDINGS.get(ended.status) or ("files" if name == "pre-commit" else "message")
         if ended.status is None:
-            said.append(f"it did not end within {limit_s:g} s")
+            limit = f"within {limit_s:g} s"
+            said.append(f"it did not end {'before the stop' if self.hurried() else limit}")
         if outcome == "passed" and not message.strip():
             outcome, said = "message", [*said, "it left an empty message"]
         entries = list(entries) if message_only else left
@@ -1455,12 +1457,13 @@ class Repo:
         args = {"prepare-commit-msg": (str(message), "message"), "commit-msg": (str(message),)}
         argv = (str(path), *args.get(path.name, ()))
         try:
-            return _git_run_child(argv, self.top, env, limit_s)
+            return _git_run_child(argv, self.top, env, limit_s, hurried=self.hurried)
         except OSError as error:
             if error.errno != errno.ENOEXEC:
                 return _GitEnded(126, b"", f"{path} cannot be run: {error}".encode())
         # A script without a #! line: git, too, lets the shell have it.
-        return _git_run_child(("/bin/sh", *argv), self.top, env, limit_s)
+        argv = ("/bin/sh", *argv)
+        return _git_run_child(argv, self.top, env, limit_s, hurried=self.hurried)
 
     # -- signatures --------------------------------------------------------------------------------
 

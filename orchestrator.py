@@ -48,13 +48,21 @@ import io
 import itertools
 import os
 import re
-import secrets
 import stat
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import (
+    Callable,
+    Collection,
+    Container,
+    Generator,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta, tzinfo
 from enum import StrEnum
@@ -880,13 +888,13 @@ def select_actions(
     only: Container[str] | None = None,
     target: str | None = None,
     resting: Collection[str] = (),
-    last: Collection[str] = (),
+    behind: Collection[str] = (),
 ) -> list[Action]:
     """What could be started now, best first: promotions, then tasks for the free slots.
 
     `only` and `target` limit which items may be acted on, and whose work in progress counts;
     dependencies are judged on the whole backlog. A target is not held back by max_wip and
-    max_concurrent. Tasks for the agents in `resting` are passed over. `last` are ids on which an
+    max_concurrent. Tasks for the agents in `resting` are passed over. `behind` are ids on which an
     agent could not work: others go first, for which one place more is made, so that it shows
     whether it is the agent's fault or the item's.
     """
@@ -902,7 +910,7 @@ def select_actions(
         and not ("dependencies" in item and unmet_dependencies(items, item))
     ]
     at_work = [item["id"] for item in scope if item["status"] == "in_progress"]
-    room = limits.max_wip - len(at_work) + any(item_id in last for item_id in at_work)
+    room = limits.max_wip - len(at_work) + any(item_id in behind for item_id in at_work)
     free = limits.max_concurrent - len(running)
     if target is not None:
         able, room, free = [item for item in able if item["id"] == target], 1, 1
@@ -911,8 +919,8 @@ def select_actions(
     ready = sorted((item for item in able if item["status"] == "ready"), key=_urgency)
     due: Iterable[Task] = _due(able, config)
     due = (task for task in due if agent_of(config, task.phase) not in resting)
-    if last:
-        due = sorted(due, key=lambda task: task.item_id in last)
+    if behind:
+        due = sorted(due, key=lambda task: task.item_id in behind)
     chosen: list[Action] = []
     for task in itertools.islice(due, free):
         if not task.phase.destructive:
@@ -984,7 +992,7 @@ def actions_for(
     *,
     completed: Container[str] = (),
     resting: Collection[str] = (),
-    last: Collection[str] = (),
+    behind: Collection[str] = (),
 ) -> list[Action]:
     """`select_actions` for what a run was asked to do.
 
@@ -1005,7 +1013,7 @@ def actions_for(
         if target is None:
             return []
     return select_actions(
-        backlog, running, config, only=only, target=target, resting=resting, last=last
+        backlog, running, config, only=only, target=target, resting=resting, behind=behind
     )
 
 
@@ -3849,7 +3857,7 @@ def probe_agent(settings: AgentSettings, root: Path) -> Probe:
     """Run an agent's real command line once, with a trivial prompt; its logs are kept as usual."""
     import asyncio
 
-    task, token = Task("PROBE-1", Phase("probe"), "main"), secrets.token_hex(8)
+    task, token = Task("PROBE-1", Phase("probe"), "main"), os.urandom(8).hex()
     folder = root / WORK_DIR / "probe"
     make_work_folder(root, folder)
     prompt = PROBE_PROMPT.format(path=attempt_file(root, "results", task, token))
@@ -3938,7 +3946,8 @@ COMMIT_PAUSE_S = 30.0  # between tries of a phase commit that met trouble
 COMMIT_GIVE_UP_S = 300.0  # then a run that can do nothing else halts
 
 Clock = Callable[[], datetime]
-Check = Callable[["Attempt", Sequence[Sequence[str]]], str | None]
+Checks = Sequence[Sequence[str]]
+Check = Callable[["Attempt", Checks], str | None]
 
 
 # ---- Log and terminal ----------------------------------------------------------------------------
@@ -4058,20 +4067,18 @@ class Attempt:
     def destructive(self) -> bool:
         return self.task.phase.destructive
 
+    def told(self, outcome: str, summary: str, kind: str = "docs") -> MessageEntry:
+        """What the commit of an outcome says."""
+        task = self.task
+        return MessageEntry(task.item_id, task.name, outcome, summary, self.token, kind)
+
     def line(self) -> dict[str, Any]:
         """What the journal holds of it, for a start after a crash."""
-        phase = self.task.phase
         return {
             "token": self.token,
             "item": self.task.item_id,
             "pool": self.task.pool,
-            "phase": {
-                "name": phase.name,
-                "destructive": phase.destructive,
-                "allow_empty": phase.allow_empty,
-                "timeout_minutes": phase.timeout_minutes,
-            },
-            "outputs": phase.outputs,
+            "phase": self.task.phase._asdict(),
             "number": self.number,
             "was": self.item,
             "strays": sorted(self.strays),
@@ -4080,45 +4087,32 @@ class Attempt:
 
     @classmethod
     def from_line(cls, line: Mapping[str, Any]) -> Attempt:
-        phase = Phase(**line["phase"], outputs=tuple(line["outputs"]))
         before = Snapshot(**{**line["before"], "head": Head(**line["before"]["head"])})
-        task = Task(line["item"], phase, line["pool"])
+        task = Task(line["item"], Phase(**line["phase"]), line["pool"])
         told = line["number"], line["token"], line["was"], before
-        return cls(task, *told, strays=frozenset(line.get("strays", ())))
+        return cls(task, *told, strays=frozenset(line["strays"]))
 
 
 class Outcome(NamedTuple):
     """What a phase ended with, for the commit that it becomes (or becomes a part of)."""
 
-    token: str
+    told: MessageEntry  # what its commit says; if "complete", BACKLOG.yaml goes along
     parent: str | None  # HEAD as the attempt began: where a search for the token may stop
-    item: str
-    phase: str
-    outcome: str  # complete (BACKLOG.yaml goes along), blocked, failed or interrupted
-    summary: str
     entries: tuple[Entry, ...] = ()  # what the phase leaves, with the bytes it had when it ended
     worklog: str = ""  # text that belongs into the worklog, appended once
     was: Item | None = None  # the item as the phase began
-    kind: str = "docs"  # of its commit, see COMMIT_TYPES
     message: str = ""  # of its commit, as the repository's hooks left it; "": still to be made
-    verified: tuple[str, ...] = ()
-
-    @property
-    def label(self) -> str:
-        return f"[{self.item}][{self.phase}]"
-
-    @property
-    def told(self) -> MessageEntry:
-        told = self.item, self.phase, self.outcome, self.summary, self.token
-        return MessageEntry(*told, self.kind, self.verified)
 
     def line(self) -> dict[str, Any]:
-        return {**self._asdict(), "entries": [entry._asdict() for entry in self.entries]}
+        entries = [entry._asdict() for entry in self.entries]
+        told = {"token": self.told.token, "told": self.told._asdict()}
+        return {**self._asdict(), **told, "entries": entries}
 
     @classmethod
     def from_line(cls, line: Mapping[str, Any]) -> Outcome:
+        told = MessageEntry(**{**line["told"], "verified": tuple(line["told"]["verified"])})
         entries = tuple(Entry(**entry) for entry in line["entries"])
-        return cls(**{**line, "entries": entries, "verified": tuple(line.get("verified", ()))})
+        return cls(told, line["parent"], entries, line["worklog"], line["was"], line["message"])
 
 
 class Aftermath(NamedTuple):
@@ -4133,6 +4127,10 @@ class Aftermath(NamedTuple):
         return sorted(change.after.path for change in self.changes)
 
 
+# Gives checks that are to be run, takes why they failed, ends with what became of the phase.
+Conclusion = Generator[Checks, str | None, "Applied | str"]
+
+
 class Held(str):
     """Why a phase that is finished cannot be committed now, which is not its doing: the journal
     keeps its result, and the next start tries again."""
@@ -4142,8 +4140,8 @@ class Ledger:
     """Everything a run writes: decisions, worklog and commits. Synchronous, for one thread.
 
     The order at the end of a phase (compare, hooks, checks, decide, journal, save, worklog, commit)
-    makes every crash point one that `recover` can finish; `conclude` has it. `check` runs the
-    checks of an attempt to their end: see `run_verify`.
+    makes every crash point one that `recover` can finish; `conclude` has it. `check` runs
+    checks for `recover`.
     """
 
     def __init__(self, space: Workspace, run_id: str, clock: Clock, check: Check) -> None:
@@ -4152,7 +4150,7 @@ class Ledger:
         self.rules = rules_of(self.config)
         self.run_id = run_id
         self.clock = clock
-        self.branch = self.repo.branch()
+        self.branch: str | None = None  # the run's
         self.worklog_dir = self.repo.root / WORKLOG_DIR
         self.ground: Snapshot | None = None  # the last one that was taken while no agent worked
         self.committed: bytes | None = None  # what HEAD holds of the file after a state commit
@@ -4161,7 +4159,7 @@ class Ledger:
         self.commit_again = 0.0  # monotonic seconds; see `commit`
         self.commit_trouble = ""  # the last complaint of `commit`, so that it is made once
         self.troubled_since = 0.0  # monotonic seconds; 0: there is none
-        self.held = ""  # why a hook keeps documents from being committed
+        self.refused = ""  # why a hook keeps documents from being committed
         self.recovered: list[Applied] = []  # what a start has finished for the last run
         self.kept: list[str] = []  # the salvage refs made
         self.remarks: list[str] = []  # what the summary is to say of the operator's own files
@@ -4197,13 +4195,6 @@ class Ledger:
         self.take_in()  # before anything is changed: what was edited since the last commit
         for line in self.store.change(prepare):
             log().warning("%s", line)
-        name = self.repo.relative(self.store.path)
-        if not self.store.backlog.items and (stash := self.repo.stash_with(name)):
-            log().warning(
-                "there are no items, but %s holds changes of %s; to have them back:"
-                " git stash pop %s",
-                *(stash, self.store.path.name, stash),
-            )
 
     def take_in(self, *, patient: bool = True) -> None:
         """Take up what others have written to the file or to the journal."""
@@ -4215,9 +4206,10 @@ class Ledger:
         def note(applied: Applied) -> dict[str, Any]:
             if not applied.worklog:
                 return {}
-            told = item_id, "promotion", "blocked", applied.reason
-            made = Outcome(secrets.token_hex(8), self.journal.run["head"], *told)
-            return {"outcome": made._replace(worklog=applied.worklog).line()}
+            token = os.urandom(8).hex()
+            told = MessageEntry(item_id, "promotion", "blocked", applied.reason, token)
+            made = Outcome(told, self.journal.run["head"], worklog=applied.worklog)
+            return {"outcome": made.line()}
 
         applied = self.store.change(
             partial(promote, item_id=item_id, rules=self.rules, now=self.clock()), note
@@ -4228,36 +4220,23 @@ class Ledger:
     def decide(
         self,
         attempt: Attempt,
+        told: MessageEntry,
         entries: Iterable[Entry],
-        outcome: str,
-        summary: str,
         result: PhaseResult,
         message: str = "",
-        verified: tuple[str, ...] = (),
     ) -> Applied:
         """Decision and outcome of a phase: one line of the journal, then the file, the worklog."""
-        item_id, spent = attempt.task.item_id, self._spent(attempt)
+        spent = self._spent(attempt)
 
         def edit(draft: Draft) -> Applied:
             applied = apply_result(draft, attempt.item, result, self.rules, self.clock())
             return applied._replace(worklog=with_cost(applied.worklog, usage_text(spent)))
 
         def note(applied: Applied) -> dict[str, Any]:
-            made = Outcome(
-                attempt.token,
-                attempt.before.head.commit,
-                item_id,
-                attempt.task.name,
-                outcome,
-                summary,
-                tuple(entries),
-                applied.worklog,
-                attempt.item,
-                _commit_type(attempt, result),
-                message,
-                verified,
-            )
-            return {"ended": [attempt.token], "outcome": made.line(), "spent": {item_id: None}}
+            parent, worklog = attempt.before.head.commit, applied.worklog
+            made = Outcome(told, parent, tuple(entries), worklog, attempt.item, message)
+            ended = {"ended": [attempt.token], "outcome": made.line()}
+            return {**ended, "spent": {told.item_id: None}}
 
         applied = self.store.change(edit, note)
         self.write_worklog(applied.worklog)
@@ -4300,7 +4279,7 @@ class Ledger:
         goes on from what `previous` left, so that its documents are still seen as the phase's; a
         destructive phase always starts from a tree put back.
         """
-        token = secrets.token_hex(8)
+        token = os.urandom(8).hex()
         if previous is None or task.phase.destructive:
             folders = (f"{self.repo.prefix}{folder}/" for folder in (CHANGES_DIR, IDEAS_DIR))
             self.repo.bring_out(*(f"{folder}{task.item_id}_" for folder in folders))
@@ -4343,31 +4322,33 @@ class Ledger:
         line = {"token": attempt.token, "pid": pid, "since": since}
         self.store.note({"process": line}, flush=False)
 
-    def conclude(self, attempt: Attempt, result: PhaseResult) -> Applied | str:
+    def conclude(self, attempt: Attempt, result: PhaseResult) -> Conclusion:
         """After the agent: compare → hooks → checks → decide → journal → save → worklog → commit.
 
-        Returns a text instead, and nothing is decided, where the attempt has failed after all, or
-        is Held.
+        Ends with a text, and nothing is decided, where the attempt has failed after all, or is
+        Held. Others have the ledger while checks run: see `resume`.
         """
-        seen, message, verified = self.compare(attempt), "", tuple[str, ...]()
-        outcome, summary = "complete", result.commit_summary or result.summary
+        seen, message = self.compare(attempt), ""
+        summary, kind = result.commit_summary or result.summary, _commit_type(attempt, result)
+        told = attempt.told("complete", summary, kind)
         if result.result == "blocked":
-            entries, summary = self._documents(attempt, seen), result.context or result.summary
-            summary = _with_salvage_note(summary, self._salvage(attempt, seen))
-            outcome, result = "blocked", result._replace(context=summary)
+            entries, why = self._documents(attempt, seen), result.context or result.summary
+            why = _with_salvage_note(why, self._salvage(attempt, seen))
+            told, result = attempt.told("blocked", why, kind), result._replace(context=why)
         else:
-            passed = self._pass(attempt, result, seen)
+            passed = yield from self._pass(attempt, result, told, seen)
             if isinstance(passed, str):
                 return passed
-            seen, entries, message, verified = passed
+            seen, told, entries, message = passed
         self._keep_spoilt(attempt, seen)
-        if attempt.destructive and outcome == "complete":
+        complete = told.outcome == "complete"
+        if attempt.destructive and complete:
             self._name_unshared(attempt, seen)
             if attempt.only is None:
                 self.repo.restage(attempt.before, seen.after)
-        applied = self.decide(attempt, entries, outcome, summary, result, message, verified)
+        applied = self.decide(attempt, told, entries, result, message)
         batched = result.result == "phase_complete" and attempt.task.pool != TRIAGE
-        if outcome == "complete" and (attempt.destructive or not batched):
+        if complete and (attempt.destructive or not batched):
             self.commit()
         return applied
 
@@ -4380,6 +4361,7 @@ class Ledger:
             lambda draft: charge_attempt(draft, attempt.item, self.clock()),
             lambda _: {"ended": ended, **self._costs(attempt)},
         )
+        attempt.usage = NOTHING_SPENT  # told
         return ref
 
     def give_up(self, attempt: Attempt, reason: str, result: PhaseResult | None) -> Applied:
@@ -4390,7 +4372,8 @@ class Ledger:
         reason = _with_salvage_note(reason, self._salvage(attempt, seen))
         failed = result or PhaseResult(attempt.task.item_id, attempt.task.name, "failed", reason)
         failed = failed._replace(result="failed", context=reason)
-        return self.decide(attempt, entries, "failed", reason, failed)
+        told = attempt.told("failed", reason, _commit_type(attempt, failed))
+        return self.decide(attempt, told, entries, failed)
 
     def cancel(self, attempt: Attempt) -> str | None:
         """An attempt was interrupted: nothing is charged, nothing it left is lost.
@@ -4405,9 +4388,8 @@ class Ledger:
         line: dict[str, Any] = {"ended": [attempt.token], **self._costs(attempt)}
         documents, _ = self._outputs(attempt, seen)
         if documents:
-            task, parent = attempt.task, seen.after.head.commit
-            told = task.item_id, task.name, "interrupted", "its documents so far"
-            line["outcome"] = Outcome(attempt.token, parent, *told, tuple(documents)).line()
+            told = attempt.told("interrupted", "its documents so far")
+            line["outcome"] = Outcome(told, seen.after.head.commit, tuple(documents)).line()
         self.store.note(line)
         return ref
 
@@ -4464,7 +4446,8 @@ class Ledger:
     def _changes(self, old: str | None, new: str) -> list[Change]:
         """The difference of two trees, without what is no part of anybody's work."""
         changes = self.repo.changes(old, new)
-        return [change for change in changes if not self.space.is_ours(change.after.path)]
+        work = self.space.somebodys(change.after.path for change in changes)
+        return [change for change in changes if change.after.path in work]
 
     def _dirt(self, seen: Snapshot) -> dict[str, Entry]:
         """What differed from HEAD at a snapshot, as HEAD has it, by path."""
@@ -4558,44 +4541,44 @@ class Ledger:
             self.space.add_strays(alone)
 
     def _pass(
-        self, attempt: Attempt, result: PhaseResult, seen: Aftermath
-    ) -> tuple[Aftermath, list[Entry], str, tuple[str, ...]] | str:
+        self, attempt: Attempt, result: PhaseResult, told: MessageEntry, seen: Aftermath
+    ) -> Generator[Checks, str | None, tuple[Aftermath, MessageEntry, list[Entry], str] | str]:
         """Hooks, then checks, and again while the work tree is not just what is to be committed: so
         the checks have passed on that. Or why the attempt has failed.
         """
         item = self.store.backlog.items.get(attempt.task.item_id, attempt.item)
-        complete, apart = result.result == "phase_complete", list[str]()
+        complete, unlike = result.result == "phase_complete", list[str]()
         checks = checks_of(self.config, item, attempt.task.name) if complete else ()
-        verified = tuple(map(command_text, checks))
+        told = told._replace(verified=tuple(map(command_text, checks)))
         for _ in range(HOOK_ROUNDS):
             entries, message, hook = self._documents(attempt, seen), "", ""
             if attempt.destructive:
                 refusal = self._objection(attempt, result, seen)
-                judged = refusal or self._pass_hooks(attempt, result, seen, verified)
+                judged = refusal or self._pass_hooks(attempt, result, told, seen)
                 if isinstance(judged, str):
                     return judged
                 _, hook, _, entries, message = judged
-            if checks and (trouble := self.check(attempt, checks)) is not None:
+            if checks and (trouble := (yield checks)) is not None:
                 cannot = isinstance(trouble, CannotRun)
                 return self._hold(attempt, result, trouble) if cannot else trouble
             if checks or hook:  # what they did to the work tree is the phase's, too
                 seen = self.compare(attempt)
-            apart = self._apart(attempt, seen, {*entries}) if checks or hook else []
-            if apart and not checks:  # as `git commit` would have it: mended, and not added
+            unlike = self._unlike(attempt, seen, {*entries}) if checks or hook else []
+            if unlike and not checks:  # as `git commit` would have it: mended, and not added
                 log().warning(
                     "%s the hooks changed files without adding them; not committed: %s",
-                    *(attempt.tag, one_line(", ".join(apart), 300)),
+                    *(attempt.tag, one_line(", ".join(unlike), 300)),
                 )
-                self.space.add_strays(apart)
-            if not (apart and checks):
-                return seen, entries, message, verified
-        paths = one_line(", ".join(apart), 200)
+                self.space.add_strays(unlike)
+            if not (unlike and checks):
+                return seen, told, entries, message
+        paths = one_line(", ".join(unlike), 200)
         return (
             f"hooks and checks change what is to be committed, in {HOOK_ROUNDS} rounds each time:"
             f" {paths}. Let git ignore what only a check makes"
         )
 
-    def _apart(self, attempt: Attempt, seen: Aftermath, entries: set[Entry]) -> list[str]:
+    def _unlike(self, attempt: Attempt, seen: Aftermath, entries: set[Entry]) -> list[str]:
         """The paths in which the work tree is not what is to be committed."""
         left = {*self._outputs(attempt, seen)[0]}
         if attempt.destructive:
@@ -4604,21 +4587,18 @@ class Ledger:
         alone = {*self.repo.unshared(left)}  # in no commit: a warning names them
         left = {entry for entry in left if entry.path not in alone}
         gone = entries - left - {change.after for change in seen.changes}
-        apart = {entry.path for entry in gone | (left - entries)} - self.space.strays().keys()
+        unlike = {entry.path for entry in gone | (left - entries)} - self.space.strays().keys()
         # The operator's, but for what was changed now: `_objection` sees to that.
         theirs = seen.theirs.keys() - {*seen.paths} | {self.repo.prefix + CONFIG_NAME}
-        return sorted(apart - theirs)
+        return sorted(unlike - theirs)
 
     def _pass_hooks(
-        self, attempt: Attempt, result: PhaseResult, seen: Aftermath, verified: tuple[str, ...]
+        self, attempt: Attempt, result: PhaseResult, told: MessageEntry, seen: Aftermath
     ) -> HookResult | str:
         """Let the repository's hooks judge and mend the commit of a destructive phase.
 
         Returns what is to be committed, or why the attempt has failed or is Held.
         """
-        summary, kind = result.commit_summary or result.summary, _commit_type(attempt, result)
-        task, token = attempt.task, attempt.token
-        told = MessageEntry(task.item_id, task.name, "complete", summary, token, kind, verified)
         verdict = self.repo.run_hooks(
             [change.after for change in seen.changes],
             phase_message([told], self.run_id, self.config.commits.style),
@@ -4627,14 +4607,9 @@ class Ledger:
             limit_s=self.config.execution.hook_timeout_seconds,
         )
         if verdict.outcome == "passed":  # a hook's `git add -A` takes more than is to be committed
-            known, strays = {change.after.path for change in seen.changes}, self.space.strays()
-            mine = [
-                entry
-                for entry in verdict.entries
-                if entry.path in known
-                or not (entry.path in strays or self.space.is_ours(entry.path))
-            ]
-            return verdict._replace(entries=mine)
+            mine = self.space.somebodys(entry.path for entry in verdict.entries)
+            mine = mine - self.space.strays().keys() | {*seen.paths}
+            return verdict._replace(entries=[e for e in verdict.entries if e.path in mine])
         if verdict.outcome == "files":
             return f"{_hook_trouble(verdict)}:\n{verdict.output}"
         keys = "commits.style, commits.signoff and execution.hook_timeout_seconds"
@@ -4676,9 +4651,11 @@ class Ledger:
         gone = [c for c in self._changes(kept.tree, now.tree) if was.get(c.after.path) == c.after]
         self.repo.restore(kept, gone)  # set aside meanwhile, by a stash or a checkout
         follow_ups = tuple(FollowUp(*one) for one in held["result"]["follow_ups"])
-        verdict = self.conclude(
-            attempt, PhaseResult(**{**held["result"], "follow_ups": follow_ups})
-        )
+        result = PhaseResult(**{**held["result"], "follow_ups": follow_ups})
+        steps = self.conclude(attempt, result)
+        checks, verdict = resume(steps)
+        while checks is not None:
+            checks, verdict = resume(steps, self.check(attempt, checks))
         if isinstance(verdict, Held):
             raise OrchestratorError(verdict)
         if isinstance(verdict, str):
@@ -4788,7 +4765,7 @@ class Ledger:
         early = patient and time.monotonic() < self.commit_again
         if not pending or self.store.trouble or early:
             return
-        names = ", ".join(outcome.label for outcome in pending)
+        names = ", ".join(outcome.told.tag for outcome in pending)
         entries = {entry.path: entry for outcome in pending for entry in outcome.entries}
         try:
             message = pending[0].message if len(pending) == 1 else ""
@@ -4798,11 +4775,11 @@ class Ledger:
                 limit = self.config.execution.hook_timeout_seconds
                 passed = self.repo.run_hooks((), message, message_only=True, limit_s=limit)
                 if passed.outcome != "passed":
-                    self.held = f"{names}: {_hook_trouble(passed)}: {passed.output}"
+                    self.refused = f"{names}: {_hook_trouble(passed)}: {passed.output}"
                     return
                 message = passed.message
             files = {path: path.read_bytes() for path in recent_worklogs(self.worklog_dir)}
-            if any(outcome.outcome == "complete" for outcome in pending):
+            if any(outcome.told.outcome == "complete" for outcome in pending):
                 files[self.store.path] = self.store.state.document.to_bytes()
             entries |= {entry.path: entry for entry in self.repo.blobs(files)}
             commit = self.repo.commit(list(entries.values()), message, expect_branch=self.branch)
@@ -4818,7 +4795,7 @@ class Ledger:
         if commit:
             self.own_commits.append(commit)
             log().info("committed %s %s", commit[:10], message.split("\n")[0])
-        tokens = [outcome.token for outcome in pending]
+        tokens = [outcome.told.token for outcome in pending]
         self.store.note({"committed": tokens}, flush=False)  # a start finds it in history
 
     def commit_state(
@@ -4900,8 +4877,8 @@ class Ledger:
         if refused:
             raise refused[0]
         for outcome in self.pending:
-            if self.repo.mentions(outcome.token, outcome.parent):
-                self.store.note({"committed": [outcome.token]})
+            if self.repo.mentions(outcome.told.token, outcome.parent):
+                self.store.note({"committed": [outcome.told.token]})
             elif overtaken := self._overtaken(outcome):
                 self._take_back(outcome, overtaken)
             else:
@@ -4909,7 +4886,7 @@ class Ledger:
         self.commit()
         if self.pending:
             raise OrchestratorError(
-                self.held
+                self.refused
                 or "finished phases of the last run could not be committed (see the warning above);"
                 " mend that, then start again: nothing is lost, the journal keeps them."
             )
@@ -4940,22 +4917,40 @@ class Ledger:
 
     def _take_back(self, outcome: Outcome, paths: Sequence[str]) -> None:
         """A phase whose files are somebody else's by now: kept on a ref, and to be run again."""
-        phase = Task(outcome.item, Phase(outcome.phase), "main")
+        item_id, had = outcome.told.item_id, dict[str, Item]()  # the items as they were beside it
+        phase = Task(item_id, Phase(outcome.told.phase), "main")
         ref, self.salvaged = self._salvage_refs(phase)[1], None
-        why = f"{outcome.label} Salvaged changes"
+        why = f"{outcome.told.tag} Salvaged changes"
         self.repo.salvage(ref, outcome.parent, outcome.entries, why)
         self.kept.append(ref)
 
-        def undo(draft: Draft) -> None:
-            if outcome.was is not None and outcome.outcome != "interrupted":
-                draft.put(outcome.was, self.clock())
+        for state in self.journal.states():
+            had = state.items if item_id in state.items else had
 
-        self.store.change(undo, lambda _: {"committed": [outcome.token]})
+        def undo(draft: Draft) -> None:
+            if outcome.was is None or outcome.told.outcome == "interrupted":
+                return
+            gone = item_id not in draft.items
+            draft.put(outcome.was, self.clock())
+            for other in draft.items.keys() & had.keys() if gone else ():
+                if item_id in had[other].get("dependencies", ()):
+                    needs = [*draft.items[other].get("dependencies", ()), item_id]
+                    draft.update(other, self.clock(), dependencies=needs)
+
+        self.store.change(undo, lambda _: {"committed": [outcome.told.token]})
         log().warning(
             "%s was finished, but not committed when its run ended, and %s was changed in git"
             " since. What the phase made is kept on %s; it is run again.",
-            *(outcome.label, one_line(", ".join(paths), 200), ref),
+            *(outcome.told.tag, one_line(", ".join(paths), 200), ref),
         )
+
+
+def resume(steps: Conclusion, trouble: str | None = None) -> tuple[Checks | None, Applied | str]:
+    """Go on to the next checks, or, without any, to the end; `trouble`: how the last ones went."""
+    try:
+        return steps.send(trouble), ""
+    except StopIteration as end:
+        return None, end.value
 
 
 def salvage_stem(item_id: str, phase: str) -> str:
@@ -5109,15 +5104,17 @@ class Run:
         options: RunOptions,
         live: LiveLine,
         run_id: str,
-        open_ledger: Callable[[Check], Ledger],
+        *,
+        allow_dirty: bool,
     ) -> None:
         self.space = space
         self.config = space.config
         self.options = options
         self.live = live
         self.run_id = run_id
-        self.open_ledger = open_ledger  # recovers, checks, opens the journal
-        self.ledger: Ledger | None = None  # None: the run has not begun
+        self.allow_dirty = allow_dirty
+        self.ledger = Ledger(space, run_id, utc_now, self._check_at_start)
+        self.begun = False  # from then on it ends with a halt commit
         self.totals = Totals()
         self.reason: HaltReason | None = None  # None: an error ended the run
         self.saved = False
@@ -5125,13 +5122,15 @@ class Run:
         self.signal: int | None = None  # the first that came
         self.stopping = asyncio.Event()  # end the agents now
         self.hurry = asyncio.Event()  # and without grace
+        space.repo.hurried = self.hurry.is_set
         self.halting = asyncio.Event()  # start nothing more
+        self.checking = asyncio.Lock()  # checks want the work tree, and ports, for themselves
         self.running: dict[str, Running] = {}
         self.workers: set[asyncio.Task[None]] = set()
         self.matched: set[str] = set()  # ids the filters ever matched
         self.failures: dict[str, str] = {}  # item → why the attempt before an interruption failed
         # (agent, item) that had a free end → whether the agent has done another item's work since
-        self.free: dict[tuple[str, str], bool] = {}
+        self.suspects: dict[tuple[str, str], bool] = {}
         self.breaker = ""  # why the agent itself cannot work
         self.awake: set[str] = set()  # agents that have begun to work in this run
         self.ticker: asyncio.Task[None] | None = None
@@ -5147,7 +5146,8 @@ class Run:
             loop.add_signal_handler(number, self._on_signal, number)
         self.coordinator.start()
         try:
-            self.ledger = await self.do(self.open_ledger, self._check)
+            await self.do(begin_run, self.ledger, allow_dirty=self.allow_dirty)
+            self.begun = True
             for applied in self.ledger.recovered:
                 self._count(applied)
             await self.do(self.ledger.take_up, self.options.overridden)
@@ -5166,7 +5166,7 @@ class Run:
         if self.stopping.is_set():
             log().warning("ending the agents at once")
             self.hurry.set()
-            if self.ledger is None:  # a start that hangs: a third signal ends it
+            if not self.begun:  # a start that hangs: a third signal ends it
                 asyncio.get_running_loop().remove_signal_handler(number)
         else:
             log().warning(
@@ -5179,7 +5179,7 @@ class Run:
     async def _shut_down(self) -> None:
         """Agents, their results, the batch, the coordinator, and only then the halt commit."""
         ledger = self.ledger
-        if ledger is None:  # nothing was begun, so there is nothing to save
+        if not self.begun:  # so there is nothing to save
             await self.coordinator.close(lambda: False)
             return
         try:
@@ -5218,8 +5218,8 @@ class Run:
     def warnings(self) -> list[str]:
         """Git trouble at the halt: what is not in history yet, and what becomes of it."""
         texts = []
-        if self.ledger is not None and (pending := self.ledger.pending):
-            names = ", ".join(outcome.label for outcome in pending)
+        if self.begun and (pending := self.ledger.pending):
+            names = ", ".join(outcome.told.tag for outcome in pending)
             texts.append(f"not committed yet, but kept in the journal for the next run: {names}")
         if self.state_commit is not None and self.state_commit.warning:
             texts.append(self.state_commit.warning)
@@ -5235,24 +5235,18 @@ class Run:
     # -- one turn ----------------------------------------------------------------------------------
 
     @property
-    def book(self) -> Ledger:
-        if self.ledger is None:
-            raise RuntimeError("the run has not begun")
-        return self.ledger
-
-    @property
     def backlog(self) -> Backlog:
         """The state as last decided; immutable, so nobody has to wait for it."""
-        return self.book.store.backlog
+        return self.ledger.store.backlog
 
     async def _work(self) -> HaltReason:
         """Look, decide, start, wait, until there is a reason to halt."""
         self.ticker = asyncio.create_task(self._tick())
-        for agent, pause in self.book.pauses().items():
+        for agent, pause in self.ledger.pauses().items():
             if pause.until > self._now():
                 log().info("%s %s (%s)", agent, self._rest_text(pause), pause.reason)
         while True:
-            await self.do(self.book.take_in)
+            await self.do(self.ledger.take_in)
             self._look_for_stop()
             if self.options.filters:
                 self.matched |= matching(self.backlog, self.options.filters)
@@ -5264,10 +5258,10 @@ class Run:
                 offered = self._offered(resting)
             if not await self._start(offered):
                 await self._wait()
-            await self.do(self.book.commit, patient=True)
-            since, trouble = self.book.troubled_since, self.book.held
+            await self.do(self.ledger.commit, patient=True)
+            since, trouble = self.ledger.troubled_since, self.ledger.refused
             if since and not self.running and time.monotonic() - since >= COMMIT_GIVE_UP_S:
-                trouble = self.book.commit_trouble  # what waits for the commit never starts
+                trouble = self.ledger.commit_trouble  # what waits for the commit never starts
             if trouble and not self.breaker:
                 log().error("%s", trouble)
                 self.breaker = trouble
@@ -5295,7 +5289,7 @@ class Run:
             self.matched if self.options.filters else None,
             completed=self.totals.completed,
             resting=resting,
-            last={item_id for (_, item_id), others_work in self.free.items() if not others_work},
+            behind={item_id for (_, item_id), guilty in self.suspects.items() if not guilty},
         )
 
     def _running_tasks(self) -> dict[str, Task]:
@@ -5352,17 +5346,17 @@ class Run:
 
         A phase that changes code starts from committed ground: not while anything is pending.
         """
-        if self.book.store.trouble:
+        if self.ledger.store.trouble:
             return False
         promotions = [action.item_id for action in offered if isinstance(action, Promote)]
         for item_id in promotions:
-            applied = await self.do(self.book.promote, item_id)
+            applied = await self.do(self.ledger.promote, item_id)
             if applied.state == "blocked":
                 self._count(applied)
         for task in offered:
             if isinstance(task, Promote) or self.cap_reached():
                 continue
-            uncommitted = task.phase.destructive and bool(self.book.pending)
+            uncommitted = task.phase.destructive and bool(self.ledger.pending)
             rests = agent_of(self.config, task.phase) in self._resting()
             item = self.backlog.items.get(task.item_id)  # None: deleted by hand since the choice
             if item is None or uncommitted or rests:
@@ -5394,22 +5388,22 @@ class Run:
             self._count(applied)
 
     async def _attempts(self, task: Task) -> Applied | None:
-        """Run a phase until it succeeds or its attempts are used up; None: interrupted.
+        """Run a phase, and retry it, until it succeeds or no attempt is left; None: interrupted.
 
         One attempt: snapshot → agent → compare → hooks → checks → decide → journal → save → worklog
         → commit; what comes behind the agent is `Ledger.conclude`.
         """
-        book, most = self.book, self.config.execution.max_retries + 1
+        ledger, allowed = self.ledger, self.config.execution.max_retries + 1
         item = self.backlog.items.get(task.item_id)
         first = (item.get("attempts") or 0) + 1 if item else 1
         failure, salvaged = self.failures.pop(task.item_id, ""), None
         attempt: Attempt | None = None
-        for number in itertools.count(min(first, most)):
-            attempt = await self.do(book.begin_attempt, task, number, attempt)
+        for number in itertools.count(min(first, allowed)):
+            attempt = await self.do(ledger.begin_attempt, task, number, attempt)
             if attempt is None:
                 self._tell(task, "not started: the item was deleted or moved meanwhile")
                 return None
-            outcome = await self._run_agent(attempt, most, failure, salvaged)
+            outcome = await self._run_agent(attempt, allowed, failure, salvaged)
             if await self._interrupted(attempt, outcome):
                 self.failures[task.item_id] = failure
                 return None
@@ -5424,32 +5418,32 @@ class Run:
                 return verdict
             failure = verdict
             try:
-                if number >= most:
+                if number >= allowed:
                     self.totals.exhausted_in_a_row += 1
-                    reason = f"{task.name} failed after {plural(most, 'attempt')}: {failure}"
-                    return await self.do(book.give_up, attempt, reason, outcome.result)
-                salvaged = await self.do(book.fail, attempt)
+                    reason = f"{task.name} failed after {plural(allowed, 'attempt')}: {failure}"
+                    return await self.do(ledger.give_up, attempt, reason, outcome.result)
+                salvaged = await self.do(ledger.fail, attempt)
             finally:  # said once it is charged: nobody is told what a crash would take back
-                text = f"attempt {number} of {most} failed: {one_line(failure, 300)}"
+                text = f"attempt {number} of {allowed} failed: {one_line(failure, 300)}"
                 self._tell(task, text)
             if await self._put_off(task, retry_delay_s(self.config, number)):
                 self.failures[task.item_id] = failure
-                await self.do(book.cancel, attempt)
+                await self.do(ledger.cancel, attempt)
                 return None
         raise AssertionError("the last attempt returns")
 
     async def _run_agent(
-        self, attempt: Attempt, most: int, failure: str, salvaged: str | None
+        self, attempt: Attempt, allowed: int, failure: str, salvaged: str | None
     ) -> AgentOutcome:
         task, running = attempt.task, self.running[attempt.task.item_id]
-        prompt = await self.do(self._prompt, attempt, most, failure, salvaged)
+        prompt = await self.do(self._prompt, attempt, allowed, failure, salvaged)
         spec = self._spec(attempt)._replace(prompt=prompt, budget_usd=self._budget())
         outcome = await run_attempt(
             spec,
             stop=self.stopping,
             hurry=self.hurry,
             started=lambda pid, since: self.coordinator.post(
-                self.book.note_process, attempt, pid, since
+                self.ledger.note_process, attempt, pid, since
             ),
             progress=lambda seen: self._note_progress(running, seen),
         )
@@ -5469,15 +5463,15 @@ class Run:
         """
         task, agent = attempt.task, agent_of(self.config, attempt.task.phase)
         if outcome.kind == "cancelled":
-            await self.do(self.book.cancel, attempt)
+            await self.do(self.ledger.cancel, attempt)
             self._say(task, f"interrupted ({outcome.detail}); the next run starts it again")
         elif outcome.kind == "limited":
-            await self.do(self.book.cancel, attempt)
+            await self.do(self.ledger.cancel, attempt)
             await self._rest(task, outcome)
         elif await self._ended_free(attempt, outcome):
-            await self.do(self.book.cancel, attempt)
+            await self.do(self.ledger.cancel, attempt)
             self.totals.free_ends += 1
-            self.free.setdefault((agent, task.item_id), False)
+            self.suspects.setdefault((agent, task.item_id), False)
             if outcome.trouble == "refused":
                 self._trip(task, outcome.error)
             elif self.totals.free_ends >= FREE_ENDS:
@@ -5498,18 +5492,18 @@ class Run:
         """
         if outcome.kind != "failed" or outcome.trouble not in ("refused", "busy"):
             return False
-        if self.free.get((agent_of(self.config, attempt.task.phase), attempt.task.item_id)):
+        if self.suspects.get((agent_of(self.config, attempt.task.phase), attempt.task.item_id)):
             return False
-        return await self.do(self.book.left_nothing, attempt)
+        return await self.do(self.ledger.left_nothing, attempt)
 
     async def _has_worked(self, task: Task, outcome: AgentOutcome) -> None:
         """An agent rests no longer, and its free ends with other items were these items' fault."""
         agent = agent_of(self.config, task.phase)
-        self.free.pop((agent, task.item_id), None)
-        self.free.update({key: True for key in self.free if key[0] == agent})
-        pause = self.book.pauses().get(agent)
+        self.suspects.pop((agent, task.item_id), None)
+        self.suspects.update({key: True for key in self.suspects if key[0] == agent})
+        pause = self.ledger.pauses().get(agent)
         if pause is not None and self._now() - outcome.seconds >= pause.until:
-            await self.do(self.book.rest, agent, None)
+            await self.do(self.ledger.rest, agent, None)
             log().info("%s works again", agent)
 
     async def _judge(self, attempt: Attempt, outcome: AgentOutcome) -> Applied | str:
@@ -5519,7 +5513,10 @@ class Run:
             self._tell(attempt.task, warning)
         if result is None or result.result == "failed":
             return failure_text(outcome)
-        verdict = await self.do(self.book.conclude, attempt, result)
+        steps = self.ledger.conclude(attempt, result)
+        checks, verdict = await self.do(resume, steps)
+        while checks is not None:
+            checks, verdict = await self.do(resume, steps, await self._check(attempt, checks))
         if isinstance(verdict, Applied) and result.result != "blocked":
             self.totals.exhausted_in_a_row = 0
         return verdict
@@ -5529,19 +5526,23 @@ class Run:
         with suppress(TimeoutError):
             await asyncio.wait_for(self.halting.wait(), delay)
             return True
-        if agent_of(self.config, task.phase) not in self.book.pauses():
+        if agent_of(self.config, task.phase) not in self.ledger.pauses():
             return self._look_for_stop()
         self.totals.phases -= 1  # it goes on where it is now
         return True
 
-    def _check(self, attempt: Attempt, commands: Sequence[Sequence[str]]) -> str | None:
-        """For the coordinator's thread, which waits: run the checks of an attempt."""
-        if running := self.running.get(attempt.task.item_id):  # a start has none
-            running.seen = Progress(f"checks: {'; '.join(map(command_text, commands))}")
-        verdict = run_verify(self._spec(attempt), commands, stop=self.stopping, hurry=self.hurry)
-        return asyncio.run_coroutine_threadsafe(verdict, self.loop).result()
+    def _check_at_start(self, attempt: Attempt, checks: Checks) -> str | None:
+        """For the coordinator's thread, which waits: nothing else is to be done yet."""
+        return asyncio.run_coroutine_threadsafe(self._check(attempt, checks), self.loop).result()
 
-    def _prompt(self, attempt: Attempt, most: int, failure: str, salvaged: str | None) -> str:
+    async def _check(self, attempt: Attempt, checks: Checks) -> str | None:
+        if running := self.running.get(attempt.task.item_id):  # a start has none
+            running.seen = Progress(f"checks: {'; '.join(map(command_text, checks))}")
+        async with self.checking:
+            spec = self._spec(attempt)
+            return await run_verify(spec, checks, stop=self.stopping, hurry=self.hurry)
+
+    def _prompt(self, attempt: Attempt, allowed: int, failure: str, salvaged: str | None) -> str:
         task, root = attempt.task, self.space.repo.root
         change_dir = item_folder(root, attempt.item)
         return build_prompt(
@@ -5549,12 +5550,12 @@ class Run:
             task,
             self.config,
             attempt=attempt.number,
-            attempts=most,
+            attempts=allowed,
             result_path=attempt_file(root, "results", task, attempt.token),
             change_dir=change_dir,
-            previous_summary=last_summary(self.book.worklog(), task.item_id),
+            previous_summary=last_summary(self.ledger.worklog(), task.item_id),
             failure=failure,
-            salvage_ref=salvaged or self.book.last_salvage(task),
+            salvage_ref=salvaged or self.ledger.last_salvage(task),
             documents=documents_in(change_dir, root),
             backlog=self.backlog,
         )
@@ -5579,7 +5580,7 @@ class Run:
     # -- agents that rest --------------------------------------------------------------------------
 
     def _now(self) -> float:
-        return self.book.clock().timestamp()
+        return self.ledger.clock().timestamp()
 
     def _resting(self) -> set[str]:
         """The agents that may not be started just now.
@@ -5589,7 +5590,7 @@ class Run:
         """
         busy = {agent_of(self.config, one.task.phase) for one in self.running.values()} - {""}
         waking = {agent for agent in busy - self.awake if PROFILES[agent].starts_alone}
-        now, pauses = self._now(), self.book.pauses()
+        now, pauses = self._now(), self.ledger.pauses()
         return waking | {a for a, pause in pauses.items() if now < pause.until or a in busy}
 
     async def _rest(self, task: Task, outcome: AgentOutcome) -> None:
@@ -5613,7 +5614,7 @@ class Run:
 
         For the coordinator: two agents may meet a limit at once.
         """
-        before = self.book.pauses().get(agent)
+        before = self.ledger.pauses().get(agent)
         pause = pause_after(outcome, agent, before, self.config, self._now())
         if outcome.kind == "limited":
             goes_on = self.config.execution.on_usage_limit == "wait"
@@ -5621,7 +5622,7 @@ class Run:
         else:
             goes_on = pause.strikes < FREE_ENDS_IN_A_ROW
         if goes_on:
-            self.book.rest(agent, pause)
+            self.ledger.rest(agent, pause)
         return before, pause, goes_on
 
     def _rest_text(self, pause: AgentPause) -> str:
@@ -5679,7 +5680,7 @@ class Run:
         ]
         doing += [
             f"{pause.agent} rests, {human_duration(pause.until - self._now())} left"
-            for pause in self.book.pauses().values()
+            for pause in self.ledger.pauses().values()
             if pause.until > self._now()
         ]
         seen = [one.seen for one in self.running.values() if one.seen]
@@ -5708,43 +5709,31 @@ def stop_requested(state_dir: Path, run_id: str) -> bool:
 
 # ==== 10. Start and shutdown ======================================================================
 
+RUN_LOCK_TRIES, RUN_LOCK_PAUSE_S = 20, 0.05
 
-class RunLock:
-    """The flock that makes sure of one run per work tree; a context manager."""
+@contextmanager
+def flocked(path: Path, owner: str) -> Iterator[None]:
+    """Hold a lock that names its owner; RunActive if somebody else keeps it for over a second."""
+    import fcntl
 
-    def __init__(self, path: Path, owner: str) -> None:
-        self.path = path
-        self.owner = owner  # a run id, or what else holds it
-        self._handle = -1
-
-    def __enter__(self) -> RunLock:
-        """Take the lock, or raise RunActive naming who has it."""
-        import fcntl
-
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(handle)
-            raise RunActive(
-                f"another run is at work here ({self.holder() or 'it has just begun'}). Wait for"
-                f" it, or ask it to stop with `{program_name()} stop`."
-            ) from None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "r+", errors="replace") as file:
+        for tries_left in reversed(range(RUN_LOCK_TRIES)):  # a command has it for a moment
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if not tries_left:
+                    raise RunActive(
+                        f"another run is at work here ({file.read() or 'it has just begun'}). Wait"
+                        f" for it, or ask it to stop with `{program_name()} stop`."
+                    ) from None
+                time.sleep(RUN_LOCK_PAUSE_S)
         since = local_time(utc_now()).isoformat(timespec="seconds")
-        os.ftruncate(handle, 0)
-        os.pwrite(handle, f"{self.owner}, pid {os.getpid()}, since {since}\n".encode(), 0)
-        self._handle = handle
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        os.close(self._handle)
-
-    def holder(self) -> str:
-        """Who took the lock last: owner, pid and time."""
-        with suppress(OSError):
-            return self.path.read_text(errors="replace").strip()
-        return ""
+        file.truncate(0)
+        file.write(f"{owner}, pid {os.getpid()}, since {since}")
+        file.flush()
+        yield
 
 
 # What vim, Emacs and their like keep beside a file that is open in them.
@@ -5758,25 +5747,32 @@ class Workspace(NamedTuple):
     config: Config
     store: Store
 
-    def is_ours(self, path: str) -> bool:
-        """Whether a path (from the top) is no part of anybody's work.
+    def somebodys(self, paths: Iterable[str]) -> set[str]:
+        """Those of the paths (from the top) that are a part of somebody's work.
 
-        State that the orchestrator writes itself, here and in other projects of the work tree, an
-        editor's own files, and the file that the output of this process goes to.
+        Not so: state that the orchestrator writes itself, here and in other projects of the work
+        tree, an editor's own files, and the files that our output goes to.
         """
-        own = [self.repo.relative(one) for one in (self.store.path, self.store.temporary)]
-        own += [prefix + BACKLOG_NAME for prefix in self.repo.neighbours]
+        own = {self.repo.relative(one) for one in (self.store.path, self.store.temporary)}
+        own |= {prefix + BACKLOG_NAME for prefix in self.repo.neighbours}
         places = (self.repo.prefix, *self.repo.neighbours)
-        folders = (f"{place}{name}/" for place in places for name in (WORKLOG_DIR, WORK_DIR))
-        if path in own or path.startswith(tuple(folders)):
-            return True
-        if EDITORS_FILE.fullmatch(path):
-            return not self.repo.is_tracked(path)
-        with suppress(OSError):
-            found = (self.repo.top / path).lstat()
-            own_output = any(os.path.samestat(found, os.fstat(fd)) for fd in (1, 2))
-            return own_output or f"{self._stamps(path)[1]} {path}" in self._stray_lines()
-        return False
+        folders = tuple(f"{place}{name}/" for place in places for name in (WORKLOG_DIR, WORK_DIR))
+        noted = {*self._stray_lines()}
+        for fd in (1, 2):
+            with suppress(OSError):
+                noted.add(_same_file(os.fstat(fd)))
+
+        def nobodys(path: str) -> bool:
+            if path in own or path.startswith(folders):
+                return True
+            if EDITORS_FILE.fullmatch(path):
+                return not self.repo.is_tracked(path)
+            with suppress(OSError):
+                same = _same_file((self.repo.top / path).lstat())
+                return same in noted or f"{same} {path}" in noted
+            return False
+
+        return {path for path in paths if not nobodys(path)}
 
     def strays(self) -> dict[str, str]:
         """What phases left beside their outputs, by path; what is gone or edited since is not."""
@@ -5791,16 +5787,18 @@ class Workspace(NamedTuple):
 
     def add_output(self) -> None:
         """Remember the files that our output goes to, also through `| tee`, for the runs that write
-        elsewhere: those that our process group has open for writing (Linux)."""
-        for process in processes().values() if ON_LINUX else ():
-            folder = Path(f"/proc/{process.pid}")
-            for fd in folder.glob("fd/*") if process.group == os.getpgrp() else ():
-                with suppress(OSError, ValueError):  # it has ended, or is somebody else's
-                    path, info = Path(os.readlink(fd)), folder / "fdinfo" / fd.name
-                    flags = int(re.findall(r"flags:\s*(\d+)", info.read_text())[0], 8)
+        elsewhere: what we, and whoever reads what we write, have open for writing (Linux)."""
+        pipes = set[str]()  # a pipeline is started from left to right
+        for pid in [os.getpid(), *sorted(processes())] if ON_LINUX else ():
+            folder, source = Path(f"/proc/{pid}/fd"), ""
+            with suppress(OSError):  # it has ended, or is somebody else's
+                source = os.readlink(folder / "0")
+            for fd in folder.glob("*") if source in pipes or pid == os.getpid() else ():
+                with suppress(OSError):
+                    path = fd.readlink() if fd.lstat().st_mode & stat.S_IWUSR else Path()
+                    pipes |= {str(path)} if path.name.startswith("pipe:") else set()
                     inside = path.is_relative_to(self.repo.top)
-                    inside &= not path.is_relative_to(self.repo.git_dir)
-                    if flags & os.O_ACCMODE and inside and path.is_file():
+                    if inside and not path.is_relative_to(self.repo.git_dir) and path.is_file():
                         name = self.repo.relative(path)
                         self.add_strays([] if self.repo.is_tracked(name) else [name], growing=True)
 
@@ -5818,8 +5816,7 @@ class Workspace(NamedTuple):
         except OSError:
             return "", ""
         state = f"{found.st_mtime_ns}-{found.st_size}"
-        same = f"inode-{found.st_ino}"
-        return "folder" if stat.S_ISDIR(found.st_mode) else state, same
+        return "folder" if stat.S_ISDIR(found.st_mode) else state, _same_file(found)
 
     def entries_since(self, before: bytes | None) -> list[MessageEntry]:
         """What a state commit says of each item that has changed since a version of the file."""
@@ -5829,12 +5826,27 @@ class Workspace(NamedTuple):
             return []
         return state_entries(old, self.store.state.items) if old else []
 
-    def run_lock(self, owner: str = "a command") -> RunLock:
-        return RunLock(self.repo.state_dir / "run.lock", owner)
+    @property
+    def lock_path(self) -> Path:
+        return self.repo.state_dir / "run.lock"
+
+    @contextmanager
+    def run_lock(self, run_id: str = "") -> Iterator[None]:
+        """Be the only one who works on the project, and a run: the only one in the work tree."""
+        tree, where = self.repo.git_dir / "orchestrator/tree.lock", self.repo.root
+        with ExitStack() as held:
+            held.enter_context(flocked(self.lock_path, f"run {run_id}" if run_id else "a command"))
+            if run_id:
+                held.enter_context(flocked(tree, f"run {run_id} in {where}"))
+            yield
 
     def journal(self) -> Journal | None:
         """What an active run, or one that left something unfinished, has noted."""
         return Journal.read(self.store.journal_path, self.store.path.name)
+
+
+def _same_file(found: os.stat_result) -> str:
+    return f"file-{found.st_dev}-{found.st_ino}"
 
 
 def open_workspace(root: Path, config_path: Path | None) -> Workspace:
@@ -5905,17 +5917,18 @@ def utc_now() -> datetime:
 
 
 def new_run_id() -> str:
-    return f"{utc_now():%Y%m%dT%H%M%S}-{secrets.token_hex(3)}"
+    return f"{utc_now():%Y%m%dT%H%M%S}-{os.urandom(3).hex()}"
 
 
-def begin_run(space: Workspace, run_id: str, check: Check, *, allow_dirty: bool) -> Ledger:
+def begin_run(ledger: Ledger, *, allow_dirty: bool) -> None:
     """Recover what the last run left, check everything, and open the journal of a new run.
 
-    The run lock is held by the caller. From here on the run ends with a halt commit.
-    Raises OrchestratorError with every problem at once.
+    The run lock is held by the caller. Raises OrchestratorError with every problem at once.
     """
+    space, run_id = ledger.space, ledger.run_id
     repo, store, last = space.repo, space.store, space.journal()
     head = repo.head()
+    ledger.branch = head.branch
     _refuse(_head_problems(space, head, last))
     if last is not None:
         pairs = [pair for line in last.attempts.values() for pair in line.get("processes", ())]
@@ -5924,7 +5937,6 @@ def begin_run(space: Workspace, run_id: str, check: Check, *, allow_dirty: bool)
     space.add_output()
     repo.bring_out(f"{repo.prefix}{WORKLOG_DIR}/")
     store.look()
-    ledger = Ledger(space, run_id, utc_now, check)
     if last is not None:
         repo.hook_env = {RUN_MARK: last.run["id"]}  # the one that the journal names
         ledger.recover()
@@ -5935,7 +5947,6 @@ def begin_run(space: Workspace, run_id: str, check: Check, *, allow_dirty: bool)
     run = {"id": run_id, "branch": head.branch, "head": head.commit}
     repo.hook_env = {RUN_MARK: run_id}
     store.begin(run, repo.committed(head.commit, repo.relative(store.path)))
-    return ledger
 
 
 def end_leftovers(run_id: str, known: Mapping[int, int] | None = None) -> None:
@@ -6024,18 +6035,14 @@ def _dirty_problems(space: Workspace) -> list[Problem]:
     known = {prefix + CONFIG_NAME, *space.strays()}
     with suppress(GitError):  # this program itself, if it was copied here
         known.add(space.repo.relative(Path(__file__).absolute()))
-    dirty = [
-        path
-        for path in space.repo.dirty_paths()
-        if path.startswith(prefix)
-        and not (path.rstrip("/") in known or path.startswith(folders) or space.is_ours(path))
-    ]
-    left = _left_by_a_run(space, dirty)
-    dirty = [path for path in dirty if path not in left]
+    dirty = space.somebodys(path for path in space.repo.dirty_paths() if path.startswith(prefix))
+    dirty = {p for p in dirty if not (p.rstrip("/") in known or p.startswith(folders))}
+    dirty -= _left_by_a_run(space, dirty)
     if not dirty:
         return []
-    shown = ", ".join(dirty[:5]) + (f" and {len(dirty) - 5} more" if len(dirty) > 5 else "")
-    paths = " ".join(shlex.quote(f":/{path}") for path in dirty)
+    names = sorted(dirty)
+    shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    paths = " ".join(shlex.quote(f":/{path}") for path in names)
     return [
         Problem(
             f"the work tree has uncommitted changes: {one_line(shown, 300)}",
@@ -6114,18 +6121,17 @@ def cmd_run(args: argparse.Namespace) -> int:
             options = options._replace(overridden=items[0]["id"])
     run_id = new_run_id()
     import_asyncio()
-    with space.run_lock(f"run {run_id}"):
+    with space.run_lock(run_id):
         become_subreaper()
         live = LiveLine(sys.stderr.isatty() and not args.quiet)
         set_up_logging(args, live)
-        start = partial(begin_run, space, run_id, allow_dirty=args.allow_dirty)
-        run = Run(space, options, live, run_id, start)
+        run = Run(space, options, live, run_id, allow_dirty=args.allow_dirty)
         failed = True
         try:
             asyncio.run(run.conduct())
             failed = False
         except (OrchestratorError, BacklogError, GitError, YamlError, OSError) as error:
-            if run.ledger is None:  # it has not begun
+            if not run.begun:
                 raise
             log().error("%s", error)
         except Exception:
@@ -6199,7 +6205,7 @@ def summary_of(space: Workspace, run: Run, code: int) -> dict[str, Any]:
     ended = [(row["item"], row["phase"]) for row in log_rows if row["outcome"] == "complete"]
     finished = {(safe_name(item_id), safe_name(phase)) for item_id, phase in ended}
     waiting = (f"{text}; it waits" for text in space.store.state.complaints())
-    made = run.book.kept
+    made = run.ledger.kept
     kept = [row for row in salvages(space) if row["ref"] in made] if made else []
     commits = {row["item"]: row["commit"] for row in reversed(log_rows)}
     commits |= {item_id: row["commit"] for item_id, row in checks.items()}  # of its code
@@ -6242,7 +6248,7 @@ def summary_of(space: Workspace, run: Run, code: int) -> dict[str, Any]:
         "targets": list(options.targets),
         "state_commit": done.commit if done and done.outcome == "committed" else None,
         "kept": [row for row in kept if (row["item"], row["phase"]) not in finished],
-        "warnings": [*run.warnings(), *run.book.remarks, *waiting],
+        "warnings": [*run.warnings(), *run.ledger.remarks, *waiting],
         "counts": count_by_status(items.values()),
         "next": next_steps(run.reason, items, options.targets, program_name(), detail),
     }
@@ -6353,14 +6359,11 @@ def lock_holder(space: Workspace) -> str:
     """What the holder of the run lock says of itself; "": nobody holds it. Changes nothing."""
     import fcntl
 
-    lock = space.run_lock()
-    try:
-        with lock.path.open("rb") as file:
+    with suppress(FileNotFoundError), space.lock_path.open(errors="replace") as file:
+        try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return ""
-    except BlockingIOError:
-        return lock.holder() or "a run that has only just begun"
+        except BlockingIOError:
+            return file.read() or "a run that has only just begun"
     return ""
 
 
@@ -6393,7 +6396,8 @@ def run_facts(space: Workspace) -> dict[str, Any]:
         active = {"run_id": told[1], "pid": int(told[2]), "since": since, "phases": phases}
         active["remarks"] = remarks
     elif journal:
-        to_commit = [f"{one['item']} {one['phase']}" for one in journal.outcomes.values()]
+        outcomes = [one["told"] for one in journal.outcomes.values()]
+        to_commit = [f"{one['item_id']} {one['phase']}" for one in outcomes]
         cut_off = list[str]()
         for one in attempts:
             left, name = to_commit if "held" in one else cut_off, one["phase"]["name"]
@@ -6606,6 +6610,7 @@ def cmd_change(args: argparse.Namespace) -> int:
 
     try:
         with space.run_lock():
+            space.store.change(lambda _: None)  # others may have decided since
             data = space.store.state.document.to_bytes()
             commit = space.repo.commit_state(space.store.path, data, message)
     except RunActive:

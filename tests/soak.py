@@ -301,7 +301,7 @@ class Soak:
         number = 0
         while not self.over.wait(self.dice.uniform(0.1, 1.5)):
             items, kept = self.now(), self.is_kept()
-            ids = sorted(items) or ["WRK-001"]
+            ids = sorted(filter(None, items)) or ["WRK-001"]  # one that an editor has just added has none yet
             item_id, number = self.dice.choice(ids), number + 1
             kind = self.dice.choice(("add", "add", "unblock", "unblock", "close", "advance"))
             if kind == "add":

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from typing import Any
@@ -124,20 +125,6 @@ def test_a_repository_that_an_agent_leaves_in_the_tree_is_named(project: Any, ma
     assert project.status() == (f"?? {path}/\n" if kind == "clone" else f" M {path}\n").replace("vendor/lib/", "vendor/")
 
 
-@pytest.mark.parametrize("tracked", [True, pytest.param(False, marks=SLOW)])
-def test_a_start_without_items_tells_of_a_stash_that_holds_the_backlog(project: Any, tracked: bool) -> None:
-    empty = project.text()
-    if not tracked:
-        project.git("rm", "-q", "BACKLOG.yaml")
-        project.commit_all()
-        (project.root / "BACKLOG.yaml").write_text(empty)
-    project.run("add", "Something to do")
-    project.git("stash", "push", "-q", "--include-untracked")
-    (project.root / "BACKLOG.yaml").write_text(empty)
-    told = project.run("run").stderr
-    assert "there are no items, but stash@{0} holds changes of BACKLOG.yaml; to have them back: git stash pop stash@{0}" in told
-
-
 # ---- How the repository wants its commits --------------------------------------------------------
 
 COMMITLINT = r"""#!/usr/bin/env python3
@@ -226,6 +213,8 @@ def test_two_projects_of_one_repository_know_nothing_of_each_other(project: Any)
     a, b = ("--root", str(project.root / "a")), ("--root", str(project.root / "b"))
     one = project.start(*a, "run")
     project.announced()
+    busy = f"another run is at work here \\(run .* in {project.root}/a, pid {one.pid}, since "
+    assert re.search(busy, project.run(*b, "run", code=1).stderr)
     project.run(*b, "add", "For B", "--commit")
     one.kill()
     one.wait()

@@ -171,15 +171,11 @@ def run_by(clock: Clock, project: Any, monkeypatch: pytest.MonkeyPatch) -> orche
     monkeypatch.setattr(orchestrator.log(), "handlers", [])
     monkeypatch.setattr(orchestrator.log(), "propagate", True)
     space = orchestrator.open_workspace(project.root, None)
-
-    def begin(check: orchestrator.Check) -> orchestrator.Ledger:
-        ledger = orchestrator.begin_run(space, "test", check, allow_dirty=False)
-        ledger.clock = clock
-        return ledger
-
     orchestrator.import_asyncio()
-    run = orchestrator.Run(space, orchestrator.RunOptions(cap=10), orchestrator.LiveLine(enabled=False), "test", begin)
-    with space.run_lock("run test"):
+    live = orchestrator.LiveLine(enabled=False)
+    run = orchestrator.Run(space, orchestrator.RunOptions(cap=10), live, "test", allow_dirty=False)
+    run.ledger.clock = clock
+    with space.run_lock("test"):
         asyncio.run(run.conduct())
     return run
 
@@ -349,6 +345,16 @@ def test_a_failure_before_the_interruption_still_counts_and_is_told_with_what_al
     assert status["items"][0]["cost_usd"] == 1.0
 
 
+def test_a_stop_between_two_attempts_counts_the_cost_of_the_first_once(project: Any, claude: Claude) -> None:
+    merge = f"git -C {project.root} rev-parse HEAD > {project.root}/.git/MERGE_HEAD"  # so that the journal stays
+    stop = f"{sys.executable} {project.program} --root {project.root} stop"
+    claude.script(FAKE_CLAUDE.replace("exit 1", f"{merge}; {stop}; exit 1"))
+    claude.refuse([WORKED, end("I gave up", total_cost_usd=0.25)])
+    project.run("run")
+    (item,) = json.loads(project.run("status", "--json").stdout)["items"]
+    assert (claude.asked, item["attempts"], item["cost_usd"]) == (["WRK-001 plan 1"], 1, 0.25)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("words", ["Prompt is too long", "A wording that nobody has seen"])
 def test_one_bad_prompt_ends_up_blocked_and_the_others_are_done(project: Any, claude: Claude, words: str) -> None:
@@ -416,10 +422,10 @@ def test_the_live_line_tells_what_runs_what_rests_and_what_it_cost(project: Any,
     seen = orchestrator.Progress("Bash: make test", orchestrator.Usage(0.5, 30, 4))
     run.running["WRK-001"] = orchestrator.Running(task, now - 65, now, seen)
     run.totals.add_usage(task, orchestrator.Usage(0.25, 1000, 200))
-    run.book.clock = lambda: datetime.fromtimestamp(NOW, UTC)
-    run.book.store.begin({"id": "again", "branch": "main", "head": None}, None)
+    run.ledger.clock = lambda: datetime.fromtimestamp(NOW, UTC)
+    run.ledger.store.begin({"id": "again", "branch": "main", "head": None}, None)
     rest(project, NOW + 5400)
-    run.book.take_in()
+    run.ledger.take_in()
     assert run._live_text() == (
         "phases 0/10 · done 0 · blocked 0 · 1,234 tokens · $0.75 · WRK-001 plan 1 min 05 s, claude rests, 1 h 30 min left"
         "  Bash: make test"

@@ -144,3 +144,19 @@ def test_commands_an_editor_and_a_run_at_once_lose_nothing(project: Any, way: st
     assert "  title: Item WRK-009   # beside it\n" in text
     assert project.committed() == text
     assert project.status() == ""
+
+
+def test_a_commands_commit_holds_what_others_have_decided_meanwhile(project: Any) -> None:
+    """Between its change and its commit a run may have ended, or another command have come."""
+    other = [sys.executable, str(project.program), "--root", str(project.root), "add", "Two"]
+    mark = str(project.outside / "done")
+    project.inject(
+        "import subprocess\n"
+        "def watch(event, args):\n"
+        f"    if event == 'fcntl.flock' and os.readlink(f'/proc/self/fd/{{args[0]}}').endswith('run.lock') and not os.path.exists({mark!r}):\n"
+        f"        os.mkdir({mark!r})\n"
+        f"        subprocess.run({other!r}, check=True)\n"
+    )
+    project.run("add", "One", "--commit")
+    assert sorted(project.titles().values()) == ["One", "Two"]
+    assert project.committed() == project.text()

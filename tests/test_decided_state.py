@@ -407,6 +407,21 @@ def test_a_colleagues_work_that_is_pulled_after_a_kill_stays(project: Any, tmp_p
     check(project, {"WRK-002": "ready", "WRK-003": "ready", "WRK-004": "new"}, log, again="WRK-001 build")
 
 
+def test_a_finished_item_that_is_taken_back_is_waited_for_again(project: Any) -> None:
+    merge = {"sh": "echo x > code.txt; git rev-parse HEAD > .git/MERGE_HEAD"}  # keeps it from being committed
+    items = ("WRK-001 in_progress phase=build phase_pool=main", "WRK-002 ready dependencies=[WRK-001]")
+    project.set_up(*items, phases="build!", script={"*": [merge]})
+    project.run("run", "--target", "WRK-001")
+    (project.root / ".git/MERGE_HEAD").unlink()
+    (project.root / "code.txt").write_text("a colleague's\n")
+    project.git("add", "code.txt")
+    project.git("commit", "-q", "-m", "colleague", "code.txt")
+    log = project.run(*IDLE).stderr
+    assert "[WRK-001][build] was finished, but not committed when its run ended, and code.txt was changed in git" in log
+    assert project.items()["WRK-002"]["dependencies"] == ["WRK-001"]
+    check(project, {"WRK-002": "ready", "WRK-001": "in_progress build"}, log)
+
+
 # ---- Bad journals --------------------------------------------------------------------------------
 
 def garble(data: bytes, how: str) -> bytes:

@@ -14,6 +14,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -143,12 +144,18 @@ class Interrupted(BaseException):
 
 
 def test_exception_in_a_signal_handler_ends_git_in_order(fake_git: Callable[[str], Repo], tmp_path: Path) -> None:
-    repo = fake_git(f"trap 'rm {tmp_path}/lock; exit 1' TERM; : > {tmp_path}/lock; kill -HUP $PPID; while :; do sleep 0.02; done")
+    repo = fake_git(f"trap 'rm {tmp_path}/lock; exit 1' TERM; : > {tmp_path}/lock; : > {tmp_path}/fifo; while :; do sleep 0.02; done")
+    os.mkfifo(tmp_path / "fifo")
 
     def interrupt(*_: object) -> None:
         raise Interrupted
 
+    def strike() -> None:
+        (tmp_path / "fifo").read_bytes()
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGHUP)
+
     before = signal.signal(signal.SIGHUP, interrupt)
+    threading.Thread(target=strike, daemon=True).start()
     try:
         with pytest.raises(Interrupted):
             repo.git("gc", limit_s=30)

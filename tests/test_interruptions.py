@@ -86,7 +86,7 @@ result=phase_complete summary="$ORCHESTRATOR_PHASE done" more=
 case $attempt in
 WRK-001/plan/*) echo plan > "$ORCHESTRATOR_CHANGE_DIR/plan.md"; more=', "follow_ups": ["Found on the way"]' ;;
 WRK-001/build/1) echo spoilt > README.md; echo half > half.py; result=failed summary=cannot ;;
-WRK-001/build/*) echo code > code.py; command -p git rm -q --ignore-unmatch old.py ;;
+WRK-001/build/*) echo code > code.py; rm -f old.py ;;
 WRK-002/triage/*) more=', "updated_assessments": {"size": "small", "complexity": "low", "risk": "high", "impact": "low"}' ;;
 esac
 printf '{"item_id": "%s", "phase": "%s", "result": "%s", "summary": "%s"%s}' "$ORCHESTRATOR_ITEM_ID" \

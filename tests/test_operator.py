@@ -66,7 +66,7 @@ def test_a_dirty_file_that_changes_under_a_build_is_named_with_the_way_to_get_it
 
 def test_the_log_of_a_pipe_and_the_program_itself_are_in_nobodys_way(project: Any) -> None:
     project.run("vendor", f"{project.root}/tools/")
-    command = f"{sys.executable} tools/orchestrator.py run 2>&1 | tee night.log"
+    command = f"timeout 60 {sys.executable} tools/orchestrator.py run 2>&1 | cat | tee night.log"
     done = subprocess.run(["bash", "-c", command], cwd=project.root, capture_output=True, text=True, stdin=subprocess.DEVNULL, start_new_session=True)
     assert "(AllDoneOrBlocked)" in done.stdout, done.stdout
     assert project.status() == "?? night.log\n?? tools/\n"

@@ -96,6 +96,39 @@ def test_during_verify_and_a_command_phase(project: Any) -> None:
     assert project.status() == ""
 
 
+def test_others_are_decided_while_a_check_runs(project: Any) -> None:
+    check = f'verify = [["sh", "-c", "echo here > {project.outside}/announce; cat {project.outside}/go"]]\n'
+    project.configure("again! plan", more=check, execution="max_concurrent = 2\nmax_wip = 2")
+    project.backlog("WRK-001 in_progress phase=plan phase_pool=main", "WRK-002 new")
+    project.commit_all()
+    project.script({"*/triage": [{"sh": f"cat {project.outside}/start"}]})
+    os.mkfifo(project.outside / "go")
+    os.mkfifo(project.outside / "start")
+    process = project.start("run", "--cap", "2")
+    assert project.announced() == "here"
+    (project.outside / "start").write_text("now\n")
+    log = project.read_until(process, "committed")
+    assert "[WRK-002][triage]" in log.splitlines()[-1]
+    (project.outside / "go").write_text("now\n")
+    assert "WRK-001 is done" in project.finish(process, 0)
+
+
+def test_twice_ends_a_hook_and_the_next_start_has_it_run_again(project: Any) -> None:
+    prepare(project, "WRK-001 ready", phases="build!", script={"*": [{"sh": "echo x > code.txt"}]})
+    project.hook("pre-commit", f"test -e {project.outside}/fine || {{ echo here > {project.outside}/announce; exec sleep 1000; }}")
+    process = project.start("run")
+    assert project.announced() == "here"
+    process.send_signal(signal.SIGINT)
+    log = project.read_until(process, "once more")
+    process.send_signal(signal.SIGINT)
+    log += project.finish(process, 130)
+    assert "[WRK-001][BUILD] interrupted by the stop; the next start checks and commits it" in log
+    (project.outside / "fine").touch()
+    project.run("run", "--cap", "0")
+    assert (project.agent_log(), project.items()) == (["WRK-001 build 1"], {})
+    ended_well(project, {})
+
+
 ACTS = {
     "start": ("orchestrator/journal", "ShutdownRequested", ()),
     "save": ("/BACKLOG.yaml", "ShutdownRequested", ("--cap", "0")),
