@@ -38,8 +38,8 @@ def root(make_repo: Callable[..., Path]) -> Path:
     return root
 
 
-# What taking a lock makes: a folder, and a file with the pid of whoever had it last.
-LOCKS = (".git/orchestrator", ".git/orchestrator/run.lock", ".git/orchestrator/backlog.lock")
+# What taking a lock makes: a folder, and files that name whoever had it last.
+LOCKS = (".git/orchestrator", *(f".git/orchestrator/{name}.lock" for name in ("run", "tree", "backlog")))
 
 
 def refused(root: Path, capsys: pytest.CaptureFixture[str], *argv: str, code: int = 1) -> str:

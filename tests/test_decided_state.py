@@ -172,14 +172,11 @@ def test_a_stale_buffer_that_is_saved_during_a_run_gives_its_edit_alone(project:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("loaded", ["before the run", "during the run"])
-def test_a_stale_buffer_that_is_saved_in_the_morning_gives_its_edit_alone(project: Any, loaded: str) -> None:
+def test_a_stale_buffer_that_is_saved_in_the_morning_gives_its_edit_alone(project: Any) -> None:
     prepare(project, {"WRK-001/review": pausing(document="review.md")})
     buffer = project.text()
     run = project.start("run", "--cap", "4")
     project.announced()
-    if loaded == "during the run":
-        buffer = project.text()
     go_on(project)
     finish(project, run)
     (project.root / "BACKLOG.yaml").write_text(edited(buffer, "WRK-002"))

@@ -58,6 +58,9 @@ def test_a_dirty_file_that_changes_under_a_build_is_named_with_the_way_to_get_it
     (project.root / "my notes.txt").write_text("one\n")
     done = project.run("run", "--allow-dirty", code=3)
     assert (project.root / "my notes.txt").read_text() == "one\n"
+    reason = project.items()["WRK-001"]["blocked_reason"]
+    assert "my notes.txt" in reason
+    assert f"{SALVAGED}/1" in reason
     assert way_back(project, done.stderr) == "one\ntwo\n"
     assert project.paths(f"{SALVAGED}/1") == ["code.txt", "my notes.txt"]
     summary = done.stderr.partition("\nHalt: ")[2]
