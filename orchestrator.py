@@ -278,7 +278,7 @@ class AgentOutcome(NamedTuple):
     kind: Literal["result", "cancelled", "limited", "failed"]
     result: PhaseResult | None = None  # set if and only if kind == "result"
     detail: str = ""  # operator's text, for log, reason and next prompt; with the output's tail
-    error: str = ""  # limited, or trouble: one line, `claude: ` and the CLI's own words
+    error: str = ""  # limited, trouble: `claude: ` and the CLI's words; a command that is missing
     trouble: Literal["", "refused", "item", "busy"] = ""
     until: float | None = None  # limited: epoch seconds of the reset, if the CLI said
     usage: Usage = Usage()
@@ -309,15 +309,21 @@ class AttemptSpec(NamedTuple):
     timeout_s: float
     idle_timeout_s: float  # 0 = off
     grace_s: float
+    stop: asyncio.Event  # end it in order
+    hurry: asyncio.Event  # and without the grace
     budget_usd: float | None = None  # what is left of max_cost_usd, for CLIs that take a budget
 
     @property
     def result_path(self) -> Path:
-        return attempt_file(self.root, "results", self.task, self.token)
+        return self.root / WORK_DIR / "results" / f"{self._stem}.json"
 
     @property
     def prompt_path(self) -> Path:
-        return attempt_file(self.root, "prompts", self.task, self.token)
+        return self.root / WORK_DIR / "prompts" / f"{self._stem}.md"
+
+    @property
+    def _stem(self) -> str:
+        return f"{safe_name(self.task.item_id)}_{safe_name(self.task.name)}_{self.token}"
 
 
 class Progress(NamedTuple):
@@ -361,51 +367,44 @@ AGENT_CLIS = ("claude", "codex", "opencode", "gemini", "command", "demo")
 DOCUMENT_OUTPUTS = ("changes/{id}_*/", "_ideas/{id}_*")
 BUILT_IN = "built-in defaults"  # where the values of a config without a file come from
 MAX_NUMBER = 2**32 - 1  # what any count or duration may be at most
-MAX_RETRY_DELAY_S = 300.0
 STREAM_IDLE_MINUTES = 15.0  # a long tool command is silent too, so not shorter
 
 # Ids and phase names become parts of file names and of git refs, so they hold nothing special.
 NAME = r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}"
 
-# ---- What a key may hold -------------------------------------------------------------------------
-
-
-def _is_environment(value: object) -> bool:
-    return isinstance(value, dict) and all(
-        name and "=" not in name and PLAIN.fits(name) and PLAIN.fits(text)
-        for name, text in value.items()
-    )
-
-
-def _is_below_root(value: object) -> bool:
-    return WORD.fits(value) and not re.search(r"^/|(?:^|/)\.\.(?:/|$)", str(value))
-
+# ---- The table of keys, and what each may hold ---------------------------------------------------
 
 _COUNT = whole_number(0, MAX_NUMBER)
 _PLACES = whole_number(1, MAX_NUMBER)
 _AMOUNT = number_within(0, MAX_NUMBER)
 _PLAIN = TEXT._replace(fits=PLAIN.fits)
 _WORDS = list_of(WORD, 'a list of texts such as ["a", "b"]')
-_PATHS = 'a list of paths below the project root such as ["docs/"]'
-_PATTERNS = list_of(Kind("", _is_below_root), _PATHS)
+_PATHS = list_of(
+    matching_text("", r"(?!/|(.*/)?\.\.(/|\Z))[^\0]*[^\0\s][^\0]*"),
+    'a list of paths below the project root such as ["docs/"]',
+)
 _ARGVS = list_of(ARGV, 'a list of commands such as [["make", "test"]]')
-_ENVIRONMENT = Kind('names with texts such as { CI = "1" }', _is_environment)
+_ENVIRONMENT = Kind(
+    'names with texts such as { CI = "1" }',
+    lambda value: (
+        isinstance(value, dict)
+        and all(re.fullmatch(r"[^\0=]+", name) and PLAIN.fits(value[name]) for name in value)
+    ),
+)
 _NAME = matching_text("at most 64 ASCII letters, digits, - and _", NAME)
 _MODEL = matching_text(  # it becomes an argument, so it must not look like an option
     "letters, digits, . _ / - (no leading -)", r"|[A-Za-z0-9._/][A-Za-z0-9._/-]*"
 )
 
-# ---- The table of keys ---------------------------------------------------------------------------
-
 
 class ConfigKey(NamedTuple):
-    """A row of the table: what a key may hold, what holds without it, and what it is good for."""
+    """A row of the table, which stands where its field's default would."""
 
     kind: Kind
     default: Any
-    meaning: str
-    example: str  # a value to show where the default cannot be written, or says too little
-    name: str  # as the file spells it, if the record does not
+    meaning: str = ""
+    example: str = ""  # a value to show where the default cannot be written, or says too little
+    name: str = ""  # as the file spells it, if the record does not
 
     def line(self, field: str, value: object) -> str:
         """The key as a line of TOML, with what there is to choose from, and the meaning."""
@@ -417,12 +416,9 @@ class ConfigKey(NamedTuple):
 
 
 CONFIG_KEYS: dict[str, dict[str, ConfigKey]] = {}  # by table of the file, then by field
+Words = tuple[str, ...]
 Record = TypeVar("Record", bound=type)
-
-
-def row(kind: Kind, default: object, meaning: str = "", example: str = "", name: str = "") -> Any:
-    """A row, which stands where its field's default would."""
-    return ConfigKey(kind, default, meaning, example, name)
+row: Callable[..., Any] = ConfigKey
 
 
 def config_table(name: str) -> Callable[[Record], Record]:
@@ -465,12 +461,8 @@ class Execution(NamedTuple):
         _AMOUNT, None, "no output = timeout; 0 = off, as for CLIs that tell nothing", "15"
     )
     kill_grace_seconds: float = row(_AMOUNT, 5, "from TERM to KILL, when an agent is ended")
-    hook_timeout_seconds: float = row(
-        _AMOUNT, round(HOOK_LIMIT_S), "for one hook of yours, at the commit of a destructive phase"
-    )
-    on_usage_limit: Literal["halt", "wait"] = row(
-        choice("halt", "wait"), "halt", "when the account of an agent's CLI is used up"
-    )
+    hook_timeout_seconds: float = row(_AMOUNT, round(HOOK_LIMIT_S), "for one hook of yours")
+    on_usage_limit: str = row(choice("halt", "wait"), "halt", "when an agent's account is used up")
 
 
 @config_table("agent")
@@ -479,11 +471,16 @@ class AgentSettings(NamedTuple):
 
     cli: str = row(choice(*AGENT_CLIS), "claude")
     model: str | None = row(_MODEL, None, "as the CLI calls it", '"opus"')
-    command: tuple[str, ...] = row(
+    command: Words = row(
         ARGV, (), 'for cli = "command"', '["my-agent", "{prompt_file}", "{result_path}"]'
     )
-    args: tuple[str, ...] = row(_WORDS, (), "more arguments for the CLI", '["--verbose"]')
+    args: Words = row(_WORDS, (), "more arguments for the CLI", '["--verbose"]')
     env: Mapping[str, str] = row(_ENVIRONMENT, {}, "variables for the CLI", '{ CI = "1" }')
+
+    @property
+    def name(self) -> str:
+        """What the operator calls the agent."""
+        return Path(self.command[0]).name if self.cli == "command" else self.cli
 
 
 @config_table("commits")
@@ -499,10 +496,10 @@ class Commits(NamedTuple):
 
 @config_table("notify")
 class Notify(NamedTuple):
-    """Who is told of a halt."""
+    """Who is told of a halt: a command that is run at every one."""
 
-    command: tuple[str, ...] = row(
-        ARGV, (), "run at every halt, JSON summary on stdin", '["notify-send", "orchestrator"]'
+    command: Words = row(
+        ARGV, (), "at every halt, JSON on stdin", '["notify-send", "orchestrator"]'
     )
 
 
@@ -511,24 +508,16 @@ class Phase(NamedTuple):
     """One phase of a pipeline."""
 
     name: str
-    destructive: bool = row(
-        FLAG, False, "modifies code, runs alone, is committed at once", "true", "is_destructive"
-    )
-    workflows: tuple[str, ...] = row(
-        _WORDS, (), "files to follow, not the built-in instructions", '["docs/build.md"]'
-    )
+    destructive: bool = row(FLAG, False, "modifies code, runs alone", "true", "is_destructive")
+    workflows: Words = row(_WORDS, (), "instead of the built-in instructions", '["docs/build.md"]')
     agent: str | None = row(choice(*AGENT_CLIS), None, "", '"codex"')
     model: str | None = row(_MODEL, None, "for this phase", '"opus"')
     timeout_minutes: float | None = row(_AMOUNT, None, "instead of phase_timeout_minutes", "90")
-    run: tuple[str, ...] = row(
-        ARGV, (), "this command does the phase, no agent", '["make", "docs"]'
-    )
-    verify: tuple[tuple[str, ...], ...] = row(
+    run: Words = row(ARGV, (), "this command does the phase, no agent", '["make", "docs"]')
+    verify: tuple[Words, ...] = row(
         _ARGVS, (), "must pass after the agent says it is done", '[["make", "test"]]'
     )
-    outputs: tuple[str, ...] = row(
-        _PATTERNS, (), "what a phase that is not destructive may commit", '["docs/"]'
-    )
+    outputs: Words = row(_PATHS, (), "what a phase that is not destructive may commit", '["docs/"]')
     allow_empty: bool = row(FLAG, False, "a destructive phase may end without any change", "true")
 
 
@@ -549,9 +538,7 @@ class Config(NamedTuple):
     pipelines: Mapping[str, Pipeline]
     prefix: str = row(_NAME, "WRK", "ids are PREFIX-001, PREFIX-002, …")
     backlog_path: str = row(_PLAIN, BACKLOG_NAME, "relative to this file")
-    protected_branches: tuple[str, ...] = row(
-        _WORDS, (), '`run` refuses to work on these, e.g. ["main"]'
-    )
+    protected_branches: Words = row(_WORDS, (), '`run` refuses to work on these, e.g. ["main"]')
     guardrails: Guardrails = Guardrails()
     execution: Execution = Execution()
     agent: AgentSettings = AgentSettings()
@@ -561,17 +548,13 @@ class Config(NamedTuple):
     source: str = BUILT_IN
 
 
-TRIAGE_PHASE = Phase(TRIAGE, outputs=DOCUMENT_OUTPUTS)  # has no agent and no limits of its own
-BUILT_IN_PIPELINE = Pipeline(
-    DEFAULT_PIPELINE,
-    (Phase("research", outputs=DOCUMENT_OUTPUTS),),
-    (
-        Phase("prd", outputs=DOCUMENT_OUTPUTS),
-        Phase("design", outputs=DOCUMENT_OUTPUTS),
-        Phase("build", destructive=True),
-        Phase("review", outputs=DOCUMENT_OUTPUTS),
-    ),
-)
+def _documents(*names: str) -> tuple[Phase, ...]:
+    return tuple(Phase(name, outputs=DOCUMENT_OUTPUTS) for name in names)
+
+
+(TRIAGE_PHASE,) = _documents(TRIAGE)  # has no agent and no limits of its own
+_PHASES = (*_documents("prd", "design"), Phase("build", destructive=True), *_documents("review"))
+BUILT_IN_PIPELINE = Pipeline(DEFAULT_PIPELINE, _documents("research"), _PHASES)
 
 
 # ---- Reading -------------------------------------------------------------------------------------
@@ -594,10 +577,10 @@ def parse_config(data: bytes, source: str, base: Path) -> Config:
         raise ConfigError(f"Failed to parse {source}: {error}. Correct the TOML.") from None
     problems: list[str] = []
     top = Fields(tables, "", problems)
-    records = {"guardrails": Guardrails, "execution": Execution, "agent": AgentSettings}
-    records |= {"commits": Commits, "notify": Notify}
     read = _read_table("project", top.table("project"))
-    read |= {name: one(**_read_table(name, top.table(name))) for name, one in records.items()}
+    records = {"guardrails": Guardrails, "execution": Execution, "agent": AgentSettings}
+    for name, record in (records | {"commits": Commits, "notify": Notify}).items():
+        read[name] = record(**_read_table(name, top.table(name)))
     listed = top.table("pipelines")
     pipelines = {name: _read_pipeline(name, listed.table(name)) for name in listed.values}
     pipelines = pipelines or {DEFAULT_PIPELINE: BUILT_IN_PIPELINE}
@@ -629,19 +612,17 @@ def _read_table(name: str, table: Fields) -> dict[str, Any]:
 
 
 def _read_pipeline(name: str, table: Fields) -> Pipeline:
-    pre_phases = tuple(map(_read_phase, table.tables("pre_phases")))
-    pipeline = Pipeline(name, pre_phases, tuple(map(_read_phase, table.tables("phases"))))
+    pools = (tuple(map(_read_phase, table.tables(pool))) for pool in ("pre_phases", "phases"))
+    pipeline, problems = Pipeline(name, *pools), table.complaints
     table.close()
-    problems = table.complaints
     if not pipeline.phases:
         problems.append(f"{table.where} needs at least one main phase in `phases`")
     names = [phase.name for phase in pipeline.all_phases]
     for twice in dict.fromkeys(name for name in names if names.count(name) > 1):
         problems.append(f"{table.where} has a duplicate phase name: {twice}")
-    for phase in pre_phases:
-        if phase.destructive:
-            wrong = f"the pre-phase {phase.name} cannot be destructive; move it to `phases`"
-            problems.append(f"{table.where}: {wrong}")
+    for name in (phase.name for phase in pipeline.pre_phases if phase.destructive):
+        wrong = f"the pre-phase {name} cannot be destructive; move it to `phases`"
+        problems.append(f"{table.where}: {wrong}")
     return pipeline
 
 
@@ -672,7 +653,7 @@ def pipeline_of(config: Config, item: Item) -> Pipeline | None:
     return config.pipelines.get(pipeline_name(item))
 
 
-def checks_of(config: Config, item: Item, phase: str) -> tuple[tuple[str, ...], ...]:
+def checks_of(config: Config, item: Item, phase: str) -> tuple[Words, ...]:
     """What must succeed before the work of a phase is committed: the phase's checks, and in the
     last phase that changes code the item's own."""
     pipeline = pipeline_of(config, item)
@@ -699,21 +680,11 @@ def rules_of(config: Config) -> Rules:
     return Rules(config.prefix, limits, pipelines, config.source)
 
 
-class PhasePlace(NamedTuple):
-    """Where a phase stands in its pipeline."""
-
-    phase: Phase
-    pool: Literal["pre", "main"]
-    rank: int  # counted over pre-phases and main phases together
-
-
-def phase_places(pipeline: Pipeline) -> dict[str, PhasePlace]:
-    """Every phase of a pipeline, by name."""
-    first_main = len(pipeline.pre_phases)
-    return {
-        phase.name: PhasePlace(phase, "pre" if rank < first_main else "main", rank)
-        for rank, phase in enumerate(pipeline.all_phases)
-    }
+def phase_places(pipeline: Pipeline) -> dict[str, tuple[Phase, Literal["pre", "main"], int]]:
+    """Every phase of a pipeline by name, with its pool and its rank among all of them."""
+    first = len(pipeline.pre_phases)
+    ranked = enumerate(pipeline.all_phases)
+    return {one.name: (one, "pre" if rank < first else "main", rank) for rank, one in ranked}
 
 
 def agent_settings(config: Config, phase: Phase) -> AgentSettings:
@@ -742,15 +713,14 @@ def phase_timeout_s(config: Config, phase: Phase) -> float:
 def idle_timeout_s(config: Config, settings: AgentSettings) -> float:
     """Seconds an agent may be silent; 0 = for ever, as with CLIs that print only at their end."""
     minutes = config.execution.idle_timeout_minutes
-    if minutes is None:
-        minutes = STREAM_IDLE_MINUTES if PROFILES[settings.cli].read else 0.0
-    return 60 * minutes
+    usual = STREAM_IDLE_MINUTES if PROFILES[settings.cli].read else 0.0
+    return 60 * (usual if minutes is None else minutes)
 
 
 def retry_delay_s(config: Config, attempt: int) -> float:
     """Seconds to wait after the failure of the given attempt (1-based): doubles, at most 300."""
-    doublings = min(attempt - 1, 60)  # more would only overflow; the limit is reached long before
-    return min(MAX_RETRY_DELAY_S, config.execution.retry_delay_seconds * 2.0**doublings)
+    # More than 60 doublings would only overflow; the limit is reached long before.
+    return min(300.0, config.execution.retry_delay_seconds * 2.0 ** min(attempt - 1, 60))
 
 
 # ---- Preflight -----------------------------------------------------------------------------------
@@ -758,16 +728,14 @@ def retry_delay_s(config: Config, attempt: int) -> float:
 
 def preflight_config(config: Config, exists: Callable[[Path], bool]) -> list[Problem]:
     """Every workflow file that is named but not there, by path."""
-    users: dict[str, str] = {}
-    for pipeline in config.pipelines.values():
-        for phase in pipeline.all_phases:
-            for workflow in phase.workflows:
-                users.setdefault(workflow, f"pipelines.{pipeline.name}, phase {phase.name}")
+    lines = config.pipelines.values()
+    phases = [(f"{line.name}, phase {one.name}", one) for line in lines for one in line.all_phases]
+    users = {name: user for user, phase in phases for name in phase.workflows}
     remedy = "Create it, correct the path, or remove `workflows`: every phase can do without."
     return [
-        Problem(f"{config.source}: {user}: Workflow file not found: {config.base / name}", remedy)
-        for name, user in sorted(users.items())
-        if not exists(config.base / name)
+        Problem(f"{config.source}: pipelines.{user}: Workflow file not found: {path}", remedy)
+        for path, user in sorted((config.base / name, user) for name, user in users.items())
+        if not exists(path)
     ]
 
 
@@ -798,19 +766,18 @@ def _phase_problem(config: Config, item: Item) -> list[tuple[str, str]]:
     pipeline, name = pipeline_of(config, item), item.get("phase")
     if pipeline is None or not name:
         return []
-    who, places = f"{item['id']} ({item['status']})", phase_places(pipeline)
+    places, status = phase_places(pipeline), item["status"]
     if name not in places:
-        known = f"Set phase to one of {', '.join(places)}, or add it to pipelines.{pipeline.name}."
-        return [(f"{who} is in the unknown phase {name!r}{did_you_mean(name, places)}", known)]
-    listed = places[name].pool
-    pool, phase = item.get("phase_pool", listed), f"{name} is a {listed} phase"
-    if pool != listed:
-        return [(f"{who}: phase_pool is {pool}, but {phase}", f"Set it to {listed}.")]
-    status = "scoping" if listed == "pre" else "in_progress"
-    if item["status"] != status:
-        remedy = f"Set status to {status}, or choose another phase."
-        return [(f"{who}: {phase}, which does not run in this status", remedy)]
-    return []
+        what = f"{item['id']} ({status}) is in the unknown phase {name!r}"
+        remedy = f"Set phase to one of {', '.join(places)}, or add it to pipelines.{pipeline.name}."
+        return [(what + did_you_mean(name, places), remedy)]
+    _, pool, _ = places[name]
+    usual = "scoping" if pool == "pre" else "in_progress"
+    if (item.get("phase_pool", pool), status) == (pool, usual):
+        return []
+    now = ", ".join(filter(None, (status, item.get("phase_pool"))))
+    what = f"{item['id']} ({now}): {name} is a {pool} phase"
+    return [(what, f"Set status to {usual} and phase_pool to {pool}, or choose another phase.")]
 
 
 # ---- The file that `init` writes -----------------------------------------------------------------
@@ -818,17 +785,15 @@ def _phase_problem(config: Config, item: Item) -> list[tuple[str, str]]:
 _TEMPLATE = """\
 # What `orchestrator` does in this repository. Every key may be left out: the values below are the
 # defaults. An unknown or misspelt key is an error, so nothing here is silently ignored.
-{tables}
+{}
 # A pipeline is what an item goes through: pre-phases until it is ready, then the phases. A phase
 # may also have
-{phase_keys}
-[pipelines.{name}]
+{}
+[pipelines.{}]
 pre_phases = [
-{pre_phases}
-]
+{}]
 phases = [
-{phases}
-]
+{}]
 """
 
 
@@ -842,34 +807,27 @@ def config_template(
     """
     import json
 
-    instead = f", verify = {json.dumps([check.split()])} }},  # only what passes counts"
-
     def rows(phases: Iterable[Phase]) -> str:
-        lines = []
+        verify = f", verify = {json.dumps([check.split()])} }},  # only what passes counts"
+        text = ""
         for one in phases:
             begin = f'{{ name = "{one.name}"' + ", is_destructive = true" * one.destructive
-            lines.append(f"  {begin} }},")
-            lines += [f"  # {begin}{instead}"] * bool(check and one.destructive)
-        return "\n".join(lines)
+            text += f"  {begin} }},\n"
+            text += f"  # {begin}{verify}\n" if check and one.destructive else ""
+        return text
 
-    chosen, tables = {"prefix": prefix, "cli": agent}, ""
+    chosen, tables = {"prefix": prefix, "cli": agent, **hints}, ""
     for table in ("project", "guardrails", "execution", "agent", "commits", "notify"):
         tables += f"\n[{table}]\n"
         for field, key in CONFIG_KEYS[table].items():
             # What is only an example is a remark; but `command` is refused without one.
             needed = (table, field, agent) == ("agent", "command", "command")
-            hint = hints.get(field) if table == "commits" else None
-            mark = "# " if hint is not None or (key.example and not needed) else ""
-            value = chosen.get(field, key.default) if hint is None else hint
-            tables += f"{mark}{key.line(field, value)}\n"
-    pipeline, keys = BUILT_IN_PIPELINE, CONFIG_KEYS["phase"].items()
-    return _TEMPLATE.format(
-        tables=tables,
-        phase_keys="\n".join(f"#   {key.line(field, key.default)}" for field, key in keys),
-        name=pipeline.name,
-        pre_phases=rows(pipeline.pre_phases),
-        phases=rows(pipeline.phases),
-    )
+            mark = "# " if field in hints or (key.example and not needed) else ""
+            tables += f"{mark}{key.line(field, chosen.get(field, key.default))}\n"
+    keys = CONFIG_KEYS["phase"].items()
+    phase_keys = "\n".join(f"#   {key.line(field, key.default)}" for field, key in keys)
+    pipeline, pre, main = BUILT_IN_PIPELINE
+    return _TEMPLATE.format(tables, phase_keys, pipeline, rows(pre), rows(main))
 
 
 # ==== 4. Decisions (pure) =========================================================================
@@ -961,14 +919,14 @@ def _due(able: Sequence[Item], config: Config) -> Iterator[Task]:
     places = {name: phase_places(pipeline) for name, pipeline in config.pipelines.items()}
     for status, pool in (("in_progress", "main"), ("scoping", "pre")):
         found = [
-            (-(item.get("priority") or 0), -place.rank, item["created"], item["id"], place)
+            (-(item.get("priority") or 0), -place[2], item["created"], item["id"], place)
             for item in able
             if item["status"] == status
             and (place := places.get(pipeline_name(item), {}).get(item.get("phase") or ""))
-            and place.pool == pool
+            and place[1] == pool
         ]
-        for *_, item_id, place in sorted(found, key=lambda one: one[:3]):
-            yield Task(item_id, place.phase, place.pool)
+        for *_, item_id, (phase, main_or_pre, _) in sorted(found, key=lambda one: one[:3]):
+            yield Task(item_id, phase, main_or_pre)
     new = (item for item in able if item["status"] == "new")
     for item in sorted(new, key=lambda item: (-(item.get("priority") or 0), item["created"])):
         yield Task(item["id"], TRIAGE_PHASE, "triage")
@@ -2641,13 +2599,11 @@ def worklog_costs(entries: Iterable[Mapping[str, str]]) -> dict[str, Usage]:
 
 # ==== 6. Agent processes ==========================================================================
 #
-# One subprocess per attempt, watched from the event loop, and nothing that it started outlives it.
-# A process group is not enough for that: today's agents run every tool command in a session of its
-# own. So whatever carries the attempt's marker in its environment is ended, and (Linux) whatever
-# lost the marker but was handed to us, the child subreaper, when its parent died.
-#
-# A further agent CLI is its name in AGENT_CLIS (chapter 3), a row of PROFILES, and a reader of its
-# events beside `read_claude`.
+# One subprocess per attempt, and nothing that it started outlives it. A process group is not enough
+# for that: agents run tool commands in sessions of their own. So whatever carries the attempt's
+# marker in its environment is ended, and (Linux) what was handed to us, the child subreaper, when
+# its parent died. A further agent CLI is its name in AGENT_CLIS (chapter 3), a row of PROFILES, and
+# a reader of its events beside `read_claude`.
 
 RESULT_LIMIT = 5_000_000  # bytes of a result file
 LINE_LIMIT = 8 << 20  # bytes of one line of output that are looked at; codex writes long ones
@@ -2675,32 +2631,6 @@ SESSION_VARIABLE = (
     r"|CODEX_(SANDBOX\w*|THREAD_ID)|GEMINI_CLI|OPENCODE|OPENCODE_(PID|SESSION\w*)|ORCHESTRATOR_\w+"
     r"|GIT_CONFIG_(COUNT|KEY_\d+|VALUE_\d+)"
 )
-QUIET_TOOLS = {"GIT_TERMINAL_PROMPT": "0", "GIT_EDITOR": "true", "PAGER": "cat", "GIT_PAGER": "cat"}
-
-
-# ---- Paths ---------------------------------------------------------------------------------------
-
-
-def attempt_file(root: Path, kind: Literal["results", "prompts"], task: Task, token: str) -> Path:
-    """Where an attempt's result or prompt is; the token makes the name unique."""
-    name = f"{safe_name(task.item_id)}_{safe_name(task.name)}_{token}"
-    return root / WORK_DIR / kind / (name + {"results": ".json", "prompts": ".md"}[kind])
-
-
-def log_paths(root: Path, task: Task, name: int | str) -> tuple[Path, Path]:
-    """New files for both outputs of an attempt; those of an earlier run are kept."""
-    stem = root / WORK_DIR / "logs" / safe_name(task.item_id) / f"{safe_name(task.name)}-{name}"
-    stems = (f"{stem}.{number}" if number > 1 else f"{stem}" for number in itertools.count(1))
-    pairs = ((Path(f"{one}.out"), Path(f"{one}.err")) for one in stems)
-    return next(pair for pair in pairs if not any(map(os.path.lexists, pair)))
-
-
-def make_work_folder(root: Path, folder: Path) -> None:
-    """Make the work folder, which keeps itself out of git, or one below it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    ignore = root / WORK_DIR / ".gitignore"
-    if not ignore.exists():
-        ignore.write_text("*\n")
 
 
 # ---- What an agent's events tell -----------------------------------------------------------------
@@ -2738,8 +2668,13 @@ class AgentReport:
 
     def failed(self, text: str, status: float | None = None) -> str:
         """Take in an error that the CLI reports."""
-        self.error, self.status = text or UNTOLD, status
+        self.error, self.status, self.unfinished = text or UNTOLD, status, False
         return self.error
+
+    def said(self, text: str) -> str:
+        """Take in a piece of a message."""
+        self.message = (self.message + text)[-MESSAGE_LIMIT:]
+        return text
 
     def called(self, tool: str, call: object) -> str:
         """Take in a tool call; returns its name with its most telling argument."""
@@ -2755,9 +2690,8 @@ class AgentReport:
 
     def usage(self) -> Usage:
         """Cost and tokens as far as they were reported."""
-        ways = zip((0, 0), *self.turns, *self.messages.values(), strict=True)
-        given, made = map(sum, ways)
-        return Usage(self.cost_usd, given, made) if given or made else Usage(self.cost_usd)
+        given, made = map(sum, zip((0, 0), *self.turns, *self.messages.values(), strict=True))
+        return Usage(self.cost_usd, given or None, made or None)
 
 
 def _at(value: object, kind: type[T], *keys: str) -> T:
@@ -2779,31 +2713,26 @@ def _number_at(value: object, key: str) -> float | None:
     return float(found) if 0 <= found < 1e15 else None
 
 
-def _tokens_at(usage: object, *inputs: str, output: str = "output_tokens") -> tuple[int, int]:
-    """Token counts, in and out; several keys count as input."""
-    given = sum(int(_number_at(usage, key) or 0) for key in inputs or ("input_tokens",))
-    return given, int(_number_at(usage, output) or 0)
+def _tokens_at(usage: object) -> tuple[int, int]:
+    """Token counts, in and out."""
+    caches = "cache_creation_input_tokens", "cache_read_input_tokens"  # claude's
+    counts = [int(_number_at(usage, k) or 0) for k in ("output_tokens", "input_tokens", *caches)]
+    return sum(counts[1:]), counts[0]
 
 
 # Each reader takes in one event of its CLI and returns what it tells people, if anything.
-
-CLAUDE_INPUTS = ("input_tokens", "cache_creation_input_tokens", "cache_read_input_tokens")
 
 
 def read_claude(report: AgentReport, event: Event) -> str:
     """Claude Code's stream-json (seen: 1.0.128 to 2.1.330).
 
-    An API or login failure ends with subtype "success" and is_error true: only is_error counts.
-    There are two ends when a background task outlived the first turn: total_cost_usd is cumulative
-    over them, usage is not.
+    A failure may end with subtype "success": only is_error counts. There are two ends when a
+    background task outlived the first turn; total_cost_usd is cumulative over them, usage is not.
     """
     shown = ""
     match event.get("type"), event.get("subtype"):
-        case "system", "init":
-            report.unfinished = True
         case "assistant", _:  # one of several events of a message, each with the message's figures
-            report.unfinished = True
-            tokens = _tokens_at(_at(event, dict, "message", "usage"), *CLAUDE_INPUTS)
+            tokens = _tokens_at(_at(event, dict, "message", "usage"))
             report.messages[_text_at(event, "message", "id")] = tokens
             for part in _at(event, list, "message", "content"):
                 if _text_at(part, "type") == "tool_use":
@@ -2811,8 +2740,7 @@ def read_claude(report: AgentReport, event: Event) -> str:
                 else:
                     shown = _text_at(part, "text") or shown
             if error := _text_at(event, "error"):  # a message of the CLI itself, not of the model
-                refused = error in ("authentication_failed", "billing_error")
-                report.failed(shown or error, 401 if refused else None)
+                report.failed(shown or error)
         case "user", _:  # what a tool gave back; a command sent to the background returns at once
             told = event.get("tool_use_result")
             launched = _text_at(told, "status") == "async_launched"
@@ -2823,8 +2751,6 @@ def read_claude(report: AgentReport, event: Event) -> str:
         case "system", "task_notification" | "task_updated":
             if _text_at(event, "patch", "status") not in ("running", "pending"):
                 report.background.discard(_text_at(event, "task_id"))
-        case "system", "api_retry":
-            shown = f"API retry: {_text_at(event, 'error') or UNTOLD}"
         case "rate_limit_event", _:
             info = event.get("rate_limit_info")
             if _text_at(info, "status") == "rejected":  # other ones only warn
@@ -2832,10 +2758,10 @@ def read_claude(report: AgentReport, event: Event) -> str:
                 report.limit = shown = f"usage limit reached ({kind})"
                 report.until = _number_at(info, "resetsAt")  # seconds, not milliseconds
         case "result", _:
-            report.unfinished, shown = False, _text_at(event, "result")
+            shown = _text_at(event, "result")
             if (cost := _number_at(event, "total_cost_usd")) is not None:
                 report.cost_usd = cost
-            report.end_turn(_tokens_at(event.get("usage"), *CLAUDE_INPUTS))
+            report.end_turn(_tokens_at(event.get("usage")))
             if event.get("is_error") is not True:
                 report.ended_well()
                 report.message = shown[-MESSAGE_LIMIT:] or report.message
@@ -2850,9 +2776,7 @@ def read_codex(report: AgentReport, event: Event) -> str:
     """`codex exec --json` (seen: 0.169 to 0.171)."""
     kind, item = event.get("type"), event.get("item")
     what, name = _text_at(item, "type"), _text_at(item, "id")
-    if kind == "turn.started":
-        report.unfinished = True
-    elif kind in ("item.started", "item.completed"):
+    if kind in ("item.started", "item.completed"):
         report.background.discard(name)
         if what == "command_execution" and kind == "item.started":
             report.tasks[name] = _text_at(item, "command")
@@ -2862,12 +2786,14 @@ def read_codex(report: AgentReport, event: Event) -> str:
         if what not in ("agent_message", "reasoning", "todo_list", "error"):
             return report.called(what, item)
         return _text_at(item, "text") or _text_at(item, "message") or what
-    elif kind == "turn.completed":
+    if kind == "turn.completed":
         report.ended_well()
         report.messages["thread"] = _tokens_at(event.get("usage"))  # cumulative over the thread
-    elif kind in ("turn.failed", "error"):  # an error alone may be followed by "Reconnecting"
-        report.unfinished = report.unfinished and kind == "error"
-        return report.failed(_text_at(event, "error", "message") or _text_at(event, "message"))
+    elif kind in ("turn.failed", "error"):
+        text = _text_at(event, "error", "message") or _text_at(event, "message")
+        report.failed(text)
+        report.unfinished = kind == "error"  # alone: "Reconnecting" may follow
+        return report.error
     return ""
 
 
@@ -2875,34 +2801,28 @@ def read_opencode(report: AgentReport, event: Event) -> str:
     """`opencode run --format json` (seen: 1.18)."""
     kind, part = event.get("type"), event.get("part")
     if kind == "text":
-        text = _text_at(part, "text")
-        report.message = f"{report.message}\n{text}"[-MESSAGE_LIMIT:]
-        return text
+        return report.said("\n" + _text_at(part, "text"))
     if kind == "tool_use":
         return report.called(_text_at(part, "tool"), _at(part, dict, "state", "input"))
     if kind == "step_finish":
         report.ended_well()
-        given, made = _tokens_at(_at(part, dict, "tokens"), "input", output="output")
-        cached, _ = _tokens_at(_at(part, dict, "tokens", "cache"), "read", "write")
-        report.end_turn((given + cached, made))
+        told, cache = _at(part, dict, "tokens"), _at(part, dict, "tokens", "cache")
+        given = [_number_at(told, "input"), *(_number_at(cache, key) for key in ("read", "write"))]
+        report.end_turn((int(sum(n or 0 for n in given)), int(_number_at(told, "output") or 0)))
         if (cost := _number_at(part, "cost")) is not None:
             report.cost_usd = (report.cost_usd or 0.0) + cost
     if kind == "error":
         data, name = _at(event, dict, "error", "data"), _text_at(event, "error", "name") or "error"
-        status = 401 if name == "ProviderAuthError" else _number_at(data, "statusCode")
-        return report.failed(f"{name}: {_text_at(data, 'message') or UNTOLD}", status)
+        text = f"{name}: {_text_at(data, 'message') or UNTOLD}"
+        return report.failed(text, _number_at(data, "statusCode"))
     return ""
 
 
 def read_gemini(report: AgentReport, event: Event) -> str:
     """gemini's stream-json (seen: 0.61)."""
     kind = event.get("type")
-    if kind == "init":
-        report.unfinished = True
     if kind == "message" and event.get("role") == "assistant":  # the prompt is echoed as "user"
-        text = _text_at(event, "content")
-        report.message = (report.message + text)[-MESSAGE_LIMIT:]
-        return text
+        return report.said(_text_at(event, "content"))
     if kind == "tool_use":
         return report.called(_text_at(event, "tool_name"), event.get("parameters"))
     if kind == "result":
@@ -2921,67 +2841,53 @@ def read_line(report: AgentReport, line: bytes, read: Reader | None) -> str:
         with suppress(ValueError, RecursionError):
             event = json.loads(line)
             if isinstance(event, dict):  # CLIs print warnings in between
+                report.unfinished = True  # unless it is a closing one
                 return read(report, event)
     return line[:8000].decode(errors="replace")
 
 
 # ---- What an error of a CLI is about -------------------------------------------------------------
 
-# Searched in any case. Words decide only what happens next, never whether an item is charged.
-LIMIT_WORDS = (
-    r"(?:session|usage|hours?|hourly|daily|weekly|monthly|opus|sonnet|plan|spend\w*) limits?\b"
-    r"|hit your limit|out of (?:extra )?usage|\bquota\b|\blimit\b.{0,40}\bresets?\b"
-)
+# Searched in any case, the first kind counts: for what happens next, never for whether an item is
+# charged.
 OTHER_LIMITS = r"(?:context|prompt|tokens?|size|file|window|length|input)\W+(?:\w+\W+)?limit"
-ITEM_WORDS = (
-    r"(?:prompt|input|context|conversation|messages?|request|file|image)(?: is| are| was)?"
+ERROR_WORDS = {
+    "limit": rf"\A(?!.*{OTHER_LIMITS}).*(?:hit your limit|out of (?:extra )?usage|\bquota\b"
+    r"|(?:session|usage|hours?|hourly|daily|weekly|monthly|opus|sonnet|plan|spend\w*) limits?\b"
+    r"|\blimit\b.{0,40}\bresets?\b)",
+    "item": r"(?:prompt|input|context|conversation|messages?|request|file|image)(?: is| are| was)?"
     r" too (?:long|large|big)|context.(?:window|length)|context limit|exceeds the maximum"
     r"|input_too_large|(?:usage|content|safety|management) polic|content.filter|flagged"
-    r"|prohibited.content|unable to respond to this request"
-)
-BUSY_WORDS = r"rate.limit|too many requests|at capacity|high demand|overloaded"
-REFUSED_WORDS = (
-    r"not logged in|logged out|(?:please|must|need to|cannot|failed to) (?:log|sign) ?in|/login\b"
-    r"|auth login|auth method|failed to authenticate|authentication.(?:failed|error|required)"
-    r"|not authenticated|unauthori[sz]ed|\b40[13]\b|forbidden|api.key|(?:oauth|refresh) token"
-    r"|credit|billing|payment|subscription|insufficient.(?:funds|balance)"
+    r"|prohibited.content|unable to respond to this request",
+    "busy": r"rate.limit|too many requests|at capacity|high demand|overloaded",
+    "refused": r"\b(?:not logged|logged out|(?:log|sign) ?in\b|auth (?:login|method))|/login\b"
+    r"|authenticat|AuthError|unauthori[sz]ed|\b40[13]\b|forbidden|(?:oauth|refresh) token|api.key"
+    r"|credit|billing|payment|subscription|insufficient.(?:funds|balance)|untrusted|not a trusted"
     r"|(?:organi[sz]ation|account)\b.{0,60}\b(?:disabled|suspended|not|no longer)\b"
     r"|model\b.{0,80}\b(?:not (?:found|exist|supported|allowed|have access)|may not)\b"
     r"|(?:unknown|invalid|unsupported) model|model.?not.?found"
-    r"|(?:unknown|unexpected|unrecogni[sz]ed|illegal|no such) (?:option|argument|flag|command)"
-    r"|invalid (?:option|flag|command)|not a trusted|untrusted"
-)
+    r"|(?:unknown|unexpected|unrecogni[sz]ed|illegal|no such|invalid) (?:option|arg|flag|command)",
+}
+HTTP_STATUSES = {
+    "item": (413,), "busy": (408, 429, *range(500, 600)), "refused": (401, 402, 403, 404)
+}  # fmt: skip
 
 
 def error_kind(text: str, status: float | None = None) -> str:
     """What an error is about: "limit", "refused", "item" or "busy"; `status` is the HTTP one."""
-
-    def about(words: str) -> bool:
-        return re.search(words, text, re.IGNORECASE) is not None
-
-    if about(LIMIT_WORDS) and not about(OTHER_LIMITS):
-        return "limit"
-    if status == 413 or about(ITEM_WORDS):
-        return "item"
-    if status in (408, 429) or (status or 0) >= 500 or about(BUSY_WORDS):
-        return "busy"
-    return "refused" if status in (401, 402, 403, 404) or about(REFUSED_WORDS) else "busy"
+    for kind, words in ERROR_WORDS.items():
+        by_status = status in HTTP_STATUSES.get(kind, ())
+        if by_status or re.search(words, text, re.IGNORECASE | re.DOTALL):
+            return kind
+    return "busy"
 
 
-MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
-RESET_AFTER = (
-    r"\b(?:again|resets?|retry|access|available)\s+(?:in|after)\s+("
-    r"(?:\d+(?:\.\d+)?\s*(?:days?|hours?|hrs?|min(?:ute)?s?|sec(?:ond)?s?|[dhms])"
-    r"\b[\s,]*(?:and\s+)?|\d+[dhm](?=\d))+)"
-)
-RESET_CLOCK = re.compile(
-    r"""\b(?:resets?|again|access|available)(?:\s+(?:at|on))?\s+
-    (?:(?P<iso>\d{4}-\d\d-\d\d)(?:\s+at\s+|\s+|T)
-      |(?P<month>[a-z]{3})[a-z]*\.?\s+(?P<day>\d{1,2})(?:st|nd|rd|th)?,?\s+
-       (?:(?P<year>\d{4}),?\s+)?(?:at\s+)?)?
-    (?P<hour>\d{1,2})(?::(?P<minute>\d\d))?(?::\d\d)?\s*(?P<half>[ap]m)?\b
-    \s*\(?(?P<zone>[a-z]+(?:/[a-z0-9_+-]+)+|UTC|GMT|Z\b)?""",
-    re.IGNORECASE | re.VERBOSE,
+RESET_WORDS = r"\b(?:again|resets?|retry|access|available) "
+RESET_AFTER = RESET_WORDS + r"(?:in|after) ((?:[\d.]+ ?[dhms][a-z]* ?(?:and )?)+)"
+RESET_AT = RESET_WORDS + (
+    r"(?:on )?(?:(?P<month>[a-z]{3})[a-z]* (?P<day>\d+) (?:(?P<year>\d{4}) )?"
+    r"|(?P<date>\d{4}-\d\d-\d\d) )?(?P<clock>\d+:\d\d(?: ?[ap]m)?|\d+ ?[ap]m)\b(?::\d\d)?"
+    r" ?\(?(?P<zone>[a-z]+(?:/[\w+-]+)+|UTC|GMT)?"
 )
 
 
@@ -2994,40 +2900,38 @@ def reset_time(text: str, now: float) -> float | None:
     """
     if epoch := re.search(r"\|(\d{10})\b", text):
         return float(epoch[1])
+    # "Apr 28th, 2026 at 10:03 PM", "2026-04-28T22:03": without what stands between
+    text = re.sub(r"(?<=\d)(?:st|nd|rd|th)\b|(?<=\d)T(?=\d)|[.,](?!\d)|\bat\b", " ", text)
+    text = " ".join(text.split())
     if after := re.search(RESET_AFTER, text, re.IGNORECASE):
         seconds = {"d": 86400, "h": 3600, "m": 60, "s": 1}
-        parts = re.findall(r"(\d+(?:\.\d+)?)\s*([dhms])", after[1], re.IGNORECASE)
-        return now + sum(float(number) * seconds[unit.lower()] for number, unit in parts)
-    clock = RESET_CLOCK.search(text)
-    if not clock or not (clock["minute"] or clock["half"]):
-        return None
-    try:
-        return _clock_time(clock, now)
-    except (ValueError, OverflowError, OSError, KeyError):  # no such date, no such zone
-        return None
+        parts = re.findall(r"(\d+(?:\.\d+)?) ?([dhms])", after[1].lower())
+        return now + sum(float(number) * seconds[unit] for number, unit in parts)
+    clock = re.search(RESET_AT, text, re.IGNORECASE)
+    with suppress(ValueError, OverflowError, OSError, KeyError):  # no such date, no such zone
+        return _clock_time(now, **clock.groupdict()) if clock else None
+    return None
 
 
-def _clock_time(clock: re.Match[str], now: float) -> float:
-    zone: tzinfo | None = UTC if clock["zone"] else None  # None: naive, and local where it counts
-    if "/" in (clock["zone"] or ""):
+def _clock_time(
+    now: float, month: str, day: str, year: str, date: str, clock: str, zone: str
+) -> float:
+    where: tzinfo | None = UTC if zone else None  # None: naive, and local where it counts
+    if "/" in (zone or ""):
         from zoneinfo import ZoneInfo
 
-        zone = ZoneInfo(clock["zone"])
-    today = datetime.fromtimestamp(now, zone)
-    hour, half = int(clock["hour"]), (clock["half"] or "").lower()
-    if half:
-        hour = hour % 12 + (12 if half == "pm" else 0)
-    when = today.replace(hour=hour, minute=int(clock["minute"] or 0), second=0, microsecond=0)
-    if clock["iso"]:
-        year, month, day = map(int, clock["iso"].split("-"))
-        return when.replace(year=year, month=month, day=day).timestamp()
-    if clock["month"]:
-        month, day = MONTHS.index(clock["month"].lower()) + 1, int(clock["day"])
-        when = when.replace(year=int(clock["year"] or today.year), month=month, day=day)
-        if not clock["year"] and today - when > timedelta(days=180):
-            when = when.replace(year=today.year + 1)
-    elif today - when > timedelta(hours=1):
+        where = ZoneInfo(zone)
+    today, clock = datetime.fromtimestamp(now, where), clock.replace(" ", "")
+    hours = ("%I:%M%p" if ":" in clock else "%I%p") if clock[-1] in "mM" else "%H:%M"
+    if month:
+        date = f"{year or today.year}-{month}-{day}"
+    days = "%Y-%b-%d" if month else "%Y-%m-%d"
+    when = datetime.strptime(f"{date or today.date()} {clock}", f"{days} {hours}")
+    when = when.replace(tzinfo=where)
+    if not date and today - when > timedelta(hours=1):
         when += timedelta(days=1)
+    if month and not year and today - when > timedelta(days=180):
+        when = when.replace(year=when.year + 1)
     return when.timestamp()
 
 
@@ -3037,53 +2941,46 @@ def _clock_time(clock: re.Match[str], now: float) -> float:
 class Profile(NamedTuple):
     """How to start one kind of agent, and how to read what it prints."""
 
-    argv: str = ""  # words, with the placeholders of `agent_argv`; the prompt comes on stdin
+    argv: str = ""  # words; an option of `{model}` or `{budget}` goes where there is none
     read: Reader | None = None  # None: plain lines of text
     package: str = ""  # where npm has the CLI
     login: str = ""  # how to log in
-    model: str = ""  # the option that takes the model
-    budget: str = ""  # the option that takes dollars
-    last: tuple[str, ...] = ()  # what comes after the operator's own words
     env: str = ""  # words, defaults: the operator's own environment and agent.env win
     refused_codes: tuple[int, ...] = ()  # exit codes that say: not logged in, not trusted …
     starts_alone: bool = False  # a first start beside another one breaks both
 
 
-PROFILES: Mapping[str, Profile] = {
+PROFILES: Mapping[str, Profile] = {  # the prompt comes on stdin
     "claude": Profile(
-        "claude -p --output-format stream-json --verbose --dangerously-skip-permissions",
+        "claude -p --output-format stream-json --verbose --dangerously-skip-permissions"
+        " --model {model} --max-budget-usd {budget} {args}",
         read_claude,
         "@anthropic-ai/claude-code",
         "start `claude` once and use /login, or set ANTHROPIC_API_KEY",
-        model="--model",
-        budget="--max-budget-usd",
-        env="CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC=1 CLAUDE_CODE_DISABLE_BACKGROUND_TASKS=1"
+        "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC=1 CLAUDE_CODE_DISABLE_BACKGROUND_TASKS=1"
         " DISABLE_AUTOUPDATER=1 CLAUDE_CODE_MAX_RETRIES=4",
     ),
     "codex": Profile(
-        "codex exec --json --skip-git-repo-check --dangerously-bypass-approvals-and-sandbox",
+        "codex exec --json --skip-git-repo-check --dangerously-bypass-approvals-and-sandbox"
+        " -m {model} {args} -",
         read_codex,
         "@openai/codex",
         "`codex login`",
-        model="-m",
-        last=("-",),
     ),
     "opencode": Profile(  # a title that is given spares it a request for one
-        "opencode run --format json --auto --title {item_id}:{phase}",
+        "opencode run --format json --auto --title {item_id}:{phase} -m {model} {args}",
         read_opencode,
         "opencode-ai",
         "`opencode auth login`",
-        model="-m",
-        env="OPENCODE_DISABLE_AUTOUPDATE=1",
+        "OPENCODE_DISABLE_AUTOUPDATE=1",
         starts_alone=True,  # it makes a database in the operator's home
     ),
     "gemini": Profile(
-        "gemini --yolo --output-format stream-json",
+        "gemini --yolo --output-format stream-json -m {model} {args}",
         read_gemini,
         "@google/gemini-cli",
         "start `gemini` once and log in, or set GEMINI_API_KEY",
-        model="-m",
-        env="GEMINI_CLI_NO_RELAUNCH=true GEMINI_CLI_TRUST_WORKSPACE=true",
+        "GEMINI_CLI_NO_RELAUNCH=true GEMINI_CLI_TRUST_WORKSPACE=true",
         refused_codes=(41, 55, 145, 147),  # no login, folder not trusted, 401, 403 (mod 256)
     ),
     "command": Profile(),  # agent.command
@@ -3093,42 +2990,46 @@ PROFILES: Mapping[str, Profile] = {
 
 def agent_argv(spec: AttemptSpec) -> list[str]:
     """What starts an attempt; placeholders are replaced in one pass, so that values are inert."""
-    settings, profile = spec.settings, PROFILES[spec.settings.cli]
+    settings, argv = spec.settings, list[str]()
     if spec.task.phase.run:
         return list(spec.task.phase.run)
     if settings.cli == "demo":
         here = str(Path(__file__).resolve())  # this very program; -E and -S start quicker
         return [sys.executable, "-E", "-S", here, DEMO_AGENT, *settings.args]
+    budget = spec.budget_usd
     values = {
         "{prompt_file}": str(spec.prompt_path),
         "{result_path}": str(spec.result_path),
         "{model}": settings.model or "",
+        "{budget}": "" if budget is None else f"{budget + 0.00005:.4f}",  # rounded up
         "{item_id}": spec.task.item_id,
         "{phase}": spec.task.name,
     }
     names = re.compile("|".join(map(re.escape, values)))
-    words = settings.command if settings.cli == "command" else profile.argv.split()
-    argv = [names.sub(lambda found: values[found[0]], word) for word in words]
-    if settings.model and profile.model:
-        argv += [profile.model, settings.model]
-    if spec.budget_usd is not None and profile.budget:
-        argv += [profile.budget, f"{spec.budget_usd + 0.00005:.4f}"]  # rounded up
-    return [*argv, *settings.args, *profile.last]
+
+    def filled(word: str) -> str:
+        return names.sub(lambda found: values[found[0]], word)
+
+    if settings.cli == "command":
+        return [*map(filled, settings.command), *settings.args]
+    for word in PROFILES[settings.cli].argv.split():
+        if word == "{args}":
+            argv += settings.args
+        elif values.get(word) != "":
+            argv.append(filled(word))
+        else:
+            argv.pop()  # the option that takes it
+    return argv
 
 
 def agent_environment(spec: AttemptSpec, outer: Mapping[str, str]) -> dict[str, str]:
     """The environment of an agent and its tools, made from our own (`outer`)."""
-    settings = spec.settings
-    kept = {
-        name: value
-        for name, value in outer.items()
-        if not (GIT_DROPPED_ENV.fullmatch(name) or re.fullmatch(SESSION_VARIABLE, name))
-    }
+    foreign = f"{SESSION_VARIABLE}|{GIT_DROPPED_ENV.pattern}"
     return {
-        **dict(word.split("=") for word in PROFILES[settings.cli].env.split()),
-        **kept,
-        **QUIET_TOOLS,
-        **settings.env,
+        **dict(word.split("=") for word in PROFILES[spec.settings.cli].env.split()),
+        **{name: text for name, text in outer.items() if not re.fullmatch(foreign, name)},
+        **{"GIT_TERMINAL_PROMPT": "0", "GIT_EDITOR": "true", "PAGER": "cat", "GIT_PAGER": "cat"},
+        **spec.settings.env,
         RUN_MARK: spec.run_id,
         ATTEMPT_MARK: str(spec.result_path),
         "ORCHESTRATOR_ITEM_ID": spec.task.item_id,
@@ -3152,20 +3053,16 @@ def agent_problem(
     if settings.cli != "demo" and not shutil.which(where, path=env.get("PATH", os.defpath)):
         package = PROFILES[settings.cli].package
         how = f"npm install -g {package}" if package else "check agent.command"
-        return Problem(
-            f"the agent {binary!r} is not on PATH or not executable",
-            f"Install it ({how}), or choose another agent with agent.cli.",
-        )
+        what = f"the agent {binary!r} is not on PATH or not executable"
+        return Problem(what, f"Install it ({how}), or choose another agent with agent.cli.")
     if settings.cli == "claude" and os.geteuid() == 0 and env.get("IS_SANDBOX") != "1":
-        return Problem(
-            "claude refuses to work unattended as root",
-            "Run as an ordinary user, or, in a container made for it, set IS_SANDBOX=1 exactly"
-            ' (e.g. env = { IS_SANDBOX = "1" } in [agent]).',
-        )
+        how = "Run as an ordinary user, or, in a container made for it, with IS_SANDBOX=1"
+        how += ' (e.g. env = { IS_SANDBOX = "1" } in [agent]).'
+        return Problem("claude refuses to work unattended as root", how)
     return None
 
 
-# ---- The process table ---------------------------------------------------------------------------
+# ---- Processes, and their end --------------------------------------------------------------------
 
 LIVE: dict[str, int] = {}  # marker of a live `Child` -> pid, 0 until it has started
 _SPARED: set[tuple[int, int]] = set()  # (pid, start) of children from before we became subreaper
@@ -3183,6 +3080,8 @@ class Process(NamedTuple):
 
 def processes(only: int = 0) -> dict[int, Process]:
     """Every process that can be seen, by pid, or `only` that one; from `ps` without a /proc."""
+    import subprocess
+
     table = {}
     if ON_LINUX:
         for pid in [only] if only else [int(one) for one in os.listdir("/proc") if one.isdecimal()]:
@@ -3191,8 +3090,9 @@ def processes(only: int = 0) -> dict[int, Process]:
                 alive = row[0] not in (b"Z", b"X")
                 table[pid] = Process(pid, int(row[1]), int(row[2]), alive, int(row[19]))
         return table
-    columns = ("pid=", "ppid=", "pgid=", "stat=", "lstart=")
-    for line in _ps("-ax", *(word for column in columns for word in ("-o", column))):
+    command = ["ps", "-ax", *(f"-o{name}=" for name in ("pid", "ppid", "pgid", "stat", "lstart"))]
+    told = subprocess.run(command, env={**os.environ, "LC_ALL": "C"}, stdout=subprocess.PIPE)
+    for line in told.stdout.decode().splitlines():
         *ids, state, since = line.split(None, 4)
         pid, ppid, group = map(int, ids)
         begun = int(time.mktime(time.strptime(since.strip(), "%a %b %d %H:%M:%S %Y")))
@@ -3209,24 +3109,10 @@ def _proc(pid: int, name: str) -> bytes:
         return b""
 
 
-def _ps(*options: str) -> list[str]:
-    import subprocess
-
-    env = {**os.environ, "LC_ALL": "C"}
-    done = subprocess.run(["ps", *options], env=env, stdin=subprocess.DEVNULL, capture_output=True)
-    return done.stdout.decode(errors="replace").splitlines()
-
-
-def _marked(variable: str, table: Iterable[int]) -> set[int]:
-    """The processes whose environment holds a variable (NAME=value)."""
-    if ON_LINUX:
-        mark = os.fsencode(variable)
-        return {pid for pid in table if mark in _proc(pid, "environ").split(b"\0")}
-    # The environment follows the command; macOS shows it for processes of the same user only.
-    options = ("-axwwE", "-o", "pid=", "-o", "command=")
-    lines = _ps(*options) if sys.platform == "darwin" else _ps("axeww", "-o", "pid=,args=")
-    wanted = re.compile(rf"(?<!\S){re.escape(variable)}(?!\S)")
-    return {int(line.split(None, 1)[0]) for line in lines if wanted.search(line)}
+def _marked(variable: str, pids: Iterable[int]) -> set[int]:
+    """Those whose environment holds a variable (NAME=value), where there is a /proc."""
+    mark = os.fsencode(variable)
+    return {pid for pid in pids if mark in _proc(pid, "environ").split(b"\0")}
 
 
 def _family(roots: Iterable[int], table: Mapping[int, Process]) -> set[int]:
@@ -3246,39 +3132,29 @@ def become_subreaper() -> None:
 
     pr_set_child_subreaper, us = 36, os.getpid()  # linux/prctl.h
     if ON_LINUX and ctypes.CDLL(None).prctl(pr_set_child_subreaper, 1, 0, 0, 0) == 0:
-        if not _is_subreaper():
+        if os.environ.get(OWN_MARK) != str(us):
             _SPARED.update((one.pid, one.start) for one in processes().values() if one.ppid == us)
         os.environ[OWN_MARK] = str(us)
 
 
-def _is_subreaper() -> bool:
-    return os.environ.get(OWN_MARK) == str(os.getpid())
-
-
 def _adopted(table: Mapping[int, Process]) -> list[Process]:
-    """Children handed to us because their parent died, dead ones included.
+    """Children handed to us, the subreaper, because their parent died; dead ones included.
 
     Our own git calls and hooks are children, too; they carry our mark. Between fork and exec they
     show our own environment, during exec neither command nor environment; so the command is read
     first, and twice in case it goes on to exec another.
     """
     us = os.getpid()
+    mark, own = f"{OWN_MARK}={us}".encode(), _proc(us, "environ")
 
     def is_ours(pid: int) -> bool:
-        for _ in range(2):
-            in_exec = not _proc(pid, "cmdline")
-            same = _proc(pid, "environ") == _proc(us, "environ")
-            if in_exec or same or _marked(f"{OWN_MARK}={us}", {pid}):
-                return True
-        return False
+        in_exec, shown = not _proc(pid, "cmdline"), _proc(pid, "environ")
+        return in_exec or shown == own or mark in shown.split(b"\0")
 
     children = [one for one in table.values() if one.ppid == us and one.pid not in LIVE.values()]
     strange = [one for one in children if (one.pid, one.start) not in _SPARED]
-    found = [one for one in strange if not one.alive or not is_ours(one.pid)]
-    return found if _is_subreaper() else []
-
-
-# ---- Ending what an attempt started --------------------------------------------------------------
+    found = [one for one in strange if not (one.alive and (is_ours(one.pid) or is_ours(one.pid)))]
+    return found if os.environ.get(OWN_MARK) == str(us) else []
 
 
 def end_processes(
@@ -3291,17 +3167,14 @@ def end_processes(
     """End and reap what an attempt or a run left, see `_leftovers`: TERM, grace, KILL.
 
     TERM goes to what is there at first, so that it may start something to tidy up with. Until
-    nothing is found twice in a row, because a process may fork and leave while the table is being
-    read, and shows no environment during exec; once, if we have no child that could have forked.
-    Returns one line for each. Blocks; gives up after SWEEP_LIMIT_S.
+    nothing is found twice in a row: a process may fork and leave while the table is read, and shows
+    no environment during exec. Returns a line for each; blocks; gives up after SWEEP_LIMIT_S.
     """
     ended: dict[tuple[int, int], str] = {}
     begun, clean, seen = time.monotonic(), 0, dict(known or {})
-    enough = 1 if _is_subreaper() and _children() | _children() == {leader} else 2
-    while clean < enough and time.monotonic() < begun + grace_s + SWEEP_LIMIT_S:
+    while clean < 2 and time.monotonic() < begun + grace_s + SWEEP_LIMIT_S:
         left = _leftovers(variable, leader, seen)
         gentle = time.monotonic() < begun + grace_s and not hurry()
-        clean, enough = (0, 2) if left else (clean + 1, enough)
         for pid, start in () if gentle and ended else left:
             words = one_line(_proc(pid, "cmdline").decode(errors="replace").replace("\0", " "), 120)
             ended.setdefault((pid, start), f"process {pid}" + (f" ({words})" if words else ""))
@@ -3310,11 +3183,12 @@ def end_processes(
                 with suppress(ProcessLookupError, PermissionError):
                     os.kill(pid, signal.SIGTERM if gentle else signal.SIGKILL)
         seen.update(left)  # once its parent is gone, nothing else may tell whose it is
-        if clean < enough:
+        clean = 0 if left else clean + 1
+        if clean < 2:
             time.sleep(0.02 if left else 0.002)
-    for pid, _ in ended:
-        if pid not in LIVE.values():
-            _reap(pid)
+    for pid in {pid for pid, _ in ended} - {*LIVE.values()}:
+        with suppress(ChildProcessError):
+            os.waitpid(pid, os.WNOHANG)
     return list(ended.values())
 
 
@@ -3339,23 +3213,25 @@ def _leftovers(variable: str, leader: int, known: Mapping[int, int]) -> list[tup
     return [(pid, table[pid].start) for pid in sorted(found, key=lambda pid: pid != leader)]
 
 
-def _children() -> set[int]:
-    """What the kernel lists; it may leave out a child while another one is being reaped."""
-    found: set[int] = set()
-    for listed in Path("/proc/self/task").glob("*/children"):
-        with suppress(OSError):  # the thread has ended
-            found.update(map(int, listed.read_bytes().split()))
-    return found
-
-
-def _reap(pid: int) -> None:
-    with suppress(ChildProcessError):
-        os.waitpid(pid, os.WNOHANG)
-
-
 # ---- One child process ---------------------------------------------------------------------------
 
 Ending = Literal["exit", "stop", "timeout", "idle", "settled"]
+
+
+def log_paths(root: Path, task: Task, name: int | str) -> tuple[Path, Path]:
+    """New files for both outputs of an attempt; those of an earlier run are kept."""
+    stem = root / WORK_DIR / "logs" / safe_name(task.item_id) / f"{safe_name(task.name)}-{name}"
+    stems = (f"{stem}.{number}" if number > 1 else f"{stem}" for number in itertools.count(1))
+    pairs = ((Path(f"{one}.out"), Path(f"{one}.err")) for one in stems)
+    return next(pair for pair in pairs if not any(map(os.path.lexists, pair)))
+
+
+def make_work_folder(root: Path, folder: Path) -> None:
+    """Make the work folder, which keeps itself out of git, or one below it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    ignore = root / WORK_DIR / ".gitignore"
+    if not ignore.exists():
+        ignore.write_text("*\n")
 
 
 class OutputFile:
@@ -3383,17 +3259,14 @@ class OutputFile:
     def remember(self, text: str) -> str:
         """Keep a line without control characters; returns it, "" if there is nothing to show."""
         line = one_line(text[:8000], TAIL_COLUMNS).strip()
-        if line:
-            self.tail.append(line)
+        self.tail += [line] if line else []
         return line
 
 
 def last_act(root: Path, cli: str, item_id: str, phase: str) -> str:
     """What an agent that is at work did last, from its output so far; "": nothing yet."""
     logs = (root / WORK_DIR / "logs" / safe_name(item_id)).glob(f"{safe_name(phase)}-*.out")
-    newest = max(logs, key=lambda path: path.stat().st_mtime, default=None)
-    if newest is None:
-        return ""
+    newest = max(logs, key=lambda path: path.stat().st_mtime, default=Path(os.devnull))
     output, report = OutputFile(newest), AgentReport()
     for line in output.lines(last=True):
         output.remember(read_line(report, line, PROFILES[cli].read if cli else None))
@@ -3401,38 +3274,29 @@ def last_act(root: Path, cli: str, item_id: str, phase: str) -> str:
 
 
 class Child:
-    """A process of an attempt with all that it starts, followed until all of it is gone.
+    """The process of an attempt with all that it starts, followed to its end, and judged.
 
-    For agents, for phases that are a command, and for checks. What it starts is known by the value
-    of ATTEMPT_MARK in its environment. `stop`, the time limit and the idle limit (without output;
-    0 is none) end it with TERM, and KILL after the grace, which `hurry` cuts short.
+    An agent or, where the phase has one, a command; checks are commands, too. What it starts is
+    known by ATTEMPT_MARK in its environment. `spec.stop`, the time limit and the idle limit (no
+    output; 0 is none) end it with TERM, and KILL after the grace, which `spec.hurry` cuts short.
     """
 
-    def __init__(
-        self,
-        spec: AttemptSpec,
-        argv: Sequence[str],
-        name: int | str,  # of its logs
-        stop: asyncio.Event,
-        hurry: asyncio.Event,
-    ) -> None:
-        self.spec, self.argv, self.stop, self.hurry = spec, argv, stop, hurry
-        self.logs = log_paths(spec.root, spec.task, name)
-        for path in (spec.prompt_path, spec.result_path, self.logs[0]):
-            make_work_folder(spec.root, path.parent)
-        self.timeout_s, self.idle_s = spec.timeout_s, 0.0
-        self.stdin = Path(os.devnull)  # or a regular file: an open pipe makes some agents wait
-        self.read: Reader | None = None  # of its events, if it has any
-        # Called with pid and start time, for it and for what hides whose it is.
+    why: Ending = "exit"
+    code: int | None = None  # as Popen.returncode; None if it could not be killed
+    seconds = silent_s = 0.0  # how long it has been running, and said nothing
+
+    def __init__(self, spec: AttemptSpec, log_name: int | str) -> None:
+        self.spec, self.argv, self.command = spec, agent_argv(spec), spec.task.phase.run
+        told = f"`{one_line(command_text(self.command), 200)}`"
+        self.label = told if self.command else repr(self.argv[0])
+        self.profile = Profile() if self.command else PROFILES[spec.settings.cli]
+        self.logs = log_paths(spec.root, spec.task, log_name)
+        # Called with pid and start time, for the process and for what hides whose it is.
         self.started: Callable[[int, int], None] = lambda pid, start: None
-        self.poll: Callable[[], bool] = lambda: False  # called often; true: it has settled
-        self.report = AgentReport()
-        self.why: Ending = "exit"
-        self.code: int | None = None  # as Popen.returncode; None if it could not be killed
-        self.seconds = self.silent_s = 0.0  # how long it has been running, and said nothing
+        self.tell: Callable[[Progress], None] = lambda seen: None
+        self.report, self._seen = AgentReport(), Progress()
         self._marker = f"{ATTEMPT_MARK}={spec.result_path}"
-        self._told: dict[int, int] = {}  # what hides whose it is, as {pid: start}
-        self._known: dict[int, int] = {}  # of these, what was seen below this child
+        self._known: dict[int, int] = {}  # what hides whose it is, as {pid: start}
         self._dead: set[Process] = set()  # adopted, seen dead at the last look around
 
     async def run(self) -> None:
@@ -3444,16 +3308,15 @@ class Child:
         try:
             self._start()
             LIVE[self._marker] = pid = self._process.pid
+            marked = (self._marker, pid, self._known)
             try:
                 entry = processes(pid).get(pid)
                 self.started(pid, entry.start if entry else 0)
-                gone = self._watch()
-                self.why = await self._follow(gone)
+                self.why = await self._follow()
                 grace_s = 0.0 if self.why == "exit" else self.spec.grace_s
-                marked = (self._marker, pid, self._known)
-                await asyncio.to_thread(end_processes, *marked, grace_s, self.hurry.is_set)
+                await asyncio.to_thread(end_processes, *marked, grace_s, self.spec.hurry.is_set)
             except BaseException:  # cancelled, too: whatever ends us, the child goes first
-                end_processes(self._marker, pid, self._known)
+                end_processes(*marked)
                 raise
             finally:
                 with suppress(subprocess.TimeoutExpired):  # it may hang in the kernel after KILL
@@ -3461,7 +3324,15 @@ class Child:
                 self._take(last=True)
         finally:
             del LIVE[self._marker]
-        self.poll()
+        self._settled()
+
+    @property
+    def ending(self) -> str:
+        """How it ended, in words."""
+        if self.code is None or self.code >= 0:
+            return "could not be killed" if self.code is None else f"exit code {self.code}"
+        names = {number.value: number.name for number in signal.Signals}
+        return f"ended by {names.get(-self.code, f'signal {-self.code}')}"
 
     def with_tail(self, text: str) -> str:
         """Append the last lines of both outputs, what was printed as an error last."""
@@ -3471,69 +3342,59 @@ class Child:
     def _start(self) -> None:
         """Start the process in a session of its own.
 
-        Signals are not blocked around this: the agent and all its tools would inherit the mask. Our
-        handlers raise nothing, and CPython holds signals off in the child until it has its session.
+        Its prompt is in a regular file: an open pipe makes some agents wait. With no signal
+        blocked, for all its tools would inherit that: our handlers raise nothing, and CPython holds
+        signals off in the child until it has its session.
         """
         import subprocess
 
-        env, root = agent_environment(self.spec, os.environ), self.spec.root
+        spec, env = self.spec, agent_environment(self.spec, os.environ)
+        for path in (spec.prompt_path, spec.result_path, self.logs[0]):
+            make_work_folder(spec.root, path.parent)
+        if spec.prompt:
+            spec.prompt_path.write_text(spec.prompt, encoding="utf-8", errors="replace")
         with (
-            open(self.stdin, "rb") as stdin,
+            open(os.devnull if self.command else spec.prompt_path, "rb") as stdin,
             open(self.logs[0], "xb") as out,
             open(self.logs[1], "xb") as err,
         ):
+            files: dict[str, Any] = {"stdin": stdin, "stdout": out, "stderr": err}
             self._process = subprocess.Popen(
-                self.argv, cwd=root, env=env, stdin=stdin, stdout=out, stderr=err,
-                start_new_session=True,
-            )  # fmt: skip
+                self.argv, cwd=spec.root, env=env, start_new_session=True, **files
+            )
         self.out, self.err = map(OutputFile, self.logs)
 
-    def _watch(self) -> asyncio.Event:
-        """An event that is set when the process has ended; where that counts it is not yet reaped.
+    async def _follow(self) -> Ending:
+        """Follow the output until the process ends, not yet reaped, or there is a reason to end it.
 
-        Not the event loop's own child watching: that reaps behind our back and needs SIGCHLD.
+        The event loop's own watching would reap it, behind our back.
         """
         import asyncio
-        import threading
 
-        loop, gone, process = asyncio.get_running_loop(), asyncio.Event(), self._process
-
-        def wait() -> None:
-            with suppress(ChildProcessError, RuntimeError):  # reaped already; the loop is closed
-                if ON_LINUX:
-                    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
-                else:
-                    process.wait()
-                loop.call_soon_threadsafe(gone.set)
-
-        threading.Thread(target=wait, daemon=True, name=f"wait-{process.pid}").start()
-        return gone
-
-    async def _follow(self, gone: asyncio.Event) -> Ending:
-        """Follow the output until the process ends or a reason to end it comes up."""
-        import asyncio
-
-        clock = asyncio.get_running_loop().time
-        begun = grown = looked = clock()
-        either = [asyncio.ensure_future(event.wait()) for event in (gone, self.stop)]
-        first = asyncio.FIRST_COMPLETED
+        loop, gone, stop = asyncio.get_running_loop(), asyncio.Event(), self.spec.stop
+        descriptor = None
+        with suppress(AttributeError, OSError):  # not Linux, or an old kernel: each look tells
+            descriptor = os.pidfd_open(self._process.pid)
+            loop.add_reader(descriptor, gone.set)
+        either = [asyncio.ensure_future(event.wait()) for event in (gone, stop)]
+        begun = grown = looked = loop.time()
         try:
             while True:
-                await asyncio.wait(either, timeout=LOOK_S, return_when=first)
-                now = clock()
+                await asyncio.wait(either, timeout=LOOK_S, return_when=asyncio.FIRST_COMPLETED)
+                now = loop.time()
                 grown = now if self._take() else grown
                 self.seconds, self.silent_s = now - begun, now - grown
-                settled = self.poll()
-                reasons: dict[Ending, bool] = {
-                    "exit": gone.is_set(),
-                    "stop": self.stop.is_set(),
-                    "timeout": self.seconds >= self.timeout_s,
-                    "idle": 0 < self.idle_s <= self.silent_s,
-                    "settled": settled,
-                }
-                for why, holds in reasons.items():
-                    if holds:
-                        return why
+                settled = self._settled()
+                if gone.is_set() or (descriptor is None and self._process.poll() is not None):
+                    return "exit"
+                if stop.is_set():
+                    return "stop"
+                if self.seconds >= self.spec.timeout_s:
+                    return "timeout"
+                if 0 < self.spec.idle_timeout_s <= self.silent_s:
+                    return "idle"
+                if settled:
+                    return "settled"
                 if now - looked >= LOOK_AROUND_S:
                     looked = now
                     for pid, start in await asyncio.to_thread(self._look_around):
@@ -3541,14 +3402,17 @@ class Child:
         finally:
             for one in either:
                 one.cancel()
+            if descriptor is not None:
+                loop.remove_reader(descriptor)
+                os.close(descriptor)
 
     def _take(self, *, last: bool = False) -> bool:
         """Take in what is new of both outputs; True if either has grown."""
         sizes = self.out.size, self.err.size
         out, err = self.out.lines(last=last), self.err.lines(last=last)
         # Of text only the end is shown; to clean millions of lines would hold up the event loop.
-        for line in out if self.read else out[-10 * TAIL_LINES :]:  # some may be blank
-            text = read_line(self.report, line, self.read)
+        for line in out if self.profile.read else out[-10 * TAIL_LINES :]:  # some may be blank
+            text = read_line(self.report, line, self.profile.read)
             self.report.last = self.out.remember(text) or self.report.last
         for line in err[-10 * TAIL_LINES :]:
             self.err.remember(line.decode(errors="replace"))
@@ -3557,151 +3421,136 @@ class Child:
     def _look_around(self) -> list[tuple[int, int]]:
         """Note what hides whose it is, below the child or adopted; returns what is new.
 
-        Also reaps adopted processes that have ended, as init would have done: a tool that waits for
-        its daemon's end by the pid would else wait for ever. Only at the second look, for a git
-        call of ours that has just ended looks the same, and its status belongs to who waits for it.
+        Also reaps adopted processes that have ended, as init would: a tool may wait for its
+        daemon's pid to go. At the second look, for a git call of ours that has just ended looks the
+        same, and its status belongs to who waits for it.
         """
         table, leader = processes(), self._process.pid
         adopted = _adopted(table)
         dead = {one for one in adopted if not one.alive}
         for one in dead & self._dead:
-            _reap(one.pid)
+            with suppress(ChildProcessError):
+                os.waitpid(one.pid, os.WNOHANG)
         self._dead = dead
-        below = _family({leader}, table) - {leader}
-        seen = below | _family((one.pid for one in adopted if one.alive), table)
+        # Of several children nobody knows whose an orphan is; of one it is found at the end, too.
+        orphans = [one.pid for one in adopted if one.alive and len(LIVE) == 1]
+        seen = _family({leader, *orphans}, table) - {leader}
         unmarked = seen - _marked(f"{RUN_MARK}={self.spec.run_id}", seen)
-        new = [(pid, table[pid].start) for pid in unmarked]
-        new = [(pid, start) for pid, start in new if self._told.get(pid) != start]
-        self._told.update(new)
-        self._known.update((pid, start) for pid, start in new if pid in below)
-        return new
+        new = dict({(pid, table[pid].start) for pid in unmarked} - self._known.items())
+        self._known.update(new)
+        return list(new.items())
 
-
-# ---- One attempt ---------------------------------------------------------------------------------
-
-
-async def run_attempt(
-    spec: AttemptSpec,
-    *,
-    stop: asyncio.Event,
-    hurry: asyncio.Event,
-    started: Callable[[int, int], None],
-    progress: Callable[[Progress], None] = lambda seen: None,
-) -> AgentOutcome:
-    """Run one attempt of a phase and judge how it ended; see `Child` for stop, hurry and started.
-
-    Everything expected is an outcome; an exception is a bug, and even then nothing that was started
-    is left.
-    """
-    if stop.is_set():
-        return AgentOutcome("cancelled", detail="not started: the run is stopping")
-    told = Progress()
-
-    def poll() -> bool:
-        """Tell what is new; whether a valid result has long stayed the same: the agent lingers."""
-        nonlocal told
-        last = child.report.last
-        if child.silent_s >= SILENT_S:
-            since = datetime.now() - timedelta(seconds=child.silent_s)
-            silent = f"says nothing since {since:%H:%M} ({child.silent_s // 60:.0f} min)"
+    def _settled(self) -> bool:
+        """Tell what is new; whether a valid result has long stayed the same: it lingers."""
+        last = self.report.last
+        if self.silent_s >= SILENT_S:
+            since = datetime.now() - timedelta(seconds=self.silent_s)
+            silent = f"says nothing since {since:%H:%M} ({self.silent_s // 60:.0f} min)"
             last = f"{silent}, before: {last}" if last else silent  # lines are cut at their end
-        seen = Progress(last, child.report.usage())
-        if seen != told:
-            told = seen
-            progress(seen)
+        before, self._seen = self._seen, Progress(last, self.report.usage())
+        if self._seen != before:
+            self.tell(self._seen)
         with suppress(OSError, ResultError):
-            if time.time() - os.lstat(spec.result_path).st_ctime >= SETTLE_S:
-                return read_result(spec) is not None
+            age_s = time.time() - os.lstat(self.spec.result_path).st_ctime
+            return not self.command and age_s >= SETTLE_S and self._read_result() is not None
         return False
 
-    argv = agent_argv(spec)
-    try:
-        child = Child(spec, argv, spec.attempt, stop, hurry)
-        child.idle_s, child.started, child.poll = spec.idle_timeout_s, started, poll
-        if not spec.task.phase.run:
-            child.stdin, child.read = spec.prompt_path, PROFILES[spec.settings.cli].read
-        spec.prompt_path.write_text(spec.prompt, encoding="utf-8", errors="replace")
-        await child.run()
-    except OSError as error:
-        detail = f"{argv[0]!r} cannot be started: {error.strerror or error}"
-        if error.filename == argv[0]:  # it is the CLI itself, no trouble that may pass
-            refused = AgentOutcome("failed", detail=detail, error=detail, trouble="refused")
-            return refused if not spec.task.phase.run else AgentOutcome("failed", detail=detail)
-        where = f" ({os.fsdecode(error.filename)})" if error.filename else ""
-        return AgentOutcome("failed", detail=detail + where)
-    outcome = judge_attempt(spec, child, time.time())
-    return outcome._replace(usage=child.report.usage(), seconds=child.seconds)
+    def _read_result(self) -> PhaseResult | None:
+        """The result that the agent wrote; None if there is none, ResultError if it is unusable."""
+        path, data = self.spec.result_path, None
+        try:
+            info = path.lstat()  # the agent may have put anything there
+            if stat.S_ISREG(info.st_mode) and info.st_size <= RESULT_LIMIT:
+                data = path.read_bytes()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise ResultError(f"the result file {path} was refused: {error.strerror}") from error
+        if data is None:
+            wanted = f"no regular file of at most {RESULT_LIMIT} bytes"
+            raise ResultError(f"the result file {path} was refused: it is {wanted}")
+        return parse_result(data, self.spec.task.item_id, self.spec.task.name)
 
+    def judge(self, now: float) -> AgentOutcome:
+        """Decide what it came to; `now` in epoch seconds. Exit codes lie, results do not."""
+        if self.command:
+            return self._judge_command()
+        report, (result, problem) = self.report, self._find_result()
+        if result is not None:
+            remark = f"result accepted in spite of: {self.ending}" if self.code != 0 else ""
+            if self.why not in ("exit", "stop"):
+                remark = "it went on after its result and was ended"
+            return AgentOutcome("result", result, remark)
+        if self.spec.stop.is_set():
+            return AgentOutcome("cancelled", detail="stopped before it reported a result")
+        if report.limit or error_kind(report.error, report.status) == "limit":
+            until = reset_time(report.error, now) if report.until is None else report.until
+            name = self.spec.settings.name
+            text = one_line(f"{name}: {report.limit or report.error}", TAIL_COLUMNS)
+            text = f"{text}; resets at {_local_text(until)}" if until else text
+            return AgentOutcome("limited", detail=text, error=text, until=until)
+        outcome = AgentOutcome("failed", detail=self.with_tail(self._failure(problem)))
+        return outcome if problem else self._if_early(outcome)
 
-def read_result(spec: AttemptSpec) -> PhaseResult | None:
-    """The result an agent wrote; None if there is none.
+    def _judge_command(self) -> AgentOutcome:
+        """A command tells by its exit status; by 126 and 127 that it is missing: an `error`."""
+        task = self.spec.task
+        if (self.why, self.code) == ("exit", 0):
+            summary = f"{self.label} succeeded"
+            done = PhaseResult(task.item_id, task.name, "phase_complete", summary)
+            return AgentOutcome("result", done)
+        if self.spec.stop.is_set():
+            return AgentOutcome("cancelled", detail=f"{self.label} was stopped")
+        how = f"failed with {self.ending}" if self.why == "exit" else "ran out of time"
+        text = self.with_tail(f"{self.label} {how}")
+        missing = self.why == "exit" and self.code in (126, 127)
+        return AgentOutcome("failed", detail=text, error=text if missing else "")
 
-    Raises ResultError if it is no regular file, too large, or says something unusable. An agent
-    may have put anything there, so it is opened without following links and without waiting.
-    """
-    import stat
+    def _find_result(self) -> tuple[PhaseResult | None, str]:
+        """The result, or what is wrong with what there is ("" if there simply is none)."""
+        task, report, ended_well = self.spec.task, self.report, (self.why, self.code) == ("exit", 0)
+        try:
+            result = self._read_result()
+        except ResultError as error:
+            return None, str(error)
+        if result is None and ended_well and not (report.error or report.unfinished):
+            result = _result_in_message(report.message, task)
+        if report.background and (result is not None or ended_well):
+            names = (report.tasks.get(one) or f"task {one}" for one in sorted(report.background))
+            running = one_line(", ".join(names), 200)
+            return None, f"it ended while this was still running in the background: {running}"
+        return result, ""
 
-    path, careful = spec.result_path, os.O_NOFOLLOW | os.O_NONBLOCK
-    refused = f"the result file {path} was refused"
-    try:
-        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | careful)) as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise ResultError(f"{refused}: it is no regular file")
-            data = file.read(RESULT_LIMIT + 1)
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        link = error.errno in (errno.ELOOP, errno.EMLINK)
-        reason = "it is a symbolic link" if link else error.strerror
-        raise ResultError(f"{refused}: {reason}") from error
-    if len(data) > RESULT_LIMIT:
-        raise ResultError(f"{refused}: more than {RESULT_LIMIT} bytes")
-    return parse_result(data, spec.task.item_id, spec.task.name)
+    def _failure(self, problem: str) -> str:
+        """Why the attempt failed, in one line."""
+        spec, report = self.spec, self.report
+        if self.why == "idle":
+            return f"timed out: no output for {spec.idle_timeout_s:g} seconds"
+        if self.why == "timeout":
+            return f"timed out after {spec.timeout_s:g} seconds"
+        text = f"{problem or 'no result file was written'} ({self.ending})"
+        if report.error:
+            text += f"; it reports: {one_line(report.error, TAIL_COLUMNS)}"
+        return text + "; its events break off without a closing one" * report.unfinished
 
-
-def judge_attempt(spec: AttemptSpec, child: Child, now: float) -> AgentOutcome:
-    """Decide what an attempt came to; `now` in epoch seconds. Exit codes lie, results do not."""
-    result, problem = _find_result(spec, child)
-    if result is not None:
-        remark = "" if child.code == 0 else f"result accepted in spite of: {_code_text(child.code)}"
-        if child.why == "settled":
-            remark = "it lingered after its result and was ended"
-        elif child.why in ("timeout", "idle"):
-            remark = "it ran into a time limit after its result"
-        return AgentOutcome("result", result, remark)
-    if child.stop.is_set():
-        return AgentOutcome("cancelled", detail="stopped before it reported a result")
-    report = child.report
-    if report.limit or error_kind(report.error, report.status) == "limit":
-        until = reset_time(report.error, now) if report.until is None else report.until
-        text = one_line(f"{_agent_name(spec)}: {report.limit or report.error}", TAIL_COLUMNS)
-        text = f"{text}; resets at {_local_text(until)}" if until else text
-        return AgentOutcome("limited", detail=text, error=text, until=until)
-    outcome = AgentOutcome("failed", detail=child.with_tail(_failure(spec, child, problem)))
-    return outcome if problem else _if_early(spec, child, outcome)
-
-
-def _find_result(spec: AttemptSpec, child: Child) -> tuple[PhaseResult | None, str]:
-    """The result, or what is wrong with what there is ("" if there simply is none)."""
-    task, report = spec.task, child.report
-    ended_well = child.why == "exit" and child.code == 0
-    if task.phase.run:
-        import shlex
-
-        summary = one_line(f"`{shlex.join(task.phase.run)}` succeeded", 200)
-        done = PhaseResult(task.item_id, task.name, "phase_complete", summary)
-        return (done if ended_well else None), ""
-    try:
-        result = read_result(spec)
-    except ResultError as error:
-        return None, str(error)
-    if result is None and ended_well and not (report.error or report.unfinished):
-        result = _result_in_message(report.message, task)
-    if report.background and (result is not None or ended_well):
-        names = (report.tasks.get(one) or f"task {one}" for one in sorted(report.background))
-        running = one_line(", ".join(names), 200)
-        return None, f"it ended while this was still running in the background: {running}"
-    return result, ""
+    def _if_early(self, failed: AgentOutcome) -> AgentOutcome:
+        """Mark a failure of a CLI that could not do anything yet, with its own words if any."""
+        spec, report, name = self.spec, self.report, self.spec.settings.name
+        early = self.code != 0 or report.error != ""
+        if self.profile.read is None:
+            early = self.code != 0 and self.seconds < EARLY_S
+        if self.why != "exit" or report.worked or not early:
+            return failed
+        words = report.error if report.error != UNTOLD else ""
+        if not words:
+            # Usage limits are read from events only; on standard error anybody may speak of one.
+            lines = [line for line in self.err.tail if error_kind(line) != "limit"]
+            words = ["", *sorted(lines, key=lambda line: error_kind(line) != "busy")][-1]
+        status = 401 if self.code in self.profile.refused_codes else report.status
+        log = self.logs[0].relative_to(spec.root)
+        silent = f"{name} gave no reason ({self.ending}); its output is in {log}"
+        text = one_line(f"{name}: {words}" if words else silent, TAIL_COLUMNS)
+        return failed._replace(error=text, trouble=cast("Any", error_kind(words, status)))
 
 
 def _result_in_message(message: str, task: Task) -> PhaseResult | None:
@@ -3710,67 +3559,18 @@ def _result_in_message(message: str, task: Task) -> PhaseResult | None:
 
     found, at, decoder = [], message.find("{"), json.JSONDecoder()
     while at >= 0:
-        try:
+        row, end = None, at + 1
+        with suppress(ValueError, RecursionError):
             row, end = decoder.raw_decode(message, at)
-        except (ValueError, RecursionError):
-            row, end = None, at + 1
         if (_text_at(row, "item_id"), _text_at(row, "phase")) == (task.item_id, task.name):
             found.append(json.dumps(row).encode())
         at = message.find("{", end)
-    try:
-        result = parse_result(found[0], task.item_id, task.name) if len(found) == 1 else None
-    except ResultError:
-        return None
     warning = "no result file was written; its closing message held the result"
-    return result and result._replace(warnings=(warning, *result.warnings))
-
-
-def _if_early(spec: AttemptSpec, child: Child, failed: AgentOutcome) -> AgentOutcome:
-    """Mark a failure of a CLI that could not do anything yet, with its own words if it has any."""
-    report, profile = child.report, PROFILES[spec.settings.cli]
-    if profile.read is None:
-        early = child.code != 0 and child.seconds < EARLY_S
-    else:
-        early = child.code != 0 or report.error != ""
-    if spec.task.phase.run or child.why != "exit" or report.worked or not early:
-        return failed
-    name, words = _agent_name(spec), report.error if report.error != UNTOLD else ""
-    if not words:
-        # Usage limits are read from events only; on standard error anybody may speak of one.
-        kinds = {line: error_kind(line) for line in child.err.tail}
-        complaints = [line for line, kind in kinds.items() if kind != "limit"]
-        telling = [line for line in complaints if kinds[line] != "busy"]
-        words = ["", *complaints, *telling][-1]
-    status = 401 if child.code in profile.refused_codes else report.status
-    trouble = cast("Any", error_kind(words, status))
-    text = f"{name}: {words}"
-    if not words:
-        log = child.logs[0].relative_to(spec.root)
-        text = f"{name} gave no reason ({_code_text(child.code)}); its output is in {log}"
-    return failed._replace(error=one_line(text, TAIL_COLUMNS), trouble=trouble)
-
-
-def _failure(spec: AttemptSpec, child: Child, problem: str) -> str:
-    """Why an attempt failed, in one line."""
-    report, code = child.report, _code_text(child.code)
-    if child.why == "idle":
-        return f"timed out: no output for {spec.idle_timeout_s:g} seconds"
-    if child.why == "timeout":
-        return f"timed out after {spec.timeout_s:g} seconds"
-    if spec.task.phase.run:
-        return f"{one_line(' '.join(spec.task.phase.run), 200)}: {code}"
-    parts = [f"{problem or 'no result file was written'} ({code})"]
-    if report.error:
-        parts.append(f"it reports: {one_line(report.error, TAIL_COLUMNS)}")
-    if report.unfinished:
-        parts.append("its event stream breaks off without a closing event")
-    return "; ".join(parts)
-
-
-def _agent_name(spec: AttemptSpec) -> str:
-    """What the operator calls the agent: its CLI, or the program of agent.command."""
-    settings = spec.settings
-    return Path(settings.command[0]).name if settings.cli == "command" else settings.cli
+    with suppress(ResultError):
+        if len(found) == 1:
+            result = parse_result(found[0], task.item_id, task.name)
+            return result._replace(warnings=(warning, *result.warnings))
+    return None
 
 
 def _local_text(epoch: float) -> str:
@@ -3779,15 +3579,34 @@ def _local_text(epoch: float) -> str:
     return "an unknown time"
 
 
-def _code_text(code: int | None) -> str:
-    """An exit status in words."""
-    if code is None or code >= 0:
-        return "could not be killed" if code is None else f"exit code {code}"
-    names = {number.value: number.name for number in signal.Signals}
-    return f"ended by {names.get(-code, f'signal {-code}')}"
+# ---- Attempts and checks -------------------------------------------------------------------------
 
 
-# ---- Verify commands -----------------------------------------------------------------------------
+async def run_attempt(
+    spec: AttemptSpec,
+    started: Callable[[int, int], None] = lambda pid, start: None,
+    progress: Callable[[Progress], None] = lambda seen: None,
+    log_name: int | str = "",  # else the number of the attempt
+) -> AgentOutcome:
+    """Run one attempt of a phase and judge how it ended; see `Child` for `started`.
+
+    Everything expected is an outcome; an exception is a bug, and leaves nothing that was started.
+    """
+    child = Child(spec, log_name or spec.attempt)
+    child.started, child.tell = started, progress
+    if spec.stop.is_set():
+        return AgentOutcome("cancelled", detail=f"{child.label} was not run: the run is stopping")
+    try:
+        await child.run()
+    except OSError as error:
+        missing = error.filename == child.argv[0]  # the CLI itself: no trouble that may pass
+        where = f" ({os.fsdecode(error.filename)})" if error.filename and not missing else ""
+        text = f"{child.label} cannot be started: {error.strerror or error}{where}"
+        told = text if missing or child.command else ""
+        trouble: Any = "refused" if missing and not child.command else ""
+        return AgentOutcome("failed", detail=text, error=told, trouble=trouble)
+    outcome = child.judge(time.time())
+    return outcome._replace(usage=child.report.usage(), seconds=child.seconds)
 
 
 class CannotRun(str):
@@ -3795,37 +3614,19 @@ class CannotRun(str):
     or 127), or the run stops."""
 
 
-async def run_verify(
-    spec: AttemptSpec,
-    commands: Sequence[Sequence[str]],
-    *,
-    stop: asyncio.Event,
-    hurry: asyncio.Event,
-) -> str | None:
+async def run_verify(spec: AttemptSpec, commands: Sequence[Sequence[str]]) -> str | None:
     """Run checks in turn, within the phase's time limit; None if all of them exit with 0.
 
-    Else the text of the first failure with the tail of its output, a `CannotRun` if the command
-    itself is the trouble, or the run stops.
+    Else the text of the first failure with the tail of its output, or a `CannotRun`.
     """
-    clock = time.monotonic
-    deadline = clock() + spec.timeout_s
+    deadline = time.monotonic() + spec.timeout_s
     for number, argv in enumerate(commands, 1):
-        name = f"verify command `{one_line(command_text(argv), 200)}`"
-        if stop.is_set():
-            return CannotRun(f"{name} was not run: the run is stopping")
-        try:
-            child = Child(spec, argv, f"{spec.attempt}-verify{number}", stop, hurry)
-            child.timeout_s = deadline - clock()
-            await child.run()
-        except OSError as error:
-            return CannotRun(f"{name} cannot be started: {error.strerror or error}")
-        if child.why == "exit" and child.code == 0:
-            continue
-        failed = f"failed with {_code_text(child.code)}"
-        how = {"stop": "was stopped", "timeout": "ran out of time"}.get(child.why, failed)
-        text = child.with_tail(f"{name} {how}")
-        missing = child.why == "exit" and child.code in (126, 127)
-        return CannotRun(text) if missing or child.why == "stop" else text
+        task = spec.task._replace(phase=spec.task.phase._replace(run=tuple(argv)))
+        one = spec._replace(task=task, timeout_s=deadline - time.monotonic(), idle_timeout_s=0)
+        outcome = await run_attempt(one, log_name=f"{spec.attempt}-verify{number}")
+        if outcome.kind != "result":
+            text = f"verify command {outcome.detail}"
+            return CannotRun(text) if outcome.error or outcome.kind == "cancelled" else text
     return None
 
 
@@ -3835,40 +3636,23 @@ PROBE_TIMEOUT_S = 180.0  # opencode tries for 90 s before it says that the API i
 PROBE_PROMPT = """\
 This only tests whether you can work here. Change nothing in the project and look at nothing.
 Write exactly this JSON to exactly this file, then stop:
-
+{{"item_id": "PROBE-1", "phase": "probe", "result": "phase_complete", "summary": "It works"}}
 ```text
 {path}
-```
-
-```json
-{{"item_id": "PROBE-1", "phase": "probe", "result": "phase_complete", "summary": "It works"}}
 ```
 """
 
 
-class Probe(NamedTuple):
-    """What came of trying an agent out."""
-
-    problem: Problem | None  # None: it works
-    row: Mapping[str, object]  # agent, model (null: the CLI's default), works, seconds, cost_usd, …
-
-
-def probe_agent(settings: AgentSettings, root: Path) -> Probe:
-    """Run an agent's real command line once, with a trivial prompt; its logs are kept as usual."""
+def probe_agent(settings: AgentSettings, root: Path) -> tuple[Problem | None, dict[str, object]]:
+    """Run an agent's real command line once, with a trivial prompt; what is wrong, and facts."""
     import asyncio
 
-    task, token = Task("PROBE-1", Phase("probe"), "main"), os.urandom(8).hex()
-    folder = root / WORK_DIR / "probe"
-    make_work_folder(root, folder)
-    prompt = PROBE_PROMPT.format(path=attempt_file(root, "results", task, token))
-    run, limits = f"probe-{token}", (PROBE_TIMEOUT_S, 0.0, LEFTOVER_GRACE_S)
-    spec = AttemptSpec(run, task, 1, token, root, prompt, folder, settings, *limits)
-
-    async def attempt() -> AgentOutcome:
-        never = asyncio.Event()
-        return await run_attempt(spec, stop=never, hurry=never, started=lambda pid, start: None)
-
-    outcome = asyncio.run(attempt())
+    token, never = os.urandom(8).hex(), asyncio.Event()
+    names = f"probe-{token}", Task("PROBE-1", Phase("probe"), "main"), 1, token, root
+    limits = PROBE_TIMEOUT_S, 0.0, LEFTOVER_GRACE_S, never, never
+    spec = AttemptSpec(*names, "", root / WORK_DIR, settings, *limits)
+    spec = spec._replace(prompt=PROBE_PROMPT.format(path=spec.result_path))
+    outcome = asyncio.run(run_attempt(spec))
     row = {
         "agent": settings.cli,
         "model": settings.model,
@@ -3877,17 +3661,16 @@ def probe_agent(settings: AgentSettings, root: Path) -> Probe:
         **usage_json(outcome.usage),
     }
     if outcome.kind == "result":
-        return Probe(None, row)
+        return None, row
+    remedy = f"Look at its output in {WORK_DIR}/logs/PROBE-1/, and at [agent]: model, args, env."
     login = PROFILES[settings.cli].login
-    remedy = f"Look at its output in {WORK_DIR}/logs/PROBE-1/"
-    remedy += ", and at model, args and env in [agent]."
     if outcome.kind == "limited":
         remedy = 'Wait for the reset; on_usage_limit = "wait" lets a run do that.'
     elif outcome.trouble == "busy":
         remedy = f"Try again later, as a run would by itself. {remedy}"
     elif outcome.trouble == "refused" and login:
         remedy = f"Log in: {login}. {remedy}"
-    return Probe(Problem(outcome.error or f"{settings.cli}: {outcome.detail}", remedy), row)
+    return Problem(outcome.error or f"{settings.cli}: {outcome.detail}", remedy), row
 
 
 # ---- The demo agent ------------------------------------------------------------------------------
@@ -3896,27 +3679,23 @@ def probe_agent(settings: AgentSettings, root: Path) -> Probe:
 def demo_agent(env: Mapping[str, str], prompt: str, root: Path) -> int:
     """A scripted agent that shows the whole machinery in seconds; returns its exit code.
 
-    Words in an item's title choose what happens: "risky" is rated high risk at triage, "flaky"
-    calls broken code done at its first attempt at the phase build, "follow-up" makes build report a
-    new item, "unclear" blocks at its first document, until it is unblocked. Everything else is
-    completed.
+    Words in a title choose what happens: "risky" is rated high risk, "flaky" calls broken code done
+    at its first attempt, "follow-up" makes build report a new item, "unclear" blocks at its first
+    document until it is unblocked. Everything else is completed.
     """
     import json
 
     phase, item_id = env["ORCHESTRATOR_PHASE"], env["ORCHESTRATOR_ITEM_ID"]
     attempt, folder = env["ORCHESTRATOR_ATTEMPT"], Path(env["ORCHESTRATOR_CHANGE_DIR"])
-    found = re.search(r"^- \*\*Title:\*\* (.+)$", prompt, re.MULTILINE)
-    title = found[1] if found else item_id
+    (title,) = re.findall(r"^- \*\*Title:\*\* (.+)$", prompt, re.MULTILINE)[:1] or [item_id]
     words = title.lower()
     print(f"demo agent: {item_id} {phase}, attempt {attempt}: {title}", flush=True)
     report: dict[str, object] = {"item_id": item_id, "phase": phase, "result": "phase_complete"}
     if phase == TRIAGE:
         risk = "high" if "risky" in words else "low"
         ratings = {"size": "small", "complexity": "low", "risk": risk, "impact": "medium"}
-        solution = "The smallest change that does it."
         report |= {"summary": f"Rated: small, {risk} risk", "updated_assessments": ratings}
-        report["description"] = {"problem": f"This is missing: {title}.", "solution": solution}
-        report["requires_human_review"] = False
+        report["description"] = {"problem": f"This is missing: {title}."}
     elif phase == "build":
         target = root / "demo" / (re.sub(r"[^a-z0-9]+", "_", words).strip("_") + ".py")
         target.parent.mkdir(exist_ok=True)
@@ -3924,8 +3703,7 @@ def demo_agent(env: Mapping[str, str], prompt: str, root: Path) -> int:
         target.write_text(f"# {title}\n\n\ndef feature{head}\n    return {item_id!r}\n")
         report["summary"] = report["commit_summary"] = f"Add {target.relative_to(root)}"
         if "follow-up" in words:
-            more = f"Document what {item_id} added (unclear)"
-            report["follow_ups"] = [{"title": more, "suggested_size": "small"}]
+            report["follow_ups"] = [{"title": f"Document what {item_id} added (unclear)"}]
     else:
         folder.mkdir(parents=True, exist_ok=True)
         document = folder / f"{safe_name(phase).upper()}.md"
@@ -3934,9 +3712,7 @@ def demo_agent(env: Mapping[str, str], prompt: str, root: Path) -> int:
         if "unclear" in words and "## Unblock Context" not in prompt:
             report |= {"result": "blocked", "summary": "It is unclear what is wanted"}
             report["context"] = "Is this for users or for developers?"
-    target = Path(env[ATTEMPT_MARK])
-    target.with_suffix(".part").write_text(json.dumps(report, indent=2) + "\n")
-    target.with_suffix(".part").replace(target)
+    replace_file(Path(env[ATTEMPT_MARK]), json.dumps(report, indent=2).encode())
     return 0
 
 
@@ -5356,7 +5132,7 @@ class Run:
         for task in offered:
             if isinstance(task, Promote) or self.cap_reached():
                 continue
-            uncommitted = task.phase.destructive and bool(self.ledger.pending)
+            uncommitted = task.phase.destructive and bool(self.ledger.journal.outcomes)
             rests = agent_of(self.config, task.phase) in self._resting()
             item = self.backlog.items.get(task.item_id)  # None: deleted by hand since the choice
             if item is None or uncommitted or rests:
@@ -5440,8 +5216,6 @@ class Run:
         spec = self._spec(attempt)._replace(prompt=prompt, budget_usd=self._budget())
         outcome = await run_attempt(
             spec,
-            stop=self.stopping,
-            hurry=self.hurry,
             started=lambda pid, since: self.coordinator.post(
                 self.ledger.note_process, attempt, pid, since
             ),
@@ -5539,8 +5313,7 @@ class Run:
         if running := self.running.get(attempt.task.item_id):  # a start has none
             running.seen = Progress(f"checks: {'; '.join(map(command_text, checks))}")
         async with self.checking:
-            spec = self._spec(attempt)
-            return await run_verify(spec, checks, stop=self.stopping, hurry=self.hurry)
+            return await run_verify(self._spec(attempt), checks)
 
     def _prompt(self, attempt: Attempt, allowed: int, failure: str, salvaged: str | None) -> str:
         task, root = attempt.task, self.space.repo.root
@@ -5551,7 +5324,7 @@ class Run:
             self.config,
             attempt=attempt.number,
             attempts=allowed,
-            result_path=attempt_file(root, "results", task, attempt.token),
+            result_path=self._spec(attempt).result_path,
             change_dir=change_dir,
             previous_summary=last_summary(self.ledger.worklog(), task.item_id),
             failure=failure,
@@ -5575,6 +5348,8 @@ class Run:
             timeout_s=phase_timeout_s(self.config, task.phase),
             idle_timeout_s=idle_timeout_s(self.config, settings),
             grace_s=self.config.execution.kill_grace_seconds,
+            stop=self.stopping,
+            hurry=self.hurry,
         )
 
     # -- agents that rest --------------------------------------------------------------------------
@@ -5711,6 +5486,7 @@ def stop_requested(state_dir: Path, run_id: str) -> bool:
 
 RUN_LOCK_TRIES, RUN_LOCK_PAUSE_S = 20, 0.05
 
+
 @contextmanager
 def flocked(path: Path, owner: str) -> Iterator[None]:
     """Hold a lock that names its owner; RunActive if somebody else keeps it for over a second."""
@@ -5833,11 +5609,11 @@ class Workspace(NamedTuple):
     @contextmanager
     def run_lock(self, run_id: str = "") -> Iterator[None]:
         """Be the only one who works on the project, and a run: the only one in the work tree."""
-        tree, where = self.repo.git_dir / "orchestrator/tree.lock", self.repo.root
+        tree, where = self.repo.git_dir / "orchestrator/run.lock", self.repo.root
         with ExitStack() as held:
             held.enter_context(flocked(self.lock_path, f"run {run_id}" if run_id else "a command"))
-            if run_id:
-                held.enter_context(flocked(tree, f"run {run_id} in {where}"))
+            if run_id and tree != self.lock_path:
+                held.enter_context(flocked(tree, f"run {run_id} of {where}"))
             yield
 
     def journal(self) -> Journal | None:
@@ -5998,7 +5774,7 @@ def preflight(space: Workspace, *, allow_dirty: bool) -> list[Problem]:
     if config.source == BUILT_IN and repo.committed(commit, repo.relative(path)) is not None:
         what = f"{CONFIG_NAME} is in git, but not on disk, so that what it says does not count"
         problems.append(Problem(what, f"Bring it back: git restore {CONFIG_NAME}"))
-    problems += preflight_config(config, lambda path: (config.base / path).exists())
+    problems += preflight_config(config, Path.exists)
     problems += preflight_items(config, space.store.backlog)
     problems += preflight_agents(config, repo.root)
     return problems
@@ -6086,7 +5862,7 @@ def preflight_agents(config: Config, root: Path) -> list[Problem]:
     return [problem for problem in found if problem is not None]
 
 
-def probe_agents(config: Config, root: Path) -> list[Probe]:
+def probe_agents(config: Config, root: Path) -> list[tuple[Problem | None, dict[str, object]]]:
     """Try out every configured agent that can be started at all, one after the other."""
     become_subreaper()
     agents = [one for one in configured_agents(config) if agent_problem(one, root) is None]
@@ -6257,22 +6033,20 @@ def summary_of(space: Workspace, run: Run, code: int) -> dict[str, Any]:
 def _notify(config: Config, told: Mapping[str, Any]) -> None:
     """Run `notify.command` with the summary on stdin; its failure is a warning."""
     import subprocess
+    import tempfile
 
     if not config.notify.command:
         return
     data, null = _dumps(told).encode(), subprocess.DEVNULL
     try:
-        subprocess.run(
-            config.notify.command,
-            input=data,
-            stdout=null,
-            stderr=subprocess.PIPE,
-            timeout=60,
-            check=True,
-        )
-    except subprocess.CalledProcessError as error:
-        tail = one_line(error.stderr.decode(errors="replace"), 300)
-        log().warning("notify.command exited with %d: %s", error.returncode, tail)
+        with tempfile.TemporaryFile() as err:  # no pipe: what it starts may keep that open
+            done = subprocess.run(
+                config.notify.command, input=data, stdout=null, stderr=err, timeout=60
+            )
+            err.seek(0)
+            if done.returncode:
+                tail = one_line(err.read().decode(errors="replace"), 300)
+                log().warning("notify.command exited with %d: %s", done.returncode, tail)
     except (OSError, subprocess.TimeoutExpired) as error:
         log().warning("notify.command failed: %s", error)
 
@@ -6363,7 +6137,8 @@ def lock_holder(space: Workspace) -> str:
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
-            return file.read() or "a run that has only just begun"
+            told = file.read() or "a run that has only just begun"
+            return "" if re.match(r"run \S+ of ", told) else told  # of a project below this one
     return ""
 
 
@@ -6757,8 +6532,8 @@ def cmd_check(args: argparse.Namespace) -> int:
     problems = [] if runs["active"] else start_problems(space, allow_dirty=False)
     problems += signing_problems(space.repo)
     probes = probe_agents(space.config, space.repo.root) if args.probe else []
-    problems += [probe.problem for probe in probes if probe.problem]
-    remarks, tried = space.repo.remarks(space.store.path), [probe.row for probe in probes]
+    problems += [trouble for trouble, _ in probes if trouble]
+    remarks, tried = space.repo.remarks(space.store.path), [facts for _, facts in probes]
     phases = [one for line in space.config.pipelines.values() for one in line.phases]
     if bare := sorted({one.name for one in phases if one.destructive and not one.verify}):
         names = ", ".join(bare)
@@ -6826,9 +6601,9 @@ def _check_again(config: Config, root: Path, argv: Sequence[str]) -> str:
     run_id, phase, never = new_run_id(), Phase("verify"), asyncio.Event()
     limits = phase_timeout_s(config, phase), 0.0, LEFTOVER_GRACE_S
     names = run_id, Task("verify", phase, "main"), 1, run_id
-    spec = AttemptSpec(*names, root, "", root, config.agent, *limits)
+    spec = AttemptSpec(*names, root, "", root, config.agent, *limits, never, never)
     become_subreaper()
-    trouble = asyncio.run(run_verify(spec, [argv], stop=never, hurry=never)) or ""
+    trouble = asyncio.run(run_verify(spec, [argv])) or ""
     missing = "\nThe work tree is a fresh one: what git ignores, such as an environment, is missing"
     return trouble + missing * bool(trouble)
 

@@ -213,7 +213,7 @@ def test_two_projects_of_one_repository_know_nothing_of_each_other(project: Any)
     a, b = ("--root", str(project.root / "a")), ("--root", str(project.root / "b"))
     one = project.start(*a, "run")
     project.announced()
-    busy = f"another run is at work here \\(run .* in {project.root}/a, pid {one.pid}, since "
+    busy = f"another run is at work here \\(run .* of {project.root}/a, pid {one.pid}, since "
     assert re.search(busy, project.run(*b, "run", code=1).stderr)
     project.run(*b, "add", "For B", "--commit")
     one.kill()

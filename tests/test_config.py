@@ -232,7 +232,7 @@ def test_workflow_files_must_exist_and_are_looked_up_beside_the_config(tmp_path:
     found = orchestrator.preflight_config(config, Path.exists)
     assert [problem.what for problem in found] == [
         f"my.toml: pipelines.p, phase b: Workflow file not found: {tmp_path}/gone/x.md",
-        f"my.toml: pipelines.p, phase a: Workflow file not found: {tmp_path}/z.md",
+        f"my.toml: pipelines.p, phase b: Workflow file not found: {tmp_path}/z.md",
     ]
 
 
@@ -245,9 +245,9 @@ def test_workflow_files_must_exist_and_are_looked_up_beside_the_config(tmp_path:
         (item("A-1", "new", pipeline_type="nope", phase="nope"), ""),
         (item("A-1", "in_progress", pipeline_type="nope", phase="nope"), ""),
         (item("A-1", "in_progress", phase="biuld"), 'A-1 (in_progress) is in the unknown phase \'biuld\' (did you mean "build"?)'),
-        (item("A-1", "in_progress", phase="research", phase_pool="main"), "A-1 (in_progress): phase_pool is main, but research is a pre phase"),
-        (item("A-1", "scoping", phase="prd", phase_pool="main"), "A-1 (scoping): prd is a main phase, which does not run in this status"),
-        (item("A-1", "in_progress", phase="research"), "A-1 (in_progress): research is a pre phase, which does not run in this status"),
+        (item("A-1", "in_progress", phase="research", phase_pool="main"), "A-1 (in_progress, main): research is a pre phase"),
+        (item("A-1", "scoping", phase="prd", phase_pool="main"), "A-1 (scoping, main): prd is a main phase"),
+        (item("A-1", "in_progress", phase="research"), "A-1 (in_progress): research is a pre phase"),
     ],
 )
 def test_items_that_do_not_fit_the_config(one: Item, what: str) -> None:

@@ -54,8 +54,7 @@ def settled(item: Item) -> Item:
 def task(item_id: str, phase: str, config: Config = DEFAULTS) -> Task:
     if phase == "triage":
         return Task(item_id, orchestrator.TRIAGE_PHASE, "triage")
-    place = orchestrator.phase_places(config.pipelines["feature"])[phase]
-    return Task(item_id, place.phase, place.pool)
+    return Task(item_id, *orchestrator.phase_places(config.pipelines["feature"])[phase][:2])
 
 
 def short(actions: Iterable[Action]) -> list[str]:

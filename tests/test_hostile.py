@@ -108,8 +108,8 @@ def test_hostile_result_files_fail_the_attempt_and_nothing_else(project: Any, tm
         "unknown": "finished", "number": "result",
     }.items()}
     acts |= {
-        "huge": ("truncate -s 50M $R", "was refused: more than 5000000 bytes"), "link": ("ln -s /etc/passwd $R", "symbolic link"),
-        "dangling": ("ln -s nowhere $R", "symbolic link"), "fifo": ("mkfifo $R", "no regular file"), "folder": ("mkdir $R", "Is a directory"),
+        "huge": ("truncate -s 50M $R", "was refused: it is no regular file of at most 5000000 bytes"), "link": ("ln -s /etc/passwd $R", "no regular file"),
+        "dangling": ("ln -s nowhere $R", "no regular file"), "fifo": ("mkfifo $R", "no regular file"), "folder": ("mkdir $R", "no regular file"),
         "no folder": ("rm -rf .orchestrator/results", "no result file"), "elsewhere": ("ln -s /etc .orchestrator/x; rm -rf .orchestrator/results; ln -s /tmp .orchestrator/results", "no result file"),
         "log of 100 MB": ("head -c 100000000 /dev/zero; yes x | head -c 20000000 >&2", "no result file"),
     }

@@ -58,7 +58,7 @@ def test_agents_that_work_are_run_once_for_each_model(project: Any, monkeypatch:
     assert project.status() == ""
 
 
-LOOK = "Look at its output in .orchestrator/logs/PROBE-1/, and at model, args and env in [agent]."
+LOOK = "Look at its output in .orchestrator/logs/PROBE-1/, and at [agent]: model, args, env."
 REMEDIES = [
     ("claude", "claude-nologin", 1, "claude: Not logged in · Please run /login",
      f"Log in: start `claude` once and use /login, or set ANTHROPIC_API_KEY. {LOOK}"),

@@ -7,11 +7,12 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from orchestrator import processes
 
 pytestmark = [
     pytest.mark.slow,
@@ -35,12 +36,10 @@ KINDS = {
 ENDINGS = ("exit", "timeout", "idle", "signal", "kill")
 
 
-def birth(pid: int) -> str | None:
-    """When a living process started (field 22 of stat); None if there is none."""
-    with suppress(OSError):
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return None if fields[0] in "ZX" else fields[19]
-    return None
+def birth(pid: int) -> int | None:
+    """When a living process started; None if there is none."""
+    one = processes(pid).get(pid)
+    return one.start if one and one.alive else None
 
 
 def wait_for(what: str, condition: Any) -> None:
