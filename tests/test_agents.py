@@ -247,7 +247,7 @@ def test_agent_problems(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 # ---- Judgement -----------------------------------------------------------------------------------
 
 NUMBERS = "\n".join(str(n) for n in range(13, 31))
-FOREIGN = 'the result file belongs to something else: item_id is "WRK-2", expected "WRK-001"'
+FOREIGN = 'the result file says item_id "WRK-2", expected "WRK-001"'
 CLEAN = f"no result file was written (exit code 4)\nLast output:\n{NUMBERS}\nred\nlast"
 
 

@@ -274,7 +274,7 @@ def test_d38_init_refuses_a_bad_prefix_and_leaves_commits_to_others_when_asked(t
     git(tmp_path, "init", "-q", "-b", "main")
     before = photograph(tmp_path)
     for prefix in ("", "a b", "-", "a/b", "ä", "A" * 65):
-        assert cli("--root", tmp_path, "init", f"--prefix={prefix}", code=2).err.startswith(f"orchestrator: --prefix {prefix!r}: ")
+        assert cli("--root", tmp_path, "init", f"--prefix={prefix}", code=2).err.startswith("orchestrator init: argument --prefix: must be ")
     assert photograph(tmp_path) == before
     cli("--root", tmp_path, "init", "--no-commit", "--agent", "demo")
     assert git(tmp_path, "status", "--porcelain") == "?? BACKLOG.yaml\n?? orchestrator.toml\n"
@@ -488,7 +488,7 @@ def test_run_json_is_the_only_thing_on_stdout_and_the_summary_goes_to_stderr(pro
     project.backlog("WRK-001 ready", "WRK-002 ready")
     project.commit_all()
     got = json.loads(project.run("run", "--json", "--target", "WRK-001").stdout)
-    form = re.findall(r'"(\w+)"', orchestrator.json_form("run").partition("with --dry-run")[0])
+    form = re.findall(r'"(\w+)"', orchestrator.json_form("run").partition("--dry-run")[0])
     assert set(got) <= set(form)
     assert (got["schema"], got["halt_reason"], got["exit_code"]) == (1, "TargetCompleted", 0)
     assert got["completed"] == [{"id": "WRK-001", "title": "Item WRK-001", "commit": project.git("rev-parse", "HEAD").strip(), "verified": []}]

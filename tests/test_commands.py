@@ -49,7 +49,7 @@ def test_complete_and_close_take_an_item_out_and_tell_whoever_waited(project: Pr
     assert items["WRK-002"]["dependencies"] == ["WRK-001"]
     assert (items["WRK-002"]["description"]["context"], items["WRK-002"]["description"]["problem"]) == (context, "P")
     assert here("add", "Next", "one", "--depends-on", "WRK-008").out == (
-        "Added WRK-009: Next one\nWRK-008 has left the backlog already: nothing to wait for\n"
+        "Added WRK-009: Next one\nWRK-008 is done or gone already: nothing to wait for\n"
     )
     assert "dependencies" not in project.items()["WRK-009"]
     assert project.status() == " M BACKLOG.yaml\n?? _worklog/\n"  # nothing is committed unasked
@@ -87,10 +87,10 @@ def test_status_and_check_tell_an_active_run_a_killed_one_and_trouble_apart(proj
 
 COMMANDS = [
     (("add", "Write it"), "Added WRK-004: Write it", "Add WRK-004: Write it"),
-    (("advance", "WRK-001"), "Advanced WRK-001 from plan to build", "Advance WRK-001 to build"),
-    (("advance", "WRK-001", "--to", "review"), "Advanced WRK-001 from build to review", "Advance WRK-001 to review"),
-    (("advance", "WRK-001", "--to", "plan"), "Advanced WRK-001 from review to plan", "Advance WRK-001 to plan"),
-    (("unblock", "WRK-002"), "Unblocked WRK-002: new again", "Unblock WRK-002"),
+    (("advance", "WRK-001"), "Advanced WRK-001 from plan to build", "Advance WRK-001 from plan to build"),
+    (("advance", "WRK-001", "--to", "review"), "Advanced WRK-001 from build to review", "Advance WRK-001 from build to review"),
+    (("advance", "WRK-001", "--to", "plan"), "Advanced WRK-001 from review to plan", "Advance WRK-001 from review to plan"),
+    (("unblock", "WRK-002"), "Unblocked WRK-002: new again", "Unblock WRK-002: new again"),
     (("complete", "WRK-001", "--summary", "x"), "Completed WRK-001: Item WRK-001", "Complete WRK-001: Item WRK-001"),
     (("close", "WRK-003", "--reason", "x"), "Closed WRK-003: Item WRK-003", "Close WRK-003: Item WRK-003"),
 ]

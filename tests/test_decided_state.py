@@ -416,6 +416,7 @@ def test_a_finished_item_that_is_taken_back_is_waited_for_again(project: Any) ->
     log = project.run(*IDLE).stderr
     assert "[WRK-001][build] was finished, but not committed when its run ended, and code.txt was changed in git" in log
     assert project.items()["WRK-002"]["dependencies"] == ["WRK-001"]
+    assert project.run("status", "--done").stdout == "No item has been finished yet.\n"
     check(project, {"WRK-002": "ready", "WRK-001": "in_progress build"}, log)
 
 

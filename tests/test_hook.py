@@ -16,7 +16,7 @@ from tests.conftest import sh
 
 HERE = Path(__file__).resolve().parent.parent
 HOOK = HERE / "hooks" / "pre-commit"
-OURS = orchestrator.render_hook("BACKLOG.yaml").encode()
+OURS = orchestrator.HOOK_TEXT.encode()
 WARNING = (
     "warning: BACKLOG.yaml has changes that are not in this commit.\n"
     "         To commit them as well: git add BACKLOG.yaml && git commit --amend --no-edit\n"

@@ -186,7 +186,7 @@ def test_the_names_are_the_real_ones() -> None:
         assert f"`{folder}/" in text
     (entry,) = parse_yaml((HERE / ".pre-commit-hooks.yaml").read_bytes())  # type: ignore[misc]
     assert f"`{entry['id']}`" in section("The git hook")
-    assert orchestrator.halt_message(orchestrator.HaltReason.CAP_REACHED).splitlines()[0] in README
+    assert "[orchestrator] Save backlog state on halt (CapReached)" in README
 
 
 def test_versions_agree() -> None:

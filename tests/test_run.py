@@ -460,3 +460,14 @@ def test_unborn_branch(project: Any) -> None:
     assert sorted(project.paths()) == ["BACKLOG.yaml", month(project), "code.py"]
     assert project.committed() == project.text()
     assert project.status() == "?? README.md\n?? orchestrator.toml\n"
+
+
+def test_the_notify_command_gets_the_summary_and_may_leave_a_child(project: Any) -> None:
+    told, child = project.outside / "told", project.outside / "child"
+    body = f"cat > {told}; echo oops >&2; (exec sleep 100) > /dev/null & echo $! > {child}; exit 3"
+    project.configure(more=f'[notify]\ncommand = ["sh", "-c", "{body}"]\n')
+    project.commit_all()
+    done = project.run("run", "--json")
+    os.kill(int(child.read_text()), 9)
+    assert json.loads(told.read_text()) == json.loads(done.stdout)
+    assert "warning: notify.command exited with 3: oops\n" in done.stderr

@@ -71,47 +71,32 @@ def section(prompt: str, heading: str) -> str:
     return found[1]
 
 
-@pytest.mark.parametrize(
-    ("text", "clean"),
-    [
-        ("plain\ttext\nzwei – 3 €\n", "plain\ttext\nzwei – 3 €\n"),
-        ("\x1b[1;31mred\x1b[0m", "red"),
-        ("\x1b]8;;http://x\x1b\\link\x1b]8;;\x1b\\", "link"),
-        ("\x1b]0;never closed\nnext line stays", "\nnext line stays"),
-        ("\x1bPq#0\x1b\\six", "six"),
-        ("\x1b(Bcharset \x1bc reset \x1b", "charset  reset "),
-        ("10%\r20%\r\ndone", "10%\n20%\ndone"),
-        ("a\x0bb\x0cc\x85d\u2028e\u2029f", "a\nb\nc\nd\ne\nf"),
-        ("\ufeffbom \u202eltr\u2066 \x7f\x9f\x00", "bom ltr "),
-        ("👩\u200d🚀 zero width joiners stay", "👩\u200d🚀 zero width joiners stay"),
-        ("half \udc80 a character", "half \ufffd a character"),
-    ],
-)
-def test_clean_text(text: str, clean: str) -> None:
-    assert orchestrator.clean_text(text) == clean
-    assert [orchestrator.one_line(f" a\n\nb\t{text} ", n) for n in (4, 0)] == ["a b…", " ".join(f"a b {clean}".split())]
+def test_clean_text() -> None:
+    cleaned = {
+        "plain\ttext\nzwei – 3 €\n": "plain\ttext\nzwei – 3 €\n", "\x1b[1;31mred\x1b[0m": "red", "\x1b]8;;http://x\x1b\\link\x1b]8;;\x1b\\": "link",
+        "\x1b]0;never closed\nnext line stays": "\nnext line stays", "\x1bPq#0\x1b\\six": "six", "\x1b(Bcharset \x1bc reset \x1b": "charset  reset ",
+        "10%\r20%\r\ndone": "10%\n20%\ndone", "a\x0bb\x0cc\x85d\u2028e\u2029f": "a\nb\nc\nd\ne\nf", "\ufeffbom \u202eltr\u2066 \x7f\x9f\x00": "bom ltr ",
+        "👩\u200d🚀 zero width joiners stay": "👩\u200d🚀 zero width joiners stay", "half \udc80 a character": "half \ufffd a character",
+    }  # fmt: skip
+    assert {text: orchestrator.clean_text(text) for text in cleaned} == cleaned
+    for text, clean in cleaned.items():
+        assert [orchestrator.one_line(f" a\n\nb\t{text} ", n) for n in (4, 0)] == ["a b…", " ".join(f"a b {clean}".split())]
 
 
-@pytest.mark.parametrize(
-    ("text", "width", "cell"),
-    [
-        ("abc", 5, "abc  "), ("abcde", 5, "abcde"), ("abcdef", 5, "abcd…"), ("日本語", 6, "日本語"), ("日本語", 5, "日本…"),
-        ("日本語", 4, "日… "), ("e\u0301te\u0301", 3, "e\u0301te\u0301"), ("a\nb\x1b[31m", 4, "a b "),
-    ],
-)  # fmt: skip
-def test_d52_a_cell_is_exactly_as_wide_as_its_column(text: str, width: int, cell: str) -> None:
-    assert orchestrator.fit(text, width) == cell
+def test_d52_a_cell_is_exactly_as_wide_as_its_column() -> None:
+    cells = {
+        ("abc", 5): "abc  ", ("abcde", 5): "abcde", ("abcdef", 5): "abcd…", ("日本語", 6): "日本語", ("日本語", 5): "日本…",
+        ("日本語", 4): "日… ", ("e\u0301te\u0301", 3): "e\u0301te\u0301", ("a\nb\x1b[31m", 4): "a b ",
+    }  # fmt: skip
+    assert {one: orchestrator.fit(*one) for one in cells} == cells
 
 
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [
-        (-1, "0 s"), (0.4, "0 s"), (45, "45 s"), (59.6, "1 min"), (185, "3 min 05 s"), (1800, "30 min"),
-        (3600, "1 h"), (3725, "1 h 02 min"), (2 * 86400 + 3 * 3600 + 59, "2 d 03 h"),
-    ],
-)
-def test_human_duration(seconds: float, text: str) -> None:
-    assert orchestrator.human_duration(seconds) == text
+def test_human_duration() -> None:
+    told = {
+        -1: "0 s", 0.4: "0 s", 45: "45 s", 59.6: "1 min", 185: "3 min 05 s", 1800: "30 min", 3600: "1 h", 3725: "1 h 02 min",
+        2 * 86400 + 3 * 3600 + 59: "2 d 03 h",
+    }  # fmt: skip
+    assert {seconds: orchestrator.human_duration(seconds) for seconds in told} == told
 
 
 def test_d45_the_folder_name_is_short_safe_and_never_without_a_slug() -> None:
@@ -188,7 +173,7 @@ def test_the_message_of_the_halt_commit_names_the_reason_and_the_items() -> None
     new = make_item("WRK-1", "blocked", blocked_reason="Which colour?")
     before, after = {"WRK-1": old, "WRK-2": same}, {"WRK-1": new, "WRK-2": same, "WRK-3": make_item("WRK-3", "new")}
     for reason in (*HaltReason, None):  # after an error it has no parentheses
-        assert orchestrator.halt_message(reason, orchestrator.state_entries(before, after), "run-1") == (
+        assert orchestrator.state_message(f"Save backlog state on halt{f' ({reason})' if reason else ''}", orchestrator.state_entries(before, after), "run-1") == (
             f"[orchestrator] Save backlog state on halt{f' ({reason})' if reason else ''}\n\n"
             "[WRK-1] Which colour?\n[WRK-3] Title of WRK-3\n\n"
             "Orchestrator-Run: run-1\n"
@@ -197,19 +182,16 @@ def test_the_message_of_the_halt_commit_names_the_reason_and_the_items() -> None
         )
 
 
-@pytest.mark.parametrize(
-    ("old", "new", "outcome", "summary"),
-    [
+def test_what_a_state_commit_says_of_an_item() -> None:
+    for old, new, outcome, summary in (
         ({"status": "ready"}, None, "removed", "Title of WRK-1"),
         ({"status": "blocked"}, {"status": "ready", "unblock_context": "Blue"}, "unblocked", "Blue"),
         ({"status": "ready"}, {"status": "in_progress", "phase": "plan"}, "in_progress", "phase plan"),
         ({"status": "scoping", "phase": "a"}, {"status": "scoping", "phase": "b"}, "scoping", "phase b"),
         ({"status": "ready"}, {"status": "ready", "size": "small"}, "edited", ""),
-    ],
-)
-def test_what_a_state_commit_says_of_an_item(old: Any, new: Any, outcome: str, summary: str) -> None:
-    before, after = ({"WRK-1": make_item("WRK-1", **one)} if one else {} for one in (old, new))
-    assert orchestrator.state_entries(before, after) == [MessageEntry("WRK-1", "", outcome, summary)]
+    ):
+        before, after = ({"WRK-1": make_item("WRK-1", **one)} if one else {} for one in (old, new))
+        assert orchestrator.state_entries(before, after) == [MessageEntry("WRK-1", "", outcome, summary)]
 
 
 ALL_HEADINGS = [
@@ -338,7 +320,7 @@ def test_built_in_instructions_of_the_build() -> None:
     ("name", "destructive", "says"),
     [
         ("security-audit", False, "/security-audit.md`"), ("security-audit", True, "Run the tests, linters"),
-        ("build", False, "no\ncode"), ("review", True, "It may change"),
+        ("build", False, "Change no code."), ("review", True, "It may change code"),
     ],
 )
 def test_d47_a_phase_of_another_name_or_nature_gets_sensible_instructions(name: str, destructive: bool, says: str) -> None:
@@ -347,7 +329,7 @@ def test_d47_a_phase_of_another_name_or_nature_gets_sensible_instructions(name: 
     task = section(prompt_for(task=Task("WRK-042", phase, "main"), config=config), "Task")
     assert task.startswith(f"Do the work of the phase `{name}`")
     assert says in task
-    assert ("no\ncode" in task) is not destructive
+    assert ("Change no code." in task) is not destructive
 
 
 def test_workflow_files_replace_the_built_in_instructions() -> None:
@@ -356,8 +338,7 @@ def test_workflow_files_replace_the_built_in_instructions() -> None:
         return section(prompt_for(task=Task("WRK-042", phase, "main")), "Task")
 
     folder = "\n\nFolder for this item's documents: `/project/changes/WRK-042_title`"
-    assert told("flows/prd.md") == f"Read this file and follow it: `/project/flows/prd.md`{folder}"
-    assert "in order:\n\n1. `/project/a.md`\n2. `/abs/b.md`\n" in told("a.md", "/abs/b.md")
+    assert told("a.md", "/abs/b.md") == f"Read these files and follow them, in order:\n\n1. `/project/a.md`\n2. `/abs/b.md`{folder}"
 
 
 @pytest.mark.parametrize("task", [task_of("prd", 'W"-1\\'), triage_of('W"-1\\')], ids=["phase", "triage"])
