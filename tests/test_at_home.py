@@ -228,23 +228,6 @@ def test_two_projects_of_one_repository_know_nothing_of_each_other(project: Any)
 
 
 @pytest.mark.slow
-def test_what_the_operator_does_before_a_held_phase_is_committed_stays_the_operators(project: Any) -> None:
-    """Our halt commit and a commit of the operator's move the branch in between."""
-    project.set_up("WRK-001 ready", phases="build!", script={"*": WRITES})
-    project.hook("pre-commit", f"test -e {project.outside}/mended || exec no-such-tool")
-    project.run("run", code=4)
-    project.run("add", "Another", "--commit")
-    (project.root / "README.md").write_text("edited\n")
-    (project.root / "secret.txt").write_text("the operator's\n")
-    (project.outside / "mended").touch()
-    project.run("run", "--target", "WRK-001", "--allow-dirty", code=None)
-    assert project.agent_log() == ["WRK-001 build 1"]
-    build = project.git("log", "-1", "--format=%H", "--", "code.txt").strip()
-    assert [path for path in project.paths(build) if not path.startswith("_worklog")] == ["BACKLOG.yaml", "code.txt"]
-    assert project.status() == " M README.md\n?? secret.txt\n"
-
-
-@pytest.mark.slow
 def test_what_a_hook_sweeps_up_is_not_committed(project: Any) -> None:
     (project.root / "old.txt~").write_text("tracked\n")
     project.set_up(PLANNING, script={"*/plan": [{"sh": "echo note > stray.txt"}], "*/build": [{"sh": "echo x > code.txt; echo y > 'old.txt~'"}]})

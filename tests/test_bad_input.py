@@ -6,6 +6,7 @@ the real command line, with the bytes of the whole project and its git folder be
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -37,7 +38,7 @@ def root(make_repo: Callable[..., Path]) -> Path:
     return root
 
 
-# What taking a lock makes: a folder, and a file with the pid of whoever had it last.
+# What taking a lock makes: a folder, and files that name whoever had it last.
 LOCKS = (".git/orchestrator", ".git/orchestrator/run.lock", ".git/orchestrator/backlog.lock")
 
 
@@ -72,30 +73,42 @@ ALL = (*READING, *WRITING)
 # ---- Backlogs ------------------------------------------------------------------------------------
 
 def with_item(line: str) -> str:
-    return BACKLOG.replace("  title: First\n", f"  title: First\n{line}\n")
+    """The backlog with a line of its item, in place of that of the same key."""
+    key = line.strip().partition(":")[0]
+    return re.sub(rf"  {key}: .*\n", "", BACKLOG).replace("  title: First\n", f"  title: First\n{line}\n")
 
 
+TEXTS = "description must be a mapping of texts with the keys context, problem, solution, impact, sizing_rationale, not "
+WRONG = {
+    "status: blokced": 'BACKLOG.yaml:5: WRK-001: status must be one of new, scoping, ready, in_progress, done, blocked, not "blokced" (did you mean "blocked"?)',
+    "size: Small": 'WRK-001: size must be one of small, medium, large, not "Small" (did you mean "small"?)',
+    "risk: [low]": 'risk must be one of low, medium, high, not ["low"]',
+    "blocked_type: other": 'blocked_type must be one of clarification, decision, not "other"',
+    "requires_human_review: 'no'": 'requires_human_review must be true or false, not "no"',
+    "guardrail_override: 1": "guardrail_override must be true or false, not 1",
+    "priority: high": 'priority must be a whole number, not "high"',
+    "attempts: -1": "attempts must be a whole number from 0, not -1",
+    "tags: auth": 'tags must be a list of texts, not "auth"; write it as ["auth"]',
+    "tags: [a, 1]": 'tags must be a list of texts, not ["a", 1]',
+    "dependencies: [null]": "dependencies must be a list of texts, not [null]",
+    "phase: 12": "phase must be text, not 12 (in quotes it is text: '12')",
+    "description:\n    context: 5\n    problem: x": TEXTS + '{"context": 5, "problem": "…"}',
+    "description: in a word": TEXTS + '"in a word"; put the text below it, indented, as \'context: …\'',
+}  # fmt: skip
 BACKLOGS: dict[str, tuple[str | bytes, str]] = {
     "d63_empty": ("", "BACKLOG.yaml:1:1: "),
     "d63_comments_only": ("# nothing\n\n", "BACKLOG.yaml"),
     "d63_cut_off": (BACKLOG[: BACKLOG.index("created") + 4], "BACKLOG.yaml:7"),
     "not_utf8": (b"schema_version: 3\nitems: []\n# \xff\n", "BACKLOG.yaml:3:3: invalid UTF-8 (byte 0xFF); save the file as UTF-8"),
     "item_no_mapping": ("schema_version: 3\nitems:\n- just text\nnext_item_id: 0\n", "BACKLOG.yaml"),
-    "version_99": (BACKLOG.replace(": 3", ": 99"), "99"),
-    "version_text": (BACKLOG.replace(": 3", ": three"), "schema_version"),
-    "counter_text": (BACKLOG.replace("id: 1\n", "id: one\n"), "next_item_id"),
+    **{f"counter_{bad}": (BACKLOG.replace("_id: 1\n", f"_id: {bad}\n"), "next_item_id must be a whole number from 0, not") for bad in ("one", "1.5")},
     "no_title": (BACKLOG.replace("  title: First\n", ""), "title"),
     "title_number": (BACKLOG.replace("First", "12"), "BACKLOG.yaml:4"),
-    "unknown_status": (BACKLOG.replace("ready", "redy"), "BACKLOG.yaml:5"),
-    "unknown_size": (with_item("  size: huge"), "BACKLOG.yaml:5"),
-    "review_text": (BACKLOG.replace("review: false", "review: maybe"), "BACKLOG.yaml:6"),
-    "tags_text": (with_item("  tags: ui"), "BACKLOG.yaml:5"),
-    "priority_text": (with_item("  priority: high"), "BACKLOG.yaml:5"),
-    "w33_description_text": (with_item("  description: plain"), "BACKLOG.yaml:5"),
     **{
         f"verify_{bad}": (with_item(f"  verify: {bad}"), "WRK-001: verify must be a list of commands, each on a line of its own such as - [make, test], not ")
         for bad in ("make test", "[make, test]", "\n  - []", "\n  - [make, 5]")
     },
+    **{f"w33_{line}": (with_item(f"  {line}"), says) for line, says in WRONG.items()},
     "d45_id_with_slash": (BACKLOG.replace("WRK-001", "../WRK-001"), "BACKLOG.yaml:3"),
     "duplicate_id": (BACKLOG.replace("next_item_id", f"{ITEM}next_item_id"), "WRK-001"),
     "conflict_markers": (f"<<<<<<< ours\n{BACKLOG}=======\n{BACKLOG}>>>>>>> theirs\n", "BACKLOG.yaml:1"),

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parent.parent
-NUMBER = 40  # commands of each process
-EDITS = 20
+NUMBER = 24  # commands of each process
+EDITS = 12
 
 # Runs the command NUMBER times in one process; keeps a log of what it was told outside.
 COMMANDS = """

@@ -91,7 +91,6 @@ def shell(folder: Path, line: str) -> None:
 
 WAYS = {
     "checked out": OLD,
-    "checked out and committed": f"{OLD}; git commit -qm agent",
     "checked out and edited": f"{OLD}; {RETITLE}",
     "checked out, edited and committed": f"{OLD}; {RETITLE}; git commit -qam agent",
     "written without git's index": f"git show HEAD~3:BACKLOG.yaml > BACKLOG.yaml; {RETITLE}",
@@ -99,7 +98,7 @@ WAYS = {
     "deleted": "rm BACKLOG.yaml",
     "cleaned": "git rm -q --cached BACKLOG.yaml; git clean -fdxq -e 'orchestrator.toml' -e .orchestrator",
 }
-CASES = [*(("build", way) for way in list(WAYS)[1:5]), ("prd", "checked out"), ("prd", "deleted"), ("build", "cleaned")]
+CASES = [*(("build", way) for way in list(WAYS)[1:4]), ("prd", "checked out"), ("prd", "deleted"), ("build", "cleaned")]
 
 
 @pytest.mark.parametrize(("phase", "way"), quick(CASES, ("build", "checked out and edited")))
@@ -117,7 +116,7 @@ def test_an_older_state_that_an_agent_brings_back_undoes_nothing(project: Any, p
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", ["checked out and committed", "checked out, edited and committed", "stashed", "deleted"])
+@pytest.mark.parametrize("way", ["checked out, edited and committed", "stashed", "deleted"])
 def test_an_older_state_that_the_operator_brings_back_undoes_nothing(project: Any, way: str) -> None:
     prepare(project, {"WRK-002/prd": pausing(document="prd.md")})
     run = project.start(*TARGETS)
@@ -173,14 +172,11 @@ def test_a_stale_buffer_that_is_saved_during_a_run_gives_its_edit_alone(project:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("loaded", ["before the run", "during the run"])
-def test_a_stale_buffer_that_is_saved_in_the_morning_gives_its_edit_alone(project: Any, loaded: str) -> None:
+def test_a_stale_buffer_that_is_saved_in_the_morning_gives_its_edit_alone(project: Any) -> None:
     prepare(project, {"WRK-001/review": pausing(document="review.md")})
     buffer = project.text()
     run = project.start("run", "--cap", "4")
     project.announced()
-    if loaded == "during the run":
-        buffer = project.text()
     go_on(project)
     finish(project, run)
     (project.root / "BACKLOG.yaml").write_text(edited(buffer, "WRK-002"))
@@ -232,7 +228,6 @@ STASH_POP = (
 )
 WRECKS = {
     "empty": ": > BACKLOG.yaml; ",
-    "cut short": "head -c 150 BACKLOG.yaml > cut; mv cut BACKLOG.yaml; ",
     "cut between items": "sed -n '/WRK-002/q;p' BACKLOG.yaml > cut; mv cut BACKLOG.yaml; ",
     "junk": "printf 'it is [\\n\\t{' > BACKLOG.yaml; ",
     "conflict markers": STASH_POP,
@@ -250,7 +245,7 @@ def check_set_aside(project: Any, log: str) -> None:
     assert any(len(warnings(log, path.name)) == 1 for path in kept), log
 
 
-@pytest.mark.parametrize(("wreck", "halt"), quick([*((one, "cap") for one in WRECKS), ("junk", "signal"), ("conflict markers", "end")], ("conflict markers", "end")))
+@pytest.mark.parametrize(("wreck", "halt"), quick([*((one, "cap") for one in ("empty", "cut between items", "conflict markers")), ("junk", "signal"), ("conflict markers", "end")], ("conflict markers", "end")))
 def test_a_wreck_that_an_agent_leaves_before_a_halt_is_set_aside(project: Any, wreck: str, halt: str) -> None:
     phase, (args, code) = "review" if halt == "end" else "prd", HALTS[halt]
     leave = f"{WRECKS[wreck]}cp BACKLOG.yaml ../outside/wreck; "
@@ -432,11 +427,10 @@ def garble(data: bytes, how: str) -> bytes:
     return {
         "junk": b"\x00\xffno journal\n",
         "a line inside is junk": b"".join([*lines[:1], b"{half a li\n", *lines[1:]]),
-        "of a later version": b'{"version": 99, "journal": "from another world"}\n',
     }[how]
 
 
-@pytest.mark.parametrize("how", quick(["junk", "a line inside is junk", "of a later version"], "junk"))
+@pytest.mark.parametrize("how", quick(["junk", "a line inside is junk"], "junk"))
 def test_a_journal_that_cannot_be_read_gets_one_message_with_the_way_out(project: Any, how: str) -> None:
     kill_in_build(project)
     [journal] = journals(project)

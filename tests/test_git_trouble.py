@@ -94,7 +94,6 @@ SIGN = "git config commit.gpgSign true; git config gpg.program"
 STOP_HERE = {"code": 1, "files": "untracked"}  # the phase's outcome cannot be judged on another branch
 FAULTS = {
     # hooks and signing: a state commit runs none
-    "hook rejects": Fault(before=hooks("exit 1")),
     "hook modifies the backlog": Fault(before=hooks("echo '# hook' >> BACKLOG.yaml; git add BACKLOG.yaml")),
     "hook hangs": Fault(before=hooks("sleep 600")),
     "signing program hangs": Fault(act=f"printf '#!/bin/sh\\nsleep 600\\n' > $OUTSIDE/gpg; chmod +x $OUTSIDE/gpg; {SIGN} $OUTSIDE/gpg"),
@@ -105,21 +104,15 @@ FAULTS = {
     "merge": Fault(act="git merge -q --no-commit --no-ff side", says="a merge", end="git commit -qm merged", files="dirty untracked", quick=True, lax=True),
     "merge with conflicts, aborted": Fault(act="git merge -q clash || true", says="a merge", end="git merge --abort", files="dirty untracked"),
     "rebase with autostash": Fault(act="git -c rebase.autoStash=true rebase -q clash || true", says="a rebase", end="git checkout -q BACKLOG.yaml; git rebase --abort", **STOP_HERE),
-    "bisect": Fault(act="git bisect start HEAD HEAD~2", says="a bisect", end="git bisect reset", **STOP_HERE),
     # the branch
     "branch switched": Fault(act="git switch -q side", says="HEAD is on side now, the run began on main", end="git switch -q main", **STOP_HERE),
     "branch deleted": Fault(act="git update-ref -d refs/heads/main", says="the branch main was deleted", end="git update-ref refs/heads/main $START", files="dirty untracked", code=1),
-    "branch renamed": Fault(act="git branch -m trunk", says="HEAD is on trunk now", end="git branch -m main", code=1, lax=True),
-    "unborn branch": Fault(before="git update-ref -d refs/heads/main", files="untracked"),
     # where the project is
     "linked work tree": Fault(prepare=linked),
     "with a submodule": Fault(prepare=with_submodule),
-    "blanks and quotes in the path": Fault(prepare=renamed("it's  a \"repo\" "), act="git checkout -q --detach", says="detached", end="git switch -q main", code=1, lax=True),
-    "non-ASCII and pattern characters": Fault(prepare=renamed("Überraschung [a]*")),
-    "leading dash below the top": Fault(prepare=below("-rf"), act="git checkout -q --detach", says="detached", end="git switch -q main", code=1, lax=True),
-    "line break below the top": Fault(prepare=below("two\nlin'es\\"), act="git checkout -q --detach", says="detached", end="git switch -q main", code=1, lax=True),
+    "blanks, quotes, patterns and more in the path": Fault(prepare=renamed("it's  a \"repo\" Überraschung [a]*"), act="git checkout -q --detach", says="detached", end="git switch -q main", code=1, lax=True),
+    "leading dash and line break below the top": Fault(prepare=below("-rf two\nlin'es\\"), act="git checkout -q --detach", says="detached", end="git switch -q main", code=1, lax=True),
     # how git sees the file
-    "sparse checkout that leaves the backlog out": Fault(act="git sparse-checkout set --no-cone '/README.md' '/orchestrator.toml'", files="untracked"),
     "assume-unchanged": Fault(act="git update-index --assume-unchanged BACKLOG.yaml", says="assume-unchanged", end="git update-index --no-assume-unchanged BACKLOG.yaml"),
     "untracked": Fault(act="git rm -q --cached BACKLOG.yaml"),
     "ignored": Fault(act="git rm -q --cached BACKLOG.yaml; git commit -q -m gone; echo BACKLOG.yaml >> .git/info/exclude", says="git ignores it", end=": > .git/info/exclude", files="dirty untracked"),

@@ -123,34 +123,6 @@ def test_another_schema_is_refused_by_name(version: str | None, found: str) -> N
     )
 
 
-TEXTS = "description must be a mapping of texts with the keys context, problem, solution, impact, sizing_rationale, not "
-WRONG = [
-    ("status: blokced", "BACKLOG.yaml:5: WRK-001: status must be one of new, scoping, ready, in_progress, done,"
-     ' blocked, not "blokced" (did you mean "blocked"?)'),
-    ("size: Small", 'WRK-001: size must be one of small, medium, large, not "Small" (did you mean "small"?)'),
-    ("risk: [low]", 'risk must be one of low, medium, high, not ["low"]'),
-    ("blocked_type: other", 'blocked_type must be one of clarification, decision, not "other"'),
-    ("requires_human_review: 'no'", 'requires_human_review must be true or false, not "no"'),
-    ("guardrail_override: 1", "guardrail_override must be true or false, not 1"),
-    ("priority: high", 'priority must be a whole number, not "high"'),
-    ("attempts: -1", "attempts must be a whole number from 0, not -1"),
-    ("tags: auth", 'tags must be a list of texts, not "auth"; write it as ["auth"]'),
-    ("tags: [a, 1]", 'tags must be a list of texts, not ["a", 1]'),
-    ("dependencies: [null]", "dependencies must be a list of texts, not [null]"),
-    ("phase: 12", "phase must be text, not 12 (in quotes it is text: '12')"),
-    ("description:\n    context: 5\n    problem: x", TEXTS + '{"context": 5, "problem": "…"}'),
-    ("description: in a word", TEXTS + '"in a word"; put the text below it, indented, as \'context: …\''),
-]  # fmt: skip
-
-
-def test_a_value_of_the_wrong_kind_is_named_with_item_and_key() -> None:
-    for line, message in WRONG:
-        status = "" if line.startswith("status") else "  status: new\n"
-        assert message in refusal(MINIMAL.replace("  status: new\n", f"{status}  {line}\n"))
-    for counter in ("many", "1.5"):
-        assert "next_item_id must be a whole number from 0, not" in refusal(MINIMAL.replace("_id: 1\n", f"_id: {counter}\n"))
-
-
 def test_all_problems_are_listed_at_once_with_their_lines() -> None:
     text = """\
 # mine

@@ -11,41 +11,58 @@ import pytest
 
 from orchestrator import MessageEntry, phase_message, state_message
 
-IN_BUILD = "in_progress phase=build phase_pool=main"
+IN_BUILD, IN_PLAN = (f"in_progress phase={phase} phase_pool=main" for phase in ("build", "plan"))
+CODE = [{"write": {"code.txt": "x\n"}}]
+HANG = {"announce": True, "hang": True}
+SALVAGED = "refs/orchestrator/salvage/WRK-001/build"
+
+
+def hold(project: Any, *steps: Any) -> None:
+    """A run whose one build is finished, and held: what is to check it is not there."""
+    project.set_up(f"WRK-001 {IN_BUILD}", script={"*": steps or CODE}, phases="build!", more='verify = [["no-such-check"]]\n')
+    project.run("run", code=4)
+
+
+def kill_once_announced(project: Any, *args: str, agents: int = 1) -> None:
+    process = project.start("run", *args)
+    for _ in range(agents):
+        project.announced()
+    process.kill()
+    process.communicate()
+
+
+def way_back(project: Any, log: str) -> str:
+    """What the one command prints that a log names for getting a file back."""
+    (command,) = set(re.findall(r"^ *(git show .*)$", log, re.M))
+    return subprocess.run(command, shell=True, cwd=project.root, capture_output=True, text=True, check=True).stdout
 
 
 def test_what_the_operator_commits_after_a_kill_stays_as_it_is(project: Any) -> None:
     """A file that was dirty as the killed build began is not taken back to that."""
-    project.configure("build!")
-    project.backlog(f"WRK-001 {IN_BUILD}")
-    (project.root / "notes.txt").write_text("one\n")
-    project.commit_all()
-    (project.root / "notes.txt").write_text("one\ntwo\n")
-    project.script({"*": [{"write": {"code.txt": "half\n"}, "announce": True, "hang": True}, {"write": {"code.txt": "x\n"}}]})
-    process = project.start("run", "--allow-dirty")
-    project.announced()
-    process.kill()
-    process.communicate()
-    (project.root / "notes.txt").write_text("one\ntwo\nthree\n")
+    path = project.root / "notes.txt"
+    path.write_text("one\n")
+    project.set_up(f"WRK-001 {IN_BUILD}", phases="build!", script={"*": [{"write": {"code.txt": "half\n"}, **HANG}, *CODE]})
+    path.write_text("one\ntwo\n")
+    kill_once_announced(project, "--allow-dirty")
+    path.write_text("one\ntwo\nthree\n")
     project.git("commit", "-qm", "notes", "notes.txt")
     project.run("run")
-    assert (project.root / "notes.txt").read_text() == "one\ntwo\nthree\n"
-    assert project.paths("refs/orchestrator/salvage/WRK-001/build/1") == ["code.txt"]
+    assert path.read_text() == "one\ntwo\nthree\n"
+    assert project.paths(f"{SALVAGED}/1") == ["code.txt"]
     assert project.status() == ""
 
 
 def test_a_dirty_file_that_changes_under_a_build_is_named_with_the_way_to_get_it_back(project: Any) -> None:
-    project.configure("build!", execution="max_retries = 0")
-    project.backlog(f"WRK-001 {IN_BUILD}")
-    project.commit_all()
+    build = {"write": {"my notes.txt": "one\ntwo\n", "code.txt": "x\n"}}
+    project.set_up(f"WRK-001 {IN_BUILD}", phases="build!", script={"*": [build]}, execution="max_retries = 0")
     (project.root / "my notes.txt").write_text("one\n")
-    project.script({"*": [{"write": {"my notes.txt": "one\ntwo\n", "code.txt": "x\n"}}]})
     done = project.run("run", "--allow-dirty", code=3)
-    ref = "refs/orchestrator/salvage/WRK-001/build/1"
     assert (project.root / "my notes.txt").read_text() == "one\n"
-    (command,) = set(re.findall(r"^ *(git show .*)$", done.stderr, re.M))
-    assert subprocess.run(command, shell=True, cwd=project.root, capture_output=True, text=True).stdout == "one\ntwo\n"
-    assert project.paths(ref) == ["code.txt", "my notes.txt"]
+    reason = project.items()["WRK-001"]["blocked_reason"]
+    assert "my notes.txt" in reason
+    assert f"{SALVAGED}/1" in reason
+    assert way_back(project, done.stderr) == "one\ntwo\n"
+    assert project.paths(f"{SALVAGED}/1") == ["code.txt", "my notes.txt"]
     summary = done.stderr.partition("\nHalt: ")[2]
     assert "Warning: my notes.txt, which had uncommitted changes of yours, was changed while [WRK-001][build] ran" in summary
 
@@ -58,21 +75,17 @@ def test_the_log_of_a_pipe_and_the_program_itself_are_in_nobodys_way(project: An
     assert project.status() == "?? night.log\n?? tools/\n"
 
 
-def test_unblocking_what_the_guardrails_hold_says_what_comes_of_it(project: Any) -> None:
-    project.backlog("WRK-001 ready risk=high")
+def test_what_waits_or_is_held_by_the_guardrails_is_told_with_what_comes_of_it(project: Any) -> None:
+    project.backlog("WRK-001 ready risk=high", "WRK-002 new dependencies=[WRK-001]")
     project.commit_all()
+    target = ("run", "--target", "WRK-002")
+    assert "  WRK-002 waits for WRK-001 (ready)\n" in project.run(*target, "--dry-run").stdout
+    assert "(AllDoneOrBlocked): WRK-002 waits for WRK-001 (ready)\n" in project.run(*target).stderr
     project.run("run", code=3)
     assert "unblock ID --override-guardrails\n" in project.run("status").stdout
     said = project.run("unblock", "WRK-001", "--notes", "go on").stdout
     assert "But the next run blocks it again: the guardrails are exceeded by risk high (limit low)" in said
     assert "\nNext: " not in project.run("run", code=3).stderr
-
-
-def test_a_target_that_waits_is_told_by_the_run_and_by_the_dry_run(project: Any) -> None:
-    project.backlog("WRK-001 new", "WRK-002 new dependencies=[WRK-001]")
-    project.commit_all()
-    assert "  WRK-002 waits for WRK-001 (new)\n" in project.run("run", "--target", "WRK-002", "--dry-run").stdout
-    assert "(AllDoneOrBlocked): WRK-002 waits for WRK-001 (new)\n" in project.run("run", "--target", "WRK-002").stderr
 
 
 def test_check_tells_of_a_config_that_is_gone_and_of_keys_that_nobody_reads(project: Any) -> None:
@@ -87,10 +100,7 @@ def test_check_tells_of_a_config_that_is_gone_and_of_keys_that_nobody_reads(proj
 
 
 def test_a_run_that_ends_while_an_agent_rests_leaves_nothing_unfinished(project: Any) -> None:
-    project.configure("plan")
-    project.backlog("WRK-001 ready")
-    project.commit_all()
-    project.script({"*": [{"exit": 1, "no_result": True}]})
+    project.set_up("WRK-001 ready", phases="plan", script={"*": [{"exit": 1, "no_result": True}]})
     project.run("run", code=4)
     assert json.loads(project.run("status", "--json").stdout)["unfinished"] is None
     assert not (project.root / ".git/orchestrator/journal").exists()
@@ -115,59 +125,63 @@ def test_no_line_of_a_conventional_message_is_too_long_for_commitlint() -> None:
 
 
 def test_a_branch_that_was_rewound_is_told_of_once_for_all_that_was_in_flight(project: Any) -> None:
-    project.set_up(*(f"WRK-00{n} in_progress phase=plan phase_pool=main" for n in (1, 2)), script={"*": [{"announce": True, "hang": True}]}, execution="max_concurrent = 2\nmax_wip = 2")
+    project.set_up(*(f"WRK-00{n} {IN_PLAN}" for n in (1, 2)), script={"*": [HANG]}, execution="max_concurrent = 2\nmax_wip = 2")
     project.git("commit", "-q", "--allow-empty", "-m", "to be rewound")
-    process = project.start("run")
-    assert {project.announced(), project.announced()} == {"WRK-001 plan 1", "WRK-002 plan 1"}
-    process.kill()
-    process.communicate()
+    kill_once_announced(project, agents=2)
     project.git("reset", "-q", "--hard", "HEAD~1")
-    project.script({"*/plan": [{"document": "a.md"}], "*": [{"write": {"code.txt": "x\n"}}]})
+    project.script({"*/plan": [{"document": "a.md"}], "*": CODE})
     assert "took commits off the branch" in project.run("run", code=1).stderr
     project.run("run", "--cap", "2")
     assert set(project.statuses().values()) == {"in_progress build"}
 
 
 def test_what_the_operator_does_while_a_phase_is_held_stays_theirs_however_often_it_is_held(project: Any) -> None:
-    project.set_up("WRK-001 in_progress phase=build phase_pool=main", script={"*": [{"write": {"code.txt": "x\n"}}]}, phases="build!", more='verify = [["no-such-check"]]\n')
-    project.run("run", code=4)
+    """Our halt commit, and one of a command, move the branch in between."""
+    hold(project)
+    project.run("add", "Another", "--commit")
     (project.root / "mine.txt").write_text("mine\n")
+    (project.root / "README.md").write_text("edited\n")
     assert "is finished, but" in project.run("run", code=1).stderr
     assert "verify command" in project.run("status").stdout
     project.configure("build!")
     project.git("commit", "-qm", "config", "orchestrator.toml")
     project.run("run", "--cap", "0", "--allow-dirty")
-    assert project.paths("HEAD") == ["BACKLOG.yaml", next(iter(project.paths("HEAD")[1:2])), "code.txt"]
-    assert project.status() == "?? mine.txt\n"
+    assert [path for path in project.paths("HEAD") if not path.startswith("_worklog/")] == ["BACKLOG.yaml", "code.txt"]
+    assert project.status() == " M README.md\n?? mine.txt\n"
     assert project.agent_log() == ["WRK-001 build 1"]
     assert project.git("for-each-ref", "refs/orchestrator/snapshots") == ""
 
 
 def test_a_held_phase_whose_item_is_closed_is_salvaged(project: Any) -> None:
-    project.set_up("WRK-001 in_progress phase=build phase_pool=main", script={"*": [{"write": {"code.txt": "x\n"}}]}, phases="build!", more='verify = [["no-such-check"]]\n')
-    project.run("run", code=4)
+    hold(project)
     project.run("close", "WRK-001", "--reason", "not wanted", "--commit")
     (project.root / "mine.txt").write_text("mine\n")
     project.run("run", "--allow-dirty")
-    assert project.git("show", "refs/orchestrator/salvage/WRK-001/build/1:code.txt") == "x\n"
+    assert project.git("show", f"{SALVAGED}/1:code.txt") == "x\n"
     assert project.status() == "?? _worklog/\n?? mine.txt\n"
     assert "Outcome: complete" not in project.git("log", "--format=%B")
 
 
 def test_a_held_phase_that_fails_its_mended_check_is_charged_and_tried_again(project: Any) -> None:
-    steps: Any = [{"write": {"code.txt": "bad\n"}}, {"write": {"code.txt": "good\n"}}]
-    project.set_up("WRK-001 in_progress phase=build phase_pool=main", script={"*": steps}, phases="build!", more='verify = [["no-such-check"]]\n')
-    project.run("run", code=4)
+    """On another branch a command says meanwhile which one its item is kept for."""
+    hold(project, {"write": {"code.txt": "bad\n"}}, {"write": {"code.txt": "good\n"}})
+    project.git("stash", "-qu")
+    project.git("switch", "-qc", "other")
+    before = project.git("rev-parse", "HEAD")
+    assert "It is kept for the branch main" in project.run("add", "New", "--commit").stdout
+    assert project.git("rev-parse", "HEAD") == before
+    project.git("switch", "-q", "--discard-changes", "main")
+    project.git("stash", "pop", "-q")
     project.configure("build!", more='verify = [["grep", "good", "code.txt"]]\n')
     project.git("commit", "-qm", "config", "orchestrator.toml")
-    assert "failed after all: verify command `grep good code.txt`" in project.run("run").stderr
+    assert "failed after all: verify command `grep good code.txt`" in project.run("run", "--target", "WRK-001").stderr
     assert project.agent_log() == ["WRK-001 build 1", "WRK-001 build 2"]
     assert project.git("show", "HEAD:code.txt") == "good\n"
 
 
 def test_what_the_operator_commits_beside_a_document_phase_is_not_unstaged_again(project: Any) -> None:
     os.mkfifo(project.outside / "go")
-    project.set_up("WRK-001 in_progress phase=plan phase_pool=main", script={"*/plan": [{"document": "a.md", "announce": True, "await": "go"}], "*": [{}]})
+    project.set_up(f"WRK-001 {IN_PLAN}", script={"*/plan": [{"document": "a.md", "announce": True, "await": "go"}]})
     path = project.root / "README.md"
     path.write_text("one\n")
     project.git("add", "README.md")
@@ -180,53 +194,42 @@ def test_what_the_operator_commits_beside_a_document_phase_is_not_unstaged_again
     assert project.status() == ""
 
 
-@pytest.mark.parametrize("more", [{}, {"no_result": True}])
-def test_a_document_agent_that_writes_over_an_edit_of_the_operators_leaves_a_way_back(project: Any, more: Any) -> None:
-    act = {"document": "a.md", "sh": "git checkout -q README.md; echo agent >> README.md", **more}
-    project.set_up("WRK-001 in_progress phase=plan phase_pool=main", script={"*/plan": [act]}, execution="max_retries = 0")
+def test_what_an_agent_sweeps_into_a_commit_of_its_own_is_named(project: Any) -> None:
+    project.set_up(f"WRK-001 {IN_PLAN}", script={"*/plan": [{"document": "a.md", "sh": "git add -A; git commit -qm swept"}]})
+    (project.root / "mine.txt").write_text("mine\n")
+    done = project.run("run", "--allow-dirty", "--cap", "1")
+    assert "these hold what you had not committed: mine.txt" in done.stderr
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_document_agent_that_writes_over_an_edit_of_the_operators_leaves_a_way_back(project: Any, fails: bool) -> None:
+    """What an agent printed last, as it failed, is told, and in no commit's message."""
+    act = {"document": "a.md", "sh": "git checkout -q README.md; echo agent >> README.md; echo token ghp_SECRET", "no_result": fails}
+    project.set_up(f"WRK-001 {IN_PLAN}", script={"*/plan": [act]}, execution="max_retries = 0")
     (project.root / "README.md").write_text("mine\n")
     for item in ("WRK-001_item-wrk-001", "WRK-002"):  # documents are agents'
         (project.root / "changes" / item).mkdir(parents=True)
         (project.root / "changes" / item / "a.md").write_text("old\n")
-    done = project.run("run", "--allow-dirty", "--cap", "1", "--strict", code=3 if more else 0)
-    (command,) = set(re.findall(r"^ *(git show .*)$", done.stderr, re.M))
-    assert subprocess.run(command, shell=True, cwd=project.root, capture_output=True, text=True).stdout == "mine\n"
+    done = project.run("run", "--allow-dirty", "--cap", "1", "--strict", code=3 if fails else 0)
+    assert way_back(project, done.stderr) == "mine\n"
     assert done.stderr.count("which had uncommitted changes of yours") == 2  # as it happens, and in the summary
-    assert "uncommitted changes: README.md" in project.run("run", code=1).stderr
+    assert ("Last output:\ntoken ghp_SECRET" in project.items()["WRK-001"].get("blocked_reason", "")) == fails
+    assert "ghp_" not in project.git("log", "--format=%B")
+    assert fails or "uncommitted changes: README.md" in project.run("run", code=1).stderr
 
 
 def test_a_rewound_branch_does_not_leave_the_half_done_work_as_the_operators(project: Any) -> None:
-    project.set_up("WRK-001 in_progress phase=build phase_pool=main", script={"*": [{"write": {"code.txt": "half\n"}, "announce": True, "hang": True}]}, phases="build!")
-    process = project.start("run")
-    project.announced()
-    process.kill()
-    process.communicate()
+    project.set_up(f"WRK-001 {IN_BUILD}", script={"*": [{"write": {"code.txt": "half\n"}, **HANG}]}, phases="build!")
+    kill_once_announced(project)
     project.git("commit", "-q", "--amend", "-m", "reworded", "--only")
     project.run("run", code=1)
-    assert project.git("show", "refs/orchestrator/salvage/WRK-001/build/2:code.txt") == "half\n"
+    assert project.git("show", f"{SALVAGED}/2:code.txt") == "half\n"
     assert project.status() == ""
-
-
-def test_an_item_of_another_branch_is_said_to_wait_for_it(project: Any) -> None:
-    project.set_up("WRK-001 in_progress phase=build phase_pool=main", script={"*": [{"write": {"code.txt": "x\n"}}]}, phases="build!", more='verify = [["no-such-check"]]\n')
-    project.run("run", code=4)
-    project.git("stash", "-qu")
-    project.git("switch", "-qc", "other")
-    before = project.git("rev-parse", "HEAD")
-    assert "It is kept for the branch main" in project.run("add", "New", "--commit").stdout
-    assert project.git("rev-parse", "HEAD") == before
-
-
-def test_what_an_agent_printed_last_is_in_no_commit_message(project: Any) -> None:
-    project.set_up("WRK-001 in_progress phase=plan phase_pool=main", script={"*": [{"sh": "echo token ghp_SECRET", "no_result": True}]}, execution="max_retries = 0")
-    project.run("run", code=3)
-    assert "Last output:\ntoken ghp_SECRET" in project.items()["WRK-001"]["blocked_reason"]
-    assert "ghp_" not in project.git("log", "--format=%B")
 
 
 def test_status_tells_of_a_stop_and_of_a_file_that_cannot_be_read(project: Any) -> None:
     os.mkfifo(project.outside / "go")
-    project.set_up("WRK-001 in_progress phase=plan phase_pool=main", script={"*": [{"document": "a.md", "announce": True, "await": "go"}]})
+    project.set_up(f"WRK-001 {IN_PLAN}", script={"*": [{"document": "a.md", "announce": True, "await": "go"}]})
     process = project.start("run")
     project.announced()
     project.run("stop")
@@ -237,10 +240,3 @@ def test_status_tells_of_a_stop_and_of_a_file_that_cannot_be_read(project: Any) 
     assert "there is no such phase" in project.run("logs", "WRK-001", "plam", code=2).stderr
     (project.outside / "go").write_text("")
     assert "asked to stop: what is in flight is finished" in project.finish(process)
-
-
-def test_what_an_agent_sweeps_into_a_commit_of_its_own_is_named(project: Any) -> None:
-    project.set_up("WRK-001 in_progress phase=plan phase_pool=main", script={"*/plan": [{"document": "a.md", "sh": "git add -A; git commit -qm swept"}]})
-    (project.root / "mine.txt").write_text("mine\n")
-    done = project.run("run", "--allow-dirty", "--cap", "1")
-    assert "these hold what you had not committed: mine.txt" in done.stderr

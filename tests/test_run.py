@@ -24,14 +24,6 @@ IN_BUILD = "in_progress phase=build phase_pool=main"
 HALT = "[orchestrator] Save backlog state on halt"
 
 
-def prepare(project: Any, *items: str, phases: str = "", script: Any = None, execution: str = "", more: str = "") -> None:
-    """Configure, write the backlog, commit, and script the agent."""
-    project.configure(phases or "plan build!", execution=execution, more=more)
-    project.backlog(*items)
-    project.commit_all()
-    project.script(script or {})
-
-
 def log_of(project: Any, since: str) -> list[tuple[str, list[str]]]:
     """Subject and sorted paths of each commit since `since`, oldest first."""
     commits = project.git("rev-list", "--reverse", f"{since}..HEAD").split()
@@ -71,7 +63,7 @@ def test_d03_d04_d07_d08_a1_a2_i2_commits_hold_code_and_decision_and_nothing_of_
     """A document phase, then a destructive one with files of odd names and kinds; the operator's own changes of every kind."""
     quoted = " ".join(f"'./{name}'" for name in ODD_NAMES)
     odd = f"for f in {quoted}; do echo 1 > \"$f\"; done; ln -s 'with space.txt' link; echo '#!/bin/sh' > run.sh; chmod +x run.sh"
-    prepare(project, "WRK-001 ready", script={
+    project.set_up("WRK-001 ready", script={
         "*/plan": [{"document": "plan.md", "sh": "echo secret > .env.local; git add .env.local; echo more >> README.md"}],
         "*/build": [{"write": {"code.py": "1\n", "lib/new.py": "2\n"}, "sh": f"git rm -q old.py && git mv name.py 'new name.py'; {odd}"}],
     })
@@ -116,7 +108,7 @@ def test_d03_d04_d07_d08_a1_a2_i2_commits_hold_code_and_decision_and_nothing_of_
 def test_two_documents_in_one_batch_and_a_backlog_that_does_not_parse_for_a_while(project: Any) -> None:
     """Three at once and no fourth. Nothing is written while the file is broken; once it is mended, one commit has both."""
     items = [f"WRK-00{n} ready" for n in (1, 2, 3, 4)]
-    prepare(project, *items, phases="plan", execution="max_concurrent = 3\nmax_wip = 3", script={
+    project.set_up(*items, phases="plan", execution="max_concurrent = 3\nmax_wip = 3", script={
         f"WRK-00{n}/plan": [{"document": "plan.md", "announce": True, "await": f"go{n}"}] for n in (1, 2, 3, 4)
     })
     for n in (1, 2, 3, 4):
@@ -154,7 +146,7 @@ def test_two_documents_in_one_batch_and_a_backlog_that_does_not_parse_for_a_whil
 @pytest.mark.slow
 def test_d01_b1_b3_blocked_and_failed_documents_are_committed_without_the_backlog(project: Any) -> None:
     """The halt commit has the decisions, alone, and the next run starts on a clean tree."""
-    prepare(project, "WRK-001 ready", "WRK-002 ready", phases="plan", execution="max_retries = 0", script={
+    project.set_up("WRK-001 ready", "WRK-002 ready", phases="plan", execution="max_retries = 0", script={
         "WRK-001/plan": [{"document": "plan.md", "result": {**BLOCKED, "context": "which way?"}}],
         "WRK-002/plan": [{"document": "plan.md", "result": {**FAILED, "follow_ups": ["Kept all the same"]}}],
     })
@@ -178,8 +170,8 @@ def test_d01_b1_b3_blocked_and_failed_documents_are_committed_without_the_backlo
 def test_d16_d17_d35_d36_d59_triage_routes_guards_merges_and_adds_follow_ups(project: Any) -> None:
     """One item per outcome of a triage, all in one run."""
     big = {"size": "large", "complexity": "high", "risk": "high"}
-    prepare(
-        project, "WRK-001 new", "WRK-002 new", "WRK-003 new", "WRK-004 new", "WRK-005 blocked blocked_from_status=new dependencies=[WRK-004]",
+    project.set_up(
+        "WRK-001 new", "WRK-002 new", "WRK-003 new", "WRK-004 new", "WRK-005 blocked blocked_from_status=new dependencies=[WRK-004]",
         "WRK-006 new", phases="plan", script={
             "WRK-001/triage": [{"write": {"_ideas/WRK-001_item.md": "idea\n"}, "result": {
                 "updated_assessments": {"size": "medium", "risk": "nonsense"},
@@ -219,7 +211,7 @@ def test_d16_d17_d35_d36_d59_triage_routes_guards_merges_and_adds_follow_ups(pro
 def test_d20_the_operators_ratings_stand_and_nothing_is_paid_for_before_a_human_has_decided(project: Any, here: Cli) -> None:
     """Triage rates everything small and safe; `add` has said otherwise of one, of another triage does."""
     rated = {"updated_assessments": {"size": "medium", "risk": "medium"}}
-    prepare(project, phases="research? build!", script={
+    project.set_up(phases="research? build!", script={
         "WRK-002/triage": [{"result": rated}], "*/build": [{"sh": "echo $ORCHESTRATOR_ITEM_ID > code.txt"}]})
     for argv in (["Big", "--size", "large", "--risk", "high"], ["Risky"], ["Small"]):
         here("add", *argv)
@@ -239,7 +231,7 @@ def test_d20_the_operators_ratings_stand_and_nothing_is_paid_for_before_a_human_
 
 @pytest.mark.slow
 def test_d10_d13_d14_d15_a_triage_that_fails_uses_its_attempts_and_then_blocks(project: Any) -> None:
-    prepare(project, "WRK-001 new", "WRK-002 new", execution="max_retries = 1\ncircuit_breaker = 9", script={
+    project.set_up("WRK-001 new", "WRK-002 new", execution="max_retries = 1\ncircuit_breaker = 9", script={
         "WRK-001/triage": [{"result": FAILED}, {"result": {"phase": "build"}}],
         "WRK-002/triage": [{"no_result": True, "write": {"half.txt": "1\n"}, "sh": "echo broken pipe of the agent; true", "exit": 7}, {"result": {"updated_assessments": {"size": "large"}}}],
     })
@@ -256,7 +248,7 @@ def test_d10_d13_d14_d15_a_triage_that_fails_uses_its_attempts_and_then_blocks(p
 def test_d50_d57_retry_with_the_failure_in_the_prompt_and_the_attempt_on_a_ref(project: Any) -> None:
     (project.root / "old.py").write_text("old\n")
     seen = project.outside / "seen"
-    prepare(project, f"WRK-001 {IN_BUILD}", phases="build!", script={"*/build": [
+    project.set_up(f"WRK-001 {IN_BUILD}", phases="build!", script={"*/build": [
         {"write": {"half.py": "half\n", "README.md": "spoilt\n"}, "sh": "git rm -q old.py; git add half.py",
          "result": {**FAILED, "context": "the compiler says no"}},
         {"sh": f"git status --porcelain > {seen}", "write": {"code.py": "1\n"}},
@@ -280,8 +272,8 @@ def test_d50_d57_retry_with_the_failure_in_the_prompt_and_the_attempt_on_a_ref(p
 @pytest.mark.slow
 def test_d29_retries_exhausted_and_a_claim_without_a_change(project: Any) -> None:
     """Blocked with the salvage ref; an item that succeeds in between keeps the breaker shut."""
-    prepare(
-        project, f"WRK-001 {IN_BUILD}", f"WRK-002 {IN_BUILD}", f"WRK-003 {IN_BUILD}", phases="build!",
+    project.set_up(
+        f"WRK-001 {IN_BUILD}", f"WRK-002 {IN_BUILD}", f"WRK-003 {IN_BUILD}", phases="build!",
         execution="max_retries = 1\nmax_wip = 3", script={
             "WRK-001/build": [{}, {"write": {"bad.py": "1\n"}, "result": FAILED}],
             "WRK-002/build": [CODE],
@@ -312,7 +304,7 @@ def test_verify_that_fails_first_and_phases_that_are_commands(project: Any) -> N
     check = 'verify = [["sh", "-c", "grep -q right code.py || { echo code is not right; exit 3; }"]]\n'
     listing = '[[pipelines.feature.phases]]\nname = "list"\nrun = ["sh", "-c", "ls > \\"$ORCHESTRATOR_CHANGE_DIR/files.txt\\""]\n'
     broken = '[[pipelines.feature.phases]]\nname = "ship"\nrun = ["sh", "-c", "echo no network >&2; exit 4"]\n'
-    prepare(project, f"WRK-001 {IN_BUILD}", phases="build!", execution="max_retries = 1", more=check + listing + broken, script={
+    project.set_up(f"WRK-001 {IN_BUILD}", phases="build!", execution="max_retries = 1", more=check + listing + broken, script={
         "*/build": [{"write": {"code.py": "wrong\n"}}, {"write": {"code.py": "right\n"}}]})
     project.run("run", code=3)
     assert "code is not right" in prompt(project, "WRK-001", "build", 2)
@@ -326,7 +318,7 @@ def test_verify_that_fails_first_and_phases_that_are_commands(project: Any) -> N
 @pytest.mark.slow
 def test_d32_h1_h3_the_operators_hooks_reject_once_and_mend_once(project: Any) -> None:
     """A hook that rejects fails the attempt, one that mends files gets a second look; it never sees state commits."""
-    prepare(project, f"WRK-001 {IN_BUILD}", phases="build!", script={"*/build": [{"write": {"code.py": "bad\n"}}, {"write": {"code.py": "ugly\n"}}]})
+    project.set_up(f"WRK-001 {IN_BUILD}", phases="build!", script={"*/build": [{"write": {"code.py": "bad\n"}}, {"write": {"code.py": "ugly\n"}}]})
     hook = project.root / ".git/hooks/pre-commit"
     hook.parent.mkdir(exist_ok=True)
     hook.write_text(
@@ -347,7 +339,7 @@ def test_d32_h1_h3_the_operators_hooks_reject_once_and_mend_once(project: Any) -
 def test_an_agent_that_commits_by_itself_in_a_subphase_and_before_it_fails(project: Any) -> None:
     commit = "git add -A -- '*.py' && git commit -qm 'by the agent'"
     half = {"result": "subphase_complete", "summary": "first half"}
-    prepare(project, f"WRK-001 {IN_BUILD}", phases="build! again!", script={
+    project.set_up(f"WRK-001 {IN_BUILD}", phases="build! again!", script={
         "*/build": [{"write": {"own.py": "1\n", "own.txt": "1\n"}, "sh": commit, "result": half}, CODE],
         "*/again": [{"write": {"half.py": "1\n"}, "sh": commit + "; echo rest > rest.py", "result": FAILED}, {"write": {"more.py": "1\n"}}],
     })
@@ -370,32 +362,10 @@ def test_an_agent_that_commits_by_itself_in_a_subphase_and_before_it_fails(proje
 
 
 @pytest.mark.slow
-def test_files_of_the_operator_that_a_destructive_phase_changes_or_takes_away(project: Any) -> None:
-    prepare(project, f"WRK-001 {IN_BUILD}", f"WRK-002 {IN_BUILD}", phases="build!", execution="max_retries = 0\nmax_wip = 2", script={
-        "WRK-001/build": [{"write": {"README.md": "the agent's\n", "code.py": "1\n"}}],
-        "WRK-002/build": [{"sh": "git stash -uq", "result": {**BLOCKED, "context": "reason"}}],
-    })
-    (project.root / "README.md").write_text("the operator's\n")
-    (project.root / "untracked.txt").write_text("the operator's\n")
-    done = project.run("run", "--allow-dirty", code=3)
-    reason = item(project, "WRK-001")["blocked_reason"]
-    ref = "refs/orchestrator/salvage/WRK-001/build/1"
-    assert "README.md" in reason
-    assert ref in reason
-    assert project.git("show", f"{ref}:README.md") == "the agent's\n"
-    assert item(project, "WRK-002")["blocked_reason"].startswith("reason")
-    assert "[WRK-002][BUILD] took away what you had not committed; it is there again: README.md, untracked.txt" in done.stderr
-    for name in ("README.md", "untracked.txt"):
-        assert (project.root / name).read_text() == "the operator's\n"
-    assert project.status() == " M README.md\n?? untracked.txt\n"
-    assert project.committed() == project.text()
-
-
-@pytest.mark.slow
 def test_d21_d22_d23_d24_i1_only_by_status_whole_dependencies_and_items_that_could_never_run(project: Any) -> None:
     """What does not fit the config is mended or blocked; dependencies are those of the whole backlog."""
-    prepare(
-        project, "WRK-001 ready pipeline_type=unknown", "WRK-002 ready tags=[x] dependencies=[WRK-003]",
+    project.set_up(
+        "WRK-001 ready pipeline_type=unknown", "WRK-002 ready tags=[x] dependencies=[WRK-003]",
         "WRK-003 blocked blocked_from_status=ready blocked_reason=no", "WRK-004 ready tags=[x]", "WRK-005 in_progress",
         "WRK-006 ready size=large", phases="plan", execution="max_wip = 5", script={"*/plan": [{"document": "p.md"}]})
     done = project.run("run", "--only", "status=ready", "--only", "tag=x", code=None)
@@ -416,7 +386,7 @@ def test_d21_d22_d23_d24_i1_only_by_status_whole_dependencies_and_items_that_cou
 def test_d02_d2_a_second_run_other_commands_and_stop_beside_an_active_run(project: Any, here: Cli) -> None:
     items = ("WRK-001 ready", "WRK-002 ready", "WRK-003 new")
     step = {"document": "p.md", "sh": "echo reading", "announce": True, "await": "go"}
-    prepare(project, *items, phases="plan again", script={"*/plan": [step]})
+    project.set_up(*items, phases="plan again", script={"*/plan": [step]})
     os.mkfifo(project.outside / "go")
     process = project.start("run")
     project.announced()
@@ -443,7 +413,7 @@ def test_d02_d2_a_second_run_other_commands_and_stop_beside_an_active_run(projec
 
 @pytest.mark.slow
 def test_a_clone_elsewhere_goes_on_with_the_same_next_action(project: Any, tmp_path: Path) -> None:
-    prepare(project, "WRK-001 ready", "WRK-002 ready", script={"*/build": [CODE], "*/plan": [{"document": "p.md"}]})
+    project.set_up("WRK-001 ready", "WRK-002 ready", script={"*/build": [CODE], "*/plan": [{"document": "p.md"}]})
     project.run("run", "--cap", "1")
     here = project.run("run", "--dry-run", "--json").stdout
     project.git("clone", "-q", str(project.root), str(tmp_path / "clone"))
@@ -463,7 +433,7 @@ def test_d06_d25_d39_k1_k2_k6_project_below_the_top_with_a_relative_root_and_an_
     for name in ("BACKLOG.yaml", "orchestrator.toml"):
         (project.root / name).rename(sub / name)
     project.root = sub
-    prepare(project, "WRK-001 ready", "WRK-002 ready", "WRK-003 ready", execution="default_phase_cap = 3", script={
+    project.set_up("WRK-001 ready", "WRK-002 ready", "WRK-003 ready", execution="default_phase_cap = 3", script={
         "WRK-001/plan": [{"document": "p.md"}], "WRK-002/plan": [{"result": BLOCKED}],
         "*/build": [{"write": {"code.py": "1\n"}, "sh": "pwd > ../../outside/cwd; echo 1 > ../top.py"}],
     })

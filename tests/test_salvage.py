@@ -54,7 +54,7 @@ def test_what_a_phase_left_is_kept_whole_and_nothing_else_moves(project: Any, tm
     build |= {"result": {"result": "blocked" if ending == "blocked" else "failed", "summary": "not finished"}}
     build |= {"announce": True} if ending == "cancelled" else {}
     script = {"WRK-001/build": [build, {"write": {"late.txt": "1\n"}}], "WRK-002/build": [{"write": {"other.txt": "1\n"}}]}
-    limit = "timeout_minutes = 0.1\n" if ending == "timed out" else ""
+    limit = "timeout_minutes = 0.03\n" if ending == "timed out" else ""
     project.set_up(f"WRK-001 {BUILDING}", f"WRK-002 {BUILDING}", phases="build!", script=script, execution="max_retries = 0", more=limit)
     sh(project.root, "sh", "-ec", OPERATORS)
     before, staged = theirs(project.root), project.git("diff", "--cached")
@@ -209,10 +209,9 @@ def test_init_does_not_replace_a_backlog_that_is_only_missing_on_disk(project: A
     assert not (project.root / "BACKLOG.yaml").exists()
 
 
-@pytest.mark.parametrize("agent", ["git checkout -q -- BACKLOG.yaml", pytest.param("rm BACKLOG.yaml", marks=pytest.mark.slow)])
-def test_a_backlog_reverted_by_an_agent_survives_a_sigkill(project: Any, agent: str) -> None:
+def test_a_backlog_reverted_by_an_agent_survives_a_sigkill(project: Any) -> None:
     """The promotion was only on disk; the agent undoes it, and we are killed before noticing."""
-    project.set_up("WRK-001 ready", script={"*/plan": [{"sh": f"cd {project.root} && {agent}", "announce": True, "hang": True}]})
+    project.set_up("WRK-001 ready", script={"*/plan": [{"sh": "git checkout -q -- BACKLOG.yaml", "announce": True, "hang": True}]})
     process = project.start("run")
     project.announced()
     process.kill()
