@@ -6171,48 +6171,50 @@ def item_values(
 
 def change_item(args: argparse.Namespace, config: Config, now: datetime, draft: Draft) -> Changed:
     """Do to an item of the draft what a command says."""
-    command, id = args.command, "" if args.command == "add" else args.id
+    command, item_id = args.command, getattr(args, "id", "")
     if command == "add":
         values, notes = item_values(args, config, draft.backlog())
         title = values.pop("title")
-        id = draft.add(config.prefix, title, now, **values)["id"]
-        return Changed(id, f": {title}", title, notes)
+        item_id = draft.add(config.prefix, title, now, **values)["id"]
+        return Changed(item_id, f": {title}", title, notes)
     if command == "edit":
         values, notes = item_values(args, config, draft.backlog())
         values |= {ITEM_OPTIONS[name]: None for name in args.clear}
         if not values and not notes:
             raise UsageError(f"nothing to change; see {program_name()} edit --help")
         if values.get("description"):  # the option gives one of its texts, the others stay
-            known = draft.item(id).get("description") or {}
+            known = draft.item(item_id).get("description") or {}
             values["description"] = {**known, "context": args.description.strip()}
-        draft.update(id, now, **values)
+        draft.update(item_id, now, **values)
         for cycle in dependency_cycles(draft.items) if values.get("dependencies") else ():
-            if id in cycle:
+            if item_id in cycle:
                 raise UsageError(f"--depends-on: {' → '.join(cycle)} could never start")
         keys = ", ".join(values)
-        return Changed(id, f": {keys}", keys, notes)
+        return Changed(item_id, f": {keys}", keys, notes)
     if command == "advance":
-        item = draft.item(id)
+        item = draft.item(item_id)
         before, pipeline = item.get("phase"), pipeline_of(config, item)
         if pipeline is None:
-            raise OrchestratorError(f"{id}: pipeline {pipeline_name(item)} is not in the config")
-        phase = advance(draft, id, [one.name for one in pipeline.phases], args.to, now).get("phase")
+            name = pipeline_name(item)
+            raise OrchestratorError(f"{item_id}: pipeline {name} is not in the config")
+        names = [one.name for one in pipeline.phases]
+        phase = advance(draft, item_id, names, args.to, now).get("phase")
         what = f" from {before} to {phase}" if before else f" to {phase}"
-        return Changed(id, what, what.strip())
+        return Changed(item_id, what, what.strip())
     if command == "unblock":
-        item = unblock(draft, id, now, notes=args.notes, override=args.override_guardrails)
+        item = unblock(draft, item_id, now, notes=args.notes, override=args.override_guardrails)
         notes = []
         if item["status"] != "new" and (why := guardrail_objection(item, rules_of(config).limits)):
-            how = f"{program_name()} unblock {id} --override-guardrails"
+            how = f"{program_name()} unblock {item_id} --override-guardrails"
             notes.append(f"But the next run blocks it again: {why}. Then: {how}")
-        return Changed(id, f": {item['status']} again", one_line(args.notes or ""), notes)
+        return Changed(item_id, f": {item['status']} again", one_line(args.notes or ""), notes)
     # complete, close: out of the backlog, into the worklog, and whoever waited is told
     close, why = command == "close", one_line(args.why or "", 1000)
     if close and not why:
         raise UsageError("--reason is blank; say why the item is not wanted any more")
-    item, waited, worklog = take_out(draft, id, "Closed" if close else "Done", why, now)
+    item, waited, worklog = take_out(draft, item_id, "Closed" if close else "Done", why, now)
     notes = [f"No longer waiting for it: {', '.join(waited)}"] if waited else []
-    return Changed(id, f": {one_line(item['title'])}", why, notes, worklog)
+    return Changed(item_id, f": {one_line(item['title'])}", why, notes, worklog)
 
 
 # ---- Commands around a run -----------------------------------------------------------------------
