@@ -5696,9 +5696,9 @@ def summary_of(space: Workspace, run: Run, code: int) -> dict[str, Any]:
     kept = [row for row in salvages(space) if row["ref"] in made] if made else []
     titles = totals.titles | {item_id: item["title"] for item_id, item in items.items()}
     checks, completed = proofs(history, code_phases(space.config)), []
-    for id in totals.completed:
-        proof = checks.get(id, {})
-        row = {"id": id, "title": titles.get(id, ""), "commit": proof.get("commit")}
+    for item_id in totals.completed:
+        proof = checks.get(item_id, {})
+        row = {"id": item_id, "title": titles.get(item_id, ""), "commit": proof.get("commit")}
         completed.append({**row, "verified": proof.get("verified", [])})
     detail = run.cap_reached() if run.reason is HaltReason.CAP_REACHED else run.breaker
     if run.reason is HaltReason.ALL_DONE_OR_BLOCKED and not options.only_triage:
