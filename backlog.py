@@ -2552,9 +2552,7 @@ class Journal:
     def _fold(self, line: Mapping[str, Any]) -> None:
         foreign = line.get("version", self.VERSION) != self.VERSION
         if foreign or not (self._first or "state" in line):
-            raise ValueError(
-                "it is not one of this version of the program; the one that began it can finish it"
-            )
+            raise ValueError("it is not one of this version of the program; its own can finish it")
         self.run = line.get("run", self.run)
         if "state" in line:
             self._first, self._steps = {"chunks": {}, **line["state"]}, []
