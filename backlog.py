@@ -2283,8 +2283,13 @@ class _Merge:
         self.notes: list[str] = []
 
     def find_base(self, states: Iterable[State], now: datetime) -> None:
-        """Look through the states up to now for the one that somebody started from."""
-        file, last, best = self.file, dict[str, str](), None
+        """Look through the states up to now for the one that somebody started from.
+
+        A file whose counter no state has reached was left by a command that had no journal, so it
+        is no old copy: what it lacks was taken out of it, and does not count as a difference.
+        """
+        file, last, best, without = self.file, dict[str, str](), None, None
+        later, highest = self.decided, -1
         far: dict[str, tuple[int, int, int]] = {}  # how far the file is from a state, by item
         total = [0, 0, 0]
         for state in states:
@@ -2305,6 +2310,13 @@ class _Merge:
             found = state.counter != file.counter, *total[:2], total[2] + layout
             if best is None or found <= best:  # the newest of equals
                 best, self.base = found, state
+            lacks = len(last.keys() - file.chunks.keys())
+            edits = total[0] - lacks, total[1] - 4 * lacks, total[2] - lacks + layout
+            if without is None or edits <= without:
+                without, later = edits, state
+            highest = max(highest, state.counter)
+        if file.counter > highest:
+            self.base = later
         self.now = max([now, *map(moment, set().union(*self.versions.values()))])
 
     def start_of(self, item_id: str, item: Item) -> tuple[Item | None, Container[str | None]]:
@@ -2540,7 +2552,9 @@ class Journal:
     def _fold(self, line: Mapping[str, Any]) -> None:
         foreign = line.get("version", self.VERSION) != self.VERSION
         if foreign or not (self._first or "state" in line):
-            raise ValueError("it is not one of this version of the program")
+            raise ValueError(
+                "it is not one of this version of the program; the one that began it can finish it"
+            )
         self.run = line.get("run", self.run)
         if "state" in line:
             self._first, self._steps = {"chunks": {}, **line["state"]}, []

@@ -3840,10 +3840,15 @@ class Ledger:
         seen, message = self.compare(attempt), ""
         summary, kind = result.commit_summary or result.summary, _commit_type(attempt, result)
         told = attempt.told("complete", summary, kind)
-        if result.result == "blocked":
+        self.take_in()
+        gone = attempt.destructive and attempt.task.item_id not in self.store.backlog.items
+        if result.result == "blocked" or gone:
             entries, why = self._documents(attempt, seen), result.context or result.summary
+            why = "its item was deleted meanwhile" if gone else why
             why = _with_salvage_note(why, self._salvage(attempt, seen))
             told, result = attempt.told("blocked", why, kind), result._replace(context=why)
+            if gone:
+                log().warning("%s %s", attempt.tag, why)
         else:
             passed = yield from self._pass(attempt, result, told, seen)
             if isinstance(passed, str):
@@ -4122,8 +4127,8 @@ class Ledger:
         if verdict.outcome == "files":
             return f"{_hook_trouble(verdict)}:\n{verdict.output}"
         keys = "commits.style, commits.signoff and execution.hook_timeout_seconds"
-        why = f"{_hook_trouble(verdict)}: {verdict.output}\nSee {keys}"
-        return self._hold(attempt, result, why)
+        see = "" if self.repo.hurried() else f"\nSee {keys}"
+        return self._hold(attempt, result, f"{_hook_trouble(verdict)}: {verdict.output}{see}")
 
     def _hold(self, attempt: Attempt, result: PhaseResult, why: str) -> Held:
         """Keep the result of a phase in the journal, and what it left, for the next start."""
@@ -5237,9 +5242,12 @@ def flocked(path: Path, owner: str) -> Iterator[None]:
                 break
             except BlockingIOError:
                 if not tries_left:
+                    holder = file.read() or "it has just begun"
+                    other = re.search(r" of (.+), pid ", holder)  # another project's
+                    root = f" --root {command_text([other[1]])}" if other else ""
                     raise RunActive(
-                        f"another run is at work here ({file.read() or 'it has just begun'}). Wait"
-                        f" for it, or ask it to stop with `{program_name()} stop`."
+                        f"another run is at work here ({holder}). Wait for it, or ask it to stop"
+                        f" with `{program_name()}{root} stop`."
                     ) from None
                 time.sleep(RUN_LOCK_PAUSE_S)
         since = utc_now().isoformat(timespec="seconds")
@@ -5270,10 +5278,10 @@ class Workspace(NamedTuple):
         own |= {prefix + BACKLOG_NAME for prefix in self.repo.neighbours}
         places = (self.repo.prefix, *self.repo.neighbours)
         folders = tuple(f"{place}{name}/" for place in places for name in (WORKLOG_DIR, WORK_DIR))
-        noted = {*self._stray_lines()}
+        noted, outputs = {*self._stray_lines()}, list[os.stat_result]()
         for fd in (1, 2):
             with suppress(OSError):
-                noted.add(_same_file(os.fstat(fd)))
+                outputs.append(os.fstat(fd))
 
         def nobodys(path: str) -> bool:
             if path in own or path.startswith(folders):
@@ -5281,8 +5289,9 @@ class Workspace(NamedTuple):
             if EDITORS_FILE.fullmatch(path):
                 return not self.repo.is_tracked(path)
             with suppress(OSError):
-                same = _same_file((self.repo.top / path).lstat())
-                return same in noted or f"{same} {path}" in noted
+                found = (self.repo.top / path).lstat()
+                own_output = any(os.path.samestat(found, one) for one in outputs)
+                return own_output or f"{self._stamps(path)[1]} {path}" in noted
             return False
 
         return {path for path in paths if not nobodys(path)}
@@ -5329,7 +5338,7 @@ class Workspace(NamedTuple):
         except OSError:
             return "", ""
         state = f"{found.st_mtime_ns}-{found.st_size}"
-        return "folder" if stat.S_ISDIR(found.st_mode) else state, _same_file(found)
+        return "folder" if stat.S_ISDIR(found.st_mode) else state, f"inode-{found.st_ino}"
 
     def entries_since(self, before: bytes | None) -> list[MessageEntry]:
         """What a state commit says of each item that has changed since a version of the file."""
@@ -5346,20 +5355,20 @@ class Workspace(NamedTuple):
     @contextmanager
     def run_lock(self, run_id: str = "") -> Iterator[None]:
         """Be the only one who works on the project, and a run: the only one in the work tree."""
-        tree, where = self.repo.git_dir / "orchestrator/run.lock", self.repo.root
+        owner, root = f"run {run_id}" if run_id else "a command", self.repo.root
+        tree, top = (self.repo.git_dir / f"orchestrator/{name}.lock" for name in ("tree", "run"))
         with ExitStack() as held:
-            held.enter_context(flocked(self.lock_path, f"run {run_id}" if run_id else "a command"))
-            if run_id and tree != self.lock_path:
-                held.enter_context(flocked(tree, f"run {run_id} of {where}"))
+            held.enter_context(flocked(self.lock_path, owner))
+            if run_id and (self.repo.prefix or tree.exists()):  # else there is one project alone
+                held.enter_context(flocked(tree, f"{owner} of {root}"))
+            if run_id and self.repo.prefix:  # a run of the top project may have found no such file
+                with flocked(top, f"a start of {root}"):
+                    pass
             yield
 
     def journal(self) -> Journal | None:
         """What an active run, or one that left something unfinished, has noted."""
         return Journal.read(self.store.journal_path, self.store.path.name)
-
-
-def _same_file(found: os.stat_result) -> str:
-    return f"file-{found.st_dev}-{found.st_ino}"
 
 
 def open_workspace(root: Path, config_path: Path | None) -> Workspace:
@@ -5700,7 +5709,7 @@ def summary_of(space: Workspace, run: Run, code: int) -> dict[str, Any]:
     totals, options, done, items = run.totals, run.options, run.state_commit, run.backlog.items
     # What checked an item that is done may have been committed by a run long ago.
     most = None if totals.completed else 2 * totals.phases + 10
-    history = read_log(space, most) if totals.spent else []
+    history = read_log(space, most) if totals.spent or totals.completed else []
     ended = {
         (safe_name(row["item"]), safe_name(row["phase"]))
         for row in history
@@ -5871,8 +5880,7 @@ def lock_holder(space: Workspace) -> str:
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
-            told = file.read() or "a run that has only just begun"
-            return "" if re.match(r"run \S+ of ", told) else told  # of a project below this one
+            return file.read() or "a run that has only just begun"
     return ""
 
 
@@ -6398,9 +6406,9 @@ def cmd_init(args: argparse.Namespace) -> int:
     if args.agent == "command" and toml in made:
         lines.append("agent.command in it is an example: set it before you run anything")
     program = program_name()
-    lines.append(f'Next: {program} add "What shall be done", then {program} run')
     for line in lines:
         print("\n".join(wrap(line, output_width(sys.stdout))))
+    print(f'Next: {program} add "What shall be done", then {program} run')
     if args.hook:
         args.action = "install"
         return cmd_hook(args)

@@ -215,3 +215,17 @@ def test_the_form_of_json_is_documented(project: Project, here: Cli) -> None:
         assert {key for row in rows for key in row} <= documented
         shown = " ".join(here(argv[0], "--help").out.split())
         assert " ".join(form.split())[:60] in shown
+
+
+def test_what_commands_took_out_after_an_addition_stays_out(project: Project, here: Cli) -> None:
+    """The file's counter is then one that no commit has; in a commit of the command, and for the next run."""
+    for title in ("One", "Two", "Three"):
+        here("add", title, "--commit")
+    here("add", "Four")
+    here("close", "WRK-003", "--reason", "no", "--commit")
+    assert project.committed() == project.text()
+    here("add", "Five")
+    here("complete", "WRK-002")
+    project.run("run", "--cap", "0")
+    assert list(project.titles().values()) == ["One", "Four", "Five"]
+    assert project.committed() == project.text()

@@ -240,3 +240,15 @@ def test_status_tells_of_a_stop_and_of_a_file_that_cannot_be_read(project: Any) 
     assert "there is no such phase" in project.run("logs", "WRK-001", "plam", code=2).stderr
     (project.outside / "go").write_text("")
     assert "asked to stop: what is in flight is finished" in project.finish(process)
+
+
+def test_an_item_that_is_deleted_while_its_build_runs_is_in_no_commit(project: Any) -> None:
+    delete = "sed -i '/^- id: WRK-001/,/^- id: WRK-002/{/WRK-002/!d}' BACKLOG.yaml"  # as a person does it
+    project.set_up("WRK-001 in_progress phase=build phase_pool=main", "WRK-002 blocked", phases="build!", script={"*": [{"sh": f"echo x > code.txt; {delete}"}]})
+    done = project.run("run", code=None)
+    assert list(project.items()) == ["WRK-002"], done.stderr
+    ref = "refs/orchestrator/salvage/WRK-001/build/1"
+    assert f"[WRK-001][BUILD] its item was deleted meanwhile (its changes are kept on {ref})" in done.stderr
+    assert (project.git("show", f"{ref}:code.txt"), (project.root / "code.txt").exists()) == ("x\n", False)
+    assert "code.txt" not in project.git("log", "--name-only", "--format=", "main")
+    assert project.status() == ""
