@@ -2552,6 +2552,10 @@ def read_gemini(report: AgentReport, event: Event) -> str:
     return ""
 
 
+# Events that begin work or go on with it. Others may follow the closing one, and open nothing.
+OPENING = {"init", "assistant", "turn.started", "step_start"}
+
+
 def read_line(report: AgentReport, line: bytes, read: Reader | None) -> str:
     """What a line of an agent's output tells people, noted in the report if it is an event."""
     import json
@@ -2560,7 +2564,8 @@ def read_line(report: AgentReport, line: bytes, read: Reader | None) -> str:
         with suppress(ValueError, RecursionError):
             event = json.loads(line)
             if isinstance(event, dict):  # CLIs print warnings in between
-                report.unfinished = True  # unless it is a closing one
+                kinds = {_text_at(event, "type"), _text_at(event, "subtype")}
+                report.unfinished = report.unfinished or not kinds.isdisjoint(OPENING)
                 return read(report, event)
     return line[:8000].decode(errors="replace")
 
@@ -2579,13 +2584,16 @@ ERROR_WORDS = {
     r"|input_too_large|(?:usage|content|safety|management) polic|content.filter|flagged"
     r"|prohibited.content|unable to respond to this request",
     "busy": r"rate.limit|too many requests|at capacity|high demand|overloaded",
-    "refused": r"\b(?:not logged|logged out|(?:log|sign) ?in\b|auth (?:login|method))|/login\b"
-    r"|authenticat|AuthError|unauthori[sz]ed|\b40[13]\b|forbidden|(?:oauth|refresh) token|api.key"
+    "refused": r"not logged in|logged out|(?:please|must|need to|cannot|failed to) (?:log|sign) ?in"
+    r"|/login\b|auth (?:login|method)|not authenticated|failed to authenticate|ProviderAuthError"
+    r"|authentication.(?:failed|error|required)|unauthori[sz]ed|\b40[13]\b|forbidden|api.key"
     r"|credit|billing|payment|subscription|insufficient.(?:funds|balance)|untrusted|not a trusted"
+    r"|(?:oauth|refresh) token"
     r"|(?:organi[sz]ation|account)\b.{0,60}\b(?:disabled|suspended|not|no longer)\b"
     r"|model\b.{0,80}\b(?:not (?:found|exist|supported|allowed|have access)|may not)\b"
     r"|(?:unknown|invalid|unsupported) model|model.?not.?found"
-    r"|(?:unknown|unexpected|unrecogni[sz]ed|illegal|no such|invalid) (?:option|arg|flag|command)",
+    r"|(?:unknown|unexpected|unrecogni[sz]ed|illegal|no such) (?:option|argument|flag|command)"
+    r"|invalid (?:option|flag|command)",
 }
 HTTP_STATUSES = {
     "item": (413,), "busy": (408, 429, *range(500, 600)), "refused": (401, 402, 403, 404)
@@ -2602,11 +2610,15 @@ def error_kind(text: str, status: float | None = None) -> str:
 
 
 RESET_WORDS = r"\b(?:again|resets?|retry|access|available) "
-RESET_AFTER = RESET_WORDS + r"(?:in|after) ((?:[\d.]+ ?[dhms][a-z]* ?(?:and )?)+)"
+RESET_AFTER = RESET_WORDS + (
+    r"(?:in|after) ("
+    r"(?:[\d.]+ ?(?:d(?:ays?)?|h(?:(?:ou)?rs?)?|m(?:in(?:ute)?s?)?|s(?:ec(?:ond)?s?)?)(?![a-z])"
+    r" ?(?:and )?)+)"
+)
 RESET_AT = RESET_WORDS + (
     r"(?:on )?(?:(?P<month>[a-z]{3})[a-z]* (?P<day>\d+) (?:(?P<year>\d{4}) )?"
     r"|(?P<date>\d{4}-\d\d-\d\d) )?(?P<clock>\d+:\d\d(?: ?[ap]m)?|\d+ ?[ap]m)\b(?::\d\d)?"
-    r" ?\(?(?P<zone>[a-z]+(?:/[\w+-]+)+|UTC|GMT)?"
+    r" ?\(?(?P<zone>[a-z]+(?:/[\w+-]+)+|UTC|GMT|Z\b)?"
 )
 
 
@@ -3015,7 +3027,8 @@ class Child:
         self.tell: Callable[[Progress], None] = lambda seen: None
         self.report, self._seen = AgentReport(), Progress()
         self._marker = f"{ATTEMPT_MARK}={spec.result_path}"
-        self._known: dict[int, int] = {}  # what hides whose it is, as {pid: start}
+        self._told = set[tuple[int, int]]()  # what hides whose it is, as (pid, start)
+        self._known: dict[int, int] = {}  # of these, what is this child's
         self._dead: set[Process] = set()  # adopted, seen dead at the last look around
 
     async def run(self) -> None:
@@ -3151,13 +3164,13 @@ class Child:
             with suppress(ChildProcessError):
                 os.waitpid(one.pid, os.WNOHANG)
         self._dead = dead
-        # Of several children nobody knows whose an orphan is; of one it is found at the end, too.
-        orphans = [one.pid for one in adopted if one.alive and len(LIVE) == 1]
-        seen = _family({leader, *orphans}, table) - {leader}
+        below = _family({leader}, table) - {leader}
+        seen = below | _family((one.pid for one in adopted if one.alive), table)
         unmarked = seen - _marked(f"{RUN_MARK}={self.spec.run_id}", seen)
-        new = dict({(pid, table[pid].start) for pid in unmarked} - self._known.items())
-        self._known.update(new)
-        return list(new.items())
+        new = {(pid, table[pid].start) for pid in unmarked} - self._told
+        self._told |= new  # an orphan, too, whoever's it is: if we are killed, nothing else tells
+        self._known.update(one for one in new if one[0] in below or len(LIVE) == 1)
+        return list(new)
 
     def _settled(self) -> bool:
         """Tell what is new; whether a valid result has long stayed the same: it lingers."""
@@ -3220,7 +3233,8 @@ class Child:
             return AgentOutcome("result", done)
         if self.spec.stop.is_set():
             return AgentOutcome("cancelled", detail=f"{self.label} was stopped")
-        how = f"failed with {self.ending}" if self.why == "exit" else "ran out of time"
+        hows = {"exit": f"failed with {self.ending}", "idle": self._failure("")}
+        how = hows.get(self.why, "ran out of time")
         text = self.with_tail(f"{self.label} {how}")
         missing = self.why == "exit" and self.code in (126, 127)
         return AgentOutcome("failed", detail=text, error=text if missing else "")

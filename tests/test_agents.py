@@ -593,7 +593,11 @@ ENDS = [  # a recording, or events; the exit code; what it is about; what it say
     ("gemini", "gemini-offline", 1, "busy", "[API Error: exception TypeError: fetch failed"),
     ("gemini", "gemini-killed", 1, "failed", ""),
     ("gemini", [gemini_end("The input token count (1200000) exceeds the maximum number of tokens allowed")], 144, "item", "The input"),
-    ("gemini", [gemini_end("fetch failed")], 1, "busy", "fetch failed"),
+    *(("gemini", [gemini_end(text)], 1, "busy", text) for text in (
+        "fetch failed", "Error: 400 Request contains an invalid argument.", "see the log in /home/x", "Authenticated as bob",
+        "getaddrinfo ENOTFOUND login.example.com", "Sign in with Google", "https://x/authenticate")),
+    *(("gemini", [gemini_end(text)], 1, "refused", text) for text in (
+        "Please log in", "You must sign in first", "Not authenticated", "Failed to authenticate", "authentication_error", "Unknown argument: x")),
     ("gemini", [{"type": "init"}], 173, "busy", "gemini gave no reason"),
     ("gemini", [{"type": "init"}], 41, "refused", "gemini gave no reason"),
     ("gemini", [{"type": "init"}], 55, "refused", "gemini gave no reason"),
@@ -672,9 +676,10 @@ RESETS = [
     ("Your limit will reset at 3pm (America/New_York).", "2026-11-22T22:00"),
     ("You will regain access on 2026-12-01 at 00:00 UTC.", "2026-12-01T02:00"),
     ("Claude AI usage limit reached|1795345200", "2026-11-22T13:00"), ("Please retry in 90.5s", "2026-11-22T12:02"),
+    ("resets at 22:03 Z", "2026-11-23T00:03"), ("retry after 1 hr 2 mins and 3 secs", "2026-11-22T13:02"),
     ("Try again in 3 days 4 hours 12 minutes.", "2026-11-25T16:12"), ("Your quota will reset after 17h43m51s.", "2026-11-23T05:44"),
     *((text, None) for text in ("resets 4:10am (Nowhere/Atlantis)", "resets 10", "try again at 25:99 PM",
-      "try again at Foo 25th, 2026 2:10 AM.", "try again later")),
+      "try again at Foo 25th, 2026 2:10 AM.", "try again later", "Try again in 2 more hours", "retry in 500ms")),
 ]  # fmt: skip
 
 
@@ -705,6 +710,15 @@ def closing(cli: str, text: str) -> list[object]:
     }[cli]  # fmt: skip
 
 
+LATE = {  # what comes after the end opens nothing …
+    "claude": [{"type": "system", "subtype": "status"}, {"type": "rate_limit_event"}],
+    "codex": [{"type": "item.completed", "item": {"id": "j", "type": "reasoning"}}],
+    "opencode": [{"type": "text", "part": {"text": "Bye."}}],
+    "gemini": [{"type": "message", "role": "user", "content": "Bye."}],
+}
+OPENS = {  # … but for this
+    "claude": {"type": "assistant"}, "codex": {"type": "turn.started"}, "opencode": {"type": "step_start"}, "gemini": {"type": "init"},
+}  # fmt: skip
 FENCED = f"All done {{really}}.\n\n```json\n{json.dumps(json.loads(report_json()), indent=2)}\n```\nBye."
 
 
@@ -714,6 +728,9 @@ def test_the_result_in_a_closing_message_is_taken_with_a_warning(play: Player, c
     assert result is not None
     assert (result.result, result.summary) == ("phase_complete", "Did it")
     assert result.warnings == ("no result file was written; its closing message held the result",)
+    ended = [*closing(cli, FENCED), *LATE[cli]]
+    assert play(cli, events(*ended)).kind == "result"
+    assert play(cli, events(*ended, OPENS[cli])).kind == "failed"
 
 
 @pytest.mark.parametrize(
@@ -766,9 +783,9 @@ def test_background_work_of_a_recorded_claude(play: Player) -> None:
 
 
 def test_a_phase_that_is_a_command_ends_by_its_exit_code(make_spec: SpecMaker) -> None:
-    def run(*argv: str) -> AgentOutcome:
+    def run(*argv: str, **limits: float) -> AgentOutcome:
         task = Task("WRK-001", Phase("check", run=argv), "main")
-        return attempt(make_spec(("no-such-agent",), task=task))
+        return attempt(make_spec(("no-such-agent",), task=task, **limits))
 
     done = run("sh", "-c", "cat; echo fine")
     assert done.result is not None
@@ -777,6 +794,8 @@ def test_a_phase_that_is_a_command_ends_by_its_exit_code(make_spec: SpecMaker) -
     failed = run("sh", "-c", "echo broken >&2; exit 9")
     assert (failed.kind, failed.trouble) == ("failed", "")
     assert failed.detail == "`sh -c 'echo broken >&2; exit 9'` failed with exit code 9\nLast output:\nbroken"
+    assert run("sleep", "120", idle_timeout_s=0.1).detail == "`sleep 120` timed out: no output for 0.1 seconds"
+    assert run("sleep", "120", timeout_s=0.1).detail == "`sleep 120` ran out of time"
     missing = run("no-such-command")
     assert (missing.kind, missing.trouble) == ("failed", "")  # nobody blames the agent
     assert missing.detail == "`no-such-command` cannot be started: No such file or directory"

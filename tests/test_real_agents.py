@@ -137,7 +137,7 @@ def test_too_many_requests_charge_nobody(project: Any, model: LlmServer) -> None
     model.script = play()
     configure(project)
     probe = project.run("check", "--probe").stdout
-    assert re.fullmatch(r"AGENT +WORKS +SECONDS +COST\nclaude +works +\d+ s +\$0\.0120\nready to run\n", probe)
+    assert re.fullmatch(r"AGENT +WORKS +SECONDS +COST\nclaude +works +\d+ s +about \$0\.0120\nready to run\n", probe)
     model.asked.clear()
     refusals = [Refusal(429, "rate_limit_error", "slow down")] * 3
     model.script = lambda text, done: refusals.pop() if refusals else play()(text, done)

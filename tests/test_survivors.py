@@ -33,7 +33,7 @@ KINDS = {
     "empty environment": "env -i P=$P setsid sh $S &",
     "empty environment, deaf, forked twice into a session": "(env -i P=$P setsid sh $D &)",
 }
-ENDINGS = ("exit", "timeout", "idle", "signal", "kill")
+ENDINGS = ("exit", "timeout", "idle", "signal", "kill", "kill, two at work")
 
 
 def birth(pid: int) -> int | None:
@@ -61,14 +61,17 @@ def test_nothing_survives(project: Any, tmp_path: Path, ending: str) -> None:
     shell += "".join(f"P={folder}/{n}\n{text}\n" for n, text in enumerate(KINDS.values()))
     limits = {"timeout": "timeout_minutes = 0.2\n", "idle": ""}.get(ending, "")
     idle = "idle_timeout_minutes = 0.2" if ending == "idle" else ""
-    project.configure("build!", more=limits, execution=f"max_retries = 0\n{idle}")
-    project.backlog("WRK-001 in_progress phase=build phase_pool=main")
+    two = ending == "kill, two at work"
+    project.configure("build" if two else "build!", more=limits, execution=f"max_retries = 0\nmax_wip = 2\nmax_concurrent = 2\n{idle}")
+    project.backlog(*(f"WRK-00{n} in_progress phase=build phase_pool=main" for n in range(1, 2 + two)))
     project.commit_all()
     files = [folder / str(n) for n in range(len(KINDS))]
     step = {"sh": shell + "".join(f"while ! [ -s {one} ]; do sleep 0.02; done\n" for one in files), "write": {"a.txt": "1\n"}}
     end = {"await": "go"} if ending == "exit" else {"hang": True}
-    project.script({"*": [{**step, **end}, {"write": {"b.txt": "1\n"}}]})
-    process = project.start("run")
+    project.script({"WRK-001/*": [{**step, **end}, {"write": {"b.txt": "1\n"}}], "*": [{"announce": True, "hang": True}]})
+    process = project.start("run", "--cap", f"{1 + two}")
+    if two:
+        project.announced()
     wait_for("not all have started", lambda: all(one.exists() and one.read_text().strip() for one in files))
     pids = [int(one.read_text()) for one in files]
     born = dict(zip(KINDS, [(pid, birth(pid)) for pid in pids], strict=True))
@@ -77,14 +80,14 @@ def test_nothing_survives(project: Any, tmp_path: Path, ending: str) -> None:
         (project.outside / "go").write_text("")
     if ending == "signal":
         process.send_signal(signal.SIGTERM)
-    if ending == "kill":
+    if ending.startswith("kill"):
         journal = project.root / ".git/orchestrator/journal"
         unmarked = [pid for kind, (pid, _) in born.items() if "empty" in kind]
         wait_for("not journalled", lambda: all(f"{pid}" in journal.read_text() for pid in unmarked))
         process.kill()
         process.communicate()
         assert {kind for kind, (pid, start) in born.items() if birth(pid) == start} >= {"session of its own", *(k for k in KINDS if "empty" in k)}
-        log = project.run("run", "--cap", "0").stderr
+        log = project.run("run", "--cap", "0", *["--allow-dirty"] * two).stderr  # only a phase that runs alone is set aside
         assert log.count("ended a process that an agent left behind") >= len(KINDS)
     else:
         log = project.finish(process, {"exit": 0, "signal": 143}.get(ending, 3))
