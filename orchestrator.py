@@ -2321,8 +2321,9 @@ def worklog_costs(entries: Iterable[Mapping[str, str]]) -> dict[str, Usage]:
 # One subprocess per attempt, and nothing that it started outlives it. A process group is not enough
 # for that: agents run tool commands in sessions of their own. So whatever carries the attempt's
 # marker in its environment is ended, and (Linux) what was handed to us, the child subreaper, when
-# its parent died. A further agent CLI is its name in AGENT_CLIS (chapter 3), a row of PROFILES, and
-# a reader of its events beside `read_claude`.
+# its parent died. A further agent CLI is its name in AGENT_CLIS (chapter 3), a row of PROFILES, a
+# reader of its events beside `read_claude`, what `error_kind` is to know of its wordings, and its
+# flag in UNASKED (chapter 11).
 
 RESULT_LIMIT = 5_000_000  # bytes of a result file
 LINE_LIMIT = 8 << 20  # bytes of one line of output that are looked at; codex writes long ones
