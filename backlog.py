@@ -2283,15 +2283,9 @@ class _Merge:
         self.notes: list[str] = []
 
     def find_base(self, states: Iterable[State], now: datetime) -> None:
-        """Look through the states up to now for the one that somebody started from.
-
-        A file whose counter no state has reached was left by a command that had no journal, so it
-        is no old copy: what it lacks was taken out of it, and does not count as a difference.
-        """
-        file, last, best, without = self.file, dict[str, str](), None, None
-        later, highest = self.decided, -1
+        """Look through the states up to now for the one that somebody started from."""
+        file, last, best, total = self.file, dict[str, str](), None, [0, 0, 0]
         far: dict[str, tuple[int, int, int]] = {}  # how far the file is from a state, by item
-        total = [0, 0, 0]
         for state in states:
             new = {key for key, chunk in state.chunks.items() if last.get(key) is not chunk}
             for key in new | (last or file.chunks).keys() - state.chunks.keys():
@@ -2304,19 +2298,11 @@ class _Merge:
             last = state.chunks
             mine, theirs = file.document, state.document
             layout = (mine.head != theirs.head) + (mine.tail != theirs.tail)
-            layout += [key for key in file.chunks if key in last] != [
-                key for key in last if key in file.chunks
-            ]
+            both = file.chunks.keys() & last.keys()
+            layout += [key for key in file.chunks if key in both] != [k for k in last if k in both]
             found = state.counter != file.counter, *total[:2], total[2] + layout
             if best is None or found <= best:  # the newest of equals
                 best, self.base = found, state
-            lacks = len(last.keys() - file.chunks.keys())
-            edits = total[0] - lacks, total[1] - 4 * lacks, total[2] - lacks + layout
-            if without is None or edits <= without:
-                without, later = edits, state
-            highest = max(highest, state.counter)
-        if file.counter > highest:
-            self.base = later
         self.now = max([now, *map(moment, set().union(*self.versions.values()))])
 
     def start_of(self, item_id: str, item: Item) -> tuple[Item | None, Container[str | None]]:
@@ -2435,6 +2421,7 @@ def merge(
     prefix: str = "WRK",
     running: Container[str] = (),
     shown: Container[str] = (),
+    in_head: bool = False,
 ) -> tuple[State, list[str]]:
     """What a file that somebody left makes of the decided state, and a line for each loser.
 
@@ -2442,10 +2429,18 @@ def merge(
     with the file's counter (else of all) the one least different, the newest of equals. What is as
     in the base is no edit, however old it is. `running`: ids whose phase is at work, which an agent
     does not mark done. `shown`: the chunks that were last written; what is gone since was not
-    brought back.
+    brought back. `in_head`: HEAD holds the decided state, so that a file whose counter is ahead of
+    it, and that is not stale, is what commands without a journal have left since.
     """
     made = _Merge(decided, file, running)
     made.find_base(itertools.chain(earlier, [decided]), now)
+    stale = (  # an item as it was before its last decision
+        item.get("updated") in made.versions.get(key, ())
+        and item["updated"] != decided.items.get(key, {}).get("updated")
+        for key, item in file.found.items()
+    )
+    if in_head and file.counter > decided.counter and not any(stale):
+        made.base = decided
     base = made.base
     for key, chunk in file.chunks.items():
         item, problems = file.found[key], file.problems.get(key, ())
@@ -2611,6 +2606,11 @@ class Journal:
     def _state_of(self, parts: Mapping[str, Any]) -> State:
         chunks, frame = tuple(parts["chunks"].values()), {name: parts[name] for name in _FRAME}
         return State(Document(self.source, chunks=chunks, **frame))
+
+    @property
+    def decided(self) -> bool:
+        """Whether anything was, since the state that it began with."""
+        return bool(self._steps)
 
     @property
     def settled(self) -> bool:
@@ -2889,8 +2889,8 @@ class Store:
         self._state, self._written = self._usable(data)
         for known in self._readable(self._committed) if data != self._committed else ():
             if not known.problems:
-                earlier = self._versions or ()
-                self._state, notes = merge(known, self._state, earlier, self.clock(), self.prefix)
+                told = known, self._state, self._versions or (), self.clock(), self.prefix
+                self._state, notes = merge(*told, in_head=True)
                 self._warn_of(notes)
 
     def _merged(self, file: State) -> tuple[State, list[str]]:
@@ -2899,7 +2899,8 @@ class Store:
         running = {attempt["item"] for attempt in journal.attempts.values()}
         written = self._readable(self._written or b"")
         shown = {chunk for state in written for chunk in state.document.chunks}
-        return merge(self.state, file, earlier, self.clock(), self.prefix, running, shown)
+        told = self.state, file, earlier, self.clock(), self.prefix, running, shown
+        return merge(*told, in_head=not journal.decided)
 
     def _warn_of(self, notes: Iterable[str]) -> None:
         for text in notes:
