@@ -2282,7 +2282,7 @@ class _Merge:
         self.renamed: dict[str, str] = {}  # key in the file → key in the result
         self.notes: list[str] = []
 
-    def find_base(self, states: Iterable[State], now: datetime) -> None:
+    def find_base(self, states: Iterable[State], now: datetime, in_head: bool) -> None:
         """Look through the states up to now for the one that somebody started from."""
         file, last, best, total = self.file, dict[str, str](), None, [0, 0, 0]
         far: dict[str, tuple[int, int, int]] = {}  # how far the file is from a state, by item
@@ -2303,6 +2303,13 @@ class _Merge:
             found = state.counter != file.counter, *total[:2], total[2] + layout
             if best is None or found <= best:  # the newest of equals
                 best, self.base = found, state
+        stale = (  # an item as it was before its last decision
+            item.get("updated") in self.versions.get(key, ())
+            and item["updated"] != self.decided.items.get(key, {}).get("updated")
+            for key, item in file.found.items()
+        )
+        if in_head and file.counter > self.decided.counter and not any(stale):
+            self.base = self.decided
         self.now = max([now, *map(moment, set().union(*self.versions.values()))])
 
     def start_of(self, item_id: str, item: Item) -> tuple[Item | None, Container[str | None]]:
@@ -2433,14 +2440,7 @@ def merge(
     it, and that is not stale, is what commands without a journal have left since.
     """
     made = _Merge(decided, file, running)
-    made.find_base(itertools.chain(earlier, [decided]), now)
-    stale = (  # an item as it was before its last decision
-        item.get("updated") in made.versions.get(key, ())
-        and item["updated"] != decided.items.get(key, {}).get("updated")
-        for key, item in file.found.items()
-    )
-    if in_head and file.counter > decided.counter and not any(stale):
-        made.base = decided
+    made.find_base(itertools.chain(earlier, [decided]), now, in_head)
     base = made.base
     for key, chunk in file.chunks.items():
         item, problems = file.found[key], file.problems.get(key, ())
