@@ -268,7 +268,7 @@ def _git_run_child(
     """Run git or a hook to its end, in a session of its own; OSError when it cannot be started.
 
     With `terminal` it keeps ours, so that it can ask for a passphrase. Once it is `hurried`, its
-    limit is HURRIED_S.
+    limit is HURRIED_S at most.
 
     Standard input and output are files, so a grandchild that keeps them open delays nobody; with
     `out`, the output goes to that file alone. Whatever ends the wait early (the limit, an exception
@@ -296,7 +296,7 @@ def _git_run_child(
                 signal.pthread_sigmask(signal.SIG_SETMASK, held)  # may raise what a handler raises
             begun, turn_s = time.monotonic(), HURRY_POLL_S if hurried else limit_s
             while not ended:
-                limit_s = HURRIED_S if hurried and hurried() else limit_s
+                limit_s = min(limit_s, HURRIED_S) if hurried and hurried() else limit_s
                 left_s = begun + limit_s - time.monotonic()
                 ended = _git_wait(process.pid, process.wait, max(0.0, min(turn_s, left_s)))
                 if left_s <= 0:

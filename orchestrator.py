@@ -4438,7 +4438,6 @@ class Ledger:
         why = f"{outcome.told.tag} Salvaged changes"
         self.repo.salvage(ref, outcome.parent, outcome.entries, why)
         self.kept.append(ref)
-
         for state in self.journal.states():
             had = state.items if item_id in state.items else had
 
@@ -5251,7 +5250,7 @@ def flocked(path: Path, owner: str) -> Iterator[None]:
                         f" with `{program_name()}{root} stop`."
                     ) from None
                 time.sleep(RUN_LOCK_PAUSE_S)
-        since = utc_now().isoformat(timespec="seconds")
+        since = utc_now().astimezone().isoformat(timespec="seconds")  # people read it, too
         file.truncate(0)
         file.write(f"{owner}, pid {os.getpid()}, since {since}")
         file.flush()
