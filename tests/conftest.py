@@ -10,16 +10,18 @@ import shutil
 import signal
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import chdir, redirect_stderr, redirect_stdout, suppress
+from functools import cache, partial
 from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 
+import orchestrator
 from backlog import parse_yaml
-from orchestrator import main
 
 IDENTITY = {
     "GIT_AUTHOR_NAME": "Operator",
@@ -27,6 +29,14 @@ IDENTITY = {
     "GIT_COMMITTER_NAME": "Operator",
     "GIT_COMMITTER_EMAIL": "operator@example.invalid",
 }
+
+
+def pytest_configure() -> None:
+    """All files in memory where there is room for them: the tests are for the most part small files and git."""
+    with suppress(OSError, AttributeError):
+        room = os.statvfs("/dev/shm")
+        if room.f_bavail * room.f_frsize > 2 << 30:
+            os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", "/dev/shm")
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -47,6 +57,7 @@ def hermetic(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)
         for name, value in ours.items():
             patch.setenv(name, value)
+        patch.setattr(orchestrator, "build_parser", cache(orchestrator.build_parser))  # the same for each of hundreds
         yield
     signal.signal(signal.SIGHUP, hangup)
 
@@ -124,7 +135,7 @@ def program(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactor
 
 SCRIPTED_AGENT = r"""
 # An agent that does what script.json beside it says; keeps its own log outside the repository.
-import json, os, signal, subprocess, sys
+import json, os, sys
 
 here = os.path.dirname(os.path.abspath(__file__))
 env = os.environ
@@ -140,6 +151,8 @@ steps = next((script[key] for key in (f"{item}/{phase}", f"*/{phase}", f"{item}/
 with open(here + "/agent.log") as log:
     visit = sum(line.startswith(f"{item} {phase} ") for line in log)
 step = steps[min(visit, len(steps)) - 1]
+if "on_term" in step or "hang" in step:
+    import signal
 if step.get("on_term") == "ignore":
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 if step.get("on_term") == "finish":  # wait for it, then go on to the result; it may come first
@@ -151,8 +164,8 @@ for path, text in step.get("write", {}).items():
 if "document" in step:
     with open(os.path.join(env["ORCHESTRATOR_CHANGE_DIR"], step["document"]), "w") as file:
         file.write(f"{item} {phase} {attempt}\n")
-if "sh" in step:
-    subprocess.run(["sh", "-c", step["sh"]], check=True)
+if "sh" in step and os.spawnlp(os.P_WAIT, "sh", "sh", "-ec", step["sh"]):
+    sys.exit(1)
 if "announce" in step:
     with open(here + "/announce", "w") as fifo:
         fifo.write(f"{item} {phase} {attempt}\n")
@@ -172,6 +185,23 @@ sys.exit(step.get("exit", 0))
 """
 
 TIMES = "  created: 2026-01-01T00:00:00+00:00\n  updated: 2026-01-01T00:00:00+00:00\n"
+
+
+def call_main(words: list[str]) -> NoReturn:
+    """What a forked process does in place of a start of Python: the command, in its own streams."""
+    os.closerange(3, 1 << 16)  # that of `Popen` as well, which waits for it
+    gc.freeze()
+    sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w", buffering=1)  # noqa: SIM115
+    code = 1
+    try:
+        code = orchestrator.main(words)
+    except SystemExit as end:
+        code = int(end.code or 0)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        os._exit(code)
 
 
 class Project:
@@ -243,8 +273,7 @@ class Project:
 
     def run(self, *args: str, code: int | None = 0) -> subprocess.CompletedProcess[str]:
         """Run the command to its end; asserts the exit code unless it is None."""
-        plain = not (self.launcher or self.environment or (self.outside / "inject").exists())
-        if plain and args[0] in AT_HAND and self.program == SOURCE:
+        if self.plain() and args[0] in AT_HAND:
             found, out, err = self.call(*args)
         else:
             process = self.start(*args)
@@ -254,23 +283,30 @@ class Project:
             raise AssertionError(f"{args} exited {found}, not {code}:\n{out}{err}")
         return subprocess.CompletedProcess(args, found, out, err)
 
+    def plain(self) -> bool:
+        """Whether the command is to run as it is, so that nothing would show in which process."""
+        changed = self.launcher or self.environment or (self.outside / "inject").exists()
+        return not changed and self.program == SOURCE and sys.platform == "linux"
+
     def call(self, *args: str) -> tuple[int, str, str]:
         """A command within this process."""
         with redirect_stdout(StringIO()) as out, redirect_stderr(StringIO()) as err, chdir(self.outside):
             try:
-                found = main(["--root", str(self.root), *args])
+                found = orchestrator.main(["--root", str(self.root), *args])
             except SystemExit as end:
                 found = int(end.code or 0)
         return found, out.getvalue(), err.getvalue()
 
     def start(self, *args: str) -> subprocess.Popen[str]:
         # As a module, so that its compiled form is used: a script is compiled at every start.
-        argv = [*self.launcher, sys.executable, "-m", self.program.stem, "--root", str(self.root), *args]
+        words = ["--root", str(self.root), *args]
+        argv = [*self.launcher, sys.executable, "-m", self.program.stem, *words]
+        instead = partial(call_main, words) if self.plain() else None  # a fork, which need not import anything
         path = f"{self.outside / 'inject'}{os.pathsep}{self.program.parent}"
         env = {**os.environ, "PYTHONPATH": path, **self.environment}
         process = subprocess.Popen(
             argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            cwd=self.outside, start_new_session=True, env={k: v for k, v in env.items() if v is not None},
+            cwd=self.outside, start_new_session=True, preexec_fn=instead, env={k: v for k, v in env.items() if v is not None},
         )
         self.started.append(process)
         return process
