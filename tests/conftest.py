@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import chdir, redirect_stderr, redirect_stdout, suppress
@@ -187,13 +188,17 @@ sys.exit(step.get("exit", 0))
 TIMES = "  created: 2026-01-01T00:00:00+00:00\n  updated: 2026-01-01T00:00:00+00:00\n"
 
 
-def call_main(words: list[str]) -> NoReturn:
-    """What a forked process does in place of a start of Python: the command, in its own streams."""
+def call_main(words: list[str], env: dict[str, str], injected: str) -> NoReturn:
+    """What a forked process does in place of a start of Python: the command, in its own surroundings."""
     os.closerange(3, 1 << 16)  # that of `Popen` as well, which waits for it
     gc.freeze()
+    os.environ.clear()
+    os.environ.update(env)
+    time.tzset()
     sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w", buffering=1)  # noqa: SIM115
     code = 1
     try:
+        exec(injected, {})
         code = orchestrator.main(words)
     except SystemExit as end:
         code = int(end.code or 0)
@@ -214,6 +219,7 @@ class Project:
         self.outside = outside
         self.heard: list[str] = []
         self.started: list[subprocess.Popen[str]] = []
+        self.injected = ""  # Python that the command begins with
         self.launcher: tuple[str, ...] = ()  # a command that starts the command
         self.environment: dict[str, str | None] = {}  # beside our own; None takes a variable away
         self.at_end: list[Callable[[], object]] = []
@@ -273,7 +279,8 @@ class Project:
 
     def run(self, *args: str, code: int | None = 0) -> subprocess.CompletedProcess[str]:
         """Run the command to its end; asserts the exit code unless it is None."""
-        if self.plain() and args[0] in AT_HAND:
+        changed = self.launcher or self.environment or self.injected
+        if args[0] in AT_HAND and self.program == SOURCE and not changed:
             found, out, err = self.call(*args)
         else:
             process = self.start(*args)
@@ -282,11 +289,6 @@ class Project:
         if code not in (found, None):
             raise AssertionError(f"{args} exited {found}, not {code}:\n{out}{err}")
         return subprocess.CompletedProcess(args, found, out, err)
-
-    def plain(self) -> bool:
-        """Whether the command is to run as it is, so that nothing would show in which process."""
-        changed = self.launcher or self.environment or (self.outside / "inject").exists()
-        return not changed and self.program == SOURCE and sys.platform == "linux"
 
     def call(self, *args: str) -> tuple[int, str, str]:
         """A command within this process."""
@@ -301,12 +303,13 @@ class Project:
         # As a module, so that its compiled form is used: a script is compiled at every start.
         words = ["--root", str(self.root), *args]
         argv = [*self.launcher, sys.executable, "-m", self.program.stem, *words]
-        instead = partial(call_main, words) if self.plain() else None  # a fork, which need not import anything
         path = f"{self.outside / 'inject'}{os.pathsep}{self.program.parent}"
-        env = {**os.environ, "PYTHONPATH": path, **self.environment}
+        env = {k: v for k, v in {**os.environ, "PYTHONPATH": path, **self.environment}.items() if v is not None}
+        forked = self.program == SOURCE and not self.launcher and sys.platform == "linux"  # nothing is to be imported
         process = subprocess.Popen(
-            argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            cwd=self.outside, start_new_session=True, preexec_fn=instead, env={k: v for k, v in env.items() if v is not None},
+            argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=self.outside,
+            start_new_session=True, restore_signals=not forked, env=env,
+            preexec_fn=partial(call_main, words, env, self.injected) if forked else None,
         )
         self.started.append(process)
         return process
@@ -314,8 +317,8 @@ class Project:
     def inject(self, watch: str) -> None:
         """Give the command an audit hook, `watch(event, args)`; an empty text takes it away."""
         (self.outside / "inject").mkdir(exist_ok=True)
-        text = f"import os, signal, sys\n{watch}\nsys.addaudithook(watch)\n" if watch else ""
-        (self.outside / "inject/sitecustomize.py").write_text(text)
+        self.injected = f"import os, signal, sys\n{watch}\nsys.addaudithook(watch)\n" if watch else ""
+        (self.outside / "inject/sitecustomize.py").write_text(self.injected)
 
     def survivors(self) -> list[int]:
         """Processes that an attempt in this project started, by what their environment says."""

@@ -285,6 +285,7 @@ def test_a_wreck_in_the_middle_of_a_run_is_set_aside_after_a_minute(project: Any
     """The run's clock is made to go sixty times as fast; nobody mends the file, and it goes on."""
     prepare(project, {"WRK-001/prd": [{"sh": f"{STASH_POP}cp BACKLOG.yaml ../outside/wreck", "document": "prd.md"}, {}]})
     project.inject(FAST)
+    project.launcher = ("env",)  # before our modules have taken hold of the clock
     log = project.run(*TARGETS).stderr
     check(project, {"WRK-003": "ready"}, log)
     check_set_aside(project, log)
