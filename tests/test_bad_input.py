@@ -225,15 +225,6 @@ def test_a_work_folder_that_is_a_file(root: Path, capsys: pytest.CaptureFixture[
     assert f"{root}/.orchestrator: File exists" in refused(root, capsys, "run")
 
 
-def test_all_problems_come_at_once_each_with_its_remedy(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (root / "README.md").write_text("edited\n")
-    (root / "BACKLOG.yaml").write_text(with_item("  dependencies: [WRK-001]"))
-    (root / "orchestrator.toml").write_text(f"{CONFIG}[pipelines.feature]\nphases = [{{name = 'a', workflows = ['gone.md']}}]\n")
-    lines = refused(root, capsys, "run").splitlines()
-    assert lines[0] == "orchestrator: cannot start:"
-    assert [line[:2] for line in lines[1:]] == ["- ", "  "] * 3
-
-
 def test_a_folder_that_is_no_project(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     outside, bare = tmp_path / "outside", tmp_path / "bare.git"
     outside.mkdir()

@@ -52,16 +52,6 @@ def test_failed_probes_rest_longer_but_attempts_under_way_do_not_count() -> None
     assert after == AgentPause("claude", NOW + 7305, 1, "claude: failed", "busy")
 
 
-def test_a_failing_api_is_tried_again_after_the_retry_delay() -> None:
-    config = orchestrator.Config(pipelines={}, execution=orchestrator.Execution(retry_delay_seconds=5))
-    waits, pause, now = [], None, NOW
-    for _ in range(8):
-        pause = pause_after(refused("failed"), "claude", pause, config, now)
-        waits.append((pause.until - now, pause.strikes))
-        now = pause.until + 2  # the probe starts at once and takes two seconds
-    assert waits == list(zip((5, 10, 20, 40, 80, 160, 300, 300), range(1, 9), strict=True))
-
-
 FAKE_CLAUDE = r"""#!/bin/sh
 # Refuses as often as there are files in `refusals`, each of an event or more; then does the work.
 # A file is taken by renaming it, so of two agents at once each gets its own.

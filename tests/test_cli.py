@@ -430,6 +430,8 @@ def test_check_names_all_problems_each_with_its_remedy(project: Any, here: Cli) 
     assert lines[-1] == "4 problems"
     got = json.loads(here("check", "--json", code=1).out)
     assert [set(row) for row in got["problems"]] == [{"what", "remedy"}] * 4
+    refused = here("run", code=1).err.splitlines()
+    assert (refused[0], [line[:2] for line in refused[1:]]) == ("orchestrator: cannot start:", ["- ", "  "] * 4)
 
 
 def test_commands_that_only_look_write_nothing(project: Any, here: Cli) -> None:

@@ -255,24 +255,6 @@ def test_fault(project: Any, name: str) -> None:
     assert project.git("fsck", "--no-dangling", "--no-progress", "--connectivity-only") == ""
 
 
-@pytest.mark.slow
-def test_what_two_runs_could_not_commit(project: Any) -> None:
-    """Each run goes on with what the last one decided, although git has set the file back."""
-    set_up(project, Fault(files=""))
-    project.backlog(READY, "WRK-002 ready")
-    project.commit_all()
-    project.script({"*/plan": [{"sh": "git merge -q --no-commit --no-ff side", **BLOCKED}]})
-    for target in ("WRK-001", "WRK-002"):
-        project.run("run", "--target", target, code=3)
-        project.git("merge", "--abort")
-        project.git("checkout", "-q", "HEAD", "--", "BACKLOG.yaml")
-        assert project.statuses()[target] != "blocked plan"
-    for _ in range(2):
-        project.run("run", "--cap", "0", code=None)
-        assert project.statuses() == {"WRK-001": "blocked plan", "WRK-002": "blocked plan"}
-        assert saved(project)
-
-
 # ---- The hooks of a destructive phase ------------------------------------------------------------
 
 class Hook(NamedTuple):

@@ -133,59 +133,6 @@ def test_salvage_is_listed_with_the_command_that_drops_that_of_finished_items(pr
 
 # ---- What becomes of the rest --------------------------------------------------------------------
 
-def test_operator_files_survive_an_agent_that_commits_and_reverts_them(project: Any) -> None:
-    (project.root / "notes.txt").write_text("base\n")
-    shell = (
-        f"cd {project.root} && echo theirs > agent.txt && git add agent.txt && git commit -qm theirs"
-        " && git checkout -q -- notes.txt && rm opfile.txt && echo half > half.txt"
-    )
-    project.set_up(f"WRK-001 {BUILDING}", script={"*/build": [{"sh": shell, **FAILS}]}, execution="max_retries = 0")
-    (project.root / "notes.txt").write_text("edited by the operator\n")
-    (project.root / "opfile.txt").write_text("untracked\n")
-    project.run("run", "--allow-dirty", code=3)
-    assert (project.root / "notes.txt").read_text() == "edited by the operator\n"
-    assert (project.root / "opfile.txt").read_text() == "untracked\n"
-    assert project.git("show", "HEAD:agent.txt") == "theirs\n"
-    assert not (project.root / "half.txt").exists()
-    assert project.git("show", "refs/orchestrator/salvage/WRK-001/build/1:half.txt") == "half\n"
-    assert project.status() == " M notes.txt\n?? opfile.txt\n"
-    assert "refs/orchestrator/salvage/WRK-001/build/1" in project.text()
-
-
-@pytest.mark.slow
-def test_documents_of_an_attempt_interrupted_before_its_retry_are_committed(project: Any) -> None:
-    step = {"document": "plan.md", "result": {"result": "failed", "summary": "cannot"}}
-    project.set_up(PLANNING, script={"*/plan": [step]}, execution="retry_delay_seconds = 200")
-    text = (project.root / "orchestrator.toml").read_text().replace("retry_delay_seconds = 0\n", "")
-    (project.root / "orchestrator.toml").write_text(text)
-    process = project.start("run")
-    project.read_until(process, "attempt 1 of 3 failed")
-    process.send_signal(signal.SIGINT)
-    process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "changes/WRK-001_item-wrk-001/plan.md" in project.git("ls-files")
-    assert project.git("status", "--porcelain", "changes") == ""
-    assert project.statuses() == {"WRK-001": "in_progress plan"}
-
-
-@pytest.mark.slow
-def test_an_item_deleted_by_hand_while_its_phase_fails_does_not_stop_the_run(project: Any) -> None:
-    os.mkfifo(project.outside / "go")
-    script = {"WRK-001/plan": [{"announce": True, "await": "go", **FAILS}], "*": [{}]}
-    project.set_up(PLANNING, script=script, execution="max_retries = 1")
-    process = project.start("run")
-    project.announced()
-    project.backlog("WRK-002 ready")
-    (project.outside / "go").write_text("")
-    project.announced()  # the second attempt
-    (project.outside / "go").write_text("")
-    _, err = process.communicate(timeout=60)
-    assert "internal error" not in err
-    assert "WRK-001" not in project.text()
-    assert "WRK-002 plan 1" in project.agent_log()
-    assert project.committed() == project.text()
-
-
 def test_stop_ends_the_retries_and_the_wait_before_them(project: Any) -> None:
     project.set_up(PLANNING, script={"*": [FAILS]}, execution="max_retries = 3")
     config = project.root / "orchestrator.toml"
@@ -207,18 +154,6 @@ def test_init_does_not_replace_a_backlog_that_is_only_missing_on_disk(project: A
     done = project.run("init", code=1)
     assert f"git -C {project.root} restore BACKLOG.yaml" in done.stderr
     assert not (project.root / "BACKLOG.yaml").exists()
-
-
-def test_a_backlog_reverted_by_an_agent_survives_a_sigkill(project: Any) -> None:
-    """The promotion was only on disk; the agent undoes it, and we are killed before noticing."""
-    project.set_up("WRK-001 ready", script={"*/plan": [{"sh": "git checkout -q -- BACKLOG.yaml", "announce": True, "hang": True}]})
-    process = project.start("run")
-    project.announced()
-    process.kill()
-    process.communicate(timeout=60)
-    project.run("run", "--cap", "0")
-    assert project.statuses() == {"WRK-001": "in_progress plan"}
-    assert project.committed() == project.text()
 
 
 # ---- Killed, and what the next start makes of it -------------------------------------------------

@@ -306,15 +306,6 @@ def test_hostile_input_is_read_or_refused_by_name(make: Callable[[], bytes]) -> 
             assert len(str(outcome)) < 300, "a message fits on a screen"
 
 
-@pytest.mark.slow
-def test_million_lines_linear_time() -> None:
-    text = b"".join(b"k%d: v%d\n" % (n, n) for n in range(1_000_000))
-    value = parse_yaml(text)
-    assert isinstance(value, dict)
-    assert len(value) == 1_000_000
-    assert read("a: b\n" + "  c\n" * 1_000_000) == {"a": "b" + " c" * 1_000_000}
-
-
 def test_ten_mb_line_memory_bound() -> None:
     for data in (b"a: " + b"word " * 2_000_000 + b"x\n", b"word " * 2_000_000 + b": x\n"):
         tracemalloc.start()
@@ -629,14 +620,6 @@ def test_edit(changes: dict[str, object], old: list[str], new: list[str]) -> Non
     assert edited(BACKLOG, update(0, id="A-1"), change(0, changes)) == text
 
 
-def test_new_keys_in_canonical_order() -> None:
-    assert ITEM_KEYS[:3] == ("id", "title", "status")
-    assert ITEM_KEYS[-3:] == ("priority", "attempts", "verify")
-    every = {key: "x" for key in reversed(ITEM_KEYS) if key != "id"}
-    text = edited("items:\n- id: A\n", change(0, {"own": "x", **every}))
-    assert text == "items:\n- id: A\n" + "".join(f"  {key}: x\n" for key in (*ITEM_KEYS[1:], "own"))
-
-
 def test_dash_moves_when_the_first_key_is_deleted() -> None:
     assert edited("items:\n- id: A\n  title: B\n", update(0, id=None)) == "items:\n- title: B\n"
     assert edited("items:\n-\n  id: A\n  title: B\n", update(0, id=None)) == "items:\n-\n  title: B\n"
@@ -811,15 +794,6 @@ def test_values_and_lines_of_items_and_keys() -> None:
 
 
 # ---- chunks --------------------------------------------------------------------------------------
-
-def test_chunks_of_another_document_take_its_indentation() -> None:
-    deep = document("items:\n    # lead\n    - id: D\n      tags:\n          - x\n      title: |\n        a\n\n          b\n  # low\nn: 1\n")
-    flat = document("items:\n- id: A\n\n- id: B\nn: 1\n")
-    text = flat.with_chunks([flat.chunks[0], deep.chunks[0], flat.chunks[1]]).to_bytes().decode()
-    assert text == ("items:\n- id: A\n\n# lead\n- id: D\n  tags:\n      - x\n  title: |\n    a\n\n      b\n\n- id: B\nn: 1\n")
-    text = deep.with_chunks([*flat.chunks, *deep.chunks]).to_bytes().decode()
-    assert text.startswith("items:\n    - id: A\n\n    - id: B\n    # lead\n    - id: D\n")
-
 
 def test_chunks_with_the_tail_of_another_document() -> None:
     one = document("schema_version: 3\nitems:\n- id: A\n- id: B\nn: 1\n")
