@@ -1,7 +1,5 @@
 """Hermetic surroundings for every test: own HOME, no global git configuration, no GIT_* variables."""
 
-from __future__ import annotations
-
 import gc
 import json
 import os
@@ -17,7 +15,7 @@ from contextlib import chdir, redirect_stderr, redirect_stdout, suppress
 from functools import cache, partial
 from io import StringIO
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import pytest
 
@@ -87,6 +85,7 @@ def make_repo(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Calla
     if not template.exists():
         template.mkdir()
         sh(template, "git", "init", "-q", "-b", "main")
+        sh(template, "git", "config", "maintenance.auto", "false")  # else each commit starts one more process
         for sample in (template / ".git/hooks").iterdir():  # not to be copied hundreds of times
             sample.unlink()
         (template / "README.md").write_text("A project\n")
@@ -188,6 +187,24 @@ sys.exit(step.get("exit", 0))
 TIMES = "  created: 2026-01-01T00:00:00+00:00\n  updated: 2026-01-01T00:00:00+00:00\n"
 
 
+class Done(NamedTuple):
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+def in_process(*argv: str) -> Done:
+    """Run a command within this process."""
+    with redirect_stdout(StringIO()) as out, redirect_stderr(StringIO()) as err:
+        try:
+            found = orchestrator.main(list(argv))
+        except SystemExit as end:
+            found = int(end.code or 0)
+    return Done(found, out.getvalue(), err.getvalue())
+
+
 def call_main(words: list[str], env: dict[str, str], injected: str) -> NoReturn:
     """What a forked process does in place of a start of Python: the command, in its own surroundings."""
     os.closerange(3, 1 << 16)  # that of `Popen` as well, which waits for it
@@ -231,6 +248,9 @@ class Project:
 
     def script(self, steps: dict[str, Any]) -> None:
         """What the agent does, by `ITEM/PHASE`, `*/PHASE`, `ITEM/*` or `*`: one step per visit."""
+        for name in {step["await"] for visits in steps.values() for step in visits if "await" in step}:
+            if not (self.outside / name).exists():
+                os.mkfifo(self.outside / name)
         (self.outside / "script.json").write_text(json.dumps(steps))
 
     def configure(self, phases: str = "plan build!", more: str = "", execution: str = "", agent: str = "") -> None:
@@ -257,14 +277,14 @@ class Project:
         text = f"{head}schema_version: 3\n{body}next_item_id: {len(items)}\n"
         (self.root / "BACKLOG.yaml").write_text(text)
 
-    def set_up(
-        self, *items: str, script: dict[str, Any], phases: str = "plan build!", execution: str = "", more: str = ""
-    ) -> None:
-        """Config, backlog and what else lies about, committed; and what the agent does."""
-        self.configure(phases, execution=execution, more=more)
-        self.backlog(*items)
+    def set_up(self, *items: str, script: dict[str, Any] | None = None, head: str = "", **config: str) -> None:
+        """Backlog, config if it is a special one, and what else lies about, committed; and what the agent does."""
+        if config:
+            self.configure(**config)
+        self.backlog(*items, head=head)
         self.commit_all()
-        self.script(script)
+        if script is not None:
+            self.script(script)
 
     def hook(self, name: str, body: str) -> None:
         """A hook of the operator's; its interpreter is a shell if none is named."""
@@ -281,7 +301,8 @@ class Project:
         """Run the command to its end; asserts the exit code unless it is None."""
         changed = self.launcher or self.environment or self.injected
         if args[0] in AT_HAND and self.program == SOURCE and not changed:
-            found, out, err = self.call(*args)
+            with chdir(self.outside):
+                found, out, err = in_process("--root", str(self.root), *args)
         else:
             process = self.start(*args)
             out, err = process.communicate(timeout=self.patience)
@@ -289,15 +310,6 @@ class Project:
         if code not in (found, None):
             raise AssertionError(f"{args} exited {found}, not {code}:\n{out}{err}")
         return subprocess.CompletedProcess(args, found, out, err)
-
-    def call(self, *args: str) -> tuple[int, str, str]:
-        """A command within this process."""
-        with redirect_stdout(StringIO()) as out, redirect_stderr(StringIO()) as err, chdir(self.outside):
-            try:
-                found = orchestrator.main(["--root", str(self.root), *args])
-            except SystemExit as end:
-                found = int(end.code or 0)
-        return found, out.getvalue(), err.getvalue()
 
     def start(self, *args: str) -> subprocess.Popen[str]:
         # As a module, so that its compiled form is used: a script is compiled at every start.
@@ -393,6 +405,17 @@ class Project:
         out = self.git("diff-tree", "-r", "-z", "--root", "--no-commit-id", "--name-only", commit)
         return [path for path in out.split("\0") if path]
 
+    def worklog(self) -> str:
+        return "".join(path.read_text() for path in sorted((self.root / "_worklog").glob("*.md")))
+
+    def killed(self, *args: str, agents: int = 1) -> None:
+        """A run that is killed once so many agents have announced themselves."""
+        process = self.start("run", *args)
+        for _ in range(agents):
+            self.announced()
+        process.kill()
+        process.communicate()
+
     def status(self) -> str:
         return self.git("status", "--porcelain")
 
@@ -433,3 +456,25 @@ def project(
     one = Project(root, tmp_path / "outside")
     yield one
     one.end()
+
+
+Cli = Callable[..., Done]
+
+
+@pytest.fixture
+def cli() -> Cli:
+    """Run a command in this process; asserts its exit code."""
+
+    def call(*argv: str | Path, code: int = 0) -> Done:
+        done = in_process(*map(str, argv))
+        assert done.code == code, f"{argv} exited {done.code}, not {code}:\n{done.out}{done.err}"
+        assert "Traceback" not in done.err
+        return done
+
+    return call
+
+
+@pytest.fixture
+def here(project: Project, cli: Cli) -> Cli:
+    """The same, on the project."""
+    return lambda *argv, code=0: cli("--root", project.root, *argv, code=code)

@@ -1,7 +1,5 @@
 """Agent processes: real children, real signals; agent CLIs appear as recorded event streams."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import json
@@ -790,25 +788,3 @@ def test_a_phase_that_is_a_command_ends_by_its_exit_code(make_spec: SpecMaker) -
     missing = run("no-such-command")
     assert (missing.kind, missing.trouble) == ("failed", "")  # nobody blames the agent
     assert missing.detail == "`no-such-command` cannot be started: No such file or directory"
-
-
-def test_demo_agent_by_phase_and_title(make_spec: SpecMaker) -> None:
-    spec = make_spec()
-
-    def demo(phase: str, title: str, attempt: int = 1) -> Any:
-        one = spec._replace(task=Task("WRK-001", Phase(phase), "main"), attempt=attempt)
-        one.result_path.parent.mkdir(parents=True, exist_ok=True)
-        assert orchestrator.demo_agent(agent_environment(one, {}), f"- **ID:** WRK-001\n- **Title:** {title}\n", spec.root) == 0
-        result = orchestrator.parse_result(one.result_path.read_bytes(), "WRK-001", phase)
-        assert result.warnings == ()
-        return result
-
-    assert [demo("triage", title).ratings["risk"] for title in ("A risky change", "Plain")] == ["high", "low"]
-    assert demo("prd", "Plain").summary == "Wrote PRD.md"
-    assert (spec.change_dir / "PRD.md").read_text() == "# Plain: prd\n\nWritten by the demo agent.\n"
-    assert demo("prd", "Something unclear").result == "blocked"
-    assert demo("build", "A flaky thing").result == "phase_complete"
-    assert "def feature(:\n" in (spec.root / "demo/a_flaky_thing.py").read_text()
-    assert demo("build", "A flaky thing", attempt=2).commit_summary == "Add demo/a_flaky_thing.py"
-    assert (spec.root / "demo/a_flaky_thing.py").read_text().startswith("# A flaky thing\n")
-    assert [len(demo("build", title).follow_ups) for title in ("Plain", "Has a follow-up")] == [0, 1]

@@ -5,8 +5,6 @@ editor or a crash brings an older state of BACKLOG.yaml back, or a wreck of it. 
 outcomes: the items, what HEAD holds, how often each phase was paid for, and what was said.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import signal

@@ -1,7 +1,5 @@
 """The pure decisions: what to start, when to stop, what a result does to the backlog."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path

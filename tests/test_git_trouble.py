@@ -5,8 +5,6 @@ from the start. Whatever it is, the run ends in bounded time; the state is in HE
 names the journal that keeps it; nothing of the operator's changes; the next run has it all in HEAD.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import shutil
@@ -172,7 +170,6 @@ def set_up(project: Any, fault: Fault) -> None:
     for name in ("untracked.txt", "-odd näme.txt"):
         (project.root / name).write_text("untracked\n")
     project.script({"*/plan": [{"announce": True, "await": "go", **BLOCKED}]})
-    os.mkfifo(project.outside / "go")
 
 
 def saved(project: Any) -> bool:

@@ -6,8 +6,6 @@ outside: the prompts and results that the agent noted, the commits there were, t
 run had printed. The backlog file alone is no witness for itself.
 """
 
-from __future__ import annotations
-
 import faulthandler
 import os
 import random
@@ -158,8 +156,7 @@ def story(project: Any) -> Any:
     (root / "orchestrator.toml").write_text(re.sub(r"(?m)^command = .*", 'command = ["../outside/agent.sh"]', config))
     for name in ("old.py", "notes.md", "mixed.txt"):
         (root / name).write_text("committed\n")
-    project.backlog("WRK-001 ready", "WRK-002 new", "WRK-003 ready size=large")
-    project.commit_all()
+    project.set_up("WRK-001 ready", "WRK-002 new", "WRK-003 ready size=large")
     for name, text in STAGED.items():
         (root / name).write_text(text)
     project.git("add", *STAGED)

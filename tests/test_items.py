@@ -1,7 +1,5 @@
 """Reading a backlog, the rules of its items, ids, follow-ups, worklog."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta, timezone

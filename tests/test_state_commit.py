@@ -4,8 +4,6 @@ Most cases only differ in how the repository was prepared, so they are tables: a
 what must be true afterwards.
 """
 
-from __future__ import annotations
-
 import os
 import subprocess
 from collections.abc import Callable, Iterator, Mapping

@@ -1,7 +1,5 @@
 """The store: five steps under one lock, with a run's journal and without; races, crashes, bad files."""
 
-from __future__ import annotations
-
 import fcntl
 import os
 import resource

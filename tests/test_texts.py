@@ -1,7 +1,5 @@
 """Texts: prompts, commit messages, status, plan and summary. All of them are pure functions."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Sequence

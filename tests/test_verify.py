@@ -1,9 +1,6 @@
 """Checks: what runs on exactly the tree that is committed, what the commit says of it, and `verify`."""
 
-from __future__ import annotations
-
 import json
-import os
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -11,9 +8,7 @@ from typing import Any
 import pytest
 
 import orchestrator
-from tests.test_cli import Cli, cli, here
-
-__all__ = ["cli", "here"]  # fixtures
+from tests.conftest import Cli
 
 IN_BUILD = "in_progress phase=build phase_pool=main"
 LONG = 'true "a command whose text is longer than a line of a commit may be" and "goes on for quite a while behind that"'
@@ -113,7 +108,6 @@ def test_a_check_that_changes_what_is_the_operators_fails_the_attempt(project: A
 @pytest.mark.slow
 def test_documents_that_are_held_wait_beside_those_of_a_neighbour(project: Any) -> None:
     """What the neighbour wrote meanwhile, and committed, is no reason to start the phase again."""
-    os.mkfifo(project.outside / "go")
     check = f'verify = [["sh", "-c", "test $ORCHESTRATOR_ITEM_ID = WRK-002 || test -e {project.outside}/fine || exit 127"]]\n'
     script = {"WRK-001/*": [{"document": "a.md", "await": "go"}], "WRK-002/*": [{"document": "b.md", "sh": f"echo > {project.outside}/go"}]}
     items = (f"WRK-00{n} in_progress phase=plan phase_pool=main" for n in (1, 2))
