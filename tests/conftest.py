@@ -164,7 +164,7 @@ for path, text in step.get("write", {}).items():
 if "document" in step:
     with open(os.path.join(env["ORCHESTRATOR_CHANGE_DIR"], step["document"]), "w") as file:
         file.write(f"{item} {phase} {attempt}\n")
-if "sh" in step and os.spawnlp(os.P_WAIT, "sh", "sh", "-ec", step["sh"]):
+if "sh" in step and os.spawnlp(os.P_WAIT, "sh", "sh", "-c", step["sh"]):
     sys.exit(1)
 if "announce" in step:
     with open(here + "/announce", "w") as fifo:
