@@ -344,22 +344,6 @@ class RunOptions(NamedTuple):
     overridden: str = ""  # an item whose guardrails are overridden
 
 
-class RunView(NamedTuple):
-    """All that the halt decision depends on."""
-
-    backlog: Mapping[str, Item]
-    running: Mapping[str, Task]
-    actions: tuple[Action, ...]  # what select_actions offers now (cap not applied)
-    stop_requested: bool
-    breaker_open: bool  # an agent cannot work, or too many items in a row failed for good
-    targets: tuple[str, ...]  # in the order given; () = no target mode
-    auto_advance: bool
-    filters_given: bool
-    matched: frozenset[str]  # ids the filters ever matched
-    completed: tuple[str, ...]  # in this run
-    cap_reached: bool  # phases, minutes or cost used up
-
-
 # ==== 3. Config ===================================================================================
 
 AGENT_CLIS = ("claude", "codex", "opencode", "gemini", "command", "demo")
@@ -839,27 +823,35 @@ PLAN_TIME = datetime.fromtimestamp(0, UTC)  # for what is only played through, a
 
 
 def select_actions(
+    options: RunOptions,
     backlog: Backlog,
     running: Mapping[str, Task],
     config: Config,
-    *,
     only: Container[str] | None = None,
-    target: str | None = None,
+    *,
+    completed: Container[str] = (),
     resting: Collection[str] = (),
     behind: Collection[str] = (),
 ) -> list[Action]:
     """What could be started now, best first: promotions, then tasks for the free slots.
 
-    `only` and `target` limit which items may be acted on, and whose work in progress counts;
-    dependencies are judged on the whole backlog. A target is not held back by max_wip and
-    max_concurrent. Tasks for the agents in `resting` are passed over. `behind` are ids on which an
-    agent could not work: others go first, for which one place more is made, so that it shows
-    whether it is the agent's fault or the item's.
+    `only` (the ids that the run's filters leave) and targets limit which items may be acted on, and
+    whose work in progress counts; dependencies are judged on the whole backlog. A target is not
+    held back by max_wip and max_concurrent; one in `completed` is over. `triage` leaves every item
+    alone that is not new. Tasks for the agents in `resting` are passed over. `behind` are ids on
+    which an agent could not work: others go first, for which one place more is made, so that it
+    shows whether it is the agent's fault or the item's.
     """
     if any(task.phase.destructive for task in running.values()):
         return []
-    items, limits = backlog.items, config.execution
+    items, limits, target = backlog.items, config.execution, None
     scope = list(_considered(items, only))
+    if options.only_triage:
+        named = options.targets or items
+        scope = [one for one in scope if one["status"] == "new" and one["id"] in named]
+    elif options.targets:
+        target = next_target(options.targets, items, completed, options.auto_advance)
+        scope = [one for one in scope if one["id"] == target]
     able = [
         item
         for item in scope
@@ -871,7 +863,7 @@ def select_actions(
     room = limits.max_wip - len(at_work) + any(item_id in behind for item_id in at_work)
     free = limits.max_concurrent - len(running)
     if target is not None:
-        able, room, free = [item for item in able if item["id"] == target], 1, 1
+        room = free = 1
     if free <= 0:
         return []
     ready = sorted((item for item in able if item["status"] == "ready"), key=_urgency)
@@ -900,14 +892,10 @@ def _considered(items: Mapping[str, Item], only: Container[str] | None) -> Itera
 
 
 def _urgency(item: Item) -> tuple[int, int, str]:
-    """How ready items are sorted."""
-    return -(item.get("priority") or 0), -_impact(item), item["created"]
-
-
-def _impact(item: Item) -> int:
-    """The higher the more important; an item without a rating comes last."""
+    """How ready items are sorted; one without an impact comes last of its priority."""
     word = item.get("impact")
-    return LEVEL_WORDS.index(word) if word in LEVEL_WORDS else -1
+    impact = LEVEL_WORDS.index(word) if word in LEVEL_WORDS else -1
+    return -(item.get("priority") or 0), -impact, item["created"]
 
 
 def _due(able: Sequence[Item], config: Config) -> Iterator[Task]:
@@ -941,40 +929,6 @@ def is_due(items: Mapping[str, Item], task: Task) -> bool:
     return item["status"] == status and item.get("phase") == task.name
 
 
-def actions_for(
-    options: RunOptions,
-    backlog: Backlog,
-    running: Mapping[str, Task],
-    config: Config,
-    only: Container[str] | None,
-    *,
-    completed: Container[str] = (),
-    resting: Collection[str] = (),
-    behind: Collection[str] = (),
-) -> list[Action]:
-    """`select_actions` for what a run was asked to do.
-
-    `only` are the ids that its filters leave, `completed` those that it has finished. `triage`
-    leaves every item alone that is not new.
-    """
-    target, targets = None, options.targets
-    if options.only_triage:
-        only = {
-            item_id
-            for item_id, item in backlog.items.items()
-            if item["status"] == "new"
-            and (not targets or item_id in targets)
-            and (only is None or item_id in only)
-        }
-    elif targets:
-        target = next_target(targets, backlog.items, completed, options.auto_advance)
-        if target is None:
-            return []
-    return select_actions(
-        backlog, running, config, only=only, target=target, resting=resting, behind=behind
-    )
-
-
 # ---- When an agent's account or API says no ------------------------------------------------------
 
 FREE_ENDS_IN_A_ROW = 8  # of an agent, about 15 minutes with the default delay, end the run
@@ -989,8 +943,10 @@ def pause_after(
 ) -> AgentPause:
     """How long an agent rests after a usage limit or a free end; `now` in epoch seconds.
 
-    `before` is the breaker as it was. An attempt that began before its end was under way already
-    when it opened, so it says nothing new about how often the agent refused.
+    After a limit until its stated reset, within a minute to eight days, or else for 15 minutes,
+    doubled with every refusal to two hours. `before` is the breaker as it was. An attempt that
+    began before its end was under way already when it opened, so it says nothing new about how
+    often the agent refused.
     """
     kind: Literal["busy", "limit", "reset"] = "busy"
     if outcome.kind == "limited":
@@ -999,21 +955,13 @@ def pause_after(
     if before is not None and before.kind == kind:
         strikes = before.strikes + (now - outcome.seconds >= before.until)
     until = now + retry_delay_s(config, strikes)
-    if kind != "busy":
-        until = limit_ends(outcome.until, strikes, now)
+    if kind == "limit":
+        until = now + min(UNKNOWN_LIMIT_S * 2.0 ** min(strikes - 1, 10), LONGEST_UNKNOWN_S)
+    elif outcome.until is not None:
+        until = min(max(outcome.until, now + SHORTEST_LIMIT_S), now + LONGEST_LIMIT_S)
     if before is not None and before.until > until:
         return before
     return AgentPause(agent, until, strikes, outcome.error, kind)
-
-
-def limit_ends(reset: float | None, strikes: int, now: float) -> float:
-    """When to try again after a usage limit: at the stated reset, within a minute to eight days.
-
-    Unknown: after 15 minutes, doubled with every refusal to two hours.
-    """
-    if reset is not None:
-        return min(max(reset, now + SHORTEST_LIMIT_S), now + LONGEST_LIMIT_S)
-    return now + min(UNKNOWN_LIMIT_S * 2.0 ** min(strikes - 1, 10), LONGEST_UNKNOWN_S)
 
 
 # ---- When to stop --------------------------------------------------------------------------------
@@ -1032,36 +980,52 @@ def next_target(
     return next((target for target in left if items[target]["status"] not in over), None)
 
 
-def halt_reason(view: RunView) -> HaltReason | None:
+def halt_reason(
+    options: RunOptions,
+    items: Mapping[str, Item],
+    running: Mapping[str, Task],
+    offered: Collection[Action],
+    *,
+    completed: Container[str] = (),
+    matched: Collection[str] | None = None,
+    stopping: bool = False,
+    broken: bool = False,
+    used_up: bool = False,
+) -> HaltReason | None:
     """Why the run ends now, or None to go on; the first reason of the enumeration that holds.
+
+    `offered` is what `select_actions` offers now, `completed` what the run has finished, `matched`
+    what its filters ever matched (None: it has none). `broken`: an agent cannot work, or too many
+    items in a row failed for good; `used_up`: phases, minutes or cost are.
 
     A reason may be given while tasks still run: nothing more is started then, and unless a signal
     asked for the shutdown they are waited for. AllDoneOrBlocked and CapReached are given only when
     nothing runs, because a result may still change the answer.
     """
-    if view.stop_requested:
+    if stopping:
         return HaltReason.SHUTDOWN_REQUESTED
-    if view.breaker_open:
+    if broken:
         return HaltReason.CIRCUIT_BREAKER_TRIPPED
-    if view.targets and not any(target in view.running for target in view.targets):
-        target = next_target(view.targets, view.backlog, view.completed, view.auto_advance)
+    targets = () if options.only_triage else options.targets
+    if targets and not any(target in running for target in targets):
+        target = next_target(targets, items, completed, options.auto_advance)
         if target is None:
             return HaltReason.TARGET_COMPLETED
-        if view.backlog[target]["status"] == "blocked":  # in this run, before it, or by hand
+        if items[target]["status"] == "blocked":  # in this run, before it, or by hand
             return HaltReason.TARGET_BLOCKED
-    if view.filters_given:
-        if not view.matched:
+    if matched is not None:
+        if not matched:
             return HaltReason.NO_MATCHING_ITEMS
-        left = [view.backlog[item_id] for item_id in view.matched if item_id in view.backlog]
-        open_ones = [item for item in left if item["status"] not in ("done", "blocked")]
-        if not open_ones and not view.running.keys() & view.matched:
+        left = _considered(items, matched)
+        over = all(item["status"] in ("done", "blocked") for item in left)
+        if over and not any(item_id in running for item_id in matched):
             return HaltReason.FILTER_EXHAUSTED
-    if view.running:
+    if running:
         return None
-    if not view.actions:
+    if not offered:
         return HaltReason.ALL_DONE_OR_BLOCKED
     # Promotions cost nothing, so they are still made; only then is there nothing left to do.
-    if view.cap_reached and not any(isinstance(action, Promote) for action in view.actions):
+    if used_up and not any(isinstance(action, Promote) for action in offered):
         return HaltReason.CAP_REACHED
     return None
 
@@ -2038,7 +2002,7 @@ def plan_rows(backlog: Backlog, config: Config, options: RunOptions) -> list[dic
     draft, rows, triaged, turn = Draft(backlog), list[dict[str, Any]](), set[str](), 0
     rules, only = rules_of(config), matching(backlog, options.filters)
     while len(rows) < options.cap:
-        found = actions_for(options, draft.backlog(), {}, config, only - triaged)
+        found = select_actions(options, draft.backlog(), {}, config, only - triaged)
         if not found:
             break
         turn += any(isinstance(action, Task) for action in found)
@@ -3453,7 +3417,7 @@ def demo_agent(env: Mapping[str, str], prompt: str, root: Path) -> int:
 # ==== 7. The ledger ===============================================================================
 
 COMMIT_PAUSE_S = 30.0  # between tries of a phase commit that met trouble
-COMMIT_GIVE_UP_S = 300.0  # then a run that can do nothing else halts
+COMMIT_GIVE_UP_S = 300.0  # then the run halts
 
 Clock = Callable[[], datetime]
 Checks = Sequence[Sequence[str]]
@@ -3577,9 +3541,11 @@ class Attempt:
     def destructive(self) -> bool:
         return self.task.phase.destructive
 
-    def told(self, outcome: str, summary: str, kind: str = "docs") -> MessageEntry:
+    def told(self, outcome: str, summary: str, result: PhaseResult | None = None) -> MessageEntry:
         """What the commit of an outcome says."""
-        task = self.task
+        task, kind = self.task, "feat" if self.destructive else "docs"
+        if result is not None and result.commit_type in COMMIT_TYPES:
+            kind = result.commit_type
         return MessageEntry(task.item_id, task.name, outcome, summary, self.token, kind)
 
     def line(self) -> dict[str, Any]:
@@ -3664,12 +3630,9 @@ class Ledger:
         self.worklog_dir = self.repo.root / WORKLOG_DIR
         self.ground: Snapshot | None = None  # the last one that was taken while no agent worked
         self.committed: bytes | None = None  # what HEAD holds of the file after a state commit
-        self.salvaged: Collection[str] | None = None  # the salvage refs; None: to be asked
         self.own_commits: list[str] = []  # made by this run; other new ones are an agent's
-        self.commit_again = 0.0  # monotonic seconds; see `commit`
-        self.commit_trouble = ""  # the last complaint of `commit`, so that it is made once
-        self.troubled_since = 0.0  # monotonic seconds; 0: there is none
-        self.refused = ""  # why a hook keeps documents from being committed
+        self.commit_again = self.troubled_since = 0.0  # monotonic seconds; see `commit`
+        self.refused = ""  # why what is finished cannot be committed, so that the run ends
         self.recovered: list[Applied] = []  # what a start has finished for the last run
         self.kept: list[str] = []  # the salvage refs made
         self.remarks: list[str] = []  # what the summary is to say of the operator's own files
@@ -3712,20 +3675,9 @@ class Ledger:
 
     def promote(self, item_id: str) -> Applied:
         """Move a ready item to its first phase, or block it where it may not start."""
-
-        def note(applied: Applied) -> dict[str, Any]:
-            if not applied.worklog:
-                return {}
-            token = os.urandom(8).hex()
-            told = MessageEntry(item_id, "promotion", "blocked", applied.reason, token)
-            made = Outcome(told, self.journal.run["head"], worklog=applied.worklog)
-            return {"outcome": made.line()}
-
-        applied = self.store.change(
-            partial(promote, item_id=item_id, rules=self.rules, now=self.clock()), note
-        )
-        self.write_worklog(applied.worklog)
-        return applied
+        told = MessageEntry(item_id, "promotion", "blocked", "", os.urandom(8).hex())
+        edit = partial(promote, item_id=item_id, rules=self.rules, now=self.clock())
+        return self._decide(edit, Outcome(told, self.journal.run["head"]))
 
     def decide(
         self,
@@ -3735,21 +3687,26 @@ class Ledger:
         result: PhaseResult,
         message: str = "",
     ) -> Applied:
-        """Decision and outcome of a phase: one line of the journal, then the file, the worklog."""
-        spent = self._spent(attempt)
+        """The end of a phase: what its result makes of the backlog, and what is to be committed."""
+        spent, parent = self._spent(attempt), attempt.before.head.commit
 
         def edit(draft: Draft) -> Applied:
             applied = apply_result(draft, attempt.item, result, self.rules, self.clock())
             return applied._replace(worklog=with_cost(applied.worklog, usage_text(spent)))
 
+        made = Outcome(told, parent, tuple(entries), was=attempt.item, message=message)
+        return self._decide(edit, made, ended=[attempt.token], spent={told.item_id: None})
+
+    def _decide(self, edit: Callable[[Draft], Applied], made: Outcome, **more: Any) -> Applied:
+        """Decision and outcome: one line of the journal, then the file, the worklog."""
+
         def note(applied: Applied) -> dict[str, Any]:
-            parent, worklog = attempt.before.head.commit, applied.worklog
-            made = Outcome(told, parent, tuple(entries), worklog, attempt.item, message)
-            ended = {"ended": [attempt.token], "outcome": made.line()}
-            return {**ended, "spent": {told.item_id: None}}
+            told = made.told._replace(summary=made.told.summary or applied.reason)
+            line = made._replace(told=told, worklog=applied.worklog).line()
+            return {"outcome": line, **more} if applied.worklog or more else {}
 
         applied = self.store.change(edit, note)
-        self.write_worklog(applied.worklog)
+        append_worklog(self.worklog_dir, self.clock(), applied.worklog)
         return applied
 
     def _spent(self, attempt: Attempt) -> Usage:
@@ -3760,15 +3717,6 @@ class Ledger:
     def _costs(self, attempt: Attempt) -> dict[str, Any]:
         spent = self._spent(attempt)
         return {"spent": {attempt.task.item_id: spent._asdict()}} if spent != NOTHING_SPENT else {}
-
-    def write_worklog(self, text: str) -> None:
-        """Append to this month's worklog; text that is there already is not repeated."""
-        append_worklog(self.worklog_dir, self.clock(), text)
-
-    def worklog(self) -> list[dict[str, str]]:
-        """The entries of the last two months, oldest first."""
-        texts = [path.read_text(errors="replace") for path in recent_worklogs(self.worklog_dir)]
-        return [entry for text in texts for entry in read_worklog(text)]
 
     def rest(self, agent: str, pause: AgentPause | None) -> None:
         """Journal an agent's breaker (None: it works again), which a restart is to honour."""
@@ -3826,12 +3774,6 @@ class Ledger:
             item_folder(self.repo.root, item).mkdir(parents=True, exist_ok=True)
         return Attempt(task, number, token, item, before, strays=strays)
 
-    def note_process(self, attempt: Attempt, pid: int, since: int) -> None:
-        """Journal a process of an attempt (and its start time), for a start that has to end it."""
-        # After a power cut there is none left to end: no flush.
-        line = {"token": attempt.token, "pid": pid, "since": since}
-        self.store.note({"process": line}, flush=False)
-
     def conclude(self, attempt: Attempt, result: PhaseResult) -> Conclusion:
         """After the agent: compare → hooks → checks → decide → journal → save → worklog → commit.
 
@@ -3839,15 +3781,14 @@ class Ledger:
         Held. Others have the ledger while checks run: see `resume`.
         """
         seen, message = self.compare(attempt), ""
-        summary, kind = result.commit_summary or result.summary, _commit_type(attempt, result)
-        told = attempt.told("complete", summary, kind)
+        told = attempt.told("complete", result.commit_summary or result.summary, result)
         self.take_in()
         gone = attempt.destructive and attempt.task.item_id not in self.store.backlog.items
         if result.result == "blocked" or gone:
             entries, why = self._documents(attempt, seen), result.context or result.summary
             why = "its item was deleted meanwhile" if gone else why
-            why = _with_salvage_note(why, self._salvage(attempt, seen))
-            told, result = attempt.told("blocked", why, kind), result._replace(context=why)
+            why += self._salvage_note(attempt, seen)
+            told, result = attempt.told("blocked", why, result), result._replace(context=why)
             if gone:
                 log().warning("%s %s", attempt.tag, why)
         else:
@@ -3855,7 +3796,6 @@ class Ledger:
             if isinstance(passed, str):
                 return passed
             seen, told, entries, message = passed
-        self._keep_spoilt(attempt, seen)
         complete = told.outcome == "complete"
         if attempt.destructive and complete:
             self._name_unshared(attempt, seen)
@@ -3883,12 +3823,10 @@ class Ledger:
         """Record that the last attempt failed: the item is blocked."""
         seen = self.compare(attempt)
         entries = self._documents(attempt, seen)
-        self._keep_spoilt(attempt, seen)
-        reason = _with_salvage_note(reason, self._salvage(attempt, seen))
+        reason += self._salvage_note(attempt, seen)
         failed = result or PhaseResult(attempt.task.item_id, attempt.task.name, "failed", reason)
         failed = failed._replace(result="failed", context=reason)
-        told = attempt.told("failed", reason, _commit_type(attempt, failed))
-        return self.decide(attempt, told, entries, failed)
+        return self.decide(attempt, attempt.told("failed", reason, failed), entries, failed)
 
     def cancel(self, attempt: Attempt) -> str | None:
         """An attempt was interrupted: nothing is charged, nothing it left is lost.
@@ -3898,10 +3836,8 @@ class Ledger:
         if attempt.token not in self.journal.attempts:  # its end is in the journal already
             return None
         seen = self.compare(attempt)
-        self._keep_spoilt(attempt, seen)
-        ref = self._salvage(attempt, seen)
+        documents, ref = self._documents(attempt, seen), self._salvage(attempt, seen)
         line: dict[str, Any] = {"ended": [attempt.token], **self._costs(attempt)}
-        documents, _ = self._outputs(attempt, seen)
         if documents:
             told = attempt.told("interrupted", "its documents so far")
             line["outcome"] = Outcome(told, seen.after.head.commit, tuple(documents)).line()
@@ -3952,10 +3888,6 @@ class Ledger:
         commits = self.repo.commits_between(old, new) if old and new and old != new else []
         if foreign := [commit[:10] for commit in commits if commit not in self.own_commits]:
             log().info("%s commits made meanwhile: %s", attempt.tag, ", ".join(foreign))
-            paths = {change.after.path for change in self._changes(old, new)} if new else set()
-            if swept := sorted(paths & theirs.keys()):  # by its agent's `git add -A`, or by you
-                names = one_line(", ".join(swept), 300)
-                log().warning("%s these hold what you had not committed: %s", attempt.tag, names)
         return Aftermath(after, changes, theirs)
 
     def _changes(self, old: str | None, new: str) -> list[Change]:
@@ -4003,30 +3935,20 @@ class Ledger:
                 *(attempt.tag, one_line(", ".join(sorted(elsewhere)), 300)),
             )
             self.space.add_strays(set(elsewhere) - seen.theirs.keys())
+            for had in (change.before for change in seen.changes):
+                if had.path in elsewhere and had.path in seen.theirs and not had.absent:
+                    what = "held before (git keeps that for two weeks)"
+                    self._tell_of_theirs(attempt, had.path, what, had.oid)
         return made
 
-    def _keep_spoilt(self, attempt: Attempt, seen: Aftermath) -> None:
-        """Keep what a document phase has written over in files that the operator had changed."""
-        paths = seen.theirs.keys() & set(self._outputs(attempt, seen)[1])
-        spoilt = [change for change in seen.changes if change.after.path in paths]
-        if spoilt and not attempt.destructive:
-            ref, self.salvaged = self._salvage_refs(attempt.task)[1], None
-            texts, why = [change.before for change in spoilt], f"{attempt.label} Salvaged edits"
-            self.repo.salvage(ref, attempt.before.head.commit, texts, why)
-            self._tell_of_theirs(attempt, ref, spoilt, "held before")
-
-    def _tell_of_theirs(
-        self, attempt: Attempt, ref: str, changes: Iterable[Change], what: str
-    ) -> None:
-        """Say, now and in the summary, how to get back what was in files of the operator's."""
-        for path in (change.after.path for change in changes):
-            text = (
-                f"{path}, which had uncommitted changes of yours, was changed while {attempt.label}"
-                f" ran, by its agent or by you. What it {what}:\n  git show"
-                f" {ref}:{command_text([path])}"
-            )
-            log().warning("%s", text)
-            self.remarks.append(text)
+    def _tell_of_theirs(self, attempt: Attempt, path: str, what: str, where: str) -> None:
+        """Say, now and in the summary, how to get back what was in a file of the operator's."""
+        text = (
+            f"{path}, which had uncommitted changes of yours, was changed while {attempt.label}"
+            f" ran, by its agent or by you. What it {what}:\n  git show {where}"
+        )
+        log().warning("%s", text)
+        self.remarks.append(text)
 
     def _objection(self, attempt: Attempt, result: PhaseResult, seen: Aftermath) -> str:
         """Why what a destructive phase did may not be committed; "" if it may."""
@@ -4200,7 +4122,7 @@ class Ledger:
             mine = [c for c in ours if c.after.path not in seen.theirs]
         if not (mine or theirs):
             return None
-        ref = self._salvage_refs(attempt.task)[1]
+        ref = self.salvage_refs(attempt.task)[1]
         left = [change.after for change in (*mine, *theirs)]
         self.repo.salvage(ref, head, left, f"{attempt.label} Salvaged changes")
         self.repo.restore(base, mine)
@@ -4209,21 +4131,20 @@ class Ledger:
         self.space.add_strays(links)  # they stay: nothing else holds their commits
         paths = one_line(", ".join(entry.path for entry in left), 200)
         log().info("%s what it left is kept on %s: %s", attempt.tag, ref, paths)
-        self._tell_of_theirs(attempt, ref, theirs, "held then (it is as it was before the phase)")
-        self.salvaged = None
+        for path in (change.after.path for change in theirs):
+            what = "held then (it is as it was before the phase)"
+            self._tell_of_theirs(attempt, path, what, f"{ref}:{command_text([path])}")
         self.kept.append(ref)
         return ref
 
-    def last_salvage(self, task: Task) -> str | None:
-        """The newest salvage ref of a phase of an item."""
-        return self._salvage_refs(task)[0]
+    def _salvage_note(self, attempt: Attempt, seen: Aftermath) -> str:
+        ref = self._salvage(attempt, seen)
+        return f" (its changes are kept on {ref})" if ref else ""
 
-    def _salvage_refs(self, task: Task) -> tuple[str | None, str]:
+    def salvage_refs(self, task: Task) -> tuple[str | None, str]:
         """The newest salvage ref of a phase of an item, and the next to be made."""
-        if self.salvaged is None:
-            self.salvaged = self.repo.refs(SALVAGE_REFS)
         stem = salvage_stem(task.item_id, task.name)
-        ends = (ref.removeprefix(stem) for ref in self.salvaged if ref.startswith(stem))
+        ends = (ref.removeprefix(stem) for ref in self.repo.refs(stem))
         last = max((int(end) for end in ends if end.isdigit()), default=0)
         return f"{stem}{last}" if last else None, f"{stem}{last + 1}"
 
@@ -4249,7 +4170,13 @@ class Ledger:
             if self.journal.run["id"] != self.run_id:
                 did = f"(or you, since it was killed) {did}"
             remedy = "git merge -X ours {}"
-        kept = self._keep_tip(attempt, tip) if tip else "no ref, for there was no commit yet"
+        kept = "no ref, for there was no commit yet"
+        if tip:
+            known = self.repo.refs(salvage_stem(attempt.task.item_id, attempt.task.name)).items()
+            kept = next((ref for ref, commit in known if commit == tip), "")
+            if not kept:
+                kept = self.salvage_refs(attempt.task)[1]
+                self.repo.keep_commit(kept, tip, f"{attempt.label} What was there before")
         if head.branch == self.branch:  # whoever starts again has seen what was done
             self._salvage(attempt, seen)
             self.store.note({"ended": [attempt.token]})
@@ -4258,16 +4185,6 @@ class Ledger:
             f" {kept}. Look at what was done; to leave it so, start again; this goes back:"
             f" {remedy.format(kept)}"
         )
-
-    def _keep_tip(self, attempt: Attempt, tip: str) -> str:
-        """The salvage ref that holds a commit of an attempt's branch; made if there is none."""
-        kept = self.repo.refs(salvage_stem(attempt.task.item_id, attempt.task.name))
-        for ref, commit in kept.items():
-            if commit == tip:
-                return ref
-        ref, self.salvaged = self._salvage_refs(attempt.task)[1], None
-        self.repo.keep_commit(ref, tip, f"{attempt.label} What was there before")
-        return ref
 
     # -- commits -----------------------------------------------------------------------------------
 
@@ -4299,12 +4216,12 @@ class Ledger:
             entries |= {entry.path: entry for entry in self.repo.blobs(files)}
             commit = self.repo.commit(list(entries.values()), message, expect_branch=self.branch)
         except (GitError, SaveError) as error:
-            trouble = f"{names} not committed yet: {error}"
-            if trouble != self.commit_trouble:
-                log().warning("%s. It is kept in the journal and tried again.", trouble)
-            self.commit_trouble = trouble
-            self.commit_again = time.monotonic() + COMMIT_PAUSE_S
-            self.troubled_since = self.troubled_since or time.monotonic()
+            trouble, now = f"{names} not committed yet: {error}", time.monotonic()
+            log().warning("%s. It is kept in the journal and tried again.", trouble)
+            self.commit_again = now + COMMIT_PAUSE_S
+            self.troubled_since = self.troubled_since or now
+            if now - self.troubled_since >= COMMIT_GIVE_UP_S:
+                self.refused = trouble
             return
         self.troubled_since = 0.0
         if commit:
@@ -4385,8 +4302,10 @@ class Ledger:
         self.take_in(patient=False)
         refused = list[OrchestratorError]()
         for line in list(self.journal.attempts.values()):
+            attempt, held = Attempt.from_line(line), line.get("held")
             try:
-                self._recover_attempt(Attempt.from_line(line), line.get("held"))
+                if not (held and self._conclude_held(attempt, held)):
+                    self._cut_off(attempt)
             except OrchestratorError as error:  # a rewound branch is told of once, for all of them
                 refused.append(error)
         if refused:
@@ -4397,7 +4316,7 @@ class Ledger:
             elif overtaken := self._overtaken(outcome):
                 self._take_back(outcome, overtaken)
             else:
-                self.write_worklog(outcome.worklog)
+                append_worklog(self.worklog_dir, self.clock(), outcome.worklog)
         self.commit()
         if self.pending:
             raise OrchestratorError(
@@ -4408,9 +4327,7 @@ class Ledger:
         message = partial(state_message, "Recover backlog state")
         self.commit_state("recovered what the last run decided", message)
 
-    def _recover_attempt(self, attempt: Attempt, held: Mapping[str, Any] | None) -> None:
-        if held is not None and self._conclude_held(attempt, held):
-            return
+    def _cut_off(self, attempt: Attempt) -> None:
         due = is_due(self.store.backlog.items, attempt.task)
         what = "it starts again" if due else "its item has gone, or moved on"
         log().info("%s was cut off; %s", attempt.tag, what)
@@ -4434,7 +4351,7 @@ class Ledger:
         """A phase whose files are somebody else's by now: kept on a ref, and to be run again."""
         item_id, had = outcome.told.item_id, dict[str, Item]()  # the items as they were beside it
         phase = Task(item_id, Phase(outcome.told.phase), "main")
-        ref, self.salvaged = self._salvage_refs(phase)[1], None
+        ref = self.salvage_refs(phase)[1]
         why = f"{outcome.told.tag} Salvaged changes"
         self.repo.salvage(ref, outcome.parent, outcome.entries, why)
         self.kept.append(ref)
@@ -4484,21 +4401,12 @@ def _branch_name(head: Head) -> str:
     return head.branch.removeprefix("refs/heads/") if head.branch else "no branch (detached HEAD)"
 
 
-def _commit_type(attempt: Attempt, result: PhaseResult) -> str:
-    usual = "feat" if attempt.destructive else "docs"
-    return result.commit_type if result.commit_type in COMMIT_TYPES else usual
-
-
 def _hook_trouble(verdict: HookResult) -> str:
     whose = f"the repository's {verdict.hook}"
     return {
         "files": f"{whose} hook rejected the commit",
         "message": f"{whose} hook rejected the commit's message",
     }.get(verdict.outcome, f"{whose} hook cannot do its work")
-
-
-def _with_salvage_note(reason: str, ref: str | None) -> str:
-    return f"{reason} (its changes are kept on {ref})" if ref else reason
 
 
 # ==== 8. Coordinator ==============================================================================
@@ -4641,7 +4549,8 @@ class Run:
         self.checking = asyncio.Lock()  # checks want the work tree, and ports, for themselves
         self.running: dict[str, Running] = {}
         self.workers: set[asyncio.Task[None]] = set()
-        self.matched: set[str] = set()  # ids the filters ever matched
+        # Ids that the filters ever matched; None: there are no filters.
+        self.matched: set[str] | None = set() if options.filters else None
         self.failures: dict[str, str] = {}  # item → why the attempt before an interruption failed
         # (agent, item) that had a free end → whether the agent has done another item's work since
         self.suspects: dict[tuple[str, str], bool] = {}
@@ -4764,10 +4673,21 @@ class Run:
         while True:
             await self.do(self.ledger.take_in)
             self._look_for_stop()
-            if self.options.filters:
+            if self.matched is not None:
                 self.matched |= matching(self.backlog, self.options.filters)
             offered = self._offered()
-            reason = halt_reason(self._view(offered))
+            exhausted = self.totals.exhausted_in_a_row >= self.config.execution.circuit_breaker
+            reason = halt_reason(
+                self.options,
+                self.backlog.items,
+                self._running_tasks(),
+                offered,
+                completed=self.totals.completed,
+                matched=self.matched,
+                stopping=self.halting.is_set(),
+                broken=bool(self.breaker) or exhausted,
+                used_up=bool(self.cap_reached()),
+            )
             if reason is not None:
                 return reason
             if resting := self._resting():
@@ -4775,12 +4695,9 @@ class Run:
             if not await self._start(offered):
                 await self._wait()
             await self.do(self.ledger.commit, patient=True)
-            since, trouble = self.ledger.troubled_since, self.ledger.refused
-            if since and not self.running and time.monotonic() - since >= COMMIT_GIVE_UP_S:
-                trouble = self.ledger.commit_trouble  # what waits for the commit never starts
-            if trouble and not self.breaker:
-                log().error("%s", trouble)
-                self.breaker = trouble
+            if self.ledger.refused and not self.breaker:
+                log().error("%s", self.ledger.refused)
+                self.breaker = self.ledger.refused
 
     async def _tick(self) -> None:
         """Keep the live line going, whatever the coordinator is busy with."""
@@ -4797,12 +4714,12 @@ class Run:
 
     def _offered(self, resting: Collection[str] = ()) -> list[Action]:
         """What could be started now, the cap not yet applied."""
-        return actions_for(
+        return select_actions(
             self.options,
             self.backlog,
             self._running_tasks(),
             self.config,
-            self.matched if self.options.filters else None,
+            self.matched,
             completed=self.totals.completed,
             resting=resting,
             behind={item_id for (_, item_id), guilty in self.suspects.items() if not guilty},
@@ -4810,23 +4727,6 @@ class Run:
 
     def _running_tasks(self) -> dict[str, Task]:
         return {item_id: running.task for item_id, running in self.running.items()}
-
-    def _view(self, offered: Sequence[Action]) -> RunView:
-        totals, options = self.totals, self.options
-        exhausted = totals.exhausted_in_a_row >= self.config.execution.circuit_breaker
-        return RunView(
-            backlog=self.backlog.items,
-            running=self._running_tasks(),
-            actions=tuple(offered),
-            stop_requested=self.halting.is_set(),
-            breaker_open=bool(self.breaker) or exhausted,
-            targets=() if options.only_triage else options.targets,
-            auto_advance=options.auto_advance,
-            filters_given=bool(options.filters),
-            matched=frozenset(self.matched),
-            completed=tuple(totals.completed),
-            cap_reached=bool(self.cap_reached()),
-        )
 
     def cap_reached(self) -> str:
         """Which limit of the run is used up; "" while none is."""
@@ -4852,7 +4752,7 @@ class Run:
         scope: Container[str] = options.targets or self.backlog.items
         if options.only_triage:
             scope = self.totals.blocked
-        elif options.filters:
+        elif self.matched is not None:
             scope = self.matched
         blocked = (i for i, item in self.backlog.items.items() if item["status"] == "blocked")
         return [item_id for item_id in blocked if item_id in scope]
@@ -4956,8 +4856,11 @@ class Run:
         spec = self._spec(attempt)._replace(prompt=prompt, budget_usd=self._budget())
         outcome = await run_attempt(
             spec,
+            # For a start that has to end it. After a power cut there is none left: no flush.
             started=lambda pid, since: self.coordinator.post(
-                self.ledger.note_process, attempt, pid, since
+                self.ledger.store.note,
+                {"process": {"token": attempt.token, "pid": pid, "since": since}},
+                flush=False,
             ),
             progress=lambda seen: self._note_progress(running, seen),
         )
@@ -5057,7 +4960,8 @@ class Run:
 
     def _prompt(self, attempt: Attempt, allowed: int, failure: str, salvaged: str | None) -> str:
         task, root = attempt.task, self.space.repo.root
-        change_dir = item_folder(root, attempt.item)
+        change_dir, months = item_folder(root, attempt.item), recent_worklogs(root / WORKLOG_DIR)
+        told = [row for one in months for row in read_worklog(one.read_text(errors="replace"))]
         return build_prompt(
             attempt.item,
             task,
@@ -5066,9 +4970,9 @@ class Run:
             attempts=allowed,
             result_path=self._spec(attempt).result_path,
             change_dir=change_dir,
-            previous_summary=last_summary(self.ledger.worklog(), task.item_id),
+            previous_summary=last_summary(told, task.item_id),
             failure=failure,
-            salvage_ref=salvaged or self.ledger.last_salvage(task),
+            salvage_ref=salvaged or self.ledger.salvage_refs(task)[0],
             documents=documents_in(change_dir, root),
             backlog=self.backlog,
         )
@@ -5278,7 +5182,7 @@ class Workspace(NamedTuple):
         own |= {prefix + BACKLOG_NAME for prefix in self.repo.neighbours}
         places = (self.repo.prefix, *self.repo.neighbours)
         folders = tuple(f"{place}{name}/" for place in places for name in (WORKLOG_DIR, WORK_DIR))
-        noted, outputs = {*self._stray_lines()}, list[os.stat_result]()
+        outputs = list[os.stat_result]()
         for fd in (1, 2):
             with suppress(OSError):
                 outputs.append(os.fstat(fd))
@@ -5290,55 +5194,32 @@ class Workspace(NamedTuple):
                 return not self.repo.is_tracked(path)
             with suppress(OSError):
                 found = (self.repo.top / path).lstat()
-                own_output = any(os.path.samestat(found, one) for one in outputs)
-                return own_output or f"{self._stamps(path)[1]} {path}" in noted
+                return any(os.path.samestat(found, one) for one in outputs)
             return False
 
         return {path for path in paths if not nobodys(path)}
 
     def strays(self) -> dict[str, str]:
         """What phases left beside their outputs, by path; what is gone or edited since is not."""
-        lines = (line.partition(" ") for line in self._stray_lines())
-        return {path: stamp for stamp, _, path in lines if stamp in self._stamps(path)}
-
-    def _stray_lines(self) -> list[str]:
-        """What is noted of strays, each with the stamp that it had then."""
+        text = ""
         with suppress(OSError):
-            return os.fsdecode((self.repo.state_dir / "strays").read_bytes()).split("\0")
-        return []
+            text = os.fsdecode((self.repo.state_dir / "strays").read_bytes())
+        lines = (line.partition(" ") for line in text.split("\0"))
+        return {path: stamp for stamp, _, path in lines if stamp and stamp == self._stamp(path)}
 
-    def add_output(self) -> None:
-        """Remember the files that our output goes to, also through `| tee`, for the runs that write
-        elsewhere: what we, and whoever reads what we write, have open for writing (Linux)."""
-        pipes = set[str]()  # a pipeline is started from left to right
-        for pid in [os.getpid(), *sorted(processes())] if ON_LINUX else ():
-            folder, source = Path(f"/proc/{pid}/fd"), ""
-            with suppress(OSError):  # it has ended, or is somebody else's
-                source = os.readlink(folder / "0")
-            for fd in folder.glob("*") if source in pipes or pid == os.getpid() else ():
-                with suppress(OSError):
-                    path = fd.readlink() if fd.lstat().st_mode & stat.S_IWUSR else Path()
-                    pipes |= {str(path)} if path.name.startswith("pipe:") else set()
-                    inside = path.is_relative_to(self.repo.top)
-                    if inside and not path.is_relative_to(self.repo.git_dir) and path.is_file():
-                        name = self.repo.relative(path)
-                        self.add_strays([] if self.repo.is_tracked(name) else [name], growing=True)
-
-    def add_strays(self, paths: Iterable[str], *, growing: bool = False) -> None:
+    def add_strays(self, paths: Iterable[str]) -> None:
         """Remember paths as strays: never committed by us, and never taken for the operator's."""
-        known = self.strays() | {path: self._stamps(path)[growing] for path in paths}
+        known = self.strays() | {path: self._stamp(path) for path in paths}
         text = "\0".join(f"{stamp} {path}" for path, stamp in known.items() if stamp)
         replace_file(self.repo.state_dir / "strays", os.fsencode(text))
 
-    def _stamps(self, path: str) -> tuple[str, str]:
-        """By what a stray is known again: its time and size, of a folder only that it is one; or
-        one that still grows, by which file it is."""
+    def _stamp(self, path: str) -> str:
+        """By what a stray is known again: time and size, of a folder only that it is one."""
         try:
             found = (self.repo.top / path).lstat()
         except OSError:
-            return "", ""
-        state = f"{found.st_mtime_ns}-{found.st_size}"
-        return "folder" if stat.S_ISDIR(found.st_mode) else state, f"inode-{found.st_ino}"
+            return ""
+        return "folder" if stat.S_ISDIR(found.st_mode) else f"{found.st_mtime_ns}-{found.st_size}"
 
     def entries_since(self, before: bytes | None) -> list[MessageEntry]:
         """What a state commit says of each item that has changed since a version of the file."""
@@ -5355,15 +5236,12 @@ class Workspace(NamedTuple):
     @contextmanager
     def run_lock(self, run_id: str = "") -> Iterator[None]:
         """Be the only one who works on the project, and a run: the only one in the work tree."""
-        owner, root = f"run {run_id}" if run_id else "a command", self.repo.root
-        tree, top = (self.repo.git_dir / f"orchestrator/{name}.lock" for name in ("tree", "run"))
+        owner = f"run {run_id}" if run_id else "a command"
+        tree = self.repo.git_dir / "orchestrator/tree.lock"
         with ExitStack() as held:
             held.enter_context(flocked(self.lock_path, owner))
-            if run_id and (self.repo.prefix or tree.exists()):  # else there is one project alone
-                held.enter_context(flocked(tree, f"{owner} of {root}"))
-            if run_id and self.repo.prefix:  # a run of the top project may have found no such file
-                with flocked(top, f"a start of {root}"):
-                    pass
+            if run_id:
+                held.enter_context(flocked(tree, f"{owner} of {self.repo.root}"))
             yield
 
     def journal(self) -> Journal | None:
@@ -5456,7 +5334,6 @@ def begin_run(ledger: Ledger, *, allow_dirty: bool) -> None:
         pairs = [pair for line in last.attempts.values() for pair in line.get("processes", ())]
         end_leftovers(last.run["id"], dict(pairs))
     repo.clean_leftovers()
-    space.add_output()
     repo.bring_out(f"{repo.prefix}{WORKLOG_DIR}/")
     store.look()
     if last is not None:
@@ -5514,7 +5391,9 @@ def preflight(space: Workspace, *, allow_dirty: bool) -> list[Problem]:
     """Everything that would keep a run from working, each with its remedy; changes nothing."""
     repo, config = space.repo, space.config
     problems = repo.problems(space.store.path) or _message_problems(space)
-    if not allow_dirty:
+    journal = space.journal()
+    unfinished = journal is not None and (journal.attempts or journal.outcomes)
+    if not (allow_dirty or unfinished):  # the start that recovers looks at it then
         problems += _dirty_problems(space)
     path, commit = repo.root / CONFIG_NAME, repo.head().commit
     if config.source == BUILT_IN and repo.committed(commit, repo.relative(path)) is not None:
@@ -5559,7 +5438,6 @@ def _dirty_problems(space: Workspace) -> list[Problem]:
         known.add(space.repo.relative(Path(__file__).absolute()))
     dirty = space.somebodys(path for path in space.repo.dirty_paths() if path.startswith(prefix))
     dirty = {p for p in dirty if not (p.rstrip("/") in known or p.startswith(folders))}
-    dirty -= _left_by_a_run(space, dirty)
     if not dirty:
         return []
     names = sorted(dirty)
@@ -5572,24 +5450,6 @@ def _dirty_problems(space: Workspace) -> list[Problem]:
             f" git stash push --include-untracked -- {paths}",
         )
     ]
-
-
-def _left_by_a_run(space: Workspace, dirty: Collection[str]) -> set[str]:
-    """Those of the paths that an unfinished run left, for the next start to recover."""
-    journal, left = space.journal(), set[str]()
-    for line in journal.outcomes.values() if journal else ():
-        left |= {entry["path"] for entry in line["entries"]}
-    for attempt in map(Attempt.from_line, journal.attempts.values() if journal else ()):
-        before, prefix = attempt.before, space.repo.prefix
-        if attempt.destructive:
-            old = before.head.commit
-            theirs = space.repo.changes(old, before.tree) if old else []
-            left |= set(dirty) - {change.after.path for change in theirs}
-        else:
-            outputs, item_id = attempt.task.phase.outputs, attempt.task.item_id
-            below = (path for path in dirty if path.startswith(prefix))
-            left |= {p for p in below if matches_output(p.removeprefix(prefix), outputs, item_id)}
-    return left
 
 
 def configured_agents(config: Config) -> list[AgentSettings]:
@@ -5725,8 +5585,7 @@ def summary_of(space: Workspace, run: Run, code: int) -> dict[str, Any]:
         completed.append({**row, "verified": proof.get("verified", [])})
     detail = run.cap_reached() if run.reason is HaltReason.CAP_REACHED else run.breaker
     if run.reason is HaltReason.ALL_DONE_OR_BLOCKED and not options.only_triage:
-        only = run.matched if options.filters else None
-        detail = detail or what_waits(run.backlog, space.config, only, options.targets)
+        detail = detail or what_waits(run.backlog, space.config, run.matched, options.targets)
     waiting = (f"{text}; it waits" for text in space.store.state.complaints())
     reasons = totals.blocked.items()
     blocked = [{"id": id, "title": titles.get(id, ""), "reason": why} for id, why in reasons]

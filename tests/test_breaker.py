@@ -9,6 +9,7 @@ import re
 import sys
 import time
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -29,7 +30,8 @@ DAY = 86400.0
     ],
 )  # fmt: skip
 def test_a_limit_ends_at_its_reset_within_bounds(reset: float | None, strikes: int, ends: float) -> None:
-    assert orchestrator.limit_ends(reset, strikes, NOW) - NOW == ends
+    before = AgentPause("claude", 0.0, strikes - 1, "", "limit" if reset is None else "reset")
+    assert pause_after(refused(until=reset), "claude", before, orchestrator.default_config(Path()), NOW).until - NOW == ends
 
 
 def refused(kind: Any = "limited", until: float | None = None, seconds: float = 2.0) -> orchestrator.AgentOutcome:
