@@ -63,7 +63,7 @@ from collections.abc import (
     Sequence,
 )
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta, tzinfo
 from enum import StrEnum
 from functools import partial, reduce
@@ -295,42 +295,93 @@ class AgentPause(NamedTuple):
     kind: Literal["busy", "limit", "reset"]  # a free end, a usage limit, one with a stated reset
 
 
-class AttemptSpec(NamedTuple):
-    """Everything needed to start one attempt; paths are absolute."""
-
-    run_id: str
-    task: Task
-    attempt: int  # 1-based
-    token: str  # fresh per attempt; part of the result path
-    root: Path  # working directory of the agent
-    prompt: str
-    change_dir: Path
-    settings: AgentSettings  # already merged with the phase's agent and model
-    timeout_s: float
-    idle_timeout_s: float  # 0 = off
-    grace_s: float
-    stop: asyncio.Event  # end it in order
-    hurry: asyncio.Event  # and without the grace
-    budget_usd: float | None = None  # what is left of max_cost_usd, for CLIs that take a budget
-
-    @property
-    def result_path(self) -> Path:
-        return self.root / WORK_DIR / "results" / f"{self._stem}.json"
-
-    @property
-    def prompt_path(self) -> Path:
-        return self.root / WORK_DIR / "prompts" / f"{self._stem}.md"
-
-    @property
-    def _stem(self) -> str:
-        return f"{safe_name(self.task.item_id)}_{safe_name(self.task.name)}_{self.token}"
-
-
 class Progress(NamedTuple):
     """What an agent is doing, for the live line."""
 
-    last: str = ""  # latest message or tool call, one line; since when it is silent, if it is
+    last: str = ""  # latest message or tool call, one line
     usage: Usage = Usage()  # of the attempt so far
+
+
+NOTHING_SEEN = Snapshot("", Head(None, None), ())
+
+
+@dataclass
+class Attempt:
+    """One agent process for one phase, from the snapshot before it to what became of it."""
+
+    task: Task
+    number: int  # 1-based
+    token: str  # fresh; in the result's path, the journal and the commit
+    item: Item  # as the phase began
+    before: Snapshot = NOTHING_SEEN
+    strays: frozenset[str] = frozenset()  # as it began: nobody's, so it may go on from them
+    only: frozenset[str] | None = None  # what it changed, if the operator has had the tree since
+    usage: Usage = NOTHING_SPENT
+    seen: Progress | None = None  # what its agent does; None: it has said nothing yet, or ended
+    since: float = 0.0  # monotonic seconds
+    told: float = 0.0  # when the log last had a line about it
+
+    @property
+    def label(self) -> str:
+        """How a commit's subject begins."""
+        return f"[{self.task.item_id}][{self.task.name}]"
+
+    @property
+    def tag(self) -> str:
+        """How a line of the log begins."""
+        return phase_line(self.task.item_id, self.task.name, "").rstrip()
+
+    @property
+    def stem(self) -> str:
+        """What the names of its files begin with."""
+        return f"{safe_name(self.task.item_id)}_{safe_name(self.task.name)}_{self.token}"
+
+    @property
+    def destructive(self) -> bool:
+        return self.task.phase.destructive
+
+    def entry(self, outcome: str, summary: str, result: PhaseResult | None = None) -> MessageEntry:
+        """What the commit of an outcome says."""
+        task, kind = self.task, "feat" if self.destructive else "docs"
+        if result is not None and result.commit_type in COMMIT_TYPES:
+            kind = result.commit_type
+        return MessageEntry(task.item_id, task.name, outcome, summary, self.token, kind)
+
+    def line(self) -> dict[str, Any]:
+        """What the journal holds of it, for a start after a crash."""
+        return {
+            "token": self.token,
+            "item": self.task.item_id,
+            "pool": self.task.pool,
+            "phase": self.task.phase._asdict(),
+            "number": self.number,
+            "was": self.item,
+            "strays": sorted(self.strays),
+            "before": {**self.before._asdict(), "head": self.before.head._asdict()},
+        }
+
+    @classmethod
+    def from_line(cls, line: Mapping[str, Any]) -> Attempt:
+        before = Snapshot(**{**line["before"], "head": Head(**line["before"]["head"])})
+        task = Task(line["item"], Phase(**line["phase"]), line["pool"])
+        strays = frozenset(line["strays"])
+        return cls(task, line["number"], line["token"], line["was"], before, strays)
+
+
+class Site(NamedTuple):
+    """What the attempts of a run have in common."""
+
+    run_id: str
+    root: Path  # working directory of the agents
+    config: Config
+    stop: asyncio.Event  # end them in order
+    hurry: asyncio.Event  # and without the grace
+
+    def result_path(self, attempt: Attempt) -> Path:
+        return self.root / WORK_DIR / "results" / f"{attempt.stem}.json"
+
+    def prompt_path(self, attempt: Attempt) -> Path:
+        return self.root / WORK_DIR / "prompts" / f"{attempt.stem}.md"
 
 
 class RunOptions(NamedTuple):
@@ -401,6 +452,7 @@ class ConfigKey(NamedTuple):
 
 CONFIG_KEYS: dict[str, dict[str, ConfigKey]] = {}  # by table of the file, then by field
 Words = tuple[str, ...]
+Checks = Sequence[Sequence[str]]
 Record = TypeVar("Record", bound=type)
 row: Callable[..., Any] = ConfigKey
 
@@ -2296,10 +2348,8 @@ MESSAGE_LIMIT = 100_000  # characters of a closing message in which a result is 
 TAIL_LINES = 20
 TAIL_COLUMNS = 400
 EARLY_S = 10.0  # who exits non-zero so soon has not worked
-SILENT_S = 60.0  # who says nothing for so long is said to be silent
 LOOK_S = 0.25  # how often output, result file and time limits are looked at
 LOOK_AROUND_S = 1.0  # and the processes that have lost the attempt's marker
-SETTLE_S = 60.0  # a valid result that stays the same this long ends the attempt
 SWEEP_LIMIT_S = 10.0  # a process that survives SIGKILL this long hangs in the kernel
 LEFTOVER_GRACE_S = 2.0  # TERM to KILL for what a killed run left behind
 ON_LINUX = sys.platform == "linux"
@@ -2643,7 +2693,6 @@ class Profile(NamedTuple):
     login: str = ""  # how to log in
     env: str = ""  # words, defaults: the operator's own environment and agent.env win
     refused_codes: tuple[int, ...] = ()  # exit codes that say: not logged in, not trusted …
-    starts_alone: bool = False  # a first start beside another one breaks both
 
 
 PROFILES: Mapping[str, Profile] = {  # the prompt comes on stdin
@@ -2669,7 +2718,6 @@ PROFILES: Mapping[str, Profile] = {  # the prompt comes on stdin
         "opencode-ai",
         "`opencode auth login`",
         "OPENCODE_DISABLE_AUTOUPDATE=1",
-        starts_alone=True,  # it makes a database in the operator's home
     ),
     "gemini": Profile(
         "gemini --yolo --output-format stream-json -m {model} {args}",
@@ -2684,22 +2732,25 @@ PROFILES: Mapping[str, Profile] = {  # the prompt comes on stdin
 }
 
 
-def agent_argv(spec: AttemptSpec) -> list[str]:
-    """What starts an attempt; placeholders are replaced in one pass, so that values are inert."""
-    settings, argv = spec.settings, list[str]()
-    if spec.task.phase.run:
-        return list(spec.task.phase.run)
+def agent_argv(site: Site, attempt: Attempt, budget_usd: float | None = None) -> list[str]:
+    """What starts an attempt; placeholders are replaced in one pass, so that values are inert.
+
+    `budget_usd` is what is left of max_cost_usd, for CLIs that take a budget.
+    """
+    task, argv = attempt.task, list[str]()
+    settings = agent_settings(site.config, task.phase)
+    if task.phase.run:
+        return list(task.phase.run)
     if settings.cli == "demo":
         here = str(Path(__file__).resolve())  # this very program; -E and -S start quicker
         return [sys.executable, "-E", "-S", here, DEMO_AGENT, *settings.args]
-    budget = spec.budget_usd
     values = {
-        "{prompt_file}": str(spec.prompt_path),
-        "{result_path}": str(spec.result_path),
+        "{prompt_file}": str(site.prompt_path(attempt)),
+        "{result_path}": str(site.result_path(attempt)),
         "{model}": settings.model or "",
-        "{budget}": "" if budget is None else f"{budget + 0.00005:.4f}",  # rounded up
-        "{item_id}": spec.task.item_id,
-        "{phase}": spec.task.name,
+        "{budget}": "" if budget_usd is None else f"{budget_usd + 0.00005:.4f}",  # rounded up
+        "{item_id}": task.item_id,
+        "{phase}": task.name,
     }
     names = re.compile("|".join(map(re.escape, values)))
 
@@ -2718,21 +2769,22 @@ def agent_argv(spec: AttemptSpec) -> list[str]:
     return argv
 
 
-def agent_environment(spec: AttemptSpec, outer: Mapping[str, str]) -> dict[str, str]:
+def agent_environment(site: Site, attempt: Attempt, outer: Mapping[str, str]) -> dict[str, str]:
     """The environment of an agent and its tools, made from our own (`outer`)."""
     foreign = f"{SESSION_VARIABLE}|{GIT_DROPPED_ENV.pattern}"
+    settings = agent_settings(site.config, attempt.task.phase)
     return {
-        **dict(word.split("=") for word in PROFILES[spec.settings.cli].env.split()),
+        **dict(word.split("=") for word in PROFILES[settings.cli].env.split()),
         **{name: text for name, text in outer.items() if not re.fullmatch(foreign, name)},
         **{"GIT_TERMINAL_PROMPT": "0", "GIT_EDITOR": "true", "PAGER": "cat", "GIT_PAGER": "cat"},
-        **spec.settings.env,
-        RUN_MARK: spec.run_id,
-        ATTEMPT_MARK: str(spec.result_path),
-        "ORCHESTRATOR_ITEM_ID": spec.task.item_id,
-        "ORCHESTRATOR_PHASE": spec.task.name,
-        "ORCHESTRATOR_ATTEMPT": str(spec.attempt),
-        "ORCHESTRATOR_PROMPT_FILE": str(spec.prompt_path),
-        "ORCHESTRATOR_CHANGE_DIR": str(spec.change_dir),
+        **settings.env,
+        RUN_MARK: site.run_id,
+        ATTEMPT_MARK: str(site.result_path(attempt)),
+        "ORCHESTRATOR_ITEM_ID": attempt.task.item_id,
+        "ORCHESTRATOR_PHASE": attempt.task.name,
+        "ORCHESTRATOR_ATTEMPT": str(attempt.number),
+        "ORCHESTRATOR_PROMPT_FILE": str(site.prompt_path(attempt)),
+        "ORCHESTRATOR_CHANGE_DIR": str(item_folder(site.root, attempt.item)),
     }
 
 
@@ -2911,7 +2963,7 @@ def _leftovers(variable: str, leader: int, known: Mapping[int, int]) -> list[tup
 
 # ---- One child process ---------------------------------------------------------------------------
 
-Ending = Literal["exit", "stop", "timeout", "idle", "settled"]
+Ending = Literal["exit", "stop", "timeout", "idle"]
 
 
 def log_paths(root: Path, task: Task, name: int | str) -> tuple[Path, Path]:
@@ -2973,45 +3025,53 @@ class Child:
     """The process of an attempt with all that it starts, followed to its end, and judged.
 
     An agent or, where the phase has one, a command; checks are commands, too. What it starts is
-    known by ATTEMPT_MARK in its environment. `spec.stop`, the time limit and the idle limit (no
-    output; 0 is none) end it with TERM, and KILL after the grace, which `spec.hurry` cuts short.
+    known by ATTEMPT_MARK in its environment. `site.stop`, the time limit and the idle limit (no
+    output; 0 is none) end it with TERM, and KILL after the grace, which `site.hurry` cuts short.
     """
 
     why: Ending = "exit"
     code: int | None = None  # as Popen.returncode; None if it could not be killed
-    seconds = silent_s = 0.0  # how long it has been running, and said nothing
+    seconds = 0.0  # how long it has been running
 
-    def __init__(self, spec: AttemptSpec, log_name: int | str) -> None:
-        self.spec, self.argv, self.command = spec, agent_argv(spec), spec.task.phase.run
+    def __init__(
+        self, site: Site, attempt: Attempt, budget_usd: float | None, log_name: str
+    ) -> None:
+        self.site, self.attempt, self.task = site, attempt, attempt.task
+        self.argv = agent_argv(site, attempt, budget_usd)
+        self.command, self.result_path = self.task.phase.run, site.result_path(attempt)
         told = f"`{one_line(command_text(self.command), 200)}`"
         self.label = told if self.command else repr(self.argv[0])
-        self.profile = Profile() if self.command else PROFILES[spec.settings.cli]
-        self.logs = log_paths(spec.root, spec.task, log_name)
+        self.settings = agent_settings(site.config, self.task.phase)
+        self.profile = Profile() if self.command else PROFILES[self.settings.cli]
+        self.timeout_s = phase_timeout_s(site.config, self.task.phase)
+        self.idle_timeout_s = idle_timeout_s(site.config, self.settings)
+        self.logs = log_paths(site.root, self.task, log_name)
         # Called with pid and start time, for the process and for what hides whose it is.
         self.started: Callable[[int, int], None] = lambda pid, start: None
         self.tell: Callable[[Progress], None] = lambda seen: None
         self.report, self._seen = AgentReport(), Progress()
-        self._marker = f"{ATTEMPT_MARK}={spec.result_path}"
+        self._marker = f"{ATTEMPT_MARK}={self.result_path}"
         self._told = set[tuple[int, int]]()  # what hides whose it is, as (pid, start)
         self._known: dict[int, int] = {}  # of these, what is this child's
         self._dead: set[Process] = set()  # adopted, seen dead at the last look around
 
-    async def run(self) -> None:
+    async def run(self, prompt: str) -> None:
         """Run to the end, whatever it is, and leave nothing behind; OSError if it cannot start."""
         import asyncio
         import subprocess
 
         LIVE[self._marker] = 0
         try:
-            self._start()
+            self._start(prompt)
             LIVE[self._marker] = pid = self._process.pid
             marked = (self._marker, pid, self._known)
             try:
                 entry = processes(pid).get(pid)
                 self.started(pid, entry.start if entry else 0)
                 self.why = await self._follow()
-                grace_s = 0.0 if self.why == "exit" else self.spec.grace_s
-                await asyncio.to_thread(end_processes, *marked, grace_s, self.spec.hurry.is_set)
+                usual_s = self.site.config.execution.kill_grace_seconds
+                grace_s = 0.0 if self.why == "exit" else usual_s
+                await asyncio.to_thread(end_processes, *marked, grace_s, self.site.hurry.is_set)
             except BaseException:  # cancelled, too: whatever ends us, the child goes first
                 end_processes(*marked)
                 raise
@@ -3021,7 +3081,7 @@ class Child:
                 self._take(last=True)
         finally:
             del LIVE[self._marker]
-        self._settled()
+        self._tell()
 
     @property
     def ending(self) -> str:
@@ -3036,7 +3096,7 @@ class Child:
         tail = "\n".join([*self.out.tail, *self.err.tail][-TAIL_LINES:])
         return f"{text}\nLast output:\n{tail}" if tail else text
 
-    def _start(self) -> None:
+    def _start(self, prompt: str) -> None:
         """Start the process in a session of its own.
 
         Its prompt is in a regular file: an open pipe makes some agents wait. With no signal
@@ -3045,19 +3105,20 @@ class Child:
         """
         import subprocess
 
-        spec, env = self.spec, agent_environment(self.spec, os.environ)
-        for path in (spec.prompt_path, spec.result_path, self.logs[0]):
-            make_work_folder(spec.root, path.parent)
-        if spec.prompt:
-            spec.prompt_path.write_text(spec.prompt, encoding="utf-8", errors="replace")
+        root, prompt_path = self.site.root, self.site.prompt_path(self.attempt)
+        env = agent_environment(self.site, self.attempt, os.environ)
+        for path in (prompt_path, self.result_path, self.logs[0]):
+            make_work_folder(root, path.parent)
+        if prompt:
+            prompt_path.write_text(prompt, encoding="utf-8", errors="replace")
         with (
-            open(os.devnull if self.command else spec.prompt_path, "rb") as stdin,
+            open(os.devnull if self.command else prompt_path, "rb") as stdin,
             open(self.logs[0], "xb") as out,
             open(self.logs[1], "xb") as err,
         ):
             files: dict[str, Any] = {"stdin": stdin, "stdout": out, "stderr": err}
             self._process = subprocess.Popen(
-                self.argv, cwd=spec.root, env=env, start_new_session=True, **files
+                self.argv, cwd=root, env=env, start_new_session=True, **files
             )
         self.out, self.err = map(OutputFile, self.logs)
 
@@ -3068,7 +3129,7 @@ class Child:
         """
         import asyncio
 
-        loop, gone, stop = asyncio.get_running_loop(), asyncio.Event(), self.spec.stop
+        loop, gone, stop = asyncio.get_running_loop(), asyncio.Event(), self.site.stop
         descriptor = None
         with suppress(AttributeError, OSError):  # not Linux, or an old kernel: each look tells
             descriptor = os.pidfd_open(self._process.pid)
@@ -3080,18 +3141,16 @@ class Child:
                 await asyncio.wait(either, timeout=LOOK_S, return_when=asyncio.FIRST_COMPLETED)
                 now = loop.time()
                 grown = now if self._take() else grown
-                self.seconds, self.silent_s = now - begun, now - grown
-                settled = self._settled()
+                self.seconds = now - begun
+                self._tell()
                 if gone.is_set() or (descriptor is None and self._process.poll() is not None):
                     return "exit"
                 if stop.is_set():
                     return "stop"
-                if self.seconds >= self.spec.timeout_s:
+                if self.seconds >= self.timeout_s:
                     return "timeout"
-                if 0 < self.spec.idle_timeout_s <= self.silent_s:
+                if 0 < self.idle_timeout_s <= now - grown:
                     return "idle"
-                if settled:
-                    return "settled"
                 if now - looked >= LOOK_AROUND_S:
                     looked = now
                     for pid, start in await asyncio.to_thread(self._look_around):
@@ -3131,42 +3190,31 @@ class Child:
         self._dead = dead
         below = _family({leader}, table) - {leader}
         seen = below | _family((one.pid for one in adopted if one.alive), table)
-        unmarked = seen - _marked(f"{RUN_MARK}={self.spec.run_id}", seen)
+        unmarked = seen - _marked(f"{RUN_MARK}={self.site.run_id}", seen)
         new = {(pid, table[pid].start) for pid in unmarked} - self._told
         self._told |= new  # an orphan, too, whoever's it is: if we are killed, nothing else tells
         self._known.update(one for one in new if one[0] in below or len(LIVE) == 1)
         return list(new)
 
-    def _settled(self) -> bool:
-        """Tell what is new; whether a valid result has long stayed the same: it lingers."""
-        last = self.report.last
-        if self.silent_s >= SILENT_S:
-            since = datetime.now() - timedelta(seconds=self.silent_s)
-            silent = f"says nothing since {since:%H:%M} ({self.silent_s // 60:.0f} min)"
-            last = f"{silent}, before: {last}" if last else silent  # lines are cut at their end
-        before, self._seen = self._seen, Progress(last, self.report.usage())
+    def _tell(self) -> None:
+        before, self._seen = self._seen, Progress(self.report.last, self.report.usage())
         if self._seen != before:
             self.tell(self._seen)
-        with suppress(OSError, ResultError):
-            age_s = time.time() - os.lstat(self.spec.result_path).st_ctime
-            return not self.command and age_s >= SETTLE_S and self._read_result() is not None
-        return False
 
     def _read_result(self) -> PhaseResult | None:
         """The result that the agent wrote; None if there is none, ResultError if it is unusable."""
-        path, data = self.spec.result_path, None
+        path = self.result_path
         try:
             info = path.lstat()  # the agent may have put anything there
-            if stat.S_ISREG(info.st_mode) and info.st_size <= RESULT_LIMIT:
-                data = path.read_bytes()
+            if not stat.S_ISREG(info.st_mode) or info.st_size > RESULT_LIMIT:
+                what = f"it is no regular file of at most {RESULT_LIMIT} bytes"
+                raise OSError(errno.EINVAL, what)
+            data = path.read_bytes()
         except FileNotFoundError:
             return None
         except OSError as error:
             raise ResultError(f"the result file {path} was refused: {error.strerror}") from error
-        if data is None:
-            wanted = f"no regular file of at most {RESULT_LIMIT} bytes"
-            raise ResultError(f"the result file {path} was refused: it is {wanted}")
-        return parse_result(data, self.spec.task.item_id, self.spec.task.name)
+        return parse_result(data, self.task.item_id, self.task.name)
 
     def judge(self, now: float) -> AgentOutcome:
         """Decide what it came to; `now` in epoch seconds. Exit codes lie, results do not."""
@@ -3178,12 +3226,11 @@ class Child:
             if self.why not in ("exit", "stop"):
                 remark = "it went on after its result and was ended"
             return AgentOutcome("result", result, remark)
-        if self.spec.stop.is_set():
+        if self.site.stop.is_set():
             return AgentOutcome("cancelled", detail="stopped before it reported a result")
         if report.limit or error_kind(report.error, report.status) == "limit":
             until = reset_time(report.error, now) if report.until is None else report.until
-            name = self.spec.settings.name
-            text = one_line(f"{name}: {report.limit or report.error}", TAIL_COLUMNS)
+            text = one_line(f"{self.settings.name}: {report.limit or report.error}", TAIL_COLUMNS)
             text = f"{text}; resets at {_local_text(until)}" if until else text
             return AgentOutcome("limited", detail=text, error=text, until=until)
         outcome = AgentOutcome("failed", detail=self.with_tail(self._failure(problem)))
@@ -3191,12 +3238,11 @@ class Child:
 
     def _judge_command(self) -> AgentOutcome:
         """A command tells by its exit status; by 126 and 127 that it is missing: an `error`."""
-        task = self.spec.task
         if (self.why, self.code) == ("exit", 0):
             summary = f"{self.label} succeeded"
-            done = PhaseResult(task.item_id, task.name, "phase_complete", summary)
+            done = PhaseResult(self.task.item_id, self.task.name, "phase_complete", summary)
             return AgentOutcome("result", done)
-        if self.spec.stop.is_set():
+        if self.site.stop.is_set():
             return AgentOutcome("cancelled", detail=f"{self.label} was stopped")
         hows = {"exit": f"failed with {self.ending}", "idle": self._failure("")}
         how = hows.get(self.why, "ran out of time")
@@ -3206,13 +3252,13 @@ class Child:
 
     def _find_result(self) -> tuple[PhaseResult | None, str]:
         """The result, or what is wrong with what there is ("" if there simply is none)."""
-        task, report, ended_well = self.spec.task, self.report, (self.why, self.code) == ("exit", 0)
+        report, ended_well = self.report, (self.why, self.code) == ("exit", 0)
         try:
             result = self._read_result()
         except ResultError as error:
             return None, str(error)
         if result is None and ended_well and not (report.error or report.unfinished):
-            result = _result_in_message(report.message, task)
+            result = _result_in_message(report.message, self.task)
         if report.background and (result is not None or ended_well):
             names = (report.tasks.get(one) or f"task {one}" for one in sorted(report.background))
             running = one_line(", ".join(names), 200)
@@ -3221,11 +3267,11 @@ class Child:
 
     def _failure(self, problem: str) -> str:
         """Why the attempt failed, in one line."""
-        spec, report = self.spec, self.report
+        report = self.report
         if self.why == "idle":
-            return f"timed out: no output for {spec.idle_timeout_s:g} seconds"
+            return f"timed out: no output for {self.idle_timeout_s:g} seconds"
         if self.why == "timeout":
-            return f"timed out after {spec.timeout_s:g} seconds"
+            return f"timed out after {self.timeout_s:g} seconds"
         text = f"{problem or 'no result file was written'} ({self.ending})"
         if report.error:
             text += f"; it reports: {one_line(report.error, TAIL_COLUMNS)}"
@@ -3233,7 +3279,7 @@ class Child:
 
     def _if_early(self, failed: AgentOutcome) -> AgentOutcome:
         """Mark a failure of a CLI that could not do anything yet, with its own words if any."""
-        spec, report, name = self.spec, self.report, self.spec.settings.name
+        report, name = self.report, self.settings.name
         early = self.code != 0 or report.error != ""
         if self.profile.read is None:
             early = self.code != 0 and self.seconds < EARLY_S
@@ -3245,7 +3291,7 @@ class Child:
             lines = [line for line in self.err.tail if error_kind(line) != "limit"]
             words = ["", *sorted(lines, key=lambda line: error_kind(line) != "busy")][-1]
         status = 401 if self.code in self.profile.refused_codes else report.status
-        log = self.logs[0].relative_to(spec.root)
+        log = self.logs[0].relative_to(self.site.root)
         silent = f"{name} gave no reason ({self.ending}); its output is in {log}"
         text = one_line(f"{name}: {words}" if words else silent, TAIL_COLUMNS)
         return failed._replace(error=text, trouble=cast("Any", error_kind(words, status)))
@@ -3281,21 +3327,25 @@ def _local_text(epoch: float) -> str:
 
 
 async def run_attempt(
-    spec: AttemptSpec,
+    site: Site,
+    attempt: Attempt,
+    prompt: str = "",
+    *,
+    budget_usd: float | None = None,
     started: Callable[[int, int], None] = lambda pid, start: None,
     progress: Callable[[Progress], None] = lambda seen: None,
-    log_name: int | str = "",  # else the number of the attempt
+    log_name: str = "",  # else the number of the attempt
 ) -> AgentOutcome:
     """Run one attempt of a phase and judge how it ended; see `Child` for `started`.
 
     Everything expected is an outcome; an exception is a bug, and leaves nothing that was started.
     """
-    child = Child(spec, log_name or spec.attempt)
+    child = Child(site, attempt, budget_usd, log_name or str(attempt.number))
     child.started, child.tell = started, progress
-    if spec.stop.is_set():
+    if site.stop.is_set():
         return AgentOutcome("cancelled", detail=f"{child.label} was not run: the run is stopping")
     try:
-        await child.run()
+        await child.run(prompt)
     except OSError as error:
         missing = error.filename == child.argv[0]  # the CLI itself: no trouble that may pass
         where = f" ({os.fsdecode(error.filename)})" if error.filename and not missing else ""
@@ -3312,16 +3362,20 @@ class CannotRun(str):
     or 127), or the run stops."""
 
 
-async def run_verify(spec: AttemptSpec, commands: Sequence[Sequence[str]]) -> str | None:
+async def run_verify(site: Site, attempt: Attempt, commands: Checks) -> str | None:
     """Run checks in turn, within the phase's time limit; None if all of them exit with 0.
 
     Else the text of the first failure with the tail of its output, or a `CannotRun`.
     """
-    deadline = time.monotonic() + spec.timeout_s
+    config, phase = site.config, attempt.task.phase
+    deadline = time.monotonic() + phase_timeout_s(config, phase)
+    patient = config.execution._replace(idle_timeout_minutes=0)
+    site = site._replace(config=config._replace(execution=patient))
     for number, argv in enumerate(commands, 1):
-        task = spec.task._replace(phase=spec.task.phase._replace(run=tuple(argv)))
-        one = spec._replace(task=task, timeout_s=deadline - time.monotonic(), idle_timeout_s=0)
-        outcome = await run_attempt(one, log_name=f"{spec.attempt}-verify{number}")
+        minutes = max(0.0, deadline - time.monotonic()) / 60
+        check = phase._replace(run=tuple(argv), timeout_minutes=minutes)
+        one = replace(attempt, task=attempt.task._replace(phase=check))
+        outcome = await run_attempt(site, one, log_name=f"{attempt.number}-verify{number}")
         if outcome.kind != "result":
             text = f"verify command {outcome.detail}"
             return CannotRun(text) if outcome.error or outcome.kind == "cancelled" else text
@@ -3330,7 +3384,7 @@ async def run_verify(spec: AttemptSpec, commands: Sequence[Sequence[str]]) -> st
 
 # ---- Trying agents out ---------------------------------------------------------------------------
 
-PROBE_TIMEOUT_S = 180.0  # opencode tries for 90 s before it says that the API is not there
+PROBE_MINUTES = 3.0  # opencode tries for 90 s before it says that the API is not there
 PROBE_PROMPT = """\
 This only tests whether you can work here. Change nothing in the project and look at nothing.
 Write exactly this JSON to exactly this file, then stop:
@@ -3341,16 +3395,18 @@ Write exactly this JSON to exactly this file, then stop:
 """
 
 
-def probe_agent(settings: AgentSettings, root: Path) -> tuple[Problem | None, dict[str, object]]:
+def probe_agent(
+    config: Config, settings: AgentSettings, root: Path
+) -> tuple[Problem | None, dict[str, object]]:
     """Run an agent's real command line once, with a trivial prompt; what is wrong, and facts."""
     import asyncio
 
     token, never = os.urandom(8).hex(), asyncio.Event()
-    names = f"probe-{token}", Task("PROBE-1", Phase("probe"), "main"), 1, token, root
-    limits = PROBE_TIMEOUT_S, 0.0, LEFTOVER_GRACE_S, never, never
-    spec = AttemptSpec(*names, "", root / WORK_DIR, settings, *limits)
-    spec = spec._replace(prompt=PROBE_PROMPT.format(path=spec.result_path))
-    outcome = asyncio.run(run_attempt(spec))
+    site = Site(f"probe-{token}", root, config._replace(agent=settings), never, never)
+    task = Task("PROBE-1", Phase("probe", timeout_minutes=PROBE_MINUTES), "main")
+    attempt = Attempt(task, 1, token, Item(id="PROBE-1", title="probe"))
+    prompt = PROBE_PROMPT.format(path=site.result_path(attempt))
+    outcome = asyncio.run(run_attempt(site, attempt, prompt))
     row = {
         "agent": settings.cli,
         "model": settings.model,
@@ -3420,7 +3476,6 @@ COMMIT_PAUSE_S = 30.0  # between tries of a phase commit that met trouble
 COMMIT_GIVE_UP_S = 300.0  # then the run halts
 
 Clock = Callable[[], datetime]
-Checks = Sequence[Sequence[str]]
 Check = Callable[["Attempt", Checks], str | None]
 
 
@@ -3512,61 +3567,6 @@ class LiveLine:
 
 SALVAGE_REFS = "refs/orchestrator/salvage/"
 SNAPSHOT_REFS = "refs/orchestrator/snapshots/"
-
-
-@dataclass
-class Attempt:
-    """One agent process for one phase, from the snapshot before it to what became of it."""
-
-    task: Task
-    number: int  # 1-based
-    token: str  # fresh; in the result's path, the journal and the commit
-    item: Item  # as the phase began
-    before: Snapshot
-    usage: Usage = NOTHING_SPENT
-    strays: frozenset[str] = frozenset()  # as it began: nobody's, so it may go on from them
-    only: frozenset[str] | None = None  # what it changed, if the operator has had the tree since
-
-    @property
-    def label(self) -> str:
-        """How a commit's subject begins."""
-        return f"[{self.task.item_id}][{self.task.name}]"
-
-    @property
-    def tag(self) -> str:
-        """How a line of the log begins."""
-        return phase_line(self.task.item_id, self.task.name, "").rstrip()
-
-    @property
-    def destructive(self) -> bool:
-        return self.task.phase.destructive
-
-    def told(self, outcome: str, summary: str, result: PhaseResult | None = None) -> MessageEntry:
-        """What the commit of an outcome says."""
-        task, kind = self.task, "feat" if self.destructive else "docs"
-        if result is not None and result.commit_type in COMMIT_TYPES:
-            kind = result.commit_type
-        return MessageEntry(task.item_id, task.name, outcome, summary, self.token, kind)
-
-    def line(self) -> dict[str, Any]:
-        """What the journal holds of it, for a start after a crash."""
-        return {
-            "token": self.token,
-            "item": self.task.item_id,
-            "pool": self.task.pool,
-            "phase": self.task.phase._asdict(),
-            "number": self.number,
-            "was": self.item,
-            "strays": sorted(self.strays),
-            "before": {**self.before._asdict(), "head": self.before.head._asdict()},
-        }
-
-    @classmethod
-    def from_line(cls, line: Mapping[str, Any]) -> Attempt:
-        before = Snapshot(**{**line["before"], "head": Head(**line["before"]["head"])})
-        task = Task(line["item"], Phase(**line["phase"]), line["pool"])
-        told = line["number"], line["token"], line["was"], before
-        return cls(task, *told, strays=frozenset(line["strays"]))
 
 
 class Outcome(NamedTuple):
@@ -3781,14 +3781,14 @@ class Ledger:
         Held. Others have the ledger while checks run: see `resume`.
         """
         seen, message = self.compare(attempt), ""
-        told = attempt.told("complete", result.commit_summary or result.summary, result)
+        told = attempt.entry("complete", result.commit_summary or result.summary, result)
         self.take_in()
         gone = attempt.destructive and attempt.task.item_id not in self.store.backlog.items
         if result.result == "blocked" or gone:
             entries, why = self._documents(attempt, seen), result.context or result.summary
             why = "its item was deleted meanwhile" if gone else why
             why += self._salvage_note(attempt, seen)
-            told, result = attempt.told("blocked", why, result), result._replace(context=why)
+            told, result = attempt.entry("blocked", why, result), result._replace(context=why)
             if gone:
                 log().warning("%s %s", attempt.tag, why)
         else:
@@ -3799,8 +3799,6 @@ class Ledger:
         complete = told.outcome == "complete"
         if attempt.destructive and complete:
             self._name_unshared(attempt, seen)
-            if attempt.only is None:
-                self.repo.restage(attempt.before, seen.after)
         applied = self.decide(attempt, told, entries, result, message)
         batched = result.result == "phase_complete" and attempt.task.pool != TRIAGE
         if complete and (attempt.destructive or not batched):
@@ -3826,7 +3824,7 @@ class Ledger:
         reason += self._salvage_note(attempt, seen)
         failed = result or PhaseResult(attempt.task.item_id, attempt.task.name, "failed", reason)
         failed = failed._replace(result="failed", context=reason)
-        return self.decide(attempt, attempt.told("failed", reason, failed), entries, failed)
+        return self.decide(attempt, attempt.entry("failed", reason, failed), entries, failed)
 
     def cancel(self, attempt: Attempt) -> str | None:
         """An attempt was interrupted: nothing is charged, nothing it left is lost.
@@ -3839,7 +3837,7 @@ class Ledger:
         documents, ref = self._documents(attempt, seen), self._salvage(attempt, seen)
         line: dict[str, Any] = {"ended": [attempt.token], **self._costs(attempt)}
         if documents:
-            told = attempt.told("interrupted", "its documents so far")
+            told = attempt.entry("interrupted", "its documents so far")
             line["outcome"] = Outcome(told, seen.after.head.commit, tuple(documents)).line()
         self.store.note(line)
         return ref
@@ -3874,8 +3872,6 @@ class Ledger:
                 *(attempt.tag, one_line(", ".join(change.after.path for change in taken), 300)),
             )
             after, changes = self.repo.snapshot(), [c for c in changes if c not in taken]
-        if before.staging and not attempt.destructive:
-            self.repo.restage(before, after, lost=True)
         if attempt.only is not None:
             theirs |= {c.after.path: c.before for c in changes if c.after.path not in attempt.only}
             changes = [change for change in changes if change.after.path in attempt.only]
@@ -3888,6 +3884,9 @@ class Ledger:
         commits = self.repo.commits_between(old, new) if old and new and old != new else []
         if foreign := [commit[:10] for commit in commits if commit not in self.own_commits]:
             log().info("%s commits made meanwhile: %s", attempt.tag, ", ".join(foreign))
+        # What was staged is so again; beside a document phase others may have staged more by now.
+        if attempt.only is None and (attempt.destructive or before.staging):
+            self.repo.restage(before, after, lost=not attempt.destructive)
         return Aftermath(after, changes, theirs)
 
     def _changes(self, old: str | None, new: str) -> list[Change]:
@@ -3950,21 +3949,6 @@ class Ledger:
         log().warning("%s", text)
         self.remarks.append(text)
 
-    def _objection(self, attempt: Attempt, result: PhaseResult, seen: Aftermath) -> str:
-        """Why what a destructive phase did may not be committed; "" if it may."""
-        config = self.repo.prefix + CONFIG_NAME  # ours: may be changed by both
-        clash = [path for path in seen.paths if path in seen.theirs and path != config]
-        if clash:
-            return (
-                f"changed {one_line(', '.join(clash), 200)}, which the operator had uncommitted"
-                " changes in; leave it alone"
-            )
-        moved = seen.after.head.commit != attempt.before.head.commit
-        empty = not (seen.changes or moved or attempt.task.phase.allow_empty)
-        if empty and result.result == "phase_complete":
-            return "reported completion, but nothing in the repository changed"
-        return ""
-
     def _name_unshared(self, attempt: Attempt, seen: Aftermath) -> None:
         """Warn of repositories in the tree whose commits nobody else would get."""
         alone = self.repo.unshared(change.after for change in seen.changes)
@@ -3990,8 +3974,7 @@ class Ledger:
         for _ in range(HOOK_ROUNDS):
             entries, message, hook = self._documents(attempt, seen), "", ""
             if attempt.destructive:
-                refusal = self._objection(attempt, result, seen)
-                judged = refusal or self._pass_hooks(attempt, result, told, seen)
+                judged = self._judge_code(attempt, result, told, seen)
                 if isinstance(judged, str):
                     return judged
                 _, hook, _, entries, message = judged
@@ -4025,17 +4008,27 @@ class Ledger:
         left = {entry for entry in left if entry.path not in alone}
         gone = entries - left - {change.after for change in seen.changes}
         unlike = {entry.path for entry in gone | (left - entries)} - self.space.strays().keys()
-        # The operator's, but for what was changed now: `_objection` sees to that.
+        # The operator's, but for what was changed now: `_judge_code` sees to that.
         theirs = seen.theirs.keys() - {*seen.paths} | {self.repo.prefix + CONFIG_NAME}
         return sorted(unlike - theirs)
 
-    def _pass_hooks(
+    def _judge_code(
         self, attempt: Attempt, result: PhaseResult, told: MessageEntry, seen: Aftermath
     ) -> HookResult | str:
         """Let the repository's hooks judge and mend the commit of a destructive phase.
 
         Returns what is to be committed, or why the attempt has failed or is Held.
         """
+        config = self.repo.prefix + CONFIG_NAME  # ours: may be changed by both
+        if clash := [path for path in seen.paths if path in seen.theirs and path != config]:
+            return (
+                f"changed {one_line(', '.join(clash), 200)}, which the operator had uncommitted"
+                " changes in; leave it alone"
+            )
+        moved = seen.after.head.commit != attempt.before.head.commit
+        empty = not (seen.changes or moved or attempt.task.phase.allow_empty)
+        if empty and result.result == "phase_complete":
+            return "reported completion, but nothing in the repository changed"
         verdict = self.repo.run_hooks(
             [change.after for change in seen.changes],
             phase_message([told], self.run_id, self.config.commits.style),
@@ -4055,9 +4048,7 @@ class Ledger:
 
     def _hold(self, attempt: Attempt, result: PhaseResult, why: str) -> Held:
         """Keep the result of a phase in the journal, and what it left, for the next start."""
-        now = self.compare(attempt)  # a hook that was ended may have the operator's files stashed
-        if attempt.destructive:
-            self.repo.restage(attempt.before, now.after)
+        self.compare(attempt)  # a hook that was ended may have the operator's files stashed
         if attempt.only is None:  # else it is held already, with what it left then
             kept = self.repo.snapshot(f"{SNAPSHOT_REFS}{self.run_id}/{attempt.token}-held")
             line = {"result": result._asdict(), "after": kept.tree, "why": one_line(why, 300)}
@@ -4114,7 +4105,6 @@ class Ledger:
         if not attempt.destructive:
             return None
         before, head = attempt.before, seen.after.head.commit
-        self.repo.restage(before, seen.after)
         theirs = [c for c in seen.changes if c.after.path in seen.theirs]
         mine, base = [c for c in seen.changes if c not in theirs], before
         if head is not None and head != before.head.commit:
@@ -4484,37 +4474,7 @@ def _log_error(answer: asyncio.Future[Any]) -> None:
 # ==== 9. The run ==================================================================================
 
 PROGRESS_LOG_S = 120.0  # how often the log tells what an agent does
-SAME_REST_S = 60.0  # two ends of a rest that differ by less are told once
 POLL_S = 1.0  # how often the disk is looked at while agents work
-
-
-class Totals:
-    """What a run did so far."""
-
-    def __init__(self) -> None:
-        self.began = time.monotonic()
-        self.phases = 0
-        self.completed: list[str] = []
-        self.blocked: dict[str, str] = {}  # id → reason
-        self.follow_ups: list[str] = []
-        self.titles: dict[str, str] = {}  # of items that leave the backlog
-        self.exhausted_in_a_row = 0
-        self.free_ends = 0
-        self.spent: dict[tuple[str, str], Usage] = {}  # by item and phase
-
-    def add_usage(self, task: Task, usage: Usage) -> None:
-        key = (task.item_id, task.name)
-        self.spent[key] = self.spent.get(key, NOTHING_SPENT).plus(usage)
-
-
-@dataclass
-class Running:
-    """A phase at work."""
-
-    task: Task
-    since: float  # monotonic seconds
-    told: float  # when the log last had a line about it
-    seen: Progress | None = None  # what its agent does; None: it has said nothing yet
 
 
 class Run:
@@ -4537,7 +4497,15 @@ class Run:
         self.allow_dirty = allow_dirty
         self.ledger = Ledger(space, run_id, utc_now, self._check_at_start)
         self.begun = False  # from then on it ends with a halt commit
-        self.totals = Totals()
+        self.since = time.monotonic()
+        self.phases = 0
+        self.completed: list[str] = []
+        self.blocked: dict[str, str] = {}  # id → reason
+        self.follow_ups: list[str] = []
+        self.titles: dict[str, str] = {}  # of items that leave the backlog
+        self.exhausted_in_a_row = 0
+        self.free_ends = 0
+        self.spent: dict[tuple[str, str], Usage] = {}  # by item and phase
         self.reason: HaltReason | None = None  # None: an error ended the run
         self.saved = False
         self.state_commit: StateCommit | None = None
@@ -4547,7 +4515,9 @@ class Run:
         space.repo.hurried = self.hurry.is_set
         self.halting = asyncio.Event()  # start nothing more
         self.checking = asyncio.Lock()  # checks want the work tree, and ports, for themselves
-        self.running: dict[str, Running] = {}
+        self.site = Site(run_id, space.repo.root, space.config, self.stopping, self.hurry)
+        self.running: dict[str, Task] = {}  # by item
+        self.attempts: dict[str, Attempt] = {}  # the latest of each of these
         self.workers: set[asyncio.Task[None]] = set()
         # Ids that the filters ever matched; None: there are no filters.
         self.matched: set[str] | None = set() if options.filters else None
@@ -4555,7 +4525,6 @@ class Run:
         # (agent, item) that had a free end → whether the agent has done another item's work since
         self.suspects: dict[tuple[str, str], bool] = {}
         self.breaker = ""  # why the agent itself cannot work
-        self.awake: set[str] = set()  # agents that have begun to work in this run
         self.ticker: asyncio.Task[None] | None = None
         self.coordinator = Coordinator()
         self.do = self.coordinator.do
@@ -4589,8 +4558,6 @@ class Run:
         if self.stopping.is_set():
             log().warning("ending the agents at once")
             self.hurry.set()
-            if not self.begun:  # a start that hangs: a third signal ends it
-                asyncio.get_running_loop().remove_signal_handler(number)
         else:
             log().warning(
                 "stopping: ending the agents, then saving (once more: without waiting for them)"
@@ -4676,13 +4643,13 @@ class Run:
             if self.matched is not None:
                 self.matched |= matching(self.backlog, self.options.filters)
             offered = self._offered()
-            exhausted = self.totals.exhausted_in_a_row >= self.config.execution.circuit_breaker
+            exhausted = self.exhausted_in_a_row >= self.config.execution.circuit_breaker
             reason = halt_reason(
                 self.options,
                 self.backlog.items,
-                self._running_tasks(),
+                self.running,
                 offered,
-                completed=self.totals.completed,
+                completed=self.completed,
                 matched=self.matched,
                 stopping=self.halting.is_set(),
                 broken=bool(self.breaker) or exhausted,
@@ -4717,22 +4684,19 @@ class Run:
         return select_actions(
             self.options,
             self.backlog,
-            self._running_tasks(),
+            self.running,
             self.config,
             self.matched,
-            completed=self.totals.completed,
+            completed=self.completed,
             resting=resting,
             behind={item_id for (_, item_id), guilty in self.suspects.items() if not guilty},
         )
 
-    def _running_tasks(self) -> dict[str, Task]:
-        return {item_id: running.task for item_id, running in self.running.items()}
-
     def cap_reached(self) -> str:
         """Which limit of the run is used up; "" while none is."""
         execution, left = self.config.execution, self._budget()
-        minutes = (time.monotonic() - self.totals.began) / 60
-        if self.totals.phases >= self.options.cap:
+        minutes = (time.monotonic() - self.since) / 60
+        if self.phases >= self.options.cap:
             return plural(self.options.cap, "phase")
         if execution.max_run_minutes is not None and minutes >= execution.max_run_minutes:
             return f"execution.max_run_minutes = {execution.max_run_minutes:g}"
@@ -4743,7 +4707,7 @@ class Run:
     def _budget(self) -> float | None:
         """What is left of max_cost_usd; None: no limit."""
         most = self.config.execution.max_cost_usd
-        spent = reduce(Usage.plus, self.totals.spent.values(), NOTHING_SPENT).cost_usd
+        spent = reduce(Usage.plus, self.spent.values(), NOTHING_SPENT).cost_usd
         return None if most is None else most - (spent or 0)
 
     def blocked_now(self) -> list[str]:
@@ -4751,7 +4715,7 @@ class Run:
         options = self.options
         scope: Container[str] = options.targets or self.backlog.items
         if options.only_triage:
-            scope = self.totals.blocked
+            scope = self.blocked
         elif self.matched is not None:
             scope = self.matched
         blocked = (i for i, item in self.backlog.items.items() if item["status"] == "blocked")
@@ -4777,9 +4741,8 @@ class Run:
             item = self.backlog.items.get(task.item_id)  # None: deleted by hand since the choice
             if item is None or uncommitted or rests:
                 continue
-            self.totals.phases += 1
-            now = time.monotonic()
-            self.running[task.item_id] = Running(task, now, now)
+            self.phases += 1
+            self.running[task.item_id] = task
             self._say(task, f"starts: {one_line(item['title'], 80)}")
             self.workers.add(asyncio.create_task(self._phase(task)))
         return bool(promotions)
@@ -4800,6 +4763,7 @@ class Run:
     async def _phase(self, task: Task) -> None:
         applied = await self._attempts(task)
         del self.running[task.item_id]  # after an error it stays, so that it is not begun again
+        self.attempts.pop(task.item_id, None)
         if applied is not None:
             self._count(applied)
 
@@ -4819,6 +4783,8 @@ class Run:
             if attempt is None:
                 self._tell(task, "not started: the item was deleted or moved meanwhile")
                 return None
+            self.attempts[task.item_id] = attempt
+            attempt.since = attempt.told = time.monotonic()
             outcome = await self._run_agent(attempt, allowed, failure, salvaged)
             if await self._interrupted(attempt, outcome):
                 self.failures[task.item_id] = failure
@@ -4835,7 +4801,7 @@ class Run:
             failure = verdict
             try:
                 if number >= allowed:
-                    self.totals.exhausted_in_a_row += 1
+                    self.exhausted_in_a_row += 1
                     reason = f"{task.name} failed after {plural(allowed, 'attempt')}: {failure}"
                     return await self.do(ledger.give_up, attempt, reason, outcome.result)
                 salvaged = await self.do(ledger.fail, attempt)
@@ -4851,22 +4817,23 @@ class Run:
     async def _run_agent(
         self, attempt: Attempt, allowed: int, failure: str, salvaged: str | None
     ) -> AgentOutcome:
-        task, running = attempt.task, self.running[attempt.task.item_id]
         prompt = await self.do(self._prompt, attempt, allowed, failure, salvaged)
-        spec = self._spec(attempt)._replace(prompt=prompt, budget_usd=self._budget())
         outcome = await run_attempt(
-            spec,
+            self.site,
+            attempt,
+            prompt,
+            budget_usd=self._budget(),
             # For a start that has to end it. After a power cut there is none left: no flush.
             started=lambda pid, since: self.coordinator.post(
                 self.ledger.store.note,
                 {"process": {"token": attempt.token, "pid": pid, "since": since}},
                 flush=False,
             ),
-            progress=lambda seen: self._note_progress(running, seen),
+            progress=partial(self._note_progress, attempt),
         )
-        running.seen = None  # what it cost is in the totals from now on
-        attempt.usage = outcome.usage
-        self.totals.add_usage(task, outcome.usage)
+        attempt.usage, attempt.seen = outcome.usage, None
+        on = attempt.task.item_id, attempt.task.name
+        self.spent[on] = self.spent.get(on, NOTHING_SPENT).plus(outcome.usage)
         left = self._budget()
         if left is not None and left <= 0 and outcome.kind not in ("result", "cancelled"):
             # It ended for want of money: it has not failed, the run ends instead.
@@ -4876,52 +4843,39 @@ class Run:
     async def _interrupted(self, attempt: Attempt, outcome: AgentOutcome) -> bool:
         """Whether the attempt does not count: the run stops, or the agent cannot work now.
 
-        A free end, with the tree unchanged, is the CLI's trouble, whatever the wording.
+        A free end, before any work and with the tree unchanged, is the CLI's trouble, whatever the
+        wording. But where the agent has done another item's work since the item's first free end,
+        the item is to blame, so that one bad prompt ends up blocked instead of ending every night.
         """
         task, agent = attempt.task, agent_of(self.config, attempt.task.phase)
+        free = outcome.kind == "failed" and outcome.trouble in ("refused", "busy")
+        free = free and not self.suspects.get((agent, task.item_id))
         if outcome.kind == "cancelled":
             await self.do(self.ledger.cancel, attempt)
             self._say(task, f"interrupted ({outcome.detail}); the next run starts it again")
         elif outcome.kind == "limited":
             await self.do(self.ledger.cancel, attempt)
             await self._rest(task, outcome)
-        elif await self._ended_free(attempt, outcome):
+        elif free and await self.do(self.ledger.left_nothing, attempt):
             await self.do(self.ledger.cancel, attempt)
-            self.totals.free_ends += 1
+            self.free_ends += 1
             self.suspects.setdefault((agent, task.item_id), False)
             if outcome.trouble == "refused":
                 self._trip(task, outcome.error)
-            elif self.totals.free_ends >= FREE_ENDS:
+            elif self.free_ends >= FREE_ENDS:
                 self._trip(task, f"{outcome.error} ({FREE_ENDS} such ends in this run)")
             else:
                 await self._rest(task, outcome)
         else:
-            if not outcome.trouble:
-                await self._has_worked(task, outcome)
+            if not outcome.trouble:  # it works: its free ends with other items were their fault
+                self.suspects.pop((agent, task.item_id), None)
+                self.suspects.update({key: True for key in self.suspects if key[0] == agent})
+                pause = self.ledger.pauses().get(agent)
+                if pause is not None and self._now() - outcome.seconds >= pause.until:
+                    await self.do(self.ledger.rest, agent, None)
+                    log().info("%s works again", agent)
             return False
         return True
-
-    async def _ended_free(self, attempt: Attempt, outcome: AgentOutcome) -> bool:
-        """An end of the CLI's own, before any work.
-
-        Where the agent has done another item's work since the item's first free end, the item is to
-        blame, so that one bad prompt ends up blocked instead of ending every night.
-        """
-        if outcome.kind != "failed" or outcome.trouble not in ("refused", "busy"):
-            return False
-        if self.suspects.get((agent_of(self.config, attempt.task.phase), attempt.task.item_id)):
-            return False
-        return await self.do(self.ledger.left_nothing, attempt)
-
-    async def _has_worked(self, task: Task, outcome: AgentOutcome) -> None:
-        """An agent rests no longer, and its free ends with other items were these items' fault."""
-        agent = agent_of(self.config, task.phase)
-        self.suspects.pop((agent, task.item_id), None)
-        self.suspects.update({key: True for key in self.suspects if key[0] == agent})
-        pause = self.ledger.pauses().get(agent)
-        if pause is not None and self._now() - outcome.seconds >= pause.until:
-            await self.do(self.ledger.rest, agent, None)
-            log().info("%s works again", agent)
 
     async def _judge(self, attempt: Attempt, outcome: AgentOutcome) -> Applied | str:
         """Record what the attempt achieved, or tell why it failed."""
@@ -4935,7 +4889,7 @@ class Run:
         while checks is not None:
             checks, verdict = await self.do(resume, steps, await self._check(attempt, checks))
         if isinstance(verdict, Applied) and result.result != "blocked":
-            self.totals.exhausted_in_a_row = 0
+            self.exhausted_in_a_row = 0
         return verdict
 
     async def _put_off(self, task: Task, delay: float) -> bool:
@@ -4945,7 +4899,7 @@ class Run:
             return True
         if agent_of(self.config, task.phase) not in self.ledger.pauses():
             return self._look_for_stop()
-        self.totals.phases -= 1  # it goes on where it is now
+        self.phases -= 1  # it goes on where it is now
         return True
 
     def _check_at_start(self, attempt: Attempt, checks: Checks) -> str | None:
@@ -4953,10 +4907,9 @@ class Run:
         return asyncio.run_coroutine_threadsafe(self._check(attempt, checks), self.loop).result()
 
     async def _check(self, attempt: Attempt, checks: Checks) -> str | None:
-        if running := self.running.get(attempt.task.item_id):  # a start has none
-            running.seen = Progress(f"checks: {'; '.join(map(command_text, checks))}")
+        attempt.seen = Progress(f"checks: {'; '.join(map(command_text, checks))}")
         async with self.checking:
-            return await run_verify(self._spec(attempt), checks)
+            return await run_verify(self.site, attempt, checks)
 
     def _prompt(self, attempt: Attempt, allowed: int, failure: str, salvaged: str | None) -> str:
         task, root = attempt.task, self.space.repo.root
@@ -4968,7 +4921,7 @@ class Run:
             self.config,
             attempt=attempt.number,
             attempts=allowed,
-            result_path=self._spec(attempt).result_path,
+            result_path=self.site.result_path(attempt),
             change_dir=change_dir,
             previous_summary=last_summary(told, task.item_id),
             failure=failure,
@@ -4977,72 +4930,34 @@ class Run:
             backlog=self.backlog,
         )
 
-    def _spec(self, attempt: Attempt) -> AttemptSpec:
-        task, root = attempt.task, self.space.repo.root
-        settings = agent_settings(self.config, task.phase)
-        return AttemptSpec(
-            run_id=self.run_id,
-            task=task,
-            attempt=attempt.number,
-            token=attempt.token,
-            root=root,
-            prompt="",
-            change_dir=item_folder(root, attempt.item),
-            settings=settings,
-            timeout_s=phase_timeout_s(self.config, task.phase),
-            idle_timeout_s=idle_timeout_s(self.config, settings),
-            grace_s=self.config.execution.kill_grace_seconds,
-            stop=self.stopping,
-            hurry=self.hurry,
-        )
-
     # -- agents that rest --------------------------------------------------------------------------
 
     def _now(self) -> float:
         return self.ledger.clock().timestamp()
 
     def _resting(self) -> set[str]:
-        """The agents that may not be started just now.
-
-        Their breaker is open, or its probe is under way; or they must start alone and one of them
-        has not begun to work yet.
-        """
-        busy = {agent_of(self.config, one.task.phase) for one in self.running.values()} - {""}
-        waking = {agent for agent in busy - self.awake if PROFILES[agent].starts_alone}
+        """The agents that may not be started just now: their breaker is open, or its probe is under
+        way."""
+        busy = {agent_of(self.config, task.phase) for task in self.running.values()}
         now, pauses = self._now(), self.ledger.pauses()
-        return waking | {a for a, pause in pauses.items() if now < pause.until or a in busy}
+        return {agent for agent, pause in pauses.items() if now < pause.until or agent in busy}
 
     async def _rest(self, task: Task, outcome: AgentOutcome) -> None:
         """Open the breaker of a task's agent; or halt, if so configured or if waiting is no use."""
         agent = agent_of(self.config, task.phase)
-        before, pause, goes_on = await self.do(self._pause, agent, outcome)
+        before = self.ledger.pauses().get(agent)
+        pause = pause_after(outcome, agent, before, self.config, self._now())
+        goes_on = pause.strikes < FREE_ENDS_IN_A_ROW
+        if outcome.kind == "limited":
+            goes_on = pause.kind != "reset" or pause.strikes <= LIMITS_IN_A_ROW
+            goes_on = goes_on and self.config.execution.on_usage_limit == "wait"
         if not goes_on:
             again = f" ({pause.strikes} times in a row)" if pause.strikes > 1 else ""
             return self._trip(task, outcome.error + again)
-        self.totals.phases -= 1  # it is started again, and did nothing
-        told = before is not None and self._now() < before.until >= pause.until - SAME_REST_S
-        if not told:  # for a neighbour that met the same limit
-            text = f"{outcome.error}; {agent} {self._rest_text(pause)}, no attempt is charged"
-            self._tell(task, text)
-        return None
-
-    def _pause(
-        self, agent: str, outcome: AgentOutcome
-    ) -> tuple[AgentPause | None, AgentPause, bool]:
-        """The rest before, the one now, and whether waiting is of use.
-
-        For the coordinator: two agents may meet a limit at once.
-        """
-        before = self.ledger.pauses().get(agent)
-        pause = pause_after(outcome, agent, before, self.config, self._now())
-        if outcome.kind == "limited":
-            goes_on = self.config.execution.on_usage_limit == "wait"
-            goes_on &= pause.kind != "reset" or pause.strikes <= LIMITS_IN_A_ROW
-        else:
-            goes_on = pause.strikes < FREE_ENDS_IN_A_ROW
-        if goes_on:
-            self.ledger.rest(agent, pause)
-        return before, pause, goes_on
+        await self.do(self.ledger.rest, agent, pause)
+        self.phases -= 1  # it is started again, and did nothing
+        text = f"{outcome.error}; {agent} {self._rest_text(pause)}, no attempt is charged"
+        return self._tell(task, text)
 
     def _rest_text(self, pause: AgentPause) -> str:
         left = human_duration(pause.until - self._now())
@@ -5062,55 +4977,54 @@ class Run:
         log().warning("%s", phase_line(task.item_id, task.name, text))
 
     def _count(self, applied: Applied) -> None:
-        """Add an outcome to the totals and say what it was."""
-        item_id, totals, title = applied.item["id"], self.totals, applied.item["title"]
+        """Count an outcome and say what it was."""
+        item_id, title = applied.item["id"], applied.item["title"]
         for warning in applied.warnings:
             log().warning("%s: %s", item_id, warning)
-        totals.follow_ups += applied.follow_ups
+        self.follow_ups += applied.follow_ups
         if applied.follow_ups:
             log().info("%s: new items from it: %s", item_id, ", ".join(applied.follow_ups))
         if applied.state == "completed":
-            totals.completed.append(item_id)
-            totals.titles[item_id] = title
+            self.completed.append(item_id)
+            self.titles[item_id] = title
             log().info("%s is done: %s", item_id, one_line(title, 80))
         elif applied.state == "blocked":
-            totals.blocked[item_id] = applied.reason
+            self.blocked[item_id] = applied.reason
             log().warning("%s is blocked: %s", item_id, one_line(applied.reason, 300))
         elif applied.state == "advanced":
             status, phase = applied.item["status"], applied.item.get("phase")
             log().info("%s is %s now", item_id, f"{status}, {phase} next" if phase else status)
 
-    def _note_progress(self, running: Running, seen: Progress) -> None:
+    def _note_progress(self, attempt: Attempt, seen: Progress) -> None:
         """Show what an agent does; the log gets a line of it every few minutes."""
-        running.seen, now = seen, time.monotonic()
-        self.awake.add(agent_of(self.config, running.task.phase))
-        if now - running.told >= PROGRESS_LOG_S:
-            running.told = now
+        attempt.seen, now = seen, time.monotonic()
+        if now - attempt.told >= PROGRESS_LOG_S:
+            attempt.told = now
             spent = usage_text(seen.usage)
-            parts = (human_duration(now - running.since), spent, one_line(seen.last, 160))
-            self._say(running.task, f"at work: {', '.join(part for part in parts if part)}")
+            parts = (human_duration(now - attempt.since), spent, one_line(seen.last, 160))
+            self._say(attempt.task, f"at work: {', '.join(part for part in parts if part)}")
 
     def _live_text(self) -> str:
         """Phases used, what runs and rests, done, blocked, cost, and what the agents last did."""
-        now, totals = time.monotonic(), self.totals
+        now = time.monotonic()
         doing = [
             f"{item_id} {one.task.name} {human_duration(now - one.since)}"
-            for item_id, one in self.running.items()
+            for item_id, one in self.attempts.items()
         ]
         doing += [
             f"{pause.agent} rests, {human_duration(pause.until - self._now())} left"
             for pause in self.ledger.pauses().values()
             if pause.until > self._now()
         ]
-        seen = [one.seen for one in self.running.values() if one.seen]
+        seen = [one.seen for one in self.attempts.values() if one.seen]
         spent = reduce(
-            Usage.plus, [*totals.spent.values(), *(one.usage for one in seen)], NOTHING_SPENT
+            Usage.plus, [*self.spent.values(), *(one.usage for one in seen)], NOTHING_SPENT
         )
         so_far = f" · {spent.tokens:,} tokens" if spent.tokens else ""
         so_far += f" · ${spent.cost_usd:.2f}" if spent.cost_usd is not None else ""
         last = "; ".join(one.last for one in seen if one.last)
         return (
-            f"phases {totals.phases}/{self.options.cap} · done {len(totals.completed)} · blocked"
+            f"phases {self.phases}/{self.options.cap} · done {len(self.completed)} · blocked"
             f" {len(self.blocked_now())}{so_far} · {', '.join(doing) or 'waiting'}  {last}"
         )
 
@@ -5472,7 +5386,7 @@ def probe_agents(config: Config, root: Path) -> list[tuple[Problem | None, dict[
     """Try out every configured agent that can be started at all, one after the other."""
     become_subreaper()
     agents = [one for one in configured_agents(config) if agent_problem(one, root) is None]
-    return [probe_agent(one, root) for one in agents]
+    return [probe_agent(config, one, root) for one in agents]
 
 
 def _refuse(problems: Sequence[Problem]) -> None:
@@ -5512,7 +5426,7 @@ def cmd_run(args: argparse.Namespace) -> int:
         try:
             asyncio.run(run.conduct())
             if run.saved and run.reason is not None and not (args.strict and run.warnings()):
-                code = exit_code(run.reason, run.signal, run.totals.completed, run.blocked_now())
+                code = exit_code(run.reason, run.signal, run.completed, run.blocked_now())
         except (OrchestratorError, BacklogError, GitError, YamlError, OSError) as error:
             if not run.begun:
                 raise
@@ -5566,10 +5480,10 @@ def _check_step(item: Item, backlog: Backlog) -> None:
 
 def summary_of(space: Workspace, run: Run, code: int) -> dict[str, Any]:
     """All that is to be said of a run that is over, for people and machines; see `json_form`."""
-    totals, options, done, items = run.totals, run.options, run.state_commit, run.backlog.items
+    options, done, items = run.options, run.state_commit, run.backlog.items
     # What checked an item that is done may have been committed by a run long ago.
-    most = None if totals.completed else 2 * totals.phases + 10
-    history = read_log(space, most) if totals.spent or totals.completed else []
+    most = None if run.completed else 2 * run.phases + 10
+    history = read_log(space, most) if run.spent or run.completed else []
     ended = {
         (safe_name(row["item"]), safe_name(row["phase"]))
         for row in history
@@ -5577,9 +5491,9 @@ def summary_of(space: Workspace, run: Run, code: int) -> dict[str, Any]:
     }
     made = run.ledger.kept
     kept = [row for row in salvages(space) if row["ref"] in made] if made else []
-    titles = totals.titles | {item_id: item["title"] for item_id, item in items.items()}
+    titles = run.titles | {item_id: item["title"] for item_id, item in items.items()}
     checks, completed = proofs(history, code_phases(space.config)), []
-    for item_id in totals.completed:
+    for item_id in run.completed:
         proof = checks.get(item_id, {})
         row = {"id": item_id, "title": titles.get(item_id, ""), "commit": proof.get("commit")}
         completed.append({**row, "verified": proof.get("verified", [])})
@@ -5587,16 +5501,16 @@ def summary_of(space: Workspace, run: Run, code: int) -> dict[str, Any]:
     if run.reason is HaltReason.ALL_DONE_OR_BLOCKED and not options.only_triage:
         detail = detail or what_waits(run.backlog, space.config, run.matched, options.targets)
     waiting = (f"{text}; it waits" for text in space.store.state.complaints())
-    reasons = totals.blocked.items()
+    reasons = run.blocked.items()
     blocked = [{"id": id, "title": titles.get(id, ""), "reason": why} for id, why in reasons]
-    spent = reduce(Usage.plus, totals.spent.values(), NOTHING_SPENT)
-    spent_on = [(*on, usage) for on, usage in totals.spent.items()]
+    spent = reduce(Usage.plus, run.spent.values(), NOTHING_SPENT)
+    spent_on = [(*on, usage) for on, usage in run.spent.items()]
     told = {"schema": 1, "run_id": run.run_id, "halt_reason": run.reason and str(run.reason)}
     told |= {"halt": halt_line(run.reason, detail, options.only_triage), "detail": detail}
-    told |= {"exit_code": code, "phases": totals.phases, "cap": options.cap}
-    told |= {"seconds": round(time.monotonic() - totals.began, 3), **usage_json(spent)}
-    told |= {"completed": completed, "blocked": blocked, "follow_ups": totals.follow_ups}
-    told["needs_you"] = needs_you(items, totals.blocked, program_name())
+    told |= {"exit_code": code, "phases": run.phases, "cap": options.cap}
+    told |= {"seconds": round(time.monotonic() - run.since, 3), **usage_json(spent)}
+    told |= {"completed": completed, "blocked": blocked, "follow_ups": run.follow_ups}
+    told["needs_you"] = needs_you(items, run.blocked, program_name())
     told["spent"] = [{"item": id, "phase": name, **usage_json(one)} for id, name, one in spent_on]
     told |= {"filters": [str(one) for one in options.filters], "targets": list(options.targets)}
     told["state_commit"] = done.commit if done and done.outcome == "committed" else None
@@ -6169,17 +6083,16 @@ def cmd_verify(args: argparse.Namespace) -> int:
     known = {"".join(command_text(argv).split()): argv for argv in named}
     for number in ending_signals():  # whatever ends it, the check and the work tree go first
         signal.signal(number, signal.default_int_handler)
-    held, run_id, phase = 0, new_run_id(), Phase("verify")
+    held, run_id, task = 0, new_run_id(), Task("verify", Phase("verify"), "main")
+    attempt = Attempt(task, 1, run_id, Item(id="verify", title="verify"))
     become_subreaper()
     with space.repo.checkout(commit) as root:
-        names = run_id, Task("verify", phase, "main"), 1, run_id, root, "", root
-        limits = phase_timeout_s(config, phase), 0.0, LEFTOVER_GRACE_S
         for text in told:
             trouble = f"{text}: not run, for neither {config.source} nor the item names it"
             if argv := known.get("".join(text.split())):
                 never = asyncio.Event()
-                spec = AttemptSpec(*names, config.agent, *limits, never, never)
-                trouble = asyncio.run(run_verify(spec, [argv])) or ""
+                site = Site(run_id, root, config, never, never)
+                trouble = asyncio.run(run_verify(site, attempt, [argv])) or ""
                 trouble += FRESH * bool(trouble)
             held += not trouble
             say(args, trouble or f"{text}: holds")
