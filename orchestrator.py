@@ -152,7 +152,6 @@ from gitutil import (
     GITLINK_MODE,
     HOOK_LIMIT_S,
     HOOK_NAMES,
-    HOOK_ROUNDS,
     Change,
     Entry,
     GitError,
@@ -258,7 +257,6 @@ class Usage(NamedTuple):
         return (self.input_tokens or 0) + (self.output_tokens or 0)
 
     def plus(self, more: Usage) -> Usage:
-        """The sum; what only one of the two reports counts as it is."""
         pairs = zip(self, more, strict=True)
         sums = (b if a is None else a if b is None else a + b for a, b in pairs)
         return Usage(*cast("Any", sums))
@@ -328,7 +326,6 @@ class Attempt:
 
     @property
     def tag(self) -> str:
-        """How a line of the log begins."""
         return phase_line(self.task.item_id, self.task.name, "").rstrip()
 
     @property
@@ -340,15 +337,15 @@ class Attempt:
     def destructive(self) -> bool:
         return self.task.phase.destructive
 
-    def entry(self, outcome: str, summary: str, result: PhaseResult | None = None) -> MessageEntry:
-        """What the commit of an outcome says."""
+    def outcome(self, word: str, summary: str, result: PhaseResult | None = None) -> Outcome:
+        """What it ended with, as a commit tells it."""
         task, kind = self.task, "feat" if self.destructive else "docs"
         if result is not None and result.commit_type in COMMIT_TYPES:
             kind = result.commit_type
-        return MessageEntry(task.item_id, task.name, outcome, summary, self.token, kind)
+        told = MessageEntry(task.item_id, task.name, word, summary, self.token, kind)
+        return Outcome(told, self.before.head.commit, was=self.item)
 
     def line(self) -> dict[str, Any]:
-        """What the journal holds of it, for a start after a crash."""
         return {
             "token": self.token,
             "item": self.task.item_id,
@@ -366,6 +363,28 @@ class Attempt:
         task = Task(line["item"], Phase(**line["phase"]), line["pool"])
         strays = frozenset(line["strays"])
         return cls(task, line["number"], line["token"], line["was"], before, strays)
+
+
+class Outcome(NamedTuple):
+    """What a phase ended with, for the commit that it becomes (or becomes a part of)."""
+
+    told: MessageEntry  # what its commit says; if "complete", BACKLOG.yaml goes along
+    parent: str | None  # HEAD as the attempt began: where a search for the token may stop
+    entries: Sequence[Entry] = ()  # what the phase leaves, with the bytes it had when it ended
+    worklog: str = ""  # text that belongs into the worklog, appended once
+    was: Item | None = None  # the item as the phase began
+    message: str = ""  # of its commit, as the repository's hooks left it; "": still to be made
+
+    def line(self) -> dict[str, Any]:
+        entries = [entry._asdict() for entry in self.entries]
+        told = {"token": self.told.token, "told": self.told._asdict()}
+        return {**self._asdict(), **told, "entries": entries}
+
+    @classmethod
+    def from_line(cls, line: Mapping[str, Any]) -> Outcome:
+        told = MessageEntry(**line["told"])
+        entries = [Entry(**entry) for entry in line["entries"]]
+        return cls(told, line["parent"], entries, line["worklog"], line["was"], line["message"])
 
 
 class Site(NamedTuple):
@@ -937,7 +956,6 @@ def select_actions(
 
 
 def _considered(items: Mapping[str, Item], only: Container[str] | None) -> Iterable[Item]:
-    """The items with an id in `only`; None: all of them."""
     if only is None:
         return items.values()
     return (item for item_id, item in items.items() if item_id in only)
@@ -2401,12 +2419,10 @@ class AgentReport:
         self.unfinished = False  # events came, the closing one has not
 
     def failed(self, text: str, status: float | None = None) -> str:
-        """Take in an error that the CLI reports."""
         self.error, self.status, self.unfinished = text or UNTOLD, status, False
         return self.error
 
     def said(self, text: str) -> str:
-        """Take in a piece of a message."""
         self.message = (self.message + text)[-MESSAGE_LIMIT:]
         return text
 
@@ -2448,7 +2464,6 @@ def _number_at(value: object, key: str) -> float | None:
 
 
 def _tokens_at(usage: object) -> tuple[int, int]:
-    """Token counts, in and out."""
     caches = "cache_creation_input_tokens", "cache_read_input_tokens"  # claude's
     counts = [int(_number_at(usage, k) or 0) for k in ("output_tokens", "input_tokens", *caches)]
     return sum(counts[1:]), counts[0]
@@ -3085,7 +3100,6 @@ class Child:
 
     @property
     def ending(self) -> str:
-        """How it ended, in words."""
         if self.code is None or self.code >= 0:
             return "could not be killed" if self.code is None else f"exit code {self.code}"
         names = {number.value: number.name for number in signal.Signals}
@@ -3220,7 +3234,19 @@ class Child:
         """Decide what it came to; `now` in epoch seconds. Exit codes lie, results do not."""
         if self.command:
             return self._judge_command()
-        report, (result, problem) = self.report, self._find_result()
+        report, ended_well = self.report, (self.why, self.code) == ("exit", 0)
+        result, problem = None, ""  # what is wrong with what there is
+        try:
+            result = self._read_result()
+            if result is None and ended_well and not (report.error or report.unfinished):
+                result = _result_in_message(report.message, self.task)
+            if report.background and (result is not None or ended_well):
+                left = sorted(report.background)
+                names = ", ".join(report.tasks.get(one) or f"task {one}" for one in left)
+                result, running = None, one_line(names, 200)
+                problem = f"it ended while this was still running in the background: {running}"
+        except ResultError as error:
+            problem = str(error)
         if result is not None:
             remark = f"result accepted in spite of: {self.ending}" if self.code != 0 else ""
             if self.why not in ("exit", "stop"):
@@ -3250,23 +3276,7 @@ class Child:
         missing = self.why == "exit" and self.code in (126, 127)
         return AgentOutcome("failed", detail=text, error=text if missing else "")
 
-    def _find_result(self) -> tuple[PhaseResult | None, str]:
-        """The result, or what is wrong with what there is ("" if there simply is none)."""
-        report, ended_well = self.report, (self.why, self.code) == ("exit", 0)
-        try:
-            result = self._read_result()
-        except ResultError as error:
-            return None, str(error)
-        if result is None and ended_well and not (report.error or report.unfinished):
-            result = _result_in_message(report.message, self.task)
-        if report.background and (result is not None or ended_well):
-            names = (report.tasks.get(one) or f"task {one}" for one in sorted(report.background))
-            running = one_line(", ".join(names), 200)
-            return None, f"it ended while this was still running in the background: {running}"
-        return result, ""
-
     def _failure(self, problem: str) -> str:
-        """Why the attempt failed, in one line."""
         report = self.report
         if self.why == "idle":
             return f"timed out: no output for {self.idle_timeout_s:g} seconds"
@@ -3472,6 +3482,7 @@ def demo_agent(env: Mapping[str, str], prompt: str, root: Path) -> int:
 
 # ==== 7. The ledger ===============================================================================
 
+HOOK_ROUNDS = 4  # how often a hook may reject what it has mended, or a check change what passed
 COMMIT_PAUSE_S = 30.0  # between tries of a phase commit that met trouble
 COMMIT_GIVE_UP_S = 300.0  # then the run halts
 
@@ -3502,11 +3513,7 @@ def set_up_logging(args: argparse.Namespace, live: LiveLine | None = None) -> No
             text = record.getMessage()
             if record.exc_info:
                 text += f"\n{logging.Formatter().formatException(record.exc_info)}"
-            lines = f"{clock} {tag}{clean_text(text)}".split("\n")
-            width = output_width(sys.stderr)
-            # A line that is indented already is a command to be copied.
-            pieces = ([one] if one[:2] == "  " else wrap(one, width, " " * 9) for one in lines)
-            text = "\n".join(itertools.chain(*pieces))
+            text = f"{clock} {tag}{clean_text(text)}"
             return tint(text) if tinted else text
 
         def emit(self, record: logging.LogRecord) -> None:
@@ -3532,7 +3539,6 @@ def coloured(args: argparse.Namespace, stream: TextIO) -> bool:
 
 
 def say(args: argparse.Namespace, text: str) -> None:
-    """Print a result for people."""
     print(tint(text) if coloured(args, sys.stdout) else text)
 
 
@@ -3550,45 +3556,24 @@ class LiveLine:
 
     def wipe(self) -> None:
         if self.enabled:
-            with suppress(OSError):  # the terminal may be gone: that is what SIGHUP means
-                sys.stderr.write("\r\x1b[K")
-                sys.stderr.flush()
+            self._put("\r\x1b[K")
 
     def draw(self) -> None:
-        if self.enabled and self.text is not None:
-            import shutil
+        import shutil
 
-            with suppress(OSError):
-                sys.stderr.write(fit(self.text(), shutil.get_terminal_size().columns - 1).rstrip())
-                sys.stderr.flush()
+        if self.enabled and self.text is not None:
+            self._put(fit(self.text(), shutil.get_terminal_size().columns - 1).rstrip())
+
+    def _put(self, text: str) -> None:
+        with suppress(OSError):  # the terminal may be gone: that is what SIGHUP means
+            sys.stderr.write(text)
+            sys.stderr.flush()
 
 
 # ---- What a run writes ---------------------------------------------------------------------------
 
 SALVAGE_REFS = "refs/orchestrator/salvage/"
 SNAPSHOT_REFS = "refs/orchestrator/snapshots/"
-
-
-class Outcome(NamedTuple):
-    """What a phase ended with, for the commit that it becomes (or becomes a part of)."""
-
-    told: MessageEntry  # what its commit says; if "complete", BACKLOG.yaml goes along
-    parent: str | None  # HEAD as the attempt began: where a search for the token may stop
-    entries: tuple[Entry, ...] = ()  # what the phase leaves, with the bytes it had when it ended
-    worklog: str = ""  # text that belongs into the worklog, appended once
-    was: Item | None = None  # the item as the phase began
-    message: str = ""  # of its commit, as the repository's hooks left it; "": still to be made
-
-    def line(self) -> dict[str, Any]:
-        entries = [entry._asdict() for entry in self.entries]
-        told = {"token": self.told.token, "told": self.told._asdict()}
-        return {**self._asdict(), **told, "entries": entries}
-
-    @classmethod
-    def from_line(cls, line: Mapping[str, Any]) -> Outcome:
-        told = MessageEntry(**{**line["told"], "verified": tuple(line["told"]["verified"])})
-        entries = tuple(Entry(**entry) for entry in line["entries"])
-        return cls(told, line["parent"], entries, line["worklog"], line["was"], line["message"])
 
 
 class Aftermath(NamedTuple):
@@ -3635,7 +3620,6 @@ class Ledger:
         self.refused = ""  # why what is finished cannot be committed, so that the run ends
         self.recovered: list[Applied] = []  # what a start has finished for the last run
         self.kept: list[str] = []  # the salvage refs made
-        self.remarks: list[str] = []  # what the summary is to say of the operator's own files
 
     @property
     def journal(self) -> Journal:
@@ -3648,7 +3632,6 @@ class Ledger:
 
     @property
     def pending(self) -> list[Outcome]:
-        """What is to be committed, the oldest first."""
         journal = self.store.journal
         return [Outcome.from_line(line) for line in journal.outcomes.values()] if journal else []
 
@@ -3674,28 +3657,19 @@ class Ledger:
         self.store.change(lambda _: None, patient=patient)
 
     def promote(self, item_id: str) -> Applied:
-        """Move a ready item to its first phase, or block it where it may not start."""
         told = MessageEntry(item_id, "promotion", "blocked", "", os.urandom(8).hex())
         edit = partial(promote, item_id=item_id, rules=self.rules, now=self.clock())
         return self._decide(edit, Outcome(told, self.journal.run["head"]))
 
-    def decide(
-        self,
-        attempt: Attempt,
-        told: MessageEntry,
-        entries: Iterable[Entry],
-        result: PhaseResult,
-        message: str = "",
-    ) -> Applied:
+    def decide(self, attempt: Attempt, made: Outcome, result: PhaseResult) -> Applied:
         """The end of a phase: what its result makes of the backlog, and what is to be committed."""
-        spent, parent = self._spent(attempt), attempt.before.head.commit
+        spent = self._spent(attempt)
 
         def edit(draft: Draft) -> Applied:
             applied = apply_result(draft, attempt.item, result, self.rules, self.clock())
             return applied._replace(worklog=with_cost(applied.worklog, usage_text(spent)))
 
-        made = Outcome(told, parent, tuple(entries), was=attempt.item, message=message)
-        return self._decide(edit, made, ended=[attempt.token], spent={told.item_id: None})
+        return self._decide(edit, made, ended=[attempt.token], spent={attempt.task.item_id: None})
 
     def _decide(self, edit: Callable[[Draft], Applied], made: Outcome, **more: Any) -> Applied:
         """Decision and outcome: one line of the journal, then the file, the worklog."""
@@ -3780,34 +3754,47 @@ class Ledger:
         Ends with a text, and nothing is decided, where the attempt has failed after all, or is
         Held. Others have the ledger while checks run: see `resume`.
         """
-        seen, message = self.compare(attempt), ""
-        told = attempt.entry("complete", result.commit_summary or result.summary, result)
+        seen = self.compare(attempt)
         self.take_in()
         gone = attempt.destructive and attempt.task.item_id not in self.store.backlog.items
         if result.result == "blocked" or gone:
-            entries, why = self._documents(attempt, seen), result.context or result.summary
-            why = "its item was deleted meanwhile" if gone else why
-            why += self._salvage_note(attempt, seen)
-            told, result = attempt.entry("blocked", why, result), result._replace(context=why)
+            why = "its item was deleted meanwhile" if gone else result.context or result.summary
             if gone:
                 log().warning("%s %s", attempt.tag, why)
-        else:
-            passed = yield from self._pass(attempt, result, told, seen)
-            if isinstance(passed, str):
-                return passed
-            seen, told, entries, message = passed
-        complete = told.outcome == "complete"
-        if attempt.destructive and complete:
-            self._name_unshared(attempt, seen)
-        applied = self.decide(attempt, told, entries, result, message)
+            return self._end_without(attempt, seen, "blocked", why, result)
+        made = attempt.outcome("complete", result.commit_summary or result.summary, result)
+        passed = yield from self._pass(attempt, result, made, seen)
+        if isinstance(passed, str):
+            return passed
+        seen, made = passed
+        changed = (change.after for change in seen.changes)
+        if alone := self.repo.unshared(changed) if attempt.destructive else []:
+            log().warning(
+                "%s left a git repository in the tree, or a submodule at a commit that none of its"
+                " remotes has: %s. No commit of this repository can hold that: push it from there,"
+                " add it as a submodule, or remove it.",
+                *(attempt.tag, one_line(", ".join(alone), 200)),
+            )
+            self.space.add_strays(alone)
+        applied = self.decide(attempt, made, result)
         batched = result.result == "phase_complete" and attempt.task.pool != TRIAGE
-        if complete and (attempt.destructive or not batched):
+        if attempt.destructive or not batched:
             self.commit()
         return applied
 
-    def fail(self, attempt: Attempt) -> str | None:
-        """Charge a failed attempt; returns the ref that keeps what a destructive one left."""
-        ref = self._salvage(attempt, self.compare(attempt))
+    def _end_without(
+        self, attempt: Attempt, seen: Aftermath, word: str, why: str, result: PhaseResult
+    ) -> Applied:
+        """The end of a phase that is not complete: its documents are kept, its code on a ref."""
+        documents = self._documents(attempt, seen)
+        if ref := self._salvage(attempt, seen):
+            why += f" (its changes are kept on {ref})"
+        made = attempt.outcome(word, why, result)._replace(entries=documents)
+        return self.decide(attempt, made, result._replace(context=why))
+
+    def fail(self, attempt: Attempt) -> None:
+        """Charge a failed attempt; what a destructive one left is kept on a ref."""
+        self._salvage(attempt, self.compare(attempt))
         # Documents are still to be looked after: see `begin_attempt` and `cancel`.
         ended = [attempt.token] if attempt.destructive else []
         self.store.change(
@@ -3815,32 +3802,29 @@ class Ledger:
             lambda _: {"ended": ended, **self._costs(attempt)},
         )
         attempt.usage = NOTHING_SPENT  # told
-        return ref
 
     def give_up(self, attempt: Attempt, reason: str, result: PhaseResult | None) -> Applied:
         """Record that the last attempt failed: the item is blocked."""
-        seen = self.compare(attempt)
-        entries = self._documents(attempt, seen)
-        reason += self._salvage_note(attempt, seen)
         failed = result or PhaseResult(attempt.task.item_id, attempt.task.name, "failed", reason)
-        failed = failed._replace(result="failed", context=reason)
-        return self.decide(attempt, attempt.entry("failed", reason, failed), entries, failed)
+        failed = failed._replace(result="failed")
+        return self._end_without(attempt, self.compare(attempt), "failed", reason, failed)
 
-    def cancel(self, attempt: Attempt) -> str | None:
+    def cancel(self, attempt: Attempt) -> None:
         """An attempt was interrupted: nothing is charged, nothing it left is lost.
 
-        Code is kept on the ref that is returned, documents become a commit of their own.
+        Code is kept on a ref, documents become a commit of their own.
         """
         if attempt.token not in self.journal.attempts:  # its end is in the journal already
-            return None
+            return
         seen = self.compare(attempt)
-        documents, ref = self._documents(attempt, seen), self._salvage(attempt, seen)
+        documents = self._documents(attempt, seen)
+        self._salvage(attempt, seen)
         line: dict[str, Any] = {"ended": [attempt.token], **self._costs(attempt)}
         if documents:
-            told = attempt.entry("interrupted", "its documents so far")
-            line["outcome"] = Outcome(told, seen.after.head.commit, tuple(documents)).line()
+            made = attempt.outcome("interrupted", "its documents so far")
+            made = made._replace(parent=seen.after.head.commit, entries=documents)
+            line["outcome"] = made.line()
         self.store.note(line)
-        return ref
 
     # -- what a phase left in the work tree --------------------------------------------------------
 
@@ -3928,62 +3912,48 @@ class Ledger:
         """What a document phase may commit; anything else it touched is named and left alone."""
         made, elsewhere = self._outputs(attempt, seen)
         if elsewhere and not attempt.destructive:
+            had = [c.before for c in seen.changes if c.before.path in elsewhere]
+            had = [entry for entry in had if entry.path in seen.theirs and not entry.absent]
+            yours = {entry.path: f" (yours: git show {entry.oid})" for entry in had}
             log().warning(
                 "%s touched files outside its outputs; they are left as they are, not committed:"
                 " %s",
-                *(attempt.tag, one_line(", ".join(sorted(elsewhere)), 300)),
+                *(attempt.tag, ", ".join(path + yours.get(path, "") for path in elsewhere[:20])),
             )
             self.space.add_strays(set(elsewhere) - seen.theirs.keys())
-            for had in (change.before for change in seen.changes):
-                if had.path in elsewhere and had.path in seen.theirs and not had.absent:
-                    what = "held before (git keeps that for two weeks)"
-                    self._tell_of_theirs(attempt, had.path, what, had.oid)
         return made
 
-    def _tell_of_theirs(self, attempt: Attempt, path: str, what: str, where: str) -> None:
-        """Say, now and in the summary, how to get back what was in a file of the operator's."""
-        text = (
-            f"{path}, which had uncommitted changes of yours, was changed while {attempt.label}"
-            f" ran, by its agent or by you. What it {what}:\n  git show {where}"
-        )
-        log().warning("%s", text)
-        self.remarks.append(text)
-
-    def _name_unshared(self, attempt: Attempt, seen: Aftermath) -> None:
-        """Warn of repositories in the tree whose commits nobody else would get."""
-        alone = self.repo.unshared(change.after for change in seen.changes)
-        if alone:
-            log().warning(
-                "%s left a git repository in the tree, or a submodule at a commit that none of its"
-                " remotes has: %s. No commit of this repository can hold that: push it from there,"
-                " add it as a submodule, or remove it.",
-                *(attempt.tag, one_line(", ".join(alone), 200)),
-            )
-            self.space.add_strays(alone)
-
     def _pass(
-        self, attempt: Attempt, result: PhaseResult, told: MessageEntry, seen: Aftermath
-    ) -> Generator[Checks, str | None, tuple[Aftermath, MessageEntry, list[Entry], str] | str]:
+        self, attempt: Attempt, result: PhaseResult, made: Outcome, seen: Aftermath
+    ) -> Generator[Checks, str | None, tuple[Aftermath, Outcome] | str]:
         """Hooks, then checks, and again while the work tree is not just what is to be committed: so
         the checks have passed on that. Or why the attempt has failed.
         """
         item = self.store.backlog.items.get(attempt.task.item_id, attempt.item)
-        complete, unlike = result.result == "phase_complete", list[str]()
+        complete, why = result.result == "phase_complete", ""
         checks = checks_of(self.config, item, attempt.task.name) if complete else ()
-        told = told._replace(verified=tuple(map(command_text, checks)))
+        told = made.told._replace(verified=tuple(map(command_text, checks)))
         for _ in range(HOOK_ROUNDS):
-            entries, message, hook = self._documents(attempt, seen), "", ""
+            made, hook = made._replace(told=told, entries=self._documents(attempt, seen)), ""
             if attempt.destructive:
                 judged = self._judge_code(attempt, result, told, seen)
                 if isinstance(judged, str):
                     return judged
-                _, hook, _, entries, message = judged
+                if judged.outcome == "files":  # what it has mended of the commit is judged anew
+                    why, again = f"{_hook_trouble(judged)}:\n{judged.output}", self.compare(attempt)
+                    mine = [change for change in again.changes if change.after.path in seen.paths]
+                    if mine == seen.changes:
+                        return why
+                    seen = again._replace(changes=mine)
+                    continue
+                hook = judged.hook
+                made = made._replace(entries=judged.entries, message=judged.message)
             if checks and (trouble := (yield checks)) is not None:
                 cannot = isinstance(trouble, CannotRun)
                 return self._hold(attempt, result, trouble) if cannot else trouble
             if checks or hook:  # what they did to the work tree is the phase's, too
                 seen = self.compare(attempt)
-            unlike = self._unlike(attempt, seen, {*entries}) if checks or hook else []
+            unlike = self._unlike(attempt, seen, {*made.entries}) if checks or hook else []
             if unlike and not checks:  # as `git commit` would have it: mended, and not added
                 log().warning(
                     "%s the hooks changed files without adding them; not committed: %s",
@@ -3991,12 +3961,12 @@ class Ledger:
                 )
                 self.space.add_strays(unlike)
             if not (unlike and checks):
-                return seen, told, entries, message
-        paths = one_line(", ".join(unlike), 200)
-        return (
-            f"hooks and checks change what is to be committed, in {HOOK_ROUNDS} rounds each time:"
-            f" {paths}. Let git ignore what only a check makes"
-        )
+                return seen, made
+            why = (
+                f"hooks and checks change what is to be committed, in {HOOK_ROUNDS} rounds each"
+                f" time: {one_line(', '.join(unlike), 200)}. Let git ignore what only a check makes"
+            )
+        return why
 
     def _unlike(self, attempt: Attempt, seen: Aftermath, entries: set[Entry]) -> list[str]:
         """The paths in which the work tree is not what is to be committed."""
@@ -4017,7 +3987,7 @@ class Ledger:
     ) -> HookResult | str:
         """Let the repository's hooks judge and mend the commit of a destructive phase.
 
-        Returns what is to be committed, or why the attempt has failed or is Held.
+        Returns what is to be committed, or rejected, or why the attempt has failed or is Held.
         """
         config = self.repo.prefix + CONFIG_NAME  # ours: may be changed by both
         if clash := [path for path in seen.paths if path in seen.theirs and path != config]:
@@ -4041,7 +4011,7 @@ class Ledger:
             mine = mine - self.space.strays().keys() | {*seen.paths}
             return verdict._replace(entries=[e for e in verdict.entries if e.path in mine])
         if verdict.outcome == "files":
-            return f"{_hook_trouble(verdict)}:\n{verdict.output}"
+            return verdict
         keys = "commits.style, commits.signoff and execution.hook_timeout_seconds"
         see = "" if self.repo.hurried() else f"\nSee {keys}"
         return self._hold(attempt, result, f"{_hook_trouble(verdict)}: {verdict.output}{see}")
@@ -4120,16 +4090,12 @@ class Ledger:
         links = (c.after.path for c in seen.changes if c.after.mode == GITLINK_MODE)
         self.space.add_strays(links)  # they stay: nothing else holds their commits
         paths = one_line(", ".join(entry.path for entry in left), 200)
-        log().info("%s what it left is kept on %s: %s", attempt.tag, ref, paths)
-        for path in (change.after.path for change in theirs):
-            what = "held then (it is as it was before the phase)"
-            self._tell_of_theirs(attempt, path, what, f"{ref}:{command_text([path])}")
+        told = f"what it left is kept on {ref}: {paths}"
+        if theirs or self.journal.run["id"] != self.run_id:  # it was killed, perhaps long ago
+            told += f". What you have changed there meanwhile, too: git show {ref}:PATH"
+        log().warning("%s %s", attempt.tag, told)
         self.kept.append(ref)
         return ref
-
-    def _salvage_note(self, attempt: Attempt, seen: Aftermath) -> str:
-        ref = self._salvage(attempt, seen)
-        return f" (its changes are kept on {ref})" if ref else ""
 
     def salvage_refs(self, task: Task) -> tuple[str | None, str]:
         """The newest salvage ref of a phase of an item, and the next to be made."""
@@ -4294,17 +4260,26 @@ class Ledger:
         for line in list(self.journal.attempts.values()):
             attempt, held = Attempt.from_line(line), line.get("held")
             try:
-                if not (held and self._conclude_held(attempt, held)):
-                    self._cut_off(attempt)
+                if held and self._conclude_held(attempt, held):
+                    continue
+                due = is_due(self.store.backlog.items, attempt.task)
+                what = "it starts again" if due else "its item has gone, or moved on"
+                log().info("%s was cut off; %s", attempt.tag, what)
+                self.cancel(attempt)
             except OrchestratorError as error:  # a rewound branch is told of once, for all of them
                 refused.append(error)
         if refused:
             raise refused[0]
+        head = self.repo.head().commit
         for outcome in self.pending:
-            if self.repo.mentions(outcome.told.token, outcome.parent):
-                self.store.note({"committed": [outcome.told.token]})
-            elif overtaken := self._overtaken(outcome):
-                self._take_back(outcome, overtaken)
+            token, parent = outcome.told.token, outcome.parent
+            changes = self.repo.changes(parent, head) if head and parent not in (None, head) else ()
+            since = {change.after.path: change.after for change in changes}
+            theirs = [e.path for e in outcome.entries if since.get(e.path, e) != e]
+            if self.repo.mentions(token, parent):
+                self.store.note({"committed": [token]})
+            elif theirs:  # somebody has committed something else to it
+                self._take_back(outcome, theirs)
             else:
                 append_worklog(self.worklog_dir, self.clock(), outcome.worklog)
         self.commit()
@@ -4316,26 +4291,6 @@ class Ledger:
             )
         message = partial(state_message, "Recover backlog state")
         self.commit_state("recovered what the last run decided", message)
-
-    def _cut_off(self, attempt: Attempt) -> None:
-        due = is_due(self.store.backlog.items, attempt.task)
-        what = "it starts again" if due else "its item has gone, or moved on"
-        log().info("%s was cut off; %s", attempt.tag, what)
-        if ref := self.cancel(attempt):
-            log().warning(
-                "The files are again as they were before that phase. What you have changed"
-                " yourself since the crash is kept with the rest; to get a file of yours back:"
-                "\n  git restore --source=%s -- PATH",
-                ref,
-            )
-
-    def _overtaken(self, outcome: Outcome) -> list[str]:
-        """The paths of an outcome that somebody has committed something else to since."""
-        head = self.repo.head().commit
-        if head is None or outcome.parent in (None, head):
-            return []
-        since = {c.after.path: c.after for c in self.repo.changes(outcome.parent, head)}
-        return [e.path for e in outcome.entries if e.path in since and since[e.path] != e]
 
     def _take_back(self, outcome: Outcome, paths: Sequence[str]) -> None:
         """A phase whose files are somebody else's by now: kept on a ref, and to be run again."""
@@ -4456,14 +4411,11 @@ class Coordinator:
         loop = asyncio.get_running_loop()
         while (request := await self._queue.get()) is not None:
             answer, work = request
-            try:
-                done = await loop.run_in_executor(self._thread, work)
-            except Exception as error:
-                if not answer.done():
+            with suppress(asyncio.InvalidStateError):  # whoever asked has stopped waiting
+                try:
+                    answer.set_result(await loop.run_in_executor(self._thread, work))
+                except Exception as error:
                     answer.set_exception(error)
-            else:
-                if not answer.done():  # else whoever asked has stopped waiting
-                    answer.set_result(done)
 
 
 def _log_error(answer: asyncio.Future[Any]) -> None:
@@ -4495,7 +4447,13 @@ class Run:
         self.live = live
         self.run_id = run_id
         self.allow_dirty = allow_dirty
-        self.ledger = Ledger(space, run_id, utc_now, self._check_at_start)
+        # A start checks on the coordinator's thread, which waits.
+        self.ledger = Ledger(
+            space,
+            run_id,
+            utc_now,
+            lambda *of: asyncio.run_coroutine_threadsafe(self._check(*of), self.loop).result(),
+        )
         self.begun = False  # from then on it ends with a halt commit
         self.since = time.monotonic()
         self.phases = 0
@@ -4521,7 +4479,7 @@ class Run:
         self.workers: set[asyncio.Task[None]] = set()
         # Ids that the filters ever matched; None: there are no filters.
         self.matched: set[str] | None = set() if options.filters else None
-        self.failures: dict[str, str] = {}  # item → why the attempt before an interruption failed
+        self.failures: dict[str, str] = {}  # item → why the last attempt at its phase failed
         # (agent, item) that had a free end → whether the agent has done another item's work since
         self.suspects: dict[tuple[str, str], bool] = {}
         self.breaker = ""  # why the agent itself cannot work
@@ -4633,7 +4591,13 @@ class Run:
 
     async def _work(self) -> HaltReason:
         """Look, decide, start, wait, until there is a reason to halt."""
-        self.ticker = asyncio.create_task(self._tick())
+
+        async def tick() -> None:  # whatever the coordinator is busy with
+            while True:
+                self.live.show(self._live_text)
+                await asyncio.sleep(POLL_S)
+
+        self.ticker = asyncio.create_task(tick())
         for agent, pause in self.ledger.pauses().items():
             if pause.until > self._now():
                 log().info("%s %s (%s)", agent, self._rest_text(pause), pause.reason)
@@ -4642,7 +4606,17 @@ class Run:
             self._look_for_stop()
             if self.matched is not None:
                 self.matched |= matching(self.backlog, self.options.filters)
-            offered = self._offered()
+            offer = partial(
+                select_actions,
+                self.options,
+                self.backlog,
+                self.running,
+                self.config,
+                self.matched,
+                completed=self.completed,
+                behind={item_id for (_, item_id), guilty in self.suspects.items() if not guilty},
+            )
+            offered = offer()
             exhausted = self.exhausted_in_a_row >= self.config.execution.circuit_breaker
             reason = halt_reason(
                 self.options,
@@ -4657,20 +4631,12 @@ class Run:
             )
             if reason is not None:
                 return reason
-            if resting := self._resting():
-                offered = self._offered(resting)
-            if not await self._start(offered):
+            resting = self._resting()
+            if not await self._start(offer(resting=resting) if resting else offered):
                 await self._wait()
             await self.do(self.ledger.commit, patient=True)
-            if self.ledger.refused and not self.breaker:
-                log().error("%s", self.ledger.refused)
-                self.breaker = self.ledger.refused
-
-    async def _tick(self) -> None:
-        """Keep the live line going, whatever the coordinator is busy with."""
-        while True:
-            self.live.show(self._live_text)
-            await asyncio.sleep(POLL_S)
+            if self.ledger.refused:
+                self._trip(self.ledger.refused)
 
     def _look_for_stop(self) -> bool:
         """Whether the run is to end, be it by a signal or by `orchestrator stop`."""
@@ -4678,19 +4644,6 @@ class Run:
             log().warning("asked to stop: what is in flight is finished, nothing new is started")
             self.halting.set()
         return self.halting.is_set()
-
-    def _offered(self, resting: Collection[str] = ()) -> list[Action]:
-        """What could be started now, the cap not yet applied."""
-        return select_actions(
-            self.options,
-            self.backlog,
-            self.running,
-            self.config,
-            self.matched,
-            completed=self.completed,
-            resting=resting,
-            behind={item_id for (_, item_id), guilty in self.suspects.items() if not guilty},
-        )
 
     def cap_reached(self) -> str:
         """Which limit of the run is used up; "" while none is."""
@@ -4750,12 +4703,11 @@ class Run:
     async def _wait(self) -> None:
         """Until a phase ends, the run is stopped, or it is time to look at the disk again."""
         stopped = asyncio.ensure_future(self.stopping.wait())
-        done, _ = await asyncio.wait(
-            {*self.workers, stopped}, timeout=POLL_S, return_when=asyncio.FIRST_COMPLETED
-        )
+        ends = {*self.workers, stopped}
+        await asyncio.wait(ends, timeout=POLL_S, return_when=asyncio.FIRST_COMPLETED)
         stopped.cancel()
-        for worker in done - {stopped}:
-            self.workers.discard(cast("asyncio.Task[None]", worker))
+        for worker in [one for one in self.workers if one.done()]:
+            self.workers.discard(worker)
             worker.result()
 
     # -- one phase ---------------------------------------------------------------------------------
@@ -4765,6 +4717,7 @@ class Run:
         del self.running[task.item_id]  # after an error it stays, so that it is not begun again
         self.attempts.pop(task.item_id, None)
         if applied is not None:
+            self.failures.pop(task.item_id, None)
             self._count(applied)
 
     async def _attempts(self, task: Task) -> Applied | None:
@@ -4776,7 +4729,6 @@ class Run:
         ledger, allowed = self.ledger, self.config.execution.max_retries + 1
         item = self.backlog.items.get(task.item_id)
         first = (item.get("attempts") or 0) + 1 if item else 1
-        failure, salvaged = self.failures.pop(task.item_id, ""), None
         attempt: Attempt | None = None
         for number in itertools.count(min(first, allowed)):
             attempt = await self.do(ledger.begin_attempt, task, number, attempt)
@@ -4785,43 +4737,38 @@ class Run:
                 return None
             self.attempts[task.item_id] = attempt
             attempt.since = attempt.told = time.monotonic()
-            outcome = await self._run_agent(attempt, allowed, failure, salvaged)
+            outcome = await self._run_agent(attempt)
             if await self._interrupted(attempt, outcome):
-                self.failures[task.item_id] = failure
                 return None
             verdict = await self._judge(attempt, outcome)
             if isinstance(verdict, Held):
                 if self.stopping.is_set():
                     self._say(task, "interrupted by the stop; the next start checks and commits it")
                 else:
-                    self._trip(task, verdict)
+                    self._trip(verdict, task)
                 return None
             if isinstance(verdict, Applied):
                 return verdict
-            failure = verdict
+            self.failures[task.item_id] = verdict
             try:
                 if number >= allowed:
                     self.exhausted_in_a_row += 1
-                    reason = f"{task.name} failed after {plural(allowed, 'attempt')}: {failure}"
+                    reason = f"{task.name} failed after {plural(allowed, 'attempt')}: {verdict}"
                     return await self.do(ledger.give_up, attempt, reason, outcome.result)
-                salvaged = await self.do(ledger.fail, attempt)
+                await self.do(ledger.fail, attempt)
             finally:  # said once it is charged: nobody is told what a crash would take back
-                text = f"attempt {number} of {allowed} failed: {one_line(failure, 300)}"
+                text = f"attempt {number} of {allowed} failed: {one_line(verdict, 300)}"
                 self._tell(task, text)
             if await self._put_off(task, retry_delay_s(self.config, number)):
-                self.failures[task.item_id] = failure
                 await self.do(ledger.cancel, attempt)
                 return None
         raise AssertionError("the last attempt returns")
 
-    async def _run_agent(
-        self, attempt: Attempt, allowed: int, failure: str, salvaged: str | None
-    ) -> AgentOutcome:
-        prompt = await self.do(self._prompt, attempt, allowed, failure, salvaged)
+    async def _run_agent(self, attempt: Attempt) -> AgentOutcome:
         outcome = await run_attempt(
             self.site,
             attempt,
-            prompt,
+            await self.do(self._prompt, attempt),
             budget_usd=self._budget(),
             # For a start that has to end it. After a power cut there is none left: no flush.
             started=lambda pid, since: self.coordinator.post(
@@ -4861,9 +4808,9 @@ class Run:
             self.free_ends += 1
             self.suspects.setdefault((agent, task.item_id), False)
             if outcome.trouble == "refused":
-                self._trip(task, outcome.error)
+                self._trip(outcome.error, task)
             elif self.free_ends >= FREE_ENDS:
-                self._trip(task, f"{outcome.error} ({FREE_ENDS} such ends in this run)")
+                self._trip(f"{outcome.error} ({FREE_ENDS} such ends in this run)", task)
             else:
                 await self._rest(task, outcome)
         else:
@@ -4902,16 +4849,12 @@ class Run:
         self.phases -= 1  # it goes on where it is now
         return True
 
-    def _check_at_start(self, attempt: Attempt, checks: Checks) -> str | None:
-        """For the coordinator's thread, which waits: nothing else is to be done yet."""
-        return asyncio.run_coroutine_threadsafe(self._check(attempt, checks), self.loop).result()
-
     async def _check(self, attempt: Attempt, checks: Checks) -> str | None:
         attempt.seen = Progress(f"checks: {'; '.join(map(command_text, checks))}")
         async with self.checking:
             return await run_verify(self.site, attempt, checks)
 
-    def _prompt(self, attempt: Attempt, allowed: int, failure: str, salvaged: str | None) -> str:
+    def _prompt(self, attempt: Attempt) -> str:
         task, root = attempt.task, self.space.repo.root
         change_dir, months = item_folder(root, attempt.item), recent_worklogs(root / WORKLOG_DIR)
         told = [row for one in months for row in read_worklog(one.read_text(errors="replace"))]
@@ -4920,12 +4863,12 @@ class Run:
             task,
             self.config,
             attempt=attempt.number,
-            attempts=allowed,
+            attempts=self.config.execution.max_retries + 1,
             result_path=self.site.result_path(attempt),
             change_dir=change_dir,
             previous_summary=last_summary(told, task.item_id),
-            failure=failure,
-            salvage_ref=salvaged or self.ledger.salvage_refs(task)[0],
+            failure=self.failures.get(task.item_id, ""),
+            salvage_ref=self.ledger.salvage_refs(task)[0],
             documents=documents_in(change_dir, root),
             backlog=self.backlog,
         )
@@ -4953,7 +4896,7 @@ class Run:
             goes_on = goes_on and self.config.execution.on_usage_limit == "wait"
         if not goes_on:
             again = f" ({pause.strikes} times in a row)" if pause.strikes > 1 else ""
-            return self._trip(task, outcome.error + again)
+            return self._trip(outcome.error + again, task)
         await self.do(self.ledger.rest, agent, pause)
         self.phases -= 1  # it is started again, and did nothing
         text = f"{outcome.error}; {agent} {self._rest_text(pause)}, no attempt is charged"
@@ -4963,9 +4906,9 @@ class Run:
         left = human_duration(pause.until - self._now())
         return f"rests for {left}, until {_local_text(pause.until)}"
 
-    def _trip(self, task: Task, why: str) -> None:
+    def _trip(self, why: str, task: Task | None = None) -> None:
         if not self.breaker:
-            log().error("%s", phase_line(task.item_id, task.name, why))
+            log().error("%s", phase_line(task.item_id, task.name, why) if task else why)
         self.breaker = self.breaker or why
 
     # -- counting and telling ----------------------------------------------------------------------
@@ -4977,7 +4920,6 @@ class Run:
         log().warning("%s", phase_line(task.item_id, task.name, text))
 
     def _count(self, applied: Applied) -> None:
-        """Count an outcome and say what it was."""
         item_id, title = applied.item["id"], applied.item["title"]
         for warning in applied.warnings:
             log().warning("%s: %s", item_id, warning)
@@ -5303,9 +5245,18 @@ def start_problems(space: Workspace, *, allow_dirty: bool) -> list[Problem]:
 
 def preflight(space: Workspace, *, allow_dirty: bool) -> list[Problem]:
     """Everything that would keep a run from working, each with its remedy; changes nothing."""
-    repo, config = space.repo, space.config
-    problems = repo.problems(space.store.path) or _message_problems(space)
-    journal = space.journal()
+    repo, config, journal = space.repo, space.config, space.journal()
+    problems = repo.problems(space.store.path)
+    if not problems:  # how commits are worded here, for the repository's hooks
+        told = MessageEntry(f"{config.prefix}-001", "build", "complete", "a sample")
+        sample = phase_message([told], "sample", config.commits.style)
+        limit = config.execution.hook_timeout_seconds
+        verdict = repo.run_hooks((), sample, message_only=True, limit_s=limit)
+        if verdict.outcome != "passed":
+            words = one_line(verdict.output, 300)
+            what = f"{_hook_trouble(verdict)}, tried on a sample: {words}"
+            remedy = f"See commits.style and commits.signoff in {CONFIG_NAME}, or mend the hook."
+            problems.append(Problem(what, remedy))
     unfinished = journal is not None and (journal.attempts or journal.outcomes)
     if not (allow_dirty or unfinished):  # the start that recovers looks at it then
         problems += _dirty_problems(space)
@@ -5315,30 +5266,14 @@ def preflight(space: Workspace, *, allow_dirty: bool) -> list[Problem]:
         problems.append(Problem(what, f"Bring it back: git restore {CONFIG_NAME}"))
     problems += preflight_config(config, Path.exists)
     problems += preflight_items(config, space.store.backlog)
-    problems += preflight_agents(config, repo.root)
-    return problems
+    agents = {one.cli: one for one in configured_agents(config)}.values()
+    return problems + [found for one in agents if (found := agent_problem(one, repo.root))]
 
 
 def signing_problems(repo: Repo) -> list[Problem]:
     """Whether commits can be signed, if they are to be; on a terminal a passphrase may be typed."""
     trouble = repo.wants_signatures() and repo.try_signing(terminal=os.isatty(0))
     return [trouble] if trouble else []
-
-
-def _message_problems(space: Workspace) -> list[Problem]:
-    """Whether the repository's hooks take the way commits are worded here."""
-    told = MessageEntry(f"{space.config.prefix}-001", "build", "complete", "a sample")
-    sample = phase_message([told], "sample", space.config.commits.style)
-    limit = space.config.execution.hook_timeout_seconds
-    verdict = space.repo.run_hooks((), sample, message_only=True, limit_s=limit)
-    if verdict.outcome == "passed":
-        return []
-    return [
-        Problem(
-            f"{_hook_trouble(verdict)}, tried on a sample: {one_line(verdict.output, 300)}",
-            f"See commits.style and commits.signoff in {CONFIG_NAME}, or mend the hook.",
-        )
-    ]
 
 
 def _dirty_problems(space: Workspace) -> list[Problem]:
@@ -5367,19 +5302,11 @@ def _dirty_problems(space: Workspace) -> list[Problem]:
 
 
 def configured_agents(config: Config) -> list[AgentSettings]:
-    """Every agent that the config names, with each model it is to use."""
     phases = [TRIAGE_PHASE]
     for pipeline in config.pipelines.values():
         phases += pipeline.all_phases
     wanted = (agent_settings(config, phase) for phase in phases if not phase.run)
     return list({(one.cli, one.model): one for one in wanted}.values())
-
-
-def preflight_agents(config: Config, root: Path) -> list[Problem]:
-    """Whether every agent that the config names can be started at all."""
-    settings = {one.cli: one for one in configured_agents(config)}
-    found = [agent_problem(one, root) for one in settings.values()]
-    return [problem for problem in found if problem is not None]
 
 
 def probe_agents(config: Config, root: Path) -> list[tuple[Problem | None, dict[str, object]]]:
@@ -5515,7 +5442,7 @@ def summary_of(space: Workspace, run: Run, code: int) -> dict[str, Any]:
     told |= {"filters": [str(one) for one in options.filters], "targets": list(options.targets)}
     told["state_commit"] = done.commit if done and done.outcome == "committed" else None
     told["kept"] = [row for row in kept if (row["item"], row["phase"]) not in ended]
-    told["warnings"] = [*run.warnings(), *run.ledger.remarks, *waiting]
+    told["warnings"] = [*run.warnings(), *waiting]
     told["counts"] = count_by_status(items.values())
     told["next"] = next_steps(run.reason, items, options.targets, program_name(), detail)
     return told
