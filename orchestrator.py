@@ -293,13 +293,6 @@ class AgentPause(NamedTuple):
     kind: Literal["busy", "limit", "reset"]  # a free end, a usage limit, one with a stated reset
 
 
-class Progress(NamedTuple):
-    """What an agent is doing, for the live line."""
-
-    last: str = ""  # latest message or tool call, one line
-    usage: Usage = Usage()  # of the attempt so far
-
-
 NOTHING_SEEN = Snapshot("", Head(None, None), ())
 
 
@@ -315,7 +308,8 @@ class Attempt:
     strays: frozenset[str] = frozenset()  # as it began: nobody's, so it may go on from them
     only: frozenset[str] | None = None  # what it changed, if the operator has had the tree since
     usage: Usage = NOTHING_SPENT
-    seen: Progress | None = None  # what its agent does; None: it has said nothing yet, or ended
+    last: str = ""  # what its agent did last, one line
+    so_far: Usage = NOTHING_SPENT  # as long as it is at work
     since: float = 0.0  # monotonic seconds
     told: float = 0.0  # when the log last had a line about it
 
@@ -412,6 +406,7 @@ class RunOptions(NamedTuple):
     auto_advance: bool = False
     only_triage: bool = False
     overridden: str = ""  # an item whose guardrails are overridden
+    allow_dirty: bool = False
 
 
 # ==== 3. Config ===================================================================================
@@ -2400,7 +2395,6 @@ class AgentReport:
     """
 
     def __init__(self) -> None:
-        self.last = ""  # latest message or tool call, one line
         self.message = ""  # what it has said since its last tool call, whole
         self.worked = False  # it has called a tool
         self.tasks: dict[str, str] = {}  # what it has started, by id, in its words
@@ -3063,8 +3057,7 @@ class Child:
         self.logs = log_paths(site.root, self.task, log_name)
         # Called with pid and start time, for the process and for what hides whose it is.
         self.started: Callable[[int, int], None] = lambda pid, start: None
-        self.tell: Callable[[Progress], None] = lambda seen: None
-        self.report, self._seen = AgentReport(), Progress()
+        self.report = AgentReport()
         self._marker = f"{ATTEMPT_MARK}={self.result_path}"
         self._told = set[tuple[int, int]]()  # what hides whose it is, as (pid, start)
         self._known: dict[int, int] = {}  # of these, what is this child's
@@ -3096,7 +3089,6 @@ class Child:
                 self._take(last=True)
         finally:
             del LIVE[self._marker]
-        self._tell()
 
     @property
     def ending(self) -> str:
@@ -3156,7 +3148,6 @@ class Child:
                 now = loop.time()
                 grown = now if self._take() else grown
                 self.seconds = now - begun
-                self._tell()
                 if gone.is_set() or (descriptor is None and self._process.poll() is not None):
                     return "exit"
                 if stop.is_set():
@@ -3183,9 +3174,10 @@ class Child:
         # Of text only the end is shown; to clean millions of lines would hold up the event loop.
         for line in out if self.profile.read else out[-10 * TAIL_LINES :]:  # some may be blank
             text = read_line(self.report, line, self.profile.read)
-            self.report.last = self.out.remember(text) or self.report.last
+            self.attempt.last = self.out.remember(text) or self.attempt.last
         for line in err[-10 * TAIL_LINES :]:
             self.err.remember(line.decode(errors="replace"))
+        self.attempt.so_far = self.report.usage()
         return sizes != (self.out.size, self.err.size)
 
     def _look_around(self) -> list[tuple[int, int]]:
@@ -3209,11 +3201,6 @@ class Child:
         self._told |= new  # an orphan, too, whoever's it is: if we are killed, nothing else tells
         self._known.update(one for one in new if one[0] in below or len(LIVE) == 1)
         return list(new)
-
-    def _tell(self) -> None:
-        before, self._seen = self._seen, Progress(self.report.last, self.report.usage())
-        if self._seen != before:
-            self.tell(self._seen)
 
     def _read_result(self) -> PhaseResult | None:
         """The result that the agent wrote; None if there is none, ResultError if it is unusable."""
@@ -3343,7 +3330,6 @@ async def run_attempt(
     *,
     budget_usd: float | None = None,
     started: Callable[[int, int], None] = lambda pid, start: None,
-    progress: Callable[[Progress], None] = lambda seen: None,
     log_name: str = "",  # else the number of the attempt
 ) -> AgentOutcome:
     """Run one attempt of a phase and judge how it ended; see `Child` for `started`.
@@ -3351,7 +3337,7 @@ async def run_attempt(
     Everything expected is an outcome; an exception is a bug, and leaves nothing that was started.
     """
     child = Child(site, attempt, budget_usd, log_name or str(attempt.number))
-    child.started, child.tell = started, progress
+    child.started = started
     if site.stop.is_set():
         return AgentOutcome("cancelled", detail=f"{child.label} was not run: the run is stopping")
     try:
@@ -3727,7 +3713,9 @@ class Ledger:
             )
         if not self.journal.attempts:
             self.ground = before
-        since = self.clock().isoformat(timespec="seconds")
+        attempt = Attempt(task, number, token, {}, before, strays)
+        more = {"since": self.clock().isoformat(timespec="seconds")}
+        more |= {"cli": agent_of(self.config, task.phase)}
 
         def due(draft: Draft) -> Item | None:
             if previous is not None and task.item_id not in draft.items:
@@ -3737,16 +3725,14 @@ class Ledger:
         def note(item: Item | None) -> dict[str, Any]:
             if item is None:
                 return {}
-            line = Attempt(task, number, token, item, before, strays=strays).line()
-            line |= {"cli": agent_of(self.config, task.phase), "since": since}
-            return {"attempt": line, "ended": [previous.token] if previous else []}
+            attempt.item, ended = item, [previous.token] if previous else []
+            return {"attempt": {**attempt.line(), **more}, "ended": ended}
 
-        item = self.store.change(due, note)
-        if item is None:
+        if self.store.change(due, note) is None:
             return None
         if task.pool != TRIAGE:
-            item_folder(self.repo.root, item).mkdir(parents=True, exist_ok=True)
-        return Attempt(task, number, token, item, before, strays=strays)
+            item_folder(self.repo.root, attempt.item).mkdir(parents=True, exist_ok=True)
+        return attempt
 
     def conclude(self, attempt: Attempt, result: PhaseResult) -> Conclusion:
         """After the agent: compare → hooks → checks → decide → journal → save → worklog → commit.
@@ -4082,7 +4068,7 @@ class Ledger:
             mine = [c for c in ours if c.after.path not in seen.theirs]
         if not (mine or theirs):
             return None
-        ref = self.salvage_refs(attempt.task)[1]
+        ref = self.salvage_refs(attempt.task.item_id, attempt.task.name)[1]
         left = [change.after for change in (*mine, *theirs)]
         self.repo.salvage(ref, head, left, f"{attempt.label} Salvaged changes")
         self.repo.restore(base, mine)
@@ -4097,9 +4083,9 @@ class Ledger:
         self.kept.append(ref)
         return ref
 
-    def salvage_refs(self, task: Task) -> tuple[str | None, str]:
+    def salvage_refs(self, item_id: str, phase: str) -> tuple[str | None, str]:
         """The newest salvage ref of a phase of an item, and the next to be made."""
-        stem = salvage_stem(task.item_id, task.name)
+        stem = salvage_stem(item_id, phase)
         ends = (ref.removeprefix(stem) for ref in self.repo.refs(stem))
         last = max((int(end) for end in ends if end.isdigit()), default=0)
         return f"{stem}{last}" if last else None, f"{stem}{last + 1}"
@@ -4131,7 +4117,7 @@ class Ledger:
             known = self.repo.refs(salvage_stem(attempt.task.item_id, attempt.task.name)).items()
             kept = next((ref for ref, commit in known if commit == tip), "")
             if not kept:
-                kept = self.salvage_refs(attempt.task)[1]
+                kept = self.salvage_refs(attempt.task.item_id, attempt.task.name)[1]
                 self.repo.keep_commit(kept, tip, f"{attempt.label} What was there before")
         if head.branch == self.branch:  # whoever starts again has seen what was done
             self._salvage(attempt, seen)
@@ -4216,10 +4202,9 @@ class Ledger:
         late = bool(self.store.trouble)  # so `commit` has had to wait, too
         try:
             self.take_in(patient=False)
-        except (SaveError, YamlError, OSError) as error:
-            trouble: str | Exception = error
-        else:
             trouble = self.store.trouble
+        except (SaveError, YamlError, OSError) as error:
+            trouble = str(error)
         if trouble:
             log().error(
                 "%s\nThe backlog is not committed. What was decided is kept in %s; once that is"
@@ -4241,8 +4226,6 @@ class Ledger:
                 if not (self.journal.attempts or self.journal.outcomes):
                     self.repo.drop_refs(self.repo.refs(f"{SNAPSHOT_REFS}{run_id}/"))
                 self.store.settle(self.committed)
-            if stop_requested(self.repo.state_dir, run_id):  # not one that is for another run
-                (self.repo.state_dir / "stop").unlink(missing_ok=True)
         except (OSError, GitError, SaveError, OrchestratorError) as error:
             log().warning("%s", error)
 
@@ -4295,8 +4278,7 @@ class Ledger:
     def _take_back(self, outcome: Outcome, paths: Sequence[str]) -> None:
         """A phase whose files are somebody else's by now: kept on a ref, and to be run again."""
         item_id, had = outcome.told.item_id, dict[str, Item]()  # the items as they were beside it
-        phase = Task(item_id, Phase(outcome.told.phase), "main")
-        ref = self.salvage_refs(phase)[1]
+        ref = self.salvage_refs(item_id, outcome.told.phase)[1]
         why = f"{outcome.told.tag} Salvaged changes"
         self.repo.salvage(ref, outcome.parent, outcome.entries, why)
         self.kept.append(ref)
@@ -4433,20 +4415,13 @@ class Run:
     """One run from its start to its halt commit; `_shut_down` is the only way out of it."""
 
     def __init__(
-        self,
-        space: Workspace,
-        options: RunOptions,
-        live: LiveLine,
-        run_id: str,
-        *,
-        allow_dirty: bool,
+        self, space: Workspace, options: RunOptions, live: LiveLine, run_id: str
     ) -> None:
         self.space = space
         self.config = space.config
         self.options = options
         self.live = live
         self.run_id = run_id
-        self.allow_dirty = allow_dirty
         # A start checks on the coordinator's thread, which waits.
         self.ledger = Ledger(
             space,
@@ -4457,10 +4432,9 @@ class Run:
         self.begun = False  # from then on it ends with a halt commit
         self.since = time.monotonic()
         self.phases = 0
-        self.completed: list[str] = []
+        self.completed: dict[str, str] = {}  # id → title
         self.blocked: dict[str, str] = {}  # id → reason
         self.follow_ups: list[str] = []
-        self.titles: dict[str, str] = {}  # of items that leave the backlog
         self.exhausted_in_a_row = 0
         self.free_ends = 0
         self.spent: dict[tuple[str, str], Usage] = {}  # by item and phase
@@ -4496,7 +4470,7 @@ class Run:
             loop.add_signal_handler(number, self._on_signal, number)
         self.coordinator.start()
         try:
-            await self.do(begin_run, self.ledger, allow_dirty=self.allow_dirty)
+            await self.do(begin_run, self.ledger, allow_dirty=self.options.allow_dirty)
             self.begun = True
             for applied in self.ledger.recovered:
                 self._count(applied)
@@ -4595,6 +4569,12 @@ class Run:
         async def tick() -> None:  # whatever the coordinator is busy with
             while True:
                 self.live.show(self._live_text)
+                now = time.monotonic()
+                for one in self.attempts.values():
+                    if now - one.told >= PROGRESS_LOG_S:
+                        one.told, spent = now, usage_text(one.so_far)
+                        parts = human_duration(now - one.since), spent, one_line(one.last, 160)
+                        self._say(one.task, f"at work: {', '.join(filter(None, parts))}")
                 await asyncio.sleep(POLL_S)
 
         self.ticker = asyncio.create_task(tick())
@@ -4730,7 +4710,7 @@ class Run:
         item = self.backlog.items.get(task.item_id)
         first = (item.get("attempts") or 0) + 1 if item else 1
         attempt: Attempt | None = None
-        for number in itertools.count(min(first, allowed)):
+        for number in range(min(first, allowed), allowed + 1):
             attempt = await self.do(ledger.begin_attempt, task, number, attempt)
             if attempt is None:
                 self._tell(task, "not started: the item was deleted or moved meanwhile")
@@ -4776,9 +4756,8 @@ class Run:
                 {"process": {"token": attempt.token, "pid": pid, "since": since}},
                 flush=False,
             ),
-            progress=partial(self._note_progress, attempt),
         )
-        attempt.usage, attempt.seen = outcome.usage, None
+        attempt.usage, attempt.so_far = outcome.usage, NOTHING_SPENT
         on = attempt.task.item_id, attempt.task.name
         self.spent[on] = self.spent.get(on, NOTHING_SPENT).plus(outcome.usage)
         left = self._budget()
@@ -4850,7 +4829,7 @@ class Run:
         return True
 
     async def _check(self, attempt: Attempt, checks: Checks) -> str | None:
-        attempt.seen = Progress(f"checks: {'; '.join(map(command_text, checks))}")
+        attempt.last = f"checks: {'; '.join(map(command_text, checks))}"
         async with self.checking:
             return await run_verify(self.site, attempt, checks)
 
@@ -4868,7 +4847,7 @@ class Run:
             change_dir=change_dir,
             previous_summary=last_summary(told, task.item_id),
             failure=self.failures.get(task.item_id, ""),
-            salvage_ref=self.ledger.salvage_refs(task)[0],
+            salvage_ref=self.ledger.salvage_refs(task.item_id, task.name)[0],
             documents=documents_in(change_dir, root),
             backlog=self.backlog,
         )
@@ -4927,8 +4906,7 @@ class Run:
         if applied.follow_ups:
             log().info("%s: new items from it: %s", item_id, ", ".join(applied.follow_ups))
         if applied.state == "completed":
-            self.completed.append(item_id)
-            self.titles[item_id] = title
+            self.completed[item_id] = title
             log().info("%s is done: %s", item_id, one_line(title, 80))
         elif applied.state == "blocked":
             self.blocked[item_id] = applied.reason
@@ -4936,15 +4914,6 @@ class Run:
         elif applied.state == "advanced":
             status, phase = applied.item["status"], applied.item.get("phase")
             log().info("%s is %s now", item_id, f"{status}, {phase} next" if phase else status)
-
-    def _note_progress(self, attempt: Attempt, seen: Progress) -> None:
-        """Show what an agent does; the log gets a line of it every few minutes."""
-        attempt.seen, now = seen, time.monotonic()
-        if now - attempt.told >= PROGRESS_LOG_S:
-            attempt.told = now
-            spent = usage_text(seen.usage)
-            parts = (human_duration(now - attempt.since), spent, one_line(seen.last, 160))
-            self._say(attempt.task, f"at work: {', '.join(part for part in parts if part)}")
 
     def _live_text(self) -> str:
         """Phases used, what runs and rests, done, blocked, cost, and what the agents last did."""
@@ -4958,13 +4927,13 @@ class Run:
             for pause in self.ledger.pauses().values()
             if pause.until > self._now()
         ]
-        seen = [one.seen for one in self.attempts.values() if one.seen]
+        at_work = self.attempts.values()
         spent = reduce(
-            Usage.plus, [*self.spent.values(), *(one.usage for one in seen)], NOTHING_SPENT
+            Usage.plus, [*self.spent.values(), *(one.so_far for one in at_work)], NOTHING_SPENT
         )
         so_far = f" · {spent.tokens:,} tokens" if spent.tokens else ""
         so_far += f" · ${spent.cost_usd:.2f}" if spent.cost_usd is not None else ""
-        last = "; ".join(one.last for one in seen if one.last)
+        last = "; ".join(one.last for one in at_work if one.last)
         return (
             f"phases {self.phases}/{self.options.cap} · done {len(self.completed)} · blocked"
             f" {len(self.blocked_now())}{so_far} · {', '.join(doing) or 'waiting'}  {last}"
@@ -5348,7 +5317,7 @@ def cmd_run(args: argparse.Namespace) -> int:
         become_subreaper()
         live = LiveLine(sys.stderr.isatty() and not args.quiet)
         set_up_logging(args, live)
-        run = Run(space, options, live, run_id, allow_dirty=args.allow_dirty)
+        run = Run(space, options, live, run_id)
         code = EXIT_ERROR
         try:
             asyncio.run(run.conduct())
@@ -5390,8 +5359,8 @@ def run_options(args: argparse.Namespace, config: Config) -> RunOptions:
     if repeated := sorted({target for target in targets if targets.count(target) > 1}):
         raise UsageError(f"--target names {', '.join(repeated)} more than once")
     cap = config.execution.default_phase_cap if args.cap is None else args.cap
-    only_triage = args.command == "triage"
-    return RunOptions(cap, tuple(targets), filters, args.auto_advance, only_triage)
+    told = {"only_triage": args.command == "triage", "allow_dirty": args.allow_dirty}
+    return RunOptions(cap, tuple(targets), filters, args.auto_advance, **told)
 
 
 def _check_step(item: Item, backlog: Backlog) -> None:
@@ -5418,7 +5387,7 @@ def summary_of(space: Workspace, run: Run, code: int) -> dict[str, Any]:
     }
     made = run.ledger.kept
     kept = [row for row in salvages(space) if row["ref"] in made] if made else []
-    titles = run.titles | {item_id: item["title"] for item_id, item in items.items()}
+    titles = run.completed | {item_id: item["title"] for item_id, item in items.items()}
     checks, completed = proofs(history, code_phases(space.config)), []
     for item_id in run.completed:
         proof = checks.get(item_id, {})

@@ -458,16 +458,10 @@ def test_of_a_flood_the_end_is_read(play: Player, monkeypatch: pytest.MonkeyPatc
     assert outcome.detail.endswith("\nlost\nThe end")
 
 
-def test_progress_is_told_when_it_changes(make_spec: SpecMaker) -> None:
-    spec = make_spec("printf '\\033[1mone\\n'; while ! [ -e go ]; do sleep 0.01; done; echo two")
-    seen: list[str] = []
-
-    def note(progress: orchestrator.Progress) -> None:
-        seen.append(progress.last)
-        (spec.root / "go").write_text("")
-
-    attempt(spec, progress=note)
-    assert seen == ["one", "two"]
+def test_what_an_agent_did_last_is_noted(make_spec: SpecMaker) -> None:
+    site, made = make_spec("echo one; printf '\\033[1mtwo\\n\\n'").both
+    asyncio.run(run_attempt(site, made, "Do it."))
+    assert made.last == "two"
 
 
 # ---- Agent CLIs, as recorded event streams -------------------------------------------------------

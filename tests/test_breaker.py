@@ -175,7 +175,7 @@ def run_by(clock: Clock, project: Any, monkeypatch: pytest.MonkeyPatch) -> orche
     space = orchestrator.open_workspace(project.root, None)
     orchestrator.import_asyncio()
     live = orchestrator.LiveLine(enabled=False)
-    run = orchestrator.Run(space, orchestrator.RunOptions(cap=10), live, "test", allow_dirty=False)
+    run = orchestrator.Run(space, orchestrator.RunOptions(cap=10), live, "test")
     run.ledger.clock = clock
     with space.run_lock("test"):
         asyncio.run(run.conduct())
@@ -421,8 +421,8 @@ def test_the_live_line_tells_what_runs_what_rests_and_what_it_cost(project: Any,
     project.commit_all()
     run = run_by(Clock(), project, monkeypatch)  # of nothing, to have one
     task = orchestrator.Task("WRK-001", orchestrator.Phase("plan"), "main")
-    seen = orchestrator.Progress("Bash: make test", orchestrator.Usage(0.5, 30, 4))
-    run.attempts["WRK-001"] = orchestrator.Attempt(task, 1, "t", {}, seen=seen, since=time.monotonic() - 65)
+    so_far = orchestrator.Usage(0.5, 30, 4)
+    run.attempts["WRK-001"] = orchestrator.Attempt(task, 1, "t", {}, last="Bash: make test", so_far=so_far, since=time.monotonic() - 65)
     run.spent["WRK-001", "plan"] = orchestrator.Usage(0.25, 1000, 200)
     run.ledger.clock = lambda: datetime.fromtimestamp(NOW, UTC)
     run.ledger.store.begin({"id": "again", "branch": "main", "head": None}, None)
@@ -439,6 +439,7 @@ def test_the_log_tells_now_and_then_what_an_agent_does(
     project: Any, claude: Claude, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(orchestrator, "PROGRESS_LOG_S", 0.0)
+    claude.script(FAKE_CLAUDE + "sleep 1\n")
     with caplog.at_level("INFO", "orchestrator"):
         run_by(Clock(), project, monkeypatch)
     assert re.search(r"\[WRK-001\]\[PLAN\] at work: \d+ s, about \$0\.5000, 10 tokens in and 1 out, Done", caplog.text)
