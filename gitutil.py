@@ -1284,14 +1284,13 @@ class Repo:
         An agent's `git add -A` or `git reset` disturbs the index of files it never changed. `lost`:
         only what is staged no more; others, too, may have staged things meanwhile.
         """
-        changed = {change.after.path for change in self.changes(before.tree, after.tree)}
-        old, new = before.head.commit, after.head.commit
-        if old and new:  # what somebody has committed since is staged no more
-            changed |= {change.after.path for change in self.changes(old, new)}
         first, last = ({_GitRow.parse(row).path for row in s.staging} for s in (before, after))
         rows = first - last if lost else first | last
-        if paths := sorted(rows - changed):
-            self._restage(before, paths)
+        pairs = [(before.tree, after.tree), (before.head.commit, after.head.commit)]
+        for old, new in pairs if rows else ():  # what somebody has committed is staged no more
+            rows -= {one.after.path for one in self.changes(old, new)} if old and new else set()
+        if rows:
+            self._restage(before, sorted(rows))
 
     def _restage(
         self, before: Snapshot, paths: Sequence[str], rewritten: Set[str] = frozenset()

@@ -3842,6 +3842,9 @@ class Ledger:
                 *(attempt.tag, one_line(", ".join(change.after.path for change in taken), 300)),
             )
             after, changes = self.repo.snapshot(), [c for c in changes if c not in taken]
+        # What was staged is so again; beside a document phase others may have staged more by now.
+        if attempt.only is None and after.head.branch == before.head.branch:
+            self.repo.restage(before, after, lost=not attempt.destructive)
         if attempt.only is not None:
             theirs |= {c.after.path: c.before for c in changes if c.after.path not in attempt.only}
             changes = [change for change in changes if change.after.path in attempt.only]
@@ -3854,9 +3857,6 @@ class Ledger:
         commits = self.repo.commits_between(old, new) if old and new and old != new else []
         if foreign := [commit[:10] for commit in commits if commit not in self.own_commits]:
             log().info("%s commits made meanwhile: %s", attempt.tag, ", ".join(foreign))
-        # What was staged is so again; beside a document phase others may have staged more by now.
-        if attempt.only is None and (attempt.destructive or before.staging):
-            self.repo.restage(before, after, lost=not attempt.destructive)
         return Aftermath(after, changes, theirs)
 
     def _changes(self, old: str | None, new: str) -> list[Change]:
@@ -4739,6 +4739,7 @@ class Run:
             finally:  # said once it is charged: nobody is told what a crash would take back
                 text = f"attempt {number} of {allowed} failed: {one_line(verdict, 300)}"
                 self._tell(task, text)
+            attempt.last = text
             if await self._put_off(task, retry_delay_s(self.config, number)):
                 await self.do(ledger.cancel, attempt)
                 return None

@@ -266,6 +266,16 @@ def test_what_is_only_staged_outlasts_an_agent_that_writes_documents(project: An
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("item", [BUILDING, PLANNING])
+def test_what_is_staged_outlasts_an_agent_that_rewinds_the_branch(project: Any, item: str) -> None:
+    project.set_up(item, script={"*": [{"sh": "git reset -q HEAD~1"}]})
+    (project.root / "README.md").write_text("staged\n")
+    project.git("add", "README.md")
+    assert "took commits off the branch" in project.run("run", "--allow-dirty", code=1).stderr
+    assert project.git("show", ":README.md") == "staged\n"
+
+
+@pytest.mark.slow
 def test_what_a_phase_or_a_hook_left_is_no_reason_to_refuse_a_build(project: Any) -> None:
     """A document agent's stray is built on; a hook formats a file, does not add it, and a build goes on from that."""
     build = {"sh": "echo $ORCHESTRATOR_ITEM_ID >> README.md; echo $ORCHESTRATOR_ITEM_ID >> code.txt"}
