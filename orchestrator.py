@@ -3610,10 +3610,8 @@ class Ledger:
     @property
     def journal(self) -> Journal:
         if self.store.journal is None:
-            raise OrchestratorError(
-                f"{self.store.journal_path}: the run's journal is gone; do not delete it under"
-                " a run"
-            )
+            path = self.store.journal_path
+            raise OrchestratorError(f"{path}: the run's journal is gone; do not delete it")
         return self.store.journal
 
     @property
@@ -4109,8 +4107,6 @@ class Ledger:
             if not gone:
                 return
             did = f"took commits off the branch: {', '.join(commit[:10] for commit in gone)}"
-            if self.journal.run["id"] != self.run_id:
-                did = f"(or you, since it was killed) {did}"
             remedy = "git merge -X ours {}"
         kept = "no ref, for there was no commit yet"
         if tip:
@@ -4123,7 +4119,7 @@ class Ledger:
             self._salvage(attempt, seen)
             self.store.note({"ended": [attempt.token]})
         raise OrchestratorError(
-            f"{attempt.label} {did}. The run stops here; what was there is kept on"
+            f"{attempt.label} (or you) {did}. The run stops here; what was there is kept on"
             f" {kept}. Look at what was done; to leave it so, start again; this goes back:"
             f" {remedy.format(kept)}"
         )
@@ -4491,9 +4487,8 @@ class Run:
             log().warning("ending the agents at once")
             self.hurry.set()
         else:
-            log().warning(
-                "stopping: ending the agents, then saving (once more: without waiting for them)"
-            )
+            once_more = "once more: without waiting for them"
+            log().warning("stopping: ending the agents, then saving (%s)", once_more)
         self.signal = self.signal or number
         self.halting.set()
         self.stopping.set()
@@ -4956,8 +4951,6 @@ def stop_requested(state_dir: Path, run_id: str) -> bool:
 
 # ==== 10. Start and shutdown ======================================================================
 
-RUN_LOCK_TRIES, RUN_LOCK_PAUSE_S = 20, 0.05
-
 
 @contextmanager
 def flocked(path: Path, owner: str) -> Iterator[None]:
@@ -4966,7 +4959,7 @@ def flocked(path: Path, owner: str) -> Iterator[None]:
 
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "r+", errors="replace") as file:
-        for tries_left in reversed(range(RUN_LOCK_TRIES)):  # a command has it for a moment
+        for tries_left in reversed(range(20)):  # a command has it for a moment
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
@@ -4979,7 +4972,7 @@ def flocked(path: Path, owner: str) -> Iterator[None]:
                         f"another run is at work here ({holder}). Wait for it, or ask it to stop"
                         f" with `{program_name()}{root} stop`."
                     ) from None
-                time.sleep(RUN_LOCK_PAUSE_S)
+                time.sleep(0.05)
         since = utc_now().astimezone().isoformat(timespec="seconds")  # people read it, too
         file.truncate(0)
         file.write(f"{owner}, pid {os.getpid()}, since {since}")
@@ -5189,20 +5182,13 @@ def _head_problems(space: Workspace, head: Head, last: Journal | None) -> list[P
     branch = head.branch.removeprefix("refs/heads/")
     if last is not None and last.run["branch"] not in (None, head.branch):
         was = str(last.run["branch"]).removeprefix("refs/heads/")
-        problems.append(
-            Problem(
-                f"the last run left something unfinished, and it was on branch {was}",
-                f"Go back to it and run there: `git switch {was}`. Or, to give up what that run"
-                f" decided and did not commit: `rm {last.path}`.",
-            )
-        )
+        remedy = f"Go back to it and run there: `git switch {was}`. Or, to give up what that run"
+        remedy += f" decided and did not commit: `rm {last.path}`."
+        what = f"the last run left something unfinished, and it was on branch {was}"
+        problems.append(Problem(what, remedy))
     elif branch in space.config.protected_branches:
-        problems.append(
-            Problem(
-                f"branch {branch} is protected",
-                "Work on another branch, or change project.protected_branches.",
-            )
-        )
+        remedy = "Work on another branch, or change project.protected_branches."
+        problems.append(Problem(f"branch {branch} is protected", remedy))
     return problems
 
 
@@ -5259,16 +5245,10 @@ def _dirty_problems(space: Workspace) -> list[Problem]:
     dirty = {p for p in dirty if not (p.rstrip("/") in known or p.startswith(folders))}
     if not dirty:
         return []
-    names = sorted(dirty)
-    shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-    paths = " ".join(shlex.quote(f":/{path}") for path in names)
-    return [
-        Problem(
-            f"the work tree has uncommitted changes: {one_line(shown, 300)}",
-            "Commit them, or run with --allow-dirty, or set them aside:"
-            f" git stash push --include-untracked -- {paths}",
-        )
-    ]
+    paths = " ".join(shlex.quote(f":/{path}") for path in sorted(dirty))
+    what = f"the work tree has uncommitted changes: {id_list(sorted(dirty), 5)}"
+    remedy = "Commit them, or run with --allow-dirty, or set them aside:"
+    return [Problem(what, f"{remedy} git stash push --include-untracked -- {paths}")]
 
 
 def configured_agents(config: Config) -> list[AgentSettings]:
