@@ -38,7 +38,7 @@ def root(make_repo: Callable[..., Path]) -> Path:
 
 
 # What taking a lock makes: a folder, and files that name whoever had it last.
-LOCKS = (".git/orchestrator", ".git/orchestrator/run.lock", ".git/orchestrator/backlog.lock")
+LOCKS = (".git/orchestrator", *(f".git/orchestrator/{name}.lock" for name in ("run", "tree", "backlog")))
 
 
 def refused(root: Path, *argv: str, code: int = 1) -> str:

@@ -1,7 +1,10 @@
 """The pure decisions: what to start, when to stop, what a result does to the backlog."""
 
-from collections.abc import Iterable
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +13,7 @@ import pytest
 import backlog
 import orchestrator
 from backlog import Applied, Backlog, Draft, FollowUp, Item, PhaseResult, promote
-from orchestrator import Action, Config, HaltReason, Promote, RunView, Task
+from orchestrator import Action, Config, HaltReason, Promote, RunOptions, Task
 
 NOW = datetime(2026, 3, 1, 12, 0, tzinfo=UTC)
 STAMP = "2026-03-01T12:00:00+00:00"
@@ -65,7 +68,8 @@ def chosen(
 ) -> list[str]:
     busy = {one.item_id: one for one in running}
     some = None if only is None else frozenset(only)
-    return short(orchestrator.select_actions(a_backlog(*items), busy, config, only=some, target=target))
+    options = RunOptions(9, (target,) if target else ())
+    return short(orchestrator.select_actions(options, a_backlog(*items), busy, config, some))
 
 
 # ---- Selection ------------------------------------------------------------------------------------
@@ -175,12 +179,13 @@ def test_the_current_target() -> None:
 WORK: tuple[Action, ...] = (task("A-1", "prd"),)
 
 
-def view(*items: Item, **fields: Any) -> RunView:
-    usual = RunView(
-        backlog={one["id"]: one for one in items}, running={}, actions=WORK, stop_requested=False, breaker_open=False, targets=(),
-        auto_advance=False, filters_given=False, matched=frozenset(), completed=(), cap_reached=False,
-    )  # fmt: skip
-    return usual._replace(**fields)
+View = Callable[[], HaltReason | None]
+
+
+def view(*items: Item, targets: tuple[str, ...] = (), auto_advance: bool = False, **fields: Any) -> View:
+    options = RunOptions(9, targets, auto_advance=auto_advance)
+    usual: dict[str, Any] = {"running": {}, "offered": WORK}
+    return partial(orchestrator.halt_reason, options, {one["id"]: one for one in items}, **{**usual, **fields})
 
 
 RUNNING = {"A-1": task("A-1", "prd")}
@@ -188,14 +193,14 @@ BLOCKED = item("A-2", "blocked")
 
 # Each makes one reason hold without spoiling the others, in the order of precedence.
 REASONS: dict[HaltReason, dict[str, Any]] = {
-    HaltReason.SHUTDOWN_REQUESTED: {"stop_requested": True},
-    HaltReason.CIRCUIT_BREAKER_TRIPPED: {"breaker_open": True},
+    HaltReason.SHUTDOWN_REQUESTED: {"stopping": True},
+    HaltReason.CIRCUIT_BREAKER_TRIPPED: {"broken": True},
     HaltReason.TARGET_BLOCKED: {"targets": ("A-2",)},
     HaltReason.TARGET_COMPLETED: {"targets": ("A-9",)},
-    HaltReason.NO_MATCHING_ITEMS: {"filters_given": True, "matched": frozenset()},
-    HaltReason.FILTER_EXHAUSTED: {"filters_given": True, "matched": frozenset({"A-2"})},
-    HaltReason.ALL_DONE_OR_BLOCKED: {"actions": ()},
-    HaltReason.CAP_REACHED: {"cap_reached": True},
+    HaltReason.NO_MATCHING_ITEMS: {"matched": frozenset()},
+    HaltReason.FILTER_EXHAUSTED: {"matched": frozenset({"A-2"})},
+    HaltReason.ALL_DONE_OR_BLOCKED: {"offered": ()},
+    HaltReason.CAP_REACHED: {"used_up": True},
 }
 ORDER = list(HaltReason)
 
@@ -203,14 +208,14 @@ ORDER = list(HaltReason)
 @pytest.mark.parametrize("first", ORDER)
 def test_the_order_of_the_halt_reasons(first: HaltReason) -> None:
     for second in ORDER[ORDER.index(first) :]:
-        assert orchestrator.halt_reason(view(BLOCKED, **{**REASONS[second], **REASONS[first]})) is first
+        assert view(BLOCKED, **{**REASONS[second], **REASONS[first]})() is first
     waits = first in (HaltReason.ALL_DONE_OR_BLOCKED, HaltReason.CAP_REACHED)
-    found = orchestrator.halt_reason(view(BLOCKED, running=RUNNING, **REASONS[first]))
+    found = view(BLOCKED, running=RUNNING, **REASONS[first])()
     assert found is (None if waits else first)  # those two wait for what runs
 
 
-MINE = {"filters_given": True, "matched": frozenset({"A-1", "A-9"})}  # A-9 was archived
-GONE_ON: dict[str, tuple[RunView, HaltReason | None]] = {
+MINE: dict[str, Any] = {"matched": frozenset({"A-1", "A-9"})}  # A-9 was archived
+GONE_ON: dict[str, tuple[View, HaltReason | None]] = {
     "with work": (view(item("A-1")), None),
     "a target in flight, blocked by hand": (view(item("A-1", "blocked"), running=RUNNING, targets=("A-1",)), None),
     "a target in flight, done by hand": (view(item("A-1", "done"), running=RUNNING, targets=("A-1",)), None),
@@ -227,15 +232,15 @@ GONE_ON: dict[str, tuple[RunView, HaltReason | None]] = {
     "d22 done": (view(item("A-1", "done"), **MINE), HaltReason.FILTER_EXHAUSTED),
     "d22 archived": (view(**MINE), HaltReason.FILTER_EXHAUSTED),
     "a match that runs": (view(item("A-1", "blocked"), running=RUNNING, **MINE), None),
-    "the cap lets promotions be made": (view(actions=(Promote("A-2"), *WORK), cap_reached=True), None),
-    "the cap": (view(actions=WORK, cap_reached=True), HaltReason.CAP_REACHED),
-    "the cap with nothing to do": (view(actions=(), cap_reached=True), HaltReason.ALL_DONE_OR_BLOCKED),
+    "the cap lets promotions be made": (view(offered=(Promote("A-2"), *WORK), used_up=True), None),
+    "the cap": (view(offered=WORK, used_up=True), HaltReason.CAP_REACHED),
+    "the cap with nothing to do": (view(offered=(), used_up=True), HaltReason.ALL_DONE_OR_BLOCKED),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(("seen", "reason"), GONE_ON.values(), ids=GONE_ON)
-def test_d22_d48_d54_halts(seen: RunView, reason: HaltReason | None) -> None:
-    assert orchestrator.halt_reason(seen) is reason
+def test_d22_d48_d54_halts(seen: View, reason: HaltReason | None) -> None:
+    assert seen() is reason
 
 
 # What a run exits with that completed nothing and blocked nothing, completed one, blocked one, did both.
@@ -521,7 +526,7 @@ def test_what_needs_a_human_is_stopped_before_a_pre_phase() -> None:
     case = Case(item("A-1", size="large", risk="high"), result("triage", ratings={"size": "small", "risk": "low"}))
     assert (case.applied.state, case.item["blocked_reason"]) == ("blocked", f"{OVER} size large (limit medium), risk high (limit low); {ACCEPT}")
     backlog.unblock(case.draft, "A-1", NOW, override=True)
-    assert short(orchestrator.select_actions(case.draft.backlog(), {}, DEFAULTS)) == ["research A-1"]
+    assert short(orchestrator.select_actions(RunOptions(9), case.draft.backlog(), {}, DEFAULTS)) == ["research A-1"]
     assert Case(case.draft.items["A-1"], result("research")).item["status"] == "ready"
 
 

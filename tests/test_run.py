@@ -324,6 +324,19 @@ def test_d32_h1_h3_the_operators_hooks_reject_once_and_mend_once(project: Any) -
     clean_and_saved(project)
 
 
+@pytest.mark.parametrize("most", [4, 5])
+def test_a_hook_that_mends_again_and_again_is_run_four_times(project: Any, most: int) -> None:
+    """What it changes beside the commit, as it rejects, is in no commit."""
+    project.set_up(f"WRK-001 {IN_BUILD}", phases="build!", script={"*": [{"write": {"code.py": "1\n"}}]}, execution="max_retries = 0")
+    project.hook("pre-commit", f"echo x > made.txt; [ $(wc -l < code.py) -ge {most} ] || {{ echo 1 >> code.py; echo no; exit 1; }}")
+    done = project.run("run", code=0 if most == 4 else 3)
+    if most == 4:
+        assert project.git("show", "HEAD:code.py") == "1\n" * 4
+        assert project.status() == "?? made.txt\n"
+    else:
+        assert "hook rejected the commit:\nno" in project.items()["WRK-001"]["blocked_reason"], done.stderr
+
+
 @pytest.mark.slow
 def test_an_agent_that_commits_by_itself_in_a_subphase_and_before_it_fails(project: Any) -> None:
     commit = "git add -A -- '*.py' && git commit -qm 'by the agent'"

@@ -204,7 +204,7 @@ def test_f_f2_f3_killed_in_a_destructive_phase(project: Any) -> None:
     assert project.paths() == ["BACKLOG.yaml"]
     ref = "refs/orchestrator/salvage/WRK-001/build/1"
     assert project.git("show", f"{ref}:half.py", f"{ref}:README.md") == "1\nspoilt\n"
-    assert f"to get a file of yours back:\n  git restore --source={ref} -- PATH\n" in log
+    assert f"What you have changed there meanwhile, too: git show {ref}:PATH\n" in log
     project.git("restore", f"--source={ref}", "--", "mine.py")
     assert project.status() == "?? mine.py\n"
     (project.root / "mine.py").unlink()
