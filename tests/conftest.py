@@ -375,13 +375,13 @@ class Project:
                 return "".join(lines)
         raise AssertionError(f"{text!r} was never logged:\n{''.join(lines)}")
 
-    def finish(self, process: subprocess.Popen[str], code: int = 0) -> str:
-        """Wait for a started command; returns the (rest of the) log."""
+    def finish(self, process: subprocess.Popen[str], code: int | None = 0) -> str:
+        """Wait for a started command; returns the (rest of the) log; asserts the exit code unless it is None."""
         assert process.stderr
         assert process.stdout
         with process:
             err, out = process.stderr.read(), process.stdout.read()
-        if process.returncode != code:
+        if code not in (process.returncode, None):
             raise AssertionError(f"exited {process.returncode}, not {code}:\n{out}{err}")
         return err
 

@@ -78,9 +78,10 @@ SHELL = {
 )  # fmt: skip
 def test_checks_that_do_more_than_check(project: Any, name: str, rounds: int, text: str) -> None:
     """What is committed is what they passed on last; or the attempt fails, and nothing is lost."""
-    prepare(project, ["sh", "-c", SHELL[name].format(outside=project.outside)], ["touch", f"{project.outside}/next"], phase_timeout_minutes="0.02" if name == "hangs" else "5")
+    prepare(project, ["sh", "-c", SHELL[name].format(outside=project.outside)], ["touch", f"{project.outside}/next"], phase_timeout_minutes="0.02" if name == "hangs" else "5", max_retries="1" if name == "fails" else "0")
     project.run("run", "--target", "WRK-001", code=3 if text else 0)
     assert text in project.items().get("WRK-001", {}).get("blocked_reason", "")
+    assert name != "fails" or "no good" in (project.outside / "prompt-WRK-001-build-2.md").read_text()
     if text:
         assert "code.py" in project.git("show", "--name-only", "refs/orchestrator/salvage/WRK-001/build/1")
         assert not (project.root / "code.py").exists()
