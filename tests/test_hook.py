@@ -22,15 +22,11 @@ WARNING = (
 RECORD = '#!/bin/sh\n{ echo "$# $1"; cat; } > "$(git rev-parse --show-toplevel)/../ran"\n'
 
 
-def git(root: Path, *argv: str) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(["git", *argv], cwd=root, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done
-
-
 def commit(root: Path, *argv: str) -> str:
     """Make a commit; what the hook said."""
-    return git(root, "commit", "-q", "-m", "Mine", *argv).stderr
+    done = subprocess.run(["git", "commit", "-q", "-m", "Mine", *argv], cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stderr
 
 
 def put(path: Path, text: str | bytes, mode: int = 0o755) -> Path:
@@ -45,10 +41,10 @@ def root(make_repo: Callable[..., Path]) -> Path:
     """A repository whose backlog is clean; something else is staged."""
     root = make_repo()
     (root / "BACKLOG.yaml").write_text("schema_version: 3\nitems: []\n")
-    git(root, "add", "-A")
-    git(root, "commit", "-q", "-m", "Backlog")
+    sh(root, "git", "add", "-A")
+    sh(root, "git", "commit", "-q", "-m", "Backlog")
     (root / "README.md").write_text("edited\n")
-    git(root, "add", "README.md")
+    sh(root, "git", "add", "README.md")
     return root
 
 
@@ -98,11 +94,11 @@ CASES = [
 
 
 def test_it_warns_when_the_backlog_has_changes_that_are_not_in_the_commit(copied: Path) -> None:
-    start = git(copied, "rev-parse", "HEAD").stdout.strip()
+    start = sh(copied, "git", "rev-parse", "HEAD").strip()
     for change, argv, warns in CASES:
         sh(copied, "sh", "-ec", f"git reset -q --hard {start}; echo edited > README.md; git add README.md; {change}")
         assert commit(copied, *argv) == (WARNING if warns else ""), (change, argv)
-        assert git(copied, "rev-parse", "HEAD").stdout.strip() != start
+        assert sh(copied, "git", "rev-parse", "HEAD").strip() != start
 
 
 def test_it_looks_at_the_work_tree_of_the_commit_but_not_in_a_run(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,14 +106,14 @@ def test_it_looks_at_the_work_tree_of_the_commit_but_not_in_a_run(copied: Path, 
     (copied / "BACKLOG.yaml").write_text("two\n")
     assert commit(copied / "sub") == WARNING
     linked = copied.parent / "linked"
-    git(copied, "worktree", "add", "-q", "-b", "other", str(linked))
+    sh(copied, "git", "worktree", "add", "-q", "-b", "other", str(linked))
     assert commit(linked, "--allow-empty") == ""
     (linked / "BACKLOG.yaml").write_text("two\n")
     assert commit(linked, "--allow-empty") == WARNING
     with monkeypatch.context() as patch:
         patch.setenv("ORCHESTRATOR_RUN_ID", "20260101T000000-abc")
         assert commit(linked, "--allow-empty") == ""
-    git(linked, "rm", "-q", "-f", "BACKLOG.yaml")
+    sh(linked, "git", "rm", "-q", "-f", "BACKLOG.yaml")
     assert commit(linked) == ""
 
 
@@ -143,8 +139,8 @@ def test_as_an_entry_of_pre_commit_it_sees_what_that_hides(dirty: Path, monkeypa
     """The framework stashes unstaged changes into a patch named for its process, then starts the entry."""
     (entry,) = parse_yaml((HERE / ".pre-commit-hooks.yaml").read_bytes())  # type: ignore[misc]
     assert (entry["language"], entry["pass_filenames"], entry["verbose"]) == ("script", False, True)
-    patch = git(dirty, "diff", "--binary").stdout
-    git(dirty, "checkout", "-q", "BACKLOG.yaml")
+    patch = sh(dirty, "git", "diff", "--binary")
+    sh(dirty, "git", "checkout", "-q", "BACKLOG.yaml")
     store = dirty.parent / "store"
     store.mkdir()
     monkeypatch.setenv("PRE_COMMIT", "1")
@@ -176,8 +172,8 @@ def test_install_and_uninstall_and_both_again(dirty: Path, hook: Callable[..., s
 def test_the_backlog_of_a_project_below_the_top(root: Path, hook: Callable[..., str]) -> None:
     sub = root / "it's [sub]"
     sub.mkdir()
-    git(root, "mv", "-k", "BACKLOG.yaml", str(sub))
-    git(root, "commit", "-q", "-a", "-m", "Move")
+    sh(root, "git", "mv", "-k", "BACKLOG.yaml", str(sub))
+    sh(root, "git", "commit", "-q", "-a", "-m", "Move")
     hook("install", root=sub)
     assert commit(root, "--allow-empty") == ""
     (sub / "BACKLOG.yaml").write_text("items: []\n")
@@ -217,7 +213,7 @@ def test_where_it_cannot_be_installed(dirty: Path, hook: Callable[..., str]) -> 
     (dirty / ".git/hooks/.pre-commit.tmp").mkdir()  # where it would be written first
     assert "Is a directory" in hook("install", code=1)
     assert not (dirty / ".git/hooks/pre-commit").exists()
-    git(dirty, "config", "core.hooksPath", "/dev/null")
+    sh(dirty, "git", "config", "core.hooksPath", "/dev/null")
     assert hook("install", code=1) == "orchestrator: /dev/null is no folder: core.hooksPath switches hooks off\n"
 
 
@@ -226,7 +222,7 @@ def test_core_hooks_path_is_heeded(dirty: Path, hook: Callable[..., str], scope:
     monkeypatch.setenv("GIT_CONFIG_GLOBAL", str(tmp_path / "gitconfig"))
     monkeypatch.setenv("HOME", str(tmp_path))
     where, value = {"local": (dirty / "tools/hooks", "tools/hooks"), "global": (tmp_path / "hooks", "~/hooks")}[scope]
-    git(dirty, "config", f"--{scope}", "core.hooksPath", value)
+    sh(dirty, "git", "config", f"--{scope}", "core.hooksPath", value)
     assert hook("install") == f"installed {where.resolve()}/pre-commit\n"
     assert photograph(where) == {"pre-commit": (0o100755, OURS)}
     assert commit(dirty) == WARNING

@@ -299,7 +299,6 @@ CUT = TEXT[: TEXT.index("# numbers")]
 
 UNMEANT = {
     "": "the file holds no backlog",
-    "# all gone\n": "the file holds no backlog",
     "schema_version: 3\nitems:\nnext_item_id: 3\n": "BACKLOG.yaml: no items;",
     TEXT.replace("schema_version: 3", "schema_version: 4"): "schema_version is 4, and only 3 can be read",
     CUT: "'next_item_id: N' is missing",

@@ -39,6 +39,10 @@ esac
 printf '{"item_id":"%s","phase":"%s","result":"phase_complete","summary":"done"}' \\
     "$ORCHESTRATOR_ITEM_ID" "$ORCHESTRATOR_PHASE" > "$ORCHESTRATOR_RESULT_PATH"
 """
+FIELDS = (
+    "  status: ready\n  size: small\n  complexity: low\n  risk: low\n  impact: medium\n"
+    "  created: 2026-01-01T00:00:00+00:00\n  updated: 2026-01-01T00:00:00+00:00\n"
+)
 STUBBORN_AGENT = "#!/bin/sh\ntrap 'exit 0' TERM\necho > ../ready\nwhile :; do sleep 0.01; done\n"
 
 # Runs the tool within itself, and writes down what processes it started.
@@ -113,21 +117,8 @@ command = ["sh", "./agent.sh"]
 phases = [{name = "build", destructive = true}, {name = "build-more", destructive = true}]
 """
     )
-    rows = [
-        f"""- id: WRK-{n:03d}
-  title: Item number {n}
-  status: ready
-  size: small
-  complexity: low
-  risk: low
-  impact: medium
-  created: 2026-01-01T00:00:00+00:00
-  updated: 2026-01-01T00:00:00+00:00
-"""
-        for n in range(1, items + 1)
-    ]
-    head = f"schema_version: 3\nnext_item_id: {items}\nitems:\n"
-    (where / "BACKLOG.yaml").write_text(head + "".join(rows))
+    rows = "".join(f"- id: WRK-{n:03d}\n  title: Item number {n}\n{FIELDS}" for n in range(1, items + 1))
+    (where / "BACKLOG.yaml").write_text(f"schema_version: 3\nnext_item_id: {items}\nitems:\n{rows}")
     sh(where, "git", "add", "-A")
     sh(where, "git", "commit", "-qm", "Project")
     return where
@@ -231,13 +222,9 @@ def phases(folder: Path, items: int, files: int, rounds: int, goal_ms: float) ->
 
 def time_agent(where: Path) -> float:
     """The agent alone, in a phase that writes a document."""
-    env = {
-        **os.environ,
-        "ORCHESTRATOR_ITEM_ID": "WRK-001",
-        "ORCHESTRATOR_PHASE": "prd",
-        "ORCHESTRATOR_CHANGE_DIR": str(where / ".orchestrator"),
-        "ORCHESTRATOR_RESULT_PATH": str(where / ".orchestrator/bench.json"),
-    }
+    folder = where / ".orchestrator"
+    told = {"ITEM_ID": "WRK-001", "PHASE": "prd", "CHANGE_DIR": folder, "RESULT_PATH": folder / "bench.json"}
+    env = {**os.environ, **{f"ORCHESTRATOR_{name}": str(value) for name, value in told.items()}}
     return timed(lambda: subprocess.run(["sh", "./agent.sh"], cwd=where, env=env, check=True))
 
 
