@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 
 import orchestrator
-from backlog import parse_yaml
 from tests.conftest import Cli
 from tests.gitkit import git
 
@@ -36,11 +35,6 @@ def photograph(root: Path) -> dict[str, tuple[int, bytes]]:
             content = path.read_bytes() if path.is_file() else b""
         found[name] = (mode, content)
     return found
-
-
-def item(project: Any, item_id: str = "WRK-001") -> dict[str, Any]:
-    items: Any = parse_yaml(project.text().encode())
-    return next(one for one in items["items"] if one["id"] == item_id)
 
 
 WORKS = {"sh": "echo $ORCHESTRATOR_ITEM_ID >> code.txt"}  # a step that changes code
@@ -258,7 +252,7 @@ def test_add_with_all_options(project: Any, here: Cli) -> None:
         "--pipeline", "feature", "--tag", "ui", "--tag", "a b", "--depends-on", "WRK-001", "--description", "Why\nso",
     )
     assert (done.out, done.err) == ("Added WRK-002: A title\n", "")
-    row = item(project, "WRK-002")
+    row = project.items()["WRK-002"]
     assert row.pop("created") == row.pop("updated")
     assert row == {
         "id": "WRK-002", "title": "A title", "status": "new", "size": "large", "complexity": "medium", "risk": "low",

@@ -31,11 +31,6 @@ def month(project: Any) -> str:
     return f"_worklog/{path.name}"
 
 
-def item(project: Any, item_id: str) -> dict[str, Any]:
-    found: dict[str, Any] = project.items()[item_id]
-    return found
-
-
 def prompt(project: Any, item_id: str, phase: str, attempt: int) -> str:
     return str((project.outside / f"prompt-{item_id}-{phase}-{attempt}.md").read_text())
 
@@ -150,7 +145,7 @@ def test_d01_b1_b3_blocked_and_failed_documents_are_committed_without_the_backlo
     ]
     clean_and_saved(project)
     assert project.statuses() == {"WRK-001": "blocked plan", "WRK-002": "blocked plan", "WRK-003": "new"}
-    assert item(project, "WRK-001")["blocked_reason"] == "which way?"
+    assert project.items()["WRK-001"]["blocked_reason"] == "which way?"
     head = project.git("rev-parse", "HEAD")
     project.run("run", "--cap", "0")
     assert project.git("rev-parse", "HEAD") == head
@@ -184,13 +179,13 @@ def test_d16_d17_d35_d36_d59_triage_routes_guards_merges_and_adds_follow_ups(pro
     rows = project.statuses()
     assert rows["WRK-001"] == "ready"
     assert {rows[f"WRK-00{n}"] for n in (2, 3, 4, 6)} == {"blocked"}
-    assert item(project, "WRK-004")["blocked_reason"].startswith("it seems to be a duplicate of WRK-001 (Item WRK-001);")
-    assert item(project, "WRK-005")["dependencies"] == ["WRK-004"]
+    assert project.items()["WRK-004"]["blocked_reason"].startswith("it seems to be a duplicate of WRK-001 (Item WRK-001);")
+    assert project.items()["WRK-005"]["dependencies"] == ["WRK-004"]
     for measure in ("size", "complexity", "risk"):
-        assert measure in item(project, "WRK-002")["blocked_reason"]
-    assert "human" in item(project, "WRK-003")["blocked_reason"]
-    assert "no-such" in item(project, "WRK-006")["blocked_reason"]
-    added = {item(project, one)["title"]: item(project, one) for one in rows if one > "WRK-006"}
+        assert measure in project.items()["WRK-002"]["blocked_reason"]
+    assert "human" in project.items()["WRK-003"]["blocked_reason"]
+    assert "no-such" in project.items()["WRK-006"]["blocked_reason"]
+    added = {project.items()[one]["title"]: project.items()[one] for one in rows if one > "WRK-006"}
     assert set(added) == {"Bare title", "With context"}
     assert added["With context"]["description"]["context"] == "because"
     assert added["With context"]["status"] == "new"
@@ -209,12 +204,12 @@ def test_d20_the_operators_ratings_stand_and_nothing_is_paid_for_before_a_human_
     project.run("run")
     assert project.agent_log() == [f"WRK-{n:03} triage 1" for n in (1, 2, 3)] + ["WRK-003 build 1"]
     assert project.statuses() == {"WRK-001": "blocked research", "WRK-002": "blocked research"}
-    big, risky = item(project, "WRK-001"), item(project, "WRK-002")
+    big, risky = project.items()["WRK-001"], project.items()["WRK-002"]
     assert (big["size"], big["risk"]) == ("large", "high")
     assert big["blocked_reason"].startswith("the guardrails are exceeded by size large (limit medium), risk high (limit low);")
     assert risky["blocked_reason"].startswith("the guardrails are exceeded by risk medium (limit low);")
     assert here("unblock", "WRK-002", "--override-guardrails").out == "Unblocked WRK-002: scoping again\n"
-    assert item(project, "WRK-002")["guardrail_override"] is True
+    assert project.items()["WRK-002"]["guardrail_override"] is True
     plan = json.loads(here("run", "--dry-run", "--json").out)["items"]
     assert [(row["id"], row["phase"]) for row in plan if row["runs"]] == [("WRK-002", "research"), ("WRK-002", "build")]
 
@@ -227,10 +222,10 @@ def test_d10_d13_d14_d15_a_triage_that_fails_uses_its_attempts_and_then_blocks(p
     })
     project.run("triage", code=3)
     assert project.agent_log() == [f"WRK-00{n} triage {attempt}" for n in (1, 2) for attempt in (1, 2)]
-    assert "build" in item(project, "WRK-001")["blocked_reason"]  # the identity that it claimed
+    assert "build" in project.items()["WRK-001"]["blocked_reason"]  # the identity that it claimed
     assert "cannot" in prompt(project, "WRK-001", "triage", 2)
     assert "broken pipe of the agent" in prompt(project, "WRK-002", "triage", 2)
-    assert "size" in item(project, "WRK-002")["blocked_reason"]
+    assert "size" in project.items()["WRK-002"]["blocked_reason"]
     (project.root / "half.txt").unlink()  # outside the outputs of a triage: left as it is
     clean_and_saved(project)
 
@@ -273,7 +268,7 @@ def test_d29_retries_exhausted_and_a_claim_without_a_change(project: Any) -> Non
     done = project.run("run")
     assert "nothing in the repository changed" in prompt(project, "WRK-001", "build", 2)
     ref = "refs/orchestrator/salvage/WRK-001/build/1"
-    assert ref in item(project, "WRK-001")["blocked_reason"]
+    assert ref in project.items()["WRK-001"]["blocked_reason"]
     assert project.git("show", f"{ref}:bad.py") == "1\n"
     assert project.git("show", "refs/orchestrator/salvage/WRK-003/build/2:bad.py") == "2\n"
     assert project.statuses() == {"WRK-001": "blocked build", "WRK-003": "blocked build"}
@@ -363,8 +358,8 @@ def test_d21_d22_d23_d24_i1_only_by_status_whole_dependencies_and_items_that_cou
     project.run("run")
     assert project.agent_log() == ["WRK-004 plan 1", "WRK-005 plan 1"]
     assert project.statuses() == {**left, "WRK-006": "blocked"}
-    assert "unknown" in item(project, "WRK-001")["blocked_reason"]
-    assert "large" in item(project, "WRK-006")["blocked_reason"]
+    assert "unknown" in project.items()["WRK-001"]["blocked_reason"]
+    assert "large" in project.items()["WRK-006"]["blocked_reason"]
     clean_and_saved(project)
 
 

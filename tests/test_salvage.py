@@ -157,28 +157,6 @@ RECOVERED = "[orchestrator] Recover backlog state"
 HALT = "[orchestrator] Save backlog state on halt"
 
 # Kills the process as it is about to rename, or add to, a file for the NTH time, or the one after that.
-WATCH = """
-renamed = []
-def watch(event, args):
-    journal = event == "open" and str(args[0]).endswith("/journal") and args[2] & os.O_RDWR
-    adds = journal or event == "open" and args[2] & os.O_APPEND
-    if event == "os.rename" or adds:
-        name = os.path.basename(os.fsdecode(args[0 if adds else 1]))
-        renamed.append(name)
-        nth = renamed.count(NAME) == NTH
-        if nth and (not THEN and name == NAME or THEN and name == THEN):
-            os.kill(os.getpid(), signal.SIGKILL)
-"""
-
-
-def kill_at_rename(project: Any, name: str, nth: int = 1, then: str = "") -> None:
-    """Run until the given file is to be replaced, or until another one is after that."""
-    project.inject(f"NAME, NTH, THEN = {name!r}, {nth}, {then!r}\n{WATCH}")
-    process = project.start("run", "--cap", "1")
-    assert process.wait() == -9
-    project.inject("")
-
-
 def recovered(project: Any) -> str:
     """Start once more without working: everything holds after that; returns the log."""
     log: str = project.run("run", "--cap", "0").stderr
@@ -213,43 +191,3 @@ def test_f_f2_f3_killed_in_a_destructive_phase(project: Any) -> None:
     project.run("run", "--target", "WRK-001")
     assert project.agent_log() == ["WRK-001 build 1"] * 2
     assert project.subjects()[0] == "[WRK-001][build] build done"
-
-
-@pytest.mark.slow
-def test_a_decision_by_hand_between_a_crash_and_the_next_start_is_merged(project: Any) -> None:
-    """Killed between journal and save: the saved result meets an edit of the operator."""
-    project.set_up(f"WRK-001 {BUILDING}", "WRK-002 ready", script={"*/build": [{"write": {"code.py": "1\n"}}]})
-    kill_at_rename(project, "BACKLOG.yaml")
-    assert "WRK-001" in project.text()
-    (project.root / "BACKLOG.yaml").write_text("# by hand\n" + project.text().replace("Item WRK-002", "Renamed"))
-    recovered(project)
-    assert project.subjects()[0] in ("[WRK-001][build] build done", HALT + " (CapReached)")
-    assert "[WRK-001][build] build done" in project.subjects()
-    assert project.statuses() == {"WRK-002": "in_progress plan"}
-    assert project.text().startswith("# by hand\n")
-    assert "title: Renamed" in project.text()
-    assert project.worklog().count("**Outcome:** Complete") == project.worklog().count("**Status:** Done") == 1
-    assert project.agent_log() == ["WRK-001 build 1"]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("then", "by_hand"), [("", False), ("journal", False), ("journal", True)],
-    ids=["before-the-save", "after-it", "after-it-in-an-editor"],
-)
-def test_what_is_unblocked_after_a_crash_stays_so(project: Any, then: str, by_hand: bool) -> None:
-    """Killed as a block is saved: journalled before, still in the journal right after."""
-    project.set_up("WRK-001 ready", script={"*/plan": [{"result": {"result": "blocked", "summary": "needs a decision"}}]})
-    kill_at_rename(project, "BACKLOG.yaml", 2, then)
-    assert project.statuses() == {"WRK-001": "blocked plan" if then else "in_progress plan"}
-    if by_hand:
-        text = re.sub(r"  blocked_.*\n", "", project.text()).replace("status: blocked", "status: in_progress")
-        (project.root / "BACKLOG.yaml").write_text(text)
-    else:
-        project.run("unblock", "WRK-001", "--notes", "go on")
-    recovered(project)
-    assert project.statuses() == {"WRK-001": "in_progress plan"}
-    assert "blocked" not in project.text()
-    assert ("go on" in project.text()) != by_hand
-    assert project.worklog().count("**Outcome:** Blocked") == 1
-    assert "[WRK-001][plan] Blocked: needs a decision" in project.subjects()
