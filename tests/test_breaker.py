@@ -1,7 +1,5 @@
 """Usage limits and failing APIs: who rests, until when, across restarts, and who works meanwhile."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import os
@@ -52,16 +50,6 @@ def test_failed_probes_rest_longer_but_attempts_under_way_do_not_count() -> None
     assert pause_after(refused("failed", seconds=30), "claude", night, config, NOW + 9) == night
     after = pause_after(refused("failed"), "claude", night._replace(strikes=3), config, NOW + 7300)
     assert after == AgentPause("claude", NOW + 7305, 1, "claude: failed", "busy")
-
-
-def test_a_failing_api_is_tried_again_after_the_retry_delay() -> None:
-    config = orchestrator.Config(pipelines={}, execution=orchestrator.Execution(retry_delay_seconds=5))
-    waits, pause, now = [], None, NOW
-    for _ in range(8):
-        pause = pause_after(refused("failed"), "claude", pause, config, now)
-        waits.append((pause.until - now, pause.strikes))
-        now = pause.until + 2  # the probe starts at once and takes two seconds
-    assert waits == list(zip((5, 10, 20, 40, 80, 160, 300, 300), range(1, 9), strict=True))
 
 
 FAKE_CLAUDE = r"""#!/bin/sh
@@ -366,8 +354,7 @@ def test_one_bad_prompt_ends_up_blocked_and_the_others_are_done(project: Any, cl
     (project.outside / "bad").write_text(json.dumps(end(words)) + "\n")
     claude.configure("max_retries = 1")
     ready = (f"WRK-0{n:02} ready" for n in range(2, 12))
-    project.backlog("WRK-001 in_progress phase=plan phase_pool=main", *ready)
-    project.commit_all()
+    project.set_up("WRK-001 in_progress phase=plan phase_pool=main", *ready)
     log = project.run("run").stderr
     assert ("claude rests" in log) == (words != "Prompt is too long")  # that one is known for the item's
     assert project.statuses() == {"WRK-001": "blocked plan"}
@@ -394,8 +381,7 @@ def test_a_check_that_cannot_run_halts_the_run_and_charges_nobody(project: Any) 
     """What the agent did is not paid for again: the next start, with a check that works, commits it."""
     check = 'verify = [["sh", "-c", "echo no linter here; exit {}"]]\n'
     project.configure("build!", more=check.format(127), execution="max_retries = 0")
-    project.backlog(*(f"WRK-00{n} in_progress phase=build phase_pool=main" for n in (1, 2)))
-    project.commit_all()
+    project.set_up(*(f"WRK-00{n} in_progress phase=build phase_pool=main" for n in (1, 2)))
     project.script({"*": [{"write": {"a.txt": "1\n"}}], "WRK-002/*": [{"write": {"b.txt": "1\n"}}]})
 
     log = project.run("run", code=4).stderr
@@ -417,8 +403,7 @@ def test_a_check_that_cannot_run_halts_the_run_and_charges_nobody(project: Any) 
 
 
 def test_the_live_line_tells_what_runs_what_rests_and_what_it_cost(project: Any, claude: Claude, monkeypatch: pytest.MonkeyPatch) -> None:
-    project.backlog()
-    project.commit_all()
+    project.set_up()
     run = run_by(Clock(), project, monkeypatch)  # of nothing, to have one
     task = orchestrator.Task("WRK-001", orchestrator.Phase("plan"), "main")
     so_far = orchestrator.Usage(0.5, 30, 4)

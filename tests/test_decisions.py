@@ -166,13 +166,6 @@ def test_dependencies(waiting: Item, target: str | None) -> None:
         assert bool(chosen([{**waiting, "dependencies": ["A-2"]}, *items], limits(9, 9), target=target)) is met
 
 
-def test_unmet_dependencies_are_named() -> None:
-    items = {"A-2": item("A-2", "done"), "A-3": item("A-3", "ready"), "A-4": item("A-4", "blocked")}
-    assert backlog.unmet_dependencies(items, item("A-1")) == []
-    assert backlog.unmet_dependencies(items, item("A-1", dependencies=["A-2", "A-5"])) == []
-    assert backlog.unmet_dependencies(items, item("A-1", dependencies=["A-3", "A-2", "A-4"])) == ["A-3", "A-4"]
-
-
 # ---- Targets and halts ----------------------------------------------------------------------------
 
 def test_the_current_target() -> None:
@@ -417,6 +410,8 @@ LED: dict[str, tuple[Item, PhaseResult, dict[str, Any], Config, Item | None]] = 
             {"status": "in_progress", "requires_human_review": True},
         ),
         "triage without pre-phases": (item("A-1"), result("triage", ratings={"size": "medium"}), {"status": "ready"}, NO_PRE_PHASES),
+        "triage of what is small": (item("A-1", attempts=1), result("triage", ratings={"size": "small"}), {"status": "ready", "attempts": None, "updated": STAMP}),
+        "triage of what is safe": (item("A-1"), result("triage", ratings={"risk": "low"}), {"status": "scoping", "phase": "research", "phase_pool": "pre"}),
         "d17 triage asks for a human": (
             item("A-1"), result("triage", ratings={"size": "large"}, requires_human_review=True), {"status": "blocked", "requires_human_review": True},
         ),
@@ -526,20 +521,6 @@ def test_failed_attempts_are_counted_on_the_item_if_it_is_there() -> None:
 
 # ---- Triage ---------------------------------------------------------------------------------------
 
-READY_AT_ONCE = [{"size": "small"}, {"size": "small", "risk": "low", "impact": "high"}]
-TO_PRE_PHASES: list[dict[str, str]] = [{}, {"size": "medium"}, {"size": "medium", "complexity": "medium", "risk": "low"}, {"risk": "low"}]
-
-
-@pytest.mark.parametrize("ratings", READY_AT_ONCE + TO_PRE_PHASES)
-def test_triage_makes_small_and_safe_items_ready_and_sends_others_to_the_pre_phases(ratings: dict[str, str]) -> None:
-    case = Case(item("A-1", attempts=1), result("triage", ratings=ratings))
-    place = ("ready", {}) if ratings in READY_AT_ONCE else ("scoping", {"phase": "research", "phase_pool": "pre"})
-    expected = item("A-1", place[0], **ratings, **place[1], updated=STAMP)
-    assert case.item == expected
-    entry = case.entry("triage", "Complete", "triage summary")
-    assert case.applied == Applied("advanced", expected, worklog=entry)
-
-
 def test_what_needs_a_human_is_stopped_before_a_pre_phase() -> None:
     """Accepted, it goes on with the pre-phases; the triage is not repeated."""
     case = Case(item("A-1", size="large", risk="high"), result("triage", ratings={"size": "small", "risk": "low"}))
@@ -598,16 +579,6 @@ def test_d33_promotion_is_one_edit() -> None:
     expected = at("A-1", "prd", unblock_context="notes", updated=STAMP)
     assert settled(draft.items["A-1"]) == expected
     assert applied == Applied("advanced", draft.items["A-1"])
-
-
-def test_d24_promotion_with_an_unknown_pipeline_blocks_the_item() -> None:
-    draft = Draft(a_backlog(item("A-1", "ready", pipeline_type="nope")))
-    applied = promote(draft, "A-1", RULES, NOW)
-    reason = "unknown pipeline type 'nope'; built-in defaults has: feature"
-    assert (applied.state, applied.reason) == ("blocked", reason)
-    blocked = draft.items["A-1"]
-    assert (blocked["status"], blocked["blocked_from_status"], blocked["blocked_reason"]) == ("blocked", "ready", reason)
-    assert applied.worklog == backlog.worklog_entry(NOW, "A-1", "Title of A-1", "promotion", "Blocked", reason)
 
 
 def test_d16_promotion_checks_guardrails_and_whether_it_is_ready() -> None:

@@ -3,8 +3,6 @@
 Committing BACKLOG.yaml has its own file, test_state_commit.py.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

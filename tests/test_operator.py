@@ -1,7 +1,6 @@
 """What an operator met in a night at the terminal: advice that is right, and files of theirs that stay."""
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -23,14 +22,6 @@ def hold(project: Any, *steps: Any) -> None:
     project.run("run", code=4)
 
 
-def kill_once_announced(project: Any, *args: str, agents: int = 1) -> None:
-    process = project.start("run", *args)
-    for _ in range(agents):
-        project.announced()
-    process.kill()
-    process.communicate()
-
-
 def way_back(project: Any, log: str) -> str:
     """What the one command prints that a log names for getting a file back."""
     (command,) = set(re.findall(r"\(yours: (git show \w+)\)", log))
@@ -43,7 +34,7 @@ def test_what_the_operator_commits_after_a_kill_stays_as_it_is(project: Any) -> 
     path.write_text("one\n")
     project.set_up(f"WRK-001 {IN_BUILD}", phases="build!", script={"*": [{"write": {"code.txt": "half\n"}, **HANG}, *CODE]})
     path.write_text("one\ntwo\n")
-    kill_once_announced(project, "--allow-dirty")
+    project.killed("--allow-dirty")
     path.write_text("one\ntwo\nthree\n")
     project.git("commit", "-qm", "notes", "notes.txt")
     project.run("run")
@@ -74,8 +65,7 @@ def test_the_program_itself_is_in_nobodys_way(project: Any) -> None:
 
 
 def test_what_waits_or_is_held_by_the_guardrails_is_told_with_what_comes_of_it(project: Any) -> None:
-    project.backlog("WRK-001 ready risk=high", "WRK-002 new dependencies=[WRK-001]")
-    project.commit_all()
+    project.set_up("WRK-001 ready risk=high", "WRK-002 new dependencies=[WRK-001]")
     target = ("run", "--target", "WRK-002")
     assert "  WRK-002 waits for WRK-001 (ready)\n" in project.run(*target, "--dry-run").stdout
     assert "(AllDoneOrBlocked): WRK-002 waits for WRK-001 (ready)\n" in project.run(*target).stderr
@@ -87,8 +77,7 @@ def test_what_waits_or_is_held_by_the_guardrails_is_told_with_what_comes_of_it(p
 
 
 def test_check_tells_of_a_config_that_is_gone_and_of_keys_that_nobody_reads(project: Any) -> None:
-    project.backlog("WRK-001 new prioritee=4 mine=5")
-    project.commit_all()
+    project.set_up("WRK-001 new prioritee=4 mine=5")
     said = project.run("check").stdout
     assert 'note: WRK-001: nobody reads prioritee (did you mean "priority"?)\n' in said
     assert "mine" not in said
@@ -106,8 +95,7 @@ def test_a_run_that_ends_while_an_agent_rests_leaves_nothing_unfinished(project:
 
 
 def test_a_commit_of_a_command_tells_all_that_it_holds(project: Any) -> None:
-    project.backlog("WRK-001 new", "WRK-002 blocked blocked_from_status=new blocked_reason=why")
-    project.commit_all()
+    project.set_up("WRK-001 new", "WRK-002 blocked blocked_from_status=new blocked_reason=why")
     project.run("unblock", "WRK-002")
     project.run("edit", "WRK-001", "--priority", "5", "--commit")
     items = project.git("log", "-1", "--format=%(trailers:key=Orchestrator-Item,valueonly,separator=%x2c)")
@@ -125,7 +113,7 @@ def test_no_line_of_a_conventional_message_is_too_long_for_commitlint() -> None:
 def test_a_branch_that_was_rewound_is_told_of_once_for_all_that_was_in_flight(project: Any) -> None:
     project.set_up(*(f"WRK-00{n} {IN_PLAN}" for n in (1, 2)), script={"*": [HANG]}, execution="max_concurrent = 2\nmax_wip = 2")
     project.git("commit", "-q", "--allow-empty", "-m", "to be rewound")
-    kill_once_announced(project, agents=2)
+    project.killed(agents=2)
     project.git("reset", "-q", "--hard", "HEAD~1")
     project.script({"*/plan": [{"document": "a.md"}], "*": CODE})
     assert "took commits off the branch" in project.run("run", code=1).stderr
@@ -178,7 +166,6 @@ def test_a_held_phase_that_fails_its_mended_check_is_charged_and_tried_again(pro
 
 
 def test_what_the_operator_commits_beside_a_document_phase_is_not_unstaged_again(project: Any) -> None:
-    os.mkfifo(project.outside / "go")
     project.set_up(f"WRK-001 {IN_PLAN}", script={"*/plan": [{"document": "a.md", "announce": True, "await": "go"}]})
     path = project.root / "README.md"
     path.write_text("one\n")
@@ -219,7 +206,7 @@ def test_a_document_agent_that_writes_over_an_edit_of_the_operators_leaves_a_way
 
 def test_a_rewound_branch_does_not_leave_the_half_done_work_as_the_operators(project: Any) -> None:
     project.set_up(f"WRK-001 {IN_BUILD}", script={"*": [{"write": {"code.txt": "half\n"}, **HANG}]}, phases="build!")
-    kill_once_announced(project)
+    project.killed()
     project.git("commit", "-q", "--amend", "-m", "reworded", "--only")
     project.run("run", code=1)
     assert project.git("show", f"{SALVAGED}/2:code.txt") == "half\n"
@@ -227,7 +214,6 @@ def test_a_rewound_branch_does_not_leave_the_half_done_work_as_the_operators(pro
 
 
 def test_status_tells_of_a_stop_and_of_a_file_that_cannot_be_read(project: Any) -> None:
-    os.mkfifo(project.outside / "go")
     project.set_up(f"WRK-001 {IN_PLAN}", script={"*": [{"document": "a.md", "announce": True, "await": "go"}]})
     process = project.start("run")
     project.announced()

@@ -1,7 +1,5 @@
 """`vendor` and `--version`: one readable file that does what the three modules do."""
 
-from __future__ import annotations
-
 import builtins
 import hashlib
 import importlib.util
