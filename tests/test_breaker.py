@@ -361,22 +361,6 @@ def test_one_bad_prompt_ends_up_blocked_and_the_others_are_done(project: Any, cl
     assert words in project.items()["WRK-001"]["blocked_reason"]
 
 
-@pytest.mark.slow
-def test_a_limit_in_a_build_keeps_what_it_had_done_and_the_next_attempt_is_told(project: Any, claude: Claude) -> None:
-    claude.configure(phases='{ name = "build", is_destructive = true }')
-    claude.items(phase="build")
-    claude.refuse([WORKED, SESSION])
-    project.run("run", code=4)
-    ref = "refs/orchestrator/salvage/WRK-001/build/1"
-    assert project.git("show", f"{ref}:code.txt") == "half\n"
-    assert not (project.root / "code.txt").exists()
-    project.run("run")
-    assert claude.asked == ["WRK-001 build 1"] * 2
-    prompts = [path.read_text() for path in (project.root / ".orchestrator/prompts").iterdir()]
-    assert sum(ref in text for text in prompts) == 1
-    assert project.git("show", "HEAD:code.txt") == "whole\n"
-
-
 def test_a_check_that_cannot_run_halts_the_run_and_charges_nobody(project: Any) -> None:
     """What the agent did is not paid for again: the next start, with a check that works, commits it."""
     check = 'verify = [["sh", "-c", "echo no linter here; exit {}"]]\n'
