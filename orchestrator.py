@@ -3785,6 +3785,8 @@ class Ledger:
                 *(attempt.tag, one_line(", ".join(alone), 200)),
             )
             self.space.add_strays(alone)
+        if not (made.entries or attempt.destructive or attempt.task.pool == TRIAGE):
+            log().warning("%s no document of it is in a commit: see .gitignore", attempt.tag)
         applied = self.decide(attempt, made, result)
         batched = result.result == "phase_complete" and attempt.task.pool != TRIAGE
         if attempt.destructive or not batched:
@@ -3845,6 +3847,8 @@ class Ledger:
         branch was switched or rewound.
         """
         before, after = attempt.before, self.repo.snapshot()
+        if after.head.branch == before.head.branch:
+            self._mend_worklog(before, after)
         changes, base = self._changes(before.tree, after.tree), self.ground or before
         ground, dirt = self._dirt(base), self._dirt(before).items()
         if base.tree != before.tree:  # hidden then by an agent's stash, it is no change of this one
@@ -3873,14 +3877,34 @@ class Ledger:
             changes = [change for change in changes if change.after.path in attempt.only]
         self._refuse_lost_branch(attempt, Aftermath(after, changes, theirs))
         old, new = before.head.commit, after.head.commit
-        if new and new != old and self.journal.run["id"] != self.run_id:
-            # It was killed, and what is in HEAD by now has been committed by the operator since.
-            done = theirs.keys() - {change.after.path for change in self._changes(new, after.tree)}
+        if attempt.only is None and self.journal.run["id"] != self.run_id:
+            # It was killed: what is in HEAD by now has been committed by the operator since, and
+            # the config may have been mended.
+            done = {self.repo.prefix + CONFIG_NAME}
+            if new and new != old:
+                now = {change.after.path for change in self._changes(new, after.tree)}
+                done |= theirs.keys() - now
             changes = [change for change in changes if change.after.path not in done]
         commits = self.repo.commits_between(old, new) if old and new and old != new else []
         if foreign := [commit[:10] for commit in commits if commit not in self.own_commits]:
             log().info("%s commits made meanwhile: %s", attempt.tag, ", ".join(foreign))
         return Aftermath(after, changes, theirs)
+
+    def _mend_worklog(self, before: Snapshot, after: Snapshot) -> None:
+        """Put back what an agent's git command, or an agent, took out of the worklog, to which
+        everybody only adds."""
+        folder = f"{self.repo.prefix}{WORKLOG_DIR}/"
+        had = [change.before for change in self.repo.changes(before.tree, after.tree)]
+        had = [entry for entry in had if entry.path.startswith(folder) and not entry.absent]
+        contents = self.repo.read_blobs(entry.oid for entry in had)
+        for entry, old in zip(had, contents, strict=True):
+            path = self.repo.top / entry.path
+            now = path.read_bytes() if path.exists() else b""
+            lost = [text for text in old.split(b"\n---\n") if text.strip() and text not in now]
+            if lost:
+                log().warning("%s lost entries; they are there again", entry.path)
+                added = b"".join(text + b"\n---\n" for text in lost)
+                replace_file(path, old if old.startswith(now) else now + added)
 
     def _changes(self, old: str | None, new: str) -> list[Change]:
         """The difference of two trees, without what is no part of anybody's work."""
@@ -3920,6 +3944,9 @@ class Ledger:
     def _documents(self, attempt: Attempt, seen: Aftermath) -> list[Entry]:
         """What a document phase may commit; anything else it touched is named and left alone."""
         made, elsewhere = self._outputs(attempt, seen)
+        if seen.after.head.commit != attempt.before.head.commit:  # committed meanwhile, by whomever
+            dirty = self._dirt(seen.after)
+            elsewhere = [path for path in elsewhere if path in dirty]
         if elsewhere and not attempt.destructive:
             had = [c.before for c in seen.changes if c.before.path in elsewhere]
             had = [entry for entry in had if entry.path in seen.theirs and not entry.absent]
@@ -4018,7 +4045,11 @@ class Ledger:
         if verdict.outcome == "passed":  # a hook's `git add -A` takes more than is to be committed
             mine = self.space.somebodys(entry.path for entry in verdict.entries)
             mine = mine - self.space.strays().keys() | {*seen.paths}
-            return verdict._replace(entries=[e for e in verdict.entries if e.path in mine])
+            left = [entry for entry in verdict.entries if entry.path in mine]
+            files = any(change.after.mode != GITLINK_MODE for change in seen.changes)
+            if verdict.hook and files and not (left or moved):
+                return "the repository's hooks took all that was changed out of the commit"
+            return verdict._replace(entries=left)
         if verdict.outcome == "files":
             return verdict
         keys = "commits.style, commits.signoff and execution.hook_timeout_seconds"
@@ -4143,10 +4174,11 @@ class Ledger:
         if head.branch == self.branch:  # whoever starts again has seen what was done
             self._salvage(attempt, seen)
             self.store.note({"ended": [attempt.token]})
+        leave = "to leave it so, start again; " if head.branch == before.branch else ""
         raise OrchestratorError(
             f"{attempt.label} (or you) {did}. The run stops here; what was there is kept on"
-            f" {kept}. Look at what was done; to leave it so, start again; this goes back:"
-            f" {remedy.format(kept)}"
+            f" {kept}, what was decided in {self.store.journal_path}. Look at what was done;"
+            f" {leave}this goes back: {remedy.format(kept)}"
         )
 
     # -- commits -----------------------------------------------------------------------------------
