@@ -200,8 +200,8 @@ def test_wait_lets_one_probe_through_at_the_reset(project: Any, claude: Claude, 
     first = told[0].replace("WRK-002", "WRK-001")  # whichever of the two met it first
     assert first.startswith(f"{limited}; resets at 1970-01-12 18:46 UTC; claude rests for 4 h ")
     assert told[0].endswith(", until 1970-01-12 18:46 UTC, no attempt is charged")
-    assert told[2].startswith(f"{limited}; claude rests for ")
-    assert len(told) == 3  # two for those that met it at once, one for the probe
+    assert told[1].startswith(f"{limited}; claude rests for ")
+    assert len(told) == 2  # one for both agents that met it at once, one for the probe
     assert caplog.text.count("claude works again") == 1
     assert not (project.root / ".git/orchestrator/journal").exists()
 
@@ -408,10 +408,12 @@ def test_the_log_tells_now_and_then_what_an_agent_does(
     project: Any, claude: Claude, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(orchestrator, "PROGRESS_LOG_S", 0.0)
-    claude.script(FAKE_CLAUDE + "sleep 1\n")
+    monkeypatch.setattr(orchestrator, "SILENT_S", 0.4)
+    claude.script(FAKE_CLAUDE.replace("for event in", "sleep 1\nfor event in") + "sleep 1\n")
     with caplog.at_level("INFO", "orchestrator"):
         run_by(Clock(), project, monkeypatch)
     assert re.search(r"\[WRK-001\]\[PLAN\] at work: \d+ s, about \$0\.5000, 10 tokens in and 1 out, Done", caplog.text)
+    assert re.search(r"\[WRK-001\]\[PLAN\] at work: \d+ s, says nothing since \d\d:\d\d \(0 min\)\n", caplog.text)
 
 
 @pytest.mark.slow
