@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -369,10 +370,15 @@ class Project:
         """Read what a started command logs up to a line with `text`; returns it all."""
         lines = []
         assert process.stderr
-        for line in process.stderr:
-            lines.append(line)
-            if text in line:
-                return "".join(lines)
+        limit = threading.Timer(self.patience, process.kill)
+        limit.start()
+        try:
+            for line in process.stderr:
+                lines.append(line)
+                if text in line:
+                    return "".join(lines)
+        finally:
+            limit.cancel()
         raise AssertionError(f"{text!r} was never logged:\n{''.join(lines)}")
 
     def finish(self, process: subprocess.Popen[str], code: int | None = 0) -> str:
