@@ -3828,7 +3828,8 @@ class Ledger:
         if attempt.token not in self.journal.attempts:  # its end is in the journal already
             return
         seen = self.compare(attempt)
-        documents = self._documents(attempt, seen)
+        # What else there is now may be the operator's, hidden as it began by an agent beside it.
+        documents, _ = self._outputs(attempt, seen)
         self._salvage(attempt, seen)
         line: dict[str, Any] = {"ended": [attempt.token], **self._costs(attempt)}
         if documents:
