@@ -6563,48 +6563,37 @@ if [ -z "$ORCHESTRATOR_RUN_ID" ] && left_behind; then
 fi
 exit 0
 """
-HOOK_ID, HOOK_BACKLOG = "# orchestrator-hook: ", r"(?m)^backlog=(.*)(?= # relative)"
+HOOK_BACKLOG = r"(?m)^backlog=(.*)(?= # relative)"
 
 
 def cmd_hook(args: argparse.Namespace) -> int:
-    """Install or mend the hook, or remove it; another one stays, and gets a line to add."""
+    """Install the hook, or remove it; another one stays, and gets a line to add."""
     import shlex
 
     space = open_workspace(args.root, args.config)
-    path = space.repo.hook_path("pre-commit")
-    path, found = Path(os.path.realpath(path.parent)) / path.name, ""
-    there = os.path.lexists(path)
+    path, found = space.repo.hook_path("pre-commit"), ""
+    name = space.repo.relative(space.store.path)
     with suppress(OSError):  # there is none, or it is unreadable
         found = path.read_text(errors="surrogateescape")
     # Ours is the text as it was installed, or copied by hand, for whichever backlog.
     ours = re.sub(HOOK_BACKLOG, "backlog=BACKLOG.yaml", found, count=1) == HOOK_TEXT
-    name = space.repo.relative(space.store.path)
-    wanted = re.sub(HOOK_BACKLOG, lambda _: f"backlog={shlex.quote(name)}", HOOK_TEXT, count=1)
     if args.action == "uninstall":
-        told = f"nothing to do: {path} is not installed by us"
-        if HOOK_ID in found and not ours:
-            raise OrchestratorError(
-                f"{path} is our hook of another version, or changed by hand, so it is left alone."
-                f" To remove it: rm {path}"
-            )
         if ours:
             path.unlink()
-            told = f"removed {path}"
-    elif path.parent.exists() and not path.parent.is_dir():
+        print(f"removed {path}" if ours else f"{path} is not ours, or was changed, and stays")
+        return EXIT_OK
+    if path.parent.exists() and not path.parent.is_dir():
         raise OrchestratorError(f"{path.parent} is no folder: core.hooksPath switches hooks off")
-    elif there and not ours:
+    if os.path.lexists(path) and not ours:
         warning = shlex.quote(f"{name} has changes that are not in this commit")
         raise OrchestratorError(
             f"{path} is another hook, or ours changed by hand, and stays as it is. Add this line to"
             f" it:\ngit diff --quiet -- {shlex.quote(name)} || echo {warning} >&2"
         )
-    elif found == wanted and os.access(path, os.X_OK):
-        told = f"nothing to do: {path} is installed"
-    else:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(path, os.fsencode(wanted), 0o755)
-        told = f"{'updated' if there else 'installed'} {path}"
-    print(told)
+    wanted = re.sub(HOOK_BACKLOG, lambda _: f"backlog={shlex.quote(name)}", HOOK_TEXT, count=1)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(path, os.fsencode(wanted), 0o755)
+    print(f"installed {path}")
     return EXIT_OK
 
 
@@ -6645,19 +6634,11 @@ def cmd_vendor(args: argparse.Namespace) -> int:
     if path.is_dir() or not (path.is_file() or args.path.endswith(".py")):
         path /= "orchestrator.py"  # a folder, be it one that is yet to be made
     path = Path(os.path.realpath(path))
-    if path.exists() and not path.is_file():
-        raise UsageError(f"{path} is no file; name another path")
-    data = single_file()
-    source, state = single_file_state(data)
-    if state == "MODIFIED":
-        raise OrchestratorError(f"{__file__} was changed by hand; take an untouched one")
-    _, there = single_file_state(path.read_bytes()) if path.exists() else ("", "unmodified")
-    if there != "unmodified" and not args.force:
-        was = "was changed by hand" if there else "is not a single file of the orchestrator"
-        raise OrchestratorError(f"{path} {was}; --force writes over it all the same")
-    replace_file(path, data, 0o755)
-    size = f"{len(data.splitlines())} lines, {len(data) // 1024} KiB"
-    print(f"wrote {path}: orchestrator {__version__}, source {source[:12]}, {size}")
+    state = single_file_state(path.read_bytes())[1] if path.is_file() else "something else"
+    if os.path.lexists(path) and state != "unmodified":
+        raise OrchestratorError(f"{path} is no untouched single file of ours; remove it first")
+    replace_file(path, single_file(), 0o755)
+    print(f"wrote {path}")
     return EXIT_OK
 
 
@@ -6700,14 +6681,9 @@ def single_file_state(data: bytes) -> tuple[str, str]:
 
 def version_text() -> str:
     """Version and origin of this program."""
-    try:
-        data = single_file()
-    except OSError:  # imported from an archive
-        return f"orchestrator {__version__} (source unreadable)"
-    source, state = single_file_state(data)
-    alone = data == Path(__file__).read_bytes()
-    kind, end = ("single file", f", {state}") if alone else ("three modules", "")
-    return f"orchestrator {__version__} ({kind}, source {source[:12]}{end})"
+    source, state = single_file_state(Path(__file__).read_bytes())
+    origin = f"single file, source {source[:12]}, {state}" if source else "three modules"
+    return f"orchestrator {__version__} ({origin})"
 
 
 def digest(data: bytes) -> str:
@@ -6766,7 +6742,7 @@ check | cmd_check | --probe --json | say what would keep a run from working
 verify | cmd_verify | what | run again what a commit says has checked it, in a work tree of it
 stop | cmd_stop | | ask the active run to finish what is in flight and halt
 hook | cmd_hook | action | the optional pre-commit hook, which warns of a dirty BACKLOG.yaml
-vendor | cmd_vendor | path --force | write this program as one file, to be copied anywhere
+vendor | cmd_vendor | path | write this program as one file, to be copied anywhere
 """.format(
     run="--target --only --cap --auto-advance --allow-dirty --dry-run --strict --json",
     item=" ".join(f"--{name}" for name in ITEM_OPTIONS) + " --commit",
@@ -6859,7 +6835,6 @@ ARGUMENTS: Mapping[str, Row] = {
     "--reason": _option("for the worklog and those that waited", dest="why", required=True),
     "--commit": _flag("commit BACKLOG.yaml, alone"),
     "--probe": _flag("also run each agent once with a trivial prompt"),
-    "--force": _flag("write over whatever is there"),
     **{f"--{name}": _of_item(key) for name, key in ITEM_OPTIONS.items()},
 }
 
@@ -6876,66 +6851,52 @@ HIDDEN = {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
 
 # What people try, and what it is called here.
 OTHER_WORDS: Mapping[str, str] = {
+    **dict.fromkeys(("list", "ls"), "`status` lists the items"),
     "retry": "`unblock ID` lets a blocked item go on, `run` tries again what failed",
-    "list": "`status` lists the items",
-    "ls": "`status` lists the items",
     "resume": "`run` goes on where the last one ended",
     "reopen": "`unblock ID` lets a blocked item go on, `add` makes a new one of a finished one",
 }
 
 # What `--json` prints, by command. "schema" grows when a key changes its meaning or goes; new keys
 # may come at any time. A value that is not there is null.
+_COST = "cost_usd, input_tokens, output_tokens"
 _FORM_PARTS = {
-    "COST": "cost_usd, input_tokens, output_tokens",
+    "COST": _COST,
     "ITEM": ", ".join(ITEM_KEYS),
+    "DONE": f"id, title, status, finished, summary, commit, verified, {_COST}",
+    "ROW": "when, item, phase, outcome, summary, commit, run_id, subject, verified",
     "SALVAGE": "[{ref, item, phase, commit, finished}]",
-    "PROBLEMS": "problems: [{what, remedy}]",
     "RUNS": "active: {run_id, pid, since, phases: [{item, phase, attempt, since, doing}], remarks},"
     " unfinished: {run_id, cut_off, to_commit, remarks}",
-    "DONE": "id, title, status, finished, summary, commit, verified, COST",
-    "ROW": "when, item, phase, outcome, summary, commit, run_id, subject, verified",
 }
+_RUN_FORM = (
+    "run_id, halt_reason, halt, detail, exit_code, phases, cap, seconds, completed: [{id, title,"
+    " commit, verified}], needs_you: [{id, title, question, command, waiting}], follow_ups, COST,"
+    " spent: [{item, phase, COST}], state_commit, kept: SALVAGE, warnings, counts: {STATUS: N}};"
+    " --dry-run: {schema, RUNS, items: [{id, title, phase, text, kind}], problems: [{what, remedy}]"
+)
 _FORMS = {
     "status": "RUNS, counts: {STATUS: N}, items: [{ITEM, waiting_for, COST}], salvage: SALVAGE};"
     " --done: {schema, items: [{DONE}]",
     "show": "item: {ITEM} | {DONE}, documents, commits: [{ROW}], salvage: SALVAGE, COST",
     "log": "log: [{ROW}]",
-    "check": "RUNS, PROBLEMS, remarks, salvage: SALVAGE, probes: [{agent, model, works, seconds,"
-    " COST}]",
-    "run": "run_id, halt_reason, halt, detail, exit_code, phases, cap, seconds, completed: [{id,"
-    " title, commit, verified}], blocked: [{id, title, reason}], needs_you: [{id, title, question,"
-    " command, waiting}], follow_ups, COST, spent: [{item, phase, COST}], filters, targets,"
-    " state_commit, kept: SALVAGE, warnings, counts: {STATUS: N}, next: [{command, why}]};"
-    " --dry-run: {schema, RUNS, items: [{id, title, runs, turn, phase, text, kind}], PROBLEMS",
+    "check": "RUNS, problems: [{what, remedy}], remarks, salvage: SALVAGE, probes: [{agent, model,"
+    " works, seconds, COST}]",
+    **dict.fromkeys(("run", "triage", "step"), _RUN_FORM),
 }
-
-
-def json_form(command: str) -> str:
-    """What `--json` of a command prints, in one line; "" if it has no such option."""
-    form = _FORMS.get("run" if command in ("triage", "step") else command, "")
-    for _ in range(2):  # parts have parts
-        form = re.sub("|".join(_FORM_PARTS), lambda found: _FORM_PARTS[found[0]], form)
-    return form and re.sub(r"(?<!-)\b[a-z_]+\b", '"\\g<0>"', f"{{schema, {form}}}")
-
+JSON_FORMS = {
+    name: "{schema, " + re.sub("|".join(_FORM_PARTS), lambda part: _FORM_PARTS[part[0]], form) + "}"
+    for name, form in _FORMS.items()
+}
 
 class Parser(argparse.ArgumentParser):
     """Says what is wrong with a command line in one line, and where to look it up."""
 
     def error(self, message: str) -> NoReturn:
-        choice = r"argument (\S+): invalid choice: '(.*?)'(?:, maybe.*)? \(choose from (.*)\)$"
-        if wrong := re.match(choice, message):
-            name, word, choices = wrong[1], wrong[2], re.findall(r"[\w-]+", wrong[3])
-            hint = did_you_mean(word, choices)
-            if name == "COMMAND":
-                hint = f"; {OTHER_WORDS[word]}" if word in OTHER_WORDS else hint
-                message = f"{word}: there is no such command{hint}"
-            else:
-                option = f"{name} " if name.startswith("-") else ""
-                message = f"{option}{word}: use {' or '.join(choices)}{hint}"
-        elif unknown := re.match(r"unrecognized arguments: (--[\w-]+)", message):
-            known = [word for word in (*ARGUMENTS, *GLOBAL_OPTIONS) if word.startswith("--")]
-            hint = did_you_mean(unknown[1], known)
-            message += " (an option of other commands)" if unknown[1] in known else hint
+        if wrong := re.match("argument COMMAND: invalid choice: '(.*?)'", message):
+            word, told = wrong[1], OTHER_WORDS.get(wrong[1])
+            hint = f"; {told}" if told else did_you_mean(word, COMMANDS)
+            message = f"{word}: there is no such command{hint}"
         where = f"orchestrator{self.prog.removeprefix(SCRIPT)}"
         advice = f"`{self.prog} --help` shows what there is."
         self.exit(EXIT_USAGE, f"{where}: {clean_text(message)}. {advice}\n")
@@ -6945,8 +6906,9 @@ class Parser(argparse.ArgumentParser):
         super().exit(status, message)
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The whole command line, from the tables above."""
+def build_parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
+    """The command line, from the tables above; of the commands only those among the words that were
+    typed, if there are any and nobody asks for help: to build all takes a while."""
     parser = Parser(
         prog=SCRIPT, description="Let coding agents work through a backlog in this git repository."
     )
@@ -6958,8 +6920,12 @@ def build_parser() -> argparse.ArgumentParser:
         "Before or after the command also: --root DIR, --config FILE, --log-level, --quiet,"
         f" --color; see `{SCRIPT} --help`."
     )
-    for name, (_, takes, summary) in COMMANDS.items():
-        form = json_form(name)
+    named = [name for name in COMMANDS if name in words]
+    if {"-h", "--help"} & {*words} or not (named or "--version" in words):
+        named = list(COMMANDS)
+    for name in named:
+        _, takes, summary = COMMANDS[name]
+        form = JSON_FORMS.get(name)
         told = f"{hint} --json prints {form}; null: not known." if form else hint
         epilog = told.replace("%", "%%")
         sub = commands.add_parser(name, help=summary, description=summary, epilog=epilog)
@@ -6971,7 +6937,6 @@ def build_parser() -> argparse.ArgumentParser:
             sub.set_defaults(only=[], cap=1, auto_advance=False)
     return parser
 
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
@@ -6982,14 +6947,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return demo_agent(os.environ, sys.stdin.read(), Path.cwd())
     trouble, code, args = "", EXIT_OK, None
     try:
-        parser = build_parser()
-        args = parser.parse_args(words)
+        args = build_parser(words).parse_args(words)
         given = {"--root": args.root if args.root != Path() else "", "--config": args.config or ""}
         _project_options[:] = [w for name, path in given.items() if path for w in (name, str(path))]
         if args.version:
             print(version_text())
         elif args.command is None:
-            parser.print_help()
+            build_parser().print_help()
         else:
             set_up_logging(args)
             code = COMMANDS[args.command][0](args)

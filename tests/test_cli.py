@@ -90,7 +90,7 @@ def git(root: Path, *argv: str) -> str:
 
 
 def test_version_and_help(cli: Cli) -> None:
-    assert cli("--version").out.startswith(f"orchestrator {orchestrator.__version__} (three modules, ")
+    assert cli("--version").out.startswith(f"orchestrator {orchestrator.__version__} (three modules)")
     assert cli().out == cli("--help").out
     summaries = re.findall(r"^    (\w+)\s+\w", cli("--help").out, re.M)
     assert {*COMMANDS} <= {*summaries}
@@ -108,17 +108,14 @@ def test_version_and_help(cli: Cli) -> None:
         (["list"], "orchestrator: list: there is no such command; `status` lists the items. `orchestrator --help` shows what there is."),
         (["stauts"], 'orchestrator: stauts: there is no such command (did you mean "status"?). `orchestrator --help` shows what there is.'),
         (["xyzzy"], "orchestrator: xyzzy: there is no such command. `orchestrator --help` shows what there is."),
-        (["run", "--tagret", "X"], "orchestrator: unrecognized arguments: --tagret X (did you mean \"--target\"?). `orchestrator --help` shows what there is."),
-        (["stop", "--json"], "orchestrator: unrecognized arguments: --json (an option of other commands). `orchestrator --help` shows what there is."),
+        (["stauts", "run"], 'orchestrator: stauts: there is no such command (did you mean "status"?). `orchestrator --help` shows what there is.'),
+        (["run", "--tagret", "X"], "orchestrator: unrecognized arguments: --tagret X. `orchestrator --help` shows what there is."),
         (["add"], "orchestrator add: the following arguments are required: title. `orchestrator add --help` shows what there is."),
         (["run", "--cap", "-1"], 'orchestrator run: argument --cap: must be a whole number from 0 to 4294967295, not "-1". `orchestrator run --help` shows what there is.'),
         (["run", "--cap", "9" * 5000], f'orchestrator run: argument --cap: must be a whole number from 0 to 4294967295, not "{"9" * 78}…. `orchestrator run --help` shows what there is.'),
         (["add", "x", "--priority", "high"], 'orchestrator add: argument --priority: must be a whole number, not "high". `orchestrator add --help` shows what there is.'),
         (["add", "x", "--size", "huge"], 'orchestrator add: argument --size: must be one of small, medium, large, not "huge". `orchestrator add --help` shows what there is.'),
         (["add", "x", "--risk", ""], 'orchestrator add: argument --risk: must be one of low, medium, high, not "". `orchestrator add --help` shows what there is.'),
-        (["hook", "instal"], 'orchestrator hook: instal: use install or uninstall (did you mean "install"?). `orchestrator hook --help` shows what there is.'),
-        (["--color", "red", "status"], "orchestrator: --color red: use auto or always or never. `orchestrator --help` shows what there is."),
-        (["init", "--agent", "cluade"], 'orchestrator init: --agent cluade: use claude or codex or opencode or gemini or command or demo (did you mean "claude"?). `orchestrator init --help` shows what there is.'),
         (["add", "x", "--tag", "a,b"], "orchestrator add: argument --tag: 'a,b' is no tag: it is blank or holds a comma. `orchestrator add --help` shows what there is."),
     ],
 )
@@ -488,7 +485,7 @@ def test_run_json_is_the_only_thing_on_stdout_and_the_summary_goes_to_stderr(pro
     project.backlog("WRK-001 ready", "WRK-002 ready")
     project.commit_all()
     got = json.loads(project.run("run", "--json", "--target", "WRK-001").stdout)
-    form = re.findall(r'"(\w+)"', orchestrator.json_form("run").partition("--dry-run")[0])
+    form = re.findall(r"\w+", orchestrator.JSON_FORMS["run"].partition("--dry-run")[0])
     assert set(got) <= set(form)
     assert (got["schema"], got["halt_reason"], got["exit_code"]) == (1, "TargetCompleted", 0)
     assert got["completed"] == [{"id": "WRK-001", "title": "Item WRK-001", "commit": project.git("rev-parse", "HEAD").strip(), "verified": []}]
