@@ -785,55 +785,47 @@ def _phase_problem(config: Config, item: Item) -> list[tuple[str, str]]:
 _TEMPLATE = """\
 # What `orchestrator` does in this repository. Every key may be left out: the values below are the
 # defaults. An unknown or misspelt key is an error, so nothing here is silently ignored.
-{}
+%s
 # A pipeline is what an item goes through: pre-phases until it is ready, then the phases. A phase
 # may also have
-{}
-[pipelines.{}]
+%s
+[pipelines.feature]
 pre_phases = [
-{}]
+  { name = "research" },
+]
 phases = [
-{}]
+  { name = "prd" },
+  { name = "design" },
+  { name = "build", is_destructive = true },
+%s  { name = "review" },
+]
 """
 
 
 def config_template(
-    prefix: str, agent: str, hints: Mapping[str, object] = {}, check: str = ""
+    prefix: str, agent: str, *, conventional: bool = False, check: str = ""
 ) -> str:
-    """The text of a new orchestrator.toml: the defaults, explained, with this prefix and agent.
-
-    `hints`: values of [commits] that the repository seems to want; they stay remarks, as does
-    `check`, what the project is tested with.
-    """
+    """The text of a new orchestrator.toml: the defaults, explained, with this prefix and agent. As
+    remarks: another style of commits, and `check`, what the project is tested with."""
     import json
 
-    def rows(phases: Iterable[Phase]) -> str:
-        verify = f", verify = {json.dumps([check.split()])} }},  # only what passes counts"
-        text = ""
-        for one in phases:
-            begin = f'{{ name = "{one.name}"' + ", is_destructive = true" * one.destructive
-            text += f"  {begin} }},\n"
-            text += f"  # {begin}{verify}\n" if check and one.destructive else ""
-        return text
-
-    chosen, tables = {"prefix": prefix, "cli": agent, **hints}, ""
+    chosen, tables = {"prefix": prefix, "cli": agent}, ""
+    chosen |= {"style": "conventional"} if conventional else {}
     for table in ("project", "guardrails", "execution", "agent", "commits", "notify"):
         tables += f"\n[{table}]\n"
         for field, key in CONFIG_KEYS[table].items():
             # What is only an example is a remark; but `command` is refused without one.
             needed = (table, field, agent) == ("agent", "command", "command")
-            mark = "# " if field in hints or (key.example and not needed) else ""
-            tables += f"{mark}{key.line(field, chosen.get(field, key.default))}\n"
+            remark = (key.example and not needed) or (field == "style" and conventional)
+            tables += f"{'# ' * bool(remark)}{key.line(field, chosen.get(field, key.default))}\n"
     keys = CONFIG_KEYS["phase"].items()
     phase_keys = "\n".join(f"#   {key.line(field, key.default)}" for field, key in keys)
-    pipeline, pre, main = BUILT_IN_PIPELINE
-    return _TEMPLATE.format(tables, phase_keys, pipeline, rows(pre), rows(main))
+    verify = json.dumps([check.split()])
+    build = f'  # {{ name = "build", is_destructive = true, verify = {verify} }},\n' * bool(check)
+    return _TEMPLATE % (tables, phase_keys, build)
 
 
 # ==== 4. Decisions (pure) =========================================================================
-
-PLAN_TIME = datetime.fromtimestamp(0, UTC)  # for what is only played through, and never written
-
 
 # ---- What to do next -----------------------------------------------------------------------------
 
@@ -1179,21 +1171,17 @@ def wrap(line: str, width: int, indent: str = "  ") -> list[str]:
 def table(keys: str, rows: Rows, width: int, lead: str = "", *, heads: bool = False) -> list[str]:
     """The rows' values of some keys, each line behind `lead`; keys without any value are left out.
     The last column takes the room that the others leave, or stands below the whole row."""
-
-    def cell(key: str, value: object) -> str:
-        return "" if value in (None, "") else one_line(SHOWN.get(key, str)(value))
-
-    drawn, sizes, grid = [], [], {}
+    drawn, sizes, grid = [], [], []
     for key in keys.split():
-        cells = [cell(key, row.get(key)) for row in rows]
+        show = SHOWN.get(key, str)
+        cells = ["" if row.get(key) in (None, "") else one_line(show(row[key])) for row in rows]
         if any(cells):
             head = HEADINGS.get(key, key.upper())
-            grid[key] = [head, *(text or "-" for text in cells)] if heads else cells
-            widest = max(map(cell_width, grid[key]))
-            sizes.append(min(widest, WIDEST.get(key, widest)))
+            grid.append([head, *(text or "-" for text in cells)] if heads else cells)
+            sizes.append(min(max(map(cell_width, grid[-1])), WIDEST))
     sizes = sizes[:-1]
     left = width - len(lead) - sum(sizes) - len(sizes)
-    for *cells, text in zip(*grid.values(), strict=True):
+    for *cells, text in zip(*grid, strict=True):
         begin = lead + "".join(f"{fit(cell, n)} " for cell, n in zip(cells, sizes, strict=True))
         if left < LEAST_LAST and cell_width(text) > max(left, 0):
             drawn.append(begin.rstrip())
@@ -1212,8 +1200,7 @@ def listed(heading: str, keys: str, rows: Rows, width: int) -> list[str]:
 TINTS: Mapping[str, str] = {  # SGR parameters by what is coloured for a terminal
     r"^(?:[\d:]{8} )?(?:error|problem|orchestrator):": "31",
     r"^(?:[\d:]{8} )?(?:warning|Warning|note):": "33",
-    r"^(?:Halt|Ended|Done|Blocked|Needs|Next|Waiting|Would|Nothing|A run)\b[^:\n]*:": "1",
-    r"^\d{4}-\d\d-\d\d \d\d:\d\d": "33",
+    r"^(?:Halt|Ended|Done|Blocked|Needs|Waiting|Would|A run)\b[^:\n]*:": "1",
 }
 
 
@@ -1247,23 +1234,20 @@ def minute(when: str) -> str:
 
 
 # How a table shows the values of some keys, what it calls them, and how wide a column but the last
-# may be; others are never cut, because people copy what is in them.
+# may be.
 SHOWN: Mapping[str, Callable[[Any], str]] = {
-    **dict.fromkeys(("when", "finished"), minute),
-    "summary": lambda text: one_line(text, 300),
-    "blocked_reason": lambda text: one_line(without_output(text), 300),
+    **dict.fromkeys(("when", "finished", "created", "updated"), minute),
+    **dict.fromkeys(("tags", "dependencies", "waiting_for"), ", ".join),
     "commit": lambda commit: commit[:10],
     "pipeline_type": lambda name: "" if name == DEFAULT_PIPELINE else name,
-    "doing": lambda text: one_line(text, 60),
-    "waiting_for": ", ".join,
-    "phases": " → ".join,
-    "turn": "{}.".format,
+    "verify": lambda checks: ", ".join(map(command_text, checks)),
+    "verified": lambda checks: f"checked by {', '.join(checks)}" if checks else "not checked",
     "works": lambda works: "works" if works else "does not work",
     "seconds": human_duration,
     "cost_usd": lambda usd: usage_text(Usage(usd)),
 }
 HEADINGS = {"pipeline_type": "PIPELINE", "priority": "PRIO", "cost_usd": "COST"}
-WIDEST = {"phase": 16, "pipeline_type": 16, "title": 40}
+WIDEST = 40
 
 
 def plural(count: int, one: str) -> str:
@@ -1563,29 +1547,29 @@ whatever sections it needs
     "research": """\
 Find out what the later phases need to know, so that they do not have to guess.
 the sections Goal, Findings, Options and Recommendation, Risks
-- State the goal in one or two sentences, and how anyone could tell that it is reached.
+- State the goal in a sentence or two, and how anyone could tell that it is reached.
 - Check that the work is still needed: it may be done already, or rest on a wrong assumption.
 - Read the tests and the documentation that it touches, too.
-- Where there is a real choice, compare the approaches for this project. Recommend one.
-- List what could go wrong: callers, file formats, public interfaces, data, security, unknowns.
-- Correct the ratings in `updated_assessments` if they are wrong. They decide whether a human has to
-  approve the work, so be honest rather than hopeful.""",
+- Where there is a real choice, compare the approaches and recommend one.
+- List what could go wrong: callers, file formats, interfaces, data, security, unknowns.
+- Correct wrong ratings in `updated_assessments`, honestly: they decide whether a human has to
+  approve the work.""",
     "prd": """\
 Write down what shall be true when this is done: the requirements, not the solution.
 the sections Problem, Requirements, Out of Scope
-- Describe the problem from the view of whoever has it. Say what happens today.
-- List the requirements, numbered (R1, R2, …), each one testable: somebody who did not write it can
-  decide whether it holds. Separate "must" from "should".
+- Describe the problem from the view of whoever has it, and what happens today.
+- Number the requirements (R1, R2, …), each one testable by somebody who did not write it. Separate
+  "must" from "should".
 - Cover what is easily forgotten: errors, empty and very large input, existing data, compatibility,
   security, documentation.
 - Say what is out of scope, so that nobody builds it.""",
     "design": """\
 Decide how the requirements are met, in enough detail that the build needs no further decisions.
 the sections Approach, Changes, Steps, Tests, Risks
-- Choose the simplest design that meets every requirement and follows the structure and conventions
-  that you find. Say what you rejected and why.
+- Choose the simplest design that meets every requirement and follows the conventions that you find.
+  Say what you rejected and why.
 - Say what to add, change or remove, with signatures, data formats and error behaviour.
-- Cut the work into ordered steps. After each step the project works and its tests pass.
+- Cut the work into ordered steps, after each of which the project works and its tests pass.
 - Name the test for each requirement (R1 → which test).
 - Say how existing data and users are carried over, and how the change can be undone.
 - Rate again in `updated_assessments` if the design shows more size, complexity or risk.""",
@@ -1594,10 +1578,10 @@ Judge the finished work as an experienced colleague who did not write it.
 the sections Verdict, Requirements, Findings
 - Find the commits: `git log --grep='^Orchestrator-Item: {id}$'`. Read each with `git show COMMIT`.
 - Go through the requirements one by one: is it met, and which test proves it?
-- Look for mistakes: errors that are not handled, edge cases, races, security, data loss, broken
-  compatibility, wrong or missing documentation. Follow the callers of what changed.
-- Run the tests, and check that the new ones would fail without the change: do they look at the
-  outcome, or only at what was called? Believe what you saw, not what a summary says.
+- Look for mistakes: unhandled errors, edge cases, races, security, data loss, broken compatibility,
+  wrong or missing documentation. Follow the callers of what changed.
+- Run the tests, and check that the new ones would fail without the change. Believe what you saw,
+  not what a summary says.
 - For each finding give file and line, what goes wrong, how to see it, and how bad it is: "must fix"
   or "could be better", a follow-up if it is worth doing.
 - If something must be fixed, report `blocked`, block_type `decision`, with the must-fix list as the
@@ -1618,15 +1602,15 @@ CODE_STEPS = """\
 1. Read the documents listed above and the project's own rules (README, CONTRIBUTING, AGENTS.md,
    CLAUDE.md or the like). Run its tests once, so that you know what failed already.
 2. Change what the task needs, in small steps, and nothing else: no drive-by refactoring, no
-   reformatting of lines you do not touch, no new dependency that the design does not name. Report
-   what else you notice as follow-ups.
-3. Write tests that would fail without your change, for the errors and the edges too. Never weaken,
-   skip or delete a test to make it pass. Update the documentation that your change makes wrong.
+   reformatting, no new dependency that the design does not name. Report what else you notice as
+   follow-ups.
+3. Write tests that would fail without your change, for errors and edges too. Never weaken, skip or
+   delete a test to make it pass. Update the documentation.
 4. Run the tests, linters and type checks that the project has, until they pass.
 5. Read your whole `git diff` as a critical reviewer would: is each requirement met, and shown by a
    test? Remove debugging left-overs and generated files.
 6. Tell in the summary which checks you ran and how they ended, also what failed before you came or
-   could not be run here: never report as passed what you have not seen pass.
+   could not be run: never report as passed what you have not seen pass.
 
 If the work is too much for one session, finish a part that leaves the project working, note in
 `{folder}/progress.md` what is done and what remains, and report `subphase_complete`. If the plan
@@ -1637,13 +1621,13 @@ Decide what this item is, how big it is and where it goes. Do not start to work 
 code.
 
 1. **Understand it.** Look at the code that it talks about. If it is done already or not needed,
-   report `blocked` and give the evidence in `context`; if it is unclear what is wanted, report
-   `blocked`, block_type `clarification`, with the exact question.
-2. **Look for duplicates** in the backlog. Put the ids of items that ask for the same thing into
-   `duplicates`: a human is asked then. Related is not the same.
+   report `blocked` with the evidence in `context`; if it is unclear what is wanted, `blocked`,
+   block_type `clarification`, with the exact question.
+2. **Look for duplicates** in the backlog: `duplicates` takes the ids of items that ask for the same
+   thing (a human is asked then). Related is not the same.
 3. **Choose the pipeline** (`pipeline_type`) from the types above.
-4. **Rate it** in `updated_assessments`. The ratings decide whether a human has to approve the work:
-   rate what you see, and when you waver, take the higher one.
+4. **Rate it** in `updated_assessments`, which decide whether a human has to approve the work: rate
+   what you see, and when you waver, take the higher one.
    - size: small = 1–3 files, medium = 4–10 files, large = 11 or more files
    - complexity: low = one known pattern, medium = design decisions, high = new architecture
    - risk: low = no shared interfaces, medium = shared code, high = breaking change, data, security
@@ -1671,7 +1655,7 @@ DOCUMENTS_NOTE = "Read these first; earlier phases wrote them:"
 TAKEN_NOTE = "These came from this item and are in the backlog: report only what is new."
 RETRY_NOTE = "Analyse why, and try a different approach: the same steps will fail the same way."
 SALVAGE_NOTE = """\
-What it had changed is not in the working tree any more, but kept. Look before you redo it:
+What it had changed is kept, but not in the working tree any more. Look before you redo it:
 `git show --stat {ref}` lists the files, `git diff {ref}^ {ref} -- PATH` shows what changed in one,
 `git show {ref}:PATH > PATH` takes one over. Take only what you have checked."""
 
@@ -1680,16 +1664,15 @@ DOCUMENT_RULES = """\
   Anything else you touch is not committed."""
 CODE_RULES = """\
 - You may change any file of the project that the task needs, and write documents to `{folder}`.
-- If you end with `failed` or `blocked`, your changes are taken out of the working tree and kept on
-  a git ref."""
+  If you end with `failed` or `blocked`, your changes are taken away and kept on a git ref."""
 RULES = """\
 - Never edit `{backlog}`, `{config}`, `{worklog}/` or `{work}/` (except for the result file). New
   work goes into `follow_ups`.
 - Never commit, stash, switch branches or reset: no `git add`, `commit`, `stash`, `switch`,
   `checkout`, `restore`, `reset`, `rebase`, `merge`, `clean` or `push`. Reading (`log`, `show`,
   `diff`, `blame`) is fine. Your changes are committed for you when you are done.
-- Leave nothing running. Whatever you started is ended when you end.
-- Wait for no input, open no editor or pager, write no secrets into any file."""
+- Leave nothing running: whatever you started is ended when you end. Wait for no input, open no
+  editor or pager, write no secrets into any file."""
 
 OUTPUT = """\
 As your last act write one JSON object to exactly this file:
@@ -1714,8 +1697,8 @@ out keys that you have nothing to say about, and ratings that you agree with.
 - `blocked`: only a human can go on, or the work is not needed. Say in `context` what you need to
   know or why it is not needed. Not for work that is merely hard.
 
-`follow_ups` are for work you noticed that does not belong to this item. Look at the backlog first:
-no duplicates, no wishes."""
+`follow_ups` are for work you noticed that does not belong to this item: no duplicates of what is in
+the backlog, no wishes."""
 SUBPHASE = """\
 - `subphase_complete`: a usable part is done, more remains in this phase. You are started again with
   your summary.
@@ -1968,16 +1951,9 @@ def unblock_option(reason: str) -> str:
     return "--override-guardrails" if overrides else '--notes "YOUR ANSWER"'
 
 
-GRAPH_STYLES: Mapping[str, str] = {
-    "blocked": "fill:#fdd,stroke:#c00",
-    "in_progress": "fill:#dfd,stroke:#080",
-    "cycle": "stroke:#c00,stroke-width:3px",
-}
-
-
 def render_graph(backlog: Backlog, only: Container[str] | None = None) -> str:
-    """What waits for what as Mermaid (flowchart), the waiting items and cycles as comments on top:
-    of the items in `only` (ids; None: all) that are not done, and of what these wait for."""
+    """What waits for what as Mermaid (flowchart): the items in `only` (ids; None: all) that are not
+    done, and what these wait for."""
     items, names = backlog.items, dict[str, str]()
     needs = {id: unmet_dependencies(items, item) for id, item in items.items()}
     to_do = [one["id"] for one in _considered(items, only) if one["status"] != "done"]
@@ -1985,22 +1961,16 @@ def render_graph(backlog: Backlog, only: Container[str] | None = None) -> str:
         if (item_id := to_do.pop(0)) not in names:
             names[item_id] = f"n{len(names) + 1}"
             to_do += needs[item_id]
-    cycles = [cycle for cycle in dependency_cycles(items) if cycle[0] in names]
-    lines = [f"%% cycle, none of these can start: {' → '.join(cycle)}" for cycle in cycles]
-    lines += [f"%% {id} waits for {', '.join(needs[id])}" for id in names if needs[id]]
-    lines.append("flowchart LR")
+    lines = ["flowchart LR"]
     # Mermaid's own entities, for what would end or restyle a label.
     escapes: Any = {"#": "#35;", "&": "#amp;", "<": "#lt;", ">": "#gt;", '"': "#quot;", "`": "#96;"}
     for item_id, name in names.items():
         item = items[item_id]
-        kind = "cycle" if any(item_id in cycle for cycle in cycles) else item["status"]
-        style = f":::{kind}" if kind in GRAPH_STYLES else ""
         phase = f" {item['phase']}" if item.get("phase") else ""
         label = f"{item_id} {one_line(item['title'], 60)}\n{item['status']}{phase}"
         text = label.translate(str.maketrans(escapes)).replace("\n", "<br/>")
-        lines.append(f'  {name}["{text}"]{style}')
+        lines.append(f'  {name}["{text}"]')
     lines += [f"  {names[need]} --> {name}" for id, name in names.items() for need in needs[id]]
-    lines += [f"  classDef {kind} {style}" for kind, style in GRAPH_STYLES.items()]
     return "\n".join(lines)
 
 
@@ -2011,19 +1981,17 @@ def render_item(known: Row, width: int) -> list[str]:
     spent = usage_text(Usage(*map(known.get, Usage._fields)))
     rows = []
     for key, value in {**known, "cost": spent}.items():
-        if value and key not in apart:
-            if isinstance(value, list):
-                value = ", ".join(command_text(v) if isinstance(v, list) else v for v in value)
-            value = minute(value) if key in ("created", "updated", "finished") else value
+        text = SHOWN.get(key, str)(value) if value or key == "verified" else ""
+        if text and key not in apart:
             label = key.replace("_", " ").capitalize()
-            rows.append({"label": f"{label}:", "value": "yes" if value is True else value})
+            rows.append({"label": f"{label}:", "value": "yes" if value is True else text})
     lines = wrap(f"{one_line(known['id'])}  {one_line(known['title'])}", width)
     lines += ["", *table("label value", rows, width)]
     described = known.get("description") or {}
     texts = {label: described.get(key) for key, label in DESCRIPTION_LABELS.items()}
     texts["Your notes for the next phase"] = known.get("unblock_context")
-    for label, text in texts.items():
-        if told := clean_text(text or "").strip():
+    for label, said in texts.items():
+        if told := clean_text(said or "").strip():
             lines += ["", f"{label}:", *(f"  {line}".rstrip() for line in told.split("\n"))]
     return lines
 
@@ -2032,82 +2000,53 @@ def render_item(known: Row, width: int) -> list[str]:
 
 
 def plan_rows(backlog: Backlog, config: Config, options: RunOptions) -> list[dict[str, Any]]:
-    """The plan of `run --dry-run`: the phases in order, then why the other items do not move, of
-    which `kind` is what the reason has in common with others. Played through with the run's own
-    decisions, as if every phase succeeded; what comes after a triage is for the triage to say."""
-    draft, rows, triaged, turn = Draft(backlog), list[dict[str, Any]](), set[str](), 0
-    rules, only = rules_of(config), matching(backlog, options.filters)
-    while len(rows) < options.cap:
-        found = actions_for(options, draft.backlog(), {}, config, only - triaged)
-        if not found:
-            break
-        turn += any(isinstance(action, Task) for action in found)
+    """The plan of `run --dry-run`, by the run's own decisions: the phases that would start next,
+    then the items that would not: why, and what that has in common with others (`kind`)."""
+    draft, rules, only = Draft(backlog), rules_of(config), matching(backlog, options.filters)
+    tasks, now = list[Task](), datetime.fromtimestamp(0, UTC)  # of what is never written
+    while not tasks and (found := actions_for(options, draft.backlog(), {}, config, only)):
         for action in found:
             if isinstance(action, Promote):
-                promote(draft, action.item_id, rules, PLAN_TIME)
-            elif len(rows) < options.cap:
-                item = draft.item(action.item_id)
-                row = {"id": item["id"], "title": item["title"], "runs": True, "turn": turn}
-                text = phase_position(pipeline_of(config, item), action)
-                rows.append({**row, "phase": action.name, "text": text, "kind": None})
-                if action.pool == TRIAGE:
-                    triaged.add(item["id"])
-                else:
-                    result = PhaseResult(item["id"], action.name, "phase_complete", "planned")
-                    apply_result(draft, item, result, rules, PLAN_TIME)
-    ended, started = draft.backlog(), {row["id"] for row in rows}
-    limit = "the limit of phases for one run is used up" if len(rows) >= options.cap else ""
-    for item in status_order(ended.items.values()):
-        mine = item["status"] == "new" if options.only_triage else item["status"] != "done"
-        if mine and item["id"] not in triaged:
-            kind, text = "left out by --target or --only", ""
-            if item["id"] in (options.targets or only):
-                kind, text = _idle_reason(item, ended, config, limit, options.targets)
-            row = {"id": item["id"], "title": item["title"], "runs": False, "turn": None}
-            text = "then " * (item["id"] in started) + (text or kind)
-            rows.append({**row, "phase": None, "text": text, "kind": kind})
+                promote(draft, action.item_id, rules, now)
+        tasks = [action for action in found if isinstance(action, Task)]
+    items, rows, limits = draft.backlog(), list[dict[str, Any]](), config.execution
+    for task in tasks[: options.cap]:
+        item = items.items[task.item_id]
+        text = phase_position(pipeline_of(config, item), task)
+        row = {"id": item["id"], "title": item["title"], "phase": task.name}
+        rows.append({**row, "kind": None, "text": text})
+    starts = {row["id"] for row in rows}
+    others = [one for one in status_order(items.items.values()) if one["id"] not in starts]
+    for item in others:
+        if item["status"] == "done" or (options.only_triage and item["status"] != "new"):
+            continue
+        kind = f"later (max_wip = {limits.max_wip}, max_concurrent = {limits.max_concurrent})"
+        text = ""
+        if item["id"] not in (options.targets or only):
+            kind = "left out by --target or --only"
+        elif item["status"] == "blocked":
+            kind, text = "blocked, each needs you", f"blocked: {block_reason(item)}"
+        elif needs := waits_for(item, items):
+            kind, text = "waiting for other items", f"waits for {', '.join(needs)}"
+        elif item["status"] != "new" and pipeline_of(config, item) is None:
+            kind = f'its pipeline "{pipeline_name(item)}" is not in {CONFIG_NAME}'
+        row = {"id": item["id"], "title": item["title"], "phase": None}
+        rows.append({**row, "kind": kind, "text": text or kind})
     return rows
 
 
-def _idle_reason(
-    item: Item, backlog: Backlog, config: Config, limit: str, targets: Sequence[str]
-) -> tuple[str, str]:
-    """Why an item does not move: what it has in common with others, and all of it, if that is more;
-    `limit` keeps everything from going on."""
-    needs, limits = waits_for(item, backlog), config.execution
-    if item["status"] == "blocked":
-        return "blocked, each needs you", f"blocked: {block_reason(item)}"
-    if limit:
-        return f"later: {limit}", ""
-    if needs:
-        return "waiting for other items", f"waits for {', '.join(needs)}"
-    if item["status"] != "new" and pipeline_of(config, item) is None:
-        return f'its pipeline "{pipeline_name(item)}" is not in {CONFIG_NAME}', ""
-    if targets:
-        return "later: another target comes first", ""
-    if item["status"] == "ready":
-        return f"ready; max_wip = {limits.max_wip} lets no further item start yet", ""
-    most = limits.max_concurrent
-    return f"later; max_concurrent = {most}, and a phase that changes code runs alone", ""
-
-
 def render_plan(rows: Rows, problems: Sequence[Problem], width: int) -> list[str]:
-    """`run --dry-run` for people: a line for each item that moves, and one for each reason why
-    others do not. `problems` keep a run from starting at all."""
-    moves, idle = dict[str, dict[str, Any]](), dict[str, list[Row]]()
-    for row in rows:
-        if row["runs"]:
-            moves.setdefault(row["id"], {**row, "phases": []})["phases"].append(row["phase"])
-        else:
-            idle.setdefault(row["kind"], []).append(row)
-    why = []
+    """`run --dry-run` for people: what would start, and one line for each reason why others would
+    not. `problems` keep a run from starting at all."""
+    would, idle, why = [row for row in rows if row["phase"]], dict[str, list[Row]](), list[Row]()
+    for row in rows[len(would) :]:
+        idle.setdefault(row["kind"], []).append(row)
     for kind, group in idle.items():
         text = f"{kind}: {id_list([row['id'] for row in group])}"
         many = {"id": plural(len(group), "item"), "text": text}
         why.append(many if len(group) > 1 else group[0])
-    would, keys = "Would run, if every phase succeeds:", "turn id title phases"
-    lines = listed(would, keys, list(moves.values()), width)[1:] or ["Nothing would start."]
-    lines += listed("Would not run:", "id text", why, width)
+    lines = listed("Would start now:", "id text title", would, width)[1:]
+    lines = (lines or ["Nothing would start."]) + listed("Would not start:", "id text", why, width)
     if problems:
         lines += ["", "But a run cannot start:", *problem_lines(problems, width)]
     return [*lines, "", "Nothing was started and nothing was written."]
@@ -2132,17 +2071,15 @@ def proofs(rows: Rows, code: Container[str]) -> dict[str, Row]:
     return newest | {row["item"]: row for row in done if row["phase"] in code or row["verified"]}
 
 
-def checked(row: Row, code: Container[str] = ()) -> str:
-    """What checked a finished item, or a phase, or that nothing did, if something ought to have."""
-    told, done = ", ".join(row["verified"]), row.get("status", row.get("outcome"))
-    needed = done == "done" or (done == "complete" and row["phase"] in code)
-    return f"checked by {told}" if told else "not checked" if needed else ""
-
-
 def history_rows(rows: Iterable[Row], code: Container[str]) -> list[dict[str, Any]]:
-    """Rows of `read_log` for a table: behind the summary what checked it."""
-    told = ((row, checked(row, code)) for row in rows)
-    return [{**row, "summary": row["summary"] + f" ({text})" * bool(text)} for row, text in told]
+    """Rows of `read_log` for a table: behind the summary what checked it, or that nothing did, if
+    it is an item that is done, or a phase in `code`."""
+    told = []
+    for row in rows:
+        ended = row["phase"] in code if row["outcome"] == "complete" else row["outcome"] == "done"
+        checks = f" ({SHOWN['verified'](row['verified'])})" if row["verified"] or ended else ""
+        told.append({**row, "summary": one_line(row["summary"], 300) + checks})
+    return told
 
 
 # ---- The end of a run, and what it cost ----------------------------------------------------------
@@ -2160,7 +2097,7 @@ HALT_TEXTS: Mapping[HaltReason, str] = {
 
 
 def needs_you(items: Items, first: Container[str], program: str) -> list[Row]:
-    """The blocked items, those in `first` before the others; the keys are those of `json_form`."""
+    """The blocked items, those in `first` before the others; the keys are those of JSON_FORMS."""
     asking = [item for item in items.values() if item["status"] == "blocked"]
     rows = list[Row]()
     for item in sorted(asking, key=lambda item: item["id"] not in first):
@@ -2170,30 +2107,6 @@ def needs_you(items: Items, first: Container[str], program: str) -> list[Row]:
         held_up = [id for id, one in items.items() if item_id in unmet_dependencies(items, one)]
         rows.append({**row, "waiting": held_up})
     return rows
-
-
-def next_steps(
-    reason: HaltReason | None, items: Items, targets: Sequence[str], program: str, detail: str = ""
-) -> list[dict[str, str]]:
-    """Commands, and why one would give them after a run that ended for this reason."""
-    steps, left = {}, [item for item in items.values() if item["status"] != "done"]
-    able = [item for item in left if item["status"] != "blocked"]
-    # No probe tells more of a phase that is held, or of a limit.
-    known = detail.startswith("[") or error_kind(detail) == "limit"
-    if reason is None:
-        steps["check"] = "shows what stands in the way"
-    elif reason is HaltReason.CIRCUIT_BREAKER_TRIPPED and not known:
-        steps["check --probe"] = f"tries each agent once; their logs: {WORK_DIR}/logs/"
-    elif reason is HaltReason.NO_MATCHING_ITEMS:
-        steps["status"] = "shows what there is to match"
-    if not left:
-        steps['add "TITLE"'] = "adds work: nothing is left"
-    elif reason is HaltReason.TARGET_BLOCKED and len(targets) > 1:
-        again = "".join(f" --target {one_line(target)}" for target in targets)
-        steps[f"run{again} --auto-advance"] = "goes on with the targets that are not blocked"
-    elif not all(unmet_dependencies(items, item) for item in able):
-        steps["run"] = "goes on with whatever can run then"
-    return [{"command": f"{program} {command}", "why": why} for command, why in steps.items()]
 
 
 def what_waits(
@@ -2231,23 +2144,27 @@ SHOWN_DONE, SHOWN_ASKING, SHOWN_KEPT = 4, 3, 2
 
 
 def render_summary(told: Row, program: str, width: int = WHOLE_LINES) -> str:
-    """What got done, what needs somebody, what that holds up, what it cost, and what to do next;
-    see `summary_of`. Commands are never broken over lines, they are there to be copied."""
+    """What got done, what needs somebody, what that holds up and what it cost; see `summary_of`.
+    Commands are never broken over lines, they are there to be copied."""
 
     def part(word: str, rows: Sequence[Any], most: int, everything: str, keys: str) -> list[str]:
         more = f"; all: {program} {everything}" if len(rows) > most else ""
         return listed(f"{word} ({len(rows)}{more}):", keys, rows[-most:], width)[1:]
 
+    spent = usage_text(Usage(*map(told.get, Usage._fields))) or "cost not reported"
+    effort = [f"{plural(told['phases'], 'phase')} (limit {told['cap']})"]
+    effort += [human_duration(told["seconds"]), spent]
+    if told["state_commit"]:
+        effort.append(f"backlog saved in commit {told['state_commit'][:10]}")
+    halt = [*wrap(told["halt"], width), *wrap(f"  {', '.join(effort)}", width)]
     done, asking = told["completed"], told["needs_you"]
-    finished = part("Done", done, SHOWN_DONE, "status --done", "id commit title")
-    finished = finished or ["Done: no item was finished"]
-    finished += check_lines([{**row, "status": "done"} for row in done], width)
+    finished = part("Done", done, SHOWN_DONE, "status --done", "id commit title verified")
     needs = part("Needs you", asking, SHOWN_ASKING, "status --only status=blocked", "")
     for row in asking[:SHOWN_ASKING]:
-        indent = " " * (3 + cell_width(one_line(row["id"])))
+        begin = f"  {one_line(row['id'])} "
+        indent = " " * cell_width(begin)
         question = one_line(without_output(row["question"]), 240)
-        question += f" ({one_line(row['title'], 40)})"
-        needs += wrap(f"  {one_line(row['id'])} {question}", width, indent)
+        needs += wrap(f"{begin}{question} ({one_line(row['title'], 40)})", width, indent)
         needs.append(f"{indent}{row['command']}")
         if row["waiting"]:
             needs += wrap(f"{indent}waiting for it: {id_list(row['waiting'], 5)}", width, indent)
@@ -2257,33 +2174,10 @@ def render_summary(told: Row, program: str, width: int = WHOLE_LINES) -> str:
     rest += wrap(f"Backlog: {status_counts(told['counts'])}", width)
     # One line each, and blanks as they are: a warning holds commands to paste.
     warnings = ["Warning: " + clean_text(text).replace("\n", " ") for text in told["warnings"]]
-    steps = [f"Next: {step['command']}  # {step['why']}" for step in told["next"]]
-    steps = [step if cell_width(step) <= width else step.partition("  # ")[0] for step in steps]
-    halt = [*wrap(told["halt"], width), *wrap(f"  {_effort(told)}", width)]
-    sections = [part for part in (halt, finished, needs, rest, warnings, steps) if part]
+    finished = finished or ["Done: no item was finished"]
+    sections = [part for part in (halt, finished, needs, rest, warnings) if part]
     dense = sum(map(len, sections)) + len(sections) > SCREEN
     return ("\n" if dense else "\n\n").join("\n".join(lines) for lines in sections)
-
-
-def check_lines(rows: Iterable[Row], width: int) -> list[str]:
-    """What checked some finished items, and which of them."""
-    checks: dict[str, list[str]] = {}
-    for row in rows:
-        checks.setdefault(checked(row), []).append(row["id"])
-    groups = [(text, ids) for text, ids in checks.items() if text]
-    return [x for text, ids in groups for x in wrap(f"  {text}: {id_list(ids, 5)}", width, "    ")]
-
-
-def _effort(told: Row) -> str:
-    """What a run took: phases, time, cost."""
-    spent = usage_text(Usage(*map(told.get, Usage._fields)))
-    parts = [f"{plural(told['phases'], 'phase')} (limit {told['cap']})"]
-    parts += [human_duration(told["seconds"]), spent or "cost not reported"]
-    if told["filters"]:
-        parts.append(f"--only {one_line(' AND '.join(told['filters']))}")
-    if told["state_commit"]:
-        parts.append(f"backlog saved in commit {told['state_commit'][:10]}")
-    return ", ".join(parts)
 
 
 def usage_text(usage: Usage) -> str:
@@ -5705,65 +5599,46 @@ def _check_step(item: Item, backlog: Backlog) -> None:
 
 
 def summary_of(space: Workspace, run: Run, code: int) -> dict[str, Any]:
-    """All that is to be said of a run that is over, for people and machines; see `json_form`."""
+    """All that is to be said of a run that is over, for people and machines; see JSON_FORMS."""
     totals, options, done, items = run.totals, run.options, run.state_commit, run.backlog.items
     # What checked an item that is done may have been committed by a run long ago.
-    most = None if totals.completed else 2 * totals.phases + 10
-    history = read_log(space, most) if totals.spent or totals.completed else []
-    ended = {
-        (safe_name(row["item"]), safe_name(row["phase"]))
-        for row in history
-        if row["run_id"] == run.run_id and row["outcome"] == "complete"
-    }
-    made = run.ledger.kept
-    kept = [row for row in salvages(space) if row["ref"] in made] if made else []
-    titles = totals.titles | {item_id: item["title"] for item_id, item in items.items()}
-    checks, completed = proofs(history, code_phases(space.config)), []
+    checks = proofs(read_log(space) if totals.completed else [], code_phases(space.config))
+    completed = []
     for item_id in totals.completed:
-        proof = checks.get(item_id, {})
-        row = {"id": item_id, "title": titles.get(item_id, ""), "commit": proof.get("commit")}
-        completed.append({**row, "verified": proof.get("verified", [])})
+        proof = checks.get(item_id, {"commit": None, "verified": []})
+        row = {"id": item_id, "title": totals.titles[item_id]}
+        completed.append({**row, "commit": proof["commit"], "verified": proof["verified"]})
     detail = run.cap_reached() if run.reason is HaltReason.CAP_REACHED else run.breaker
     if run.reason is HaltReason.ALL_DONE_OR_BLOCKED and not options.only_triage:
         only = run.matched if options.filters else None
         detail = detail or what_waits(run.backlog, space.config, only, options.targets)
-    waiting = (f"{text}; it waits" for text in space.store.state.complaints())
-    reasons = totals.blocked.items()
-    blocked = [{"id": id, "title": titles.get(id, ""), "reason": why} for id, why in reasons]
     spent = reduce(Usage.plus, totals.spent.values(), NOTHING_SPENT)
     spent_on = [(*on, usage) for on, usage in totals.spent.items()]
+    made = salvages(space) if run.ledger.kept else []
+    waiting = (f"{text}; it waits" for text in space.store.state.complaints())
     told = {"schema": 1, "run_id": run.run_id, "halt_reason": run.reason and str(run.reason)}
     told |= {"halt": halt_line(run.reason, detail, options.only_triage), "detail": detail}
     told |= {"exit_code": code, "phases": totals.phases, "cap": options.cap}
     told |= {"seconds": round(time.monotonic() - totals.began, 3), **usage_json(spent)}
-    told |= {"completed": completed, "blocked": blocked, "follow_ups": totals.follow_ups}
+    told |= {"completed": completed, "follow_ups": totals.follow_ups}
     told["needs_you"] = needs_you(items, totals.blocked, program_name())
     told["spent"] = [{"item": id, "phase": name, **usage_json(one)} for id, name, one in spent_on]
-    told |= {"filters": [str(one) for one in options.filters], "targets": list(options.targets)}
     told["state_commit"] = done.commit if done and done.outcome == "committed" else None
-    told["kept"] = [row for row in kept if (row["item"], row["phase"]) not in ended]
+    told["kept"] = [one for one in made if one["ref"] in run.ledger.kept and not one["finished"]]
     told["warnings"] = [*run.warnings(), *run.ledger.remarks, *waiting]
     told["counts"] = count_by_status(items.values())
-    told["next"] = next_steps(run.reason, items, options.targets, program_name(), detail)
     return told
 
 
 def _notify(config: Config, told: Row) -> None:
     """Run `notify.command` with the summary on stdin; its failure is a warning."""
     import subprocess
-    import tempfile
 
-    argv, data, null = config.notify.command, _dumps(told).encode(), subprocess.DEVNULL
-    if not argv:
-        return
+    argv, data = config.notify.command, _dumps(told).encode()
     try:
-        with tempfile.TemporaryFile() as err:  # no pipe: what it starts may keep that open
-            done = subprocess.run(argv, input=data, stdout=null, stderr=err, timeout=60)
-            err.seek(0)
-            if done.returncode:
-                tail = one_line(err.read().decode(errors="replace"), 300)
-                log().warning("notify.command exited with %d: %s", done.returncode, tail)
-    except (OSError, subprocess.TimeoutExpired) as error:
+        if argv:
+            subprocess.run(argv, input=data, stdout=subprocess.DEVNULL, timeout=60, check=True)
+    except (OSError, subprocess.SubprocessError) as error:
         log().warning("notify.command failed: %s", error)
 
 
@@ -5806,21 +5681,20 @@ def cmd_status(args: argparse.Namespace) -> int:
         if filters:
             raise UsageError("--done and --only cannot be combined: a finished item has no keys")
         rows = finished(space)
-        lines = table("finished id status commit cost_usd title", rows, width, heads=True)
-        lines += ["", *check_lines(rows, width)] if rows else ["No item has been finished yet."]
-        return answer(args, {"items": rows}, lines)
+        lines = table("finished id status commit cost_usd title verified", rows, width, heads=True)
+        return answer(args, {"items": rows}, lines or ["No item has been finished yet."])
     rows, runs = status_rows(backlog, only, item_costs(space)), run_facts(space)
     kept, counts = salvages(space), count_by_status(rows)
     keys = "id status phase pipeline_type priority impact size risk title"
-    stuck = [row for row in rows if row["status"] == "blocked"]
-    blocked = [{"id": row["id"], "blocked_reason": block_reason(row)} for row in stuck]
+    stuck = {row["id"]: block_reason(row) for row in rows if row["status"] == "blocked"}
+    blocked = [{"id": id, "why": one_line(without_output(why), 300)} for id, why in stuck.items()]
     waiting = [row for row in rows if row["waiting_for"]]
     shown = [one for one in kept if only is None or one["item"] in map(safe_name, only)]
     lines = [*run_lines(runs, width, [""]), *table(keys, rows, width, heads=True)]
     none = "No item matches." if filters else "No items."
     lines += ["", status_counts(counts)] if rows else [none]
-    lines += listed("Blocked, each needs you:", "id blocked_reason", blocked, width)
-    how = sorted({unblock_option(row["blocked_reason"]) for row in blocked})
+    lines += listed("Blocked, each needs you:", "id why", blocked, width)
+    how = sorted(set(map(unblock_option, stuck.values())))
     lines += [f"  {program_name()} unblock ID {option}" for option in how]
     lines += listed("Waiting for other items:", "id waiting_for", waiting[:MOST_WAITING], width)
     if more := len(waiting[MOST_WAITING:]):
@@ -5830,12 +5704,10 @@ def cmd_status(args: argparse.Namespace) -> int:
 
 
 def finished(space: Workspace, item_id: str | None = None) -> list[dict[str, Any]]:
-    """The items that have left the backlog, newest first, or that one: those of the worklogs, and
-    those that only the log knows of; see `read_worklog`, `read_log`."""
-    open_ones = space.store.backlog.items  # one that was taken back is not finished
+    """The items that have left the backlog, newest first, or that one, from the worklogs; one that
+    was taken back is not among them."""
     entries = [one for one in worklog_entries(space) if item_id in (None, one["item"])]
-    told, last = read_log(space, item_id=item_id), dict[str, str]()
-    rows = dict[str, dict[str, Any]]()
+    last, rows = dict[str, str](), dict[str, dict[str, Any]]()
     for entry in entries:
         key, why = entry["item"], entry.get("summary") or entry.get("reason") or ""
         if status := entry.get("status", "").lower():
@@ -5843,17 +5715,13 @@ def finished(space: Workspace, item_id: str | None = None) -> list[dict[str, Any
             rows[key] = {"id": key, "title": entry["title"], "status": status}
             rows[key] |= {"finished": entry["when"], "summary": summary}
         last[key] = why
-    for one in told:
-        key, why = one["item"], one["summary"]
-        if key not in rows and one["outcome"] in ("done", "closed", "removed"):
-            rows[key] = {"id": key, "title": why, "status": one["outcome"]}
-            rows[key] |= {"finished": one["when"], "summary": why}
-    costs, checks = worklog_costs(entries), proofs(told, code_phases(space.config))
+    checks = proofs(read_log(space, item_id=item_id), code_phases(space.config))
+    costs = worklog_costs(entries)
     for key, row in rows.items():
-        proof = checks.get(key, {})
-        row |= {"commit": proof.get("commit"), "verified": proof.get("verified", [])}
+        proof = checks.get(key, {"commit": None, "verified": []})
+        row |= {"commit": proof["commit"], "verified": proof["verified"]}
         row |= usage_json(costs.get(key, NOTHING_SPENT))
-    left = (row for key, row in rows.items() if key not in open_ones)
+    left = (row for key, row in rows.items() if key not in space.store.backlog.items)
     return sorted(left, key=lambda row: str(row["finished"]))[::-1]
 
 
@@ -5865,8 +5733,7 @@ def worklog_entries(space: Workspace) -> list[dict[str, str]]:
 
 def item_costs(space: Workspace) -> dict[str, Usage]:
     """What every item has cost so far: as the worklog tells, and what is not in it yet."""
-    costs = worklog_costs(worklog_entries(space))
-    journal = space.journal()
+    costs, journal = worklog_costs(worklog_entries(space)), space.journal()
     for item_id, usage in journal.spent.items() if journal else ():
         costs[item_id] = costs.get(item_id, NOTHING_SPENT).plus(Usage(**usage))
     return costs
@@ -5886,7 +5753,7 @@ def lock_holder(space: Workspace) -> str:
 
 def run_facts(space: Workspace) -> dict[str, Any]:
     """The run at work and what its agents do, or else what the last one left for the next start to
-    finish; see `json_form`."""
+    finish; see JSON_FORMS."""
     holder, journal = lock_holder(space), space.journal()
     attempts = list(journal.attempts.values()) if journal else []
     remarks = [
@@ -5896,11 +5763,6 @@ def run_facts(space: Workspace) -> dict[str, Any]:
     if told := re.match(r"run (\S+), pid (\d+), since (\S+)", holder):
         if stop_requested(space.repo.state_dir, told[1]):
             remarks.append("it was asked to stop: what is in flight is finished, then it halts")
-        try:
-            with suppress(OSError):  # a missing one is written again
-                State.read(space.store.path.read_bytes(), space.store.path.name)
-        except (YamlError, BacklogError) as error:
-            remarks.append(f"nothing new is started for a minute, or until it is mended: {error}")
         phases = []
         for one in attempts:
             item_id, phase = one["item"], one["phase"]["name"]
@@ -5924,26 +5786,24 @@ def run_facts(space: Workspace) -> dict[str, Any]:
 
 
 def run_lines(facts: Row, width: int, end: Sequence[str] = ()) -> list[str]:
-    """What `run_facts` found: who is at work and what each agent does, or else what the next start
-    recovers first; then `end`."""
+    """What `run_facts` found, for people; then `end`, if there is something."""
 
     def lasts(since: str) -> str:
         return human_duration(time.time() - datetime.fromisoformat(since).timestamp())
 
     if run := facts["active"]:
         since = f"since {minute(run['since'])} ({lasts(run['since'])})"
+        lines = [f"A run is active: pid {run['pid']}, {since}"]
         rows = [{**one, "lasts": lasts(one["since"])} for one in run["phases"]]
-        lines = table("item phase lasts doing", rows, width, "  ")
-        lines += [line for text in run["remarks"] for line in wrap(f"  {text}", width)]
-        return [f"A run is active: pid {run['pid']}, {since}", *lines, *end]
-    if run := facts["unfinished"]:
+        lines += table("item phase lasts doing", rows, width, "  ")
+    elif run := facts["unfinished"]:
         text = f"Run {run['run_id']} left something unfinished; the next `run` recovers it first."
-        told = {"cut off, starts again:": run["cut_off"]}
-        told["finished, to be committed:"] = run["to_commit"]
-        rows = [{"what": what, "which": id_list(ids)} for what, ids in told.items() if ids]
-        rows += [{"what": "note:", "which": text} for text in run["remarks"]]
-        return [*wrap(text, width), *table("what which", rows, width, "  "), *end]
-    return []
+        told = {"cut off, starts again": run["cut_off"], "to be committed": run["to_commit"]}
+        rows = [{"what": f"{what}:", "which": id_list(ids)} for what, ids in told.items() if ids]
+        lines = [*wrap(text, width), *table("what which", rows, width, "  ")]
+    else:
+        return []
+    return [*lines, *(line for text in run["remarks"] for line in wrap(f"  {text}", width)), *end]
 
 
 def salvages(space: Workspace) -> list[dict[str, Any]]:
@@ -5974,8 +5834,7 @@ def cmd_show(args: argparse.Namespace) -> int:
     documents = documents_in(place, space.repo.root)
     rows, code = read_log(space, item_id=args.id), code_phases(space.config)
     kept = [one for one in salvages(space) if one["item"] == safe_name(args.id)]
-    lines = render_item(known if item else {**known, "verified": checked(known)}, width)
-    keys = "when phase outcome commit summary"
+    lines, keys = render_item(known, width), "when phase outcome commit summary"
     lines += listed("History:", keys, history_rows(rows, code), width)
     lines += listed("Documents:", "path", [{"path": path} for path in documents], width)
     facts = {"item": item or known, "documents": documents, "commits": rows, "salvage": kept}
@@ -5990,9 +5849,7 @@ def cmd_log(args: argparse.Namespace) -> int:
         _item(space.config, space.store.look(), args.id)
     told = history_rows(rows, code_phases(space.config))
     lines = table("when item phase outcome commit summary", told, width, heads=True)
-    when = "in that time" if args.since or args.n is not None else "yet"
-    none = f"Nothing that the orchestrator did has been committed {when}."
-    return answer(args, {"log": rows}, lines or [none])
+    return answer(args, {"log": rows}, lines or ["There is no commit of the orchestrator's."])
 
 
 # For `git log -z`: commit and time, our trailers, an empty line, the message.
@@ -6007,7 +5864,7 @@ def read_log(
     space: Workspace, most: int | None = None, since: str | None = None, item_id: str | None = None
 ) -> list[dict[str, Any]]:
     """What the commits of HEAD's history say that the orchestrator did with items, newest first,
-    with the keys of `json_form`; "" where they say nothing. `since` as git reads a time."""
+    with the keys of JSON_FORMS; "" where they say nothing. `since` as git reads a time."""
     repo = space.repo
     if repo.head().commit is None:
         return []
@@ -6024,41 +5881,36 @@ def read_log(
         commit, _, when = first.partition(" ")
         subject, run_id = one_line(message.partition("\n")[0]), ""
         found = list[dict[str, Any]]()
-        for key, _, value in (line.removeprefix(TRAILER).partition(": ") for line in trailers):
-            value = one_line(value)
+        for key, _, text in (line.removeprefix(TRAILER).partition(": ") for line in trailers):
+            value = one_line(text)
             if key == "Run":
                 run_id = value
             elif key == "Item":
-                row = {"when": when, "item": value, "phase": "", "outcome": "", "summary": ""}
-                found.append({**row, "commit": commit, "run_id": run_id, "verified": []})
+                row = {"when": when, "item": value, "phase": "", "outcome": "", "commit": commit}
+                found.append({**row, "run_id": run_id, "subject": subject, "verified": []})
             elif found and key == "Verified":
                 found[-1]["verified"].append(value)
             elif found:
                 found[-1][key.lower()] = value
         for row in found:  # told of it is the longest text behind its tag, else the subject
-            phase = re.escape(row["phase"])
             tag = re.escape(MessageEntry(row["item"], row["phase"]).tag)
             told = re.findall(rf"(?:^| \| ){tag} ((?:(?! \| \[).)+)", message, re.M)
-            begin = rf"^(?:\[orchestrator\] |\w+\([^)]*\): (?:{phase}: )?)"
+            begin = rf"^(?:\[orchestrator\] |\w+\([^)]*\): (?:{re.escape(row['phase'])}: )?)"
             text = one_line(max(told, key=len, default=re.sub(begin, "", subject)))
-            summary = text.removeprefix(f"{row['outcome'].capitalize()}: ")
-            row.update(summary=summary, subject=subject)
+            row["summary"] = text.removeprefix(f"{row['outcome'].capitalize()}: ")
         rows += found
     return [row for row in rows if item_id in (None, row["item"])][:most]
 
 
 def cmd_logs(args: argparse.Namespace) -> int:
     """What the agents of an item said and did, attempt by attempt, from their recorded output."""
-    space = open_workspace(args.root, args.config)
+    space, width = open_workspace(args.root, args.config), output_width(sys.stdout)
     folder = space.repo.root / WORK_DIR / "logs" / safe_name(args.id)
     pattern = f"{safe_name(args.phase)}-*" if args.phase else "*"
     pipelines = space.config.pipelines.values()
     phases = {safe_name(one.name): one for line in pipelines for one in line.all_phases}
-    if args.phase and args.phase not in (*phases, TRIAGE) and not any(folder.glob(pattern)):
-        raise UsageError(f"{args.phase}: there is no such phase{did_you_mean(args.phase, phases)}")
-    files, said = dict[Path, tuple[OutputFile, AgentReport, str]](), ""
-    width = output_width(sys.stdout)
-    while True:
+    files, said, active = dict[Path, tuple[OutputFile, AgentReport, str]](), "", True
+    while active:
         active = bool(args.follow and lock_holder(space))  # asked first, so that nothing is missed
         found = [path for path in folder.glob(pattern) if path.stat().st_size]
         for path in sorted(found, key=lambda path: path.stat().st_mtime):
@@ -6078,13 +5930,12 @@ def cmd_logs(args: argparse.Namespace) -> int:
                     parts = (wrap(one, width) for one in text.split("\n"))
                     print("\n".join(itertools.chain(*parts)), flush=True)
                     said = text  # a last message may come twice: as text, and as the result
-        if not active:
-            break
-        time.sleep(0.3)
+        if active:
+            time.sleep(0.3)
     if not files:
         if not has_left(space.config, space.store.look(), args.id):
             _item(space.config, space.store.backlog, args.id)
-        print(f"No agent has said anything here yet: {os.path.relpath(folder)}/")
+        print(f"No agent has said anything here yet: {os.path.relpath(folder / pattern)}")
     return EXIT_OK
 
 
@@ -6094,7 +5945,7 @@ def _item(config: Config, backlog: Backlog, item_id: str) -> Item:
     if has_left(config, backlog, item_id):
         raise UsageError(
             f"{item_id}: it is not in the backlog any more; what became of it:"
-            f" {program_name()} show {item_id}"
+            f" {program_name()} log {item_id}"
         )
     raise UsageError(f"{item_id}: there is no such item{did_you_mean(item_id, backlog.items)}")
 
@@ -6123,13 +5974,6 @@ def cmd_change(args: argparse.Namespace) -> int:
     backlog = space.store.look()
     if command != "add":
         _item(space.config, backlog, args.id)
-    at_work = run_facts(space)["active"] if command in ("complete", "close") else None
-    for one in at_work["phases"] if at_work else ():
-        if one["item"] == args.id:
-            raise OrchestratorError(
-                f"{args.id}: its phase {one['phase']} is running just now. Wait for it, or ask the"
-                f" run to halt when it is through: {program_name()} stop"
-            )
     change = partial(change_item, args, space.config, now)
     change(Draft(backlog))  # what is refused is refused before anything is touched
     done = space.store.change(change)
@@ -6248,11 +6092,7 @@ def cmd_check(args: argparse.Namespace) -> int:
     import shlex
 
     space, width = open_workspace(args.root, args.config), output_width(sys.stdout)
-    try:
-        space.store.look()
-    except (BacklogError, YamlError):  # an open merge, say, explains it better
-        _refuse(list(space.repo.head_problems(space.repo.head())))
-        raise
+    space.store.look()
     runs, kept = run_facts(space), salvages(space)
     problems = [] if runs["active"] else start_problems(space, allow_dirty=False)
     problems += signing_problems(space.repo)
@@ -6263,9 +6103,6 @@ def cmd_check(args: argparse.Namespace) -> int:
     if bare := {one.name for one in phases if one.destructive and not one.verify}:
         names = ", ".join(sorted(bare))
         remarks.append(f"no `verify`, so what an agent calls done is committed unchecked: {names}")
-    for item_id, item in space.store.backlog.items.items():
-        hints = {key: did_you_mean(key, ITEM_KEYS) for key in item if key not in ITEM_TABLE}
-        remarks += [f"{item_id}: nobody reads {key}{hint}" for key, hint in hints.items() if hint]
     lines = table("agent model works seconds cost_usd", tried, width, heads=True)
     lines += problem_lines(problems, width, "problem: ")
     # Remarks, like remedies, hold commands to be copied: they stay whole.
@@ -6377,12 +6214,12 @@ def cmd_init(args: argparse.Namespace) -> int:
         )
     config = load_config(repo.root, None)  # the one that is there already, or the defaults
     repo.signoff, repo.sign = config.commits.signoff, config.commits.sign
-    hints, check = commit_hints(repo, config.commits), how_tested(repo.root)
-    values = {key: value for key, (value, _) in hints.items()}
+    signs, check = conventional_signs(repo), how_tested(repo.root)
     toml, backlog = repo.root / CONFIG_NAME, repo.root / config.backlog_path
-    wanted = {toml: config_template(args.prefix, args.agent, values, check)}
-    wanted[backlog] = render_yaml({"schema_version": 3, "items": [], "next_item_id": 0})
-    made = {path: text.encode() for path, text in wanted.items() if not os.path.lexists(path)}
+    template = config_template(args.prefix, args.agent, conventional=bool(signs), check=check)
+    empty = render_yaml({"schema_version": 3, "items": [], "next_item_id": 0})
+    wanted = {toml: template.encode(), backlog: empty.encode()}
+    made = {path: data for path, data in wanted.items() if not os.path.lexists(path)}
     head, told = repo.head().commit, "nothing to do: the files are there already"
     for path, data in made.items():
         if repo.committed(head, repo.relative(path)) is not None:
@@ -6395,19 +6232,17 @@ def cmd_init(args: argparse.Namespace) -> int:
     make_work_folder(repo.root, repo.root / WORK_DIR)
     if made and not args.no_commit:
         try:
-            style = str(values.get("style", config.commits.style))
+            style = "conventional" if signs else config.commits.style
             message = state_message("Set up the backlog", style=style)
             told += f", committed as {str(repo.commit(repo.blobs(made), message))[:10]}"
         except HeadBusy as error:
             print(f"not committed: {error}", file=sys.stderr)
-    lines = [told, *_house_rules(repo, load_config(repo.root, None), hints)]
+    lines = [told, *_house_rules(repo, load_config(repo.root, None), signs)]
     if check and toml in made:
-        lines.append(f"in it, commented out, this project's tests as `verify`: {check}")
-    if args.agent == "command" and toml in made:
-        lines.append("agent.command in it is an example: set it before you run anything")
-    program = program_name()
+        lines.append(f"checks: this project's tests, in it as a commented `verify`: {check}")
     for line in lines:
         print("\n".join(wrap(line, output_width(sys.stdout))))
+    program = program_name()
     print(f'Next: {program} add "What shall be done", then {program} run')
     if args.hook:
         args.action = "install"
@@ -6416,40 +6251,25 @@ def cmd_init(args: argparse.Namespace) -> int:
 
 
 COMMITLINT_FILES = ("commitlint.config.*", ".commitlintrc*")
-HOOK_MANAGERS = (".pre-commit-config.yaml", ".husky", "lefthook.yml")
 UNASKED = re.compile(r"--(dangerously\S+|yolo|auto)")  # the flags of CLIs that then ask nobody
-LOOKS_LIKE: Mapping[str, tuple[object, str]] = {  # values of [commits], and messages made by them
-    "style": ("conventional", rf"\A({'|'.join(COMMIT_TYPES)})(\(.+?\))?!?: \S"),
-    "signoff": (True, r"^Signed-off-by: .+@"),
-}
-
-
-def commit_hints(repo: Repo, chosen: Commits) -> dict[str, tuple[object, str]]:
-    """What of [commits] the last commits and commitlint's files seem to want and is not chosen, and
-    what shows it."""
-    options = ("-20", "--no-merges", "--no-show-signature", "--format=%x00%B")
+def conventional_signs(repo: Repo) -> str:
+    """What shows that a repository wants conventional commits; "" if nothing does."""
+    shown = [path.name for name in COMMITLINT_FILES for path in sorted(repo.top.glob(name))]
+    options = ("-20", "--no-merges", "--no-show-signature", "--format=%s")
     said = repo.git("log", *options).decode(errors="replace") if repo.head().commit else ""
-    messages, hints = said.split("\0")[1:], {}
-    for key, (value, pattern) in LOOKS_LIKE.items():
-        files = COMMITLINT_FILES if key == "style" else ()
-        shown = [path.name for name in files for path in sorted(repo.top.glob(name))]
-        count = sum(bool(re.search(pattern, message, re.M)) for message in messages)
-        if 2 * count > len(messages) > 2:
-            shown.append(f"{count} of the last {len(messages)} commits")
-        if shown and getattr(chosen, key) != value:
-            hints[key] = value, ", ".join(shown)
-    return hints
+    subjects, pattern = said.splitlines(), rf"({'|'.join(COMMIT_TYPES)})(\(.+?\))?!?: \S"
+    count = sum(bool(re.match(pattern, subject)) for subject in subjects)
+    if 2 * count > len(subjects) > 2:
+        shown.append(f"{count} of the last {len(subjects)} commits")
+    return ", ".join(shown)
 
 
-def _house_rules(repo: Repo, config: Config, hints: Mapping[str, tuple[object, str]]) -> list[str]:
+def _house_rules(repo: Repo, config: Config, signs: str) -> list[str]:
     """What `init` says of the repository's own rules: at most four lines."""
     hooks = [name for name in HOOK_NAMES if os.access(repo.hook_path(name), os.X_OK)]
-    idle = [name for name in HOOK_MANAGERS if (repo.top / name).exists()]
     told = {"hooks": f"{', '.join(hooks)}; what agents build has to pass them" if hooks else ""}
-    if idle and not hooks:
-        told["hooks"] = f"none is installed, though there is {idle[0]}; install them first"
-    if seen := "; ".join(f"{key} = {_dumps(v)} ({shown})" for key, (v, shown) in hints.items()):
-        told["commits"] = f"look like {seen}; for ours, set that in {CONFIG_NAME}"
+    if signs and config.commits.style == "bracket":
+        told["commits"] = f"look conventional ({signs}); for ours, set style in {CONFIG_NAME}"
     if repo.wants_signatures():
         trouble = repo.sign_trouble and f", but that failed: {one_line(repo.sign_trouble, 200)}"
         told["signatures"] = f"git is configured to sign commits, and so are ours{trouble}"
@@ -6818,11 +6638,11 @@ ARGUMENTS: Mapping[str, Row] = {
     "--cap": _option("start at most N phases", type=_argument(_COUNT), metavar="N"),
     "--auto-advance": _flag("go on to the next target when one is blocked"),
     "--allow-dirty": _flag("start although there are uncommitted changes"),
-    "--dry-run": _flag("only say what would be done, and what not and why"),
+    "--dry-run": _flag("only say what would start now, and what not and why"),
     "--strict": _flag("exit with 1 when the halt commit met trouble"),
     "--json": _flag("print it as JSON on stdout"),
     "--done": _flag("the finished and closed items instead, newest first"),
-    "--graph": _flag("what waits for what, and cycles, as a Mermaid chart"),
+    "--graph": _flag("what waits for what, as a Mermaid chart"),
     "-f": _flag("follow the one at work", dest="follow"),
     "-n": _option("at most N lines", type=_argument(_COUNT), metavar="N"),
     "--since": _option('as git reads it: "yesterday", 2026-11-28', metavar="WHEN"),

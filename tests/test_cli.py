@@ -139,8 +139,8 @@ def test_messages_call_the_program_as_it_was_started(bare: Path, program: Path) 
         run("python3", *argv, "close", "WRK-001", "--reason", "no", cwd=cwd)
         said = run("python3", *argv, "unblock", "WRK-001", cwd=cwd)
         command = said.stderr.partition("what became of it: ")[2].strip()
-        assert command == " ".join(["python3", *argv, "show", "WRK-001"])
-        assert run("sh", "-c", command, cwd=cwd).stdout.startswith("WRK-001  Fix the login bug\n\nStatus:   closed\n")
+        assert command == " ".join(["python3", *argv, "log", "WRK-001"])
+        assert run("sh", "-c", command, cwd=cwd).returncode == 0
 
 
 def with_stdout(project: Any, stdout: Any, *argv: str) -> subprocess.CompletedProcess[str]:
@@ -225,21 +225,16 @@ def test_init_says_what_the_repository_seems_to_want(bare: Path, cli: Cli) -> No
     git(bare, "config", "commit.gpgSign", "true")
     git(bare, "config", "gpg.program", "/nonexistent")
     (bare / ".commitlintrc.yml").touch()
-    (bare / ".husky").mkdir()
     says = cli("--root", bare, "init", "--agent", "gemini").out.splitlines()
     config = orchestrator.load_config(bare, None)
-    assert says[1] == "hooks: none is installed, though there is .husky; install them first"
-    assert says[2] == (
-        'commits: look like style = "conventional" (.commitlintrc.yml); signoff = true (3 of the last 4 commits);'
-        " for ours, set that in orchestrator.toml"
-    )
-    assert says[3].startswith("signatures: git is configured to sign commits, and so are ours, but that failed: ")
-    assert says[4].startswith("agents: permission prompts are off (gemini --yolo); commits go to main")
-    assert len(says) == 6
+    assert says[1] == "commits: look conventional (.commitlintrc.yml); for ours, set style in orchestrator.toml"
+    assert says[2].startswith("signatures: git is configured to sign commits, and so are ours, but that failed: ")
+    assert says[3].startswith("agents: permission prompts are off (gemini --yolo); commits go to main")
+    assert len(says) == 5
     assert (config.commits.style, config.commits.signoff) == ("bracket", False)
     assert git(bare, "log", "-1", "--format=%B").split("\n")[:3] == ["chore(backlog): set up the backlog", "", "[orchestrator] Set up the backlog"]
     text = (bare / "orchestrator.toml").read_text()
-    (bare / "orchestrator.toml").write_text(re.sub("# (style|signoff)", r"\1", text))
+    (bare / "orchestrator.toml").write_text(text.replace("# style", "style"))
     hook = bare / ".git/hooks/commit-msg"
     hook.parent.mkdir(exist_ok=True)
     hook.write_text("#!/bin/sh\n")
@@ -361,7 +356,7 @@ def test_status_of_an_empty_backlog(here: Cli) -> None:
     assert here("status").out == "No items.\n"
     assert json.loads(here("status", "--json").out) == {"schema": 1, "active": None, "unfinished": None, "counts": {}, "items": [], "salvage": []}
     assert here("status", "--done").out == "No item has been finished yet.\n"
-    assert here("log").out == "Nothing that the orchestrator did has been committed yet.\n"
+    assert here("log").out == "There is no commit of the orchestrator's.\n"
 
 
 def test_d52_status_table(project: Any, here: Cli) -> None:
@@ -446,12 +441,13 @@ def test_dry_run_says_what_would_run_and_why_the_rest_would_not(project: Any, he
     project.backlog(*items)
     project.commit_all()
     would = [
-        "Would run, if every phase succeeds:",
-        "  1. WRK-001 Item WRK-001 plan → build",
+        "Would start now:",
+        "  WRK-001 plan (1/2, main) Item WRK-001",
         "",
-        "Would not run:",
+        "Would not start:",
         "  WRK-003 blocked: Unclear",
-        "  2 items later: the limit of phases for one run is used up: WRK-002, WRK-004",
+        "  WRK-002 later (max_wip = 1, max_concurrent = 1)",
+        "  WRK-004 waits for WRK-001 (in_progress)",
         "",
     ]
     nothing = "Nothing was started and nothing was written."
@@ -459,7 +455,7 @@ def test_dry_run_says_what_would_run_and_why_the_rest_would_not(project: Any, he
     got = json.loads(here("run", "--dry-run", "--cap", "2", "--json").out)
     assert got["schema"] == 1
     assert [(row["id"], row["phase"]) for row in got["items"]] == [
-        ("WRK-001", "plan"), ("WRK-001", "build"), ("WRK-003", None), ("WRK-002", None), ("WRK-004", None),
+        ("WRK-001", "plan"), ("WRK-003", None), ("WRK-002", None), ("WRK-004", None),
     ]
     (project.root / "README.md").write_text("edited\n")
     dirt = "the work tree has uncommitted changes: README.md"

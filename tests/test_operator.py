@@ -85,15 +85,10 @@ def test_what_waits_or_is_held_by_the_guardrails_is_told_with_what_comes_of_it(p
     assert "unblock ID --override-guardrails\n" in project.run("status").stdout
     said = project.run("unblock", "WRK-001", "--notes", "go on").stdout
     assert "But the next run blocks it again: the guardrails are exceeded by risk high (limit low)" in said
-    assert "\nNext: " not in project.run("run", code=3).stderr
 
 
-def test_check_tells_of_a_config_that_is_gone_and_of_keys_that_nobody_reads(project: Any) -> None:
-    project.backlog("WRK-001 new prioritee=4 mine=5")
+def test_check_tells_of_a_config_that_is_gone(project: Any) -> None:
     project.commit_all()
-    said = project.run("check").stdout
-    assert 'note: WRK-001: nobody reads prioritee (did you mean "priority"?)\n' in said
-    assert "mine" not in said
     (project.root / "orchestrator.toml").unlink()
     said = project.run("check", code=1).stdout
     assert "orchestrator.toml is in git, but not on disk" in said
@@ -227,17 +222,13 @@ def test_a_rewound_branch_does_not_leave_the_half_done_work_as_the_operators(pro
     assert project.status() == ""
 
 
-def test_status_tells_of_a_stop_and_of_a_file_that_cannot_be_read(project: Any) -> None:
+def test_status_tells_of_a_stop(project: Any) -> None:
     os.mkfifo(project.outside / "go")
     project.set_up(f"WRK-001 {IN_PLAN}", script={"*": [{"document": "a.md", "announce": True, "await": "go"}]})
     process = project.start("run")
     project.announced()
     project.run("stop")
-    (project.root / "BACKLOG.yaml").write_text("items: [broken\n")
-    said = project.run("status").stdout
-    assert "it was asked to stop" in said
-    assert "nothing new is started for a minute, or until it is mended: BACKLOG.yaml:1" in said
-    assert "there is no such phase" in project.run("logs", "WRK-001", "plam", code=2).stderr
+    assert "it was asked to stop" in project.run("status").stdout
     (project.outside / "go").write_text("")
     assert "asked to stop: what is in flight is finished" in project.finish(process)
 
