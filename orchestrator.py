@@ -5634,10 +5634,10 @@ def _notify(config: Config, told: Row) -> None:
     """Run `notify.command` with the summary on stdin; its failure is a warning."""
     import subprocess
 
-    argv, data = config.notify.command, _dumps(told).encode()
-    try:
+    argv, data, null = config.notify.command, _dumps(told).encode(), subprocess.DEVNULL
+    try:  # no output of ours for it: what it starts may keep that open
         if argv:
-            subprocess.run(argv, input=data, stdout=subprocess.DEVNULL, timeout=60, check=True)
+            subprocess.run(argv, input=data, stdout=null, stderr=null, timeout=60, check=True)
     except (OSError, subprocess.SubprocessError) as error:
         log().warning("notify.command failed: %s", error)
 

@@ -88,7 +88,6 @@ def test_what_waits_or_is_held_by_the_guardrails_is_told_with_what_comes_of_it(p
 
 
 def test_check_tells_of_a_config_that_is_gone(project: Any) -> None:
-    project.commit_all()
     (project.root / "orchestrator.toml").unlink()
     said = project.run("check", code=1).stdout
     assert "orchestrator.toml is in git, but not on disk" in said
