@@ -126,7 +126,6 @@ from backlog import (
     context_description,
     dependency_cycles,
     did_you_mean,
-    guardrail_objection,
     last_summary,
     list_of,
     matching,
@@ -437,8 +436,6 @@ def config_table(name: str) -> Callable[[Record], Record]:
 
 @config_table("guardrails")
 class Guardrails(NamedTuple):
-    """The largest ratings that may run without a human."""
-
     max_size: str = row(choice(*SIZE_WORDS), "medium", "what is rated higher waits for a human")
     max_complexity: str = row(choice(*LEVEL_WORDS), "medium")
     max_risk: str = row(choice(*LEVEL_WORDS), "low")
@@ -446,8 +443,6 @@ class Guardrails(NamedTuple):
 
 @config_table("execution")
 class Execution(NamedTuple):
-    """How much is done at a time, how often, and for how long."""
-
     phase_timeout_minutes: float = row(_AMOUNT, 30, "one attempt of a phase")
     max_retries: int = row(_COUNT, 2, "attempts of a phase = this + 1")
     retry_delay_seconds: float = row(_AMOUNT, 5, "doubled with every attempt, at most 300")
@@ -467,8 +462,6 @@ class Execution(NamedTuple):
 
 @config_table("agent")
 class AgentSettings(NamedTuple):
-    """The CLI that runs the phases."""
-
     cli: str = row(choice(*AGENT_CLIS), "claude")
     model: str | None = row(_MODEL, None, "as the CLI calls it", '"opus"')
     command: Words = row(
@@ -485,8 +478,6 @@ class AgentSettings(NamedTuple):
 
 @config_table("commits")
 class Commits(NamedTuple):
-    """How the repository wants its commits."""
-
     style: Literal["bracket", "conventional"] = row(
         choice("bracket", "conventional"), "bracket", "[WRK-001][build] …; feat(wrk-001): build: …"
     )
@@ -496,8 +487,6 @@ class Commits(NamedTuple):
 
 @config_table("notify")
 class Notify(NamedTuple):
-    """Who is told of a halt: a command that is run at every one."""
-
     command: Words = row(
         ARGV, (), "at every halt, JSON on stdin", '["notify-send", "orchestrator"]'
     )
@@ -505,8 +494,6 @@ class Notify(NamedTuple):
 
 @config_table("phase")
 class Phase(NamedTuple):
-    """One phase of a pipeline."""
-
     name: str
     destructive: bool = row(FLAG, False, "modifies code, runs alone", "true", "is_destructive")
     workflows: Words = row(_WORDS, (), "instead of the built-in instructions", '["docs/build.md"]')
@@ -599,12 +586,10 @@ def parse_config(data: bytes, source: str, base: Path) -> Config:
 
 
 def default_config(base: Path) -> Config:
-    """The config of a project that has no orchestrator.toml; goes through the same checks."""
     return parse_config(b"", BUILT_IN, base)
 
 
 def _read_table(name: str, table: Fields) -> dict[str, Any]:
-    """The values of a table's keys, by field."""
     keys = CONFIG_KEYS[name].items()
     read = {field: table.get(key.name or field, key.kind, key.default) for field, key in keys}
     table.close()
@@ -665,13 +650,11 @@ def checks_of(config: Config, item: Item, phase: str) -> tuple[Words, ...]:
 
 
 def code_phases(config: Config) -> set[str]:
-    """The names of the phases that change code."""
     phases = (one for pipeline in config.pipelines.values() for one in pipeline.phases)
     return {one.name for one in phases if one.destructive}
 
 
 def rules_of(config: Config) -> Rules:
-    """What the config says about items."""
     pipelines = {
         name: Route(*(tuple(phase.name for phase in pool) for pool in pipeline[1:]))
         for name, pipeline in config.pipelines.items()
@@ -705,7 +688,6 @@ def agent_of(config: Config, phase: Phase) -> str:
 
 
 def phase_timeout_s(config: Config, phase: Phase) -> float:
-    """Seconds an attempt of the phase may take."""
     minutes = phase.timeout_minutes
     return 60 * (config.execution.phase_timeout_minutes if minutes is None else minutes)
 
@@ -762,7 +744,6 @@ def preflight_items(config: Config, backlog: Backlog) -> list[Problem]:
 
 
 def _phase_problem(config: Config, item: Item) -> list[tuple[str, str]]:
-    """What is wrong with the phase or pool of an item in work, and the remedy."""
     pipeline, name = pipeline_of(config, item), item.get("phase")
     if pipeline is None or not name:
         return []
@@ -1193,7 +1174,6 @@ def table(keys: str, rows: Rows, width: int, lead: str = "", *, heads: bool = Fa
 
 
 def listed(heading: str, keys: str, rows: Rows, width: int) -> list[str]:
-    """A blank line, a heading and the rows below it; nothing where there are none."""
     return ["", *wrap(heading, width), *table(keys, rows, width, "  ")] if rows else []
 
 
@@ -1205,7 +1185,6 @@ TINTS: Mapping[str, str] = {  # SGR parameters by what is coloured for a termina
 
 
 def tint(text: str) -> str:
-    """A cleaned text of ours with the begins of its telling lines coloured (ECMA-48 SGR)."""
     for pattern, colour in TINTS.items():
         text = re.sub(pattern, f"\x1b[{colour}m\\g<0>\x1b[0m", text, flags=re.M)
     return text
@@ -1251,18 +1230,15 @@ WIDEST = 40
 
 
 def plural(count: int, one: str) -> str:
-    """`1 item`, `3 items`."""
     return f"{count} {one}{'' if count == 1 else 's'}"
 
 
 def id_list(ids: Sequence[str], most: int = 8) -> str:
-    """`WRK-001, WRK-002 and 3 more`."""
     more = f" and {len(ids) - most} more" if len(ids) > most else ""
     return one_line(", ".join(ids[:most])) + more
 
 
 def command_text(argv: Sequence[str]) -> str:
-    """A command on one line, as a shell would take it."""
     import shlex
 
     return one_line(shlex.join(argv))
@@ -1390,11 +1366,9 @@ class ResultFields(Fields):
         return text
 
     def line(self, key: str) -> str | None:
-        """A text made to fit on one line."""
         return one_line(self.get(key, TEXT, ""), MAX_TITLE) or None
 
     def lines(self, key: str) -> tuple[str, ...]:
-        """A list of such texts, each of them once."""
         listed = self.get(key, LIST, ())
         texts = [one_line(value, MAX_TITLE) for value in listed if isinstance(value, str)]
         if len(texts) < len(listed):
@@ -1402,13 +1376,11 @@ class ResultFields(Fields):
         return tuple(dict.fromkeys(filter(None, texts)))
 
     def given(self, kinds: Mapping[str, Kind]) -> dict[str, str]:
-        """Those of some texts that are there and fit."""
         read = ((key, self.get(key, kind)) for key, kind in kinds.items())
         return {key: value for key, value in read if value is not None}
 
 
 def _read_follow_ups(read: ResultFields) -> tuple[FollowUp, ...]:
-    """The new items suggested: titles, or objects with a title."""
     listed = read.get("follow_ups", LIST, ())
     if len(listed) > MAX_FOLLOW_UPS:
         read.complain("follow_ups", f"are {len(listed)}: at most {MAX_FOLLOW_UPS} are taken")
@@ -1652,7 +1624,6 @@ UNBLOCK_NOTE = """\
 This item had been blocked. A human unblocked it and left these notes. Follow them; where they
 differ from the description or from older documents, the notes are right."""
 DOCUMENTS_NOTE = "Read these first; earlier phases wrote them:"
-TAKEN_NOTE = "These came from this item and are in the backlog: report only what is new."
 RETRY_NOTE = "Analyse why, and try a different approach: the same steps will fail the same way."
 SALVAGE_NOTE = """\
 What it had changed is kept, but not in the working tree any more. Look before you redo it:
@@ -1747,7 +1718,7 @@ def build_prompt(
     triage, pipeline = task.pool == TRIAGE, pipeline_of(config, item)
     needs, folder = ", ".join(item.get("dependencies") or ()), str(change_dir)
     facts = {"ID": item["id"], "Title": item["title"], "Tags": ", ".join(item.get("tags") or ())}
-    facts |= {"Depends on": needs and f"{needs} (done)", "Origin": item.get("origin") or ""}
+    facts["Depends on"] = needs and f"{needs} (done)"
     limit = human_duration(phase_timeout_s(config, task.phase))
     line = f"{pipeline.name}: {_phases(pipeline)}" if pipeline and not triage else ""
     position = {"Pipeline": line, "Phase": phase_position(pipeline, task)}
@@ -1759,9 +1730,6 @@ def build_prompt(
     again = f"This is attempt {attempt} of {attempts}. Earlier work on it did not succeed."
     retry = ["What went wrong:", quote(failure), RETRY_NOTE] if failure else []
     retry += [SALVAGE_NOTE.format(ref=salvage_ref)] if salvage_ref else []
-    others = backlog.items.values()
-    origins = ((one, (one.get("origin") or "").partition("/")[0]) for one in others)
-    taken = [f"{one['id']}: {one['title']}" for one, origin in origins if origin == item["id"]]
     sections = [
         _section("Item to Triage" if triage else "Item", _facts(facts)),
         _section("Position", _facts(position)),
@@ -1771,7 +1739,6 @@ def build_prompt(
         _section("Unblock Context", quote(item.get("unblock_context") or ""), note=UNBLOCK_NOTE),
         _section("Previous Failure", *retry, note=again),
         _section("Documents", _bullets(documents), note=DOCUMENTS_NOTE),
-        _section("Follow-ups Taken", quote(_bullets(taken)), note=TAKEN_NOTE),
         *(_triage_sections(item, config, backlog) if triage else ()),
         _task_section(item, task, config, folder),
         _section("Rules", _rules(item, task, config, folder)),
@@ -1792,7 +1759,6 @@ def quote(text: str) -> str:
 
 
 def _section(heading: str, *paragraphs: str, note: str = "") -> str:
-    """A section of a prompt, with a note on top; nothing at all when there is nothing to say."""
     told = list(filter(None, paragraphs))
     return "\n\n".join(filter(None, [f"## {heading}", note, *told])) if told else ""
 
@@ -1860,7 +1826,6 @@ def _task_section(item: Item, task: Task, config: Config, folder: str) -> str:
 
 
 def _rules(item: Item, task: Task, config: Config, folder: str) -> str:
-    """What the phase may write and what becomes of it, and what holds for all."""
     phase, rules = task.phase, []
     if phase.destructive:
         rules.append(CODE_RULES.format(folder=folder))
@@ -1893,7 +1858,6 @@ def _output_text(item: Item, task: Task, path: str) -> str:
 # ---- Items, listed and drawn ---------------------------------------------------------------------
 
 STATUS_ORDER = ("in_progress", "blocked", "ready", "scoping", "new", "done")
-MOST_WAITING = 10  # items that wait for others, as `status` lists them
 KEPT = "Left by attempts that did not complete, and kept (`git show --stat REF`):"
 
 
@@ -1916,7 +1880,6 @@ def status_rows(
 
 
 def status_counts(counts: Mapping[str, int]) -> str:
-    """One line: `5 items: 1 in_progress, 4 new`."""
     parts = ", ".join(f"{count} {status}" for status, count in counts.items())
     return f"{plural(sum(counts.values()), 'item')}: {parts}" if parts else "no items"
 
@@ -1936,7 +1899,6 @@ def waits_for(item: Item, backlog: Backlog) -> list[str]:
 
 
 def block_reason(item: Row) -> str:
-    """Why an item is blocked, in one text that is never empty."""
     return item.get("blocked_reason") or "no reason recorded"
 
 
@@ -2127,7 +2089,6 @@ def what_waits(
 
 
 def halt_line(reason: HaltReason | None, detail: str, only_triage: bool = False) -> str:
-    """Why a run is over, in one line."""
     detail = one_line(detail, 500)
     if reason is None:
         return f"Ended by an error: {detail or 'see above'}"
@@ -2192,7 +2153,6 @@ def usage_text(usage: Usage) -> str:
 
 
 def usage_json(usage: Usage) -> dict[str, object]:
-    """The three keys about cost that every JSON output uses; null: not reported."""
     cost = usage.cost_usd
     return {**usage._asdict(), "cost_usd": None if cost is None else round(cost, 6)}
 
@@ -5533,8 +5493,11 @@ def cmd_run(args: argparse.Namespace) -> int:
         if args.dry_run:
             return _dry_run(args, space, options)
         if args.command == "step":
-            _check_step(items[0], backlog)
-            options = options._replace(overridden=items[0]["id"])
+            (item,) = items
+            if item["status"] in ("blocked", "done") or waits_for(item, backlog):
+                why = f"{program_name()} show {item['id']} tells why"
+                raise OrchestratorError(f"{item['id']}: no step can be taken; {why}")
+            options = options._replace(overridden=item["id"])
     run_id = new_run_id()
     import_asyncio()
     with space.run_lock(run_id):
@@ -5576,30 +5539,14 @@ def filters_of(args: argparse.Namespace) -> tuple[Filter, ...]:
 
 
 def run_options(args: argparse.Namespace, config: Config) -> RunOptions:
-    """Turn the arguments of `run`, `triage` or `step` into options; UsageError when they clash."""
-    filters, targets = filters_of(args), args.target
+    filters, targets = filters_of(args), tuple(dict.fromkeys(args.target))
     if targets and filters:
         raise UsageError("--target and --only cannot be combined: name the items, or filter them")
-    if repeated := sorted({target for target in targets if targets.count(target) > 1}):
-        raise UsageError(f"--target names {', '.join(repeated)} more than once")
     cap = config.execution.default_phase_cap if args.cap is None else args.cap
-    only_triage = args.command == "triage"
-    return RunOptions(cap, tuple(targets), filters, args.auto_advance, only_triage)
-
-
-def _check_step(item: Item, backlog: Backlog) -> None:
-    """Refuse a step that could not be taken, rather than start a run that only says so."""
-    unblock, needs = f"{program_name()} unblock {item['id']}", waits_for(item, backlog)
-    why = {
-        "blocked": f"is blocked: {block_reason(item)}. First: {unblock}",
-        "done": "is done: there is no phase left to run",
-    }.get(item["status"], needs and f"waits for {', '.join(needs)}")
-    if why:
-        raise OrchestratorError(f"{item['id']} {why}")
+    return RunOptions(cap, targets, filters, args.auto_advance, args.command == "triage")
 
 
 def summary_of(space: Workspace, run: Run, code: int) -> dict[str, Any]:
-    """All that is to be said of a run that is over, for people and machines; see JSON_FORMS."""
     totals, options, done, items = run.totals, run.options, run.state_commit, run.backlog.items
     # What checked an item that is done may have been committed by a run long ago.
     checks = proofs(read_log(space) if totals.completed else [], code_phases(space.config))
@@ -5643,7 +5590,6 @@ def _notify(config: Config, told: Row) -> None:
 
 
 def _dry_run(args: argparse.Namespace, space: Workspace, options: RunOptions) -> int:
-    """Say what a run would do; writes nothing."""
     rows = plan_rows(space.store.backlog, space.config, options)
     problems = start_problems(space, allow_dirty=args.allow_dirty)
     runs, width = run_facts(space), output_width(sys.stdout)
@@ -5696,9 +5642,7 @@ def cmd_status(args: argparse.Namespace) -> int:
     lines += listed("Blocked, each needs you:", "id why", blocked, width)
     how = sorted(set(map(unblock_option, stuck.values())))
     lines += [f"  {program_name()} unblock ID {option}" for option in how]
-    lines += listed("Waiting for other items:", "id waiting_for", waiting[:MOST_WAITING], width)
-    if more := len(waiting[MOST_WAITING:]):
-        lines.append(f"  … and {more} more: {program_name()} status --graph")
+    lines += listed("Waiting for other items:", "id waiting_for", waiting, width)
     lines += listed(KEPT, "item phase ref", shown, width)
     return answer(args, {**runs, "counts": counts, "items": rows, "salvage": kept}, lines)
 
@@ -5726,7 +5670,6 @@ def finished(space: Workspace, item_id: str | None = None) -> list[dict[str, Any
 
 
 def worklog_entries(space: Workspace) -> list[dict[str, str]]:
-    """What the worklogs on disk tell, oldest first; see `read_worklog`."""
     months = sorted((space.repo.root / WORKLOG_DIR).glob("*.md"))
     return [entry for one in months for entry in read_worklog(one.read_text(errors="replace"))]
 
@@ -5845,8 +5788,8 @@ def cmd_show(args: argparse.Namespace) -> int:
 def cmd_log(args: argparse.Namespace) -> int:
     space, width = open_workspace(args.root, args.config), output_width(sys.stdout)
     rows = read_log(space, args.n, args.since, args.id)
-    if args.id is not None and not rows and not args.since:
-        _item(space.config, space.store.look(), args.id)
+    if args.id and not rows and not has_left(space.config, space.store.look(), args.id):
+        _item(space.config, space.store.backlog, args.id)
     told = history_rows(rows, code_phases(space.config))
     lines = table("when item phase outcome commit summary", told, width, heads=True)
     return answer(args, {"log": rows}, lines or ["There is no commit of the orchestrator's."])
@@ -6036,7 +5979,6 @@ def item_values(
 
 
 def change_item(args: argparse.Namespace, config: Config, now: datetime, draft: Draft) -> Changed:
-    """Do to an item of the draft what a command says."""
     command, item_id = args.command, getattr(args, "id", "")
     if command == "add":
         values, notes = item_values(args, config, draft.backlog())
@@ -6052,9 +5994,6 @@ def change_item(args: argparse.Namespace, config: Config, now: datetime, draft: 
             known = draft.item(item_id).get("description") or {}
             values["description"] = {**known, "context": args.description.strip()}
         draft.update(item_id, now, **values)
-        for cycle in dependency_cycles(draft.items) if values.get("dependencies") else ():
-            if item_id in cycle:
-                raise UsageError(f"--depends-on: {' → '.join(cycle)} could never start")
         keys = ", ".join(values)
         return Changed(item_id, f": {keys}", keys, notes)
     if command == "advance":
@@ -6069,11 +6008,7 @@ def change_item(args: argparse.Namespace, config: Config, now: datetime, draft: 
         return Changed(item_id, what, what.strip())
     if command == "unblock":
         item = unblock(draft, item_id, now, notes=args.notes, override=args.override_guardrails)
-        notes = []
-        if item["status"] != "new" and (why := guardrail_objection(item, rules_of(config).limits)):
-            how = f"{program_name()} unblock {item_id} --override-guardrails"
-            notes.append(f"But the next run blocks it again: {why}. Then: {how}")
-        return Changed(item_id, f": {item['status']} again", one_line(args.notes or ""), notes)
+        return Changed(item_id, f": {item['status']} again", one_line(args.notes or ""))
     # complete, close: out of the backlog, into the worklog, and whoever waited is told
     close, why = command == "close", one_line(args.why or "", 1000)
     if close and not why:
@@ -6166,7 +6101,6 @@ def cmd_verify(args: argparse.Namespace) -> int:
 
 
 def cmd_stop(args: argparse.Namespace) -> int:
-    """Ask the active run, by a file naming it, to end when its phases in flight are through."""
     space = open_workspace(args.root, args.config)
     holder = lock_holder(space)
     if not holder:
@@ -6202,7 +6136,6 @@ def how_tested(root: Path) -> str:
 
 
 def cmd_init(args: argparse.Namespace) -> int:
-    """Make the files of a project, of which none is ever written over, and commit them."""
     import shlex
 
     repo = Repo.open(args.root)
@@ -6265,7 +6198,6 @@ def conventional_signs(repo: Repo) -> str:
 
 
 def _house_rules(repo: Repo, config: Config, signs: str) -> list[str]:
-    """What `init` says of the repository's own rules: at most four lines."""
     hooks = [name for name in HOOK_NAMES if os.access(repo.hook_path(name), os.X_OK)]
     told = {"hooks": f"{', '.join(hooks)}; what agents build has to pass them" if hooks else ""}
     if signs and config.commits.style == "bracket":
@@ -6303,36 +6235,34 @@ phases = [
 # What stands for the tests of this project: no line may end within a parenthesis.
 ! grep -n '(:$' demo/*.py
 """,
-    BACKLOG_NAME: "schema_version: 3\nitems: []\nnext_item_id: 0\n",
+    BACKLOG_NAME: """\
+schema_version: 3
+items:
+- title: Greet the user by name
+- title: "Count words (flaky: its check fails at first)"
+- title: Replace the payment module (risky)
+- title: List all commands, with a follow-up
+- title: Greet in colour
+  dependencies: [DEMO-001]
+next_item_id: 0
+""",
 }
-
-DEMO_TITLES = (
-    "Greet the user by name",
-    "Count words (flaky: its check fails at first)",
-    "Replace the payment module (risky)",
-    "List all commands, with a follow-up",
-    "Greet in colour",
-)
 
 
 def cmd_demo(args: argparse.Namespace) -> int:
-    """Run the real thing on a throw-away repository with the scripted agent."""
     import tempfile
 
     where = args.dir or Path(tempfile.mkdtemp(prefix="orchestrator-demo-"))
     if where.exists() and any(where.iterdir()):
         raise UsageError(f"{where} is not empty; name a new folder, or none")
     where.mkdir(parents=True, exist_ok=True)
-    repo, here = Repo.init(where), ["--root", str(where)]
+    repo = Repo.init(where)
     print(f"A demo project in {where}: five items, a scripted agent, no account needed.\n")
     for name, text in DEMO_FILES.items():
         (where / name).write_text(text)
-    for title in DEMO_TITLES:
-        main([*here, "add", title])
-    main([*here, "edit", "DEMO-005", "--depends-on", "DEMO-001"])
     blobs = repo.blobs({where / name: (where / name).read_bytes() for name in DEMO_FILES})
     repo.commit(blobs, "A small project to work on")
-    code = main([*here, "run"])
+    code = main(["--root", str(where), "run"])
     history = repo.git("log", "--oneline").decode(errors="replace")
     print(f"\n$ git -C {where} log --oneline\n{history}")
     print(f"Look around: cd {where} && git log --stat, or delete the folder.")
@@ -6387,7 +6317,6 @@ HOOK_BACKLOG = r"(?m)^backlog=(.*)(?= # relative)"
 
 
 def cmd_hook(args: argparse.Namespace) -> int:
-    """Install the hook, or remove it; another one stays, and gets a line to add."""
     import shlex
 
     space = open_workspace(args.root, args.config)
@@ -6500,7 +6429,6 @@ def single_file_state(data: bytes) -> tuple[str, str]:
 
 
 def version_text() -> str:
-    """Version and origin of this program."""
     source, state = single_file_state(Path(__file__).read_bytes())
     origin = f"single file, source {source[:12]}, {state}" if source else "three modules"
     return f"orchestrator {__version__} ({origin})"
@@ -6587,14 +6515,6 @@ def _argument(kind: Kind) -> Callable[[str], object]:
     return parse
 
 
-def _tag(text: str) -> str:
-    """A tag: one line, not blank, without the comma that separates the values of `--only`."""
-    tag = one_line(text)
-    if not tag or "," in tag:
-        raise argparse.ArgumentTypeError(f"{text!r} is no tag: it is blank or holds a comma")
-    return tag
-
-
 def _option(meaning: str, **known: Any) -> dict[str, Any]:
     return {"help": meaning, **known}
 
@@ -6608,10 +6528,12 @@ def _several(metavar: str, meaning: str, **known: Any) -> dict[str, Any]:
 
 
 def _of_item(key: str) -> dict[str, Any]:
-    """The option of `add` and `edit` that sets a key of an item; see `item_values`."""
     row = ITEM_TABLE[key]
     words, name = " | ".join(row.kind.words), row.option.upper()
-    read = {"tags": _tag, "dependencies": str, "description": str}.get(key, _argument(row.kind))
+    # A comma separates the values of `--only`.
+    tag = matching_text("one line, not blank, without a comma", r"(?!\s*\Z)[^,\0-\x1f\x7f]+")
+    kinds = {"tags": tag, "dependencies": TEXT, "description": TEXT}
+    read = _argument(kinds.get(key, row.kind))
     if row.kind is TEXTS:
         return _several(name, row.meaning, dest=key, type=read)
     told = f"{row.meaning}: {words}" if words else row.meaning
@@ -6758,7 +6680,6 @@ def build_parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
     return parser
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     _make_output_safe()

@@ -116,7 +116,10 @@ def test_version_and_help(cli: Cli) -> None:
         (["add", "x", "--priority", "high"], 'orchestrator add: argument --priority: must be a whole number, not "high". `orchestrator add --help` shows what there is.'),
         (["add", "x", "--size", "huge"], 'orchestrator add: argument --size: must be one of small, medium, large, not "huge". `orchestrator add --help` shows what there is.'),
         (["add", "x", "--risk", ""], 'orchestrator add: argument --risk: must be one of low, medium, high, not "". `orchestrator add --help` shows what there is.'),
-        (["add", "x", "--tag", "a,b"], "orchestrator add: argument --tag: 'a,b' is no tag: it is blank or holds a comma. `orchestrator add --help` shows what there is."),
+        *(
+            (["add", "x", "--tag", tag], f'orchestrator add: argument --tag: must be one line, not blank, without a comma, not {json.dumps(tag)}. `orchestrator add --help` shows what there is.')
+            for tag in ("a,b", " ", "")
+        ),
     ],
 )
 def test_usage_errors_are_one_line_and_exit_2(cli: Cli, argv: list[str], says: str) -> None:
@@ -321,17 +324,13 @@ REFUSED: list[tuple[str, list[str], int, str]] = [
     ("in_progress phase=plan pipeline_type=gone", ["advance", "WRK-001"], 1, "WRK-001: pipeline gone is not in the config"),
     ("new", ["complete", "WRK-01"], 2, 'WRK-01: there is no such item (did you mean "WRK-001"?)'),
     ("new", ["close", "WRK-001", "--reason", " "], 2, "--reason is blank; say why the item is not wanted any more"),
-    ("blocked blocked_reason=Why", ["step", "WRK-001"], 1, "WRK-001 is blocked: Why. First: "),
-    ("new dependencies=[WRK-002]", ["step", "WRK-001"], 1, "WRK-001 waits for WRK-002 (new)"),
-    ("done", ["step", "WRK-001"], 1, "WRK-001 is done: there is no phase left to run"),
+    *((row, ["step", "WRK-001"], 1, "WRK-001: no step can be taken; ") for row in ("blocked blocked_reason=Why", "new dependencies=[WRK-002]", "done")),
     ("new", ["unblock", "WRK-001"], 1, "WRK-001: it is not blocked, but new"),
     ("new", ["show", "WRK-01"], 2, 'WRK-01: there is no such item (did you mean "WRK-001"?)'),
     ("new", ["edit", "WRK-001"], 2, "nothing to change; see "),
     ("new", ["edit", "WRK-001", "--title", " "], 2, "the title is empty"),
     ("new", ["edit", "WRK-001", "--depends-on", "WRK-009"], 2, "WRK-009: there is no such item"),
-    ("new", ["edit", "WRK-001", "--depends-on", "WRK-001"], 2, "--depends-on: WRK-001 → WRK-001 could never start"),
     ("new", ["run", "--target", "WRK-01"], 2, 'WRK-01: there is no such item (did you mean "WRK-001"?)'),
-    ("new", ["triage", "--target", "WRK-001", "--target", "WRK-001"], 2, "--target names WRK-001 more than once"),
     ("new", ["run", "--dry-run", "--target", "WRK-001", "--only", "size=small"], 2, "--target and --only cannot be combined: name the items"),
     ("new", ["status", "--only", "size"], 2, "--only: Filter must be in format KEY=VALUE[,VALUE…] or KEY!=VALUE[,VALUE…], not 'size'"),
     ("new", ["run", "--only", "foo=1"], 2, "--only: Unknown filter field: foo. "),
@@ -488,7 +487,7 @@ def test_run_json_is_the_only_thing_on_stdout_and_the_summary_goes_to_stderr(pro
     done = project.run("run", "--log-level", "error")
     assert done.stdout == ""
     assert done.stderr.startswith("\nHalt: nothing is left that can run (AllDoneOrBlocked)\n")
-    assert re.search(r"\nDone \(1\):\n  WRK-002 [0-9a-f]{10} Item WRK-002\n", done.stderr)
+    assert re.search(r"\nDone \(1\):\n  WRK-002 [0-9a-f]{10} Item WRK-002 not checked\n", done.stderr)
 
 
 @pytest.mark.slow
