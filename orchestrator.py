@@ -1721,7 +1721,7 @@ def build_prompt(
     facts["Depends on"] = needs and f"{needs} (done)"
     limit = human_duration(phase_timeout_s(config, task.phase))
     line = f"{pipeline.name}: {_phases(pipeline)}" if pipeline and not triage else ""
-    position = {"Pipeline": line, "Phase": phase_position(pipeline, task)}
+    position = {"Pipeline": line, "Phase": task.name}
     position["Attempt"] = f"{attempt} of {attempts}"
     position["Time limit"] = f"{limit}; then the attempt is ended and counts as failed"
     described = (item.get("description") or {}).get
@@ -1773,15 +1773,6 @@ def _facts(facts: Mapping[str, object]) -> str:
 
 def _phases(pipeline: Pipeline) -> str:
     return " → ".join(phase.name for phase in pipeline.all_phases)
-
-
-def phase_position(pipeline: Pipeline | None, task: Task) -> str:
-    """Where a task stands in its pipeline: `build (3/4, main)`."""
-    pools = {"pre": pipeline.pre_phases, "main": pipeline.phases} if pipeline else {}
-    names = [phase.name for phase in pools.get(task.pool, ())]
-    if task.name not in names:
-        return task.name
-    return f"{task.name} ({names.index(task.name) + 1}/{len(names)}, {task.pool})"
 
 
 def _triage_sections(item: Item, config: Config, backlog: Backlog) -> list[str]:
@@ -1858,7 +1849,6 @@ def _output_text(item: Item, task: Task, path: str) -> str:
 # ---- Items, listed and drawn ---------------------------------------------------------------------
 
 STATUS_ORDER = ("in_progress", "blocked", "ready", "scoping", "new", "done")
-KEPT = "Left by attempts that did not complete, and kept (`git show --stat REF`):"
 
 
 def status_order(items: Iterable[Item]) -> list[Item]:
@@ -1960,10 +1950,12 @@ def render_item(known: Row, width: int) -> list[str]:
 
 # ---- What would run ------------------------------------------------------------------------------
 
+LEFT_OUT, ASKING = "left out by --target or --only", "blocked, each needs you"
+
 
 def plan_rows(backlog: Backlog, config: Config, options: RunOptions) -> list[dict[str, Any]]:
     """The plan of `run --dry-run`, by the run's own decisions: the phases that would start next,
-    then the items that would not: why, and what that has in common with others (`kind`)."""
+    then, without a phase, the items that would not, and why."""
     draft, rules, only = Draft(backlog), rules_of(config), matching(backlog, options.filters)
     tasks, now = list[Task](), datetime.fromtimestamp(0, UTC)  # of what is never written
     while not tasks and (found := actions_for(options, draft.backlog(), {}, config, only)):
@@ -1971,44 +1963,41 @@ def plan_rows(backlog: Backlog, config: Config, options: RunOptions) -> list[dic
             if isinstance(action, Promote):
                 promote(draft, action.item_id, rules, now)
         tasks = [action for action in found if isinstance(action, Task)]
-    items, rows, limits = draft.backlog(), list[dict[str, Any]](), config.execution
-    for task in tasks[: options.cap]:
-        item = items.items[task.item_id]
-        text = phase_position(pipeline_of(config, item), task)
-        row = {"id": item["id"], "title": item["title"], "phase": task.name}
-        rows.append({**row, "kind": None, "text": text})
-    starts = {row["id"] for row in rows}
-    others = [one for one in status_order(items.items.values()) if one["id"] not in starts]
-    for item in others:
-        if item["status"] == "done" or (options.only_triage and item["status"] != "new"):
-            continue
-        kind = f"later (max_wip = {limits.max_wip}, max_concurrent = {limits.max_concurrent})"
-        text = ""
+    items, most = draft.backlog(), config.execution
+    phases = {task.item_id: task.name for task in tasks[: options.cap]}
+    rows: list[dict[str, Any]] = [{"id": id, "phase": phases[id], "why": None} for id in phases]
+    for item in status_order(items.items.values()):
+        over = item["status"] != "new" if options.only_triage else item["status"] == "done"
+        why = f"later (max_wip = {most.max_wip}, max_concurrent = {most.max_concurrent})"
         if item["id"] not in (options.targets or only):
-            kind = "left out by --target or --only"
+            why = LEFT_OUT
         elif item["status"] == "blocked":
-            kind, text = "blocked, each needs you", f"blocked: {block_reason(item)}"
+            why = ASKING
         elif needs := waits_for(item, items):
-            kind, text = "waiting for other items", f"waits for {', '.join(needs)}"
+            why = f"waiting for {', '.join(needs)}"
         elif item["status"] != "new" and pipeline_of(config, item) is None:
-            kind = f'its pipeline "{pipeline_name(item)}" is not in {CONFIG_NAME}'
-        row = {"id": item["id"], "title": item["title"], "phase": None}
-        rows.append({**row, "kind": kind, "text": text or kind})
-    return rows
+            why = f'in a pipeline that is not in {CONFIG_NAME}: "{pipeline_name(item)}"'
+        if not over and item["id"] not in phases:
+            rows.append({"id": item["id"], "phase": None, "why": why})
+    return [{**row, "title": items.items[row["id"]]["title"]} for row in rows]
+
+
+def idle_lines(rows: Rows, untold: Container[str] = ()) -> list[str]:
+    """One line for each reason why items of a plan would not start, but those in `untold`."""
+    groups: dict[str, list[str]] = {}
+    for row in rows:
+        if row["why"] and row["why"] not in untold:
+            groups.setdefault(row["why"], []).append(row["id"])
+    return [f"{plural(len(ids), 'item')} {why}: {id_list(ids)}" for why, ids in groups.items()]
 
 
 def render_plan(rows: Rows, problems: Sequence[Problem], width: int) -> list[str]:
-    """`run --dry-run` for people: what would start, and one line for each reason why others would
-    not. `problems` keep a run from starting at all."""
-    would, idle, why = [row for row in rows if row["phase"]], dict[str, list[Row]](), list[Row]()
-    for row in rows[len(would) :]:
-        idle.setdefault(row["kind"], []).append(row)
-    for kind, group in idle.items():
-        text = f"{kind}: {id_list([row['id'] for row in group])}"
-        many = {"id": plural(len(group), "item"), "text": text}
-        why.append(many if len(group) > 1 else group[0])
-    lines = listed("Would start now:", "id text title", would, width)[1:]
-    lines = (lines or ["Nothing would start."]) + listed("Would not start:", "id text", why, width)
+    """`run --dry-run` for people. `problems` keep a run from starting at all."""
+    would = [row for row in rows if row["phase"]]
+    lines = listed("Would start now:", "id phase title", would, width)[1:]
+    lines = lines or ["Nothing would start."]
+    if idle := idle_lines(rows):
+        lines += ["", "Would not start:", *(x for one in idle for x in wrap(f"  {one}", width))]
     if problems:
         lines += ["", "But a run cannot start:", *problem_lines(problems, width)]
     return [*lines, "", "Nothing was started and nothing was written."]
@@ -2071,23 +2060,6 @@ def needs_you(items: Items, first: Container[str], program: str) -> list[Row]:
     return rows
 
 
-def what_waits(
-    backlog: Backlog, config: Config, only: Container[str] | None, targets: Iterable[str]
-) -> str:
-    """What a run that found nothing to do has left: targets that wait for other items, and items
-    that would start but for max_wip; "" if there are none."""
-    items, most = backlog.items, config.execution.max_wip
-    needs = {id: waits_for(items[id], backlog) for id in targets if id in items}
-    if held := [f"{id} waits for {', '.join(names)}" for id, names in needs.items() if names]:
-        return "; ".join(held)
-    scope = list(_considered(items, only))
-    ready = [one for one in scope if one["status"] == "ready"]
-    wanting = [one["id"] for one in ready if not unmet_dependencies(items, one)]
-    at_work = [one["id"] for one in scope if one["status"] == "in_progress"]
-    taken = f"every place (max_wip = {most}) is taken: {id_list(at_work)}"
-    return f"{id_list(wanting)} would start, but {taken}" if wanting else ""
-
-
 def halt_line(reason: HaltReason | None, detail: str, only_triage: bool = False) -> str:
     detail = one_line(detail, 500)
     if reason is None:
@@ -2129,7 +2101,7 @@ def render_summary(told: Row, program: str, width: int = WHOLE_LINES) -> str:
         needs.append(f"{indent}{row['command']}")
         if row["waiting"]:
             needs += wrap(f"{indent}waiting for it: {id_list(row['waiting'], 5)}", width, indent)
-    rest = part("Not completed, and kept", told["kept"], SHOWN_KEPT, "status", "item phase ref")
+    rest = part("Not completed, and kept", told["kept"], SHOWN_KEPT, "check", "item phase ref")
     if new := told["follow_ups"]:
         rest += wrap(f"New items ({len(new)}): {id_list(new)}", width)
     rest += wrap(f"Backlog: {status_counts(told['counts'])}", width)
@@ -5556,9 +5528,9 @@ def summary_of(space: Workspace, run: Run, code: int) -> dict[str, Any]:
         row = {"id": item_id, "title": totals.titles[item_id]}
         completed.append({**row, "commit": proof["commit"], "verified": proof["verified"]})
     detail = run.cap_reached() if run.reason is HaltReason.CAP_REACHED else run.breaker
-    if run.reason is HaltReason.ALL_DONE_OR_BLOCKED and not options.only_triage:
-        only = run.matched if options.filters else None
-        detail = detail or what_waits(run.backlog, space.config, only, options.targets)
+    if run.reason is HaltReason.ALL_DONE_OR_BLOCKED and not detail:
+        plan = plan_rows(run.backlog, space.config, options)
+        detail = "; ".join(idle_lines(plan, (LEFT_OUT, ASKING)))
     spent = reduce(Usage.plus, totals.spent.values(), NOTHING_SPENT)
     spent_on = [(*on, usage) for on, usage in totals.spent.items()]
     made = salvages(space) if run.ledger.kept else []
@@ -5630,12 +5602,11 @@ def cmd_status(args: argparse.Namespace) -> int:
         lines = table("finished id status commit cost_usd title verified", rows, width, heads=True)
         return answer(args, {"items": rows}, lines or ["No item has been finished yet."])
     rows, runs = status_rows(backlog, only, item_costs(space)), run_facts(space)
-    kept, counts = salvages(space), count_by_status(rows)
+    counts = count_by_status(rows)
     keys = "id status phase pipeline_type priority impact size risk title"
     stuck = {row["id"]: block_reason(row) for row in rows if row["status"] == "blocked"}
     blocked = [{"id": id, "why": one_line(without_output(why), 300)} for id, why in stuck.items()]
     waiting = [row for row in rows if row["waiting_for"]]
-    shown = [one for one in kept if only is None or one["item"] in map(safe_name, only)]
     lines = [*run_lines(runs, width, [""]), *table(keys, rows, width, heads=True)]
     none = "No item matches." if filters else "No items."
     lines += ["", status_counts(counts)] if rows else [none]
@@ -5643,8 +5614,7 @@ def cmd_status(args: argparse.Namespace) -> int:
     how = sorted(set(map(unblock_option, stuck.values())))
     lines += [f"  {program_name()} unblock ID {option}" for option in how]
     lines += listed("Waiting for other items:", "id waiting_for", waiting, width)
-    lines += listed(KEPT, "item phase ref", shown, width)
-    return answer(args, {**runs, "counts": counts, "items": rows, "salvage": kept}, lines)
+    return answer(args, {**runs, "counts": counts, "items": rows}, lines)
 
 
 def finished(space: Workspace, item_id: str | None = None) -> list[dict[str, Any]]:
@@ -5782,7 +5752,8 @@ def cmd_show(args: argparse.Namespace) -> int:
     lines += listed("Documents:", "path", [{"path": path} for path in documents], width)
     facts = {"item": item or known, "documents": documents, "commits": rows, "salvage": kept}
     facts |= {key: known[key] for key in Usage._fields}
-    return answer(args, facts, [*lines, *listed(KEPT, "item phase ref", kept, width)])
+    lines += listed("Left by attempts that did not complete, and kept:", "phase ref", kept, width)
+    return answer(args, facts, lines)
 
 
 def cmd_log(args: argparse.Namespace) -> int:
@@ -6602,34 +6573,29 @@ OTHER_WORDS: Mapping[str, str] = {
 # What `--json` prints, by command. "schema" grows when a key changes its meaning or goes; new keys
 # may come at any time. A value that is not there is null.
 _COST = "cost_usd, input_tokens, output_tokens"
-_FORM_PARTS = {
-    "COST": _COST,
-    "ITEM": ", ".join(ITEM_KEYS),
-    "DONE": f"id, title, status, finished, summary, commit, verified, {_COST}",
-    "ROW": "when, item, phase, outcome, summary, commit, run_id, subject, verified",
-    "SALVAGE": "[{ref, item, phase, commit, finished}]",
-    "RUNS": "active: {run_id, pid, since, phases: [{item, phase, attempt, since, doing}], remarks},"
-    " unfinished: {run_id, cut_off, to_commit, remarks}",
-}
-_RUN_FORM = (
-    "run_id, halt_reason, halt, detail, exit_code, phases, cap, seconds, completed: [{id, title,"
-    " commit, verified}], needs_you: [{id, title, question, command, waiting}], follow_ups, COST,"
-    " spent: [{item, phase, COST}], state_commit, kept: SALVAGE, warnings, counts: {STATUS: N}};"
-    " --dry-run: {schema, RUNS, items: [{id, title, phase, text, kind}], problems: [{what, remedy}]"
+_SALVAGE = "[ref, item, phase, commit, finished]"
+_ENTRY = "when, item, phase, outcome, summary, commit, run_id, subject, verified"
+_DONE = f"[id, title, status, finished, summary, commit, verified, {_COST}]"
+_RUNS = (
+    "active: [run_id, pid, since, phases: [item, phase, attempt, since, doing], remarks],"
+    " unfinished: [run_id, cut_off, to_commit, remarks]"
 )
-_FORMS = {
-    "status": "RUNS, counts: {STATUS: N}, items: [{ITEM, waiting_for, COST}], salvage: SALVAGE};"
-    " --done: {schema, items: [{DONE}]",
-    "show": "item: {ITEM} | {DONE}, documents, commits: [{ROW}], salvage: SALVAGE, COST",
-    "log": "log: [{ROW}]",
-    "check": "RUNS, problems: [{what, remedy}], remarks, salvage: SALVAGE, probes: [{agent, model,"
-    " works, seconds, COST}]",
-    **dict.fromkeys(("run", "triage", "step"), _RUN_FORM),
-}
+_RUN = (
+    "run_id, halt_reason, halt, detail, exit_code, phases, cap, seconds, completed: [id, title,"
+    " commit, verified], needs_you: [id, title, question, command, waiting], follow_ups,"
+    f" {_COST}, spent: [item, phase, {_COST}], state_commit, kept: {_SALVAGE}, warnings, counts;"
+    f" --dry-run: {_RUNS}, items: [id, title, phase, why], problems: [what, remedy]"
+)
 JSON_FORMS = {
-    name: "{schema, " + re.sub("|".join(_FORM_PARTS), lambda part: _FORM_PARTS[part[0]], form) + "}"
-    for name, form in _FORMS.items()
+    "status": f"{_RUNS}, counts, items: [{', '.join(ITEM_KEYS)}, waiting_for, {_COST}];"
+    f" --done: items: {_DONE}",
+    "show": f"item: as in status, documents, commits: [{_ENTRY}], salvage: {_SALVAGE}, {_COST}",
+    "log": f"log: [{_ENTRY}]",
+    "check": f"{_RUNS}, problems: [what, remedy], remarks, salvage: {_SALVAGE}, probes: [agent,"
+    f" model, works, seconds, {_COST}]",
+    **dict.fromkeys(("run", "triage", "step"), _RUN),
 }
+
 
 class Parser(argparse.ArgumentParser):
     """Says what is wrong with a command line in one line, and where to look it up."""
@@ -6668,7 +6634,7 @@ def build_parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
     for name in named:
         _, takes, summary = COMMANDS[name]
         form = JSON_FORMS.get(name)
-        told = f"{hint} --json prints {form}; null: not known." if form else hint
+        told = f"{hint} --json prints schema, {form}; null: not known." if form else hint
         epilog = told.replace("%", "%%")
         sub = commands.add_parser(name, help=summary, description=summary, epilog=epilog)
         for word, options in GLOBAL_OPTIONS.items():  # what was given before stands

@@ -79,8 +79,8 @@ def test_what_waits_or_is_held_by_the_guardrails_is_told_with_what_comes_of_it(p
     project.backlog("WRK-001 ready risk=high", "WRK-002 new dependencies=[WRK-001]")
     project.commit_all()
     target = ("run", "--target", "WRK-002")
-    assert "  WRK-002 waits for WRK-001 (ready)\n" in project.run(*target, "--dry-run").stdout
-    assert "(AllDoneOrBlocked): WRK-002 waits for WRK-001 (ready)\n" in project.run(*target).stderr
+    assert "  1 item waiting for WRK-001 (ready): WRK-002\n" in project.run(*target, "--dry-run").stdout
+    assert "(AllDoneOrBlocked): 1 item waiting for WRK-001 (ready): WRK-002\n" in project.run(*target).stderr
     project.run("run", code=3)
     assert "unblock ID --override-guardrails\n" in project.run("status").stdout
 

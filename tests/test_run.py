@@ -296,7 +296,7 @@ def test_what_only_waits_for_a_place_is_told_at_the_halt(project: Any) -> None:
     project.backlog(f"WRK-001 {held}", "WRK-002 blocked blocked_from_status=ready", "WRK-003 ready")
     project.commit_all()
     done = project.run("run", code=3)
-    assert "(AllDoneOrBlocked): WRK-003 would start, but every place (max_wip = 1) is taken: WRK-001\n" in done.stderr
+    assert "(AllDoneOrBlocked): 1 item waiting for WRK-002 (blocked): WRK-001; 1 item later (max_wip = 1, max_concurrent = 1): WRK-003\n" in done.stderr
 
 
 @pytest.mark.slow
