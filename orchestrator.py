@@ -730,35 +730,29 @@ def preflight_items(config: Config, backlog: Backlog) -> list[Problem]:
     found: list[tuple[str, str]] = []
     issued = IssuedIds(config.prefix, backlog)
     for item in backlog.items.values():
-        if item["status"] in ("scoping", "in_progress"):
-            found += _phase_problem(config, item)
+        item_id, status, name = item["id"], item["status"], item.get("phase")
+        pipeline = pipeline_of(config, item) if status in ("scoping", "in_progress") else None
+        places = phase_places(pipeline) if pipeline else {}
+        if pipeline and name and name not in places:
+            what = f"{item_id} ({status}) is in the unknown phase {name!r}"
+            remedy = f"Set phase to one of {', '.join(places)}, or add it to pipelines."
+            found.append((what + did_you_mean(name, places), f"{remedy}{pipeline.name}."))
+        elif pipeline and name:
+            _, pool, _ = places[name]
+            usual = "scoping" if pool == "pre" else "in_progress"
+            if (item.get("phase_pool", pool), status) != (pool, usual):
+                now = ", ".join(filter(None, (status, item.get("phase_pool"))))
+                remedy = f"Set status to {usual} and phase_pool to {pool}, or choose another phase."
+                found.append((f"{item_id} ({now}): {name} is a {pool} phase", remedy))
         for need in item.get("dependencies", ()):
             if need not in backlog.items and need not in issued:  # never handed out: a slip
                 what = f"depends on {need}, which does not exist{did_you_mean(need, backlog.items)}"
-                remedy = f"Correct the id, or remove it from the dependencies of {item['id']}."
-                found.append((f"{item['id']} {what}", remedy))
+                remedy = f"Correct the id, or remove it from the dependencies of {item_id}."
+                found.append((f"{item_id} {what}", remedy))
     remedy = "Remove one of these dependencies: none of the items can ever start."
     for cycle in dependency_cycles(backlog.items):
         found.append((f"Circular dependency: {' → '.join(cycle)}", remedy))
     return [Problem(f"{config.backlog_path}: {what}", remedy) for what, remedy in found]
-
-
-def _phase_problem(config: Config, item: Item) -> list[tuple[str, str]]:
-    pipeline, name = pipeline_of(config, item), item.get("phase")
-    if pipeline is None or not name:
-        return []
-    places, status = phase_places(pipeline), item["status"]
-    if name not in places:
-        what = f"{item['id']} ({status}) is in the unknown phase {name!r}"
-        remedy = f"Set phase to one of {', '.join(places)}, or add it to pipelines.{pipeline.name}."
-        return [(what + did_you_mean(name, places), remedy)]
-    _, pool, _ = places[name]
-    usual = "scoping" if pool == "pre" else "in_progress"
-    if (item.get("phase_pool", pool), status) == (pool, usual):
-        return []
-    now = ", ".join(filter(None, (status, item.get("phase_pool"))))
-    what = f"{item['id']} ({now}): {name} is a {pool} phase"
-    return [(what, f"Set status to {usual} and phase_pool to {pool}, or choose another phase.")]
 
 
 # ---- The file that `init` writes -----------------------------------------------------------------
@@ -3310,7 +3304,7 @@ def set_up_logging(args: argparse.Namespace, live: LiveLine | None = None) -> No
             if record.exc_info:
                 text += f"\n{logging.Formatter().formatException(record.exc_info)}"
             lines = f"{clock} {tag}{clean_text(text)}".split("\n")
-            width = output_width(sys.stderr)
+            width = output_width()
             # A line that is indented already is a command to be copied.
             pieces = ([one] if one[:2] == "  " else wrap(one, width, " " * 9) for one in lines)
             text = "\n".join(itertools.chain(*pieces))
@@ -5494,7 +5488,7 @@ def cmd_run(args: argparse.Namespace) -> int:
             print(_dumps(told))
             flush_output()
         elif code or not args.quiet:
-            text = render_summary(told, program_name(), output_width(sys.stderr))
+            text = render_summary(told, program_name(), output_width())
             print(f"\n{tint(text) if coloured(args, sys.stderr) else text}", file=sys.stderr)
     _notify(run.config, told)
     return code
@@ -5564,7 +5558,7 @@ def _notify(config: Config, told: Row) -> None:
 def _dry_run(args: argparse.Namespace, space: Workspace, options: RunOptions) -> int:
     rows = plan_rows(space.store.backlog, space.config, options)
     problems = start_problems(space, allow_dirty=args.allow_dirty)
-    runs, width = run_facts(space), output_width(sys.stdout)
+    runs, width = run_facts(space), output_width()
     lines = [*run_lines(runs, width, [""]), *render_plan(rows, problems, width)]
     facts = {**runs, "items": rows, "problems": [problem._asdict() for problem in problems]}
     return answer(args, facts, lines)
@@ -5579,17 +5573,15 @@ def answer(args: argparse.Namespace, facts: Mapping[str, object], lines: Iterabl
     return EXIT_OK
 
 
-def output_width(stream: TextIO) -> int:
+def output_width() -> int:
     """The columns of the terminal; where there is none, lines stay whole."""
-    given = os.environ.get("COLUMNS", "")
-    columns = int(given) if given.isdecimal() else WHOLE_LINES
-    with suppress(OSError, ValueError):
-        columns = os.get_terminal_size(stream.fileno()).columns or columns
-    return max(40, columns)
+    import shutil
+
+    return max(40, shutil.get_terminal_size((WHOLE_LINES, 24)).columns)
 
 
 def cmd_status(args: argparse.Namespace) -> int:
-    space, width = open_workspace(args.root, args.config), output_width(sys.stdout)
+    space, width = open_workspace(args.root, args.config), output_width()
     backlog, filters = space.store.look(), filters_of(args)
     only = matching(backlog, filters) if filters else None
     if args.graph and not args.json:
@@ -5738,7 +5730,7 @@ def salvages(space: Workspace) -> list[dict[str, Any]]:
 
 
 def cmd_show(args: argparse.Namespace) -> int:
-    space, width = open_workspace(args.root, args.config), output_width(sys.stdout)
+    space, width = open_workspace(args.root, args.config), output_width()
     backlog = space.store.look()
     item = backlog.items.get(args.id)
     found = status_rows(backlog, [args.id], item_costs(space)) if item else finished(space, args.id)
@@ -5757,7 +5749,7 @@ def cmd_show(args: argparse.Namespace) -> int:
 
 
 def cmd_log(args: argparse.Namespace) -> int:
-    space, width = open_workspace(args.root, args.config), output_width(sys.stdout)
+    space, width = open_workspace(args.root, args.config), output_width()
     rows = read_log(space, args.n, args.since, args.id)
     if args.id and not rows and not has_left(space.config, space.store.look(), args.id):
         _item(space.config, space.store.backlog, args.id)
@@ -5818,7 +5810,7 @@ def read_log(
 
 def cmd_logs(args: argparse.Namespace) -> int:
     """What the agents of an item said and did, attempt by attempt, from their recorded output."""
-    space, width = open_workspace(args.root, args.config), output_width(sys.stdout)
+    space, width = open_workspace(args.root, args.config), output_width()
     folder = space.repo.root / WORK_DIR / "logs" / safe_name(args.id)
     pattern = f"{safe_name(args.phase)}-*" if args.phase else "*"
     pipelines = space.config.pipelines.values()
@@ -5997,7 +5989,7 @@ def cmd_check(args: argparse.Namespace) -> int:
     of a run that is active, or that the next start recovers, is nothing to complain of."""
     import shlex
 
-    space, width = open_workspace(args.root, args.config), output_width(sys.stdout)
+    space, width = open_workspace(args.root, args.config), output_width()
     space.store.look()
     runs, kept = run_facts(space), salvages(space)
     problems = [] if runs["active"] else start_problems(space, allow_dirty=False)
@@ -6145,7 +6137,7 @@ def cmd_init(args: argparse.Namespace) -> int:
     if check and toml in made:
         lines.append(f"checks: this project's tests, in it as a commented `verify`: {check}")
     for line in lines:
-        print("\n".join(wrap(line, output_width(sys.stdout))))
+        print("\n".join(wrap(line, output_width())))
     program = program_name()
     print(f'Next: {program} add "What shall be done", then {program} run')
     if args.hook:
@@ -6560,8 +6552,6 @@ GLOBAL_OPTIONS: Mapping[str, Row] = {
     "--quiet": _flag("log only warnings and errors, and no summary of a run that went well"),
     "--color": _option("auto: on a terminal, without NO_COLOR", default="auto", choices=_COLOURS),
 }
-HIDDEN = {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
-
 # What people try, and what it is called here.
 OTHER_WORDS: Mapping[str, str] = {
     **dict.fromkeys(("list", "ls"), "`status` lists the items"),
@@ -6624,23 +6614,18 @@ def build_parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
     for word, options in GLOBAL_OPTIONS.items():
         parser.add_argument(word, **options)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    hint = (
-        "Before or after the command also: --root DIR, --config FILE, --log-level, --quiet,"
-        f" --color; see `{SCRIPT} --help`."
-    )
     named = [name for name in COMMANDS if name in words]
     if {"-h", "--help"} & {*words} or not (named or "--version" in words):
         named = list(COMMANDS)
     for name in named:
         _, takes, summary = COMMANDS[name]
-        form = JSON_FORMS.get(name)
-        told = f"{hint} --json prints schema, {form}; null: not known." if form else hint
-        epilog = told.replace("%", "%%")
-        sub = commands.add_parser(name, help=summary, description=summary, epilog=epilog)
-        for word, options in GLOBAL_OPTIONS.items():  # what was given before stands
-            sub.add_argument(word, **{**options, **HIDDEN})
+        form = JSON_FORMS.get(name, "")
+        told = form and f"--json prints schema, {form}; null: not known.".replace("%", "%%")
+        sub = commands.add_parser(name, help=summary, description=summary, epilog=told)
         for word in takes:
             sub.add_argument(word.strip("[]"), **ARGUMENTS[word])
+        for word, options in GLOBAL_OPTIONS.items():  # what was given before stands
+            sub.add_argument(word, **{**options, "default": argparse.SUPPRESS})
         if name == "step":
             sub.set_defaults(only=[], cap=1, auto_advance=False)
     return parser
