@@ -156,7 +156,6 @@ from gitutil import (
     Entry,
     GitError,
     Head,
-    HeadBusy,
     HookResult,
     Problem,
     Repo,
@@ -1111,11 +1110,7 @@ def cell_width(text: str) -> int:
         return len(text)
     import unicodedata
 
-    return sum(
-        1 + (unicodedata.east_asian_width(char) in "WF")
-        for char in text
-        if unicodedata.category(char) not in ("Mn", "Me", "Cf")
-    )
+    return len(text) + sum(unicodedata.east_asian_width(char) in "WF" for char in text)
 
 
 def fit(text: str, width: int) -> str:
@@ -1131,16 +1126,14 @@ def fit(text: str, width: int) -> str:
 def wrap(line: str, width: int, indent: str = "  ") -> list[str]:
     """A line broken at blanks where it is too long; what follows is indented. A word that is longer
     stays whole: paths, refs and ids are there to be copied."""
-    if cell_width(line) <= width:
-        return [line]
-    first, *words = line.split() or [""]
-    lines = [line[: len(line) - len(line.lstrip())] + first]
+    lead, *words = re.findall(r"^\s*\S*|\S+", line)
+    lines = [lead]
     for word in words:
         if cell_width(f"{lines[-1]} {word}") <= width:
             lines[-1] += f" {word}"
         else:
             lines.append(indent + word)
-    return lines
+    return [line] if cell_width(line) <= width else lines
 
 
 def table(keys: str, rows: Rows, width: int, lead: str = "", *, heads: bool = False) -> list[str]:
@@ -1298,9 +1291,7 @@ def parse_result(data: bytes, item_id: str, phase: str) -> PhaseResult:
         text = fenced[1]
     try:
         row = json.loads(text)
-    except RecursionError:
-        raise ResultError("the result file is nested too deeply") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         trouble = f"not valid JSON: {error}" if text else "empty"
         raise ResultError(f"the result file is {trouble}") from None
     if not isinstance(row, dict):
@@ -1455,7 +1446,7 @@ def phase_message(entries: Sequence[MessageEntry], run_id: str, style: str = "br
     whole = [f"{one.tag} {one.text}" for one in entries if one.text]
     if style == "conventional":
         ids = list(dict.fromkeys(one_line(one.item_id).lower() for one in entries))
-        scope = ",".join(ids) if len(ids) < 4 else "backlog"
+        scope = "backlog" if ids[1:] else ids[0]
         kind = entries[0].kind if len(entries) == 1 else "docs"
         said = " | ".join(f"{one.phase}: {one.text or 'its outputs'}" for one in entries)
         full = f"{kind}({scope}): {said}".rstrip(".")
@@ -1778,10 +1769,10 @@ def _triage_sections(item: Item, config: Config, backlog: Backlog) -> list[str]:
     wanted = words(item)
     others = [other for other in backlog.items.values() if other["id"] != item["id"]]
     others.sort(key=lambda other: -len(wanted & words(other)))
-    listed = others[:MAX_LISTED]
-    rows = [f"{one['id']}: {one_line(one['title'], 120)} [{one['status']}]" for one in listed]
-    if len(others) > len(listed):
-        rows.append(f"… and {len(others) - len(listed)} more with less similar titles")
+    told = (f"{one['id']}: {one_line(one['title'], 120)} [{one['status']}]" for one in others)
+    rows = list(itertools.islice(told, MAX_LISTED))
+    if more := len(others) - len(rows):
+        rows.append(f"… and {more} more with less similar titles")
     types = (f"`{one.name}`: {_phases(one)}" for _, one in sorted(config.pipelines.items()))
     return [
         _section("Current Backlog", _bullets(rows)),
@@ -6127,12 +6118,9 @@ def cmd_init(args: argparse.Namespace) -> int:
         told = f"made {' and '.join(os.path.relpath(one, repo.root) for one in made)}"
     make_work_folder(repo.root, repo.root / WORK_DIR)
     if made and not args.no_commit:
-        try:
-            style = "conventional" if signs else config.commits.style
-            message = state_message("Set up the backlog", style=style)
-            told += f", committed as {str(repo.commit(repo.blobs(made), message))[:10]}"
-        except HeadBusy as error:
-            print(f"not committed: {error}", file=sys.stderr)
+        style = "conventional" if signs else config.commits.style
+        message = state_message("Set up the backlog", style=style)
+        told += f", committed as {str(repo.commit(repo.blobs(made), message))[:10]}"
     lines = [told, *_house_rules(repo, load_config(repo.root, None), signs)]
     if check and toml in made:
         lines.append(f"checks: this project's tests, in it as a commented `verify`: {check}")
