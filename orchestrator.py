@@ -547,11 +547,8 @@ BUILT_IN_PIPELINE = Pipeline(DEFAULT_PIPELINE, _documents("research"), _PHASES)
 
 
 def parse_config(data: bytes, source: str, base: Path) -> Config:
-    """Read the bytes of orchestrator.toml (TOML 1.0).
-
-    `source` names the file in messages; `base` is the folder against which the backlog and workflow
-    files are resolved. Raises ConfigError, which lists everything that is wrong.
-    """
+    """Read the bytes of orchestrator.toml, which messages call `source`; what it names is relative
+    to `base`. Raises ConfigError, which lists everything that is wrong."""
     import tomllib
 
     try:
@@ -670,11 +667,8 @@ def phase_places(pipeline: Pipeline) -> dict[str, tuple[Phase, Literal["pre", "m
 
 
 def agent_settings(config: Config, phase: Phase) -> AgentSettings:
-    """The agent that runs a phase.
-
-    A phase that names another CLI than `[agent]` does not inherit model and arguments: they
-    belong to the other CLI.
-    """
+    """The agent that runs a phase. One that names another CLI than `[agent]` does not inherit model
+    and arguments: they belong to the other CLI."""
     settings = config.agent
     if phase.agent is not None and phase.agent != settings.cli:
         settings = settings._replace(cli=phase.agent, model=None, args=())
@@ -721,11 +715,8 @@ def preflight_config(config: Config, exists: Callable[[Path], bool]) -> list[Pro
 
 
 def preflight_items(config: Config, backlog: Backlog) -> list[Problem]:
-    """Items that do not fit the config or each other, in file order; cycles come last.
-
-    An unknown pipeline, a missing phase and dependencies on finished items are no problems here:
-    `repair_items` sees to them.
-    """
+    """Items that do not fit the config or each other, in file order; cycles come last. An unknown
+    pipeline, no phase and dependencies on finished items are left to `repair_items`."""
     found: list[tuple[str, str]] = []
     issued = IssuedIds(config.prefix, backlog)
     for item in backlog.items.values():
@@ -1434,7 +1425,6 @@ def commit_message(
 
 
 def folded(texts: Iterable[str]) -> list[str]:
-    """Texts in lines none of which is too long for commitlint, be it a path."""
     import textwrap
 
     lines = (textwrap.wrap(text, SUBJECT_COLUMNS, break_on_hyphens=False) for text in texts)
@@ -1781,7 +1771,6 @@ def _triage_sections(item: Item, config: Config, backlog: Backlog) -> list[str]:
 
 
 def _task_section(item: Item, task: Task, config: Config, folder: str) -> str:
-    """The workflow files of the phase, or else what is built in for one of its name and nature."""
     if task.pool == TRIAGE:
         idea = f"{IDEAS_DIR}/{change_dir_name(item['id'], item['title'])}.md"
         return _section("Instructions", TRIAGE_INSTRUCTIONS.format(idea=idea))
@@ -1837,7 +1826,6 @@ STATUS_ORDER = ("in_progress", "blocked", "ready", "scoping", "new", "done")
 
 
 def status_order(items: Iterable[Item]) -> list[Item]:
-    """Items as `status` lists them: by status, then the more important ones first."""
     return sorted(items, key=lambda one: (STATUS_ORDER.index(one["status"]), _urgency(one)[:2]))
 
 
@@ -1860,7 +1848,6 @@ def status_counts(counts: Mapping[str, int]) -> str:
 
 
 def count_by_status(rows: Iterable[Row]) -> dict[str, int]:
-    """How many items (or rows) have each status; those that none has are left out."""
     found = [row["status"] for row in rows]
     return {status: found.count(status) for status in STATUS_ORDER if status in found}
 
@@ -5486,7 +5473,6 @@ def cmd_run(args: argparse.Namespace) -> int:
 
 
 def filters_of(args: argparse.Namespace) -> tuple[Filter, ...]:
-    """The filters of `--only`; UsageError when one makes no sense."""
     try:
         filters = tuple(map(parse_filter, args.only))
         check_filters(filters)
@@ -5556,7 +5542,6 @@ def _dry_run(args: argparse.Namespace, space: Workspace, options: RunOptions) ->
 
 
 def answer(args: argparse.Namespace, facts: Mapping[str, object], lines: Iterable[str]) -> int:
-    """Print what a command found out: with --json the facts, else the lines."""
     if args.json:
         print(_dumps({"schema": 1, **facts}))
     else:
@@ -5565,7 +5550,6 @@ def answer(args: argparse.Namespace, facts: Mapping[str, object], lines: Iterabl
 
 
 def output_width() -> int:
-    """The columns of the terminal; where there is none, lines stay whole."""
     import shutil
 
     return max(40, shutil.get_terminal_size((WHOLE_LINES, 24)).columns)
@@ -5682,8 +5666,6 @@ def run_facts(space: Workspace) -> dict[str, Any]:
 
 
 def run_lines(facts: Row, width: int, end: Sequence[str] = ()) -> list[str]:
-    """What `run_facts` found, for people; then `end`, if there is something."""
-
     def lasts(since: str) -> str:
         return human_duration(time.time() - datetime.fromisoformat(since).timestamp())
 
@@ -5742,8 +5724,6 @@ def cmd_show(args: argparse.Namespace) -> int:
 def cmd_log(args: argparse.Namespace) -> int:
     space, width = open_workspace(args.root, args.config), output_width()
     rows = read_log(space, args.n, args.since, args.id)
-    if args.id and not rows and not has_left(space.config, space.store.look(), args.id):
-        _item(space.config, space.store.backlog, args.id)
     told = history_rows(rows, code_phases(space.config))
     lines = table("when item phase outcome commit summary", told, width, heads=True)
     return answer(args, {"log": rows}, lines or ["There is no commit of the orchestrator's."])
@@ -5856,8 +5836,6 @@ def has_left(config: Config, backlog: Backlog, item_id: str) -> bool:
 
 
 class Changed(NamedTuple):
-    """What a command did to an item, and what is to be said of it."""
-
     item_id: str
     what: str = ""  # behind the id, in the commit's subject and on the terminal
     summary: str = ""  # in the commit's body
@@ -6007,9 +5985,6 @@ def cmd_check(args: argparse.Namespace) -> int:
     return EXIT_ERROR if problems else EXIT_OK
 
 
-FRESH = "\nThe work tree is a fresh one: what git ignores, such as an environment, is missing"
-
-
 def cmd_verify(args: argparse.Namespace) -> int:
     """Run the checks that a commit says it has passed again, and say what holds now: not blindly,
     only those that the config or the item names."""
@@ -6047,7 +6022,8 @@ def cmd_verify(args: argparse.Namespace) -> int:
                 never = asyncio.Event()
                 spec = AttemptSpec(*names, config.agent, *limits, never, never)
                 trouble = asyncio.run(run_verify(spec, [argv])) or ""
-                trouble += FRESH * bool(trouble)
+            if trouble and argv:
+                trouble += "\nThe work tree is a fresh one: what git ignores is missing in it"
             held += not trouble
             say(args, trouble or f"{text}: holds")
     say(args, f"{held} of {plural(len(told), 'check')} of {what} ({commit[:10]}) held")
@@ -6081,7 +6057,6 @@ TESTED_WITH = (
 
 
 def how_tested(root: Path) -> str:
-    """What a project seems to be tested with; "" if nothing tells."""
     for names, pattern, command in TESTED_WITH:
         for path in (root / name for name in names.split()):
             if path.is_file() and re.search(pattern, path.read_text(errors="replace"), re.M):
@@ -6137,7 +6112,6 @@ def cmd_init(args: argparse.Namespace) -> int:
 COMMITLINT_FILES = ("commitlint.config.*", ".commitlintrc*")
 UNASKED = re.compile(r"--(dangerously\S+|yolo|auto)")  # the flags of CLIs that then ask nobody
 def conventional_signs(repo: Repo) -> str:
-    """What shows that a repository wants conventional commits; "" if nothing does."""
     shown = [path.name for name in COMMITLINT_FILES for path in sorted(repo.top.glob(name))]
     options = ("-20", "--no-merges", "--no-show-signature", "--format=%s")
     said = repo.git("log", *options).decode(errors="replace") if repo.head().commit else ""
@@ -6164,7 +6138,6 @@ def _house_rules(repo: Repo, config: Config, signs: str) -> list[str]:
 
 
 DEMO_FILES = {
-    "README.md": "# Demo\n\nA project that exists to show a run.\n",
     CONFIG_NAME: """\
 [project]
 prefix = "DEMO"
@@ -6175,7 +6148,6 @@ retry_delay_seconds = 0.1
 max_concurrent = 2
 max_wip = 2
 
-# A small pipeline: plan (a document), then build (code).
 [pipelines.feature]
 phases = [
   { name = "plan" },
@@ -6455,8 +6427,6 @@ COMMANDS = {
 
 
 def _argument(kind: Kind) -> Callable[[str], object]:
-    """The type of an argument; words are taken in any case, or by their first letter."""
-
     def parse(text: str) -> object:
         value = kind.typed(text)
         if problem := kind.problem(value):
@@ -6576,8 +6546,6 @@ JSON_FORMS = {
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong with a command line in one line, and where to look it up."""
-
     def error(self, message: str) -> NoReturn:
         if wrong := re.match("argument COMMAND: invalid choice: '(.*?)'", message):
             word, told = wrong[1], OTHER_WORDS.get(wrong[1])

@@ -103,7 +103,7 @@ def test_hostile_result_files_fail_the_attempt_and_nothing_else(project: Any, tm
     }
     (tmp_path / "files").mkdir()
     acts = {name: (f"cp '{tmp_path}/files/{name}' $R", says) for name, says in {
-        "nul": "JSON", "deep": "nested too deeply", "nan": "", "digits": "JSON", "twice": "WRK-999", "outside": "expected", "types": "",
+        "nul": "JSON", "deep": "recursion", "nan": "", "digits": "JSON", "twice": "WRK-999", "outside": "expected", "types": "",
         "empty": "result", "text": "JSON", "cut off": "JSON", "list": "result", "no item": "item_id", "other phase": "build", "no result": "result",
         "unknown": "finished", "number": "result",
     }.items()}

@@ -62,7 +62,7 @@ def test_a_run_can_be_told_again_from_its_history(project: Project, here: Cli) -
     assert shown["item"] == done
     assert [row["phase"] for row in shown["commits"]] == ["build", "plan", "triage"]
     text = here("show", "WRK-002").out
-    assert text.startswith("WRK-002  Item WRK-002\n\nStatus:        ")
+    assert text.startswith("WRK-002  Item WRK-002\n\nStatus: ")
     assert re.search(r"\n  [\d-]{10} [\d:]{5} plan  complete  [0-9a-f]{10} plan done\n", text.partition("\nHistory:\n")[2])
     assert text.endswith("\nDocuments:\n  changes/WRK-002_item-wrk-002/PLAN.md\n")
     got = json.loads(here("show", "WRK-002", "--json").out)

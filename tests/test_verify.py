@@ -155,7 +155,7 @@ def test_verify_says_what_holds_now(project: Any) -> None:
     assert project.run("verify", "WRK-001").stdout == f"{held} WRK-001 ({commit[:10]}) held\n"
     assert project.run("verify", commit[:12]).stdout == f"{held} {commit[:12]} ({commit[:10]}) held\n"
     script.write_text("echo broken since; exit 2")
-    assert "failed with exit code 2\nLast output:\nbroken since\nThe work tree is a fresh one: what git ignores, such as an environment, is missing\ngrep ugly code.py: holds\n1 of 2 " in project.run("verify", commit, code=1).stdout
+    assert "failed with exit code 2\nLast output:\nbroken since\nThe work tree is a fresh one: what git ignores is missing in it\ngrep ugly code.py: holds\n1 of 2 " in project.run("verify", commit, code=1).stdout
     script.write_text("exit 127")
     assert "\nThe work tree is a fresh one: what git ignores" in project.run("verify", "WRK-001", code=1).stdout
     project.configure("build!", more='verify = [["true"]]\n')
