@@ -370,6 +370,7 @@ STREAM_IDLE_MINUTES = 15.0  # a long tool command is silent too, so not shorter
 # Ids and phase names become parts of file names and of git refs, so they hold nothing special.
 NAME = r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}"
 
+
 # ---- The table of keys, and what each may hold ---------------------------------------------------
 
 _COUNT = whole_number(0, MAX_NUMBER)
@@ -791,6 +792,7 @@ def config_template(
 
 
 # ==== 4. Decisions (pure) =========================================================================
+
 
 # ---- What to do next -----------------------------------------------------------------------------
 
@@ -1983,7 +1985,7 @@ def problem_lines(
     return list(itertools.chain(*told))
 
 
-# ---- What happened, from history -----------------------------------------------------------------
+# ---- What happened, and what it cost -------------------------------------------------------------
 
 
 def proofs(rows: Rows, code: Container[str]) -> dict[str, Row]:
@@ -2004,8 +2006,6 @@ def history_rows(rows: Iterable[Row], code: Container[str]) -> list[dict[str, An
         told.append({**row, "summary": one_line(row["summary"], 300) + checks})
     return told
 
-
-# ---- The end of a run, and what it cost ----------------------------------------------------------
 
 HALT_TEXTS: Mapping[HaltReason, str] = {
     HaltReason.SHUTDOWN_REQUESTED: "stopped on request",
@@ -6111,6 +6111,8 @@ def cmd_init(args: argparse.Namespace) -> int:
 
 COMMITLINT_FILES = ("commitlint.config.*", ".commitlintrc*")
 UNASKED = re.compile(r"--(dangerously\S+|yolo|auto)")  # the flags of CLIs that then ask nobody
+
+
 def conventional_signs(repo: Repo) -> str:
     shown = [path.name for name in COMMITLINT_FILES for path in sorted(repo.top.glob(name))]
     options = ("-20", "--no-merges", "--no-show-signature", "--format=%s")
@@ -6199,6 +6201,7 @@ def _dumps(value: object) -> str:
 
 
 # ==== 12. The git hook and the single file ========================================================
+
 
 # ---- The git hook --------------------------------------------------------------------------------
 
@@ -6309,19 +6312,14 @@ def cmd_vendor(args: argparse.Namespace) -> int:
     state = single_file_state(path.read_bytes())[1] if path.is_file() else "something else"
     if os.path.lexists(path) and state != "unmodified":
         raise OrchestratorError(f"{path} is no untouched single file of ours; remove it first")
-    replace_file(path, single_file(), 0o755)
-    print(f"wrote {path}")
-    return EXIT_OK
-
-
-def single_file() -> bytes:
-    """The single file that this program is, or that is made of it and the modules beside it."""
     here = Path(__file__)
     data = here.read_bytes()
-    if re.match(SINGLE_FILE, data):
-        return data
-    sources = {name: here.with_name(f"{name}.py").read_text("utf-8") for name in MODULE_ORDER}
-    return build_single_file(sources).encode()
+    if not re.match(SINGLE_FILE, data):  # this is one of the three modules
+        sources = {one: here.with_name(f"{one}.py").read_text("utf-8") for one in MODULE_ORDER}
+        data = build_single_file(sources).encode()
+    replace_file(path, data, 0o755)
+    print(f"wrote {path}")
+    return EXIT_OK
 
 
 def build_single_file(sources: Mapping[str, str]) -> str:
@@ -6349,12 +6347,6 @@ def single_file_state(data: bytes) -> tuple[str, str]:
         return "", ""
     stated = found[1].decode()
     return stated, "unmodified" if digest(data[found.end() :]) == stated else "MODIFIED"
-
-
-def version_text() -> str:
-    source, state = single_file_state(Path(__file__).read_bytes())
-    origin = f"single file, source {source[:12]}, {state}" if source else "three modules"
-    return f"orchestrator {__version__} ({origin})"
 
 
 def digest(data: bytes) -> str:
@@ -6586,6 +6578,7 @@ def build_parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
             sub.set_defaults(only=[], cap=1, auto_advance=False)
     return parser
 
+
 def main(argv: Sequence[str] | None = None) -> int:
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -6599,7 +6592,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         given = {"--root": args.root if args.root != Path() else "", "--config": args.config or ""}
         _project_options[:] = [w for name, path in given.items() if path for w in (name, str(path))]
         if args.version:
-            print(version_text())
+            source, state = single_file_state(Path(__file__).read_bytes())
+            origin = f"single file, source {source[:12]}, {state}" if source else "three modules"
+            print(f"orchestrator {__version__} ({origin})")
         elif args.command is None:
             build_parser().print_help()
         else:

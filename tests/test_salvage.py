@@ -76,7 +76,6 @@ def test_what_a_phase_left_is_kept_whole_and_nothing_else_moves(project: Any, tm
     assert f"[WRK-001][BUILD] what it left is kept on {REF}: " in log
     if ending != "cancelled":
         assert f"(its changes are kept on {REF})" in project.items()["WRK-001"]["blocked_reason"]
-    assert REF in project.run("status").stdout
     assert REF in project.run("show", "WRK-001").stdout
     assert f"note: {REF} keeps what [WRK-001][build] left" in project.run("check", code=None).stdout
 
