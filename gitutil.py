@@ -47,7 +47,6 @@ HURRY_POLL_S = 0.2
 LOCK_PAUSE_S = 0.05
 LOCK_TRIES = 60  # so a lock is waited for 3 s
 RETRY_DELAYS_S = (0.02, 0.04, 0.08)  # between the four tries to move the branch
-HOOK_ROUNDS = 4  # of a pre-commit hook that rejects and mends
 ADD_TRIES = 3  # a file that vanishes while the work tree is read makes a try incomplete
 
 ABSENT_MODE = "000000"
@@ -1285,14 +1284,13 @@ class Repo:
         An agent's `git add -A` or `git reset` disturbs the index of files it never changed. `lost`:
         only what is staged no more; others, too, may have staged things meanwhile.
         """
-        changed = {change.after.path for change in self.changes(before.tree, after.tree)}
-        old, new = before.head.commit, after.head.commit
-        if old and new:  # what somebody has committed since is staged no more
-            changed |= {change.after.path for change in self.changes(old, new)}
         first, last = ({_GitRow.parse(row).path for row in s.staging} for s in (before, after))
         rows = first - last if lost else first | last
-        if paths := sorted(rows - changed):
-            self._restage(before, paths)
+        pairs = [(before.tree, after.tree), (before.head.commit, after.head.commit)]
+        for old, new in pairs if rows else ():  # what somebody has committed is staged no more
+            rows -= {one.after.path for one in self.changes(old, new)} if old and new else set()
+        if rows:
+            self._restage(before, sorted(rows))
 
     def _restage(
         self, before: Snapshot, paths: Sequence[str], rewritten: Set[str] = frozenset()
@@ -1371,10 +1369,8 @@ class Repo:
 
         They see a private index that holds HEAD, the entries and `own`: files of ours as they are
         on disk, so that nothing of ours looks unstaged. What counts is the index and the message
-        that they leave, but for the paths of `own` and `theirs`, the operator's. A pre-commit hook
-        that rejects after it has mended files of the commit is run again on these, as long as it
-        mends, four times at most. `message_only` is for documents: no pre-commit hook, the entries
-        stay. `limit_s` counts per hook.
+        that they leave, but for the paths of `own` and `theirs`, the operator's. `message_only` is
+        for documents: no pre-commit hook, the entries stay. `limit_s` counts per hook.
         """
         names = HOOK_NAMES[1:] if message_only else HOOK_NAMES
         hooks = [self.hook_path(name) for name in names]
@@ -1387,8 +1383,13 @@ class Repo:
         with self._private_index(copied=True) as env:
             file = Path(f"{env['GIT_INDEX_FILE']}-message")
             file.write_bytes(message.encode(errors="replace"))
-            tree = self._show_commit(head, self._news(head, [*entries, *ours]), env)
-            name, ended, tree = self._run_in_rounds(hooks, file, head, tree, env, limit_s)
+            self._show_commit(head, self._news(head, [*entries, *ours]), env)
+            name, ended = "", _GitEnded(0, b"", b"")
+            for path in hooks:
+                name, ended = path.name, self._run_hook(path, file, env, limit_s)
+                if ended.status != 0:
+                    break
+            tree = self._write_tree(env, "--missing-ok")
             message = file.read_text("utf-8", "replace").strip("\n") + "\n"
         kept_out = {entry.path for entry in ours}
         left = [change.after for change in self.changes(head.commit, tree)]
@@ -1403,34 +1404,7 @@ class Repo:
         entries = list(entries) if message_only else left
         return HookResult(outcome, name, "\n".join(said[-40:]), entries, message)
 
-    def _run_in_rounds(
-        self,
-        hooks: Sequence[Path],
-        message: Path,
-        head: Head,
-        tree: str,
-        env: Mapping[str, str],
-        limit_s: float,
-    ) -> tuple[str, _GitEnded, str]:
-        """The last hook that ran, how it ended, and the tree that the hooks left in the index."""
-        name, ended = "", _GitEnded(0, b"", b"")
-        for _ in range(HOOK_ROUNDS):
-            for path in hooks:
-                name, ended = path.name, self._run_hook(path, message, env, limit_s)
-                if ended.status != 0:
-                    break
-            shown, again = tree, name == "pre-commit" and ended.status not in _GIT_ENDINGS
-            if again:  # what it mended is in the work tree
-                changed = [change.after for change in self.changes(head.commit, tree)]
-                kept = _git_paths(e.path for e in changed if e.mode != GITLINK_MODE)
-                update = ("update-index", "--add", "--remove", "-z", "--stdin")
-                self.git(*update, stdin=kept, env=env, ok=(0, 128), limit_s=TREE_LIMIT_S)
-            tree = self._write_tree(env, "--missing-ok")
-            if not again or tree == shown:
-                break
-        return name, ended, tree
-
-    def _show_commit(self, head: Head, entries: Sequence[Entry], env: Mapping[str, str]) -> str:
+    def _show_commit(self, head: Head, entries: Sequence[Entry], env: Mapping[str, str]) -> None:
         """Let a private copy of the index hold HEAD and the entries, as `git commit` shows them.
 
         A copy, for its times: else git would have to read every file.
@@ -1440,7 +1414,6 @@ class Repo:
         rows = [_GitRow("H", e.mode, e.oid, "0", e.path) for e in entries]
         self.git("update-index", "-z", "--index-info", stdin=self._index_info(rows), env=env)
         self.git("update-index", "-q", "--refresh", env=env, ok=(0, 1), limit_s=TREE_LIMIT_S)
-        return self._write_tree(env, "--missing-ok")
 
     def _run_hook(
         self, path: Path, message: Path, index: Mapping[str, str], limit_s: float

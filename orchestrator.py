@@ -63,7 +63,7 @@ from collections.abc import (
     Sequence,
 )
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta, tzinfo
 from enum import StrEnum
 from functools import partial, reduce
@@ -151,7 +151,6 @@ from gitutil import (
     GITLINK_MODE,
     HOOK_LIMIT_S,
     HOOK_NAMES,
-    HOOK_ROUNDS,
     Change,
     Entry,
     GitError,
@@ -256,7 +255,6 @@ class Usage(NamedTuple):
         return (self.input_tokens or 0) + (self.output_tokens or 0)
 
     def plus(self, more: Usage) -> Usage:
-        """The sum; what only one of the two reports counts as it is."""
         pairs = zip(self, more, strict=True)
         sums = (b if a is None else a if b is None else a + b for a, b in pairs)
         return Usage(*cast("Any", sums))
@@ -293,42 +291,108 @@ class AgentPause(NamedTuple):
     kind: Literal["busy", "limit", "reset"]  # a free end, a usage limit, one with a stated reset
 
 
-class AttemptSpec(NamedTuple):
-    """Everything needed to start one attempt; paths are absolute."""
+NOTHING_SEEN = Snapshot("", Head(None, None), ())
 
-    run_id: str
+
+@dataclass
+class Attempt:
+    """One agent process for one phase, from the snapshot before it to what became of it."""
+
     task: Task
-    attempt: int  # 1-based
-    token: str  # fresh per attempt; part of the result path
-    root: Path  # working directory of the agent
-    prompt: str
-    change_dir: Path
-    settings: AgentSettings  # already merged with the phase's agent and model
-    timeout_s: float
-    idle_timeout_s: float  # 0 = off
-    grace_s: float
-    stop: asyncio.Event  # end it in order
-    hurry: asyncio.Event  # and without the grace
-    budget_usd: float | None = None  # what is left of max_cost_usd, for CLIs that take a budget
+    number: int  # 1-based
+    token: str  # fresh; in the result's path, the journal and the commit
+    item: Item  # as the phase began
+    before: Snapshot = NOTHING_SEEN
+    strays: frozenset[str] = frozenset()  # as it began: nobody's, so it may go on from them
+    only: frozenset[str] | None = None  # what it changed, if the operator has had the tree since
+    usage: Usage = NOTHING_SPENT
+    last: str = ""  # what its agent did last, one line
+    so_far: Usage = NOTHING_SPENT  # as long as it is at work
+    since: float = 0.0  # monotonic seconds
+    told: float = 0.0  # when the log last had a line about it
 
     @property
-    def result_path(self) -> Path:
-        return self.root / WORK_DIR / "results" / f"{self._stem}.json"
+    def label(self) -> str:
+        """How a commit's subject begins."""
+        return f"[{self.task.item_id}][{self.task.name}]"
 
     @property
-    def prompt_path(self) -> Path:
-        return self.root / WORK_DIR / "prompts" / f"{self._stem}.md"
+    def tag(self) -> str:
+        return phase_line(self.task.item_id, self.task.name, "").rstrip()
 
     @property
-    def _stem(self) -> str:
+    def stem(self) -> str:
+        """What the names of its files begin with."""
         return f"{safe_name(self.task.item_id)}_{safe_name(self.task.name)}_{self.token}"
 
+    @property
+    def destructive(self) -> bool:
+        return self.task.phase.destructive
 
-class Progress(NamedTuple):
-    """What an agent is doing, for the live line."""
+    def outcome(self, word: str, summary: str, result: PhaseResult | None = None) -> Outcome:
+        """What it ended with, as a commit tells it."""
+        task, kind = self.task, "feat" if self.destructive else "docs"
+        if result is not None and result.commit_type in COMMIT_TYPES:
+            kind = result.commit_type
+        told = MessageEntry(task.item_id, task.name, word, summary, self.token, kind)
+        return Outcome(told, self.before.head.commit, was=self.item)
 
-    last: str = ""  # latest message or tool call, one line; since when it is silent, if it is
-    usage: Usage = Usage()  # of the attempt so far
+    def line(self) -> dict[str, Any]:
+        return {
+            "token": self.token,
+            "item": self.task.item_id,
+            "pool": self.task.pool,
+            "phase": self.task.phase._asdict(),
+            "number": self.number,
+            "was": self.item,
+            "strays": sorted(self.strays),
+            "before": {**self.before._asdict(), "head": self.before.head._asdict()},
+        }
+
+    @classmethod
+    def from_line(cls, line: Mapping[str, Any]) -> Attempt:
+        before = Snapshot(**{**line["before"], "head": Head(**line["before"]["head"])})
+        task = Task(line["item"], Phase(**line["phase"]), line["pool"])
+        strays = frozenset(line["strays"])
+        return cls(task, line["number"], line["token"], line["was"], before, strays)
+
+
+class Outcome(NamedTuple):
+    """What a phase ended with, for the commit that it becomes (or becomes a part of)."""
+
+    told: MessageEntry  # what its commit says; if "complete", BACKLOG.yaml goes along
+    parent: str | None  # HEAD as the attempt began: where a search for the token may stop
+    entries: Sequence[Entry] = ()  # what the phase leaves, with the bytes it had when it ended
+    worklog: str = ""  # text that belongs into the worklog, appended once
+    was: Item | None = None  # the item as the phase began
+    message: str = ""  # of its commit, as the repository's hooks left it; "": still to be made
+
+    def line(self) -> dict[str, Any]:
+        entries = [entry._asdict() for entry in self.entries]
+        told = {"token": self.told.token, "told": self.told._asdict()}
+        return {**self._asdict(), **told, "entries": entries}
+
+    @classmethod
+    def from_line(cls, line: Mapping[str, Any]) -> Outcome:
+        told = MessageEntry(**line["told"])
+        entries = [Entry(**entry) for entry in line["entries"]]
+        return cls(told, line["parent"], entries, line["worklog"], line["was"], line["message"])
+
+
+class Site(NamedTuple):
+    """What the attempts of a run have in common."""
+
+    run_id: str
+    root: Path  # working directory of the agents
+    config: Config
+    stop: asyncio.Event  # end them in order
+    hurry: asyncio.Event  # and without the grace
+
+    def result_path(self, attempt: Attempt) -> Path:
+        return self.root / WORK_DIR / "results" / f"{attempt.stem}.json"
+
+    def prompt_path(self, attempt: Attempt) -> Path:
+        return self.root / WORK_DIR / "prompts" / f"{attempt.stem}.md"
 
 
 class RunOptions(NamedTuple):
@@ -340,22 +404,7 @@ class RunOptions(NamedTuple):
     auto_advance: bool = False
     only_triage: bool = False
     overridden: str = ""  # an item whose guardrails are overridden
-
-
-class RunView(NamedTuple):
-    """All that the halt decision depends on."""
-
-    backlog: Mapping[str, Item]
-    running: Mapping[str, Task]
-    actions: tuple[Action, ...]  # what select_actions offers now (cap not applied)
-    stop_requested: bool
-    breaker_open: bool  # an agent cannot work, or too many items in a row failed for good
-    targets: tuple[str, ...]  # in the order given; () = no target mode
-    auto_advance: bool
-    filters_given: bool
-    matched: frozenset[str]  # ids the filters ever matched
-    completed: tuple[str, ...]  # in this run
-    cap_reached: bool  # phases, minutes or cost used up
+    allow_dirty: bool = False
 
 
 # ==== 3. Config ===================================================================================
@@ -416,6 +465,7 @@ class ConfigKey(NamedTuple):
 
 CONFIG_KEYS: dict[str, dict[str, ConfigKey]] = {}  # by table of the file, then by field
 Words = tuple[str, ...]
+Checks = Sequence[Sequence[str]]
 Record = TypeVar("Record", bound=type)
 row: Callable[..., Any] = ConfigKey
 
@@ -798,27 +848,35 @@ def config_template(
 
 
 def select_actions(
+    options: RunOptions,
     backlog: Backlog,
     running: Mapping[str, Task],
     config: Config,
-    *,
     only: Container[str] | None = None,
-    target: str | None = None,
+    *,
+    completed: Container[str] = (),
     resting: Collection[str] = (),
     behind: Collection[str] = (),
 ) -> list[Action]:
     """What could be started now, best first: promotions, then tasks for the free slots.
 
-    `only` and `target` limit which items may be acted on, and whose work in progress counts;
-    dependencies are judged on the whole backlog. A target is not held back by max_wip and
-    max_concurrent. Tasks for the agents in `resting` are passed over. `behind` are ids on which an
-    agent could not work: others go first, for which one place more is made, so that it shows
-    whether it is the agent's fault or the item's.
+    `only` (the ids that the run's filters leave) and targets limit which items may be acted on, and
+    whose work in progress counts; dependencies are judged on the whole backlog. A target is not
+    held back by max_wip and max_concurrent; one in `completed` is over. `triage` leaves every item
+    alone that is not new. Tasks for the agents in `resting` are passed over. `behind` are ids on
+    which an agent could not work: others go first, for which one place more is made, so that it
+    shows whether it is the agent's fault or the item's.
     """
     if any(task.phase.destructive for task in running.values()):
         return []
-    items, limits = backlog.items, config.execution
+    items, limits, target = backlog.items, config.execution, None
     scope = list(_considered(items, only))
+    if options.only_triage:
+        named = options.targets or items
+        scope = [one for one in scope if one["status"] == "new" and one["id"] in named]
+    elif options.targets:
+        target = next_target(options.targets, items, completed, options.auto_advance)
+        scope = [one for one in scope if one["id"] == target]
     able = [
         item
         for item in scope
@@ -830,7 +888,7 @@ def select_actions(
     room = limits.max_wip - len(at_work) + any(item_id in behind for item_id in at_work)
     free = limits.max_concurrent - len(running)
     if target is not None:
-        able, room, free = [item for item in able if item["id"] == target], 1, 1
+        room = free = 1
     if free <= 0:
         return []
     ready = sorted((item for item in able if item["status"] == "ready"), key=_urgency)
@@ -852,21 +910,16 @@ def select_actions(
 
 
 def _considered(items: Mapping[str, Item], only: Container[str] | None) -> Iterable[Item]:
-    """The items with an id in `only`; None: all of them."""
     if only is None:
         return items.values()
     return (item for item_id, item in items.items() if item_id in only)
 
 
 def _urgency(item: Item) -> tuple[int, int, str]:
-    """How ready items are sorted."""
-    return -(item.get("priority") or 0), -_impact(item), item["created"]
-
-
-def _impact(item: Item) -> int:
-    """The higher the more important; an item without a rating comes last."""
+    """How ready items are sorted; one without an impact comes last of its priority."""
     word = item.get("impact")
-    return LEVEL_WORDS.index(word) if word in LEVEL_WORDS else -1
+    impact = LEVEL_WORDS.index(word) if word in LEVEL_WORDS else -1
+    return -(item.get("priority") or 0), -impact, item["created"]
 
 
 def _due(able: Sequence[Item], config: Config) -> Iterator[Task]:
@@ -900,40 +953,6 @@ def is_due(items: Mapping[str, Item], task: Task) -> bool:
     return item["status"] == status and item.get("phase") == task.name
 
 
-def actions_for(
-    options: RunOptions,
-    backlog: Backlog,
-    running: Mapping[str, Task],
-    config: Config,
-    only: Container[str] | None,
-    *,
-    completed: Container[str] = (),
-    resting: Collection[str] = (),
-    behind: Collection[str] = (),
-) -> list[Action]:
-    """`select_actions` for what a run was asked to do.
-
-    `only` are the ids that its filters leave, `completed` those that it has finished. `triage`
-    leaves every item alone that is not new.
-    """
-    target, targets = None, options.targets
-    if options.only_triage:
-        only = {
-            item_id
-            for item_id, item in backlog.items.items()
-            if item["status"] == "new"
-            and (not targets or item_id in targets)
-            and (only is None or item_id in only)
-        }
-    elif targets:
-        target = next_target(targets, backlog.items, completed, options.auto_advance)
-        if target is None:
-            return []
-    return select_actions(
-        backlog, running, config, only=only, target=target, resting=resting, behind=behind
-    )
-
-
 # ---- When an agent's account or API says no ------------------------------------------------------
 
 FREE_ENDS_IN_A_ROW = 8  # of an agent, about 15 minutes with the default delay, end the run
@@ -948,8 +967,10 @@ def pause_after(
 ) -> AgentPause:
     """How long an agent rests after a usage limit or a free end; `now` in epoch seconds.
 
-    `before` is the breaker as it was. An attempt that began before its end was under way already
-    when it opened, so it says nothing new about how often the agent refused.
+    After a limit until its stated reset, within a minute to eight days, or else for 15 minutes,
+    doubled with every refusal to two hours. `before` is the breaker as it was. An attempt that
+    began before its end was under way already when it opened, so it says nothing new about how
+    often the agent refused.
     """
     kind: Literal["busy", "limit", "reset"] = "busy"
     if outcome.kind == "limited":
@@ -958,21 +979,13 @@ def pause_after(
     if before is not None and before.kind == kind:
         strikes = before.strikes + (now - outcome.seconds >= before.until)
     until = now + retry_delay_s(config, strikes)
-    if kind != "busy":
-        until = limit_ends(outcome.until, strikes, now)
+    if kind == "limit":
+        until = now + min(UNKNOWN_LIMIT_S * 2.0 ** min(strikes - 1, 10), LONGEST_UNKNOWN_S)
+    elif outcome.until is not None:
+        until = min(max(outcome.until, now + SHORTEST_LIMIT_S), now + LONGEST_LIMIT_S)
     if before is not None and before.until > until:
         return before
     return AgentPause(agent, until, strikes, outcome.error, kind)
-
-
-def limit_ends(reset: float | None, strikes: int, now: float) -> float:
-    """When to try again after a usage limit: at the stated reset, within a minute to eight days.
-
-    Unknown: after 15 minutes, doubled with every refusal to two hours.
-    """
-    if reset is not None:
-        return min(max(reset, now + SHORTEST_LIMIT_S), now + LONGEST_LIMIT_S)
-    return now + min(UNKNOWN_LIMIT_S * 2.0 ** min(strikes - 1, 10), LONGEST_UNKNOWN_S)
 
 
 # ---- When to stop --------------------------------------------------------------------------------
@@ -991,36 +1004,52 @@ def next_target(
     return next((target for target in left if items[target]["status"] not in over), None)
 
 
-def halt_reason(view: RunView) -> HaltReason | None:
+def halt_reason(
+    options: RunOptions,
+    items: Mapping[str, Item],
+    running: Mapping[str, Task],
+    offered: Collection[Action],
+    *,
+    completed: Container[str] = (),
+    matched: Collection[str] | None = None,
+    stopping: bool = False,
+    broken: bool = False,
+    used_up: bool = False,
+) -> HaltReason | None:
     """Why the run ends now, or None to go on; the first reason of the enumeration that holds.
+
+    `offered` is what `select_actions` offers now, `completed` what the run has finished, `matched`
+    what its filters ever matched (None: it has none). `broken`: an agent cannot work, or too many
+    items in a row failed for good; `used_up`: phases, minutes or cost are.
 
     A reason may be given while tasks still run: nothing more is started then, and unless a signal
     asked for the shutdown they are waited for. AllDoneOrBlocked and CapReached are given only when
     nothing runs, because a result may still change the answer.
     """
-    if view.stop_requested:
+    if stopping:
         return HaltReason.SHUTDOWN_REQUESTED
-    if view.breaker_open:
+    if broken:
         return HaltReason.CIRCUIT_BREAKER_TRIPPED
-    if view.targets and not any(target in view.running for target in view.targets):
-        target = next_target(view.targets, view.backlog, view.completed, view.auto_advance)
+    targets = () if options.only_triage else options.targets
+    if targets and not any(target in running for target in targets):
+        target = next_target(targets, items, completed, options.auto_advance)
         if target is None:
             return HaltReason.TARGET_COMPLETED
-        if view.backlog[target]["status"] == "blocked":  # in this run, before it, or by hand
+        if items[target]["status"] == "blocked":  # in this run, before it, or by hand
             return HaltReason.TARGET_BLOCKED
-    if view.filters_given:
-        if not view.matched:
+    if matched is not None:
+        if not matched:
             return HaltReason.NO_MATCHING_ITEMS
-        left = [view.backlog[item_id] for item_id in view.matched if item_id in view.backlog]
-        open_ones = [item for item in left if item["status"] not in ("done", "blocked")]
-        if not open_ones and not view.running.keys() & view.matched:
+        left = _considered(items, matched)
+        over = all(item["status"] in ("done", "blocked") for item in left)
+        if over and not any(item_id in running for item_id in matched):
             return HaltReason.FILTER_EXHAUSTED
-    if view.running:
+    if running:
         return None
-    if not view.actions:
+    if not offered:
         return HaltReason.ALL_DONE_OR_BLOCKED
     # Promotions cost nothing, so they are still made; only then is there nothing left to do.
-    if view.cap_reached and not any(isinstance(action, Promote) for action in view.actions):
+    if used_up and not any(isinstance(action, Promote) for action in offered):
         return HaltReason.CAP_REACHED
     return None
 
@@ -1932,7 +1961,7 @@ def plan_rows(backlog: Backlog, config: Config, options: RunOptions) -> list[dic
     then, without a phase, the items that would not, and why."""
     draft, rules, only = Draft(backlog), rules_of(config), matching(backlog, options.filters)
     tasks, now = list[Task](), datetime.fromtimestamp(0, UTC)  # of what is never written
-    while not tasks and (found := actions_for(options, draft.backlog(), {}, config, only)):
+    while not tasks and (found := select_actions(options, draft.backlog(), {}, config, only)):
         for action in found:
             if isinstance(action, Promote):
                 promote(draft, action.item_id, rules, now)
@@ -2130,10 +2159,8 @@ MESSAGE_LIMIT = 100_000  # characters of a closing message in which a result is 
 TAIL_LINES = 20
 TAIL_COLUMNS = 400
 EARLY_S = 10.0  # who exits non-zero so soon has not worked
-SILENT_S = 60.0  # who says nothing for so long is said to be silent
 LOOK_S = 0.25  # how often output, result file and time limits are looked at
 LOOK_AROUND_S = 1.0  # and the processes that have lost the attempt's marker
-SETTLE_S = 60.0  # a valid result that stays the same this long ends the attempt
 SWEEP_LIMIT_S = 10.0  # a process that survives SIGKILL this long hangs in the kernel
 LEFTOVER_GRACE_S = 2.0  # TERM to KILL for what a killed run left behind
 ON_LINUX = sys.platform == "linux"
@@ -2166,7 +2193,6 @@ class AgentReport:
     """
 
     def __init__(self) -> None:
-        self.last = ""  # latest message or tool call, one line
         self.message = ""  # what it has said since its last tool call, whole
         self.worked = False  # it has called a tool
         self.tasks: dict[str, str] = {}  # what it has started, by id, in its words
@@ -2185,12 +2211,10 @@ class AgentReport:
         self.unfinished = False  # events came, the closing one has not
 
     def failed(self, text: str, status: float | None = None) -> str:
-        """Take in an error that the CLI reports."""
         self.error, self.status, self.unfinished = text or UNTOLD, status, False
         return self.error
 
     def said(self, text: str) -> str:
-        """Take in a piece of a message."""
         self.message = (self.message + text)[-MESSAGE_LIMIT:]
         return text
 
@@ -2232,7 +2256,6 @@ def _number_at(value: object, key: str) -> float | None:
 
 
 def _tokens_at(usage: object) -> tuple[int, int]:
-    """Token counts, in and out."""
     caches = "cache_creation_input_tokens", "cache_read_input_tokens"  # claude's
     counts = [int(_number_at(usage, k) or 0) for k in ("output_tokens", "input_tokens", *caches)]
     return sum(counts[1:]), counts[0]
@@ -2477,7 +2500,6 @@ class Profile(NamedTuple):
     login: str = ""  # how to log in
     env: str = ""  # words, defaults: the operator's own environment and agent.env win
     refused_codes: tuple[int, ...] = ()  # exit codes that say: not logged in, not trusted …
-    starts_alone: bool = False  # a first start beside another one breaks both
 
 
 PROFILES: Mapping[str, Profile] = {  # the prompt comes on stdin
@@ -2503,7 +2525,6 @@ PROFILES: Mapping[str, Profile] = {  # the prompt comes on stdin
         "opencode-ai",
         "`opencode auth login`",
         "OPENCODE_DISABLE_AUTOUPDATE=1",
-        starts_alone=True,  # it makes a database in the operator's home
     ),
     "gemini": Profile(
         "gemini --yolo --output-format stream-json -m {model} {args}",
@@ -2518,22 +2539,25 @@ PROFILES: Mapping[str, Profile] = {  # the prompt comes on stdin
 }
 
 
-def agent_argv(spec: AttemptSpec) -> list[str]:
-    """What starts an attempt; placeholders are replaced in one pass, so that values are inert."""
-    settings, argv = spec.settings, list[str]()
-    if spec.task.phase.run:
-        return list(spec.task.phase.run)
+def agent_argv(site: Site, attempt: Attempt, budget_usd: float | None = None) -> list[str]:
+    """What starts an attempt; placeholders are replaced in one pass, so that values are inert.
+
+    `budget_usd` is what is left of max_cost_usd, for CLIs that take a budget.
+    """
+    task, argv = attempt.task, list[str]()
+    settings = agent_settings(site.config, task.phase)
+    if task.phase.run:
+        return list(task.phase.run)
     if settings.cli == "demo":
         here = str(Path(__file__).resolve())  # this very program; -E and -S start quicker
         return [sys.executable, "-E", "-S", here, DEMO_AGENT, *settings.args]
-    budget = spec.budget_usd
     values = {
-        "{prompt_file}": str(spec.prompt_path),
-        "{result_path}": str(spec.result_path),
+        "{prompt_file}": str(site.prompt_path(attempt)),
+        "{result_path}": str(site.result_path(attempt)),
         "{model}": settings.model or "",
-        "{budget}": "" if budget is None else f"{budget + 0.00005:.4f}",  # rounded up
-        "{item_id}": spec.task.item_id,
-        "{phase}": spec.task.name,
+        "{budget}": "" if budget_usd is None else f"{budget_usd + 0.00005:.4f}",  # rounded up
+        "{item_id}": task.item_id,
+        "{phase}": task.name,
     }
     names = re.compile("|".join(map(re.escape, values)))
 
@@ -2552,21 +2576,22 @@ def agent_argv(spec: AttemptSpec) -> list[str]:
     return argv
 
 
-def agent_environment(spec: AttemptSpec, outer: Mapping[str, str]) -> dict[str, str]:
+def agent_environment(site: Site, attempt: Attempt, outer: Mapping[str, str]) -> dict[str, str]:
     """The environment of an agent and its tools, made from our own (`outer`)."""
     foreign = f"{SESSION_VARIABLE}|{GIT_DROPPED_ENV.pattern}"
+    settings = agent_settings(site.config, attempt.task.phase)
     return {
-        **dict(word.split("=") for word in PROFILES[spec.settings.cli].env.split()),
+        **dict(word.split("=") for word in PROFILES[settings.cli].env.split()),
         **{name: text for name, text in outer.items() if not re.fullmatch(foreign, name)},
         **{"GIT_TERMINAL_PROMPT": "0", "GIT_EDITOR": "true", "PAGER": "cat", "GIT_PAGER": "cat"},
-        **spec.settings.env,
-        RUN_MARK: spec.run_id,
-        ATTEMPT_MARK: str(spec.result_path),
-        "ORCHESTRATOR_ITEM_ID": spec.task.item_id,
-        "ORCHESTRATOR_PHASE": spec.task.name,
-        "ORCHESTRATOR_ATTEMPT": str(spec.attempt),
-        "ORCHESTRATOR_PROMPT_FILE": str(spec.prompt_path),
-        "ORCHESTRATOR_CHANGE_DIR": str(spec.change_dir),
+        **settings.env,
+        RUN_MARK: site.run_id,
+        ATTEMPT_MARK: str(site.result_path(attempt)),
+        "ORCHESTRATOR_ITEM_ID": attempt.task.item_id,
+        "ORCHESTRATOR_PHASE": attempt.task.name,
+        "ORCHESTRATOR_ATTEMPT": str(attempt.number),
+        "ORCHESTRATOR_PROMPT_FILE": str(site.prompt_path(attempt)),
+        "ORCHESTRATOR_CHANGE_DIR": str(item_folder(site.root, attempt.item)),
     }
 
 
@@ -2745,7 +2770,7 @@ def _leftovers(variable: str, leader: int, known: Mapping[int, int]) -> list[tup
 
 # ---- One child process ---------------------------------------------------------------------------
 
-Ending = Literal["exit", "stop", "timeout", "idle", "settled"]
+Ending = Literal["exit", "stop", "timeout", "idle"]
 
 
 def log_paths(root: Path, task: Task, name: int | str) -> tuple[Path, Path]:
@@ -2807,45 +2832,52 @@ class Child:
     """The process of an attempt with all that it starts, followed to its end, and judged.
 
     An agent or, where the phase has one, a command; checks are commands, too. What it starts is
-    known by ATTEMPT_MARK in its environment. `spec.stop`, the time limit and the idle limit (no
-    output; 0 is none) end it with TERM, and KILL after the grace, which `spec.hurry` cuts short.
+    known by ATTEMPT_MARK in its environment. `site.stop`, the time limit and the idle limit (no
+    output; 0 is none) end it with TERM, and KILL after the grace, which `site.hurry` cuts short.
     """
 
     why: Ending = "exit"
     code: int | None = None  # as Popen.returncode; None if it could not be killed
-    seconds = silent_s = 0.0  # how long it has been running, and said nothing
+    seconds = 0.0  # how long it has been running
 
-    def __init__(self, spec: AttemptSpec, log_name: int | str) -> None:
-        self.spec, self.argv, self.command = spec, agent_argv(spec), spec.task.phase.run
+    def __init__(
+        self, site: Site, attempt: Attempt, budget_usd: float | None, log_name: str
+    ) -> None:
+        self.site, self.attempt, self.task = site, attempt, attempt.task
+        self.argv = agent_argv(site, attempt, budget_usd)
+        self.command, self.result_path = self.task.phase.run, site.result_path(attempt)
         told = f"`{one_line(command_text(self.command), 200)}`"
         self.label = told if self.command else repr(self.argv[0])
-        self.profile = Profile() if self.command else PROFILES[spec.settings.cli]
-        self.logs = log_paths(spec.root, spec.task, log_name)
+        self.settings = agent_settings(site.config, self.task.phase)
+        self.profile = Profile() if self.command else PROFILES[self.settings.cli]
+        self.timeout_s = phase_timeout_s(site.config, self.task.phase)
+        self.idle_timeout_s = idle_timeout_s(site.config, self.settings)
+        self.logs = log_paths(site.root, self.task, log_name)
         # Called with pid and start time, for the process and for what hides whose it is.
         self.started: Callable[[int, int], None] = lambda pid, start: None
-        self.tell: Callable[[Progress], None] = lambda seen: None
-        self.report, self._seen = AgentReport(), Progress()
-        self._marker = f"{ATTEMPT_MARK}={spec.result_path}"
+        self.report = AgentReport()
+        self._marker = f"{ATTEMPT_MARK}={self.result_path}"
         self._told = set[tuple[int, int]]()  # what hides whose it is, as (pid, start)
         self._known: dict[int, int] = {}  # of these, what is this child's
         self._dead: set[Process] = set()  # adopted, seen dead at the last look around
 
-    async def run(self) -> None:
+    async def run(self, prompt: str) -> None:
         """Run to the end, whatever it is, and leave nothing behind; OSError if it cannot start."""
         import asyncio
         import subprocess
 
         LIVE[self._marker] = 0
         try:
-            self._start()
+            self._start(prompt)
             LIVE[self._marker] = pid = self._process.pid
             marked = (self._marker, pid, self._known)
             try:
                 entry = processes(pid).get(pid)
                 self.started(pid, entry.start if entry else 0)
                 self.why = await self._follow()
-                grace_s = 0.0 if self.why == "exit" else self.spec.grace_s
-                await asyncio.to_thread(end_processes, *marked, grace_s, self.spec.hurry.is_set)
+                usual_s = self.site.config.execution.kill_grace_seconds
+                grace_s = 0.0 if self.why == "exit" else usual_s
+                await asyncio.to_thread(end_processes, *marked, grace_s, self.site.hurry.is_set)
             except BaseException:  # cancelled, too: whatever ends us, the child goes first
                 end_processes(*marked)
                 raise
@@ -2855,11 +2887,9 @@ class Child:
                 self._take(last=True)
         finally:
             del LIVE[self._marker]
-        self._settled()
 
     @property
     def ending(self) -> str:
-        """How it ended, in words."""
         if self.code is None or self.code >= 0:
             return "could not be killed" if self.code is None else f"exit code {self.code}"
         names = {number.value: number.name for number in signal.Signals}
@@ -2870,7 +2900,7 @@ class Child:
         tail = "\n".join([*self.out.tail, *self.err.tail][-TAIL_LINES:])
         return f"{text}\nLast output:\n{tail}" if tail else text
 
-    def _start(self) -> None:
+    def _start(self, prompt: str) -> None:
         """Start the process in a session of its own.
 
         Its prompt is in a regular file: an open pipe makes some agents wait. With no signal
@@ -2879,19 +2909,20 @@ class Child:
         """
         import subprocess
 
-        spec, env = self.spec, agent_environment(self.spec, os.environ)
-        for path in (spec.prompt_path, spec.result_path, self.logs[0]):
-            make_work_folder(spec.root, path.parent)
-        if spec.prompt:
-            spec.prompt_path.write_text(spec.prompt, encoding="utf-8", errors="replace")
+        root, prompt_path = self.site.root, self.site.prompt_path(self.attempt)
+        env = agent_environment(self.site, self.attempt, os.environ)
+        for path in (prompt_path, self.result_path, self.logs[0]):
+            make_work_folder(root, path.parent)
+        if prompt:
+            prompt_path.write_text(prompt, encoding="utf-8", errors="replace")
         with (
-            open(os.devnull if self.command else spec.prompt_path, "rb") as stdin,
+            open(os.devnull if self.command else prompt_path, "rb") as stdin,
             open(self.logs[0], "xb") as out,
             open(self.logs[1], "xb") as err,
         ):
             files: dict[str, Any] = {"stdin": stdin, "stdout": out, "stderr": err}
             self._process = subprocess.Popen(
-                self.argv, cwd=spec.root, env=env, start_new_session=True, **files
+                self.argv, cwd=root, env=env, start_new_session=True, **files
             )
         self.out, self.err = map(OutputFile, self.logs)
 
@@ -2902,7 +2933,7 @@ class Child:
         """
         import asyncio
 
-        loop, gone, stop = asyncio.get_running_loop(), asyncio.Event(), self.spec.stop
+        loop, gone, stop = asyncio.get_running_loop(), asyncio.Event(), self.site.stop
         descriptor = None
         with suppress(AttributeError, OSError):  # not Linux, or an old kernel: each look tells
             descriptor = os.pidfd_open(self._process.pid)
@@ -2914,18 +2945,15 @@ class Child:
                 await asyncio.wait(either, timeout=LOOK_S, return_when=asyncio.FIRST_COMPLETED)
                 now = loop.time()
                 grown = now if self._take() else grown
-                self.seconds, self.silent_s = now - begun, now - grown
-                settled = self._settled()
+                self.seconds = now - begun
                 if gone.is_set() or (descriptor is None and self._process.poll() is not None):
                     return "exit"
                 if stop.is_set():
                     return "stop"
-                if self.seconds >= self.spec.timeout_s:
+                if self.seconds >= self.timeout_s:
                     return "timeout"
-                if 0 < self.spec.idle_timeout_s <= self.silent_s:
+                if 0 < self.idle_timeout_s <= now - grown:
                     return "idle"
-                if settled:
-                    return "settled"
                 if now - looked >= LOOK_AROUND_S:
                     looked = now
                     for pid, start in await asyncio.to_thread(self._look_around):
@@ -2944,9 +2972,10 @@ class Child:
         # Of text only the end is shown; to clean millions of lines would hold up the event loop.
         for line in out if self.profile.read else out[-10 * TAIL_LINES :]:  # some may be blank
             text = read_line(self.report, line, self.profile.read)
-            self.report.last = self.out.remember(text) or self.report.last
+            self.attempt.last = self.out.remember(text) or self.attempt.last
         for line in err[-10 * TAIL_LINES :]:
             self.err.remember(line.decode(errors="replace"))
+        self.attempt.so_far = self.report.usage()
         return sizes != (self.out.size, self.err.size)
 
     def _look_around(self) -> list[tuple[int, int]]:
@@ -2965,59 +2994,54 @@ class Child:
         self._dead = dead
         below = _family({leader}, table) - {leader}
         seen = below | _family((one.pid for one in adopted if one.alive), table)
-        unmarked = seen - _marked(f"{RUN_MARK}={self.spec.run_id}", seen)
+        unmarked = seen - _marked(f"{RUN_MARK}={self.site.run_id}", seen)
         new = {(pid, table[pid].start) for pid in unmarked} - self._told
         self._told |= new  # an orphan, too, whoever's it is: if we are killed, nothing else tells
         self._known.update(one for one in new if one[0] in below or len(LIVE) == 1)
         return list(new)
 
-    def _settled(self) -> bool:
-        """Tell what is new; whether a valid result has long stayed the same: it lingers."""
-        last = self.report.last
-        if self.silent_s >= SILENT_S:
-            since = datetime.now() - timedelta(seconds=self.silent_s)
-            silent = f"says nothing since {since:%H:%M} ({self.silent_s // 60:.0f} min)"
-            last = f"{silent}, before: {last}" if last else silent  # lines are cut at their end
-        before, self._seen = self._seen, Progress(last, self.report.usage())
-        if self._seen != before:
-            self.tell(self._seen)
-        with suppress(OSError, ResultError):
-            age_s = time.time() - os.lstat(self.spec.result_path).st_ctime
-            return not self.command and age_s >= SETTLE_S and self._read_result() is not None
-        return False
-
     def _read_result(self) -> PhaseResult | None:
         """The result that the agent wrote; None if there is none, ResultError if it is unusable."""
-        path, data = self.spec.result_path, None
+        path = self.result_path
         try:
             info = path.lstat()  # the agent may have put anything there
-            if stat.S_ISREG(info.st_mode) and info.st_size <= RESULT_LIMIT:
-                data = path.read_bytes()
+            if not stat.S_ISREG(info.st_mode) or info.st_size > RESULT_LIMIT:
+                what = f"it is no regular file of at most {RESULT_LIMIT} bytes"
+                raise OSError(errno.EINVAL, what)
+            data = path.read_bytes()
         except FileNotFoundError:
             return None
         except OSError as error:
             raise ResultError(f"the result file {path} was refused: {error.strerror}") from error
-        if data is None:
-            wanted = f"no regular file of at most {RESULT_LIMIT} bytes"
-            raise ResultError(f"the result file {path} was refused: it is {wanted}")
-        return parse_result(data, self.spec.task.item_id, self.spec.task.name)
+        return parse_result(data, self.task.item_id, self.task.name)
 
     def judge(self, now: float) -> AgentOutcome:
         """Decide what it came to; `now` in epoch seconds. Exit codes lie, results do not."""
         if self.command:
             return self._judge_command()
-        report, (result, problem) = self.report, self._find_result()
+        report, ended_well = self.report, (self.why, self.code) == ("exit", 0)
+        result, problem = None, ""  # what is wrong with what there is
+        try:
+            result = self._read_result()
+            if result is None and ended_well and not (report.error or report.unfinished):
+                result = _result_in_message(report.message, self.task)
+            if report.background and (result is not None or ended_well):
+                left = sorted(report.background)
+                names = ", ".join(report.tasks.get(one) or f"task {one}" for one in left)
+                result, running = None, one_line(names, 200)
+                problem = f"it ended while this was still running in the background: {running}"
+        except ResultError as error:
+            problem = str(error)
         if result is not None:
             remark = f"result accepted in spite of: {self.ending}" if self.code != 0 else ""
             if self.why not in ("exit", "stop"):
                 remark = "it went on after its result and was ended"
             return AgentOutcome("result", result, remark)
-        if self.spec.stop.is_set():
+        if self.site.stop.is_set():
             return AgentOutcome("cancelled", detail="stopped before it reported a result")
         if report.limit or error_kind(report.error, report.status) == "limit":
             until = reset_time(report.error, now) if report.until is None else report.until
-            name = self.spec.settings.name
-            text = one_line(f"{name}: {report.limit or report.error}", TAIL_COLUMNS)
+            text = one_line(f"{self.settings.name}: {report.limit or report.error}", TAIL_COLUMNS)
             text = f"{text}; resets at {_local_text(until)}" if until else text
             return AgentOutcome("limited", detail=text, error=text, until=until)
         outcome = AgentOutcome("failed", detail=self.with_tail(self._failure(problem)))
@@ -3025,12 +3049,11 @@ class Child:
 
     def _judge_command(self) -> AgentOutcome:
         """A command tells by its exit status; by 126 and 127 that it is missing: an `error`."""
-        task = self.spec.task
         if (self.why, self.code) == ("exit", 0):
             summary = f"{self.label} succeeded"
-            done = PhaseResult(task.item_id, task.name, "phase_complete", summary)
+            done = PhaseResult(self.task.item_id, self.task.name, "phase_complete", summary)
             return AgentOutcome("result", done)
-        if self.spec.stop.is_set():
+        if self.site.stop.is_set():
             return AgentOutcome("cancelled", detail=f"{self.label} was stopped")
         hows = {"exit": f"failed with {self.ending}", "idle": self._failure("")}
         how = hows.get(self.why, "ran out of time")
@@ -3038,28 +3061,12 @@ class Child:
         missing = self.why == "exit" and self.code in (126, 127)
         return AgentOutcome("failed", detail=text, error=text if missing else "")
 
-    def _find_result(self) -> tuple[PhaseResult | None, str]:
-        """The result, or what is wrong with what there is ("" if there simply is none)."""
-        task, report, ended_well = self.spec.task, self.report, (self.why, self.code) == ("exit", 0)
-        try:
-            result = self._read_result()
-        except ResultError as error:
-            return None, str(error)
-        if result is None and ended_well and not (report.error or report.unfinished):
-            result = _result_in_message(report.message, task)
-        if report.background and (result is not None or ended_well):
-            names = (report.tasks.get(one) or f"task {one}" for one in sorted(report.background))
-            running = one_line(", ".join(names), 200)
-            return None, f"it ended while this was still running in the background: {running}"
-        return result, ""
-
     def _failure(self, problem: str) -> str:
-        """Why the attempt failed, in one line."""
-        spec, report = self.spec, self.report
+        report = self.report
         if self.why == "idle":
-            return f"timed out: no output for {spec.idle_timeout_s:g} seconds"
+            return f"timed out: no output for {self.idle_timeout_s:g} seconds"
         if self.why == "timeout":
-            return f"timed out after {spec.timeout_s:g} seconds"
+            return f"timed out after {self.timeout_s:g} seconds"
         text = f"{problem or 'no result file was written'} ({self.ending})"
         if report.error:
             text += f"; it reports: {one_line(report.error, TAIL_COLUMNS)}"
@@ -3067,7 +3074,7 @@ class Child:
 
     def _if_early(self, failed: AgentOutcome) -> AgentOutcome:
         """Mark a failure of a CLI that could not do anything yet, with its own words if any."""
-        spec, report, name = self.spec, self.report, self.spec.settings.name
+        report, name = self.report, self.settings.name
         early = self.code != 0 or report.error != ""
         if self.profile.read is None:
             early = self.code != 0 and self.seconds < EARLY_S
@@ -3079,7 +3086,7 @@ class Child:
             lines = [line for line in self.err.tail if error_kind(line) != "limit"]
             words = ["", *sorted(lines, key=lambda line: error_kind(line) != "busy")][-1]
         status = 401 if self.code in self.profile.refused_codes else report.status
-        log = self.logs[0].relative_to(spec.root)
+        log = self.logs[0].relative_to(self.site.root)
         silent = f"{name} gave no reason ({self.ending}); its output is in {log}"
         text = one_line(f"{name}: {words}" if words else silent, TAIL_COLUMNS)
         return failed._replace(error=text, trouble=cast("Any", error_kind(words, status)))
@@ -3115,21 +3122,24 @@ def _local_text(epoch: float) -> str:
 
 
 async def run_attempt(
-    spec: AttemptSpec,
+    site: Site,
+    attempt: Attempt,
+    prompt: str = "",
+    *,
+    budget_usd: float | None = None,
     started: Callable[[int, int], None] = lambda pid, start: None,
-    progress: Callable[[Progress], None] = lambda seen: None,
-    log_name: int | str = "",  # else the number of the attempt
+    log_name: str = "",  # else the number of the attempt
 ) -> AgentOutcome:
     """Run one attempt of a phase and judge how it ended; see `Child` for `started`.
 
     Everything expected is an outcome; an exception is a bug, and leaves nothing that was started.
     """
-    child = Child(spec, log_name or spec.attempt)
-    child.started, child.tell = started, progress
-    if spec.stop.is_set():
+    child = Child(site, attempt, budget_usd, log_name or str(attempt.number))
+    child.started = started
+    if site.stop.is_set():
         return AgentOutcome("cancelled", detail=f"{child.label} was not run: the run is stopping")
     try:
-        await child.run()
+        await child.run(prompt)
     except OSError as error:
         missing = error.filename == child.argv[0]  # the CLI itself: no trouble that may pass
         where = f" ({os.fsdecode(error.filename)})" if error.filename and not missing else ""
@@ -3146,16 +3156,20 @@ class CannotRun(str):
     or 127), or the run stops."""
 
 
-async def run_verify(spec: AttemptSpec, commands: Sequence[Sequence[str]]) -> str | None:
+async def run_verify(site: Site, attempt: Attempt, commands: Checks) -> str | None:
     """Run checks in turn, within the phase's time limit; None if all of them exit with 0.
 
     Else the text of the first failure with the tail of its output, or a `CannotRun`.
     """
-    deadline = time.monotonic() + spec.timeout_s
+    config, phase = site.config, attempt.task.phase
+    deadline = time.monotonic() + phase_timeout_s(config, phase)
+    patient = config.execution._replace(idle_timeout_minutes=0)
+    site = site._replace(config=config._replace(execution=patient))
     for number, argv in enumerate(commands, 1):
-        task = spec.task._replace(phase=spec.task.phase._replace(run=tuple(argv)))
-        one = spec._replace(task=task, timeout_s=deadline - time.monotonic(), idle_timeout_s=0)
-        outcome = await run_attempt(one, log_name=f"{spec.attempt}-verify{number}")
+        minutes = max(0.0, deadline - time.monotonic()) / 60
+        check = phase._replace(run=tuple(argv), timeout_minutes=minutes)
+        one = replace(attempt, task=attempt.task._replace(phase=check))
+        outcome = await run_attempt(site, one, log_name=f"{attempt.number}-verify{number}")
         if outcome.kind != "result":
             text = f"verify command {outcome.detail}"
             return CannotRun(text) if outcome.error or outcome.kind == "cancelled" else text
@@ -3164,7 +3178,7 @@ async def run_verify(spec: AttemptSpec, commands: Sequence[Sequence[str]]) -> st
 
 # ---- Trying agents out ---------------------------------------------------------------------------
 
-PROBE_TIMEOUT_S = 180.0  # opencode tries for 90 s before it says that the API is not there
+PROBE_MINUTES = 3.0  # opencode tries for 90 s before it says that the API is not there
 PROBE_PROMPT = """\
 This only tests whether you can work here. Change nothing in the project and look at nothing.
 Write exactly this JSON to exactly this file, then stop:
@@ -3175,16 +3189,18 @@ Write exactly this JSON to exactly this file, then stop:
 """
 
 
-def probe_agent(settings: AgentSettings, root: Path) -> tuple[Problem | None, dict[str, object]]:
+def probe_agent(
+    config: Config, settings: AgentSettings, root: Path
+) -> tuple[Problem | None, dict[str, object]]:
     """Run an agent's real command line once, with a trivial prompt; what is wrong, and facts."""
     import asyncio
 
     token, never = os.urandom(8).hex(), asyncio.Event()
-    names = f"probe-{token}", Task("PROBE-1", Phase("probe"), "main"), 1, token, root
-    limits = PROBE_TIMEOUT_S, 0.0, LEFTOVER_GRACE_S, never, never
-    spec = AttemptSpec(*names, "", root / WORK_DIR, settings, *limits)
-    spec = spec._replace(prompt=PROBE_PROMPT.format(path=spec.result_path))
-    outcome = asyncio.run(run_attempt(spec))
+    site = Site(f"probe-{token}", root, config._replace(agent=settings), never, never)
+    task = Task("PROBE-1", Phase("probe", timeout_minutes=PROBE_MINUTES), "main")
+    attempt = Attempt(task, 1, token, Item(id="PROBE-1", title="probe"))
+    prompt = PROBE_PROMPT.format(path=site.result_path(attempt))
+    outcome = asyncio.run(run_attempt(site, attempt, prompt))
     row = {
         "agent": settings.cli,
         "model": settings.model,
@@ -3250,11 +3266,11 @@ def demo_agent(env: Mapping[str, str], prompt: str, root: Path) -> int:
 
 # ==== 7. The ledger ===============================================================================
 
+HOOK_ROUNDS = 4  # how often a hook may reject what it has mended, or a check change what passed
 COMMIT_PAUSE_S = 30.0  # between tries of a phase commit that met trouble
-COMMIT_GIVE_UP_S = 300.0  # then a run that can do nothing else halts
+COMMIT_GIVE_UP_S = 300.0  # then the run halts
 
 Clock = Callable[[], datetime]
-Checks = Sequence[Sequence[str]]
 Check = Callable[["Attempt", Checks], str | None]
 
 
@@ -3281,11 +3297,7 @@ def set_up_logging(args: argparse.Namespace, live: LiveLine | None = None) -> No
             text = record.getMessage()
             if record.exc_info:
                 text += f"\n{logging.Formatter().formatException(record.exc_info)}"
-            lines = f"{clock} {tag}{clean_text(text)}".split("\n")
-            width = output_width()
-            # A line that is indented already is a command to be copied.
-            pieces = ([one] if one[:2] == "  " else wrap(one, width, " " * 9) for one in lines)
-            text = "\n".join(itertools.chain(*pieces))
+            text = f"{clock} {tag}{clean_text(text)}"
             return tint(text) if tinted else text
 
         def emit(self, record: logging.LogRecord) -> None:
@@ -3311,7 +3323,6 @@ def coloured(args: argparse.Namespace, stream: TextIO) -> bool:
 
 
 def say(args: argparse.Namespace, text: str) -> None:
-    """Print a result for people."""
     print(tint(text) if coloured(args, sys.stdout) else text)
 
 
@@ -3329,98 +3340,24 @@ class LiveLine:
 
     def wipe(self) -> None:
         if self.enabled:
-            with suppress(OSError):  # the terminal may be gone: that is what SIGHUP means
-                sys.stderr.write("\r\x1b[K")
-                sys.stderr.flush()
+            self._put("\r\x1b[K")
 
     def draw(self) -> None:
-        if self.enabled and self.text is not None:
-            import shutil
+        import shutil
 
-            with suppress(OSError):
-                sys.stderr.write(fit(self.text(), shutil.get_terminal_size().columns - 1).rstrip())
-                sys.stderr.flush()
+        if self.enabled and self.text is not None:
+            self._put(fit(self.text(), shutil.get_terminal_size().columns - 1).rstrip())
+
+    def _put(self, text: str) -> None:
+        with suppress(OSError):  # the terminal may be gone: that is what SIGHUP means
+            sys.stderr.write(text)
+            sys.stderr.flush()
 
 
 # ---- What a run writes ---------------------------------------------------------------------------
 
 SALVAGE_REFS = "refs/orchestrator/salvage/"
 SNAPSHOT_REFS = "refs/orchestrator/snapshots/"
-
-
-@dataclass
-class Attempt:
-    """One agent process for one phase, from the snapshot before it to what became of it."""
-
-    task: Task
-    number: int  # 1-based
-    token: str  # fresh; in the result's path, the journal and the commit
-    item: Item  # as the phase began
-    before: Snapshot
-    usage: Usage = NOTHING_SPENT
-    strays: frozenset[str] = frozenset()  # as it began: nobody's, so it may go on from them
-    only: frozenset[str] | None = None  # what it changed, if the operator has had the tree since
-
-    @property
-    def label(self) -> str:
-        """How a commit's subject begins."""
-        return f"[{self.task.item_id}][{self.task.name}]"
-
-    @property
-    def tag(self) -> str:
-        """How a line of the log begins."""
-        return phase_line(self.task.item_id, self.task.name, "").rstrip()
-
-    @property
-    def destructive(self) -> bool:
-        return self.task.phase.destructive
-
-    def told(self, outcome: str, summary: str, kind: str = "docs") -> MessageEntry:
-        """What the commit of an outcome says."""
-        task = self.task
-        return MessageEntry(task.item_id, task.name, outcome, summary, self.token, kind)
-
-    def line(self) -> dict[str, Any]:
-        """What the journal holds of it, for a start after a crash."""
-        return {
-            "token": self.token,
-            "item": self.task.item_id,
-            "pool": self.task.pool,
-            "phase": self.task.phase._asdict(),
-            "number": self.number,
-            "was": self.item,
-            "strays": sorted(self.strays),
-            "before": {**self.before._asdict(), "head": self.before.head._asdict()},
-        }
-
-    @classmethod
-    def from_line(cls, line: Mapping[str, Any]) -> Attempt:
-        before = Snapshot(**{**line["before"], "head": Head(**line["before"]["head"])})
-        task = Task(line["item"], Phase(**line["phase"]), line["pool"])
-        told = line["number"], line["token"], line["was"], before
-        return cls(task, *told, strays=frozenset(line["strays"]))
-
-
-class Outcome(NamedTuple):
-    """What a phase ended with, for the commit that it becomes (or becomes a part of)."""
-
-    told: MessageEntry  # what its commit says; if "complete", BACKLOG.yaml goes along
-    parent: str | None  # HEAD as the attempt began: where a search for the token may stop
-    entries: tuple[Entry, ...] = ()  # what the phase leaves, with the bytes it had when it ended
-    worklog: str = ""  # text that belongs into the worklog, appended once
-    was: Item | None = None  # the item as the phase began
-    message: str = ""  # of its commit, as the repository's hooks left it; "": still to be made
-
-    def line(self) -> dict[str, Any]:
-        entries = [entry._asdict() for entry in self.entries]
-        told = {"token": self.told.token, "told": self.told._asdict()}
-        return {**self._asdict(), **told, "entries": entries}
-
-    @classmethod
-    def from_line(cls, line: Mapping[str, Any]) -> Outcome:
-        told = MessageEntry(**{**line["told"], "verified": tuple(line["told"]["verified"])})
-        entries = tuple(Entry(**entry) for entry in line["entries"])
-        return cls(told, line["parent"], entries, line["worklog"], line["was"], line["message"])
 
 
 class Aftermath(NamedTuple):
@@ -3462,28 +3399,21 @@ class Ledger:
         self.worklog_dir = self.repo.root / WORKLOG_DIR
         self.ground: Snapshot | None = None  # the last one that was taken while no agent worked
         self.committed: bytes | None = None  # what HEAD holds of the file after a state commit
-        self.salvaged: Collection[str] | None = None  # the salvage refs; None: to be asked
         self.own_commits: list[str] = []  # made by this run; other new ones are an agent's
-        self.commit_again = 0.0  # monotonic seconds; see `commit`
-        self.commit_trouble = ""  # the last complaint of `commit`, so that it is made once
-        self.troubled_since = 0.0  # monotonic seconds; 0: there is none
-        self.refused = ""  # why a hook keeps documents from being committed
+        self.commit_again = self.troubled_since = 0.0  # monotonic seconds; see `commit`
+        self.refused = ""  # why what is finished cannot be committed, so that the run ends
         self.recovered: list[Applied] = []  # what a start has finished for the last run
         self.kept: list[str] = []  # the salvage refs made
-        self.remarks: list[str] = []  # what the summary is to say of the operator's own files
 
     @property
     def journal(self) -> Journal:
         if self.store.journal is None:
-            raise OrchestratorError(
-                f"{self.store.journal_path}: the run's journal is gone; do not delete it under"
-                " a run"
-            )
+            path = self.store.journal_path
+            raise OrchestratorError(f"{path}: the run's journal is gone; do not delete it")
         return self.store.journal
 
     @property
     def pending(self) -> list[Outcome]:
-        """What is to be committed, the oldest first."""
         journal = self.store.journal
         return [Outcome.from_line(line) for line in journal.outcomes.values()] if journal else []
 
@@ -3509,45 +3439,30 @@ class Ledger:
         self.store.change(lambda _: None, patient=patient)
 
     def promote(self, item_id: str) -> Applied:
-        """Move a ready item to its first phase, or block it where it may not start."""
+        told = MessageEntry(item_id, "promotion", "blocked", "", os.urandom(8).hex())
+        edit = partial(promote, item_id=item_id, rules=self.rules, now=self.clock())
+        return self._decide(edit, Outcome(told, self.journal.run["head"]))
 
-        def note(applied: Applied) -> dict[str, Any]:
-            if not applied.worklog:
-                return {}
-            token = os.urandom(8).hex()
-            told = MessageEntry(item_id, "promotion", "blocked", applied.reason, token)
-            made = Outcome(told, self.journal.run["head"], worklog=applied.worklog)
-            return {"outcome": made.line()}
-
-        applied = self.store.change(
-            partial(promote, item_id=item_id, rules=self.rules, now=self.clock()), note
-        )
-        self.write_worklog(applied.worklog)
-        return applied
-
-    def decide(
-        self,
-        attempt: Attempt,
-        told: MessageEntry,
-        entries: Iterable[Entry],
-        result: PhaseResult,
-        message: str = "",
-    ) -> Applied:
-        """Decision and outcome of a phase: one line of the journal, then the file, the worklog."""
+    def decide(self, attempt: Attempt, made: Outcome, result: PhaseResult) -> Applied:
+        """The end of a phase: what its result makes of the backlog, and what is to be committed."""
         spent = self._spent(attempt)
 
         def edit(draft: Draft) -> Applied:
             applied = apply_result(draft, attempt.item, result, self.rules, self.clock())
             return applied._replace(worklog=with_cost(applied.worklog, usage_text(spent)))
 
+        return self._decide(edit, made, ended=[attempt.token], spent={attempt.task.item_id: None})
+
+    def _decide(self, edit: Callable[[Draft], Applied], made: Outcome, **more: Any) -> Applied:
+        """Decision and outcome: one line of the journal, then the file, the worklog."""
+
         def note(applied: Applied) -> dict[str, Any]:
-            parent, worklog = attempt.before.head.commit, applied.worklog
-            made = Outcome(told, parent, tuple(entries), worklog, attempt.item, message)
-            ended = {"ended": [attempt.token], "outcome": made.line()}
-            return {**ended, "spent": {told.item_id: None}}
+            told = made.told._replace(summary=made.told.summary or applied.reason)
+            line = made._replace(told=told, worklog=applied.worklog).line()
+            return {"outcome": line, **more} if applied.worklog or more else {}
 
         applied = self.store.change(edit, note)
-        self.write_worklog(applied.worklog)
+        append_worklog(self.worklog_dir, self.clock(), applied.worklog)
         return applied
 
     def _spent(self, attempt: Attempt) -> Usage:
@@ -3558,15 +3473,6 @@ class Ledger:
     def _costs(self, attempt: Attempt) -> dict[str, Any]:
         spent = self._spent(attempt)
         return {"spent": {attempt.task.item_id: spent._asdict()}} if spent != NOTHING_SPENT else {}
-
-    def write_worklog(self, text: str) -> None:
-        """Append to this month's worklog; text that is there already is not repeated."""
-        append_worklog(self.worklog_dir, self.clock(), text)
-
-    def worklog(self) -> list[dict[str, str]]:
-        """The entries of the last two months, oldest first."""
-        texts = [path.read_text(errors="replace") for path in recent_worklogs(self.worklog_dir)]
-        return [entry for text in texts for entry in read_worklog(text)]
 
     def rest(self, agent: str, pause: AgentPause | None) -> None:
         """Journal an agent's breaker (None: it works again), which a restart is to honour."""
@@ -3603,7 +3509,9 @@ class Ledger:
             )
         if not self.journal.attempts:
             self.ground = before
-        since = self.clock().isoformat(timespec="seconds")
+        attempt = Attempt(task, number, token, {}, before, strays)
+        more = {"since": self.clock().isoformat(timespec="seconds")}
+        more |= {"cli": agent_of(self.config, task.phase)}
 
         def due(draft: Draft) -> Item | None:
             if previous is not None and task.item_id not in draft.items:
@@ -3613,22 +3521,14 @@ class Ledger:
         def note(item: Item | None) -> dict[str, Any]:
             if item is None:
                 return {}
-            line = Attempt(task, number, token, item, before, strays=strays).line()
-            line |= {"cli": agent_of(self.config, task.phase), "since": since}
-            return {"attempt": line, "ended": [previous.token] if previous else []}
+            attempt.item, ended = item, [previous.token] if previous else []
+            return {"attempt": {**attempt.line(), **more}, "ended": ended}
 
-        item = self.store.change(due, note)
-        if item is None:
+        if self.store.change(due, note) is None:
             return None
         if task.pool != TRIAGE:
-            item_folder(self.repo.root, item).mkdir(parents=True, exist_ok=True)
-        return Attempt(task, number, token, item, before, strays=strays)
-
-    def note_process(self, attempt: Attempt, pid: int, since: int) -> None:
-        """Journal a process of an attempt (and its start time), for a start that has to end it."""
-        # After a power cut there is none left to end: no flush.
-        line = {"token": attempt.token, "pid": pid, "since": since}
-        self.store.note({"process": line}, flush=False)
+            item_folder(self.repo.root, attempt.item).mkdir(parents=True, exist_ok=True)
+        return attempt
 
     def conclude(self, attempt: Attempt, result: PhaseResult) -> Conclusion:
         """After the agent: compare → hooks → checks → decide → journal → save → worklog → commit.
@@ -3636,38 +3536,47 @@ class Ledger:
         Ends with a text, and nothing is decided, where the attempt has failed after all, or is
         Held. Others have the ledger while checks run: see `resume`.
         """
-        seen, message = self.compare(attempt), ""
-        summary, kind = result.commit_summary or result.summary, _commit_type(attempt, result)
-        told = attempt.told("complete", summary, kind)
+        seen = self.compare(attempt)
         self.take_in()
         gone = attempt.destructive and attempt.task.item_id not in self.store.backlog.items
         if result.result == "blocked" or gone:
-            entries, why = self._documents(attempt, seen), result.context or result.summary
-            why = "its item was deleted meanwhile" if gone else why
-            why = _with_salvage_note(why, self._salvage(attempt, seen))
-            told, result = attempt.told("blocked", why, kind), result._replace(context=why)
+            why = "its item was deleted meanwhile" if gone else result.context or result.summary
             if gone:
                 log().warning("%s %s", attempt.tag, why)
-        else:
-            passed = yield from self._pass(attempt, result, told, seen)
-            if isinstance(passed, str):
-                return passed
-            seen, told, entries, message = passed
-        self._keep_spoilt(attempt, seen)
-        complete = told.outcome == "complete"
-        if attempt.destructive and complete:
-            self._name_unshared(attempt, seen)
-            if attempt.only is None:
-                self.repo.restage(attempt.before, seen.after)
-        applied = self.decide(attempt, told, entries, result, message)
+            return self._end_without(attempt, seen, "blocked", why, result)
+        made = attempt.outcome("complete", result.commit_summary or result.summary, result)
+        passed = yield from self._pass(attempt, result, made, seen)
+        if isinstance(passed, str):
+            return passed
+        seen, made = passed
+        changed = (change.after for change in seen.changes)
+        if alone := self.repo.unshared(changed) if attempt.destructive else []:
+            log().warning(
+                "%s left a git repository in the tree, or a submodule at a commit that none of its"
+                " remotes has: %s. No commit of this repository can hold that: push it from there,"
+                " add it as a submodule, or remove it.",
+                *(attempt.tag, one_line(", ".join(alone), 200)),
+            )
+            self.space.add_strays(alone)
+        applied = self.decide(attempt, made, result)
         batched = result.result == "phase_complete" and attempt.task.pool != TRIAGE
-        if complete and (attempt.destructive or not batched):
+        if attempt.destructive or not batched:
             self.commit()
         return applied
 
-    def fail(self, attempt: Attempt) -> str | None:
-        """Charge a failed attempt; returns the ref that keeps what a destructive one left."""
-        ref = self._salvage(attempt, self.compare(attempt))
+    def _end_without(
+        self, attempt: Attempt, seen: Aftermath, word: str, why: str, result: PhaseResult
+    ) -> Applied:
+        """The end of a phase that is not complete: its documents are kept, its code on a ref."""
+        documents = self._documents(attempt, seen)
+        if ref := self._salvage(attempt, seen):
+            why += f" (its changes are kept on {ref})"
+        made = attempt.outcome(word, why, result)._replace(entries=documents)
+        return self.decide(attempt, made, result._replace(context=why))
+
+    def fail(self, attempt: Attempt) -> None:
+        """Charge a failed attempt; what a destructive one left is kept on a ref."""
+        self._salvage(attempt, self.compare(attempt))
         # Documents are still to be looked after: see `begin_attempt` and `cancel`.
         ended = [attempt.token] if attempt.destructive else []
         self.store.change(
@@ -3675,36 +3584,29 @@ class Ledger:
             lambda _: {"ended": ended, **self._costs(attempt)},
         )
         attempt.usage = NOTHING_SPENT  # told
-        return ref
 
     def give_up(self, attempt: Attempt, reason: str, result: PhaseResult | None) -> Applied:
         """Record that the last attempt failed: the item is blocked."""
-        seen = self.compare(attempt)
-        entries = self._documents(attempt, seen)
-        self._keep_spoilt(attempt, seen)
-        reason = _with_salvage_note(reason, self._salvage(attempt, seen))
         failed = result or PhaseResult(attempt.task.item_id, attempt.task.name, "failed", reason)
-        failed = failed._replace(result="failed", context=reason)
-        told = attempt.told("failed", reason, _commit_type(attempt, failed))
-        return self.decide(attempt, told, entries, failed)
+        failed = failed._replace(result="failed")
+        return self._end_without(attempt, self.compare(attempt), "failed", reason, failed)
 
-    def cancel(self, attempt: Attempt) -> str | None:
+    def cancel(self, attempt: Attempt) -> None:
         """An attempt was interrupted: nothing is charged, nothing it left is lost.
 
-        Code is kept on the ref that is returned, documents become a commit of their own.
+        Code is kept on a ref, documents become a commit of their own.
         """
         if attempt.token not in self.journal.attempts:  # its end is in the journal already
-            return None
+            return
         seen = self.compare(attempt)
-        self._keep_spoilt(attempt, seen)
-        ref = self._salvage(attempt, seen)
+        documents = self._documents(attempt, seen)
+        self._salvage(attempt, seen)
         line: dict[str, Any] = {"ended": [attempt.token], **self._costs(attempt)}
-        documents, _ = self._outputs(attempt, seen)
         if documents:
-            told = attempt.told("interrupted", "its documents so far")
-            line["outcome"] = Outcome(told, seen.after.head.commit, tuple(documents)).line()
+            made = attempt.outcome("interrupted", "its documents so far")
+            made = made._replace(parent=seen.after.head.commit, entries=documents)
+            line["outcome"] = made.line()
         self.store.note(line)
-        return ref
 
     # -- what a phase left in the work tree --------------------------------------------------------
 
@@ -3736,8 +3638,9 @@ class Ledger:
                 *(attempt.tag, one_line(", ".join(change.after.path for change in taken), 300)),
             )
             after, changes = self.repo.snapshot(), [c for c in changes if c not in taken]
-        if before.staging and not attempt.destructive:
-            self.repo.restage(before, after, lost=True)
+        # What was staged is so again; beside a document phase others may have staged more by now.
+        if attempt.only is None and after.head.branch == before.head.branch:
+            self.repo.restage(before, after, lost=not attempt.destructive)
         if attempt.only is not None:
             theirs |= {c.after.path: c.before for c in changes if c.after.path not in attempt.only}
             changes = [change for change in changes if change.after.path in attempt.only]
@@ -3750,10 +3653,6 @@ class Ledger:
         commits = self.repo.commits_between(old, new) if old and new and old != new else []
         if foreign := [commit[:10] for commit in commits if commit not in self.own_commits]:
             log().info("%s commits made meanwhile: %s", attempt.tag, ", ".join(foreign))
-            paths = {change.after.path for change in self._changes(old, new)} if new else set()
-            if swept := sorted(paths & theirs.keys()):  # by its agent's `git add -A`, or by you
-                names = one_line(", ".join(swept), 300)
-                log().warning("%s these hold what you had not committed: %s", attempt.tag, names)
         return Aftermath(after, changes, theirs)
 
     def _changes(self, old: str | None, new: str) -> list[Change]:
@@ -3795,88 +3694,48 @@ class Ledger:
         """What a document phase may commit; anything else it touched is named and left alone."""
         made, elsewhere = self._outputs(attempt, seen)
         if elsewhere and not attempt.destructive:
+            had = [c.before for c in seen.changes if c.before.path in elsewhere]
+            had = [entry for entry in had if entry.path in seen.theirs and not entry.absent]
+            yours = {entry.path: f" (yours: git show {entry.oid})" for entry in had}
             log().warning(
                 "%s touched files outside its outputs; they are left as they are, not committed:"
                 " %s",
-                *(attempt.tag, one_line(", ".join(sorted(elsewhere)), 300)),
+                *(attempt.tag, ", ".join(path + yours.get(path, "") for path in elsewhere[:20])),
             )
             self.space.add_strays(set(elsewhere) - seen.theirs.keys())
         return made
 
-    def _keep_spoilt(self, attempt: Attempt, seen: Aftermath) -> None:
-        """Keep what a document phase has written over in files that the operator had changed."""
-        paths = seen.theirs.keys() & set(self._outputs(attempt, seen)[1])
-        spoilt = [change for change in seen.changes if change.after.path in paths]
-        if spoilt and not attempt.destructive:
-            ref, self.salvaged = self._salvage_refs(attempt.task)[1], None
-            texts, why = [change.before for change in spoilt], f"{attempt.label} Salvaged edits"
-            self.repo.salvage(ref, attempt.before.head.commit, texts, why)
-            self._tell_of_theirs(attempt, ref, spoilt, "held before")
-
-    def _tell_of_theirs(
-        self, attempt: Attempt, ref: str, changes: Iterable[Change], what: str
-    ) -> None:
-        """Say, now and in the summary, how to get back what was in files of the operator's."""
-        for path in (change.after.path for change in changes):
-            text = (
-                f"{path}, which had uncommitted changes of yours, was changed while {attempt.label}"
-                f" ran, by its agent or by you. What it {what}:\n  git show"
-                f" {ref}:{command_text([path])}"
-            )
-            log().warning("%s", text)
-            self.remarks.append(text)
-
-    def _objection(self, attempt: Attempt, result: PhaseResult, seen: Aftermath) -> str:
-        """Why what a destructive phase did may not be committed; "" if it may."""
-        config = self.repo.prefix + CONFIG_NAME  # ours: may be changed by both
-        clash = [path for path in seen.paths if path in seen.theirs and path != config]
-        if clash:
-            return (
-                f"changed {one_line(', '.join(clash), 200)}, which the operator had uncommitted"
-                " changes in; leave it alone"
-            )
-        moved = seen.after.head.commit != attempt.before.head.commit
-        empty = not (seen.changes or moved or attempt.task.phase.allow_empty)
-        if empty and result.result == "phase_complete":
-            return "reported completion, but nothing in the repository changed"
-        return ""
-
-    def _name_unshared(self, attempt: Attempt, seen: Aftermath) -> None:
-        """Warn of repositories in the tree whose commits nobody else would get."""
-        alone = self.repo.unshared(change.after for change in seen.changes)
-        if alone:
-            log().warning(
-                "%s left a git repository in the tree, or a submodule at a commit that none of its"
-                " remotes has: %s. No commit of this repository can hold that: push it from there,"
-                " add it as a submodule, or remove it.",
-                *(attempt.tag, one_line(", ".join(alone), 200)),
-            )
-            self.space.add_strays(alone)
-
     def _pass(
-        self, attempt: Attempt, result: PhaseResult, told: MessageEntry, seen: Aftermath
-    ) -> Generator[Checks, str | None, tuple[Aftermath, MessageEntry, list[Entry], str] | str]:
+        self, attempt: Attempt, result: PhaseResult, made: Outcome, seen: Aftermath
+    ) -> Generator[Checks, str | None, tuple[Aftermath, Outcome] | str]:
         """Hooks, then checks, and again while the work tree is not just what is to be committed: so
         the checks have passed on that. Or why the attempt has failed.
         """
         item = self.store.backlog.items.get(attempt.task.item_id, attempt.item)
-        complete, unlike = result.result == "phase_complete", list[str]()
+        complete, why = result.result == "phase_complete", ""
         checks = checks_of(self.config, item, attempt.task.name) if complete else ()
-        told = told._replace(verified=tuple(map(command_text, checks)))
+        told = made.told._replace(verified=tuple(map(command_text, checks)))
         for _ in range(HOOK_ROUNDS):
-            entries, message, hook = self._documents(attempt, seen), "", ""
+            made, hook = made._replace(told=told, entries=self._documents(attempt, seen)), ""
             if attempt.destructive:
-                refusal = self._objection(attempt, result, seen)
-                judged = refusal or self._pass_hooks(attempt, result, told, seen)
+                judged = self._judge_code(attempt, result, told, seen)
                 if isinstance(judged, str):
                     return judged
-                _, hook, _, entries, message = judged
+                if judged.outcome == "files":  # what it has mended of the commit is judged anew
+                    why, again = f"{_hook_trouble(judged)}:\n{judged.output}", self.compare(attempt)
+                    mine = [change for change in again.changes if change.after.path in seen.paths]
+                    if mine == seen.changes:
+                        return why
+                    seen = again._replace(changes=mine)
+                    continue
+                hook = judged.hook
+                made = made._replace(entries=judged.entries, message=judged.message)
             if checks and (trouble := (yield checks)) is not None:
                 cannot = isinstance(trouble, CannotRun)
                 return self._hold(attempt, result, trouble) if cannot else trouble
             if checks or hook:  # what they did to the work tree is the phase's, too
                 seen = self.compare(attempt)
-            unlike = self._unlike(attempt, seen, {*entries}) if checks or hook else []
+            unlike = self._unlike(attempt, seen, {*made.entries}) if checks or hook else []
             if unlike and not checks:  # as `git commit` would have it: mended, and not added
                 log().warning(
                     "%s the hooks changed files without adding them; not committed: %s",
@@ -3884,12 +3743,12 @@ class Ledger:
                 )
                 self.space.add_strays(unlike)
             if not (unlike and checks):
-                return seen, told, entries, message
-        paths = one_line(", ".join(unlike), 200)
-        return (
-            f"hooks and checks change what is to be committed, in {HOOK_ROUNDS} rounds each time:"
-            f" {paths}. Let git ignore what only a check makes"
-        )
+                return seen, made
+            why = (
+                f"hooks and checks change what is to be committed, in {HOOK_ROUNDS} rounds each"
+                f" time: {one_line(', '.join(unlike), 200)}. Let git ignore what only a check makes"
+            )
+        return why
 
     def _unlike(self, attempt: Attempt, seen: Aftermath, entries: set[Entry]) -> list[str]:
         """The paths in which the work tree is not what is to be committed."""
@@ -3901,17 +3760,27 @@ class Ledger:
         left = {entry for entry in left if entry.path not in alone}
         gone = entries - left - {change.after for change in seen.changes}
         unlike = {entry.path for entry in gone | (left - entries)} - self.space.strays().keys()
-        # The operator's, but for what was changed now: `_objection` sees to that.
+        # The operator's, but for what was changed now: `_judge_code` sees to that.
         theirs = seen.theirs.keys() - {*seen.paths} | {self.repo.prefix + CONFIG_NAME}
         return sorted(unlike - theirs)
 
-    def _pass_hooks(
+    def _judge_code(
         self, attempt: Attempt, result: PhaseResult, told: MessageEntry, seen: Aftermath
     ) -> HookResult | str:
         """Let the repository's hooks judge and mend the commit of a destructive phase.
 
-        Returns what is to be committed, or why the attempt has failed or is Held.
+        Returns what is to be committed, or rejected, or why the attempt has failed or is Held.
         """
+        config = self.repo.prefix + CONFIG_NAME  # ours: may be changed by both
+        if clash := [path for path in seen.paths if path in seen.theirs and path != config]:
+            return (
+                f"changed {one_line(', '.join(clash), 200)}, which the operator had uncommitted"
+                " changes in; leave it alone"
+            )
+        moved = seen.after.head.commit != attempt.before.head.commit
+        empty = not (seen.changes or moved or attempt.task.phase.allow_empty)
+        if empty and result.result == "phase_complete":
+            return "reported completion, but nothing in the repository changed"
         verdict = self.repo.run_hooks(
             [change.after for change in seen.changes],
             phase_message([told], self.run_id, self.config.commits.style),
@@ -3924,16 +3793,14 @@ class Ledger:
             mine = mine - self.space.strays().keys() | {*seen.paths}
             return verdict._replace(entries=[e for e in verdict.entries if e.path in mine])
         if verdict.outcome == "files":
-            return f"{_hook_trouble(verdict)}:\n{verdict.output}"
+            return verdict
         keys = "commits.style, commits.signoff and execution.hook_timeout_seconds"
         see = "" if self.repo.hurried() else f"\nSee {keys}"
         return self._hold(attempt, result, f"{_hook_trouble(verdict)}: {verdict.output}{see}")
 
     def _hold(self, attempt: Attempt, result: PhaseResult, why: str) -> Held:
         """Keep the result of a phase in the journal, and what it left, for the next start."""
-        now = self.compare(attempt)  # a hook that was ended may have the operator's files stashed
-        if attempt.destructive:
-            self.repo.restage(attempt.before, now.after)
+        self.compare(attempt)  # a hook that was ended may have the operator's files stashed
         if attempt.only is None:  # else it is held already, with what it left then
             kept = self.repo.snapshot(f"{SNAPSHOT_REFS}{self.run_id}/{attempt.token}-held")
             line = {"result": result._asdict(), "after": kept.tree, "why": one_line(why, 300)}
@@ -3990,7 +3857,6 @@ class Ledger:
         if not attempt.destructive:
             return None
         before, head = attempt.before, seen.after.head.commit
-        self.repo.restage(before, seen.after)
         theirs = [c for c in seen.changes if c.after.path in seen.theirs]
         mine, base = [c for c in seen.changes if c not in theirs], before
         if head is not None and head != before.head.commit:
@@ -3998,7 +3864,7 @@ class Ledger:
             mine = [c for c in ours if c.after.path not in seen.theirs]
         if not (mine or theirs):
             return None
-        ref = self._salvage_refs(attempt.task)[1]
+        ref = self.salvage_refs(attempt.task.item_id, attempt.task.name)[1]
         left = [change.after for change in (*mine, *theirs)]
         self.repo.salvage(ref, head, left, f"{attempt.label} Salvaged changes")
         self.repo.restore(base, mine)
@@ -4006,22 +3872,17 @@ class Ledger:
         links = (c.after.path for c in seen.changes if c.after.mode == GITLINK_MODE)
         self.space.add_strays(links)  # they stay: nothing else holds their commits
         paths = one_line(", ".join(entry.path for entry in left), 200)
-        log().info("%s what it left is kept on %s: %s", attempt.tag, ref, paths)
-        self._tell_of_theirs(attempt, ref, theirs, "held then (it is as it was before the phase)")
-        self.salvaged = None
+        told = f"what it left is kept on {ref}: {paths}"
+        if theirs or self.journal.run["id"] != self.run_id:  # it was killed, perhaps long ago
+            told += f". What you have changed there meanwhile, too: git show {ref}:PATH"
+        log().warning("%s %s", attempt.tag, told)
         self.kept.append(ref)
         return ref
 
-    def last_salvage(self, task: Task) -> str | None:
-        """The newest salvage ref of a phase of an item."""
-        return self._salvage_refs(task)[0]
-
-    def _salvage_refs(self, task: Task) -> tuple[str | None, str]:
+    def salvage_refs(self, item_id: str, phase: str) -> tuple[str | None, str]:
         """The newest salvage ref of a phase of an item, and the next to be made."""
-        if self.salvaged is None:
-            self.salvaged = self.repo.refs(SALVAGE_REFS)
-        stem = salvage_stem(task.item_id, task.name)
-        ends = (ref.removeprefix(stem) for ref in self.salvaged if ref.startswith(stem))
+        stem = salvage_stem(item_id, phase)
+        ends = (ref.removeprefix(stem) for ref in self.repo.refs(stem))
         last = max((int(end) for end in ends if end.isdigit()), default=0)
         return f"{stem}{last}" if last else None, f"{stem}{last + 1}"
 
@@ -4044,28 +3905,22 @@ class Ledger:
             if not gone:
                 return
             did = f"took commits off the branch: {', '.join(commit[:10] for commit in gone)}"
-            if self.journal.run["id"] != self.run_id:
-                did = f"(or you, since it was killed) {did}"
             remedy = "git merge -X ours {}"
-        kept = self._keep_tip(attempt, tip) if tip else "no ref, for there was no commit yet"
+        kept = "no ref, for there was no commit yet"
+        if tip:
+            known = self.repo.refs(salvage_stem(attempt.task.item_id, attempt.task.name)).items()
+            kept = next((ref for ref, commit in known if commit == tip), "")
+            if not kept:
+                kept = self.salvage_refs(attempt.task.item_id, attempt.task.name)[1]
+                self.repo.keep_commit(kept, tip, f"{attempt.label} What was there before")
         if head.branch == self.branch:  # whoever starts again has seen what was done
             self._salvage(attempt, seen)
             self.store.note({"ended": [attempt.token]})
         raise OrchestratorError(
-            f"{attempt.label} {did}. The run stops here; what was there is kept on"
+            f"{attempt.label} (or you) {did}. The run stops here; what was there is kept on"
             f" {kept}. Look at what was done; to leave it so, start again; this goes back:"
             f" {remedy.format(kept)}"
         )
-
-    def _keep_tip(self, attempt: Attempt, tip: str) -> str:
-        """The salvage ref that holds a commit of an attempt's branch; made if there is none."""
-        kept = self.repo.refs(salvage_stem(attempt.task.item_id, attempt.task.name))
-        for ref, commit in kept.items():
-            if commit == tip:
-                return ref
-        ref, self.salvaged = self._salvage_refs(attempt.task)[1], None
-        self.repo.keep_commit(ref, tip, f"{attempt.label} What was there before")
-        return ref
 
     # -- commits -----------------------------------------------------------------------------------
 
@@ -4097,12 +3952,12 @@ class Ledger:
             entries |= {entry.path: entry for entry in self.repo.blobs(files)}
             commit = self.repo.commit(list(entries.values()), message, expect_branch=self.branch)
         except (GitError, SaveError) as error:
-            trouble = f"{names} not committed yet: {error}"
-            if trouble != self.commit_trouble:
-                log().warning("%s. It is kept in the journal and tried again.", trouble)
-            self.commit_trouble = trouble
-            self.commit_again = time.monotonic() + COMMIT_PAUSE_S
-            self.troubled_since = self.troubled_since or time.monotonic()
+            trouble, now = f"{names} not committed yet: {error}", time.monotonic()
+            log().warning("%s. It is kept in the journal and tried again.", trouble)
+            self.commit_again = now + COMMIT_PAUSE_S
+            self.troubled_since = self.troubled_since or now
+            if now - self.troubled_since >= COMMIT_GIVE_UP_S:
+                self.refused = trouble
             return
         self.troubled_since = 0.0
         if commit:
@@ -4141,10 +3996,9 @@ class Ledger:
         late = bool(self.store.trouble)  # so `commit` has had to wait, too
         try:
             self.take_in(patient=False)
-        except (SaveError, YamlError, OSError) as error:
-            trouble: str | Exception = error
-        else:
             trouble = self.store.trouble
+        except (SaveError, YamlError, OSError) as error:
+            trouble = str(error)
         if trouble:
             log().error(
                 "%s\nThe backlog is not committed. What was decided is kept in %s; once that is"
@@ -4166,8 +4020,6 @@ class Ledger:
                 if not (self.journal.attempts or self.journal.outcomes):
                     self.repo.drop_refs(self.repo.refs(f"{SNAPSHOT_REFS}{run_id}/"))
                 self.store.settle(self.committed)
-            if stop_requested(self.repo.state_dir, run_id):  # not one that is for another run
-                (self.repo.state_dir / "stop").unlink(missing_ok=True)
         except (OSError, GitError, SaveError, OrchestratorError) as error:
             log().warning("%s", error)
 
@@ -4183,19 +4035,30 @@ class Ledger:
         self.take_in(patient=False)
         refused = list[OrchestratorError]()
         for line in list(self.journal.attempts.values()):
+            attempt, held = Attempt.from_line(line), line.get("held")
             try:
-                self._recover_attempt(Attempt.from_line(line), line.get("held"))
+                if held and self._conclude_held(attempt, held):
+                    continue
+                due = is_due(self.store.backlog.items, attempt.task)
+                what = "it starts again" if due else "its item has gone, or moved on"
+                log().info("%s was cut off; %s", attempt.tag, what)
+                self.cancel(attempt)
             except OrchestratorError as error:  # a rewound branch is told of once, for all of them
                 refused.append(error)
         if refused:
             raise refused[0]
+        head = self.repo.head().commit
         for outcome in self.pending:
-            if self.repo.mentions(outcome.told.token, outcome.parent):
-                self.store.note({"committed": [outcome.told.token]})
-            elif overtaken := self._overtaken(outcome):
-                self._take_back(outcome, overtaken)
+            token, parent = outcome.told.token, outcome.parent
+            changes = self.repo.changes(parent, head) if head and parent not in (None, head) else ()
+            since = {change.after.path: change.after for change in changes}
+            theirs = [e.path for e in outcome.entries if since.get(e.path, e) != e]
+            if self.repo.mentions(token, parent):
+                self.store.note({"committed": [token]})
+            elif theirs:  # somebody has committed something else to it
+                self._take_back(outcome, theirs)
             else:
-                self.write_worklog(outcome.worklog)
+                append_worklog(self.worklog_dir, self.clock(), outcome.worklog)
         self.commit()
         if self.pending:
             raise OrchestratorError(
@@ -4206,33 +4069,10 @@ class Ledger:
         message = partial(state_message, "Recover backlog state")
         self.commit_state("recovered what the last run decided", message)
 
-    def _recover_attempt(self, attempt: Attempt, held: Mapping[str, Any] | None) -> None:
-        if held is not None and self._conclude_held(attempt, held):
-            return
-        due = is_due(self.store.backlog.items, attempt.task)
-        what = "it starts again" if due else "its item has gone, or moved on"
-        log().info("%s was cut off; %s", attempt.tag, what)
-        if ref := self.cancel(attempt):
-            log().warning(
-                "The files are again as they were before that phase. What you have changed"
-                " yourself since the crash is kept with the rest; to get a file of yours back:"
-                "\n  git restore --source=%s -- PATH",
-                ref,
-            )
-
-    def _overtaken(self, outcome: Outcome) -> list[str]:
-        """The paths of an outcome that somebody has committed something else to since."""
-        head = self.repo.head().commit
-        if head is None or outcome.parent in (None, head):
-            return []
-        since = {c.after.path: c.after for c in self.repo.changes(outcome.parent, head)}
-        return [e.path for e in outcome.entries if e.path in since and since[e.path] != e]
-
     def _take_back(self, outcome: Outcome, paths: Sequence[str]) -> None:
         """A phase whose files are somebody else's by now: kept on a ref, and to be run again."""
         item_id, had = outcome.told.item_id, dict[str, Item]()  # the items as they were beside it
-        phase = Task(item_id, Phase(outcome.told.phase), "main")
-        ref, self.salvaged = self._salvage_refs(phase)[1], None
+        ref = self.salvage_refs(item_id, outcome.told.phase)[1]
         why = f"{outcome.told.tag} Salvaged changes"
         self.repo.salvage(ref, outcome.parent, outcome.entries, why)
         self.kept.append(ref)
@@ -4282,21 +4122,12 @@ def _branch_name(head: Head) -> str:
     return head.branch.removeprefix("refs/heads/") if head.branch else "no branch (detached HEAD)"
 
 
-def _commit_type(attempt: Attempt, result: PhaseResult) -> str:
-    usual = "feat" if attempt.destructive else "docs"
-    return result.commit_type if result.commit_type in COMMIT_TYPES else usual
-
-
 def _hook_trouble(verdict: HookResult) -> str:
     whose = f"the repository's {verdict.hook}"
     return {
         "files": f"{whose} hook rejected the commit",
         "message": f"{whose} hook rejected the commit's message",
     }.get(verdict.outcome, f"{whose} hook cannot do its work")
-
-
-def _with_salvage_note(reason: str, ref: str | None) -> str:
-    return f"{reason} (its changes are kept on {ref})" if ref else reason
 
 
 # ==== 8. Coordinator ==============================================================================
@@ -4356,14 +4187,11 @@ class Coordinator:
         loop = asyncio.get_running_loop()
         while (request := await self._queue.get()) is not None:
             answer, work = request
-            try:
-                done = await loop.run_in_executor(self._thread, work)
-            except Exception as error:
-                if not answer.done():
+            with suppress(asyncio.InvalidStateError):  # whoever asked has stopped waiting
+                try:
+                    answer.set_result(await loop.run_in_executor(self._thread, work))
+                except Exception as error:
                     answer.set_exception(error)
-            else:
-                if not answer.done():  # else whoever asked has stopped waiting
-                    answer.set_result(done)
 
 
 def _log_error(answer: asyncio.Future[Any]) -> None:
@@ -4374,60 +4202,36 @@ def _log_error(answer: asyncio.Future[Any]) -> None:
 # ==== 9. The run ==================================================================================
 
 PROGRESS_LOG_S = 120.0  # how often the log tells what an agent does
-SAME_REST_S = 60.0  # two ends of a rest that differ by less are told once
 POLL_S = 1.0  # how often the disk is looked at while agents work
-
-
-class Totals:
-    """What a run did so far."""
-
-    def __init__(self) -> None:
-        self.began = time.monotonic()
-        self.phases = 0
-        self.completed: list[str] = []
-        self.blocked: dict[str, str] = {}  # id → reason
-        self.follow_ups: list[str] = []
-        self.titles: dict[str, str] = {}  # of items that leave the backlog
-        self.exhausted_in_a_row = 0
-        self.free_ends = 0
-        self.spent: dict[tuple[str, str], Usage] = {}  # by item and phase
-
-    def add_usage(self, task: Task, usage: Usage) -> None:
-        key = (task.item_id, task.name)
-        self.spent[key] = self.spent.get(key, NOTHING_SPENT).plus(usage)
-
-
-@dataclass
-class Running:
-    """A phase at work."""
-
-    task: Task
-    since: float  # monotonic seconds
-    told: float  # when the log last had a line about it
-    seen: Progress | None = None  # what its agent does; None: it has said nothing yet
 
 
 class Run:
     """One run from its start to its halt commit; `_shut_down` is the only way out of it."""
 
     def __init__(
-        self,
-        space: Workspace,
-        options: RunOptions,
-        live: LiveLine,
-        run_id: str,
-        *,
-        allow_dirty: bool,
+        self, space: Workspace, options: RunOptions, live: LiveLine, run_id: str
     ) -> None:
         self.space = space
         self.config = space.config
         self.options = options
         self.live = live
         self.run_id = run_id
-        self.allow_dirty = allow_dirty
-        self.ledger = Ledger(space, run_id, utc_now, self._check_at_start)
+        # A start checks on the coordinator's thread, which waits.
+        self.ledger = Ledger(
+            space,
+            run_id,
+            utc_now,
+            lambda *of: asyncio.run_coroutine_threadsafe(self._check(*of), self.loop).result(),
+        )
         self.begun = False  # from then on it ends with a halt commit
-        self.totals = Totals()
+        self.since = time.monotonic()
+        self.phases = 0
+        self.completed: dict[str, str] = {}  # id → title
+        self.blocked: dict[str, str] = {}  # id → reason
+        self.follow_ups: list[str] = []
+        self.exhausted_in_a_row = 0
+        self.free_ends = 0
+        self.spent: dict[tuple[str, str], Usage] = {}  # by item and phase
         self.reason: HaltReason | None = None  # None: an error ended the run
         self.saved = False
         self.state_commit: StateCommit | None = None
@@ -4437,14 +4241,16 @@ class Run:
         space.repo.hurried = self.hurry.is_set
         self.halting = asyncio.Event()  # start nothing more
         self.checking = asyncio.Lock()  # checks want the work tree, and ports, for themselves
-        self.running: dict[str, Running] = {}
+        self.site = Site(run_id, space.repo.root, space.config, self.stopping, self.hurry)
+        self.running: dict[str, Task] = {}  # by item
+        self.attempts: dict[str, Attempt] = {}  # the latest of each of these
         self.workers: set[asyncio.Task[None]] = set()
-        self.matched: set[str] = set()  # ids the filters ever matched
-        self.failures: dict[str, str] = {}  # item → why the attempt before an interruption failed
+        # Ids that the filters ever matched; None: there are no filters.
+        self.matched: set[str] | None = set() if options.filters else None
+        self.failures: dict[str, str] = {}  # item → why the last attempt at its phase failed
         # (agent, item) that had a free end → whether the agent has done another item's work since
         self.suspects: dict[tuple[str, str], bool] = {}
         self.breaker = ""  # why the agent itself cannot work
-        self.awake: set[str] = set()  # agents that have begun to work in this run
         self.ticker: asyncio.Task[None] | None = None
         self.coordinator = Coordinator()
         self.do = self.coordinator.do
@@ -4458,7 +4264,7 @@ class Run:
             loop.add_signal_handler(number, self._on_signal, number)
         self.coordinator.start()
         try:
-            await self.do(begin_run, self.ledger, allow_dirty=self.allow_dirty)
+            await self.do(begin_run, self.ledger, allow_dirty=self.options.allow_dirty)
             self.begun = True
             for applied in self.ledger.recovered:
                 self._count(applied)
@@ -4478,12 +4284,9 @@ class Run:
         if self.stopping.is_set():
             log().warning("ending the agents at once")
             self.hurry.set()
-            if not self.begun:  # a start that hangs: a third signal ends it
-                asyncio.get_running_loop().remove_signal_handler(number)
         else:
-            log().warning(
-                "stopping: ending the agents, then saving (once more: without waiting for them)"
-            )
+            once_more = "once more: without waiting for them"
+            log().warning("stopping: ending the agents, then saving (%s)", once_more)
         self.signal = self.signal or number
         self.halting.set()
         self.stopping.set()
@@ -4555,36 +4358,58 @@ class Run:
 
     async def _work(self) -> HaltReason:
         """Look, decide, start, wait, until there is a reason to halt."""
-        self.ticker = asyncio.create_task(self._tick())
+
+        async def tick() -> None:  # whatever the coordinator is busy with
+            while True:
+                self.live.show(self._live_text)
+                now = time.monotonic()
+                for one in self.attempts.values():
+                    if now - one.told >= PROGRESS_LOG_S:
+                        one.told, spent = now, usage_text(one.so_far)
+                        parts = human_duration(now - one.since), spent, one_line(one.last, 160)
+                        self._say(one.task, f"at work: {', '.join(filter(None, parts))}")
+                await asyncio.sleep(POLL_S)
+
+        self.ticker = asyncio.create_task(tick())
         for agent, pause in self.ledger.pauses().items():
             if pause.until > self._now():
                 log().info("%s %s (%s)", agent, self._rest_text(pause), pause.reason)
         while True:
             await self.do(self.ledger.take_in)
             self._look_for_stop()
-            if self.options.filters:
+            if self.matched is not None:
                 self.matched |= matching(self.backlog, self.options.filters)
-            offered = self._offered()
-            reason = halt_reason(self._view(offered))
+            offer = partial(
+                select_actions,
+                self.options,
+                self.backlog,
+                self.running,
+                self.config,
+                self.matched,
+                completed=self.completed,
+                behind={item_id for (_, item_id), guilty in self.suspects.items() if not guilty},
+            )
+            offered = offer()
+            exhausted = self.exhausted_in_a_row >= self.config.execution.circuit_breaker
+            reason = halt_reason(
+                self.options,
+                self.backlog.items,
+                self.running,
+                offered,
+                completed=self.completed,
+                matched=self.matched,
+                stopping=self.halting.is_set(),
+                broken=bool(self.breaker) or exhausted,
+                used_up=bool(self.cap_reached()),
+            )
             if reason is not None:
                 return reason
-            if resting := self._resting():
-                offered = self._offered(resting)
-            if not await self._start(offered):
+            resting = self._resting()
+            if not await self._start(offer(resting=resting) if resting else offered):
                 await self._wait()
             await self.do(self.ledger.commit, patient=True)
-            since, trouble = self.ledger.troubled_since, self.ledger.refused
-            if since and not self.running and time.monotonic() - since >= COMMIT_GIVE_UP_S:
-                trouble = self.ledger.commit_trouble  # what waits for the commit never starts
-            if trouble and not self.breaker:
-                log().error("%s", trouble)
-                self.breaker = trouble
-
-    async def _tick(self) -> None:
-        """Keep the live line going, whatever the coordinator is busy with."""
-        while True:
-            self.live.show(self._live_text)
-            await asyncio.sleep(POLL_S)
+            if self.ledger.refused:
+                self._trip(self.ledger.refused)
 
     def _look_for_stop(self) -> bool:
         """Whether the run is to end, be it by a signal or by `orchestrator stop`."""
@@ -4593,44 +4418,11 @@ class Run:
             self.halting.set()
         return self.halting.is_set()
 
-    def _offered(self, resting: Collection[str] = ()) -> list[Action]:
-        """What could be started now, the cap not yet applied."""
-        return actions_for(
-            self.options,
-            self.backlog,
-            self._running_tasks(),
-            self.config,
-            self.matched if self.options.filters else None,
-            completed=self.totals.completed,
-            resting=resting,
-            behind={item_id for (_, item_id), guilty in self.suspects.items() if not guilty},
-        )
-
-    def _running_tasks(self) -> dict[str, Task]:
-        return {item_id: running.task for item_id, running in self.running.items()}
-
-    def _view(self, offered: Sequence[Action]) -> RunView:
-        totals, options = self.totals, self.options
-        exhausted = totals.exhausted_in_a_row >= self.config.execution.circuit_breaker
-        return RunView(
-            backlog=self.backlog.items,
-            running=self._running_tasks(),
-            actions=tuple(offered),
-            stop_requested=self.halting.is_set(),
-            breaker_open=bool(self.breaker) or exhausted,
-            targets=() if options.only_triage else options.targets,
-            auto_advance=options.auto_advance,
-            filters_given=bool(options.filters),
-            matched=frozenset(self.matched),
-            completed=tuple(totals.completed),
-            cap_reached=bool(self.cap_reached()),
-        )
-
     def cap_reached(self) -> str:
         """Which limit of the run is used up; "" while none is."""
         execution, left = self.config.execution, self._budget()
-        minutes = (time.monotonic() - self.totals.began) / 60
-        if self.totals.phases >= self.options.cap:
+        minutes = (time.monotonic() - self.since) / 60
+        if self.phases >= self.options.cap:
             return plural(self.options.cap, "phase")
         if execution.max_run_minutes is not None and minutes >= execution.max_run_minutes:
             return f"execution.max_run_minutes = {execution.max_run_minutes:g}"
@@ -4641,7 +4433,7 @@ class Run:
     def _budget(self) -> float | None:
         """What is left of max_cost_usd; None: no limit."""
         most = self.config.execution.max_cost_usd
-        spent = reduce(Usage.plus, self.totals.spent.values(), NOTHING_SPENT).cost_usd
+        spent = reduce(Usage.plus, self.spent.values(), NOTHING_SPENT).cost_usd
         return None if most is None else most - (spent or 0)
 
     def blocked_now(self) -> list[str]:
@@ -4649,8 +4441,8 @@ class Run:
         options = self.options
         scope: Container[str] = options.targets or self.backlog.items
         if options.only_triage:
-            scope = self.totals.blocked
-        elif options.filters:
+            scope = self.blocked
+        elif self.matched is not None:
             scope = self.matched
         blocked = (i for i, item in self.backlog.items.items() if item["status"] == "blocked")
         return [item_id for item_id in blocked if item_id in scope]
@@ -4675,9 +4467,8 @@ class Run:
             item = self.backlog.items.get(task.item_id)  # None: deleted by hand since the choice
             if item is None or uncommitted or rests:
                 continue
-            self.totals.phases += 1
-            now = time.monotonic()
-            self.running[task.item_id] = Running(task, now, now)
+            self.phases += 1
+            self.running[task.item_id] = task
             self._say(task, f"starts: {one_line(item['title'], 80)}")
             self.workers.add(asyncio.create_task(self._phase(task)))
         return bool(promotions)
@@ -4685,12 +4476,11 @@ class Run:
     async def _wait(self) -> None:
         """Until a phase ends, the run is stopped, or it is time to look at the disk again."""
         stopped = asyncio.ensure_future(self.stopping.wait())
-        done, _ = await asyncio.wait(
-            {*self.workers, stopped}, timeout=POLL_S, return_when=asyncio.FIRST_COMPLETED
-        )
+        ends = {*self.workers, stopped}
+        await asyncio.wait(ends, timeout=POLL_S, return_when=asyncio.FIRST_COMPLETED)
         stopped.cancel()
-        for worker in done - {stopped}:
-            self.workers.discard(cast("asyncio.Task[None]", worker))
+        for worker in [one for one in self.workers if one.done()]:
+            self.workers.discard(worker)
             worker.result()
 
     # -- one phase ---------------------------------------------------------------------------------
@@ -4698,7 +4488,9 @@ class Run:
     async def _phase(self, task: Task) -> None:
         applied = await self._attempts(task)
         del self.running[task.item_id]  # after an error it stays, so that it is not begun again
+        self.attempts.pop(task.item_id, None)
         if applied is not None:
+            self.failures.pop(task.item_id, None)
             self._count(applied)
 
     async def _attempts(self, task: Task) -> Applied | None:
@@ -4710,58 +4502,58 @@ class Run:
         ledger, allowed = self.ledger, self.config.execution.max_retries + 1
         item = self.backlog.items.get(task.item_id)
         first = (item.get("attempts") or 0) + 1 if item else 1
-        failure, salvaged = self.failures.pop(task.item_id, ""), None
         attempt: Attempt | None = None
-        for number in itertools.count(min(first, allowed)):
+        for number in range(min(first, allowed), allowed + 1):
             attempt = await self.do(ledger.begin_attempt, task, number, attempt)
             if attempt is None:
                 self._tell(task, "not started: the item was deleted or moved meanwhile")
                 return None
-            outcome = await self._run_agent(attempt, allowed, failure, salvaged)
+            self.attempts[task.item_id] = attempt
+            attempt.since = attempt.told = time.monotonic()
+            outcome = await self._run_agent(attempt)
             if await self._interrupted(attempt, outcome):
-                self.failures[task.item_id] = failure
                 return None
             verdict = await self._judge(attempt, outcome)
             if isinstance(verdict, Held):
                 if self.stopping.is_set():
                     self._say(task, "interrupted by the stop; the next start checks and commits it")
                 else:
-                    self._trip(task, verdict)
+                    self._trip(verdict, task)
                 return None
             if isinstance(verdict, Applied):
                 return verdict
-            failure = verdict
+            self.failures[task.item_id] = verdict
             try:
                 if number >= allowed:
-                    self.totals.exhausted_in_a_row += 1
-                    reason = f"{task.name} failed after {plural(allowed, 'attempt')}: {failure}"
+                    self.exhausted_in_a_row += 1
+                    reason = f"{task.name} failed after {plural(allowed, 'attempt')}: {verdict}"
                     return await self.do(ledger.give_up, attempt, reason, outcome.result)
-                salvaged = await self.do(ledger.fail, attempt)
+                await self.do(ledger.fail, attempt)
             finally:  # said once it is charged: nobody is told what a crash would take back
-                text = f"attempt {number} of {allowed} failed: {one_line(failure, 300)}"
+                text = f"attempt {number} of {allowed} failed: {one_line(verdict, 300)}"
                 self._tell(task, text)
+            attempt.last = text
             if await self._put_off(task, retry_delay_s(self.config, number)):
-                self.failures[task.item_id] = failure
                 await self.do(ledger.cancel, attempt)
                 return None
         raise AssertionError("the last attempt returns")
 
-    async def _run_agent(
-        self, attempt: Attempt, allowed: int, failure: str, salvaged: str | None
-    ) -> AgentOutcome:
-        task, running = attempt.task, self.running[attempt.task.item_id]
-        prompt = await self.do(self._prompt, attempt, allowed, failure, salvaged)
-        spec = self._spec(attempt)._replace(prompt=prompt, budget_usd=self._budget())
+    async def _run_agent(self, attempt: Attempt) -> AgentOutcome:
         outcome = await run_attempt(
-            spec,
+            self.site,
+            attempt,
+            await self.do(self._prompt, attempt),
+            budget_usd=self._budget(),
+            # For a start that has to end it. After a power cut there is none left: no flush.
             started=lambda pid, since: self.coordinator.post(
-                self.ledger.note_process, attempt, pid, since
+                self.ledger.store.note,
+                {"process": {"token": attempt.token, "pid": pid, "since": since}},
+                flush=False,
             ),
-            progress=lambda seen: self._note_progress(running, seen),
         )
-        running.seen = None  # what it cost is in the totals from now on
-        attempt.usage = outcome.usage
-        self.totals.add_usage(task, outcome.usage)
+        attempt.usage, attempt.so_far = outcome.usage, NOTHING_SPENT
+        on = attempt.task.item_id, attempt.task.name
+        self.spent[on] = self.spent.get(on, NOTHING_SPENT).plus(outcome.usage)
         left = self._budget()
         if left is not None and left <= 0 and outcome.kind not in ("result", "cancelled"):
             # It ended for want of money: it has not failed, the run ends instead.
@@ -4771,52 +4563,39 @@ class Run:
     async def _interrupted(self, attempt: Attempt, outcome: AgentOutcome) -> bool:
         """Whether the attempt does not count: the run stops, or the agent cannot work now.
 
-        A free end, with the tree unchanged, is the CLI's trouble, whatever the wording.
+        A free end, before any work and with the tree unchanged, is the CLI's trouble, whatever the
+        wording. But where the agent has done another item's work since the item's first free end,
+        the item is to blame, so that one bad prompt ends up blocked instead of ending every night.
         """
         task, agent = attempt.task, agent_of(self.config, attempt.task.phase)
+        free = outcome.kind == "failed" and outcome.trouble in ("refused", "busy")
+        free = free and not self.suspects.get((agent, task.item_id))
         if outcome.kind == "cancelled":
             await self.do(self.ledger.cancel, attempt)
             self._say(task, f"interrupted ({outcome.detail}); the next run starts it again")
         elif outcome.kind == "limited":
             await self.do(self.ledger.cancel, attempt)
             await self._rest(task, outcome)
-        elif await self._ended_free(attempt, outcome):
+        elif free and await self.do(self.ledger.left_nothing, attempt):
             await self.do(self.ledger.cancel, attempt)
-            self.totals.free_ends += 1
+            self.free_ends += 1
             self.suspects.setdefault((agent, task.item_id), False)
             if outcome.trouble == "refused":
-                self._trip(task, outcome.error)
-            elif self.totals.free_ends >= FREE_ENDS:
-                self._trip(task, f"{outcome.error} ({FREE_ENDS} such ends in this run)")
+                self._trip(outcome.error, task)
+            elif self.free_ends >= FREE_ENDS:
+                self._trip(f"{outcome.error} ({FREE_ENDS} such ends in this run)", task)
             else:
                 await self._rest(task, outcome)
         else:
-            if not outcome.trouble:
-                await self._has_worked(task, outcome)
+            if not outcome.trouble:  # it works: its free ends with other items were their fault
+                self.suspects.pop((agent, task.item_id), None)
+                self.suspects.update({key: True for key in self.suspects if key[0] == agent})
+                pause = self.ledger.pauses().get(agent)
+                if pause is not None and self._now() - outcome.seconds >= pause.until:
+                    await self.do(self.ledger.rest, agent, None)
+                    log().info("%s works again", agent)
             return False
         return True
-
-    async def _ended_free(self, attempt: Attempt, outcome: AgentOutcome) -> bool:
-        """An end of the CLI's own, before any work.
-
-        Where the agent has done another item's work since the item's first free end, the item is to
-        blame, so that one bad prompt ends up blocked instead of ending every night.
-        """
-        if outcome.kind != "failed" or outcome.trouble not in ("refused", "busy"):
-            return False
-        if self.suspects.get((agent_of(self.config, attempt.task.phase), attempt.task.item_id)):
-            return False
-        return await self.do(self.ledger.left_nothing, attempt)
-
-    async def _has_worked(self, task: Task, outcome: AgentOutcome) -> None:
-        """An agent rests no longer, and its free ends with other items were these items' fault."""
-        agent = agent_of(self.config, task.phase)
-        self.suspects.pop((agent, task.item_id), None)
-        self.suspects.update({key: True for key in self.suspects if key[0] == agent})
-        pause = self.ledger.pauses().get(agent)
-        if pause is not None and self._now() - outcome.seconds >= pause.until:
-            await self.do(self.ledger.rest, agent, None)
-            log().info("%s works again", agent)
 
     async def _judge(self, attempt: Attempt, outcome: AgentOutcome) -> Applied | str:
         """Record what the attempt achieved, or tell why it failed."""
@@ -4830,7 +4609,7 @@ class Run:
         while checks is not None:
             checks, verdict = await self.do(resume, steps, await self._check(attempt, checks))
         if isinstance(verdict, Applied) and result.result != "blocked":
-            self.totals.exhausted_in_a_row = 0
+            self.exhausted_in_a_row = 0
         return verdict
 
     async def _put_off(self, task: Task, delay: float) -> bool:
@@ -4840,54 +4619,31 @@ class Run:
             return True
         if agent_of(self.config, task.phase) not in self.ledger.pauses():
             return self._look_for_stop()
-        self.totals.phases -= 1  # it goes on where it is now
+        self.phases -= 1  # it goes on where it is now
         return True
 
-    def _check_at_start(self, attempt: Attempt, checks: Checks) -> str | None:
-        """For the coordinator's thread, which waits: nothing else is to be done yet."""
-        return asyncio.run_coroutine_threadsafe(self._check(attempt, checks), self.loop).result()
-
     async def _check(self, attempt: Attempt, checks: Checks) -> str | None:
-        if running := self.running.get(attempt.task.item_id):  # a start has none
-            running.seen = Progress(f"checks: {'; '.join(map(command_text, checks))}")
+        attempt.last = f"checks: {'; '.join(map(command_text, checks))}"
         async with self.checking:
-            return await run_verify(self._spec(attempt), checks)
+            return await run_verify(self.site, attempt, checks)
 
-    def _prompt(self, attempt: Attempt, allowed: int, failure: str, salvaged: str | None) -> str:
+    def _prompt(self, attempt: Attempt) -> str:
         task, root = attempt.task, self.space.repo.root
-        change_dir = item_folder(root, attempt.item)
+        change_dir, months = item_folder(root, attempt.item), recent_worklogs(root / WORKLOG_DIR)
+        told = [row for one in months for row in read_worklog(one.read_text(errors="replace"))]
         return build_prompt(
             attempt.item,
             task,
             self.config,
             attempt=attempt.number,
-            attempts=allowed,
-            result_path=self._spec(attempt).result_path,
+            attempts=self.config.execution.max_retries + 1,
+            result_path=self.site.result_path(attempt),
             change_dir=change_dir,
-            previous_summary=last_summary(self.ledger.worklog(), task.item_id),
-            failure=failure,
-            salvage_ref=salvaged or self.ledger.last_salvage(task),
+            previous_summary=last_summary(told, task.item_id),
+            failure=self.failures.get(task.item_id, ""),
+            salvage_ref=self.ledger.salvage_refs(task.item_id, task.name)[0],
             documents=documents_in(change_dir, root),
             backlog=self.backlog,
-        )
-
-    def _spec(self, attempt: Attempt) -> AttemptSpec:
-        task, root = attempt.task, self.space.repo.root
-        settings = agent_settings(self.config, task.phase)
-        return AttemptSpec(
-            run_id=self.run_id,
-            task=task,
-            attempt=attempt.number,
-            token=attempt.token,
-            root=root,
-            prompt="",
-            change_dir=item_folder(root, attempt.item),
-            settings=settings,
-            timeout_s=phase_timeout_s(self.config, task.phase),
-            idle_timeout_s=idle_timeout_s(self.config, settings),
-            grace_s=self.config.execution.kill_grace_seconds,
-            stop=self.stopping,
-            hurry=self.hurry,
         )
 
     # -- agents that rest --------------------------------------------------------------------------
@@ -4896,55 +4652,36 @@ class Run:
         return self.ledger.clock().timestamp()
 
     def _resting(self) -> set[str]:
-        """The agents that may not be started just now.
-
-        Their breaker is open, or its probe is under way; or they must start alone and one of them
-        has not begun to work yet.
-        """
-        busy = {agent_of(self.config, one.task.phase) for one in self.running.values()} - {""}
-        waking = {agent for agent in busy - self.awake if PROFILES[agent].starts_alone}
+        """The agents that may not be started just now: their breaker is open, or its probe is under
+        way."""
+        busy = {agent_of(self.config, task.phase) for task in self.running.values()}
         now, pauses = self._now(), self.ledger.pauses()
-        return waking | {a for a, pause in pauses.items() if now < pause.until or a in busy}
+        return {agent for agent, pause in pauses.items() if now < pause.until or agent in busy}
 
     async def _rest(self, task: Task, outcome: AgentOutcome) -> None:
         """Open the breaker of a task's agent; or halt, if so configured or if waiting is no use."""
         agent = agent_of(self.config, task.phase)
-        before, pause, goes_on = await self.do(self._pause, agent, outcome)
-        if not goes_on:
-            again = f" ({pause.strikes} times in a row)" if pause.strikes > 1 else ""
-            return self._trip(task, outcome.error + again)
-        self.totals.phases -= 1  # it is started again, and did nothing
-        told = before is not None and self._now() < before.until >= pause.until - SAME_REST_S
-        if not told:  # for a neighbour that met the same limit
-            text = f"{outcome.error}; {agent} {self._rest_text(pause)}, no attempt is charged"
-            self._tell(task, text)
-        return None
-
-    def _pause(
-        self, agent: str, outcome: AgentOutcome
-    ) -> tuple[AgentPause | None, AgentPause, bool]:
-        """The rest before, the one now, and whether waiting is of use.
-
-        For the coordinator: two agents may meet a limit at once.
-        """
         before = self.ledger.pauses().get(agent)
         pause = pause_after(outcome, agent, before, self.config, self._now())
+        goes_on = pause.strikes < FREE_ENDS_IN_A_ROW
         if outcome.kind == "limited":
-            goes_on = self.config.execution.on_usage_limit == "wait"
-            goes_on &= pause.kind != "reset" or pause.strikes <= LIMITS_IN_A_ROW
-        else:
-            goes_on = pause.strikes < FREE_ENDS_IN_A_ROW
-        if goes_on:
-            self.ledger.rest(agent, pause)
-        return before, pause, goes_on
+            goes_on = pause.kind != "reset" or pause.strikes <= LIMITS_IN_A_ROW
+            goes_on = goes_on and self.config.execution.on_usage_limit == "wait"
+        if not goes_on:
+            again = f" ({pause.strikes} times in a row)" if pause.strikes > 1 else ""
+            return self._trip(outcome.error + again, task)
+        await self.do(self.ledger.rest, agent, pause)
+        self.phases -= 1  # it is started again, and did nothing
+        text = f"{outcome.error}; {agent} {self._rest_text(pause)}, no attempt is charged"
+        return self._tell(task, text)
 
     def _rest_text(self, pause: AgentPause) -> str:
         left = human_duration(pause.until - self._now())
         return f"rests for {left}, until {_local_text(pause.until)}"
 
-    def _trip(self, task: Task, why: str) -> None:
+    def _trip(self, why: str, task: Task | None = None) -> None:
         if not self.breaker:
-            log().error("%s", phase_line(task.item_id, task.name, why))
+            log().error("%s", phase_line(task.item_id, task.name, why) if task else why)
         self.breaker = self.breaker or why
 
     # -- counting and telling ----------------------------------------------------------------------
@@ -4956,55 +4693,43 @@ class Run:
         log().warning("%s", phase_line(task.item_id, task.name, text))
 
     def _count(self, applied: Applied) -> None:
-        """Add an outcome to the totals and say what it was."""
-        item_id, totals, title = applied.item["id"], self.totals, applied.item["title"]
+        item_id, title = applied.item["id"], applied.item["title"]
         for warning in applied.warnings:
             log().warning("%s: %s", item_id, warning)
-        totals.follow_ups += applied.follow_ups
+        self.follow_ups += applied.follow_ups
         if applied.follow_ups:
             log().info("%s: new items from it: %s", item_id, ", ".join(applied.follow_ups))
         if applied.state == "completed":
-            totals.completed.append(item_id)
-            totals.titles[item_id] = title
+            self.completed[item_id] = title
             log().info("%s is done: %s", item_id, one_line(title, 80))
         elif applied.state == "blocked":
-            totals.blocked[item_id] = applied.reason
+            self.blocked[item_id] = applied.reason
             log().warning("%s is blocked: %s", item_id, one_line(applied.reason, 300))
         elif applied.state == "advanced":
             status, phase = applied.item["status"], applied.item.get("phase")
             log().info("%s is %s now", item_id, f"{status}, {phase} next" if phase else status)
 
-    def _note_progress(self, running: Running, seen: Progress) -> None:
-        """Show what an agent does; the log gets a line of it every few minutes."""
-        running.seen, now = seen, time.monotonic()
-        self.awake.add(agent_of(self.config, running.task.phase))
-        if now - running.told >= PROGRESS_LOG_S:
-            running.told = now
-            spent = usage_text(seen.usage)
-            parts = (human_duration(now - running.since), spent, one_line(seen.last, 160))
-            self._say(running.task, f"at work: {', '.join(part for part in parts if part)}")
-
     def _live_text(self) -> str:
         """Phases used, what runs and rests, done, blocked, cost, and what the agents last did."""
-        now, totals = time.monotonic(), self.totals
+        now = time.monotonic()
         doing = [
             f"{item_id} {one.task.name} {human_duration(now - one.since)}"
-            for item_id, one in self.running.items()
+            for item_id, one in self.attempts.items()
         ]
         doing += [
             f"{pause.agent} rests, {human_duration(pause.until - self._now())} left"
             for pause in self.ledger.pauses().values()
             if pause.until > self._now()
         ]
-        seen = [one.seen for one in self.running.values() if one.seen]
+        at_work = self.attempts.values()
         spent = reduce(
-            Usage.plus, [*totals.spent.values(), *(one.usage for one in seen)], NOTHING_SPENT
+            Usage.plus, [*self.spent.values(), *(one.so_far for one in at_work)], NOTHING_SPENT
         )
         so_far = f" · {spent.tokens:,} tokens" if spent.tokens else ""
         so_far += f" · ${spent.cost_usd:.2f}" if spent.cost_usd is not None else ""
-        last = "; ".join(one.last for one in seen if one.last)
+        last = "; ".join(one.last for one in at_work if one.last)
         return (
-            f"phases {totals.phases}/{self.options.cap} · done {len(totals.completed)} · blocked"
+            f"phases {self.phases}/{self.options.cap} · done {len(self.completed)} · blocked"
             f" {len(self.blocked_now())}{so_far} · {', '.join(doing) or 'waiting'}  {last}"
         )
 
@@ -5024,8 +4749,6 @@ def stop_requested(state_dir: Path, run_id: str) -> bool:
 
 # ==== 10. Start and shutdown ======================================================================
 
-RUN_LOCK_TRIES, RUN_LOCK_PAUSE_S = 20, 0.05
-
 
 @contextmanager
 def flocked(path: Path, owner: str) -> Iterator[None]:
@@ -5034,7 +4757,7 @@ def flocked(path: Path, owner: str) -> Iterator[None]:
 
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "r+", errors="replace") as file:
-        for tries_left in reversed(range(RUN_LOCK_TRIES)):  # a command has it for a moment
+        for tries_left in reversed(range(20)):  # a command has it for a moment
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
@@ -5047,7 +4770,7 @@ def flocked(path: Path, owner: str) -> Iterator[None]:
                         f"another run is at work here ({holder}). Wait for it, or ask it to stop"
                         f" with `{program_name()}{root} stop`."
                     ) from None
-                time.sleep(RUN_LOCK_PAUSE_S)
+                time.sleep(0.05)
         since = utc_now().astimezone().isoformat(timespec="seconds")  # people read it, too
         file.truncate(0)
         file.write(f"{owner}, pid {os.getpid()}, since {since}")
@@ -5076,7 +4799,7 @@ class Workspace(NamedTuple):
         own |= {prefix + BACKLOG_NAME for prefix in self.repo.neighbours}
         places = (self.repo.prefix, *self.repo.neighbours)
         folders = tuple(f"{place}{name}/" for place in places for name in (WORKLOG_DIR, WORK_DIR))
-        noted, outputs = {*self._stray_lines()}, list[os.stat_result]()
+        outputs = list[os.stat_result]()
         for fd in (1, 2):
             with suppress(OSError):
                 outputs.append(os.fstat(fd))
@@ -5088,55 +4811,32 @@ class Workspace(NamedTuple):
                 return not self.repo.is_tracked(path)
             with suppress(OSError):
                 found = (self.repo.top / path).lstat()
-                own_output = any(os.path.samestat(found, one) for one in outputs)
-                return own_output or f"{self._stamps(path)[1]} {path}" in noted
+                return any(os.path.samestat(found, one) for one in outputs)
             return False
 
         return {path for path in paths if not nobodys(path)}
 
     def strays(self) -> dict[str, str]:
         """What phases left beside their outputs, by path; what is gone or edited since is not."""
-        lines = (line.partition(" ") for line in self._stray_lines())
-        return {path: stamp for stamp, _, path in lines if stamp in self._stamps(path)}
-
-    def _stray_lines(self) -> list[str]:
-        """What is noted of strays, each with the stamp that it had then."""
+        text = ""
         with suppress(OSError):
-            return os.fsdecode((self.repo.state_dir / "strays").read_bytes()).split("\0")
-        return []
+            text = os.fsdecode((self.repo.state_dir / "strays").read_bytes())
+        lines = (line.partition(" ") for line in text.split("\0"))
+        return {path: stamp for stamp, _, path in lines if stamp and stamp == self._stamp(path)}
 
-    def add_output(self) -> None:
-        """Remember the files that our output goes to, also through `| tee`, for the runs that write
-        elsewhere: what we, and whoever reads what we write, have open for writing (Linux)."""
-        pipes = set[str]()  # a pipeline is started from left to right
-        for pid in [os.getpid(), *sorted(processes())] if ON_LINUX else ():
-            folder, source = Path(f"/proc/{pid}/fd"), ""
-            with suppress(OSError):  # it has ended, or is somebody else's
-                source = os.readlink(folder / "0")
-            for fd in folder.glob("*") if source in pipes or pid == os.getpid() else ():
-                with suppress(OSError):
-                    path = fd.readlink() if fd.lstat().st_mode & stat.S_IWUSR else Path()
-                    pipes |= {str(path)} if path.name.startswith("pipe:") else set()
-                    inside = path.is_relative_to(self.repo.top)
-                    if inside and not path.is_relative_to(self.repo.git_dir) and path.is_file():
-                        name = self.repo.relative(path)
-                        self.add_strays([] if self.repo.is_tracked(name) else [name], growing=True)
-
-    def add_strays(self, paths: Iterable[str], *, growing: bool = False) -> None:
+    def add_strays(self, paths: Iterable[str]) -> None:
         """Remember paths as strays: never committed by us, and never taken for the operator's."""
-        known = self.strays() | {path: self._stamps(path)[growing] for path in paths}
+        known = self.strays() | {path: self._stamp(path) for path in paths}
         text = "\0".join(f"{stamp} {path}" for path, stamp in known.items() if stamp)
         replace_file(self.repo.state_dir / "strays", os.fsencode(text))
 
-    def _stamps(self, path: str) -> tuple[str, str]:
-        """By what a stray is known again: its time and size, of a folder only that it is one; or
-        one that still grows, by which file it is."""
+    def _stamp(self, path: str) -> str:
+        """By what a stray is known again: time and size, of a folder only that it is one."""
         try:
             found = (self.repo.top / path).lstat()
         except OSError:
-            return "", ""
-        state = f"{found.st_mtime_ns}-{found.st_size}"
-        return "folder" if stat.S_ISDIR(found.st_mode) else state, f"inode-{found.st_ino}"
+            return ""
+        return "folder" if stat.S_ISDIR(found.st_mode) else f"{found.st_mtime_ns}-{found.st_size}"
 
     def entries_since(self, before: bytes | None) -> list[MessageEntry]:
         """What a state commit says of each item that has changed since a version of the file."""
@@ -5153,15 +4853,12 @@ class Workspace(NamedTuple):
     @contextmanager
     def run_lock(self, run_id: str = "") -> Iterator[None]:
         """Be the only one who works on the project, and a run: the only one in the work tree."""
-        owner, root = f"run {run_id}" if run_id else "a command", self.repo.root
-        tree, top = (self.repo.git_dir / f"orchestrator/{name}.lock" for name in ("tree", "run"))
+        owner = f"run {run_id}" if run_id else "a command"
+        tree = self.repo.git_dir / "orchestrator/tree.lock"
         with ExitStack() as held:
             held.enter_context(flocked(self.lock_path, owner))
-            if run_id and (self.repo.prefix or tree.exists()):  # else there is one project alone
-                held.enter_context(flocked(tree, f"{owner} of {root}"))
-            if run_id and self.repo.prefix:  # a run of the top project may have found no such file
-                with flocked(top, f"a start of {root}"):
-                    pass
+            if run_id:
+                held.enter_context(flocked(tree, f"{owner} of {self.repo.root}"))
             yield
 
     def journal(self) -> Journal | None:
@@ -5254,7 +4951,6 @@ def begin_run(ledger: Ledger, *, allow_dirty: bool) -> None:
         pairs = [pair for line in last.attempts.values() for pair in line.get("processes", ())]
         end_leftovers(last.run["id"], dict(pairs))
     repo.clean_leftovers()
-    space.add_output()
     repo.bring_out(f"{repo.prefix}{WORKLOG_DIR}/")
     store.look()
     if last is not None:
@@ -5284,20 +4980,13 @@ def _head_problems(space: Workspace, head: Head, last: Journal | None) -> list[P
     branch = head.branch.removeprefix("refs/heads/")
     if last is not None and last.run["branch"] not in (None, head.branch):
         was = str(last.run["branch"]).removeprefix("refs/heads/")
-        problems.append(
-            Problem(
-                f"the last run left something unfinished, and it was on branch {was}",
-                f"Go back to it and run there: `git switch {was}`. Or, to give up what that run"
-                f" decided and did not commit: `rm {last.path}`.",
-            )
-        )
+        remedy = f"Go back to it and run there: `git switch {was}`. Or, to give up what that run"
+        remedy += f" decided and did not commit: `rm {last.path}`."
+        what = f"the last run left something unfinished, and it was on branch {was}"
+        problems.append(Problem(what, remedy))
     elif branch in space.config.protected_branches:
-        problems.append(
-            Problem(
-                f"branch {branch} is protected",
-                "Work on another branch, or change project.protected_branches.",
-            )
-        )
+        remedy = "Work on another branch, or change project.protected_branches."
+        problems.append(Problem(f"branch {branch} is protected", remedy))
     return problems
 
 
@@ -5310,9 +4999,20 @@ def start_problems(space: Workspace, *, allow_dirty: bool) -> list[Problem]:
 
 def preflight(space: Workspace, *, allow_dirty: bool) -> list[Problem]:
     """Everything that would keep a run from working, each with its remedy; changes nothing."""
-    repo, config = space.repo, space.config
-    problems = repo.problems(space.store.path) or _message_problems(space)
-    if not allow_dirty:
+    repo, config, journal = space.repo, space.config, space.journal()
+    problems = repo.problems(space.store.path)
+    if not problems:  # how commits are worded here, for the repository's hooks
+        told = MessageEntry(f"{config.prefix}-001", "build", "complete", "a sample")
+        sample = phase_message([told], "sample", config.commits.style)
+        limit = config.execution.hook_timeout_seconds
+        verdict = repo.run_hooks((), sample, message_only=True, limit_s=limit)
+        if verdict.outcome != "passed":
+            words = one_line(verdict.output, 300)
+            what = f"{_hook_trouble(verdict)}, tried on a sample: {words}"
+            remedy = f"See commits.style and commits.signoff in {CONFIG_NAME}, or mend the hook."
+            problems.append(Problem(what, remedy))
+    unfinished = journal is not None and (journal.attempts or journal.outcomes)
+    if not (allow_dirty or unfinished):  # the start that recovers looks at it then
         problems += _dirty_problems(space)
     path, commit = repo.root / CONFIG_NAME, repo.head().commit
     if config.source == BUILT_IN and repo.committed(commit, repo.relative(path)) is not None:
@@ -5320,30 +5020,14 @@ def preflight(space: Workspace, *, allow_dirty: bool) -> list[Problem]:
         problems.append(Problem(what, f"Bring it back: git restore {CONFIG_NAME}"))
     problems += preflight_config(config, Path.exists)
     problems += preflight_items(config, space.store.backlog)
-    problems += preflight_agents(config, repo.root)
-    return problems
+    agents = {one.cli: one for one in configured_agents(config)}.values()
+    return problems + [found for one in agents if (found := agent_problem(one, repo.root))]
 
 
 def signing_problems(repo: Repo) -> list[Problem]:
     """Whether commits can be signed, if they are to be; on a terminal a passphrase may be typed."""
     trouble = repo.wants_signatures() and repo.try_signing(terminal=os.isatty(0))
     return [trouble] if trouble else []
-
-
-def _message_problems(space: Workspace) -> list[Problem]:
-    """Whether the repository's hooks take the way commits are worded here."""
-    told = MessageEntry(f"{space.config.prefix}-001", "build", "complete", "a sample")
-    sample = phase_message([told], "sample", space.config.commits.style)
-    limit = space.config.execution.hook_timeout_seconds
-    verdict = space.repo.run_hooks((), sample, message_only=True, limit_s=limit)
-    if verdict.outcome == "passed":
-        return []
-    return [
-        Problem(
-            f"{_hook_trouble(verdict)}, tried on a sample: {one_line(verdict.output, 300)}",
-            f"See commits.style and commits.signoff in {CONFIG_NAME}, or mend the hook.",
-        )
-    ]
 
 
 def _dirty_problems(space: Workspace) -> list[Problem]:
@@ -5357,41 +5041,15 @@ def _dirty_problems(space: Workspace) -> list[Problem]:
         known.add(space.repo.relative(Path(__file__).absolute()))
     dirty = space.somebodys(path for path in space.repo.dirty_paths() if path.startswith(prefix))
     dirty = {p for p in dirty if not (p.rstrip("/") in known or p.startswith(folders))}
-    dirty -= _left_by_a_run(space, dirty)
     if not dirty:
         return []
-    names = sorted(dirty)
-    shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-    paths = " ".join(shlex.quote(f":/{path}") for path in names)
-    return [
-        Problem(
-            f"the work tree has uncommitted changes: {one_line(shown, 300)}",
-            "Commit them, or run with --allow-dirty, or set them aside:"
-            f" git stash push --include-untracked -- {paths}",
-        )
-    ]
-
-
-def _left_by_a_run(space: Workspace, dirty: Collection[str]) -> set[str]:
-    """Those of the paths that an unfinished run left, for the next start to recover."""
-    journal, left = space.journal(), set[str]()
-    for line in journal.outcomes.values() if journal else ():
-        left |= {entry["path"] for entry in line["entries"]}
-    for attempt in map(Attempt.from_line, journal.attempts.values() if journal else ()):
-        before, prefix = attempt.before, space.repo.prefix
-        if attempt.destructive:
-            old = before.head.commit
-            theirs = space.repo.changes(old, before.tree) if old else []
-            left |= set(dirty) - {change.after.path for change in theirs}
-        else:
-            outputs, item_id = attempt.task.phase.outputs, attempt.task.item_id
-            below = (path for path in dirty if path.startswith(prefix))
-            left |= {p for p in below if matches_output(p.removeprefix(prefix), outputs, item_id)}
-    return left
+    paths = " ".join(shlex.quote(f":/{path}") for path in sorted(dirty))
+    what = f"the work tree has uncommitted changes: {id_list(sorted(dirty), 5)}"
+    remedy = "Commit them, or run with --allow-dirty, or set them aside:"
+    return [Problem(what, f"{remedy} git stash push --include-untracked -- {paths}")]
 
 
 def configured_agents(config: Config) -> list[AgentSettings]:
-    """Every agent that the config names, with each model it is to use."""
     phases = [TRIAGE_PHASE]
     for pipeline in config.pipelines.values():
         phases += pipeline.all_phases
@@ -5399,18 +5057,11 @@ def configured_agents(config: Config) -> list[AgentSettings]:
     return list({(one.cli, one.model): one for one in wanted}.values())
 
 
-def preflight_agents(config: Config, root: Path) -> list[Problem]:
-    """Whether every agent that the config names can be started at all."""
-    settings = {one.cli: one for one in configured_agents(config)}
-    found = [agent_problem(one, root) for one in settings.values()]
-    return [problem for problem in found if problem is not None]
-
-
 def probe_agents(config: Config, root: Path) -> list[tuple[Problem | None, dict[str, object]]]:
     """Try out every configured agent that can be started at all, one after the other."""
     become_subreaper()
     agents = [one for one in configured_agents(config) if agent_problem(one, root) is None]
-    return [probe_agent(one, root) for one in agents]
+    return [probe_agent(config, one, root) for one in agents]
 
 
 def _refuse(problems: Sequence[Problem]) -> None:
@@ -5448,12 +5099,12 @@ def cmd_run(args: argparse.Namespace) -> int:
         become_subreaper()
         live = LiveLine(sys.stderr.isatty() and not args.quiet)
         set_up_logging(args, live)
-        run = Run(space, options, live, run_id, allow_dirty=args.allow_dirty)
+        run = Run(space, options, live, run_id)
         code = EXIT_ERROR
         try:
             asyncio.run(run.conduct())
             if run.saved and run.reason is not None and not (args.strict and run.warnings()):
-                code = exit_code(run.reason, run.signal, run.totals.completed, run.blocked_now())
+                code = exit_code(run.reason, run.signal, run.completed, run.blocked_now())
         except (OrchestratorError, BacklogError, GitError, YamlError, OSError) as error:
             if not run.begun:
                 raise
@@ -5486,36 +5137,37 @@ def run_options(args: argparse.Namespace, config: Config) -> RunOptions:
     if targets and filters:
         raise UsageError("--target and --only cannot be combined: name the items, or filter them")
     cap = config.execution.default_phase_cap if args.cap is None else args.cap
-    return RunOptions(cap, targets, filters, args.auto_advance, args.command == "triage")
+    told = {"only_triage": args.command == "triage", "allow_dirty": args.allow_dirty}
+    return RunOptions(cap, targets, filters, args.auto_advance, **told)
 
 
 def summary_of(space: Workspace, run: Run, code: int) -> dict[str, Any]:
-    totals, options, done, items = run.totals, run.options, run.state_commit, run.backlog.items
+    options, done, items = run.options, run.state_commit, run.backlog.items
     # What checked an item that is done may have been committed by a run long ago.
-    checks = proofs(read_log(space) if totals.completed else [], code_phases(space.config))
+    checks = proofs(read_log(space) if run.completed else [], code_phases(space.config))
     completed = []
-    for item_id in totals.completed:
+    for item_id, title in run.completed.items():
         proof = checks.get(item_id, {"commit": None, "verified": []})
-        row = {"id": item_id, "title": totals.titles[item_id]}
+        row = {"id": item_id, "title": title}
         completed.append({**row, "commit": proof["commit"], "verified": proof["verified"]})
     detail = run.cap_reached() if run.reason is HaltReason.CAP_REACHED else run.breaker
     if run.reason is HaltReason.ALL_DONE_OR_BLOCKED and not detail:
         plan = plan_rows(run.backlog, space.config, options)
         detail = "; ".join(idle_lines(plan, (LEFT_OUT, ASKING)))
-    spent = reduce(Usage.plus, totals.spent.values(), NOTHING_SPENT)
-    spent_on = [(*on, usage) for on, usage in totals.spent.items()]
+    spent = reduce(Usage.plus, run.spent.values(), NOTHING_SPENT)
+    spent_on = [(*on, usage) for on, usage in run.spent.items()]
     made = salvages(space) if run.ledger.kept else []
     waiting = (f"{text}; it waits" for text in space.store.state.complaints())
     told = {"schema": 1, "run_id": run.run_id, "halt_reason": run.reason and str(run.reason)}
     told |= {"halt": halt_line(run.reason, detail, options.only_triage), "detail": detail}
-    told |= {"exit_code": code, "phases": totals.phases, "cap": options.cap}
-    told |= {"seconds": round(time.monotonic() - totals.began, 3), **usage_json(spent)}
-    told |= {"completed": completed, "follow_ups": totals.follow_ups}
-    told["needs_you"] = needs_you(items, totals.blocked, program_name())
+    told |= {"exit_code": code, "phases": run.phases, "cap": options.cap}
+    told |= {"seconds": round(time.monotonic() - run.since, 3), **usage_json(spent)}
+    told |= {"completed": completed, "follow_ups": run.follow_ups}
+    told["needs_you"] = needs_you(items, run.blocked, program_name())
     told["spent"] = [{"item": id, "phase": name, **usage_json(one)} for id, name, one in spent_on]
     told["state_commit"] = done.commit if done and done.outcome == "committed" else None
     told["kept"] = [one for one in made if one["ref"] in run.ledger.kept and not one["finished"]]
-    told["warnings"] = [*run.warnings(), *run.ledger.remarks, *waiting]
+    told["warnings"] = [*run.warnings(), *waiting]
     told["counts"] = count_by_status(items.values())
     return told
 
@@ -6011,17 +5663,16 @@ def cmd_verify(args: argparse.Namespace) -> int:
     known = {"".join(command_text(argv).split()): argv for argv in named}
     for number in ending_signals():  # whatever ends it, the check and the work tree go first
         signal.signal(number, signal.default_int_handler)
-    held, run_id, phase = 0, new_run_id(), Phase("verify")
+    held, run_id, task = 0, new_run_id(), Task("verify", Phase("verify"), "main")
+    attempt = Attempt(task, 1, run_id, Item(id="verify", title="verify"))
     become_subreaper()
     with space.repo.checkout(commit) as root:
-        names = run_id, Task("verify", phase, "main"), 1, run_id, root, "", root
-        limits = phase_timeout_s(config, phase), 0.0, LEFTOVER_GRACE_S
         for text in told:
             trouble = f"{text}: not run, for neither {config.source} nor the item names it"
             if argv := known.get("".join(text.split())):
                 never = asyncio.Event()
-                spec = AttemptSpec(*names, config.agent, *limits, never, never)
-                trouble = asyncio.run(run_verify(spec, [argv])) or ""
+                site = Site(run_id, root, config, never, never)
+                trouble = asyncio.run(run_verify(site, attempt, [argv])) or ""
             if trouble and argv:
                 trouble += "\nThe work tree is a fresh one: what git ignores is missing in it"
             held += not trouble

@@ -1,7 +1,5 @@
 """Hermetic surroundings for every test: own HOME, no global git configuration, no GIT_* variables."""
 
-from __future__ import annotations
-
 import gc
 import json
 import os
@@ -10,16 +8,19 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import chdir, redirect_stderr, redirect_stdout, suppress
+from functools import partial
 from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, NoReturn
 
 import pytest
 
+import orchestrator
 from backlog import parse_yaml
-from orchestrator import main
 
 IDENTITY = {
     "GIT_AUTHOR_NAME": "Operator",
@@ -27,6 +28,14 @@ IDENTITY = {
     "GIT_COMMITTER_NAME": "Operator",
     "GIT_COMMITTER_EMAIL": "operator@example.invalid",
 }
+
+
+def pytest_configure() -> None:
+    """All files in memory where there is room for them: the tests are for the most part small files and git."""
+    with suppress(OSError, AttributeError):
+        room = os.statvfs("/dev/shm")
+        if room.f_bavail * room.f_frsize > 2 << 30:
+            os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", "/dev/shm")
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -75,6 +84,7 @@ def make_repo(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Calla
     if not template.exists():
         template.mkdir()
         sh(template, "git", "init", "-q", "-b", "main")
+        sh(template, "git", "config", "maintenance.auto", "false")  # else each commit starts one more process
         for sample in (template / ".git/hooks").iterdir():  # not to be copied hundreds of times
             sample.unlink()
         (template / "README.md").write_text("A project\n")
@@ -124,7 +134,7 @@ def program(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactor
 
 SCRIPTED_AGENT = r"""
 # An agent that does what script.json beside it says; keeps its own log outside the repository.
-import json, os, signal, subprocess, sys
+import json, os, sys
 
 here = os.path.dirname(os.path.abspath(__file__))
 env = os.environ
@@ -140,6 +150,8 @@ steps = next((script[key] for key in (f"{item}/{phase}", f"*/{phase}", f"{item}/
 with open(here + "/agent.log") as log:
     visit = sum(line.startswith(f"{item} {phase} ") for line in log)
 step = steps[min(visit, len(steps)) - 1]
+if "on_term" in step or "hang" in step:
+    import signal
 if step.get("on_term") == "ignore":
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 if step.get("on_term") == "finish":  # wait for it, then go on to the result; it may come first
@@ -151,8 +163,8 @@ for path, text in step.get("write", {}).items():
 if "document" in step:
     with open(os.path.join(env["ORCHESTRATOR_CHANGE_DIR"], step["document"]), "w") as file:
         file.write(f"{item} {phase} {attempt}\n")
-if "sh" in step:
-    subprocess.run(["sh", "-c", step["sh"]], check=True)
+if "sh" in step and os.spawnlp(os.P_WAIT, "sh", "sh", "-ec", step["sh"]):
+    sys.exit(1)
 if "announce" in step:
     with open(here + "/announce", "w") as fifo:
         fifo.write(f"{item} {phase} {attempt}\n")
@@ -174,6 +186,45 @@ sys.exit(step.get("exit", 0))
 TIMES = "  created: 2026-01-01T00:00:00+00:00\n  updated: 2026-01-01T00:00:00+00:00\n"
 
 
+class Done(NamedTuple):
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+def in_process(*argv: str) -> Done:
+    """Run a command within this process."""
+    with redirect_stdout(StringIO()) as out, redirect_stderr(StringIO()) as err:
+        try:
+            found = orchestrator.main(list(argv))
+        except SystemExit as end:
+            found = int(end.code or 0)
+    return Done(found, out.getvalue(), err.getvalue())
+
+
+def call_main(words: list[str], env: dict[str, str], injected: str) -> NoReturn:
+    """What a forked process does in place of a start of Python: the command, in its own surroundings."""
+    os.closerange(3, 1 << 16)  # that of `Popen` as well, which waits for it
+    gc.freeze()
+    os.environ.clear()
+    os.environ.update(env)
+    time.tzset()
+    sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w", buffering=1)  # noqa: SIM115
+    code = 1
+    try:
+        exec(injected, {})
+        code = orchestrator.main(words)
+    except SystemExit as end:
+        code = int(end.code or 0)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        os._exit(code)
+
+
 class Project:
     """A repository with a backlog and a scripted agent, driven through the real command."""
 
@@ -184,6 +235,7 @@ class Project:
         self.outside = outside
         self.heard: list[str] = []
         self.started: list[subprocess.Popen[str]] = []
+        self.injected = ""  # Python that the command begins with
         self.launcher: tuple[str, ...] = ()  # a command that starts the command
         self.environment: dict[str, str | None] = {}  # beside our own; None takes a variable away
         self.at_end: list[Callable[[], object]] = []
@@ -195,6 +247,9 @@ class Project:
 
     def script(self, steps: dict[str, Any]) -> None:
         """What the agent does, by `ITEM/PHASE`, `*/PHASE`, `ITEM/*` or `*`: one step per visit."""
+        for name in {step["await"] for visits in steps.values() for step in visits if "await" in step}:
+            if not (self.outside / name).exists():
+                os.mkfifo(self.outside / name)
         (self.outside / "script.json").write_text(json.dumps(steps))
 
     def configure(self, phases: str = "plan build!", more: str = "", execution: str = "", agent: str = "") -> None:
@@ -221,14 +276,14 @@ class Project:
         text = f"{head}schema_version: 3\n{body}next_item_id: {len(items)}\n"
         (self.root / "BACKLOG.yaml").write_text(text)
 
-    def set_up(
-        self, *items: str, script: dict[str, Any], phases: str = "plan build!", execution: str = "", more: str = ""
-    ) -> None:
-        """Config, backlog and what else lies about, committed; and what the agent does."""
-        self.configure(phases, execution=execution, more=more)
-        self.backlog(*items)
+    def set_up(self, *items: str, script: dict[str, Any] | None = None, head: str = "", **config: str) -> None:
+        """Backlog, config if it is a special one, and what else lies about, committed; and what the agent does."""
+        if config:
+            self.configure(**config)
+        self.backlog(*items, head=head)
         self.commit_all()
-        self.script(script)
+        if script is not None:
+            self.script(script)
 
     def hook(self, name: str, body: str) -> None:
         """A hook of the operator's; its interpreter is a shell if none is named."""
@@ -243,9 +298,10 @@ class Project:
 
     def run(self, *args: str, code: int | None = 0) -> subprocess.CompletedProcess[str]:
         """Run the command to its end; asserts the exit code unless it is None."""
-        plain = not (self.launcher or self.environment or (self.outside / "inject").exists())
-        if plain and args[0] in AT_HAND and self.program == SOURCE:
-            found, out, err = self.call(*args)
+        changed = self.launcher or self.environment or self.injected
+        if args[0] in AT_HAND and self.program == SOURCE and not changed:
+            with chdir(self.outside):
+                found, out, err = in_process("--root", str(self.root), *args)
         else:
             process = self.start(*args)
             out, err = process.communicate(timeout=self.patience)
@@ -254,23 +310,17 @@ class Project:
             raise AssertionError(f"{args} exited {found}, not {code}:\n{out}{err}")
         return subprocess.CompletedProcess(args, found, out, err)
 
-    def call(self, *args: str) -> tuple[int, str, str]:
-        """A command within this process."""
-        with redirect_stdout(StringIO()) as out, redirect_stderr(StringIO()) as err, chdir(self.outside):
-            try:
-                found = main(["--root", str(self.root), *args])
-            except SystemExit as end:
-                found = int(end.code or 0)
-        return found, out.getvalue(), err.getvalue()
-
     def start(self, *args: str) -> subprocess.Popen[str]:
         # As a module, so that its compiled form is used: a script is compiled at every start.
-        argv = [*self.launcher, sys.executable, "-m", self.program.stem, "--root", str(self.root), *args]
+        words = ["--root", str(self.root), *args]
+        argv = [*self.launcher, sys.executable, "-m", self.program.stem, *words]
         path = f"{self.outside / 'inject'}{os.pathsep}{self.program.parent}"
-        env = {**os.environ, "PYTHONPATH": path, **self.environment}
+        env = {k: v for k, v in {**os.environ, "PYTHONPATH": path, **self.environment}.items() if v is not None}
+        forked = self.program == SOURCE and not self.launcher and sys.platform == "linux"  # nothing is to be imported
         process = subprocess.Popen(
-            argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            cwd=self.outside, start_new_session=True, env={k: v for k, v in env.items() if v is not None},
+            argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=self.outside,
+            start_new_session=True, restore_signals=not forked, env=env,
+            preexec_fn=partial(call_main, words, env, self.injected) if forked else None,
         )
         self.started.append(process)
         return process
@@ -278,8 +328,8 @@ class Project:
     def inject(self, watch: str) -> None:
         """Give the command an audit hook, `watch(event, args)`; an empty text takes it away."""
         (self.outside / "inject").mkdir(exist_ok=True)
-        text = f"import os, signal, sys\n{watch}\nsys.addaudithook(watch)\n" if watch else ""
-        (self.outside / "inject/sitecustomize.py").write_text(text)
+        self.injected = f"import os, signal, sys\n{watch}\nsys.addaudithook(watch)\n" if watch else ""
+        (self.outside / "inject/sitecustomize.py").write_text(self.injected)
 
     def survivors(self) -> list[int]:
         """Processes that an attempt in this project started, by what their environment says."""
@@ -354,6 +404,17 @@ class Project:
         out = self.git("diff-tree", "-r", "-z", "--root", "--no-commit-id", "--name-only", commit)
         return [path for path in out.split("\0") if path]
 
+    def worklog(self) -> str:
+        return "".join(path.read_text() for path in sorted((self.root / "_worklog").glob("*.md")))
+
+    def killed(self, *args: str, agents: int = 1) -> None:
+        """A run that is killed once so many agents have announced themselves."""
+        process = self.start("run", *args)
+        for _ in range(agents):
+            self.announced()
+        process.kill()
+        process.communicate()
+
     def status(self) -> str:
         return self.git("status", "--porcelain")
 
@@ -394,3 +455,25 @@ def project(
     one = Project(root, tmp_path / "outside")
     yield one
     one.end()
+
+
+Cli = Callable[..., Done]
+
+
+@pytest.fixture
+def cli() -> Cli:
+    """Run a command in this process; asserts its exit code."""
+
+    def call(*argv: str | Path, code: int = 0) -> Done:
+        done = in_process(*map(str, argv))
+        assert done.code == code, f"{argv} exited {done.code}, not {code}:\n{done.out}{done.err}"
+        assert "Traceback" not in done.err
+        return done
+
+    return call
+
+
+@pytest.fixture
+def here(project: Project, cli: Cli) -> Cli:
+    """The same, on the project."""
+    return lambda *argv, code=0: cli("--root", project.root, *argv, code=code)

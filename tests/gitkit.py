@@ -1,7 +1,5 @@
 """What the tests of git share: a small repository, acts on it, and looking at it by git alone."""
 
-from __future__ import annotations
-
 import os
 import re
 import shutil
@@ -66,7 +64,7 @@ def new_project(tmp_path: Path, *, messy: bool = False) -> Path:
             (template / name).parent.mkdir(parents=True, exist_ok=True)
             (template / name).write_text(data)
         (template / "link").symlink_to("a.txt")
-        run("git init -q -b main", "rm -rf .git/hooks", "git add -A", "git commit -q -m Start")(template)
+        run("git init -q -b main", "git config maintenance.auto false", "rm -rf .git/hooks", "git add -A", "git commit -q -m Start")(template)
         if messy:
             stage_everything(template)
     return Path(shutil.copytree(template, tmp_path / "project", symlinks=True))

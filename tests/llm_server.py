@@ -5,8 +5,6 @@ keeps no state about conversations: which step is due follows from the number of
 request, so that retries, side requests and several agents at once cannot disturb each other.
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 import threading
@@ -78,7 +76,7 @@ def words_of(messages: Sequence[dict[str, Any]]) -> tuple[str, int]:
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    server: LlmServer
+    server: "LlmServer"
 
     def log_message(self, format: str, *args: object) -> None:
         """Nothing: the tests' output is for the tests."""

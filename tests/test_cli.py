@@ -3,8 +3,6 @@
 In-process (`orchestrator.main`) wherever no behaviour of a process is at stake.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -12,47 +10,16 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 
 import orchestrator
 from backlog import parse_yaml
+from tests.conftest import Cli
+from tests.gitkit import git
 
 COMMANDS = tuple(orchestrator.COMMANDS)
-
-
-class Done(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-Cli = Callable[..., Done]
-
-
-@pytest.fixture
-def cli(capsys: pytest.CaptureFixture[str]) -> Cli:
-    """Run a command in this process; asserts its exit code."""
-
-    def call(*argv: str | Path, code: int = 0) -> Done:
-        capsys.readouterr()
-        try:
-            found = orchestrator.main([str(word) for word in argv])
-        except SystemExit as end:
-            found = int(end.code or 0)
-        out, err = capsys.readouterr()
-        assert found == code, f"{argv} exited {found}, not {code}:\n{out}{err}"
-        assert "Traceback" not in err
-        return Done(found, out, err)
-
-    return call
-
-
-@pytest.fixture
-def here(project: Any, cli: Cli) -> Cli:
-    """The same, on the project."""
-    return lambda *argv, code=0: cli("--root", project.root, *argv, code=code)
 
 
 def photograph(root: Path) -> dict[str, tuple[int, bytes]]:
@@ -83,10 +50,6 @@ WORKS = {"sh": "echo $ORCHESTRATOR_ITEM_ID >> code.txt"}  # a step that changes 
 def bare(make_repo: Callable[..., Path]) -> Path:
     """A repository that the tool has never seen."""
     return make_repo("bare")
-
-
-def git(root: Path, *argv: str) -> str:
-    return subprocess.run(["git", "-C", str(root), *argv], check=True, capture_output=True, text=True).stdout
 
 
 def test_version_and_help(cli: Cli) -> None:
@@ -301,19 +264,6 @@ def test_add_with_all_options(project: Any, here: Cli) -> None:
     assert project.status() == " M BACKLOG.yaml\n"
 
 
-TITLES = ("- not a list", "#hash", "a: b", "'q'", "null", "0x1F", "ünï ✓", "\x1b[31mred\x1b[0m", "two\nlines", "bad\udcff", "x" * 3000)
-
-
-@pytest.mark.slow
-def test_any_title_is_kept_as_one_line_of_text(project: Any, here: Cli) -> None:
-    for n, title in enumerate(TITLES, 1):
-        here("add", "--", title)
-        want = orchestrator.one_line(title, 500)
-        assert item(project, f"WRK-{n:03}")["title"] == want
-        assert here("show", f"WRK-{n:03}").out.startswith(f"WRK-{n:03}  {want}\n")
-    assert here("status").err == ""
-
-
 REFUSED: list[tuple[str, list[str], int, str]] = [
     ("new", ["add", "\n\t"], 2, "the title is empty"),
     ("new", ["add", "x", "--pipeline", "featur"], 2, '--pipeline featur: there is no such pipeline (did you mean "feature"?)'),
@@ -408,8 +358,7 @@ def test_d52_the_table_is_as_wide_as_the_terminal(project: Any, here: Cli, monke
 
 def test_check_names_all_problems_each_with_its_remedy(project: Any, here: Cli) -> None:
     project.configure(more='[[pipelines.feature.phases]]\nname = "more"\nworkflows = ["gone.md"]\n')
-    project.backlog("WRK-001 ready dependencies=[WRK-002]", "WRK-002 ready dependencies=[WRK-001]", "WRK-003 in_progress phase=plam")
-    project.commit_all()
+    project.set_up("WRK-001 ready dependencies=[WRK-002]", "WRK-002 ready dependencies=[WRK-001]", "WRK-003 in_progress phase=plam")
     (project.root / "README.md").write_text("edited\n")
     lines = here("check", code=1).out.splitlines()
     problems = [line for line in lines if line.startswith("problem: ")]
@@ -421,11 +370,12 @@ def test_check_names_all_problems_each_with_its_remedy(project: Any, here: Cli) 
     assert lines[-1] == "4 problems"
     got = json.loads(here("check", "--json", code=1).out)
     assert [set(row) for row in got["problems"]] == [{"what", "remedy"}] * 4
+    refused = here("run", code=1).err.splitlines()
+    assert (refused[0], [line[:2] for line in refused[1:]]) == ("orchestrator: cannot start:", ["- ", "  "] * 4)
 
 
 def test_commands_that_only_look_write_nothing(project: Any, here: Cli) -> None:
-    project.backlog("WRK-001 new", "WRK-002 blocked", "WRK-003 ready")
-    project.commit_all()
+    project.set_up("WRK-001 new", "WRK-002 blocked", "WRK-003 ready")
     (project.root / "README.md").write_text("edited\n")
     before = photograph(project.root)
     for line in (
@@ -437,8 +387,7 @@ def test_commands_that_only_look_write_nothing(project: Any, here: Cli) -> None:
 
 def test_dry_run_says_what_would_run_and_why_the_rest_would_not(project: Any, here: Cli) -> None:
     items = ("WRK-001 ready", "WRK-002 ready", "WRK-003 blocked blocked_reason=Unclear", "WRK-004 new dependencies=[WRK-001]", "WRK-005 done")
-    project.backlog(*items)
-    project.commit_all()
+    project.set_up(*items)
     would = [
         "Would start now:",
         "  WRK-001 plan Item WRK-001",
@@ -476,9 +425,7 @@ def test_dry_run_says_what_would_run_and_why_the_rest_would_not(project: Any, he
 
 @pytest.mark.slow
 def test_run_json_is_the_only_thing_on_stdout_and_the_summary_goes_to_stderr(project: Any) -> None:
-    project.script({"*/build": [WORKS]})
-    project.backlog("WRK-001 ready", "WRK-002 ready")
-    project.commit_all()
+    project.set_up("WRK-001 ready", "WRK-002 ready", script={"*/build": [WORKS]})
     got = json.loads(project.run("run", "--json", "--target", "WRK-001").stdout)
     form = re.findall(r"\w+", orchestrator.JSON_FORMS["run"].partition("--dry-run")[0])
     assert set(got) - {"schema"} <= set(form)
@@ -492,8 +439,7 @@ def test_run_json_is_the_only_thing_on_stdout_and_the_summary_goes_to_stderr(pro
 
 @pytest.mark.slow
 def test_d37_triage_rates_new_items_starts_nothing_else_and_is_not_held_up(project: Any) -> None:
-    project.backlog("WRK-001 in_progress phase=plan phase_pool=main", "WRK-002 new", "WRK-003 new", "WRK-004 new", "WRK-005 ready")
-    project.commit_all()
+    project.set_up("WRK-001 in_progress phase=plan phase_pool=main", "WRK-002 new", "WRK-003 new", "WRK-004 new", "WRK-005 ready")
     project.run("triage", "--target", "WRK-004", "--target", "WRK-002")
     assert project.agent_log() == ["WRK-002 triage 1", "WRK-004 triage 1"]
     got = json.loads(project.run("triage", "--json").stdout)

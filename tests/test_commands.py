@@ -1,7 +1,5 @@
 """The commands around a run: step, complete, close, and what they commit."""
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -11,16 +9,7 @@ from typing import Any
 import pytest
 
 import orchestrator
-from tests.conftest import Project
-from tests.test_cli import Cli, cli, here
-
-__all__ = ["cli", "here"]  # fixtures
-
-
-def worklog(project: Project) -> str:
-    (path,) = (project.root / "_worklog").glob("*.md")
-    return path.read_text()
-
+from tests.conftest import Cli, Project
 
 STATUSES = ("new", "scoping", "ready", "in_progress phase=plan", "blocked blocked_reason=why")
 
@@ -40,9 +29,9 @@ def test_complete_and_close_take_an_item_out_and_tell_whoever_waited(project: Pr
         context += f"\n[{one}, which this depended on, was done outside of this backlog] Item {one}: Shipped by hand"
         phase = "plan" if "plan" in row else "N/A"
         entry = f"— {one} (Item {one})\n\n- **Status:** Done\n- **Phase:** {phase}\n- **Summary:** Shipped by hand\n"
-        assert entry in worklog(project)
+        assert entry in project.worklog()
     here("close", "WRK-008", "--reason", "Not wanted")
-    assert "- **Status:** Closed\n- **Phase:** N/A\n- **Reason:** Not wanted\n" in worklog(project)
+    assert "- **Status:** Closed\n- **Phase:** N/A\n- **Reason:** Not wanted\n" in project.worklog()
     context += "\n[WRK-008, which this depended on, was closed] Item WRK-008: Not wanted"
     items = project.items()
     assert list(items) == ["WRK-001", "WRK-002"]
@@ -67,9 +56,7 @@ def test_a_time_that_no_calendar_reaches_is_shown_as_it_is_and_changed_like_any_
 def test_status_and_check_tell_an_active_run_a_killed_one_and_trouble_apart(project: Project, here: Cli) -> None:
     step = {"write": {"code.py": "1\n"}, "sh": "echo compiling", "announce": True, "await": "go"}
     project.script({"*/build": [step]})
-    os.mkfifo(project.outside / "go")
-    project.backlog("WRK-001 in_progress phase=build phase_pool=main")
-    project.commit_all()
+    project.set_up("WRK-001 in_progress phase=build phase_pool=main")
     run = project.start("run", "--cap", "1")
     project.announced()
     project.environment["TZ"] = "UTC+25"  # no zone: no traceback
@@ -106,9 +93,7 @@ COMMANDS = [
 
 
 def test_commands_commit_the_backlog_alone(project: Project, here: Cli) -> None:
-    project.configure("plan build! review")
-    project.backlog("WRK-001 in_progress phase=plan", "WRK-002 blocked blocked_reason=x", "WRK-003 new")
-    project.commit_all()
+    project.set_up("WRK-001 in_progress phase=plan", "WRK-002 blocked blocked_reason=x", "WRK-003 new", phases="plan build! review")
     (project.root / "README.md").write_text("edited\n")
     (project.root / "new.txt").write_text("new\n")
     project.git("add", "new.txt")
@@ -122,9 +107,7 @@ def test_commands_commit_the_backlog_alone(project: Project, here: Cli) -> None:
 
 @pytest.mark.slow
 def test_a_step_is_one_phase_with_the_guardrails_overridden(project: Project) -> None:
-    project.script({"*/build": [{"write": {"code.py": "1\n"}}]})
-    project.backlog("WRK-001 ready size=large risk=high", "WRK-002 new")
-    project.commit_all()
+    project.set_up("WRK-001 ready size=large risk=high", "WRK-002 new", script={"*/build": [{"write": {"code.py": "1\n"}}]})
     done = project.run("step", "WRK-001")
     assert project.agent_log() == ["WRK-001 plan 1"]
     assert "Halt: the limit for this run is used up (CapReached)" in done.stderr
@@ -138,8 +121,7 @@ def test_a_step_is_one_phase_with_the_guardrails_overridden(project: Project) ->
 
 
 def test_edit_changes_what_is_said_and_nothing_else(project: Project, here: Cli) -> None:
-    project.backlog("WRK-001 new size=large risk=low priority=3 tags=[a] owner=me", "WRK-002 new", head="# ours\n")
-    project.commit_all()
+    project.set_up("WRK-001 new size=large risk=low priority=3 tags=[a] owner=me", "WRK-002 new", head="# ours\n")
     said = here("edit", "WRK-001", "--title", "New\nname", "--size", "s", "--tag", "b", "--depends-on", "WRK-002", "--clear", "risk", "--clear", "priority", "--commit")
     assert said.out == "Edited WRK-001: size, tags, dependencies, title, risk, priority\n"
     item = project.items()["WRK-001"]
@@ -189,8 +171,7 @@ def test_colour_is_for_terminals_and_can_be_asked_for(project: Project, here: Cl
 
 @pytest.mark.slow
 def test_quiet_logs_of_a_run(project: Project) -> None:
-    project.backlog("WRK-001 new")
-    project.commit_all()
+    project.set_up("WRK-001 new")
     quiet = project.run("--quiet", "triage")
     assert (quiet.stdout, quiet.stderr) == ("", "")
     project.script({"*/plan": [{"result": {"result": "blocked", "context": "Which?"}}]})
@@ -202,8 +183,7 @@ def test_quiet_logs_of_a_run(project: Project) -> None:
 
 
 def test_the_form_of_json_is_documented(project: Project, here: Cli) -> None:
-    project.backlog("WRK-001 new", "WRK-002 new dependencies=[WRK-001]")
-    project.commit_all()
+    project.set_up("WRK-001 new", "WRK-002 new dependencies=[WRK-001]")
     for line in ("status", "status --graph", "show WRK-001", "log", "check", "run --dry-run"):
         argv = line.split()
         got = json.loads(here(*argv, "--json").out)

@@ -1,7 +1,5 @@
 """Commands, editors and a run on one file at the same time: nobody's change is lost."""
 
-from __future__ import annotations
-
 import os
 import re
 import subprocess
@@ -96,7 +94,6 @@ def rounds(project: Any, way: str, number: int) -> dict[str, list[str]]:
     text = project.text().replace("items:\n", "# the first comment\nitems:\n", 1)
     (project.root / "BACKLOG.yaml").write_text(text.replace("  title: Item WRK-009\n", "  title: Item WRK-009   # beside it\n"))
     project.commit_all()
-    os.mkfifo(project.outside / "go")
     project.script({"WRK-001/a": [{"document": "a.md", "announce": True, "await": "go"}], "*": [{"document": "b.md"}]})
     run = project.start("run", "--target", "WRK-001")
     project.announced()

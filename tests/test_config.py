@@ -1,7 +1,5 @@
 """orchestrator.toml: what is read, what is refused and how that is said; preflight of config and items."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any
@@ -111,10 +109,16 @@ def test_every_key_is_read() -> None:
     )
 
 
-@pytest.mark.parametrize("data", [b"[project\n", b"a = 1\na = 2", b"a = " + b"[" * 20_000, b"a = " + b"9" * 5_000])
-def test_what_is_no_toml_is_refused_with_its_name(data: bytes) -> None:
-    with pytest.raises(orchestrator.ConfigError, match=r"^Failed to parse c: "):
-        parse_config(data, "c", BASE)
+NO_TOML = {
+    b"[project\n": "", b"x = \n": r"Invalid value \(at line 1, column 5\)", b"a = 1\na = 2": "", b"a = " + b"[" * 20_000: "", b"a = " + b"9" * 5_000: "",
+    b'[project]\nprefix = "\xff"\n': r"it is not UTF-8 text \(byte 21\). Save it as UTF-8.",
+}  # fmt: skip
+
+
+def test_what_is_no_toml_is_refused_with_its_name() -> None:
+    for data, says in NO_TOML.items():
+        with pytest.raises(orchestrator.ConfigError, match=rf"^Failed to parse c: {says}"):
+            parse_config(data, "c", BASE)
 
 
 NUMBER = "must be a whole number from {} to 4294967295, not {}"

@@ -1,7 +1,5 @@
 """Real backlogs of years gone by, through the real command: load, leave alone, work on a copy."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

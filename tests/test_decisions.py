@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 import backlog
 import orchestrator
 from backlog import Applied, Backlog, Draft, FollowUp, Item, PhaseResult, promote
-from orchestrator import Action, Config, HaltReason, Promote, RunView, Task
+from orchestrator import Action, Config, HaltReason, Promote, RunOptions, Task
 
 NOW = datetime(2026, 3, 1, 12, 0, tzinfo=UTC)
 STAMP = "2026-03-01T12:00:00+00:00"
@@ -67,7 +68,8 @@ def chosen(
 ) -> list[str]:
     busy = {one.item_id: one for one in running}
     some = None if only is None else frozenset(only)
-    return short(orchestrator.select_actions(a_backlog(*items), busy, config, only=some, target=target))
+    options = RunOptions(9, (target,) if target else ())
+    return short(orchestrator.select_actions(options, a_backlog(*items), busy, config, some))
 
 
 # ---- Selection ------------------------------------------------------------------------------------
@@ -164,13 +166,6 @@ def test_dependencies(waiting: Item, target: str | None) -> None:
         assert bool(chosen([{**waiting, "dependencies": ["A-2"]}, *items], limits(9, 9), target=target)) is met
 
 
-def test_unmet_dependencies_are_named() -> None:
-    items = {"A-2": item("A-2", "done"), "A-3": item("A-3", "ready"), "A-4": item("A-4", "blocked")}
-    assert backlog.unmet_dependencies(items, item("A-1")) == []
-    assert backlog.unmet_dependencies(items, item("A-1", dependencies=["A-2", "A-5"])) == []
-    assert backlog.unmet_dependencies(items, item("A-1", dependencies=["A-3", "A-2", "A-4"])) == ["A-3", "A-4"]
-
-
 # ---- Targets and halts ----------------------------------------------------------------------------
 
 def test_the_current_target() -> None:
@@ -184,12 +179,13 @@ def test_the_current_target() -> None:
 WORK: tuple[Action, ...] = (task("A-1", "prd"),)
 
 
-def view(*items: Item, **fields: Any) -> RunView:
-    usual = RunView(
-        backlog={one["id"]: one for one in items}, running={}, actions=WORK, stop_requested=False, breaker_open=False, targets=(),
-        auto_advance=False, filters_given=False, matched=frozenset(), completed=(), cap_reached=False,
-    )  # fmt: skip
-    return usual._replace(**fields)
+View = Callable[[], HaltReason | None]
+
+
+def view(*items: Item, targets: tuple[str, ...] = (), auto_advance: bool = False, **fields: Any) -> View:
+    options = RunOptions(9, targets, auto_advance=auto_advance)
+    usual: dict[str, Any] = {"running": {}, "offered": WORK}
+    return partial(orchestrator.halt_reason, options, {one["id"]: one for one in items}, **{**usual, **fields})
 
 
 RUNNING = {"A-1": task("A-1", "prd")}
@@ -197,14 +193,14 @@ BLOCKED = item("A-2", "blocked")
 
 # Each makes one reason hold without spoiling the others, in the order of precedence.
 REASONS: dict[HaltReason, dict[str, Any]] = {
-    HaltReason.SHUTDOWN_REQUESTED: {"stop_requested": True},
-    HaltReason.CIRCUIT_BREAKER_TRIPPED: {"breaker_open": True},
+    HaltReason.SHUTDOWN_REQUESTED: {"stopping": True},
+    HaltReason.CIRCUIT_BREAKER_TRIPPED: {"broken": True},
     HaltReason.TARGET_BLOCKED: {"targets": ("A-2",)},
     HaltReason.TARGET_COMPLETED: {"targets": ("A-9",)},
-    HaltReason.NO_MATCHING_ITEMS: {"filters_given": True, "matched": frozenset()},
-    HaltReason.FILTER_EXHAUSTED: {"filters_given": True, "matched": frozenset({"A-2"})},
-    HaltReason.ALL_DONE_OR_BLOCKED: {"actions": ()},
-    HaltReason.CAP_REACHED: {"cap_reached": True},
+    HaltReason.NO_MATCHING_ITEMS: {"matched": frozenset()},
+    HaltReason.FILTER_EXHAUSTED: {"matched": frozenset({"A-2"})},
+    HaltReason.ALL_DONE_OR_BLOCKED: {"offered": ()},
+    HaltReason.CAP_REACHED: {"used_up": True},
 }
 ORDER = list(HaltReason)
 
@@ -212,14 +208,14 @@ ORDER = list(HaltReason)
 @pytest.mark.parametrize("first", ORDER)
 def test_the_order_of_the_halt_reasons(first: HaltReason) -> None:
     for second in ORDER[ORDER.index(first) :]:
-        assert orchestrator.halt_reason(view(BLOCKED, **{**REASONS[second], **REASONS[first]})) is first
+        assert view(BLOCKED, **{**REASONS[second], **REASONS[first]})() is first
     waits = first in (HaltReason.ALL_DONE_OR_BLOCKED, HaltReason.CAP_REACHED)
-    found = orchestrator.halt_reason(view(BLOCKED, running=RUNNING, **REASONS[first]))
+    found = view(BLOCKED, running=RUNNING, **REASONS[first])()
     assert found is (None if waits else first)  # those two wait for what runs
 
 
-MINE = {"filters_given": True, "matched": frozenset({"A-1", "A-9"})}  # A-9 was archived
-GONE_ON: dict[str, tuple[RunView, HaltReason | None]] = {
+MINE: dict[str, Any] = {"matched": frozenset({"A-1", "A-9"})}  # A-9 was archived
+GONE_ON: dict[str, tuple[View, HaltReason | None]] = {
     "with work": (view(item("A-1")), None),
     "a target in flight, blocked by hand": (view(item("A-1", "blocked"), running=RUNNING, targets=("A-1",)), None),
     "a target in flight, done by hand": (view(item("A-1", "done"), running=RUNNING, targets=("A-1",)), None),
@@ -236,15 +232,15 @@ GONE_ON: dict[str, tuple[RunView, HaltReason | None]] = {
     "d22 done": (view(item("A-1", "done"), **MINE), HaltReason.FILTER_EXHAUSTED),
     "d22 archived": (view(**MINE), HaltReason.FILTER_EXHAUSTED),
     "a match that runs": (view(item("A-1", "blocked"), running=RUNNING, **MINE), None),
-    "the cap lets promotions be made": (view(actions=(Promote("A-2"), *WORK), cap_reached=True), None),
-    "the cap": (view(actions=WORK, cap_reached=True), HaltReason.CAP_REACHED),
-    "the cap with nothing to do": (view(actions=(), cap_reached=True), HaltReason.ALL_DONE_OR_BLOCKED),
+    "the cap lets promotions be made": (view(offered=(Promote("A-2"), *WORK), used_up=True), None),
+    "the cap": (view(offered=WORK, used_up=True), HaltReason.CAP_REACHED),
+    "the cap with nothing to do": (view(offered=(), used_up=True), HaltReason.ALL_DONE_OR_BLOCKED),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(("seen", "reason"), GONE_ON.values(), ids=GONE_ON)
-def test_d22_d48_d54_halts(seen: RunView, reason: HaltReason | None) -> None:
-    assert orchestrator.halt_reason(seen) is reason
+def test_d22_d48_d54_halts(seen: View, reason: HaltReason | None) -> None:
+    assert seen() is reason
 
 
 # What a run exits with that completed nothing and blocked nothing, completed one, blocked one, did both.
@@ -414,6 +410,8 @@ LED: dict[str, tuple[Item, PhaseResult, dict[str, Any], Config, Item | None]] = 
             {"status": "in_progress", "requires_human_review": True},
         ),
         "triage without pre-phases": (item("A-1"), result("triage", ratings={"size": "medium"}), {"status": "ready"}, NO_PRE_PHASES),
+        "triage of what is small": (item("A-1", attempts=1), result("triage", ratings={"size": "small"}), {"status": "ready", "attempts": None, "updated": STAMP}),
+        "triage of what is safe": (item("A-1"), result("triage", ratings={"risk": "low"}), {"status": "scoping", "phase": "research", "phase_pool": "pre"}),
         "d17 triage asks for a human": (
             item("A-1"), result("triage", ratings={"size": "large"}, requires_human_review=True), {"status": "blocked", "requires_human_review": True},
         ),
@@ -523,26 +521,12 @@ def test_failed_attempts_are_counted_on_the_item_if_it_is_there() -> None:
 
 # ---- Triage ---------------------------------------------------------------------------------------
 
-READY_AT_ONCE = [{"size": "small"}, {"size": "small", "risk": "low", "impact": "high"}]
-TO_PRE_PHASES: list[dict[str, str]] = [{}, {"size": "medium"}, {"size": "medium", "complexity": "medium", "risk": "low"}, {"risk": "low"}]
-
-
-@pytest.mark.parametrize("ratings", READY_AT_ONCE + TO_PRE_PHASES)
-def test_triage_makes_small_and_safe_items_ready_and_sends_others_to_the_pre_phases(ratings: dict[str, str]) -> None:
-    case = Case(item("A-1", attempts=1), result("triage", ratings=ratings))
-    place = ("ready", {}) if ratings in READY_AT_ONCE else ("scoping", {"phase": "research", "phase_pool": "pre"})
-    expected = item("A-1", place[0], **ratings, **place[1], updated=STAMP)
-    assert case.item == expected
-    entry = case.entry("triage", "Complete", "triage summary")
-    assert case.applied == Applied("advanced", expected, worklog=entry)
-
-
 def test_what_needs_a_human_is_stopped_before_a_pre_phase() -> None:
     """Accepted, it goes on with the pre-phases; the triage is not repeated."""
     case = Case(item("A-1", size="large", risk="high"), result("triage", ratings={"size": "small", "risk": "low"}))
     assert (case.applied.state, case.item["blocked_reason"]) == ("blocked", f"{OVER} size large (limit medium), risk high (limit low); {ACCEPT}")
     backlog.unblock(case.draft, "A-1", NOW, override=True)
-    assert short(orchestrator.select_actions(case.draft.backlog(), {}, DEFAULTS)) == ["research A-1"]
+    assert short(orchestrator.select_actions(RunOptions(9), case.draft.backlog(), {}, DEFAULTS)) == ["research A-1"]
     assert Case(case.draft.items["A-1"], result("research")).item["status"] == "ready"
 
 
@@ -595,16 +579,6 @@ def test_d33_promotion_is_one_edit() -> None:
     expected = at("A-1", "prd", unblock_context="notes", updated=STAMP)
     assert settled(draft.items["A-1"]) == expected
     assert applied == Applied("advanced", draft.items["A-1"])
-
-
-def test_d24_promotion_with_an_unknown_pipeline_blocks_the_item() -> None:
-    draft = Draft(a_backlog(item("A-1", "ready", pipeline_type="nope")))
-    applied = promote(draft, "A-1", RULES, NOW)
-    reason = "unknown pipeline type 'nope'; built-in defaults has: feature"
-    assert (applied.state, applied.reason) == ("blocked", reason)
-    blocked = draft.items["A-1"]
-    assert (blocked["status"], blocked["blocked_from_status"], blocked["blocked_reason"]) == ("blocked", "ready", reason)
-    assert applied.worklog == backlog.worklog_entry(NOW, "A-1", "Title of A-1", "promotion", "Blocked", reason)
 
 
 def test_d16_promotion_checks_guardrails_and_whether_it_is_ready() -> None:

@@ -1,7 +1,5 @@
 """The grammar and the meaning of `--only`."""
 
-from __future__ import annotations
-
 import pytest
 
 from backlog import BacklogError, Filter, Item, check_filters, matches, parse_filter

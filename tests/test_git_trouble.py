@@ -5,8 +5,6 @@ from the start. Whatever it is, the run ends in bounded time; the state is in HE
 names the journal that keeps it; nothing of the operator's changes; the next run has it all in HEAD.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import shutil
@@ -172,7 +170,6 @@ def set_up(project: Any, fault: Fault) -> None:
     for name in ("untracked.txt", "-odd näme.txt"):
         (project.root / name).write_text("untracked\n")
     project.script({"*/plan": [{"announce": True, "await": "go", **BLOCKED}]})
-    os.mkfifo(project.outside / "go")
 
 
 def saved(project: Any) -> bool:
@@ -253,24 +250,6 @@ def test_fault(project: Any, name: str) -> None:
     assert stray_paths(project) == set()
     assert not journal(project).exists()
     assert project.git("fsck", "--no-dangling", "--no-progress", "--connectivity-only") == ""
-
-
-@pytest.mark.slow
-def test_what_two_runs_could_not_commit(project: Any) -> None:
-    """Each run goes on with what the last one decided, although git has set the file back."""
-    set_up(project, Fault(files=""))
-    project.backlog(READY, "WRK-002 ready")
-    project.commit_all()
-    project.script({"*/plan": [{"sh": "git merge -q --no-commit --no-ff side", **BLOCKED}]})
-    for target in ("WRK-001", "WRK-002"):
-        project.run("run", "--target", target, code=3)
-        project.git("merge", "--abort")
-        project.git("checkout", "-q", "HEAD", "--", "BACKLOG.yaml")
-        assert project.statuses()[target] != "blocked plan"
-    for _ in range(2):
-        project.run("run", "--cap", "0", code=None)
-        assert project.statuses() == {"WRK-001": "blocked plan", "WRK-002": "blocked plan"}
-        assert saved(project)
 
 
 # ---- The hooks of a destructive phase ------------------------------------------------------------

@@ -3,8 +3,6 @@
 Committing BACKLOG.yaml has its own file, test_state_commit.py.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
@@ -675,10 +673,7 @@ AS_IT_WAS = {"b.txt": "edited\n", "docs/x.md": "", "n.txt": "new\n"}
 MENDS: Mapping[str, tuple[str, str, dict[str, str]]] = {  # body, outcome, the commit then
     "index_and_exit_0": ("echo fixed > b.txt; git add b.txt", "passed", {**AS_IT_WAS, "b.txt": "fixed\n"}),
     "work_tree_and_exit_0": ("echo fixed > b.txt", "passed", AS_IT_WAS),
-    "rejects_once": ("grep -q fixed b.txt || { echo fixed > b.txt; exit 1; }", "passed", {**AS_IT_WAS, "b.txt": "fixed\n"}),
-    "rejects_three_times": ("echo >> n.txt; [ $(wc -l < n.txt) -gt 4 ]", "passed", {**AS_IT_WAS, "n.txt": "new\n\n\n\n"}),
-    "never_ends": ("echo >> n.txt; exit 1", "files", {**AS_IT_WAS, "n.txt": "new\n\n\n\n\n"}),
-    "mends_and_says_no": ("echo fixed > b.txt; exit 1", "files", {**AS_IT_WAS, "b.txt": "fixed\n"}),
+    "mends_and_says_no": ("echo fixed > b.txt; exit 1", "files", AS_IT_WAS),
     "touches": ("touch b.txt; echo x > a.txt; exit 1", "files", AS_IT_WAS),
     "takes_out": ("git rm -q --cached n.txt; rm b.txt; git add b.txt", "passed", {"b.txt": "", "docs/x.md": ""}),
     "takes_in": ("echo made > g.txt; git add -A", "passed", {**AS_IT_WAS, "g.txt": "made\n"}),
@@ -686,7 +681,7 @@ MENDS: Mapping[str, tuple[str, str, dict[str, str]]] = {  # body, outcome, the c
 }
 
 
-@pytest.mark.parametrize(("body", "outcome", "left"), table(MENDS, slow=MENDS.keys() - {"index_and_exit_0", "rejects_three_times", "takes_in"}))
+@pytest.mark.parametrize(("body", "outcome", "left"), table(MENDS, slow=MENDS.keys() - {"index_and_exit_0", "takes_in"}))
 def test_what_a_hook_mends_is_taken_over_but_nothing_of_others(
     project: Path, repo: Repo, phase_commit: list[Entry], body: str, outcome: str, left: dict[str, str]
 ) -> None:

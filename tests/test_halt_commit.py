@@ -5,8 +5,6 @@ changed outside phase commits and once without, with the operator's staged, modi
 files around. Trouble with git is in test_git_trouble.py.
 """
 
-from __future__ import annotations
-
 import signal
 from collections.abc import Callable
 from typing import Any, NamedTuple

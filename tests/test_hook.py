@@ -1,8 +1,6 @@
 """The optional pre-commit hook: it warns when BACKLOG.yaml is left dirty, never blocks, and its
 installation touches nobody's hook. Real repositories and real commits."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 from collections.abc import Callable

@@ -3,8 +3,6 @@
 `.ci/run` installs them into `.hooks`; by hand the commands are there.
 """
 
-from __future__ import annotations
-
 import subprocess
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -78,9 +76,7 @@ def prepare(project: Any, name: str, execution: str = "") -> SetUp:
     for path, text in {**setup.files, "slow.sh": SLOW, f"own{setup.suffix}": setup.mended}.items():
         (project.root / path).parent.mkdir(exist_ok=True)
         (project.root / path).write_text(text)
-    project.configure(more=setup.commits, execution=execution)
-    project.backlog("WRK-001 in_progress phase=plan phase_pool=main", *BUILDS)
-    project.commit_all()
+    project.set_up("WRK-001 in_progress phase=plan phase_pool=main", *BUILDS, more=setup.commits, execution=execution)
     if setup.suffix == ".js":
         (project.root / "node_modules").symlink_to(TOOLS / "node_modules")
     project.environment["OUTSIDE"] = str(project.outside)

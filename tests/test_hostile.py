@@ -1,7 +1,5 @@
 """Agents that do to our state, the repository and our output what they should not."""
 
-from __future__ import annotations
-
 import json
 import re
 import sys
@@ -90,24 +88,14 @@ def test_hostile_result_files_fail_the_attempt_and_nothing_else(project: Any, tm
     good = json.dumps(result(item_id="@"))
     odd = ("summary", "context", "follow_ups", "duplicates", "description", "updated_assessments", "commit_summary", "requires_human_review", "block_type")
     files = {
-        "nul": "\0" * 1000,
-        "deep": '{"a":' * 200_000,
         "nan": good[:-1] + ', "follow_ups": [NaN, Infinity, 1e999]}',
-        "digits": good[:-1] + ', "size": ' + "9" * 10_000 + "}",
         "twice": good[:-1] + ', "item_id": "WRK-999"}',
         "outside": json.dumps(result(item_id="../../etc/passwd")),
         "types": json.dumps({**result(item_id="@"), **{key: [{"x": 1}] for key in odd}}),
-        "empty": "", "text": "I am done!", "cut off": good[:-5], "list": "[]", "no item": json.dumps(result()),
-        "other phase": json.dumps(result(item_id="@", phase="build")), "no result": json.dumps({"item_id": "@", "phase": "plan", "summary": "x"}),
-        "unknown": json.dumps(result(item_id="@", result="finished")), "number": json.dumps(result(item_id="@", result=1)),
     }
     (tmp_path / "files").mkdir()
-    acts = {name: (f"cp '{tmp_path}/files/{name}' $R", says) for name, says in {
-        "nul": "JSON", "deep": "recursion", "nan": "", "digits": "JSON", "twice": "WRK-999", "outside": "expected", "types": "",
-        "empty": "result", "text": "JSON", "cut off": "JSON", "list": "result", "no item": "item_id", "other phase": "build", "no result": "result",
-        "unknown": "finished", "number": "result",
-    }.items()}
-    acts |= {
+    says = {"nan": "", "twice": "WRK-999", "outside": "expected", "types": ""}
+    acts = {name: (f"cp '{tmp_path}/files/{name}' $R", words) for name, words in says.items()} | {
         "huge": ("truncate -s 50M $R", "was refused: it is no regular file of at most 5000000 bytes"), "link": ("ln -s /etc/passwd $R", "no regular file"),
         "dangling": ("ln -s nowhere $R", "no regular file"), "fifo": ("mkfifo $R", "no regular file"), "folder": ("mkdir $R", "no regular file"),
         "no folder": ("rm -rf .orchestrator/results", "no result file"), "elsewhere": ("ln -s /etc .orchestrator/x; rm -rf .orchestrator/results; ln -s /tmp .orchestrator/results", "no result file"),

@@ -6,10 +6,9 @@ outside: the prompts and results that the agent noted, the commits there were, t
 run had printed. The backlog file alone is no witness for itself.
 """
 
-from __future__ import annotations
-
 import faulthandler
 import os
+import random
 import re
 import shutil
 from collections import Counter
@@ -157,8 +156,7 @@ def story(project: Any) -> Any:
     (root / "orchestrator.toml").write_text(re.sub(r"(?m)^command = .*", 'command = ["../outside/agent.sh"]', config))
     for name in ("old.py", "notes.md", "mixed.txt"):
         (root / name).write_text("committed\n")
-    project.backlog("WRK-001 ready", "WRK-002 new", "WRK-003 ready size=large")
-    project.commit_all()
+    project.set_up("WRK-001 ready", "WRK-002 new", "WRK-003 ready size=large")
     for name, text in STAGED.items():
         (root / name).write_text(text)
     project.git("add", *STAGED)
@@ -451,14 +449,21 @@ def test_killed_at_a_few_events(story: Any, tmp_path: Path) -> None:
     at_all(story, tmp_path, [(killed, [Blow({n: SIGKILL}) for n in (266, 20)])])
 
 
+def spread(count: int, most: int) -> tuple[list[int], str]:
+    """So many of the numbers up to `count`, spread over all of them from an offset that is told."""
+    step = max(1.0, count / most)
+    offset = random.uniform(0, step)
+    return [int(offset + step * n) + 1 for n in range(min(count, most))], f"of {count}, from an offset of {offset:.2f},"
+
+
 @pytest.mark.slow
-def test_killed_at_every_event(story: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """At all events of a run; at every tenth, the next start is killed as well."""
-    events = events_of(story, tmp_path / "whole")
-    kills = [(n,) if n % 10 else (n, 1 + n * 7 % 61) for n in range(1, len(events) + 1)]
-    outcomes = at_all(story, tmp_path, [(killed, [Blow({n: SIGKILL}) for n in numbers]) for numbers in kills])
+def test_killed_all_over_a_run(story: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """At events of each kind; at every tenth, the next start is killed as well."""
+    numbers, told = spread(len(events_of(story, tmp_path / "whole")), 160)
+    kills = [(n, 1 + n * 7 % 61) if place % 10 == 0 else (n,) for place, n in enumerate(numbers)]
+    outcomes = at_all(story, tmp_path, [(killed, [Blow({n: SIGKILL}) for n in one]) for one in kills])
     with capsys.disabled():
-        print(f"\nkilled at {outcomes['recovered']} points, lost 0")
+        print(f"\nkilled at {outcomes['recovered']} events {told} lost 0")
 
 
 @pytest.mark.slow
@@ -466,10 +471,11 @@ def test_killed_at_every_event(story: Any, tmp_path: Path, capsys: pytest.Captur
 def test_stopped_during_every_act(story: Any, tmp_path: Path, act: str, event: str, capsys: pytest.CaptureFixture[str]) -> None:
     """In the start, in a save, between tasks, in the halt commit; git is hit while it is at work."""
     count = sum(one.startswith(event) for one in events_of(story, tmp_path / "whole"))
-    blows = [Blow(signals(n), match=event, in_git=act == "git call") for n in range(1, count + 1)]
+    numbers, told = spread(count, 80)
+    blows = [Blow(signals(n), match=event, in_git=act == "git call") for n in numbers]
     outcomes = at_all(story, tmp_path, [(stopped, blow) for blow in blows])
     with capsys.disabled():
-        print(f"\nsignalled during {count} {act}s, lost 0: {dict(outcomes)}")
+        print(f"\nsignalled during {len(blows)} {act}s {told} lost 0: {dict(outcomes)}")
 
 
 @pytest.mark.slow

@@ -1,7 +1,5 @@
 """The shape of the code: what its docstring promises about order, purity and dependencies."""
 
-from __future__ import annotations
-
 import ast
 import re
 import subprocess

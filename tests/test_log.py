@@ -1,7 +1,5 @@
 """`log`, `status --done` and `show`: what happened, from trailers in git history and the worklog."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path
@@ -12,10 +10,7 @@ import pytest
 from backlog import archive_entry, last_summary, read_worklog, with_cost, worklog_entry
 from gitutil import GitError, Repo
 from orchestrator import Usage, usage_text, utc_now, worklog_costs
-from tests.conftest import Project, sh
-from tests.test_cli import Cli, cli, here
-
-__all__ = ["cli", "here"]  # fixtures
+from tests.conftest import Cli, Project, sh
 
 
 def log(here: Cli, *args: str) -> list[dict[str, Any]]:
@@ -43,8 +38,7 @@ def test_a_run_can_be_told_again_from_its_history(project: Project, here: Cli) -
         "WRK-002/plan": [{"document": "PLAN.md"}],
         "WRK-002/build": [{"result": {"result": "blocked", "context": "Which colour?"}}],
     })  # fmt: skip
-    project.backlog("WRK-001 new", "WRK-002 ready", "WRK-0021 blocked")
-    project.commit_all()
+    project.set_up("WRK-001 new", "WRK-002 ready", "WRK-0021 blocked")
     run_id = json.loads(project.run("run", "--json").stdout)["run_id"]
     project.run("unblock", "WRK-002", "--notes", "Blue", "--commit")
     rows = log(here)
@@ -127,8 +121,7 @@ def test_a_project_below_the_top_tells_of_itself_alone(project: Project, cli: Cl
 
 
 def test_finished_items_come_from_the_worklog_newest_first(project: Project, here: Cli) -> None:
-    project.backlog("WRK-001 new", "WRK-002 in_progress phase=plan", "WRK-003 new")
-    project.commit_all()
+    project.set_up("WRK-001 new", "WRK-002 in_progress phase=plan", "WRK-003 new")
     here("complete", "WRK-002", "--summary", "By hand", "--commit")
     here("close", "WRK-001", "--reason", "Not wanted")
     rows = json.loads(here("status", "--done", "--json").out)["items"]

@@ -9,8 +9,6 @@ Accepted, and not played: whoever edits an old copy *and* sets `updated` to now 
 item back to the old copy.
 """
 
-from __future__ import annotations
-
 import functools
 import random
 import re

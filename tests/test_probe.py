@@ -1,7 +1,5 @@
 """`check --probe`: every configured agent is run once, and what is missing is said with its remedy."""
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path

@@ -1,7 +1,5 @@
 """README.md compared with the code: what it promises is what there is."""
 
-from __future__ import annotations
-
 import argparse
 import re
 import shlex

@@ -4,8 +4,6 @@
 npm install --prefix .agents/claude @anthropic-ai/claude-code@2.1.112 (64 MB, plain JavaScript).
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -81,8 +79,7 @@ def configure(project: Any, phases: str = '{ name = "plan" }', execution: str = 
     (project.root / "orchestrator.toml").write_text(
         f"[execution]\nretry_delay_seconds = 0\n{execution}\n[pipelines.feature]\nphases = [{phases}]\n"
     )
-    project.backlog(*(f"WRK-00{n + 1} in_progress phase=plan phase_pool=main" for n in range(items)))
-    project.commit_all()
+    project.set_up(*(f"WRK-00{n + 1} in_progress phase=plan phase_pool=main" for n in range(items)))
 
 
 BUILD = '{ name = "plan" }, { name = "build", is_destructive = true }'

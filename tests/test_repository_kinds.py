@@ -1,7 +1,5 @@
 """Snapshots, commits and restores in repositories that are set up in less usual ways."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Reading what agents report: strict about whose result it is, lenient about everything else."""
 
-from __future__ import annotations
-
 import json
 from typing import Any
 
@@ -68,10 +66,11 @@ CODES = 'expected "phase_complete" or "subphase_complete" or "failed" or "blocke
         (minimal(item_id=None), f'{BELONGS} item_id null, expected "WRK-001"'),
         (minimal(phase="build"), f'{BELONGS} phase "build", expected "prd"'),
         (minimal(result="done"), f'the result file says result "done", {CODES}'),
+        (minimal(result=None), f"the result file says result null, {CODES}"),
         (minimal(result=True), f"the result file says result true, {CODES}"),
         (minimal(result=["failed"]), f'the result file says result ["failed"], {CODES}'),
     ],
-    ids=["empty", "blank", "list", "null", "text", "lists", "objects", "broken", "digits", "d15", "no item", "other phase", "word", "true", "listed"],
+    ids=["empty", "blank", "list", "null", "text", "lists", "objects", "broken", "digits", "d15", "no item", "other phase", "word", "no word", "true", "listed"],
 )  # fmt: skip
 def test_d15_what_is_no_result_of_this_phase_is_refused(data: bytes, says: str) -> None:
     with pytest.raises(ResultError) as caught:

@@ -3,8 +3,6 @@
 Several related outcomes share a run where they can: a run costs about half a second.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess
@@ -14,9 +12,8 @@ from typing import Any
 
 import pytest
 
-from tests.test_cli import Cli, cli, here
+from tests.conftest import Cli
 
-__all__ = ["cli", "here"]  # fixtures
 CODE = {"write": {"code.py": "done = 1\n"}}
 BLOCKED = {"result": "blocked", "summary": "needs a decision"}
 FAILED = {"result": "failed", "summary": "cannot"}
@@ -28,11 +25,6 @@ def log_of(project: Any, since: str) -> list[tuple[str, list[str]]]:
     """Subject and sorted paths of each commit since `since`, oldest first."""
     commits = project.git("rev-list", "--reverse", f"{since}..HEAD").split()
     return [(project.git("show", "-s", "--format=%s", c).strip(), sorted(project.paths(c))) for c in commits]
-
-
-def worklog(project: Any) -> str:
-    folder = project.root / "_worklog"
-    return "".join(path.read_text() for path in sorted(folder.glob("*.md")))
 
 
 def month(project: Any) -> str:
@@ -95,8 +87,8 @@ def test_d03_d04_d07_d08_a1_a2_i2_commits_hold_code_and_decision_and_nothing_of_
     assert "phase: build" in project.git("show", "HEAD~1:BACKLOG.yaml")
     assert "WRK-001" not in project.committed()
     assert project.committed() == project.text()
-    assert worklog(project).count("## ") == 3  # plan, build, archived
-    assert project.git("show", f"HEAD:{log}") == worklog(project)
+    assert project.worklog().count("## ") == 3  # plan, build, archived
+    assert project.git("show", f"HEAD:{log}") == project.worklog()
     status = "A  .env.local\n M README.md\nD  gone.py\nMM half.py\nA  staged.txt\n?? untracked.txt\n"
     assert project.status() == status
     assert project.git("show", ":half.py") == "staged half\n"
@@ -111,8 +103,6 @@ def test_two_documents_in_one_batch_and_a_backlog_that_does_not_parse_for_a_whil
     project.set_up(*items, phases="plan", execution="max_concurrent = 3\nmax_wip = 3", script={
         f"WRK-00{n}/plan": [{"document": "plan.md", "announce": True, "await": f"go{n}"}] for n in (1, 2, 3, 4)
     })
-    for n in (1, 2, 3, 4):
-        os.mkfifo(project.outside / f"go{n}")
     process = project.start("run")
     assert {project.announced() for _ in range(3)} == {f"WRK-00{n} plan 1" for n in (1, 2, 3)}
     assert project.statuses() == {**{f"WRK-00{n}": "in_progress plan" for n in (1, 2, 3)}, "WRK-004": "ready"}
@@ -293,8 +283,7 @@ def test_d29_retries_exhausted_and_a_claim_without_a_change(project: Any) -> Non
 
 def test_what_only_waits_for_a_place_is_told_at_the_halt(project: Any) -> None:
     held = "in_progress phase=plan phase_pool=main dependencies=[WRK-002]"
-    project.backlog(f"WRK-001 {held}", "WRK-002 blocked blocked_from_status=ready", "WRK-003 ready")
-    project.commit_all()
+    project.set_up(f"WRK-001 {held}", "WRK-002 blocked blocked_from_status=ready", "WRK-003 ready")
     done = project.run("run", code=3)
     assert "(AllDoneOrBlocked): 1 item waiting for WRK-002 (blocked): WRK-001; 1 item later (max_wip = 1, max_concurrent = 1): WRK-003\n" in done.stderr
 
@@ -335,6 +324,19 @@ def test_d32_h1_h3_the_operators_hooks_reject_once_and_mend_once(project: Any) -
     clean_and_saved(project)
 
 
+@pytest.mark.parametrize("most", [4, 5])
+def test_a_hook_that_mends_again_and_again_is_run_four_times(project: Any, most: int) -> None:
+    """What it changes beside the commit, as it rejects, is in no commit."""
+    project.set_up(f"WRK-001 {IN_BUILD}", phases="build!", script={"*": [{"write": {"code.py": "1\n"}}]}, execution="max_retries = 0")
+    project.hook("pre-commit", f"echo x > made.txt; [ $(wc -l < code.py) -ge {most} ] || {{ echo 1 >> code.py; echo no; exit 1; }}")
+    done = project.run("run", code=0 if most == 4 else 3)
+    if most == 4:
+        assert project.git("show", "HEAD:code.py") == "1\n" * 4
+        assert project.status() == "?? made.txt\n"
+    else:
+        assert "hook rejected the commit:\nno" in project.items()["WRK-001"]["blocked_reason"], done.stderr
+
+
 @pytest.mark.slow
 def test_an_agent_that_commits_by_itself_in_a_subphase_and_before_it_fails(project: Any) -> None:
     commit = "git add -A -- '*.py' && git commit -qm 'by the agent'"
@@ -357,7 +359,7 @@ def test_an_agent_that_commits_by_itself_in_a_subphase_and_before_it_fails(proje
     assert f"[WRK-001][BUILD] commits made meanwhile: {first[:10]}" in done.stderr
     ref = "refs/orchestrator/salvage/WRK-001/again/1"
     assert project.git("show", f"{ref}:rest.py") == "rest\n"
-    assert "Subphase Complete" in worklog(project)
+    assert "Subphase Complete" in project.worklog()
     clean_and_saved(project)
 
 
@@ -387,7 +389,6 @@ def test_d02_d2_a_second_run_other_commands_and_stop_beside_an_active_run(projec
     items = ("WRK-001 ready", "WRK-002 ready", "WRK-003 new")
     step = {"document": "p.md", "sh": "echo reading", "announce": True, "await": "go"}
     project.set_up(*items, phases="plan again", script={"*/plan": [step]})
-    os.mkfifo(project.outside / "go")
     process = project.start("run")
     project.announced()
     second = project.run("run", code=1)

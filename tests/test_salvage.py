@@ -4,8 +4,6 @@ Killed at any point, the next start finishes what was decided and starts again w
 at every event of a run is in test_interruptions.py.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -15,11 +13,8 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import sh
+from tests.conftest import Cli, sh
 from tests.gitkit import work_tree
-from tests.test_cli import Cli, cli, here
-
-__all__ = ["cli", "here"]  # fixtures
 
 BUILDING = "in_progress phase=build phase_pool=main"
 PLANNING = "WRK-001 in_progress phase=plan phase_pool=main"
@@ -126,59 +121,6 @@ def test_salvage_is_listed_with_the_command_that_drops_that_of_finished_items(pr
 
 # ---- What becomes of the rest --------------------------------------------------------------------
 
-def test_operator_files_survive_an_agent_that_commits_and_reverts_them(project: Any) -> None:
-    (project.root / "notes.txt").write_text("base\n")
-    shell = (
-        f"cd {project.root} && echo theirs > agent.txt && git add agent.txt && git commit -qm theirs"
-        " && git checkout -q -- notes.txt && rm opfile.txt && echo half > half.txt"
-    )
-    project.set_up(f"WRK-001 {BUILDING}", script={"*/build": [{"sh": shell, **FAILS}]}, execution="max_retries = 0")
-    (project.root / "notes.txt").write_text("edited by the operator\n")
-    (project.root / "opfile.txt").write_text("untracked\n")
-    project.run("run", "--allow-dirty", code=3)
-    assert (project.root / "notes.txt").read_text() == "edited by the operator\n"
-    assert (project.root / "opfile.txt").read_text() == "untracked\n"
-    assert project.git("show", "HEAD:agent.txt") == "theirs\n"
-    assert not (project.root / "half.txt").exists()
-    assert project.git("show", "refs/orchestrator/salvage/WRK-001/build/1:half.txt") == "half\n"
-    assert project.status() == " M notes.txt\n?? opfile.txt\n"
-    assert "refs/orchestrator/salvage/WRK-001/build/1" in project.text()
-
-
-@pytest.mark.slow
-def test_documents_of_an_attempt_interrupted_before_its_retry_are_committed(project: Any) -> None:
-    step = {"document": "plan.md", "result": {"result": "failed", "summary": "cannot"}}
-    project.set_up(PLANNING, script={"*/plan": [step]}, execution="retry_delay_seconds = 200")
-    text = (project.root / "orchestrator.toml").read_text().replace("retry_delay_seconds = 0\n", "")
-    (project.root / "orchestrator.toml").write_text(text)
-    process = project.start("run")
-    project.read_until(process, "attempt 1 of 3 failed")
-    process.send_signal(signal.SIGINT)
-    process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "changes/WRK-001_item-wrk-001/plan.md" in project.git("ls-files")
-    assert project.git("status", "--porcelain", "changes") == ""
-    assert project.statuses() == {"WRK-001": "in_progress plan"}
-
-
-@pytest.mark.slow
-def test_an_item_deleted_by_hand_while_its_phase_fails_does_not_stop_the_run(project: Any) -> None:
-    os.mkfifo(project.outside / "go")
-    script = {"WRK-001/plan": [{"announce": True, "await": "go", **FAILS}], "*": [{}]}
-    project.set_up(PLANNING, script=script, execution="max_retries = 1")
-    process = project.start("run")
-    project.announced()
-    project.backlog("WRK-002 ready")
-    (project.outside / "go").write_text("")
-    project.announced()  # the second attempt
-    (project.outside / "go").write_text("")
-    _, err = process.communicate(timeout=60)
-    assert "internal error" not in err
-    assert "WRK-001" not in project.text()
-    assert "WRK-002 plan 1" in project.agent_log()
-    assert project.committed() == project.text()
-
-
 def test_stop_ends_the_retries_and_the_wait_before_them(project: Any) -> None:
     project.set_up(PLANNING, script={"*": [FAILS]}, execution="max_retries = 3")
     config = project.root / "orchestrator.toml"
@@ -194,24 +136,11 @@ def test_stop_ends_the_retries_and_the_wait_before_them(project: Any) -> None:
 
 
 def test_init_does_not_replace_a_backlog_that_is_only_missing_on_disk(project: Any) -> None:
-    project.backlog("WRK-001 ready")
-    project.commit_all()
+    project.set_up("WRK-001 ready")
     (project.root / "BACKLOG.yaml").unlink()
     done = project.run("init", code=1)
     assert f"git -C {project.root} restore BACKLOG.yaml" in done.stderr
     assert not (project.root / "BACKLOG.yaml").exists()
-
-
-def test_a_backlog_reverted_by_an_agent_survives_a_sigkill(project: Any) -> None:
-    """The promotion was only on disk; the agent undoes it, and we are killed before noticing."""
-    project.set_up("WRK-001 ready", script={"*/plan": [{"sh": "git checkout -q -- BACKLOG.yaml", "announce": True, "hang": True}]})
-    process = project.start("run")
-    project.announced()
-    process.kill()
-    process.communicate(timeout=60)
-    project.run("run", "--cap", "0")
-    assert project.statuses() == {"WRK-001": "in_progress plan"}
-    assert project.committed() == project.text()
 
 
 # ---- Killed, and what the next start makes of it -------------------------------------------------
@@ -253,19 +182,12 @@ def recovered(project: Any) -> str:
     return log
 
 
-def worklog(project: Any) -> str:
-    return "".join(path.read_text() for path in sorted((project.root / "_worklog").glob("*.md")))
-
-
 @pytest.mark.slow
 def test_f_f2_f3_killed_in_a_destructive_phase(project: Any) -> None:
     """The agent is ended before anything else is done; what it left is on a ref, and not charged."""
     project.set_up(f"WRK-001 {BUILDING}", "WRK-002 ready", execution="max_wip = 2", script={
         "*/build": [{**HANG, "write": {"half.py": "1\n", "README.md": "spoilt\n"}}, {"write": {"code.py": "1\n"}}]})
-    process = project.start("run")
-    project.announced()
-    process.kill()
-    process.wait()
+    project.killed()
     assert len(project.survivors()) == 1
     assert project.committed() != project.text()  # the promotion of WRK-002
     (project.root / "mine.py").write_text("written after the crash\n")
@@ -275,7 +197,7 @@ def test_f_f2_f3_killed_in_a_destructive_phase(project: Any) -> None:
     assert project.paths() == ["BACKLOG.yaml"]
     ref = "refs/orchestrator/salvage/WRK-001/build/1"
     assert project.git("show", f"{ref}:half.py", f"{ref}:README.md") == "1\nspoilt\n"
-    assert f"to get a file of yours back:\n  git restore --source={ref} -- PATH\n" in log
+    assert f"What you have changed there meanwhile, too: git show {ref}:PATH\n" in log
     project.git("restore", f"--source={ref}", "--", "mine.py")
     assert project.status() == "?? mine.py\n"
     (project.root / "mine.py").unlink()
@@ -284,27 +206,6 @@ def test_f_f2_f3_killed_in_a_destructive_phase(project: Any) -> None:
     project.run("run", "--target", "WRK-001")
     assert project.agent_log() == ["WRK-001 build 1"] * 2
     assert project.subjects()[0] == "[WRK-001][build] build done"
-
-
-@pytest.mark.slow
-def test_killed_in_a_document_phase_and_a_run_that_refuses_on_another_branch(project: Any) -> None:
-    """Its documents so far are committed; on another branch a start says where to go first."""
-    project.set_up("WRK-001 ready", script={"*/plan": [{**HANG, "document": "half.md"}, {"document": "plan.md"}]})
-    process = project.start("run")
-    project.announced()
-    process.kill()
-    process.wait()
-    project.git("stash", "push", "-q", "BACKLOG.yaml")
-    project.git("switch", "-q", "-c", "elsewhere")
-    refused = project.run("run", code=1).stderr
-    assert "git switch main" in refused
-    assert "orchestrator/journal" in refused
-    assert len(project.survivors()) == 1
-    project.git("switch", "-q", "main")
-    project.git("stash", "pop", "-q")
-    recovered(project)
-    assert project.git("show", "HEAD:changes/WRK-001_item-wrk-001/half.md", "HEAD~1:changes/WRK-001_item-wrk-001/half.md")
-    assert project.statuses() == {"WRK-001": "in_progress plan"}
 
 
 @pytest.mark.slow
@@ -320,7 +221,7 @@ def test_a_decision_by_hand_between_a_crash_and_the_next_start_is_merged(project
     assert project.statuses() == {"WRK-002": "in_progress plan"}
     assert project.text().startswith("# by hand\n")
     assert "title: Renamed" in project.text()
-    assert worklog(project).count("**Outcome:** Complete") == worklog(project).count("**Status:** Done") == 1
+    assert project.worklog().count("**Outcome:** Complete") == project.worklog().count("**Status:** Done") == 1
     assert project.agent_log() == ["WRK-001 build 1"]
 
 
@@ -343,5 +244,5 @@ def test_what_is_unblocked_after_a_crash_stays_so(project: Any, then: str, by_ha
     assert project.statuses() == {"WRK-001": "in_progress plan"}
     assert "blocked" not in project.text()
     assert ("go on" in project.text()) != by_hand
-    assert worklog(project).count("**Outcome:** Blocked") == 1
+    assert project.worklog().count("**Outcome:** Blocked") == 1
     assert "[WRK-001][plan] Blocked: needs a decision" in project.subjects()

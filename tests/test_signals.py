@@ -1,7 +1,5 @@
 """Signals: the run ends in order, whatever it is doing; nobody survives it; nothing is blocked for it."""
 
-from __future__ import annotations
-
 import os
 import re
 import signal
@@ -27,9 +25,7 @@ def prepare(project: Any, *items: str, phases: str = "plan build!", execution: s
     config = project.root / "orchestrator.toml"
     for name, value in settings.items():
         config.write_text(re.sub(f"{name} = .*", f"{name} = {value}", config.read_text()))
-    project.backlog(*items)
-    project.commit_all()
-    project.script(script or {"*": [HANG]})
+    project.set_up(*items, script=script or {"*": [HANG]})
 
 
 def ended_well(project: Any, statuses: dict[str, str]) -> None:
@@ -81,8 +77,7 @@ def test_during_verify_and_a_command_phase(project: Any) -> None:
     hang = f"echo here > {project.outside}/announce; exec sleep 1000"
     check = f'verify = [["sh", "-c", "test -e {project.outside}/fine || {{ {hang}; }}"]]\n'
     project.configure("plan", more=f'{check}[[pipelines.feature.phases]]\nname = "ship"\nrun = ["sh", "-c", "{hang}"]\n')
-    project.backlog("WRK-001 ready", "WRK-002 in_progress phase=ship phase_pool=main")
-    project.commit_all()
+    project.set_up("WRK-001 ready", "WRK-002 in_progress phase=ship phase_pool=main")
     for target, statuses in (("WRK-002", ("ready", "in_progress ship")), ("WRK-001", ("in_progress plan", "in_progress ship"))):
         process = project.start("run", "--target", target)
         assert project.announced() == "here"
@@ -99,9 +94,7 @@ def test_during_verify_and_a_command_phase(project: Any) -> None:
 def test_others_are_decided_while_a_check_runs(project: Any) -> None:
     check = f'verify = [["sh", "-c", "echo here > {project.outside}/announce; cat {project.outside}/go"]]\n'
     project.configure("again! plan", more=check, execution="max_concurrent = 2\nmax_wip = 2")
-    project.backlog("WRK-001 in_progress phase=plan phase_pool=main", "WRK-002 new")
-    project.commit_all()
-    project.script({"*/triage": [{"sh": f"cat {project.outside}/start"}]})
+    project.set_up("WRK-001 in_progress phase=plan phase_pool=main", "WRK-002 new", script={"*/triage": [{"sh": f"cat {project.outside}/start"}]})
     os.mkfifo(project.outside / "go")
     os.mkfifo(project.outside / "start")
     process = project.start("run", "--cap", "2")
@@ -179,7 +172,6 @@ def test_ctrl_c_while_the_event_loop_closes_is_no_noise(project: Any) -> None:
 def test_a_terminal_that_goes_away_is_no_reason_to_lose_anything(project: Any, nohup: bool) -> None:
     """HUP, and nobody reads what is logged any more; below nohup the run goes on."""
     prepare(project, "WRK-001 ready", script={"*": [{"announce": True, "await": "go", "document": "p.md"}]})
-    os.mkfifo(project.outside / "go")
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN if nohup else signal.SIG_DFL)
     try:
         process = project.start("run", "--cap", "1")
@@ -203,8 +195,7 @@ def test_i4_an_internal_error_ends_the_agents_too(project: Any) -> None:
         "WRK-001/plan": [{"announce": True, "await": "go", "sh": "true", "document": "p.md"}],
         "WRK-002/plan": [{**HANG, "on_term": "ignore", "sh": DEAF_CHILD.format(project.outside)}],
     }, kill_grace_seconds=0.1)
-    for name in ("go", "ready"):
-        os.mkfifo(project.outside / name)
+    os.mkfifo(project.outside / "ready")
     process = project.start("run")
     assert {project.announced(), project.announced()} == {"WRK-001 plan 1", "WRK-002 plan 1"}
     project.git("switch", "-q", "-c", "elsewhere")

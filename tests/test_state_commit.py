@@ -4,8 +4,6 @@ Most cases only differ in how the repository was prepared, so they are tables: a
 what must be true afterwards.
 """
 
-from __future__ import annotations
-
 import os
 import subprocess
 from collections.abc import Callable, Iterator, Mapping
@@ -280,19 +278,6 @@ def test_a_conflict_that_a_stash_left_is_settled_by_a_commit(project: Path) -> N
         assert git(project, "ls-files", "-u") == ""
 
 
-def test_a_branch_that_was_switched_or_deleted_meanwhile_gets_nothing(project: Path) -> None:
-    git(project, "switch", "-q", "-c", "other")
-    made = save(project, expect_branch="refs/heads/main")
-    assert (made.outcome, "HEAD is on other now, the run began on main" in str(made.warning)) == ("skipped", True)
-    repo = Repo.open(project)
-    head = repo.head().commit
-    git(project, "update-ref", "-d", "refs/heads/other")
-    made = repo.commit_state(project / NAME, NEW, MESSAGE, expect_branch="refs/heads/other")
-    assert made.outcome == "skipped"
-    assert f"the branch other was deleted (it was at {str(head)[:10]})" in str(made.warning)
-    assert git(project, "for-each-ref", "--format=%(refname)") == "refs/heads/main\n"
-
-
 @pytest.mark.parametrize("lock", table({lock: lock for lock in ("index.lock", "HEAD.lock", "refs/heads/main.lock")}, slow="HEAD.lock refs/heads/main.lock"))
 def test_a20_lock_that_stays_or_goes_away(project: Path, lock: str) -> None:
     held, waited = project / ".git" / lock, list[float]()
@@ -439,26 +424,6 @@ def test_operators_commit_is_open_in_an_editor(project: Path, editor: str) -> No
 
 
 # ---- several paths -------------------------------------------------------------------------------
-
-def test_commit_of_many_kinds_of_entries(project: Path) -> None:
-    gitkit.stage_everything(project)
-    names = ("src/run.sh", "link", "d.txt")
-    staged, repo = index(project, *names), Repo.open(project)
-    before = repo.snapshot()
-    run("echo '#!/bin/sh' > src/run.sh && chmod +x src/run.sh", "ln -sf b.txt link", "rm d.txt")(project)
-    entries = [change.after for change in repo.changes(before.tree, repo.snapshot().tree)]
-    made = repo.commit(entries, "three")
-    changed = git(project, "diff-tree", "-r", "--no-commit-id", "--raw", "--abbrev=4", "HEAD")
-    assert [(row.split()[1], row.split()[4:]) for row in changed.splitlines()] == [
-        ("000000", ["D", "d.txt"]),
-        ("120000", ["M", "link"]),
-        ("100755", ["A", "src/run.sh"]),
-    ]
-    assert git(project, "status", "--porcelain", "--", *names) == ""
-    assert index(project, *names) == staged
-    assert repo.commit(entries, "again") is None
-    assert git(project, "rev-parse", "HEAD").strip() == made
-
 
 def test_flags_of_a_committed_path_stay_also_of_very_many(project: Path) -> None:
     git(project, "update-index", "--skip-worktree", "a.txt")

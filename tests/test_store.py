@@ -1,7 +1,5 @@
 """The store: five steps under one lock, with a run's journal and without; races, crashes, bad files."""
 
-from __future__ import annotations
-
 import fcntl
 import os
 import resource
@@ -17,7 +15,6 @@ from typing import Any
 
 import pytest
 
-import backlog
 from backlog import BacklogError, Draft, Item, Journal, Outside, SaveError, Store, YamlError
 
 NOW = datetime(2026, 2, 13, 12, tzinfo=UTC)
@@ -140,15 +137,6 @@ def test_a_buffer_that_was_saved_before_a_run_began_is_merged_by_the_command_tha
 
 # ---- Saving --------------------------------------------------------------------------------------
 
-def test_d44_a_save_changes_only_the_lines_of_the_changed_keys(bench: Bench) -> None:
-    bench.update("WRK-001", status="scoping", phase="research")
-    assert bench.text == TEXT.replace(
-        "status: new\n  ticket: 42\n  created: 2026-02-10T00:00:00+00:00\n  updated: 2026-02-10T00:00:00+00:00",
-        "status: scoping\n  phase: research\n  ticket: 42\n  created: 2026-02-10T00:00:00+00:00\n  updated: '2026-02-13T12:00:00+00:00'",
-    )
-    assert bench.in_step()
-
-
 def test_d44_nothing_is_written_when_nothing_changed(bench: Bench) -> None:
     before = bench.path.stat()
     bench.update("WRK-001", status="new")
@@ -157,17 +145,6 @@ def test_d44_nothing_is_written_when_nothing_changed(bench: Bench) -> None:
     assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
     if (journal := bench.store.journal) is not None:
         assert len(list(journal.states())) == 1
-
-
-def test_additions_removals_and_the_counter_are_saved(bench: Bench) -> None:
-    bench.add("Fourth")
-    bench.store.change(lambda d: backlog.archive(d, "WRK-002", NOW))
-    assert list(bench.store.backlog.items) == ["WRK-001", "WRK-003", "WRK-004"]
-    assert bench.store.backlog.next_item_id == 4
-    assert "dependencies" not in bench.item("WRK-003")
-    assert bench.in_step()
-    for kept in ("# The backlog of us\n", "team: blue   # not ours\n", '"First"   # quoted\n', "# numbers\n"):
-        assert kept in bench.text
 
 
 def test_of_an_edit_that_fails_nothing_is_kept(bench: Bench) -> None:
@@ -213,15 +190,6 @@ def test_edits_by_hand_and_of_another_command_are_taken_up_and_kept(bench: Bench
     assert all(text in bench.text for text in kept)
     assert bench.store.backlog.items["WRK-002"]["priority"] == 2
     assert (bench.warnings, bench.in_step()) == ([], True)
-
-
-def test_an_item_added_by_hand_is_completed_and_the_counter_moves(running: Bench) -> None:
-    running.by_hand("# numbers\n", "- title: By hand\n# numbers\n")
-    assert running.add("mine")["id"] == "WRK-005"
-    found = running.item("WRK-004")
-    assert (found["title"], found["status"]) == ("By hand", "new")
-    assert max(datetime.fromisoformat(found[key]) for key in ("created", "updated")) > NOW
-    assert running.in_step()
 
 
 @pytest.mark.parametrize("time", ["0001-01-01T00:00:00+05:00", "9999-12-31T23:59:59.999999+00:00"])
@@ -355,19 +323,6 @@ def test_a_key_that_every_item_has_is_not_taken_away_by_hand(running: Bench) -> 
     assert running.in_step()
 
 
-def test_without_a_journal_every_bad_value_is_named(tmp_path: Path) -> None:
-    bench = Bench(tmp_path)
-    bench.path.write_text(SPOILT)
-    with pytest.raises(BacklogError) as caught:
-        bench.add()
-    lines = str(caught.value).splitlines()
-    texts = SPOILT.splitlines()
-    for line, word in zip(lines, ("  status: raedy", "  dependencies:", "  size: 'big'"), strict=True):
-        assert line.startswith(f"BACKLOG.yaml:{texts.index(word) + 1}: "), line
-    assert '"raedy" (did you mean "ready"?)' in lines[0]
-    assert bench.text == SPOILT
-
-
 def test_with_a_journal_a_bad_value_costs_its_key_alone(running: Bench) -> None:
     running.path.write_text(SPOILT.replace("title: Second", "title: Edited"))
     running.add()
@@ -408,17 +363,6 @@ def test_a_full_disk_keeps_the_old_file_and_nothing_is_decided(bench: Bench) -> 
     bench.add()
     assert list(bench.fresh().backlog.items) == ["WRK-001", "WRK-002", "WRK-003", "WRK-004"]
     assert bench.in_step()
-
-
-def test_where_the_file_alone_cannot_be_written_the_decision_stands(running: Bench) -> None:
-    running.store.temporary.mkdir()
-    with pytest.raises(SaveError, match=r"BACKLOG\.yaml: cannot be written"):
-        running.add()
-    assert running.text == TEXT
-    assert "WRK-004" in running.fresh().backlog.items
-    running.store.temporary.rmdir()
-    running.take_in()
-    assert running.in_step()
 
 
 # ---- The journal ---------------------------------------------------------------------------------

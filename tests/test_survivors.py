@@ -1,7 +1,5 @@
 """No process of an agent outlives its attempt, whatever it is and however the attempt ends."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess
@@ -33,7 +31,7 @@ KINDS = {
     "empty environment": "env -i P=$P setsid sh $S &",
     "empty environment, deaf, forked twice into a session": "(env -i P=$P setsid sh $D &)",
 }
-ENDINGS = ("exit", "timeout", "idle", "signal", "kill", "kill, two at work")
+ENDINGS = ("timeout", "idle", "signal", "kill", "kill, two at work")
 
 
 def birth(pid: int) -> int | None:
@@ -56,19 +54,16 @@ def test_nothing_survives(project: Any, tmp_path: Path, ending: str) -> None:
     folder.mkdir()
     (tmp_path / "sleeper").write_text(SLEEPER)
     (tmp_path / "deaf").write_text(DEAF)
-    os.mkfifo(project.outside / "go")
     shell = f"export P S={tmp_path}/sleeper D={tmp_path}/deaf\n"
     shell += "".join(f"P={folder}/{n}\n{text}\n" for n, text in enumerate(KINDS.values()))
     limits = {"timeout": "timeout_minutes = 0.2\n", "idle": ""}.get(ending, "")
     idle = "idle_timeout_minutes = 0.2" if ending == "idle" else ""
     two = ending == "kill, two at work"
     project.configure("build" if two else "build!", more=limits, execution=f"max_retries = 0\nmax_wip = 2\nmax_concurrent = 2\n{idle}")
-    project.backlog(*(f"WRK-00{n} in_progress phase=build phase_pool=main" for n in range(1, 2 + two)))
-    project.commit_all()
+    project.set_up(*(f"WRK-00{n} in_progress phase=build phase_pool=main" for n in range(1, 2 + two)))
     files = [folder / str(n) for n in range(len(KINDS))]
     step = {"sh": shell + "".join(f"while ! [ -s {one} ]; do sleep 0.02; done\n" for one in files), "write": {"a.txt": "1\n"}}
-    end = {"await": "go"} if ending == "exit" else {"hang": True}
-    project.script({"WRK-001/*": [{**step, **end}, {"write": {"b.txt": "1\n"}}], "*": [{"announce": True, "hang": True}]})
+    project.script({"WRK-001/*": [{**step, "hang": True}, {"write": {"b.txt": "1\n"}}], "*": [{"announce": True, "hang": True}]})
     process = project.start("run", "--cap", f"{1 + two}")
     if two:
         project.announced()
@@ -76,8 +71,6 @@ def test_nothing_survives(project: Any, tmp_path: Path, ending: str) -> None:
     pids = [int(one.read_text()) for one in files]
     born = dict(zip(KINDS, [(pid, birth(pid)) for pid in pids], strict=True))
     assert None not in [start for _, start in born.values()]
-    if ending == "exit":
-        (project.outside / "go").write_text("")
     if ending == "signal":
         process.send_signal(signal.SIGTERM)
     if ending.startswith("kill"):
@@ -90,7 +83,7 @@ def test_nothing_survives(project: Any, tmp_path: Path, ending: str) -> None:
         log = project.run("run", "--cap", "0", *["--allow-dirty"] * two).stderr  # only a phase that runs alone is set aside
         assert log.count("ended a process that an agent left behind") >= len(KINDS)
     else:
-        log = project.finish(process, {"exit": 0, "signal": 143}.get(ending, 3))
+        log = project.finish(process, 143 if ending == "signal" else 3)
     left = [kind for kind, (pid, start) in born.items() if birth(pid) == start]
     for pid, start in born.values():
         if birth(pid) == start:
@@ -104,10 +97,7 @@ def test_nothing_survives(project: Any, tmp_path: Path, ending: str) -> None:
 
 def test_a_foreign_job_with_our_mark_ends_with_the_attempt(project: Any) -> None:
     """Started by somebody else's daemon with the agent's environment, as `at now` does it."""
-    os.mkfifo(project.outside / "go")
-    project.configure("plan build!")
-    project.backlog("WRK-001 in_progress phase=plan phase_pool=main")
-    project.commit_all()
+    project.set_up("WRK-001 in_progress phase=plan phase_pool=main", phases="plan build!")
     waits = {"announce": True, "await": "go"}
     project.script({
         "*/plan": [{"sh": f"env -0 > {project.outside}/env", "document": "p.md", **waits}],

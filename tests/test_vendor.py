@@ -1,7 +1,5 @@
 """`vendor` and `--version`: one readable file that does what the three modules do."""
 
-from __future__ import annotations
-
 import builtins
 import hashlib
 import importlib.util
@@ -125,9 +123,10 @@ def test_the_single_file_works_alone_in_an_empty_folder(tmp_path: Path) -> None:
 
 def test_the_agents_of_its_demo_are_the_single_file_itself(single: ModuleType) -> None:
     """Started as a script, not imported: it may have any name, and leaves no cache beside it."""
-    settings = single.default_config(Path("/")).agent._replace(cli="demo", args=("--more",))
-    task = SimpleNamespace(phase=SimpleNamespace(run=()))
-    assert single.agent_argv(SimpleNamespace(settings=settings, task=task)) == [sys.executable, "-E", "-S", single.__file__, single.DEMO_AGENT, "--more"]
+    config = single.default_config(Path("/"))
+    site = SimpleNamespace(config=config._replace(agent=config.agent._replace(cli="demo", args=("--more",))))
+    attempt = SimpleNamespace(task=SimpleNamespace(phase=single.Phase("build")))
+    assert single.agent_argv(site, attempt) == [sys.executable, "-E", "-S", single.__file__, single.DEMO_AGENT, "--more"]
 
 
 def test_the_command_that_these_tests_start_is_the_one_that_was_asked_for(project: Any, pytestconfig: pytest.Config) -> None:

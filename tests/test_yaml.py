@@ -1,7 +1,5 @@
 """The YAML subset of backlog.py: reading, refusing, hostile input, writing, surgical editing."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import random
@@ -102,10 +100,10 @@ def test_number_forms_table(text: str) -> None:
     assert same(read(f"a: {text}   # c\nb: {text}\n"), {"a": value, "b": value})
 
 
-@pytest.mark.parametrize(
-    "text",
-    ["01", "00", "-01", "007", "010", "08", "+1", "+0", "0x1F", "0X1f", "0o7", "0O7", "0b11", "0B1", "-0x1F", "-0b1", "-0o7", ".5", "1.", "-.5", "+.5", "1.e3", "01.5", ".inf", "-.INF", "+.Inf", ".nan", ".NAN", "1234567890123456", "-1234567890123456", "1e400", "-1e400", "61e9540", "0192117"],
-)
+NUMBERS_REFUSED = ["01", "00", "-01", "007", "010", "08", "+1", "+0", "0x1F", "0X1f", "0o7", "0O7", "0b11", "0B1", "-0x1F", "-0b1", "-0o7", ".5", "1.", "-.5", "+.5", "1.e3", "01.5", ".inf", "-.INF", "+.Inf", ".nan", ".NAN", "1234567890123456", "-1234567890123456", "1e400", "-1e400", "61e9540", "0192117"]
+
+
+@pytest.mark.parametrize("text", NUMBERS_REFUSED)
 def test_leading_zero_hex_octal_inf_nan_16_digits_1e400_refused(text: str) -> None:
     for document, line, column in ((f"a: {text}\n", 1, 4), (f"b: 1\na:\n- {text}\n", 3, 3)):
         error = refusal(document)
@@ -128,7 +126,6 @@ REFUSED: dict[str, tuple[str, int, int, str]] = {
     "duplicate_key_in_item": ("- a: 1\n  b: 2\n- a: 1\n  b: 2\n  a: 3\n", 5, 3, "first on line 3"),
     "duplicate_items_across_sections": ("items:\n- a: |\n   items: 1\nb: 1\nitems: []\n", 5, 1, "first on line 1"),
     "key_too_long": (f"{'k' * 1001}: 1\n", 1, 1, "more than 1000 characters"),
-    "known_key_without_colon": ("a: 1\nb:\n  a: 2\nc:\n  b: 1\n  a\n", 6, 3, 'expected "key: value"'),
     "comment_then_continuation": ("a: b # c\n  d\n", 2, 3, "text after a comment"),
     "comment_line_then_continuation": ("a: b\n  # c\n  d\n", 3, 3, "text after a comment"),
     "deeper_line_after_blank_and_comment": ("a: b\n\n# c\n\n  d\n", 5, 3, "text after a comment"),
@@ -137,7 +134,6 @@ REFUSED: dict[str, tuple[str, int, int, str]] = {
     "key_one_column_too_deep": ("a:\n- b: c\n  d: e\n   f: g\n", 4, 4, "continues line 3, because it is indented deeper"),
     "key_too_deep_below_a_first_key": ("- b: c\n   f: g\n", 2, 4, "continues line 1"),
     "key_too_deep_below_a_quoted_value": ("- b: 'c'\n   f: g\n", 2, 4, "(column 4, theirs is 3)"),
-    "key_too_deep_below_a_block": ("- b:\n    x: y\n   f: g\n", 3, 4, "(column 4, theirs is 3)"),
     "key_too_deep_below_a_folded_text": ("a: b\n  c\n   f: g\n", 3, 4, "continues line 2"),
     "key_one_column_too_shallow": ("- b: c\n f: g\n", 2, 2, "(column 2, theirs is 1)"),
     "dash_one_column_too_deep": ("a:\n- b\n - c\n", 3, 2, "continues line 2"),
@@ -149,21 +145,17 @@ REFUSED: dict[str, tuple[str, int, int, str]] = {
     "quote_not_indented": ("a: 'b\nc'\n", 2, 1, "continuation of a quoted scalar is not indented"),
     "unknown_escape_on_second_line": ('a: "b\n   c\\x4"\n', 2, 5, "unknown escape \\x"),
     "blank_after_escaped_break": ('a: "b\\\n\n  c"\n', 2, 1, "blank line after an escaped line break"),
-    "block_with_blanks_only": ("a: |+\n\n\nb: 1\n", 1, 4, "block scalar without content"),
     "block_first_blank_wider": ("a: |\n    \n  b\n", 3, 3, "leading blank line has more spaces"),
     "block_less_indented": ("a: |\n   b\n  c\n", 3, 3, "indented less than the first line"),
     "block_spaces_only_line": ("a: |\n  b\n    \n  c\n", 3, 3, "blank line with more spaces"),
     "block_line_starting_with_tab": ("a: |\n  b\n  \tc\n", 3, 3, "starts with a tab character"),
     "block_eof_without_newline": ("a: |\n  b", 2, 4, "without a final line break"),
     "block_eof_keep_without_newline": ("a: |+\n  b\n\n ", 4, 2, "without a final line break"),
-    "flow_multiline": ("a: [b,\n  c]\n", 1, 7, "flow sequence that is not a one-line list"),
     "flow_as_key": ("[a]: b\n", 1, 4, "text after the closing bracket"),
     "flow_then_deeper_line": ("a: [b]\n  c\n", 2, 3, "indented deeper"),
-    "tab_after_dash": ("- \ta\n", 1, 3, "tab character between tokens"),
     "tab_on_blank_line": ("a: 1\n \t\nb: 2\n", 2, 2, "tab character in indentation"),
     "tab_at_end_of_quoted_line": ("a: 'b\t\n  c'\n", 1, 6, "tab character at the end"),
     "tab_at_start_of_quoted_line": ("a: 'b\n  \tc'\n", 2, 3, "tab character at the start"),
-    "billion_laughs_refused_at_first_anchor": ("a: &x [b]\nc: [*x, *x]\n", 1, 4, "anchor"),
 }  # fmt: skip
 
 
@@ -306,15 +298,6 @@ def test_hostile_input_is_read_or_refused_by_name(make: Callable[[], bytes]) -> 
             assert len(str(outcome)) < 300, "a message fits on a screen"
 
 
-@pytest.mark.slow
-def test_million_lines_linear_time() -> None:
-    text = b"".join(b"k%d: v%d\n" % (n, n) for n in range(1_000_000))
-    value = parse_yaml(text)
-    assert isinstance(value, dict)
-    assert len(value) == 1_000_000
-    assert read("a: b\n" + "  c\n" * 1_000_000) == {"a": "b" + " c" * 1_000_000}
-
-
 def test_ten_mb_line_memory_bound() -> None:
     for data in (b"a: " + b"word " * 2_000_000 + b"x\n", b"word " * 2_000_000 + b": x\n"):
         tracemalloc.start()
@@ -423,15 +406,7 @@ def test_nested_layout_and_empty_collections() -> None:
 
 
 TEXT_SIGNS = "ab01 :#-?,[]{}'\"|>%@`&*!~=<.+_eExo\n\t\\/é\xa0\u3000\u2028\x85\x07😀Yn"
-TRAPS = [
-    "y", "n", "yes", "no", "on", "off", "true", "false", "null", "~", "=", "<<", "---", "...", "-", "?", ":",
-    "0", "-0", "+1", "007", "010", "08", "0x1F", "0X1f", "0o7", "0b11", "1_000", "1__0", "-_1", "1.", ".5", "1e3",
-    "1E+3", "61e9540", "1234567", "e123456", "0192117", "0_B0", "++1", "0b+1", "0o+1", "e3", "E9", "e9", ".", "+e1",
-    "._5", ".inf", "-.INF", ".nan", "1:30", "12:30:45", "-1:30", "190:20:30.15", "2026-02-13", "2026-2-3",
-    "2026-13-45", "2026-02-13T01:02:03.123456789Z", "2026-02-13 01:02:03 +1", "a: b", "a:", ": a", "a #b", "#a",
-    "- a", "? a", "a\n", "a\n\n", " a\nb", "a \nb", "a\n b\n", "\ta", "a\t\nb", "'", '"', "''", "it's", 'a "b"',
-    "\\", "\\n", "\xa0a", "a\u3000", "", " ", "\n", "[a", "{a}", "!a", "&a", "*a", "%a", "@a", "`a", "|", ">", ",",
-]  # fmt: skip
+TRAPS = [*NUMBER_FORMS, *NUMBERS_REFUSED, *(text for forms in WRITTEN.values() for text in forms), "0o+1", ": a", "? a", "- a", "a\t\nb", "''", 'a "b"', "\\n", "[a", "{a}"]
 TRAPS = [form for word in TRAPS for form in dict.fromkeys((word, word.capitalize(), word.upper()))]
 STYLES = ["plain", "'single'", '"double"', "[flow]", "|-\n    literal", "plain  # why", "'x'  # why"]
 
@@ -629,14 +604,6 @@ def test_edit(changes: dict[str, object], old: list[str], new: list[str]) -> Non
     assert edited(BACKLOG, update(0, id="A-1"), change(0, changes)) == text
 
 
-def test_new_keys_in_canonical_order() -> None:
-    assert ITEM_KEYS[:3] == ("id", "title", "status")
-    assert ITEM_KEYS[-3:] == ("priority", "attempts", "verify")
-    every = {key: "x" for key in reversed(ITEM_KEYS) if key != "id"}
-    text = edited("items:\n- id: A\n", change(0, {"own": "x", **every}))
-    assert text == "items:\n- id: A\n" + "".join(f"  {key}: x\n" for key in (*ITEM_KEYS[1:], "own"))
-
-
 def test_dash_moves_when_the_first_key_is_deleted() -> None:
     assert edited("items:\n- id: A\n  title: B\n", update(0, id=None)) == "items:\n- title: B\n"
     assert edited("items:\n-\n  id: A\n  title: B\n", update(0, id=None)) == "items:\n-\n  title: B\n"
@@ -811,15 +778,6 @@ def test_values_and_lines_of_items_and_keys() -> None:
 
 
 # ---- chunks --------------------------------------------------------------------------------------
-
-def test_chunks_of_another_document_take_its_indentation() -> None:
-    deep = document("items:\n    # lead\n    - id: D\n      tags:\n          - x\n      title: |\n        a\n\n          b\n  # low\nn: 1\n")
-    flat = document("items:\n- id: A\n\n- id: B\nn: 1\n")
-    text = flat.with_chunks([flat.chunks[0], deep.chunks[0], flat.chunks[1]]).to_bytes().decode()
-    assert text == ("items:\n- id: A\n\n# lead\n- id: D\n  tags:\n      - x\n  title: |\n    a\n\n      b\n\n- id: B\nn: 1\n")
-    text = deep.with_chunks([*flat.chunks, *deep.chunks]).to_bytes().decode()
-    assert text.startswith("items:\n    - id: A\n\n    - id: B\n    # lead\n    - id: D\n")
-
 
 def test_chunks_with_the_tail_of_another_document() -> None:
     one = document("schema_version: 3\nitems:\n- id: A\n- id: B\nn: 1\n")

@@ -1,7 +1,5 @@
 """Random documents of the whole grammar, whose values are known, and random faults in them."""
 
-from __future__ import annotations
-
 import random
 
 import pytest

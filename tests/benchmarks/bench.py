@@ -7,8 +7,6 @@ is a ratio to is measured in turn with it: "bare" is `git add BACKLOG.yaml && gi
 "pass" `python -c pass`, "PyYAML" its C loader. `--quick` leaves out what is large.
 """
 
-from __future__ import annotations
-
 import argparse
 import itertools
 import json
