@@ -1168,7 +1168,7 @@ def table(keys: str, rows: Rows, width: int, lead: str = "", *, heads: bool = Fa
         if any(cells):
             head = HEADINGS.get(key, key.upper())
             grid.append([head, *(text or "-" for text in cells)] if heads else cells)
-            sizes.append(min(max(map(cell_width, grid[-1])), WIDEST))
+            sizes.append(min(max(map(cell_width, grid[-1])), max(WIDEST, width // 3)))
     sizes = sizes[:-1]
     left = width - len(lead) - sum(sizes) - len(sizes)
     for *cells, text in zip(*grid, strict=True):
@@ -1222,7 +1222,7 @@ def minute(when: str) -> str:
 
 
 # How a table shows the values of some keys, what it calls them, and how wide a column but the last
-# may be.
+# may be, if that is more than a third of the table.
 SHOWN: Mapping[str, Callable[[Any], str]] = {
     **dict.fromkeys(("when", "finished", "created", "updated"), minute),
     **dict.fromkeys(("tags", "dependencies", "waiting_for"), ", ".join),
