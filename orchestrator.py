@@ -1530,16 +1530,13 @@ the sections Goal, Findings, Options and Recommendation, Risks
 - Read the tests and the documentation that it touches, too.
 - Where there is a real choice, compare the approaches and recommend one.
 - List what could go wrong: callers, file formats, interfaces, data, security, unknowns.
-- Correct wrong ratings in `updated_assessments`, honestly: they decide whether a human has to
-  approve the work.""",
+- Correct wrong ratings in `updated_assessments`: they decide whether a human has to approve it.""",
     "prd": """\
 Write down what shall be true when this is done: the requirements, not the solution.
 the sections Problem, Requirements, Out of Scope
 - Describe the problem from the view of whoever has it, and what happens today.
-- Number the requirements (R1, R2, …), each one testable by somebody who did not write it. Separate
-  "must" from "should".
-- Cover what is easily forgotten: errors, empty and very large input, existing data, compatibility,
-  security, documentation.
+- Number the requirements (R1, R2, …), "must" apart from "should", each testable by anybody.
+- Cover errors, empty and very large input, existing data, compatibility, security, documentation.
 - Say what is out of scope, so that nobody builds it.""",
     "design": """\
 Decide how the requirements are met, in enough detail that the build needs no further decisions.
@@ -1558,8 +1555,7 @@ the sections Verdict, Requirements, Findings
 - Go through the requirements one by one: is it met, and which test proves it?
 - Look for mistakes: unhandled errors, edge cases, races, security, data loss, broken compatibility,
   wrong or missing documentation. Follow the callers of what changed.
-- Run the tests, and check that the new ones would fail without the change. Believe what you saw,
-  not what a summary says.
+- Run the tests. Would the new ones fail without the change? Believe what you see, no summary.
 - For each finding give file and line, what goes wrong, how to see it, and how bad it is: "must fix"
   or "could be better", a follow-up if it is worth doing.
 - If something must be fixed, report `blocked`, block_type `decision`, with the must-fix list as the
@@ -1595,8 +1591,7 @@ If the work is too much for one session, finish a part that leaves the project w
 turns out to be wrong, mend it in the document and say so in the summary."""
 
 TRIAGE_INSTRUCTIONS = """\
-Decide what this item is, how big it is and where it goes. Do not start to work on it. Change no
-code.
+Decide what this item is, how big it is and where it goes. Do not work on it. Change no code.
 
 1. **Understand it.** Look at the code that it talks about. If it is done already or not needed,
    report `blocked` with the evidence in `context`; if it is unclear what is wanted, `blocked`,
@@ -5367,8 +5362,7 @@ def cmd_show(args: argparse.Namespace) -> int:
     lines, keys = render_item(known, width), "when phase outcome commit summary"
     lines += listed("History:", keys, history_rows(rows, code), width)
     lines += listed("Documents:", "path", [{"path": path} for path in documents], width)
-    facts = {"item": item or known, "documents": documents, "commits": rows, "salvage": kept}
-    facts |= {key: known[key] for key in Usage._fields}
+    facts = {"item": known, "documents": documents, "commits": rows, "salvage": kept}
     lines += listed("Left by attempts that did not complete, and kept:", "phase ref", kept, width)
     return answer(args, facts, lines)
 
@@ -5860,7 +5854,6 @@ def _dumps(value: object) -> str:
 HOOK_TEXT = """\
 #!/bin/sh
 # Warns when BACKLOG.yaml has changes that are not part of the commit being made. Never blocks it.
-# orchestrator-hook: 3
 # Install: orchestrator.py hook install
 
 backlog=BACKLOG.yaml # relative to the top of the work tree
@@ -6180,7 +6173,7 @@ _RUN = (
 JSON_FORMS = {
     "status": f"{_RUNS}, counts, items: [{', '.join(ITEM_KEYS)}, waiting_for, {_COST}];"
     f" --done: items: {_DONE}",
-    "show": f"item: as in status, documents, commits: [{_ENTRY}], salvage: {_SALVAGE}, {_COST}",
+    "show": f"item: as in status, documents, commits: [{_ENTRY}], salvage: {_SALVAGE}",
     "log": f"log: [{_ENTRY}]",
     "check": f"{_RUNS}, problems: [what, remedy], remarks, salvage: {_SALVAGE}, probes: [agent,"
     f" model, works, seconds, {_COST}]",
