@@ -890,11 +890,11 @@ class Document:
         found = _YamlReader(self._frame, self.source).document().keys
         return {key: node.value for key, node in found.items() if key != "items"}
 
-    def line_of(self, index: int, key: str | None = None) -> int:
+    def line_of(self, index: int, key: str = "") -> int:
         """The line, from 1, of an item's dash, or of a key if the item has it."""
         node = _yaml_chunk(self.chunks[index])
         above = "".join((self.head, *self.chunks[:index])).count("\n")
-        return above + node.keys.get(key or "", node).start + 1
+        return above + node.keys.get(key, node).start + 1
 
     @property
     def column(self) -> int:
@@ -1345,8 +1345,7 @@ def timestamp(now: datetime) -> str:
 
 
 def moment(text: object) -> datetime:
-    """The time that `created` or `updated` tell; long ago for what tells none, nor one that a later
-    one can follow."""
+    """The time that `created` or `updated` tell; long ago if none that a later one can follow."""
     with suppress(ValueError, OverflowError):
         found = datetime.fromisoformat(str(text))
         found = found.astimezone(UTC) if found.tzinfo else found.replace(tzinfo=UTC)
@@ -1445,8 +1444,7 @@ def _item_of(values: Mapping[str, object]) -> Item:
 
 
 def id_parts(item_id: str) -> tuple[str, int]:
-    """Prefix and number of an id PREFIX-N; the number is 0 if there is none, or a date or the like
-    (ten digits and more)."""
+    """Prefix and number of an id PREFIX-N; 0 if there is none, or a date or the like."""
     prefix, _, digits = item_id.rpartition("-")
     return prefix, int(digits) if re.fullmatch("[0-9]{1,9}", digits) else 0
 
@@ -2226,8 +2224,8 @@ class State:
         for at, (owner, chunk) in enumerate(self.chunks.items()):
             name = owner if owner != chunk else f"item number {at + 1}"
             for key, problem in self.problems.get(owner, ()):
-                line = self.document.line_of(at, key or None)
-                told.append(f"{self.document.source}:{line}: {name}: {problem}")
+                place = f"{self.document.source}:{self.document.line_of(at, key)}"
+                told.append(f"{place}: {name}: {problem}")
         return told
 
     def changed(self, backlog: Backlog) -> State:
@@ -2350,7 +2348,8 @@ class _Merge:
             return d, d_chunk
         bad = {name for name, _ in self.file.problems.get(key, ())}
         newest = max(map(moment, self.versions[key]))
-        if key in self.file.items and not bad and moment(f["updated"]) > newest:
+        whole = key in self.file.items and not bad and key not in self.running
+        if whole and moment(f["updated"]) > newest:  # decided elsewhere
             return f, f_chunk
         b, texts = self.start_of(key, f)
         merged, old = dict(d), b or {}
@@ -2476,6 +2475,7 @@ def merge(
         kept = [key for key in missing if mixed or key in younger or key not in base.chunks]
         made.chunks |= {key: decided.chunks[key] for key in kept}
         made.items |= {key: decided.items[key] for key in kept if key in decided.items}
+    made.counter = max(made.counter, highest_number(prefix, made.items))  # ids given by hand
     document = made.document()
     return (decided if document == decided.document else State(document)), made.notes
 
@@ -2609,12 +2609,10 @@ class Journal:
 
     @property
     def decided(self) -> bool:
-        """Whether anything was, since the state that it began with."""
         return bool(self._steps)
 
     @property
-    def settled(self) -> bool:
-        """Whether nothing of the run is left to do, but what HEAD may still lack."""
+    def settled(self) -> bool:  # but for what HEAD may lack
         return not (self.attempts or self.outcomes or self.rests)
 
 
@@ -2696,7 +2694,7 @@ class Store:
         self._state: State | None = None
         self._foreseen = False  # it is what a merge will make, and not in the journal
         self._written: bytes | None = None  # the file's content as last written or merged
-        self._wreck: tuple[bytes | None, float] = None, 0.0  # its content, and since when
+        self._wreck: tuple[object, float] = "", 0.0  # its content, and since when
         self._versions: list[State] | None = None
         self._committed = b""
         self._home = True
@@ -2815,7 +2813,8 @@ class Store:
                     draft = Draft(self.backlog)
                     made = [edit(draft)]
                     self._decide(self.state.changed(draft.backlog()), note(made[0]) if note else {})
-                    self._warn_of(draft.warnings)
+                    for text in draft.warnings:
+                        self.warn(text)
                     decided = self.journal is not None  # else it is made again, on a fresh file
                 if self._publish(found):
                     return made[0]
@@ -2859,9 +2858,7 @@ class Store:
         except SaveError as error:  # a link or a folder is in its place
             if self.journal is None:
                 raise
-            if str(error) != self.trouble:
-                self.warn(str(error))
-            self.trouble = str(error)
+            self._suffer(None, str(error), patient)
             return None
         if self.journal is None:
             self._take_in_alone(data)
@@ -2875,13 +2872,14 @@ class Store:
                 return data
             self.trouble, self._written = "", data
             self._decide(state)
-            self._warn_of(notes)
+            for text in notes:
+                self.warn(text)
         self._complete()
         return data
 
     def _complete(self) -> None:
-        """Give what was added by hand, and is in git as it was written, the keys that it lacks."""
-        if self.state.lacks:
+        """Give what was added by hand, and is in git as it was written, what it lacks."""
+        if self.state.lacks or highest_number(self.prefix, self.state.items) > self.state.counter:
             self._decide(merge(self.state, self.state, (), self.clock(), self.prefix)[0])
 
     def _take_in_alone(self, data: bytes | None) -> None:
@@ -2891,7 +2889,8 @@ class Store:
             if not known.problems:
                 told = known, self._state, self._versions or (), self.clock(), self.prefix
                 self._state, notes = merge(*told, in_head=True)
-                self._warn_of(notes)
+                for text in notes:
+                    self.warn(text)
 
     def _merged(self, file: State) -> tuple[State, list[str]]:
         journal = cast(Journal, self.journal)
@@ -2902,25 +2901,24 @@ class Store:
         told = self.state, file, earlier, self.clock(), self.prefix, running, shown
         return merge(*told, in_head=not journal.decided)
 
-    def _warn_of(self, notes: Iterable[str]) -> None:
-        for text in notes:
-            self.warn(text)
-
-    def _suffer(self, data: bytes, why: str, patient: bool) -> None:
-        """A file that does not parse: somebody may be typing, or an agent has wrecked it."""
+    def _suffer(self, data: bytes | None, why: str, patient: bool) -> None:
+        """A file that does not parse (None: is none): somebody may be typing, or it is wrecked."""
         now = self.monotonic()
         if self._wreck[0] != data:
             self._wreck = data, now
             if patient:
                 self.warn(f"{why}. Nothing new is started until it is mended, or after a minute.")
         self.trouble = why
-        if patient and now - self._wreck[1] < WRECK_S:
+        if now - self._wreck[1] < WRECK_S if patient else data is None:
             return
         kept = self.aside / f"{self.path.name}.broken-{self.clock():%Y%m%dT%H%M%S}"
         with self._writing(kept):
-            replace_file(kept, data)
+            if data is None:
+                os.rename(self.path, kept)
+            else:
+                replace_file(kept, data)
         self.warn(f"{why}. It is set aside as {kept}, where any edit in it is, and written again.")
-        self.trouble, self._wreck = "", (None, 0.0)
+        self.trouble, self._wreck = "", ("", 0.0)
 
     def _decide(self, state: State, extra: Mapping[str, Any] = {}) -> None:
         """Make this the decided state: a line of the journal, before anything else."""
@@ -2955,6 +2953,8 @@ class Store:
             yield
         except OSError as error:
             problem = f"cannot be written ({error.strerror}); mend that and start again"
+            if path == self.path and self.journal is not None:
+                problem += ". The change is made all the same: it is in the journal"
             raise SaveError(f"{path}: {problem}") from error
 
     @contextmanager

@@ -1145,6 +1145,8 @@ class Repo:
                     self._stage([self._entries(self.head().commit, [name])[name]])
         except (GitError, OSError) as error:
             return skipped(f"{error}.")
+        with suppress(GitError):  # entries of ours tell no times: some programs take them for dirty
+            self.git("update-index", "-q", "--refresh", ok=range(256), limit_s=TREE_LIMIT_S)
         return StateCommit("committed" if commit else "clean", commit, None)
 
     def _unfit(self, path: Path) -> Problem | None:

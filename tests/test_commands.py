@@ -81,6 +81,17 @@ def test_status_and_check_tell_an_active_run_a_killed_one_and_trouble_apart(proj
     assert told.endswith("\n1 problem\n")
 
 
+def test_an_id_given_by_hand_moves_the_counter_on(project: Project, here: Cli) -> None:
+    text = project.text()
+    (project.root / "BACKLOG.yaml").write_text(re.sub(r"items: \[\]", "items:\n- id: WRK-900\n  title: by hand", text))
+    project.commit_all()
+    here("complete", "WRK-900", "--commit")
+    assert project.committed() == re.sub(r"(next_item_id:) .*", r"\1 900", text)
+    (project.root / "BACKLOG.yaml").write_text(text.replace("items: []", "items:\n- id: WRK-905\n  title: by hand"))
+    assert here("add", "Next").out == "Added WRK-906: Next\n"
+    assert list(project.items()) == ["WRK-905", "WRK-906"]
+
+
 COMMANDS = [
     (("add", "Write it"), "Added WRK-004: Write it", "Add WRK-004: Write it"),
     (("advance", "WRK-001"), "Advanced WRK-001 from plan to build", "Advance WRK-001 from plan to build"),

@@ -502,6 +502,15 @@ def test_an_item_that_is_newer_than_a_copy_which_nobody_remembers_stays() -> Non
     assert [item["title"] for item in merged.items.values()] == ["mine", "t2", "t3", "t4"]
 
 
+def test_an_agent_that_marks_its_item_done_and_touches_updated_is_not_believed() -> None:
+    world = World()
+    file = altered(world.file, "WRK-001", status="done", title="mine", updated=(START + timedelta(days=1)).isoformat())
+    merged, notes = merge(world.decided, parse(file), [], world.now(), running=("WRK-001",))
+    assert (merged.items["WRK-001"]["status"], merged.items["WRK-001"]["title"]) == ("in_progress", "mine")
+    assert notes == ["WRK-001: status was edited to 'done' and decided as 'in_progress'; kept 'in_progress'"]
+    assert merge(world.decided, parse(file), [], world.now())[0].items["WRK-001"]["status"] == "done"  # by a colleague
+
+
 ROUNDS = {"a_few": (1, 10, LENGTH), **{f"long_{n}": (n, 250, LENGTH) for n in range(2, 6)}, **{f"short_{n}": (n, 3_200, 5) for n in range(10, 16)}}
 
 

@@ -44,6 +44,7 @@ def prompt(project: Any, item_id: str, phase: str, attempt: int) -> str:
 def clean_and_saved(project: Any) -> None:
     """What holds after every run that was not told otherwise."""
     assert project.committed() == project.text()
+    project.git("diff-index", "--quiet", "HEAD")  # which believes the index without a look at the files
     assert project.status() == ""
     assert project.git("for-each-ref", "refs/orchestrator/snapshots") == ""
 

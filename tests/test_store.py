@@ -277,6 +277,23 @@ def test_a_broken_file_is_left_alone_for_a_minute_then_set_aside(running: Bench)
     assert running.text == running.store.state.document.to_bytes().decode()
 
 
+@pytest.mark.parametrize("put", [Path.mkdir, lambda path: path.symlink_to("old")], ids=["folder", "link"])
+def test_what_stands_in_place_of_the_file_is_set_aside_after_a_minute(running: Bench, put: Callable[[Path], None]) -> None:
+    running.path.rename(running.path.with_name("old"))
+    put(running.path)
+    running.add()
+    running.time = 59
+    running.take_in()
+    assert running.store.trouble
+    assert (len(running.warnings), "Nothing new is started" in running.warnings[0]) == (1, True)
+    (running.path.parent / "aside").mkdir()
+    running.time = 61
+    running.take_in()
+    assert "is set aside as" in running.warnings[1]
+    assert (running.store.trouble, len(running.store.backlog.items)) == ("", 4)
+    assert running.text == running.store.state.document.to_bytes().decode()
+
+
 CUT = TEXT[: TEXT.index("# numbers")]
 
 
