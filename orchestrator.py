@@ -2056,13 +2056,11 @@ def needs_you(items: Items, first: Container[str], program: str) -> list[Row]:
     return rows
 
 
-def halt_line(reason: HaltReason | None, detail: str, only_triage: bool = False) -> str:
+def halt_line(reason: HaltReason | None, detail: str) -> str:
     detail = one_line(detail, 500)
     if reason is None:
         return f"Ended by an error: {detail or 'see above'}"
     text = HALT_TEXTS[reason]
-    if only_triage and reason is HaltReason.ALL_DONE_OR_BLOCKED:
-        text = "no new item is left to triage"
     if detail and reason is HaltReason.CIRCUIT_BREAKER_TRIPPED:
         text = "it cannot go on"
     return f"Halt: {text} ({reason}){f': {detail}' if detail else ''}"
@@ -5154,7 +5152,7 @@ def summary_of(space: Workspace, run: Run, code: int) -> dict[str, Any]:
     made = salvages(space) if run.ledger.kept else []
     waiting = (f"{text}; it waits" for text in space.store.state.complaints())
     told = {"schema": 1, "run_id": run.run_id, "halt_reason": run.reason and str(run.reason)}
-    told |= {"halt": halt_line(run.reason, detail, options.only_triage), "detail": detail}
+    told |= {"halt": halt_line(run.reason, detail), "detail": detail}
     told |= {"exit_code": code, "phases": run.phases, "cap": options.cap}
     told |= {"seconds": round(time.monotonic() - run.since, 3), **usage_json(spent)}
     told |= {"completed": completed, "follow_ups": run.follow_ups}
@@ -5828,10 +5826,10 @@ def cmd_demo(args: argparse.Namespace) -> int:
     where.mkdir(parents=True, exist_ok=True)
     repo = Repo.init(where)
     print(f"A demo project in {where}: five items, a scripted agent, no account needed.\n")
-    for name, text in DEMO_FILES.items():
-        (where / name).write_text(text)
-    blobs = repo.blobs({where / name: (where / name).read_bytes() for name in DEMO_FILES})
-    repo.commit(blobs, "A small project to work on")
+    files = {where / name: text.encode() for name, text in DEMO_FILES.items()}
+    for path, data in files.items():
+        path.write_bytes(data)
+    repo.commit(repo.blobs(files), "A small project to work on")
     code = main(["--root", str(where), "run"])
     history = repo.git("log", "--oneline").decode(errors="replace")
     print(f"\n$ git -C {where} log --oneline\n{history}")

@@ -190,7 +190,7 @@ def test_quiet_logs_of_a_run(project: Project) -> None:
     assert blocked.splitlines()[0].endswith("warning: WRK-001 is blocked: Which?")
     assert "\nNeeds you (1):\n" in blocked
     halt = project.run("triage").stderr.strip().splitlines()[0]
-    assert halt == "Halt: no new item is left to triage (AllDoneOrBlocked)"
+    assert halt == "Halt: nothing is left that can run (AllDoneOrBlocked)"
 
 
 def test_the_form_of_json_is_documented(project: Project, here: Cli) -> None:
