@@ -1625,6 +1625,7 @@ UNBLOCK_NOTE = """\
 This item had been blocked. A human unblocked it and left these notes. Follow them; where they
 differ from the description or from older documents, the notes are right."""
 DOCUMENTS_NOTE = "Read these first; earlier phases wrote them:"
+TAKEN_NOTE = "These came from this item and are in the backlog: report only what is new."
 RETRY_NOTE = "Analyse why, and try a different approach: the same steps will fail the same way."
 SALVAGE_NOTE = """\
 What it had changed is kept, but not in the working tree any more. Look before you redo it:
@@ -1731,6 +1732,8 @@ def build_prompt(
     again = f"This is attempt {attempt} of {attempts}. Earlier work on it did not succeed."
     retry = ["What went wrong:", quote(failure), RETRY_NOTE] if failure else []
     retry += [SALVAGE_NOTE.format(ref=salvage_ref)] if salvage_ref else []
+    origins = ((one, (one.get("origin") or "").partition("/")[0]) for one in backlog.items.values())
+    taken = [f"{one['id']}: {one['title']}" for one, origin in origins if origin == item["id"]]
     sections = [
         _section("Item to Triage" if triage else "Item", _facts(facts)),
         _section("Position", _facts(position)),
@@ -1740,6 +1743,7 @@ def build_prompt(
         _section("Unblock Context", quote(item.get("unblock_context") or ""), note=UNBLOCK_NOTE),
         _section("Previous Failure", *retry, note=again),
         _section("Documents", _bullets(documents), note=DOCUMENTS_NOTE),
+        _section("Follow-ups Taken", quote(_bullets(taken)), note=TAKEN_NOTE),
         *(_triage_sections(item, config, backlog) if triage else ()),
         _task_section(item, task, config, folder),
         _section("Rules", _rules(item, task, config, folder)),
@@ -1848,6 +1852,7 @@ def _output_text(item: Item, task: Task, path: str) -> str:
 
 # ---- Items, listed and drawn ---------------------------------------------------------------------
 
+KEPT = "Left by attempts that did not complete, and kept (`git show --stat REF`):"
 STATUS_ORDER = ("in_progress", "blocked", "ready", "scoping", "new", "done")
 
 
@@ -1911,7 +1916,9 @@ def render_graph(backlog: Backlog, only: Container[str] | None = None) -> str:
         if (item_id := to_do.pop(0)) not in names:
             names[item_id] = f"n{len(names) + 1}"
             to_do += needs[item_id]
-    lines = ["flowchart LR"]
+    cycles = [cycle for cycle in dependency_cycles(items) if cycle[0] in names]
+    lines = [f"%% cycle, none of these can start: {' → '.join(cycle)}" for cycle in cycles]
+    lines.append("flowchart LR")
     # Mermaid's own entities, for what would end or restyle a label.
     escapes: Any = {"#": "#35;", "&": "#amp;", "<": "#lt;", ">": "#gt;", '"': "#quot;", "`": "#96;"}
     for item_id, name in names.items():
@@ -2066,6 +2073,15 @@ def halt_line(reason: HaltReason | None, detail: str) -> str:
     return f"Halt: {text} ({reason}){f': {detail}' if detail else ''}"
 
 
+def next_step(reason: HaltReason | None, detail: str) -> str:
+    """The command that helps after a run that ended so; "": none that is not said already."""
+    # No probe tells more of a phase that is held, or of a limit.
+    known = detail.startswith("[") or error_kind(detail) == "limit"
+    if reason is HaltReason.CIRCUIT_BREAKER_TRIPPED and not known:
+        return "check --probe"
+    return "check" if reason is None else ""
+
+
 SCREEN = 24  # lines that the summary of a night is to fit into
 SHOWN_DONE, SHOWN_ASKING, SHOWN_KEPT = 4, 3, 2
 
@@ -2095,12 +2111,13 @@ def render_summary(told: Row, program: str, width: int = WHOLE_LINES) -> str:
         needs.append(f"{indent}{row['command']}")
         if row["waiting"]:
             needs += wrap(f"{indent}waiting for it: {id_list(row['waiting'], 5)}", width, indent)
-    rest = part("Not completed, and kept", told["kept"], SHOWN_KEPT, "check", "item phase ref")
+    rest = part("Not completed, and kept", told["kept"], SHOWN_KEPT, "status", "item phase ref")
     if new := told["follow_ups"]:
         rest += wrap(f"New items ({len(new)}): {id_list(new)}", width)
     rest += wrap(f"Backlog: {status_counts(told['counts'])}", width)
     # One line each, and blanks as they are: a warning holds commands to paste.
     warnings = ["Warning: " + clean_text(text).replace("\n", " ") for text in told["warnings"]]
+    warnings += [f"Next: {told['next']}"] if told["next"] else []
     finished = finished or ["Done: no item was finished"]
     sections = [part for part in (halt, finished, needs, rest, warnings) if part]
     dense = sum(map(len, sections)) + len(sections) > SCREEN
@@ -5161,8 +5178,8 @@ def summary_of(space: Workspace, run: Run, code: int) -> dict[str, Any]:
     told["state_commit"] = done.commit if done and done.outcome == "committed" else None
     told["kept"] = [one for one in made if one["ref"] in run.ledger.kept and not one["finished"]]
     told["warnings"] = [*run.warnings(), *waiting]
-    told["counts"] = count_by_status(items.values())
-    return told
+    told["counts"], step = count_by_status(items.values()), next_step(run.reason, detail)
+    return {**told, "next": step and f"{program_name()} {step}"}
 
 
 def _notify(config: Config, told: Row) -> None:
@@ -5214,7 +5231,7 @@ def cmd_status(args: argparse.Namespace) -> int:
         lines = table("finished id status commit cost_usd title verified", rows, width, heads=True)
         return answer(args, {"items": rows}, lines or ["No item has been finished yet."])
     rows, runs = status_rows(backlog, only, item_costs(space)), run_facts(space)
-    counts = count_by_status(rows)
+    kept, counts = salvages(space), count_by_status(rows)
     keys = "id status phase pipeline_type priority impact size risk title"
     stuck = {row["id"]: block_reason(row) for row in rows if row["status"] == "blocked"}
     blocked = [{"id": id, "why": one_line(without_output(why), 300)} for id, why in stuck.items()]
@@ -5226,12 +5243,13 @@ def cmd_status(args: argparse.Namespace) -> int:
     how = sorted(set(map(unblock_option, stuck.values())))
     lines += [f"  {program_name()} unblock ID {option}" for option in how]
     lines += listed("Waiting for other items:", "id waiting_for", waiting, width)
-    return answer(args, {**runs, "counts": counts, "items": rows}, lines)
+    lines += listed(KEPT, "item phase ref", kept, width)
+    return answer(args, {**runs, "counts": counts, "items": rows, "salvage": kept}, lines)
 
 
 def finished(space: Workspace, item_id: str | None = None) -> list[dict[str, Any]]:
-    """The items that have left the backlog, newest first, or that one, from the worklogs; one that
-    was taken back is not among them."""
+    """The items that have left the backlog, newest first, or that one: those of the worklogs, and
+    those that only the log knows of; one that was taken back is not among them."""
     entries = [one for one in worklog_entries(space) if item_id in (None, one["item"])]
     last, rows = dict[str, str](), dict[str, dict[str, Any]]()
     for entry in entries:
@@ -5241,8 +5259,13 @@ def finished(space: Workspace, item_id: str | None = None) -> list[dict[str, Any
             rows[key] = {"id": key, "title": entry["title"], "status": status}
             rows[key] |= {"finished": entry["when"], "summary": summary}
         last[key] = why
-    checks = proofs(read_log(space, item_id=item_id), code_phases(space.config))
-    costs = worklog_costs(entries)
+    told, costs = read_log(space, item_id=item_id), worklog_costs(entries)
+    for one in told:
+        if one["item"] not in rows and one["outcome"] in ("done", "closed", "removed"):
+            key, why = one["item"], one["summary"]
+            rows[key] = {"id": key, "title": why, "status": one["outcome"]}
+            rows[key] |= {"finished": one["when"], "summary": why}
+    checks = proofs(told, code_phases(space.config))
     for key, row in rows.items():
         proof = checks.get(key, {"commit": None, "verified": []})
         row |= {"commit": proof["commit"], "verified": proof["verified"]}
@@ -5361,7 +5384,7 @@ def cmd_show(args: argparse.Namespace) -> int:
     lines += listed("History:", keys, history_rows(rows, code), width)
     lines += listed("Documents:", "path", [{"path": path} for path in documents], width)
     facts = {"item": known, "documents": documents, "commits": rows, "salvage": kept}
-    lines += listed("Left by attempts that did not complete, and kept:", "phase ref", kept, width)
+    lines += listed(KEPT, "item phase ref", kept, width)
     return answer(args, facts, lines)
 
 
@@ -6119,7 +6142,7 @@ ARGUMENTS: Mapping[str, Row] = {
     "--strict": _flag("exit with 1 when the halt commit met trouble"),
     "--json": _flag("print it as JSON on stdout"),
     "--done": _flag("the finished and closed items instead, newest first"),
-    "--graph": _flag("what waits for what, as a Mermaid chart"),
+    "--graph": _flag("what waits for what, and cycles, as a Mermaid chart"),
     "-f": _flag("follow the one at work", dest="follow"),
     "-n": _option("at most N lines", type=_argument(_COUNT), metavar="N"),
     "--since": _option('as git reads it: "yesterday", 2026-11-28', metavar="WHEN"),
@@ -6165,12 +6188,13 @@ _RUNS = (
 _RUN = (
     "run_id, halt_reason, halt, detail, exit_code, phases, cap, seconds, completed: [id, title,"
     " commit, verified], needs_you: [id, title, question, command, waiting], follow_ups,"
-    f" {_COST}, spent: [item, phase, {_COST}], state_commit, kept: {_SALVAGE}, warnings, counts;"
+    f" {_COST}, spent: [item, phase, {_COST}], state_commit, kept: {_SALVAGE}, warnings, counts,"
+    " next;"
     f" --dry-run: {_RUNS}, items: [id, title, phase, why], problems: [what, remedy]"
 )
 JSON_FORMS = {
-    "status": f"{_RUNS}, counts, items: [{', '.join(ITEM_KEYS)}, waiting_for, {_COST}];"
-    f" --done: items: {_DONE}",
+    "status": f"{_RUNS}, counts, items: [{', '.join(ITEM_KEYS)}, waiting_for, {_COST}],"
+    f" salvage: {_SALVAGE}; --done: items: {_DONE}",
     "show": f"item: as in status, documents, commits: [{_ENTRY}], salvage: {_SALVAGE}",
     "log": f"log: [{_ENTRY}]",
     "check": f"{_RUNS}, problems: [what, remedy], remarks, salvage: {_SALVAGE}, probes: [agent,"

@@ -303,7 +303,7 @@ def test_what_makes_no_sense_is_refused_in_one_line_and_changes_nothing(project:
 
 def test_status_of_an_empty_backlog(here: Cli) -> None:
     assert here("status").out == "No items.\n"
-    assert json.loads(here("status", "--json").out) == {"schema": 1, "active": None, "unfinished": None, "counts": {}, "items": []}
+    assert json.loads(here("status", "--json").out) == {"schema": 1, "active": None, "unfinished": None, "counts": {}, "items": [], "salvage": []}
     assert here("status", "--done").out == "No item has been finished yet.\n"
     assert here("log").out == "There is no commit of the orchestrator's.\n"
 

@@ -137,6 +137,12 @@ def test_finished_items_come_from_the_worklog_newest_first(project: Project, her
     assert here("status", "--done", "--only", "id=WRK-001", code=2).err.startswith("orchestrator: --done and --only cannot")
 
 
+def test_without_a_worklog_the_trailers_tell_what_has_left(project: Project, here: Cli) -> None:
+    commit(project, "[orchestrator] Close WRK-001: Old", "[WRK-001] Not wanted", trailers("Item: WRK-001", "Outcome: closed"))
+    (row,) = json.loads(here("status", "--done", "--json").out)["items"]
+    assert (row["id"], row["status"], row["summary"]) == ("WRK-001", "closed", "Not wanted")
+
+
 def test_what_the_worklog_says_is_read_as_it_was_written() -> None:
     now = utc_now()
     item: Any = {"id": "WRK-001", "title": "Fix (it)", "phase": "build"}

@@ -71,6 +71,7 @@ def test_what_a_phase_left_is_kept_whole_and_nothing_else_moves(project: Any, tm
     assert f"[WRK-001][BUILD] what it left is kept on {REF}: " in log
     if ending != "cancelled":
         assert f"(its changes are kept on {REF})" in project.items()["WRK-001"]["blocked_reason"]
+    assert REF in project.run("status").stdout
     assert REF in project.run("show", "WRK-001").stdout
     assert f"note: {REF} keeps what [WRK-001][build] left" in project.run("check", code=None).stdout
 
@@ -100,11 +101,16 @@ def test_salvage_is_listed_with_the_command_that_drops_that_of_finished_items(pr
     for ref, commit in refs.items():
         project.git("update-ref", ref, commit)
     parts = {ref: ref.split("/")[3:] for ref in refs}
-    assert here("show", "WRK-001").out.endswith(f"\n\nLeft by attempts that did not complete, and kept:\n  build {next(iter(refs))}\n")
+    rows = [f"  {item} {phase:5} {ref}" for ref, (item, phase, _) in parts.items()]
+    lines = here("status").out.splitlines()
+    assert lines[-len(rows) - 1].endswith("(`git show --stat REF`):")
+    assert lines[-len(rows) :] == rows
+    assert here("show", "WRK-001").out.endswith(f"\n\nLeft by attempts that did not complete, and kept (`git show --stat REF`):\n{rows[0]}\n")
     known = [
         {"ref": ref, "item": item, "phase": phase, "commit": refs[ref], "finished": item in ("WRK-002", "WRK-003")}
         for ref, (item, phase, _) in parts.items()
     ]
+    assert json.loads(here("status", "--json").out)["salvage"] == known
     assert json.loads(here("show", "WRK-002", "--json").out)["salvage"] == known[1:3]
     out = here("check").out
     assert [line for line in out.splitlines() if "keeps what" in line] == [

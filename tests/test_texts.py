@@ -233,8 +233,9 @@ def test_d19_what_is_known_of_the_item_and_where_the_agent_stands() -> None:
         title="Fix it", tags=["ui", "api"], dependencies=["WRK-001"], origin="WRK-003/build", size="small", impact="high",
         description={"context": "one\ntwo", "problem": "", "solution": " ", "impact": "all"}, unblock_context="Use OAuth.",
     )
+    mine, other = make_item("WRK-050", title="Docs", origin="WRK-042/build"), make_item("WRK-051", origin="WRK-001/prd")
     prompt = prompt_for(
-        item, task_of("build"), config, attempt=2, attempts=4, documents=["a/prd.md", "a/design.md"]
+        item, task_of("build"), config, [mine, other], attempt=2, attempts=4, documents=["a/prd.md", "a/design.md"]
     )
     assert section(prompt, "Item").splitlines() == [
         "- **ID:** WRK-042", "- **Title:** Fix it", "- **Tags:** ui, api", "- **Depends on:** WRK-001 (done)",
@@ -248,6 +249,7 @@ def test_d19_what_is_known_of_the_item_and_where_the_agent_stands() -> None:
     assert section(prompt, "Current Assessments") == "- **Size:** small\n- **Impact:** high"
     assert section(prompt, "Description") == "> **Context:** one\n> two\n\n> **Impact:** all"
     assert section(prompt, "Documents").endswith("\n\n- a/prd.md\n- a/design.md")
+    assert section(prompt, "Follow-ups Taken").endswith("\n\n> - WRK-050: Docs")
     for text in (prompt, prompt_for(item, triage_of())):
         assert "had been blocked" in section(text, "Unblock Context")
         assert section(text, "Unblock Context").endswith("> Use OAuth.")
@@ -479,6 +481,7 @@ def test_the_graph_is_mermaid() -> None:
         make_item("A-5", "new", dependencies=["A-3"]),
     )
     assert orchestrator.render_graph(backlog).splitlines() == [
+        "%% cycle, none of these can start: A-3 → A-5 → A-3",
         "flowchart LR",
         '  n1["A-1 Say #quot;x#quot; #35;1 #lt;b#gt;<br/>in_progress prd"]',
         '  n2["A-2 Title of A-2<br/>new"]',
@@ -503,7 +506,8 @@ def ended(items: Sequence[Item] = (), **changes: Any) -> dict[str, Any]:
         "needs_you": orchestrator.needs_you(backlog.items, ["WRK-003"], "orchestrator"), "follow_ups": ["WRK-004"],
         "cost_usd": 4.2, "input_tokens": 120_000, "output_tokens": 8_000, "state_commit": "0123456789abcdef",
         "kept": [{"item": "WRK-002", "phase": "build", "ref": "refs/orchestrator/salvage/WRK-002/build/1"}],
-        "warnings": ["the index is locked"], "counts": orchestrator.count_by_status(backlog.items.values()), **changes,
+        "warnings": ["the index is locked"], "counts": orchestrator.count_by_status(backlog.items.values()),
+        "next": "orchestrator check", **changes,
     }
 
 
@@ -533,6 +537,7 @@ def test_the_summary_answers_what_was_done_what_needs_you_what_it_cost_and_what_
         "Backlog: 3 items: 2 blocked, 1 new",
         "",
         "Warning: the index is locked",
+        "Next: orchestrator check",
     ]
 
 
@@ -549,5 +554,8 @@ def test_the_summary_of_a_night_of_forty_phases_fits_a_screen() -> None:
     assert "Needs you (7; all: python3 tools/orchestrator.py status --only status=blocked):" in lines
 
 
-def test_an_error_has_its_line() -> None:
+def test_what_to_do_next_depends_on_why_the_run_ended() -> None:
+    reasons = {None: "check", HaltReason.CIRCUIT_BREAKER_TRIPPED: "check --probe", HaltReason.CAP_REACHED: ""}
+    assert {reason: orchestrator.next_step(reason, "claude: not logged in") for reason in reasons} == reasons
+    assert orchestrator.next_step(HaltReason.CIRCUIT_BREAKER_TRIPPED, "[WRK-001][build] is held") == ""
     assert orchestrator.halt_line(None, "disk\nfull") == "Ended by an error: disk full"
