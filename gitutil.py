@@ -403,6 +403,7 @@ class Repo:
         self._read: tuple[str, bytes | None] = "", None  # see `committed`
         self._compared: dict[tuple[str, str], list[Change]] = {}  # see `changes`
         self._index: tuple[object, dict[str, list[str]]] = None, {}  # see `_all_rows`
+        self._undated = False  # whether the index holds entries of ours, without the files' times
         self._staged: tuple[object, frozenset[str]] = None, frozenset()  # see `_staged_paths`
 
     @classmethod
@@ -802,7 +803,7 @@ class Repo:
 
         HeadBusy when somebody holds the index lock for too long.
         """
-        self._index = None, {}
+        self._index, self._undated = (None, {}), True
         self._patiently("update-index", "-z", "--index-info", stdin=self._index_info(rows))
         for option in ("assume-unchanged", "skip-worktree"):
             if paths := [row.path for row in rows if row.hidden == option]:
@@ -1145,8 +1146,9 @@ class Repo:
                     self._stage([self._entries(self.head().commit, [name])[name]])
         except (GitError, OSError) as error:
             return skipped(f"{error}.")
-        with suppress(GitError):  # entries of ours tell no times: some programs take them for dirty
-            self.git("update-index", "-q", "--refresh", ok=range(256), limit_s=TREE_LIMIT_S)
+        if self._undated:  # some programs take that for dirty
+            with suppress(GitError):
+                self.git("update-index", "-q", "--refresh", ok=range(256), limit_s=TREE_LIMIT_S)
         return StateCommit("committed" if commit else "clean", commit, None)
 
     def _unfit(self, path: Path) -> Problem | None:

@@ -307,6 +307,7 @@ class Attempt:
     only: frozenset[str] | None = None  # what it changed, if the operator has had the tree since
     usage: Usage = NOTHING_SPENT
     last: str = ""  # what its agent did last, one line
+    heard: float = 0.0  # when it last printed anything, monotonic seconds; 0: it is not at work
     so_far: Usage = NOTHING_SPENT  # as long as it is at work
     since: float = 0.0  # monotonic seconds
     told: float = 0.0  # when the log last had a line about it
@@ -319,6 +320,16 @@ class Attempt:
     @property
     def tag(self) -> str:
         return phase_line(self.task.item_id, self.task.name, "").rstrip()
+
+    @property
+    def doing(self) -> str:
+        """What its agent did last, and since when it is silent, if it is."""
+        silent_s = time.monotonic() - self.heard if self.heard else 0.0
+        if silent_s < SILENT_S:
+            return self.last
+        since = datetime.now() - timedelta(seconds=silent_s)
+        silent = f"says nothing since {since:%H:%M} ({silent_s // 60:.0f} min)"
+        return f"{silent}, before: {self.last}" if self.last else silent  # cut at its end
 
     @property
     def stem(self) -> str:
@@ -2170,6 +2181,8 @@ TAIL_LINES = 20
 TAIL_COLUMNS = 400
 EARLY_S = 10.0  # who exits non-zero so soon has not worked
 LOOK_S = 0.25  # how often output, result file and time limits are looked at
+SILENT_S = 60.0  # who says nothing for so long is said to be silent
+SETTLE_S = 60.0  # a valid result that stays the same this long ends the attempt
 LOOK_AROUND_S = 1.0  # and the processes that have lost the attempt's marker
 SWEEP_LIMIT_S = 10.0  # a process that survives SIGKILL this long hangs in the kernel
 LEFTOVER_GRACE_S = 2.0  # TERM to KILL for what a killed run left behind
@@ -2780,7 +2793,7 @@ def _leftovers(variable: str, leader: int, known: Mapping[int, int]) -> list[tup
 
 # ---- One child process ---------------------------------------------------------------------------
 
-Ending = Literal["exit", "stop", "timeout", "idle"]
+Ending = Literal["exit", "stop", "timeout", "idle", "settled"]
 
 
 def log_paths(root: Path, task: Task, name: int | str) -> tuple[Path, Path]:
@@ -2949,12 +2962,12 @@ class Child:
             descriptor = os.pidfd_open(self._process.pid)
             loop.add_reader(descriptor, gone.set)
         either = [asyncio.ensure_future(event.wait()) for event in (gone, stop)]
-        begun = grown = looked = loop.time()
+        begun = looked = self.attempt.heard = loop.time()
         try:
             while True:
                 await asyncio.wait(either, timeout=LOOK_S, return_when=asyncio.FIRST_COMPLETED)
                 now = loop.time()
-                grown = now if self._take() else grown
+                self.attempt.heard = now if self._take() else self.attempt.heard
                 self.seconds = now - begun
                 if gone.is_set() or (descriptor is None and self._process.poll() is not None):
                     return "exit"
@@ -2962,8 +2975,10 @@ class Child:
                     return "stop"
                 if self.seconds >= self.timeout_s:
                     return "timeout"
-                if 0 < self.idle_timeout_s <= now - grown:
+                if 0 < self.idle_timeout_s <= now - self.attempt.heard:
                     return "idle"
+                if self._lingers():
+                    return "settled"
                 if now - looked >= LOOK_AROUND_S:
                     looked = now
                     for pid, start in await asyncio.to_thread(self._look_around):
@@ -3009,6 +3024,13 @@ class Child:
         self._told |= new  # an orphan, too, whoever's it is: if we are killed, nothing else tells
         self._known.update(one for one in new if one[0] in below or len(LIVE) == 1)
         return list(new)
+
+    def _lingers(self) -> bool:
+        """Whether a valid result has long stayed the same."""
+        with suppress(OSError, ResultError):
+            age_s = time.time() - os.lstat(self.result_path).st_ctime
+            return not self.command and age_s >= SETTLE_S and self._read_result() is not None
+        return False
 
     def _read_result(self) -> PhaseResult | None:
         """The result that the agent wrote; None if there is none, ResultError if it is unusable."""
@@ -3307,7 +3329,10 @@ def set_up_logging(args: argparse.Namespace, live: LiveLine | None = None) -> No
             text = record.getMessage()
             if record.exc_info:
                 text += f"\n{logging.Formatter().formatException(record.exc_info)}"
-            text = f"{clock} {tag}{clean_text(text)}"
+            lines, width = f"{clock} {tag}{clean_text(text)}".split("\n"), output_width(sys.stderr)
+            # A line that is indented already is a command to be copied.
+            pieces = ([one] if one[:2] == "  " else wrap(one, width, " " * 9) for one in lines)
+            text = "\n".join(itertools.chain(*pieces))
             return tint(text) if tinted else text
 
         def emit(self, record: logging.LogRecord) -> None:
@@ -3568,6 +3593,8 @@ class Ledger:
                 *(attempt.tag, one_line(", ".join(alone), 200)),
             )
             self.space.add_strays(alone)
+        if not (made.entries or attempt.destructive or attempt.task.pool == TRIAGE):
+            log().warning("%s no document of it is in a commit: see .gitignore", attempt.tag)
         applied = self.decide(attempt, made, result)
         batched = result.result == "phase_complete" and attempt.task.pool != TRIAGE
         if attempt.destructive or not batched:
@@ -3628,6 +3655,8 @@ class Ledger:
         branch was switched or rewound.
         """
         before, after = attempt.before, self.repo.snapshot()
+        if after.head.branch == before.head.branch:
+            self._mend_worklog(before, after)
         changes, base = self._changes(before.tree, after.tree), self.ground or before
         ground, dirt = self._dirt(base), self._dirt(before).items()
         if base.tree != before.tree:  # hidden then by an agent's stash, it is no change of this one
@@ -3656,14 +3685,34 @@ class Ledger:
             changes = [change for change in changes if change.after.path in attempt.only]
         self._refuse_lost_branch(attempt, Aftermath(after, changes, theirs))
         old, new = before.head.commit, after.head.commit
-        if new and new != old and self.journal.run["id"] != self.run_id:
-            # It was killed, and what is in HEAD by now has been committed by the operator since.
-            done = theirs.keys() - {change.after.path for change in self._changes(new, after.tree)}
+        if attempt.only is None and self.journal.run["id"] != self.run_id:
+            # It was killed: what is in HEAD by now has been committed by the operator since, and
+            # the config may have been mended.
+            done = {self.repo.prefix + CONFIG_NAME}
+            if new and new != old:
+                now = {change.after.path for change in self._changes(new, after.tree)}
+                done |= theirs.keys() - now
             changes = [change for change in changes if change.after.path not in done]
         commits = self.repo.commits_between(old, new) if old and new and old != new else []
         if foreign := [commit[:10] for commit in commits if commit not in self.own_commits]:
             log().info("%s commits made meanwhile: %s", attempt.tag, ", ".join(foreign))
         return Aftermath(after, changes, theirs)
+
+    def _mend_worklog(self, before: Snapshot, after: Snapshot) -> None:
+        """Put back what an agent's git command, or an agent, took out of the worklog, to which
+        everybody only adds."""
+        folder = f"{self.repo.prefix}{WORKLOG_DIR}/"
+        had = [change.before for change in self.repo.changes(before.tree, after.tree)]
+        had = [entry for entry in had if entry.path.startswith(folder) and not entry.absent]
+        contents = self.repo.read_blobs(entry.oid for entry in had)
+        for entry, old in zip(had, contents, strict=True):
+            path = self.repo.top / entry.path
+            now = path.read_bytes() if path.exists() else b""
+            lost = [text for text in old.split(b"\n---\n") if text.strip() and text not in now]
+            if lost:
+                log().warning("%s lost entries; they are there again", entry.path)
+                added = b"".join(text + b"\n---\n" for text in lost)
+                replace_file(path, old if old.startswith(now) else now + added)
 
     def _changes(self, old: str | None, new: str) -> list[Change]:
         """The difference of two trees, without what is no part of anybody's work."""
@@ -3703,6 +3752,9 @@ class Ledger:
     def _documents(self, attempt: Attempt, seen: Aftermath) -> list[Entry]:
         """What a document phase may commit; anything else it touched is named and left alone."""
         made, elsewhere = self._outputs(attempt, seen)
+        if seen.after.head.commit != attempt.before.head.commit:  # committed meanwhile, by whomever
+            dirty = self._dirt(seen.after)
+            elsewhere = [path for path in elsewhere if path in dirty]
         if elsewhere and not attempt.destructive:
             had = [c.before for c in seen.changes if c.before.path in elsewhere]
             had = [entry for entry in had if entry.path in seen.theirs and not entry.absent]
@@ -3801,7 +3853,11 @@ class Ledger:
         if verdict.outcome == "passed":  # a hook's `git add -A` takes more than is to be committed
             mine = self.space.somebodys(entry.path for entry in verdict.entries)
             mine = mine - self.space.strays().keys() | {*seen.paths}
-            return verdict._replace(entries=[e for e in verdict.entries if e.path in mine])
+            left = [entry for entry in verdict.entries if entry.path in mine]
+            files = any(change.after.mode != GITLINK_MODE for change in seen.changes)
+            if verdict.hook and files and not (left or moved):
+                return "the repository's hooks took all that was changed out of the commit"
+            return verdict._replace(entries=left)
         if verdict.outcome == "files":
             return verdict
         keys = "commits.style, commits.signoff and execution.hook_timeout_seconds"
@@ -3926,10 +3982,11 @@ class Ledger:
         if head.branch == self.branch:  # whoever starts again has seen what was done
             self._salvage(attempt, seen)
             self.store.note({"ended": [attempt.token]})
+        leave = "to leave it so, start again; " if head.branch == before.branch else ""
         raise OrchestratorError(
             f"{attempt.label} (or you) {did}. The run stops here; what was there is kept on"
-            f" {kept}. Look at what was done; to leave it so, start again; this goes back:"
-            f" {remedy.format(kept)}"
+            f" {kept}, what was decided in {self.store.journal_path}. Look at what was done;"
+            f" {leave}this goes back: {remedy.format(kept)}"
         )
 
     # -- commits -----------------------------------------------------------------------------------
@@ -4211,6 +4268,7 @@ def _log_error(answer: asyncio.Future[Any]) -> None:
 
 # ==== 9. The run ==================================================================================
 
+SAME_REST_S = 60.0  # two ends of a rest that differ by less are told once
 PROGRESS_LOG_S = 120.0  # how often the log tells what an agent does
 POLL_S = 1.0  # how often the disk is looked at while agents work
 
@@ -4260,6 +4318,7 @@ class Run:
         self.failures: dict[str, str] = {}  # item → why the last attempt at its phase failed
         # (agent, item) that had a free end → whether the agent has done another item's work since
         self.suspects: dict[tuple[str, str], bool] = {}
+        self.rests: dict[str, float] = {}  # agent → the end of its rest that was told last
         self.breaker = ""  # why the agent itself cannot work
         self.ticker: asyncio.Task[None] | None = None
         self.coordinator = Coordinator()
@@ -4376,7 +4435,7 @@ class Run:
                 for one in self.attempts.values():
                     if now - one.told >= PROGRESS_LOG_S:
                         one.told, spent = now, usage_text(one.so_far)
-                        parts = human_duration(now - one.since), spent, one_line(one.last, 160)
+                        parts = human_duration(now - one.since), spent, one_line(one.doing, 160)
                         self._say(one.task, f"at work: {', '.join(filter(None, parts))}")
                 await asyncio.sleep(POLL_S)
 
@@ -4561,7 +4620,7 @@ class Run:
                 flush=False,
             ),
         )
-        attempt.usage, attempt.so_far = outcome.usage, NOTHING_SPENT
+        attempt.usage, attempt.so_far, attempt.heard = outcome.usage, NOTHING_SPENT, 0.0
         on = attempt.task.item_id, attempt.task.name
         self.spent[on] = self.spent.get(on, NOTHING_SPENT).plus(outcome.usage)
         left = self._budget()
@@ -4680,10 +4739,12 @@ class Run:
         if not goes_on:
             again = f" ({pause.strikes} times in a row)" if pause.strikes > 1 else ""
             return self._trip(outcome.error + again, task)
-        await self.do(self.ledger.rest, agent, pause)
+        if not self._now() < self.rests.get(agent, 0.0) >= pause.until - SAME_REST_S:
+            self.rests[agent] = pause.until  # else a neighbour met the same limit
+            text = f"{outcome.error}; {agent} {self._rest_text(pause)}, no attempt is charged"
+            self._tell(task, text)
         self.phases -= 1  # it is started again, and did nothing
-        text = f"{outcome.error}; {agent} {self._rest_text(pause)}, no attempt is charged"
-        return self._tell(task, text)
+        return await self.do(self.ledger.rest, agent, pause)
 
     def _rest_text(self, pause: AgentPause) -> str:
         left = human_duration(pause.until - self._now())
@@ -4737,7 +4798,7 @@ class Run:
         )
         so_far = f" · {spent.tokens:,} tokens" if spent.tokens else ""
         so_far += f" · ${spent.cost_usd:.2f}" if spent.cost_usd is not None else ""
-        last = "; ".join(one.last for one in at_work if one.last)
+        last = "; ".join(one.doing for one in at_work if one.doing)
         return (
             f"phases {self.phases}/{self.options.cap} · done {len(self.completed)} · blocked"
             f" {len(self.blocked_now())}{so_far} · {', '.join(doing) or 'waiting'}  {last}"
@@ -4809,7 +4870,7 @@ class Workspace(NamedTuple):
         own |= {prefix + BACKLOG_NAME for prefix in self.repo.neighbours}
         places = (self.repo.prefix, *self.repo.neighbours)
         folders = tuple(f"{place}{name}/" for place in places for name in (WORKLOG_DIR, WORK_DIR))
-        outputs = list[os.stat_result]()
+        strays, outputs = self.strays(), list[os.stat_result]()
         for fd in (1, 2):
             with suppress(OSError):
                 outputs.append(os.fstat(fd))
@@ -4821,8 +4882,9 @@ class Workspace(NamedTuple):
                 return not self.repo.is_tracked(path)
             with suppress(OSError):
                 found = (self.repo.top / path).lstat()
-                return any(os.path.samestat(found, one) for one in outputs)
-            return False
+                if any(os.path.samestat(found, one) for one in outputs):
+                    return True
+            return strays.get(path, "").startswith("inode")
 
         return {path for path in paths if not nobodys(path)}
 
@@ -4832,21 +4894,33 @@ class Workspace(NamedTuple):
         with suppress(OSError):
             text = os.fsdecode((self.repo.state_dir / "strays").read_bytes())
         lines = (line.partition(" ") for line in text.split("\0"))
-        return {path: stamp for stamp, _, path in lines if stamp and stamp == self._stamp(path)}
+        return {path: stamp for stamp, _, path in lines if stamp and stamp in self._stamps(path)}
 
-    def add_strays(self, paths: Iterable[str]) -> None:
+    def add_output(self) -> None:
+        """Remember the files that our output goes to, for the runs that write elsewhere (Linux)."""
+        for fd in (1, 2):
+            with suppress(OSError):
+                path = Path(f"/proc/self/fd/{fd}").readlink()
+                inside = path.is_relative_to(self.repo.top) and path.is_file()
+                if inside and not path.is_relative_to(self.repo.git_dir):
+                    name = self.repo.relative(path)
+                    self.add_strays([] if self.repo.is_tracked(name) else [name], growing=True)
+
+    def add_strays(self, paths: Iterable[str], *, growing: bool = False) -> None:
         """Remember paths as strays: never committed by us, and never taken for the operator's."""
-        known = self.strays() | {path: self._stamp(path) for path in paths}
+        known = self.strays() | {path: self._stamps(path)[growing] for path in paths}
         text = "\0".join(f"{stamp} {path}" for path, stamp in known.items() if stamp)
         replace_file(self.repo.state_dir / "strays", os.fsencode(text))
 
-    def _stamp(self, path: str) -> str:
-        """By what a stray is known again: time and size, of a folder only that it is one."""
+    def _stamps(self, path: str) -> tuple[str, str]:
+        """By what a stray is known again: its time and size, of a folder only that it is one; or
+        one that still grows, by which file it is."""
         try:
             found = (self.repo.top / path).lstat()
         except OSError:
-            return ""
-        return "folder" if stat.S_ISDIR(found.st_mode) else f"{found.st_mtime_ns}-{found.st_size}"
+            return "", ""
+        state = f"{found.st_mtime_ns}-{found.st_size}"
+        return "folder" if stat.S_ISDIR(found.st_mode) else state, f"inode-{found.st_ino}"
 
     def entries_since(self, before: bytes | None) -> list[MessageEntry]:
         """What a state commit says of each item that has changed since a version of the file."""
@@ -4961,6 +5035,7 @@ def begin_run(ledger: Ledger, *, allow_dirty: bool) -> None:
         pairs = [pair for line in last.attempts.values() for pair in line.get("processes", ())]
         end_leftovers(last.run["id"], dict(pairs))
     repo.clean_leftovers()
+    space.add_output()
     repo.bring_out(f"{repo.prefix}{WORKLOG_DIR}/")
     store.look()
     if last is not None:

@@ -1,6 +1,7 @@
 """Hermetic surroundings for every test: own HOME, no global git configuration, no GIT_* variables."""
 
 import gc
+import importlib.util
 import json
 import os
 import select
@@ -15,6 +16,7 @@ from contextlib import chdir, redirect_stderr, redirect_stdout, suppress
 from functools import partial
 from io import StringIO
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple, NoReturn
 
 import pytest
@@ -115,9 +117,10 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """With --vendored, tests of functions are left out: they import the modules."""
+    """With --vendored, tests that call functions or commands of the modules are left out."""
     if config.getoption("vendored"):
-        others = [one for one in items if "program" not in getattr(one, "fixturenames", ())]
+        names = [(one, getattr(one, "fixturenames", ())) for one in items]
+        others = [one for one, has in names if "program" not in has or "cli" in has]
         config.hook.pytest_deselected(items=others)
         items[:] = [one for one in items if one not in others]
 
@@ -129,6 +132,11 @@ def program(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactor
         return SOURCE
     built = tmp_path_factory.mktemp("vendored") / "orchestrator.py"
     sh(HERE, sys.executable, str(SOURCE), "vendor", str(built))
+    spec = importlib.util.spec_from_file_location("single_file", built)
+    assert spec
+    assert spec.loader
+    Project.module = sys.modules["single_file"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(Project.module)
     return built
 
 
@@ -163,7 +171,7 @@ for path, text in step.get("write", {}).items():
 if "document" in step:
     with open(os.path.join(env["ORCHESTRATOR_CHANGE_DIR"], step["document"]), "w") as file:
         file.write(f"{item} {phase} {attempt}\n")
-if "sh" in step and os.spawnlp(os.P_WAIT, "sh", "sh", "-ec", step["sh"]):
+if "sh" in step and os.spawnlp(os.P_WAIT, "sh", "sh", "-c", step["sh"]):
     sys.exit(1)
 if "announce" in step:
     with open(here + "/announce", "w") as fifo:
@@ -194,17 +202,17 @@ class Done(NamedTuple):
     err: str
 
 
-def in_process(*argv: str) -> Done:
+def in_process(*argv: str, module: ModuleType = orchestrator) -> Done:
     """Run a command within this process."""
     with redirect_stdout(StringIO()) as out, redirect_stderr(StringIO()) as err:
         try:
-            found = orchestrator.main(list(argv))
+            found = module.main(list(argv))
         except SystemExit as end:
             found = int(end.code or 0)
     return Done(found, out.getvalue(), err.getvalue())
 
 
-def call_main(words: list[str], env: dict[str, str], injected: str) -> NoReturn:
+def call_main(module: ModuleType, words: list[str], env: dict[str, str], injected: str) -> NoReturn:
     """What a forked process does in place of a start of Python: the command, in its own surroundings."""
     os.closerange(3, 1 << 16)  # that of `Popen` as well, which waits for it
     gc.freeze()
@@ -215,7 +223,7 @@ def call_main(words: list[str], env: dict[str, str], injected: str) -> NoReturn:
     code = 1
     try:
         exec(injected, {})
-        code = orchestrator.main(words)
+        code = module.main(words)
     except SystemExit as end:
         code = int(end.code or 0)
     except BaseException:
@@ -229,6 +237,7 @@ class Project:
     """A repository with a backlog and a scripted agent, driven through the real command."""
 
     program: Path  # what is started as the command; see the fixture of this name
+    module: ModuleType = orchestrator  # the same, imported
 
     def __init__(self, root: Path, outside: Path) -> None:
         self.root = root
@@ -299,9 +308,9 @@ class Project:
     def run(self, *args: str, code: int | None = 0) -> subprocess.CompletedProcess[str]:
         """Run the command to its end; asserts the exit code unless it is None."""
         changed = self.launcher or self.environment or self.injected
-        if args[0] in AT_HAND and self.program == SOURCE and not changed:
+        if args[0] in AT_HAND and not changed:
             with chdir(self.outside):
-                found, out, err = in_process("--root", str(self.root), *args)
+                found, out, err = in_process("--root", str(self.root), *args, module=self.module)
         else:
             process = self.start(*args)
             out, err = process.communicate(timeout=self.patience)
@@ -316,11 +325,11 @@ class Project:
         argv = [*self.launcher, sys.executable, "-m", self.program.stem, *words]
         path = f"{self.outside / 'inject'}{os.pathsep}{self.program.parent}"
         env = {k: v for k, v in {**os.environ, "PYTHONPATH": path, **self.environment}.items() if v is not None}
-        forked = self.program == SOURCE and not self.launcher and sys.platform == "linux"  # nothing is to be imported
+        forked = not self.launcher and sys.platform == "linux"  # nothing is to be imported
         process = subprocess.Popen(
             argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=self.outside,
             start_new_session=True, restore_signals=not forked, env=env,
-            preexec_fn=partial(call_main, words, env, self.injected) if forked else None,
+            preexec_fn=partial(call_main, self.module, words, env, self.injected) if forked else None,
         )
         self.started.append(process)
         return process
@@ -365,13 +374,13 @@ class Project:
                 return "".join(lines)
         raise AssertionError(f"{text!r} was never logged:\n{''.join(lines)}")
 
-    def finish(self, process: subprocess.Popen[str], code: int = 0) -> str:
-        """Wait for a started command; returns the (rest of the) log."""
+    def finish(self, process: subprocess.Popen[str], code: int | None = 0) -> str:
+        """Wait for a started command; returns the (rest of the) log; asserts the exit code unless it is None."""
         assert process.stderr
         assert process.stdout
         with process:
             err, out = process.stderr.read(), process.stdout.read()
-        if process.returncode != code:
+        if code not in (process.returncode, None):
             raise AssertionError(f"exited {process.returncode}, not {code}:\n{out}{err}")
         return err
 

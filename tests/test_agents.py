@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -43,7 +44,7 @@ linux_only = pytest.mark.skipif(sys.platform != "linux", reason="needs /proc and
 @pytest.fixture(autouse=True)
 def subreaper(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Every test runs as the orchestrator does, only with shorter looks."""
-    for name, seconds in {"LOOK_S": 0.01, "LOOK_AROUND_S": 0.1}.items():
+    for name, seconds in {"LOOK_S": 0.01, "LOOK_AROUND_S": 0.1, "SETTLE_S": 0.05}.items():
         monkeypatch.setattr(orchestrator, name, seconds)
     monkeypatch.setenv("ORCHESTRATOR_PID", "")  # so that it is restored after the test
     orchestrator.become_subreaper()
@@ -289,7 +290,7 @@ CLEAN = f"no result file was written (exit code 4)\nLast output:\n{NUMBERS}\nred
         (report(), {}, "result", ""),
         (f"{report('blocked')}; exit 3", {}, "result", "result accepted in spite of: exit code 3"),
         (f'echo "{{" > "$ORCHESTRATOR_RESULT_PATH"; sleep 0.2; {report()}; exit 7', {}, "result", "result accepted in spite of: exit code 7"),
-        (f"{report()}; sleep 120", {"idle_timeout_s": 0.3}, "result", "it went on after its result and was ended"),
+        (f"{report()}; sleep 120", {}, "result", "it went on after its result and was ended"),
         (f"{report(item_id='W')}; {report()}; sleep 120", {"timeout_s": 0.02}, "result", "it went on after its result and was ended"),
         ("seq 1 30; printf '\\033[31mred\\033[0m\\007\\n' >&2; printf last >&2; exit 4", {}, "failed", CLEAN),
         (f"echo working; {report(item_id='WRK-2')}", {}, "failed", f"{FOREIGN} (exit code 0)\nLast output:\nworking"),
@@ -450,7 +451,9 @@ def test_of_a_flood_the_end_is_read(play: Player, monkeypatch: pytest.MonkeyPatc
 def test_what_an_agent_did_last_is_noted(make_spec: SpecMaker) -> None:
     site, made = make_spec("echo one; printf '\\033[1mtwo\\n\\n'").both
     asyncio.run(run_attempt(site, made, "Do it."))
-    assert made.last == "two"
+    assert made.doing == "two"
+    made.heard = time.monotonic() - 150
+    assert re.fullmatch(r"says nothing since \d\d:\d\d \(2 min\), before: two", made.doing)
 
 
 # ---- Agent CLIs, as recorded event streams -------------------------------------------------------

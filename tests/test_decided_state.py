@@ -8,13 +8,14 @@ outcomes: the items, what HEAD holds, how often each phase was paid for, and wha
 import os
 import re
 import signal
-import subprocess
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.conftest import sh
 
 ITEMS = ("WRK-001 ready", "WRK-002 ready", "WRK-003 ready")
 TARGETS = ("run", "--target", "WRK-001", "--target", "WRK-002")
@@ -41,16 +42,6 @@ def prepare(project: Any, script: dict[str, Any]) -> None:
 def pausing(then: str = "", **more: Any) -> list[dict[str, Any]]:
     """One visit of an agent that waits for the test, then does what a shell is told; a tame one."""
     return [{"sh": f"{PAUSE}{then or ':'}", **more}, {"sh": "echo again > again.py"}]
-
-
-def finish(project: Any, run: subprocess.Popen[str], code: int | None = 0) -> str:
-    try:
-        out, log = run.communicate(timeout=30)
-    except subprocess.TimeoutExpired:
-        run.kill()
-        raise AssertionError(f"the run does not end:\n{run.communicate()[1]}") from None
-    assert code in (run.returncode, None), f"exited {run.returncode}, not {code}:\n{log}{out}"
-    return log
 
 
 def go_on(project: Any) -> None:
@@ -81,10 +72,6 @@ def check(project: Any, statuses: dict[str, str], log: str = "", again: str = ""
     assert journals(project) == []
 
 
-def shell(folder: Path, line: str) -> None:
-    subprocess.run(["sh", "-ec", line], cwd=folder, check=True, capture_output=True)
-
-
 # ---- An older state that comes back --------------------------------------------------------------
 
 WAYS = {
@@ -106,7 +93,7 @@ def test_an_older_state_that_an_agent_brings_back_undoes_nothing(project: Any, p
     project.announced()
     assert project.run("add", "Added meanwhile").stdout.startswith("Added WRK-004")
     go_on(project)
-    log = finish(project, run)
+    log = project.finish(run)
     check(project, {"WRK-003": "ready", "WRK-004": "new"}, log)
     assert project.titles() == {"WRK-003": "Edited" if "Edited" in WAYS[way] else "Item WRK-003", "WRK-004": "Added meanwhile"}
 
@@ -119,7 +106,7 @@ def test_a_branch_that_an_agent_rewinds_stops_the_run_and_undoes_no_decision(pro
     project.run("add", "Added meanwhile")
     tip = project.git("rev-parse", "HEAD").strip()
     go_on(project)
-    log = finish(project, run, code=1)
+    log = project.finish(run, code=1)
     there = project.statuses()
     assert there.pop("WRK-002").startswith("in_progress"), log
     assert there == {"WRK-003": "ready", "WRK-004": "new"}, log
@@ -146,7 +133,7 @@ def test_a_stale_buffer_that_is_saved_during_a_run_gives_its_edit_alone(project:
     assert "WRK-001" not in project.statuses()
     (project.root / "BACKLOG.yaml").write_text(edited(buffer, "WRK-002"))
     go_on(project)
-    log = finish(project, run)
+    log = project.finish(run)
     check(project, {"WRK-002": "in_progress build", "WRK-003": "ready"}, log)
     assert project.titles() == {"WRK-002": "Edited", "WRK-003": "Item WRK-003"}
     assert len(warnings(log, "WRK-001")) == 1, log
@@ -159,7 +146,7 @@ def test_a_stale_buffer_that_is_saved_in_the_morning_gives_its_edit_alone(projec
     run = project.start("run", "--cap", "4")
     project.announced()
     go_on(project)
-    finish(project, run)
+    project.finish(run)
     (project.root / "BACKLOG.yaml").write_text(edited(buffer, "WRK-002"))
     log = project.run("run", "--cap", "1").stderr
     check(project, {"WRK-002": "in_progress review", "WRK-003": "ready"}, log)
@@ -239,7 +226,7 @@ def test_a_wreck_that_an_agent_leaves_before_a_halt_is_set_aside(project: Any, w
     if halt == "signal":
         project.announced()
         run.terminate()
-    log = finish(project, run, code=code)
+    log = project.finish(run, code=code)
     rest = {"WRK-002": "ready", "WRK-003": "ready", "WRK-004": "new"}
     there = project.statuses()
     where = {"signal": "in_progress prd", "cap": "in_progress build"}
@@ -268,7 +255,7 @@ def test_a_branch_that_is_switched_during_a_run_gets_nothing_of_ours(project: An
     project.git("switch", "-q", "--merge" if phase == "build" else "--discard-changes", "other")
     (project.root / "BACKLOG.yaml").write_text(others)
     go_on(project)
-    log = finish(project, run, code=1)
+    log = project.finish(run, code=1)
     assert project.git("show", "other:BACKLOG.yaml") == others == project.text(), log
     assert "\nEnded by an error: see above\n" in log
     if journals(project):  # something is left to do on the run's branch
@@ -293,11 +280,11 @@ def test_a_rebase_that_is_opened_during_a_run_is_left_alone(project: Any, monkey
     project.git("rebase", "-q", "--autostash", "-i", "HEAD~1")
     stopped = project.git("rev-parse", "HEAD")
     go_on(project)
-    log = finish(project, run, code=None)
+    log = project.finish(run, code=None)
     assert run.returncode in (0, 1), log
     assert project.git("rev-parse", "HEAD") == stopped
     assert "rebase" in log
-    shell(project.root, "git stash push -q BACKLOG.yaml || true; git rebase --continue")
+    sh(project.root, "sh", "-ec", "git stash push -q BACKLOG.yaml || true; git rebase --continue")
     project.script(DOCUMENTS)
     log = project.run("run", "--allow-dirty", "--target", "WRK-001", code=None).stderr
     check(project, {"WRK-002": "ready", "WRK-003": "ready", "WRK-004": "new"}, log, again="WRK-001 review")
@@ -324,16 +311,16 @@ def kill_in_build(project: Any, by_hook: bool = False) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("when", ["while the agent works", "while its work is committed"])
 def test_a_colleagues_work_that_is_pulled_after_a_kill_stays(project: Any, tmp_path: Path, when: str) -> None:
-    shell(tmp_path, "git init -q --bare -b main origin")
+    sh(tmp_path, "sh", "-ec", "git init -q --bare -b main origin")
     project.git("remote", "add", "origin", str(tmp_path / "origin"))
     kill_in_build(project, by_hook="commit" in when)
     for pid in project.survivors():
         os.kill(pid, signal.SIGKILL)
     project.git("push", "-q", "-u", "origin", "main")
-    shell(tmp_path, "git clone -q origin colleague")
+    sh(tmp_path, "sh", "-ec", "git clone -q origin colleague")
     for name in ("README.md", "half.py"):
         (tmp_path / "colleague" / name).write_text("a colleague's\n")
-    shell(tmp_path / "colleague", "git add -A; git commit -qm colleague; git push -q")
+    sh(tmp_path / "colleague", "sh", "-ec", "git add -A; git commit -qm colleague; git push -q")
     project.git("stash", "-q", "--include-untracked")
     project.git("pull", "-q")
     log = project.run(*IDLE).stderr

@@ -29,7 +29,7 @@ def test_the_demo_shows_what_it_promises(tmp_path: Path, program: Path) -> None:
     for number in (1, 2, 4, 5):
         assert re.search(rf"DEMO-00{number} is done", done.stderr)
     assert re.search(r"DEMO-003 is blocked: .*guardrail", done.stderr, re.I)
-    assert "DEMO-006 is blocked: Is this for users or for developers?\n" in done.stderr  # a new item that the fourth has brought
+    assert "DEMO-006 is blocked: Is this for users or for developers?" in done.stderr  # a new item that the fourth has brought
     assert "attempt 1 of 3 failed" in done.stderr
 
     # The history that is shown is the real one, and holds the final state.

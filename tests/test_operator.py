@@ -229,3 +229,46 @@ def test_an_item_that_is_deleted_while_its_build_runs_is_in_no_commit(project: A
     assert (project.git("show", f"{ref}:code.txt"), (project.root / "code.txt").exists()) == ("x\n", False)
     assert "code.txt" not in project.git("log", "--name-only", "--format=", "main")
     assert project.status() == ""
+
+
+@pytest.mark.parametrize("act", ["git reset -q --hard", "git stash -qu", "rm -r _worklog"])
+def test_what_an_agent_takes_out_of_the_worklog_is_there_again(project: Any, act: str) -> None:
+    script = {"WRK-003/plan": [{"sh": act, "document": "b.md"}], "*/build": CODE, "*": [{"document": "a.md"}]}
+    project.set_up("WRK-001 new", f"WRK-002 {IN_PLAN}", f"WRK-003 {IN_PLAN}", script=script)
+    project.run("run", "--target", "WRK-002", "--cap", "1")
+    project.run("close", "WRK-001", "--reason", "the customer said no")
+    told = project.worklog()
+    assert "lost entries; they are there again" in project.run("run", "--target", "WRK-003", "--cap", "1").stderr
+    assert project.worklog().startswith(told)
+    assert "the customer said no" in project.run("show", "WRK-001").stdout
+    assert project.status() == ""
+
+
+def test_a_config_that_is_mended_after_a_kill_stays_mended(project: Any) -> None:
+    project.set_up(f"WRK-001 {IN_BUILD}", phases="build!", script={"*": [{"write": {"code.txt": "half\n"}, **HANG}, *CODE]})
+    project.killed()
+    path = project.root / "orchestrator.toml"
+    mended = path.read_text() + "# mended\n"
+    path.write_text(mended)
+    project.run("run")
+    assert path.read_text() == mended
+    assert project.paths() == ["BACKLOG.yaml", *project.paths()[1:-1], "code.txt"]
+    assert project.git("ls-tree", "-r", "--name-only", f"{SALVAGED}/1").split().count("code.txt") == 1
+
+
+def test_hooks_that_take_all_out_of_the_commit_fail_the_attempt(project: Any) -> None:
+    project.set_up(f"WRK-001 {IN_BUILD}", phases="build!", script={"*": CODE}, execution="max_retries = 0\n")
+    project.hook("pre-commit", "git reset -q -- code.txt")
+    assert "the repository's hooks took all that was changed out of the commit" in project.run("run", code=3).stderr
+    assert project.git("show", f"{SALVAGED}/1:code.txt") == "x\n"
+    assert not (project.root / "code.txt").exists()
+
+
+def test_a_document_that_git_ignores_is_told_of_and_a_commit_of_the_operators_is_not(project: Any) -> None:
+    (project.root / ".gitignore").write_text("changes/\n")
+    commit = "echo 1 > mine.txt; git add mine.txt; git commit -qm mine mine.txt"
+    project.set_up(f"WRK-001 {IN_PLAN}", script={"*": [{"document": "a.md", "sh": commit}]})
+    log = project.run("run", "--cap", "1").stderr
+    assert "[WRK-001][PLAN] no document of it is in a commit: see .gitignore" in log
+    assert "outside its outputs" not in log
+    assert "mine.txt" not in project.paths()

@@ -129,6 +129,7 @@ def test_what_a_sparse_and_partial_clone_leaves_out_is_not_lost(project: Any) ->
     assert not (clone / "_worklog").exists()
     project.run("run", "--cap", "1")
     assert (clone / "built").read_text() == "WRK-001 plan 1\n"
+    assert "## Previous Phase Summary\n\n> plan done\n" in (project.outside / "prompt-WRK-001-build-1.md").read_text()
     changed = project.git("diff", "--numstat", "origin/main", "HEAD", "--", "_worklog", "changes")
     assert re.fullmatch(r"\d+\t0\t_worklog/.*\n", changed)
     assert "plan done" in project.run("log", "WRK-001").stdout

@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -290,22 +289,6 @@ def test_what_only_waits_for_a_place_is_told_at_the_halt(project: Any) -> None:
 
 
 @pytest.mark.slow
-def test_verify_that_fails_first_and_phases_that_are_commands(project: Any) -> None:
-    check = 'verify = [["sh", "-c", "grep -q right code.py || { echo code is not right; exit 3; }"]]\n'
-    listing = '[[pipelines.feature.phases]]\nname = "list"\nrun = ["sh", "-c", "ls > \\"$ORCHESTRATOR_CHANGE_DIR/files.txt\\""]\n'
-    broken = '[[pipelines.feature.phases]]\nname = "ship"\nrun = ["sh", "-c", "echo no network >&2; exit 4"]\n'
-    project.set_up(f"WRK-001 {IN_BUILD}", phases="build!", execution="max_retries = 1", more=check + listing + broken, script={
-        "*/build": [{"write": {"code.py": "wrong\n"}}, {"write": {"code.py": "right\n"}}]})
-    project.run("run", code=3)
-    assert "code is not right" in prompt(project, "WRK-001", "build", 2)
-    assert project.git("show", "HEAD:code.py") == "right\n"
-    assert "code.py" in project.git("show", "HEAD:changes/WRK-001_item-wrk-001/files.txt")
-    assert "no network" in item(project, "WRK-001")["blocked_reason"]
-    assert project.agent_log() == ["WRK-001 build 1", "WRK-001 build 2"]
-    clean_and_saved(project)
-
-
-@pytest.mark.slow
 def test_d32_h1_h3_the_operators_hooks_reject_once_and_mend_once(project: Any) -> None:
     """A hook that rejects fails the attempt, one that mends files gets a second look; it never sees state commits."""
     project.set_up(f"WRK-001 {IN_BUILD}", phases="build!", script={"*/build": [{"write": {"code.py": "bad\n"}}, {"write": {"code.py": "ugly\n"}}]})
@@ -409,20 +392,6 @@ def test_d02_d2_a_second_run_other_commands_and_stop_beside_an_active_run(projec
     assert not [subject for subject in project.subjects() if "Added meanwhile" in subject or "Close" in subject]
     clean_and_saved(project)
     assert "No run is active" in here("stop").out
-
-
-@pytest.mark.slow
-def test_a_clone_elsewhere_goes_on_with_the_same_next_action(project: Any, tmp_path: Path) -> None:
-    project.set_up("WRK-001 ready", "WRK-002 ready", script={"*/build": [CODE], "*/plan": [{"document": "p.md"}]})
-    project.run("run", "--cap", "1")
-    here = project.run("run", "--dry-run", "--json").stdout
-    project.git("clone", "-q", str(project.root), str(tmp_path / "clone"))
-    project.root = tmp_path / "clone"
-    assert project.run("run", "--dry-run", "--json").stdout == here
-    project.run("run", "--cap", "1")
-    assert project.agent_log() == ["WRK-001 plan 1", "WRK-001 build 1"]
-    assert "## Previous Phase Summary\n\n> plan done\n" in prompt(project, "WRK-001", "build", 1)
-    clean_and_saved(project)
 
 
 @pytest.mark.slow

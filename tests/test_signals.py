@@ -76,7 +76,8 @@ def test_during_verify_and_a_command_phase(project: Any) -> None:
     """A check that hangs is ended like an agent; what it was to check is checked by the next start."""
     hang = f"echo here > {project.outside}/announce; exec sleep 1000"
     check = f'verify = [["sh", "-c", "test -e {project.outside}/fine || {{ {hang}; }}"]]\n'
-    project.configure("plan", more=f'{check}[[pipelines.feature.phases]]\nname = "ship"\nrun = ["sh", "-c", "{hang}"]\n')
+    ship = f"test -e {project.outside}/fine || {{ {hang}; }}; ls > $ORCHESTRATOR_CHANGE_DIR/files.txt"
+    project.configure("plan", more=f'{check}[[pipelines.feature.phases]]\nname = "ship"\nrun = ["sh", "-c", "{ship}"]\n')
     project.set_up("WRK-001 ready", "WRK-002 in_progress phase=ship phase_pool=main")
     for target, statuses in (("WRK-002", ("ready", "in_progress ship")), ("WRK-001", ("in_progress plan", "in_progress ship"))):
         process = project.start("run", "--target", target)
@@ -88,6 +89,8 @@ def test_during_verify_and_a_command_phase(project: Any) -> None:
     project.run("run", "--target", "WRK-001", "--cap", "0")
     assert project.agent_log() == ["WRK-001 plan 1"]
     assert project.statuses()["WRK-001"] == "in_progress ship"
+    project.run("run", "--target", "WRK-002")
+    assert "orchestrator.toml\n" in project.git("show", "HEAD:changes/WRK-002_item-wrk-002/files.txt")
     assert project.status() == ""
 
 

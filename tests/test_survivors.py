@@ -56,8 +56,8 @@ def test_nothing_survives(project: Any, tmp_path: Path, ending: str) -> None:
     (tmp_path / "deaf").write_text(DEAF)
     shell = f"export P S={tmp_path}/sleeper D={tmp_path}/deaf\n"
     shell += "".join(f"P={folder}/{n}\n{text}\n" for n, text in enumerate(KINDS.values()))
-    limits = {"timeout": "timeout_minutes = 0.2\n", "idle": ""}.get(ending, "")
-    idle = "idle_timeout_minutes = 0.2" if ending == "idle" else ""
+    limits = {"timeout": "timeout_minutes = 0.1\n", "idle": ""}.get(ending, "")
+    idle = "idle_timeout_minutes = 0.1" if ending == "idle" else ""
     two = ending == "kill, two at work"
     project.configure("build" if two else "build!", more=limits, execution=f"max_retries = 0\nmax_wip = 2\nmax_concurrent = 2\n{idle}")
     project.set_up(*(f"WRK-00{n} in_progress phase=build phase_pool=main" for n in range(1, 2 + two)))

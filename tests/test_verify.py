@@ -58,7 +58,7 @@ def test_a_commit_says_what_checked_it_and_everything_tells_it(project: Any, her
 
 SHELL = {
     "mends": "echo nice > code.py; echo round >> {outside}/rounds",
-    "leaves": "touch left.txt; setsid sleep 1000 & echo round >> {outside}/rounds",
+    "leaves": "touch left.txt; setsid sleep 1000 & echo $! > {outside}/pid; echo round >> {outside}/rounds",
     "commits": "git add code.py; git commit -qm mine || true; echo round >> {outside}/rounds",
     "edits": "sed s/title:.Item.WRK-002/title:\\ Renamed/ BACKLOG.yaml > x && mv x BACKLOG.yaml; echo round >> {outside}/rounds",
     "restless": "echo more >> code.py",
@@ -78,9 +78,12 @@ SHELL = {
 )  # fmt: skip
 def test_checks_that_do_more_than_check(project: Any, name: str, rounds: int, text: str) -> None:
     """What is committed is what they passed on last; or the attempt fails, and nothing is lost."""
-    prepare(project, ["sh", "-c", SHELL[name].format(outside=project.outside)], ["touch", f"{project.outside}/next"], phase_timeout_minutes="0.02" if name == "hangs" else "5")
+    (project.outside / "pid").write_text("none\n")
+    next_one = f"cd {project.outside}; touch next; ! kill -0 $(cat pid) 2>&1"  # what the first has left is gone by then
+    prepare(project, ["sh", "-c", SHELL[name].format(outside=project.outside)], ["sh", "-c", next_one], phase_timeout_minutes="0.02" if name == "hangs" else "5", max_retries="1" if name == "fails" else "0")
     project.run("run", "--target", "WRK-001", code=3 if text else 0)
     assert text in project.items().get("WRK-001", {}).get("blocked_reason", "")
+    assert name != "fails" or "no good" in (project.outside / "prompt-WRK-001-build-2.md").read_text()
     if text:
         assert "code.py" in project.git("show", "--name-only", "refs/orchestrator/salvage/WRK-001/build/1")
         assert not (project.root / "code.py").exists()
@@ -90,7 +93,6 @@ def test_checks_that_do_more_than_check(project: Any, name: str, rounds: int, te
         assert ("left.txt" in project.paths()) == (name == "leaves")
         assert len(trailers(project)) == 2
     assert (project.outside / "next").exists() == (not text or name == "restless")
-    assert project.survivors() == []
     assert project.items()["WRK-002"]["title"] == ("Renamed" if name == "edits" else "Item WRK-002")
     assert project.status() == ""
     assert project.committed() == project.text()
