@@ -5202,7 +5202,7 @@ def cmd_run(args: argparse.Namespace) -> int:
             print(_dumps(told))
             flush_output()
         elif code or not args.quiet:
-            text = render_summary(told, program_name(), output_width())
+            text = render_summary(told, program_name(), output_width(sys.stderr))
             print(f"\n{tint(text) if coloured(args, sys.stderr) else text}", file=sys.stderr)
     _notify(run.config, told)
     return code
@@ -5272,7 +5272,7 @@ def _notify(config: Config, told: Row) -> None:
 def _dry_run(args: argparse.Namespace, space: Workspace, options: RunOptions) -> int:
     rows = plan_rows(space.store.backlog, space.config, options)
     problems = start_problems(space, allow_dirty=args.allow_dirty)
-    runs, width = run_facts(space), output_width()
+    runs, width = run_facts(space), output_width(sys.stdout)
     lines = [*run_lines(runs, width, [""]), *render_plan(rows, problems, width)]
     facts = {**runs, "items": rows, "problems": [problem._asdict() for problem in problems]}
     return answer(args, facts, lines)
@@ -5286,14 +5286,17 @@ def answer(args: argparse.Namespace, facts: Mapping[str, object], lines: Iterabl
     return EXIT_OK
 
 
-def output_width() -> int:
-    import shutil
-
-    return max(40, shutil.get_terminal_size((WHOLE_LINES, 24)).columns)
+def output_width(stream: TextIO) -> int:
+    """The columns of the terminal; where there is none, lines stay whole."""
+    given = os.environ.get("COLUMNS", "")
+    columns = int(given) if given.isdecimal() else WHOLE_LINES
+    with suppress(OSError, ValueError):
+        columns = os.get_terminal_size(stream.fileno()).columns or columns
+    return max(40, columns)
 
 
 def cmd_status(args: argparse.Namespace) -> int:
-    space, width = open_workspace(args.root, args.config), output_width()
+    space, width = open_workspace(args.root, args.config), output_width(sys.stdout)
     backlog, filters = space.store.look(), filters_of(args)
     only = matching(backlog, filters) if filters else None
     if args.graph and not args.json:
@@ -5446,7 +5449,7 @@ def salvages(space: Workspace) -> list[dict[str, Any]]:
 
 
 def cmd_show(args: argparse.Namespace) -> int:
-    space, width = open_workspace(args.root, args.config), output_width()
+    space, width = open_workspace(args.root, args.config), output_width(sys.stdout)
     backlog = space.store.look()
     item = backlog.items.get(args.id)
     found = status_rows(backlog, [args.id], item_costs(space)) if item else finished(space, args.id)
@@ -5464,7 +5467,7 @@ def cmd_show(args: argparse.Namespace) -> int:
 
 
 def cmd_log(args: argparse.Namespace) -> int:
-    space, width = open_workspace(args.root, args.config), output_width()
+    space, width = open_workspace(args.root, args.config), output_width(sys.stdout)
     rows = read_log(space, args.n, args.since, args.id)
     told = history_rows(rows, code_phases(space.config))
     lines = table("when item phase outcome commit summary", told, width, heads=True)
@@ -5523,7 +5526,7 @@ def read_log(
 
 def cmd_logs(args: argparse.Namespace) -> int:
     """What the agents of an item said and did, attempt by attempt, from their recorded output."""
-    space, width = open_workspace(args.root, args.config), output_width()
+    space, width = open_workspace(args.root, args.config), output_width(sys.stdout)
     folder = space.repo.root / WORK_DIR / "logs" / safe_name(args.id)
     pattern = f"{safe_name(args.phase)}-*" if args.phase else "*"
     pipelines = space.config.pipelines.values()
@@ -5700,7 +5703,7 @@ def cmd_check(args: argparse.Namespace) -> int:
     of a run that is active, or that the next start recovers, is nothing to complain of."""
     import shlex
 
-    space, width = open_workspace(args.root, args.config), output_width()
+    space, width = open_workspace(args.root, args.config), output_width(sys.stdout)
     space.store.look()
     runs, kept = run_facts(space), salvages(space)
     problems = [] if runs["active"] else start_problems(space, allow_dirty=False)
@@ -5841,7 +5844,7 @@ def cmd_init(args: argparse.Namespace) -> int:
     if check and toml in made:
         lines.append(f"checks: this project's tests, in it as a commented `verify`: {check}")
     for line in lines:
-        print("\n".join(wrap(line, output_width())))
+        print("\n".join(wrap(line, output_width(sys.stdout))))
     program = program_name()
     print(f'Next: {program} add "What shall be done", then {program} run')
     if args.hook:
