@@ -2084,13 +2084,13 @@ def halt_line(reason: HaltReason | None, detail: str) -> str:
     return f"Halt: {text} ({reason}){f': {detail}' if detail else ''}"
 
 
-def next_step(reason: HaltReason | None, detail: str) -> str:
-    """The command that helps after a run that ended so; "": none that is not said already."""
+def next_steps(reason: HaltReason | None, detail: str) -> dict[str, str]:
+    """The command that helps after a run that ended so, if it is not said already, and why."""
     # No probe tells more of a phase that is held, or of a limit.
     known = detail.startswith("[") or error_kind(detail) == "limit"
     if reason is HaltReason.CIRCUIT_BREAKER_TRIPPED and not known:
-        return "check --probe"
-    return "check" if reason is None else ""
+        return {"check --probe": "tries each agent once"}
+    return {"check": "shows what stands in the way"} if reason is None else {}
 
 
 SCREEN = 24  # lines that the summary of a night is to fit into
@@ -2128,7 +2128,7 @@ def render_summary(told: Row, program: str, width: int = WHOLE_LINES) -> str:
     rest += wrap(f"Backlog: {status_counts(told['counts'])}", width)
     # One line each, and blanks as they are: a warning holds commands to paste.
     warnings = ["Warning: " + clean_text(text).replace("\n", " ") for text in told["warnings"]]
-    warnings += [f"Next: {told['next']}"] if told["next"] else []
+    warnings += [f"Next: {step['command']}" for step in told["next"]]
     finished = finished or ["Done: no item was finished"]
     sections = [part for part in (halt, finished, needs, rest, warnings) if part]
     dense = sum(map(len, sections)) + len(sections) > SCREEN
@@ -5248,14 +5248,19 @@ def summary_of(space: Workspace, run: Run, code: int) -> dict[str, Any]:
     told |= {"halt": halt_line(run.reason, detail), "detail": detail}
     told |= {"exit_code": code, "phases": run.phases, "cap": options.cap}
     told |= {"seconds": round(time.monotonic() - run.since, 3), **usage_json(spent)}
-    told |= {"completed": completed, "follow_ups": run.follow_ups}
+    reasons = ((items[id], why) for id, why in run.blocked.items() if id in items)
+    blocked = [{"id": one["id"], "title": one["title"], "reason": why} for one, why in reasons]
+    told |= {"completed": completed, "blocked": blocked, "follow_ups": run.follow_ups}
     told["needs_you"] = needs_you(items, run.blocked, program_name())
     told["spent"] = [{"item": id, "phase": name, **usage_json(one)} for id, name, one in spent_on]
     told["state_commit"] = done.commit if done and done.outcome == "committed" else None
     told["kept"] = [one for one in made if one["ref"] in run.ledger.kept and not one["finished"]]
     told["warnings"] = [*run.warnings(), *waiting]
-    told["counts"], step = count_by_status(items.values()), next_step(run.reason, detail)
-    return {**told, "next": step and f"{program_name()} {step}"}
+    told |= {"filters": [str(one) for one in options.filters], "targets": list(options.targets)}
+    told["counts"] = count_by_status(items.values())
+    steps = next_steps(run.reason, detail)
+    told["next"] = [{"command": f"{program_name()} {step}", "why": steps[step]} for step in steps]
+    return told
 
 
 def _notify(config: Config, told: Row) -> None:
@@ -5979,7 +5984,7 @@ left_behind() {
 # The orchestrator's own commits, and those of its agents, take care of it themselves.
 if [ -z "$ORCHESTRATOR_RUN_ID" ] && left_behind; then
     echo "warning: $backlog has changes that are not in this commit." >&2
-    echo "         To commit them as well: git add $backlog && git commit --amend --no-edit" >&2
+    echo "         To commit them as well: git add ':/$backlog' && git commit --amend --no-edit" >&2
 fi
 exit 0
 """
@@ -6266,9 +6271,9 @@ _RUNS = (
 )
 _RUN = (
     "run_id, halt_reason, halt, detail, exit_code, phases, cap, seconds, completed: [id, title,"
-    " commit, verified], needs_you: [id, title, question, command, waiting], follow_ups,"
-    f" {_COST}, spent: [item, phase, {_COST}], state_commit, kept: {_SALVAGE}, warnings, counts,"
-    " next;"
+    " commit, verified], blocked: [id, title, reason], needs_you: [id, title, question, command,"
+    f" waiting], follow_ups, {_COST}, spent: [item, phase, {_COST}], filters, targets,"
+    f" state_commit, kept: {_SALVAGE}, warnings, counts, next: [command, why];"
     f" --dry-run: {_RUNS}, items: [id, title, phase, why], problems: [what, remedy]"
 )
 JSON_FORMS = {

@@ -17,7 +17,7 @@ HOOK = HERE / "hooks" / "pre-commit"
 OURS = orchestrator.HOOK_TEXT.encode()
 WARNING = (
     "warning: BACKLOG.yaml has changes that are not in this commit.\n"
-    "         To commit them as well: git add BACKLOG.yaml && git commit --amend --no-edit\n"
+    "         To commit them as well: git add ':/BACKLOG.yaml' && git commit --amend --no-edit\n"
 )
 RECORD = '#!/bin/sh\n{ echo "$# $1"; cat; } > "$(git rev-parse --show-toplevel)/../ran"\n'
 

@@ -507,7 +507,7 @@ def ended(items: Sequence[Item] = (), **changes: Any) -> dict[str, Any]:
         "cost_usd": 4.2, "input_tokens": 120_000, "output_tokens": 8_000, "state_commit": "0123456789abcdef",
         "kept": [{"item": "WRK-002", "phase": "build", "ref": "refs/orchestrator/salvage/WRK-002/build/1"}],
         "warnings": ["the index is locked"], "counts": orchestrator.count_by_status(backlog.items.values()),
-        "next": "orchestrator check", **changes,
+        "next": [{"command": "orchestrator check", "why": "tells"}], **changes,
     }
 
 
@@ -556,6 +556,6 @@ def test_the_summary_of_a_night_of_forty_phases_fits_a_screen() -> None:
 
 def test_what_to_do_next_depends_on_why_the_run_ended() -> None:
     reasons = {None: "check", HaltReason.CIRCUIT_BREAKER_TRIPPED: "check --probe", HaltReason.CAP_REACHED: ""}
-    assert {reason: orchestrator.next_step(reason, "claude: not logged in") for reason in reasons} == reasons
-    assert orchestrator.next_step(HaltReason.CIRCUIT_BREAKER_TRIPPED, "[WRK-001][build] is held") == ""
+    assert {reason: "".join(orchestrator.next_steps(reason, "claude: not logged in")) for reason in reasons} == reasons
+    assert orchestrator.next_steps(HaltReason.CIRCUIT_BREAKER_TRIPPED, "[WRK-001][build] is held") == {}
     assert orchestrator.halt_line(None, "disk\nfull") == "Ended by an error: disk full"
