@@ -126,7 +126,6 @@ from backlog import (
     context_description,
     dependency_cycles,
     did_you_mean,
-    guardrail_objection,
     last_summary,
     list_of,
     matching,
@@ -156,7 +155,6 @@ from gitutil import (
     Entry,
     GitError,
     Head,
-    HeadBusy,
     HookResult,
     Problem,
     Repo,
@@ -432,6 +430,7 @@ STREAM_IDLE_MINUTES = 15.0  # a long tool command is silent too, so not shorter
 # Ids and phase names become parts of file names and of git refs, so they hold nothing special.
 NAME = r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}"
 
+
 # ---- The table of keys, and what each may hold ---------------------------------------------------
 
 _COUNT = whole_number(0, MAX_NUMBER)
@@ -498,8 +497,6 @@ def config_table(name: str) -> Callable[[Record], Record]:
 
 @config_table("guardrails")
 class Guardrails(NamedTuple):
-    """The largest ratings that may run without a human."""
-
     max_size: str = row(choice(*SIZE_WORDS), "medium", "what is rated higher waits for a human")
     max_complexity: str = row(choice(*LEVEL_WORDS), "medium")
     max_risk: str = row(choice(*LEVEL_WORDS), "low")
@@ -507,8 +504,6 @@ class Guardrails(NamedTuple):
 
 @config_table("execution")
 class Execution(NamedTuple):
-    """How much is done at a time, how often, and for how long."""
-
     phase_timeout_minutes: float = row(_AMOUNT, 30, "one attempt of a phase")
     max_retries: int = row(_COUNT, 2, "attempts of a phase = this + 1")
     retry_delay_seconds: float = row(_AMOUNT, 5, "doubled with every attempt, at most 300")
@@ -528,8 +523,6 @@ class Execution(NamedTuple):
 
 @config_table("agent")
 class AgentSettings(NamedTuple):
-    """The CLI that runs the phases."""
-
     cli: str = row(choice(*AGENT_CLIS), "claude")
     model: str | None = row(_MODEL, None, "as the CLI calls it", '"opus"')
     command: Words = row(
@@ -546,8 +539,6 @@ class AgentSettings(NamedTuple):
 
 @config_table("commits")
 class Commits(NamedTuple):
-    """How the repository wants its commits."""
-
     style: Literal["bracket", "conventional"] = row(
         choice("bracket", "conventional"), "bracket", "[WRK-001][build] …; feat(wrk-001): build: …"
     )
@@ -557,8 +548,6 @@ class Commits(NamedTuple):
 
 @config_table("notify")
 class Notify(NamedTuple):
-    """Who is told of a halt: a command that is run at every one."""
-
     command: Words = row(
         ARGV, (), "at every halt, JSON on stdin", '["notify-send", "orchestrator"]'
     )
@@ -566,8 +555,6 @@ class Notify(NamedTuple):
 
 @config_table("phase")
 class Phase(NamedTuple):
-    """One phase of a pipeline."""
-
     name: str
     destructive: bool = row(FLAG, False, "modifies code, runs alone", "true", "is_destructive")
     workflows: Words = row(_WORDS, (), "instead of the built-in instructions", '["docs/build.md"]')
@@ -622,11 +609,8 @@ BUILT_IN_PIPELINE = Pipeline(DEFAULT_PIPELINE, _documents("research"), _PHASES)
 
 
 def parse_config(data: bytes, source: str, base: Path) -> Config:
-    """Read the bytes of orchestrator.toml (TOML 1.0).
-
-    `source` names the file in messages; `base` is the folder against which the backlog and workflow
-    files are resolved. Raises ConfigError, which lists everything that is wrong.
-    """
+    """Read the bytes of orchestrator.toml, which messages call `source`; what it names is relative
+    to `base`. Raises ConfigError, which lists everything that is wrong."""
     import tomllib
 
     try:
@@ -660,12 +644,10 @@ def parse_config(data: bytes, source: str, base: Path) -> Config:
 
 
 def default_config(base: Path) -> Config:
-    """The config of a project that has no orchestrator.toml; goes through the same checks."""
     return parse_config(b"", BUILT_IN, base)
 
 
 def _read_table(name: str, table: Fields) -> dict[str, Any]:
-    """The values of a table's keys, by field."""
     keys = CONFIG_KEYS[name].items()
     read = {field: table.get(key.name or field, key.kind, key.default) for field, key in keys}
     table.close()
@@ -726,13 +708,11 @@ def checks_of(config: Config, item: Item, phase: str) -> tuple[Words, ...]:
 
 
 def code_phases(config: Config) -> set[str]:
-    """The names of the phases that change code."""
     phases = (one for pipeline in config.pipelines.values() for one in pipeline.phases)
     return {one.name for one in phases if one.destructive}
 
 
 def rules_of(config: Config) -> Rules:
-    """What the config says about items."""
     pipelines = {
         name: Route(*(tuple(phase.name for phase in pool) for pool in pipeline[1:]))
         for name, pipeline in config.pipelines.items()
@@ -749,11 +729,8 @@ def phase_places(pipeline: Pipeline) -> dict[str, tuple[Phase, Literal["pre", "m
 
 
 def agent_settings(config: Config, phase: Phase) -> AgentSettings:
-    """The agent that runs a phase.
-
-    A phase that names another CLI than `[agent]` does not inherit model and arguments: they
-    belong to the other CLI.
-    """
+    """The agent that runs a phase. One that names another CLI than `[agent]` does not inherit model
+    and arguments: they belong to the other CLI."""
     settings = config.agent
     if phase.agent is not None and phase.agent != settings.cli:
         settings = settings._replace(cli=phase.agent, model=None, args=())
@@ -766,7 +743,6 @@ def agent_of(config: Config, phase: Phase) -> str:
 
 
 def phase_timeout_s(config: Config, phase: Phase) -> float:
-    """Seconds an attempt of the phase may take."""
     minutes = phase.timeout_minutes
     return 60 * (config.execution.phase_timeout_minutes if minutes is None else minutes)
 
@@ -801,44 +777,34 @@ def preflight_config(config: Config, exists: Callable[[Path], bool]) -> list[Pro
 
 
 def preflight_items(config: Config, backlog: Backlog) -> list[Problem]:
-    """Items that do not fit the config or each other, in file order; cycles come last.
-
-    An unknown pipeline, a missing phase and dependencies on finished items are no problems here:
-    `repair_items` sees to them.
-    """
+    """Items that do not fit the config or each other, in file order; cycles come last. An unknown
+    pipeline, no phase and dependencies on finished items are left to `repair_items`."""
     found: list[tuple[str, str]] = []
     issued = IssuedIds(config.prefix, backlog)
     for item in backlog.items.values():
-        if item["status"] in ("scoping", "in_progress"):
-            found += _phase_problem(config, item)
+        item_id, status, name = item["id"], item["status"], item.get("phase")
+        pipeline = pipeline_of(config, item) if status in ("scoping", "in_progress") else None
+        places = phase_places(pipeline) if pipeline else {}
+        if pipeline and name and name not in places:
+            what = f"{item_id} ({status}) is in the unknown phase {name!r}"
+            remedy = f"Set phase to one of {', '.join(places)}, or add it to pipelines."
+            found.append((what + did_you_mean(name, places), f"{remedy}{pipeline.name}."))
+        elif pipeline and name:
+            _, pool, _ = places[name]
+            usual = "scoping" if pool == "pre" else "in_progress"
+            if (item.get("phase_pool", pool), status) != (pool, usual):
+                now = ", ".join(filter(None, (status, item.get("phase_pool"))))
+                remedy = f"Set status to {usual} and phase_pool to {pool}, or choose another phase."
+                found.append((f"{item_id} ({now}): {name} is a {pool} phase", remedy))
         for need in item.get("dependencies", ()):
             if need not in backlog.items and need not in issued:  # never handed out: a slip
                 what = f"depends on {need}, which does not exist{did_you_mean(need, backlog.items)}"
-                remedy = f"Correct the id, or remove it from the dependencies of {item['id']}."
-                found.append((f"{item['id']} {what}", remedy))
+                remedy = f"Correct the id, or remove it from the dependencies of {item_id}."
+                found.append((f"{item_id} {what}", remedy))
     remedy = "Remove one of these dependencies: none of the items can ever start."
     for cycle in dependency_cycles(backlog.items):
         found.append((f"Circular dependency: {' → '.join(cycle)}", remedy))
     return [Problem(f"{config.backlog_path}: {what}", remedy) for what, remedy in found]
-
-
-def _phase_problem(config: Config, item: Item) -> list[tuple[str, str]]:
-    """What is wrong with the phase or pool of an item in work, and the remedy."""
-    pipeline, name = pipeline_of(config, item), item.get("phase")
-    if pipeline is None or not name:
-        return []
-    places, status = phase_places(pipeline), item["status"]
-    if name not in places:
-        what = f"{item['id']} ({status}) is in the unknown phase {name!r}"
-        remedy = f"Set phase to one of {', '.join(places)}, or add it to pipelines.{pipeline.name}."
-        return [(what + did_you_mean(name, places), remedy)]
-    _, pool, _ = places[name]
-    usual = "scoping" if pool == "pre" else "in_progress"
-    if (item.get("phase_pool", pool), status) == (pool, usual):
-        return []
-    now = ", ".join(filter(None, (status, item.get("phase_pool"))))
-    what = f"{item['id']} ({now}): {name} is a {pool} phase"
-    return [(what, f"Set status to {usual} and phase_pool to {pool}, or choose another phase.")]
 
 
 # ---- The file that `init` writes -----------------------------------------------------------------
@@ -846,54 +812,47 @@ def _phase_problem(config: Config, item: Item) -> list[tuple[str, str]]:
 _TEMPLATE = """\
 # What `orchestrator` does in this repository. Every key may be left out: the values below are the
 # defaults. An unknown or misspelt key is an error, so nothing here is silently ignored.
-{}
+%s
 # A pipeline is what an item goes through: pre-phases until it is ready, then the phases. A phase
 # may also have
-{}
-[pipelines.{}]
+%s
+[pipelines.feature]
 pre_phases = [
-{}]
+  { name = "research" },
+]
 phases = [
-{}]
+  { name = "prd" },
+  { name = "design" },
+  { name = "build", is_destructive = true },
+%s  { name = "review" },
+]
 """
 
 
 def config_template(
-    prefix: str, agent: str, hints: Mapping[str, object] = {}, check: str = ""
+    prefix: str, agent: str, *, conventional: bool = False, check: str = ""
 ) -> str:
-    """The text of a new orchestrator.toml: the defaults, explained, with this prefix and agent.
-
-    `hints`: values of [commits] that the repository seems to want; they stay remarks, as does
-    `check`, what the project is tested with.
-    """
+    """The text of a new orchestrator.toml: the defaults, explained, with this prefix and agent. As
+    remarks: another style of commits, and `check`, what the project is tested with."""
     import json
 
-    def rows(phases: Iterable[Phase]) -> str:
-        verify = f", verify = {json.dumps([check.split()])} }},  # only what passes counts"
-        text = ""
-        for one in phases:
-            begin = f'{{ name = "{one.name}"' + ", is_destructive = true" * one.destructive
-            text += f"  {begin} }},\n"
-            text += f"  # {begin}{verify}\n" if check and one.destructive else ""
-        return text
-
-    chosen, tables = {"prefix": prefix, "cli": agent, **hints}, ""
+    chosen, tables = {"prefix": prefix, "cli": agent}, ""
+    chosen |= {"style": "conventional"} if conventional else {}
     for table in ("project", "guardrails", "execution", "agent", "commits", "notify"):
         tables += f"\n[{table}]\n"
         for field, key in CONFIG_KEYS[table].items():
             # What is only an example is a remark; but `command` is refused without one.
             needed = (table, field, agent) == ("agent", "command", "command")
-            mark = "# " if field in hints or (key.example and not needed) else ""
-            tables += f"{mark}{key.line(field, chosen.get(field, key.default))}\n"
+            remark = (key.example and not needed) or (field == "style" and conventional)
+            tables += f"{'# ' * bool(remark)}{key.line(field, chosen.get(field, key.default))}\n"
     keys = CONFIG_KEYS["phase"].items()
     phase_keys = "\n".join(f"#   {key.line(field, key.default)}" for field, key in keys)
-    pipeline, pre, main = BUILT_IN_PIPELINE
-    return _TEMPLATE.format(tables, phase_keys, pipeline, rows(pre), rows(main))
+    verify = json.dumps([check.split()])
+    build = f'  # {{ name = "build", is_destructive = true, verify = {verify} }},\n' * bool(check)
+    return _TEMPLATE % (tables, phase_keys, build)
 
 
 # ==== 4. Decisions (pure) =========================================================================
-
-PLAN_TIME = datetime.fromtimestamp(0, UTC)  # for what is only played through, and never written
 
 
 # ---- What to do next -----------------------------------------------------------------------------
@@ -1184,11 +1143,7 @@ def cell_width(text: str) -> int:
         return len(text)
     import unicodedata
 
-    return sum(
-        1 + (unicodedata.east_asian_width(char) in "WF")
-        for char in text
-        if unicodedata.category(char) not in ("Mn", "Me", "Cf")
-    )
+    return len(text) + sum(unicodedata.east_asian_width(char) in "WF" for char in text)
 
 
 def fit(text: str, width: int) -> str:
@@ -1204,36 +1159,30 @@ def fit(text: str, width: int) -> str:
 def wrap(line: str, width: int, indent: str = "  ") -> list[str]:
     """A line broken at blanks where it is too long; what follows is indented. A word that is longer
     stays whole: paths, refs and ids are there to be copied."""
-    if cell_width(line) <= width:
-        return [line]
-    first, *words = line.split() or [""]
-    lines = [line[: len(line) - len(line.lstrip())] + first]
+    lead, *words = re.findall(r"^\s*\S*|\S+", line)
+    lines = [lead]
     for word in words:
         if cell_width(f"{lines[-1]} {word}") <= width:
             lines[-1] += f" {word}"
         else:
             lines.append(indent + word)
-    return lines
+    return [line] if cell_width(line) <= width else lines
 
 
 def table(keys: str, rows: Rows, width: int, lead: str = "", *, heads: bool = False) -> list[str]:
     """The rows' values of some keys, each line behind `lead`; keys without any value are left out.
     The last column takes the room that the others leave, or stands below the whole row."""
-
-    def cell(key: str, value: object) -> str:
-        return "" if value in (None, "") else one_line(SHOWN.get(key, str)(value))
-
-    drawn, sizes, grid = [], [], {}
+    drawn, sizes, grid = [], [], []
     for key in keys.split():
-        cells = [cell(key, row.get(key)) for row in rows]
+        show = SHOWN.get(key, str)
+        cells = ["" if row.get(key) in (None, "") else one_line(show(row[key])) for row in rows]
         if any(cells):
             head = HEADINGS.get(key, key.upper())
-            grid[key] = [head, *(text or "-" for text in cells)] if heads else cells
-            widest = max(map(cell_width, grid[key]))
-            sizes.append(min(widest, WIDEST.get(key, widest)))
+            grid.append([head, *(text or "-" for text in cells)] if heads else cells)
+            sizes.append(min(max(map(cell_width, grid[-1])), max(WIDEST, width // 3)))
     sizes = sizes[:-1]
     left = width - len(lead) - sum(sizes) - len(sizes)
-    for *cells, text in zip(*grid.values(), strict=True):
+    for *cells, text in zip(*grid, strict=True):
         begin = lead + "".join(f"{fit(cell, n)} " for cell, n in zip(cells, sizes, strict=True))
         if left < LEAST_LAST and cell_width(text) > max(left, 0):
             drawn.append(begin.rstrip())
@@ -1245,20 +1194,17 @@ def table(keys: str, rows: Rows, width: int, lead: str = "", *, heads: bool = Fa
 
 
 def listed(heading: str, keys: str, rows: Rows, width: int) -> list[str]:
-    """A blank line, a heading and the rows below it; nothing where there are none."""
     return ["", *wrap(heading, width), *table(keys, rows, width, "  ")] if rows else []
 
 
 TINTS: Mapping[str, str] = {  # SGR parameters by what is coloured for a terminal
     r"^(?:[\d:]{8} )?(?:error|problem|orchestrator):": "31",
     r"^(?:[\d:]{8} )?(?:warning|Warning|note):": "33",
-    r"^(?:Halt|Ended|Done|Blocked|Needs|Next|Waiting|Would|Nothing|A run)\b[^:\n]*:": "1",
-    r"^\d{4}-\d\d-\d\d \d\d:\d\d": "33",
+    r"^(?:Halt|Ended|Done|Blocked|Needs|Waiting|Would|A run)\b[^:\n]*:": "1",
 }
 
 
 def tint(text: str) -> str:
-    """A cleaned text of ours with the begins of its telling lines coloured (ECMA-48 SGR)."""
     for pattern, colour in TINTS.items():
         text = re.sub(pattern, f"\x1b[{colour}m\\g<0>\x1b[0m", text, flags=re.M)
     return text
@@ -1287,38 +1233,32 @@ def minute(when: str) -> str:
 
 
 # How a table shows the values of some keys, what it calls them, and how wide a column but the last
-# may be; others are never cut, because people copy what is in them.
+# may be, if that is more than a third of the table.
 SHOWN: Mapping[str, Callable[[Any], str]] = {
-    **dict.fromkeys(("when", "finished"), minute),
-    "summary": lambda text: one_line(text, 300),
-    "blocked_reason": lambda text: one_line(without_output(text), 300),
+    **dict.fromkeys(("when", "finished", "created", "updated"), minute),
+    **dict.fromkeys(("tags", "dependencies", "waiting_for"), ", ".join),
     "commit": lambda commit: commit[:10],
     "pipeline_type": lambda name: "" if name == DEFAULT_PIPELINE else name,
-    "doing": lambda text: one_line(text, 60),
-    "waiting_for": ", ".join,
-    "phases": " → ".join,
-    "turn": "{}.".format,
+    "verify": lambda checks: ", ".join(map(command_text, checks)),
+    "verified": lambda checks: f"checked by {', '.join(checks)}" if checks else "not checked",
     "works": lambda works: "works" if works else "does not work",
     "seconds": human_duration,
     "cost_usd": lambda usd: usage_text(Usage(usd)),
 }
 HEADINGS = {"pipeline_type": "PIPELINE", "priority": "PRIO", "cost_usd": "COST"}
-WIDEST = {"phase": 16, "pipeline_type": 16, "title": 40}
+WIDEST = 40
 
 
 def plural(count: int, one: str) -> str:
-    """`1 item`, `3 items`."""
     return f"{count} {one}{'' if count == 1 else 's'}"
 
 
 def id_list(ids: Sequence[str], most: int = 8) -> str:
-    """`WRK-001, WRK-002 and 3 more`."""
     more = f" and {len(ids) - most} more" if len(ids) > most else ""
     return one_line(", ".join(ids[:most])) + more
 
 
 def command_text(argv: Sequence[str]) -> str:
-    """A command on one line, as a shell would take it."""
     import shlex
 
     return one_line(shlex.join(argv))
@@ -1384,9 +1324,7 @@ def parse_result(data: bytes, item_id: str, phase: str) -> PhaseResult:
         text = fenced[1]
     try:
         row = json.loads(text)
-    except RecursionError:
-        raise ResultError("the result file is nested too deeply") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         trouble = f"not valid JSON: {error}" if text else "empty"
         raise ResultError(f"the result file is {trouble}") from None
     if not isinstance(row, dict):
@@ -1446,11 +1384,9 @@ class ResultFields(Fields):
         return text
 
     def line(self, key: str) -> str | None:
-        """A text made to fit on one line."""
         return one_line(self.get(key, TEXT, ""), MAX_TITLE) or None
 
     def lines(self, key: str) -> tuple[str, ...]:
-        """A list of such texts, each of them once."""
         listed = self.get(key, LIST, ())
         texts = [one_line(value, MAX_TITLE) for value in listed if isinstance(value, str)]
         if len(texts) < len(listed):
@@ -1458,13 +1394,11 @@ class ResultFields(Fields):
         return tuple(dict.fromkeys(filter(None, texts)))
 
     def given(self, kinds: Mapping[str, Kind]) -> dict[str, str]:
-        """Those of some texts that are there and fit."""
         read = ((key, self.get(key, kind)) for key, kind in kinds.items())
         return {key: value for key, value in read if value is not None}
 
 
 def _read_follow_ups(read: ResultFields) -> tuple[FollowUp, ...]:
-    """The new items suggested: titles, or objects with a title."""
     listed = read.get("follow_ups", LIST, ())
     if len(listed) > MAX_FOLLOW_UPS:
         read.complain("follow_ups", f"are {len(listed)}: at most {MAX_FOLLOW_UPS} are taken")
@@ -1533,7 +1467,6 @@ def commit_message(
 
 
 def folded(texts: Iterable[str]) -> list[str]:
-    """Texts in lines none of which is too long for commitlint, be it a path."""
     import textwrap
 
     lines = (textwrap.wrap(text, SUBJECT_COLUMNS, break_on_hyphens=False) for text in texts)
@@ -1545,7 +1478,7 @@ def phase_message(entries: Sequence[MessageEntry], run_id: str, style: str = "br
     whole = [f"{one.tag} {one.text}" for one in entries if one.text]
     if style == "conventional":
         ids = list(dict.fromkeys(one_line(one.item_id).lower() for one in entries))
-        scope = ",".join(ids) if len(ids) < 4 else "backlog"
+        scope = "backlog" if ids[1:] else ids[0]
         kind = entries[0].kind if len(entries) == 1 else "docs"
         said = " | ".join(f"{one.phase}: {one.text or 'its outputs'}" for one in entries)
         full = f"{kind}({scope}): {said}".rstrip(".")
@@ -1603,29 +1536,26 @@ whatever sections it needs
     "research": """\
 Find out what the later phases need to know, so that they do not have to guess.
 the sections Goal, Findings, Options and Recommendation, Risks
-- State the goal in one or two sentences, and how anyone could tell that it is reached.
+- State the goal in a sentence or two, and how anyone could tell that it is reached.
 - Check that the work is still needed: it may be done already, or rest on a wrong assumption.
 - Read the tests and the documentation that it touches, too.
-- Where there is a real choice, compare the approaches for this project. Recommend one.
-- List what could go wrong: callers, file formats, public interfaces, data, security, unknowns.
-- Correct the ratings in `updated_assessments` if they are wrong. They decide whether a human has to
-  approve the work, so be honest rather than hopeful.""",
+- Where there is a real choice, compare the approaches and recommend one.
+- List what could go wrong: callers, file formats, interfaces, data, security, unknowns.
+- Correct wrong ratings in `updated_assessments`: they decide whether a human has to approve it.""",
     "prd": """\
 Write down what shall be true when this is done: the requirements, not the solution.
 the sections Problem, Requirements, Out of Scope
-- Describe the problem from the view of whoever has it. Say what happens today.
-- List the requirements, numbered (R1, R2, …), each one testable: somebody who did not write it can
-  decide whether it holds. Separate "must" from "should".
-- Cover what is easily forgotten: errors, empty and very large input, existing data, compatibility,
-  security, documentation.
+- Describe the problem from the view of whoever has it, and what happens today.
+- Number the requirements (R1, R2, …), "must" apart from "should", each testable by anybody.
+- Cover errors, empty and very large input, existing data, compatibility, security, documentation.
 - Say what is out of scope, so that nobody builds it.""",
     "design": """\
 Decide how the requirements are met, in enough detail that the build needs no further decisions.
 the sections Approach, Changes, Steps, Tests, Risks
-- Choose the simplest design that meets every requirement and follows the structure and conventions
-  that you find. Say what you rejected and why.
+- Choose the simplest design that meets every requirement and follows the conventions that you find.
+  Say what you rejected and why.
 - Say what to add, change or remove, with signatures, data formats and error behaviour.
-- Cut the work into ordered steps. After each step the project works and its tests pass.
+- Cut the work into ordered steps, after each of which the project works and its tests pass.
 - Name the test for each requirement (R1 → which test).
 - Say how existing data and users are carried over, and how the change can be undone.
 - Rate again in `updated_assessments` if the design shows more size, complexity or risk.""",
@@ -1634,10 +1564,9 @@ Judge the finished work as an experienced colleague who did not write it.
 the sections Verdict, Requirements, Findings
 - Find the commits: `git log --grep='^Orchestrator-Item: {id}$'`. Read each with `git show COMMIT`.
 - Go through the requirements one by one: is it met, and which test proves it?
-- Look for mistakes: errors that are not handled, edge cases, races, security, data loss, broken
-  compatibility, wrong or missing documentation. Follow the callers of what changed.
-- Run the tests, and check that the new ones would fail without the change: do they look at the
-  outcome, or only at what was called? Believe what you saw, not what a summary says.
+- Look for mistakes: unhandled errors, edge cases, races, security, data loss, broken compatibility,
+  wrong or missing documentation. Follow the callers of what changed.
+- Run the tests. Would the new ones fail without the change? Believe what you see, no summary.
 - For each finding give file and line, what goes wrong, how to see it, and how bad it is: "must fix"
   or "could be better", a follow-up if it is worth doing.
 - If something must be fixed, report `blocked`, block_type `decision`, with the must-fix list as the
@@ -1658,32 +1587,31 @@ CODE_STEPS = """\
 1. Read the documents listed above and the project's own rules (README, CONTRIBUTING, AGENTS.md,
    CLAUDE.md or the like). Run its tests once, so that you know what failed already.
 2. Change what the task needs, in small steps, and nothing else: no drive-by refactoring, no
-   reformatting of lines you do not touch, no new dependency that the design does not name. Report
-   what else you notice as follow-ups.
-3. Write tests that would fail without your change, for the errors and the edges too. Never weaken,
-   skip or delete a test to make it pass. Update the documentation that your change makes wrong.
+   reformatting, no new dependency that the design does not name. Report what else you notice as
+   follow-ups.
+3. Write tests that would fail without your change, for errors and edges too. Never weaken, skip or
+   delete a test to make it pass. Update the documentation.
 4. Run the tests, linters and type checks that the project has, until they pass.
 5. Read your whole `git diff` as a critical reviewer would: is each requirement met, and shown by a
    test? Remove debugging left-overs and generated files.
 6. Tell in the summary which checks you ran and how they ended, also what failed before you came or
-   could not be run here: never report as passed what you have not seen pass.
+   could not be run: never report as passed what you have not seen pass.
 
 If the work is too much for one session, finish a part that leaves the project working, note in
 `{folder}/progress.md` what is done and what remains, and report `subphase_complete`. If the plan
 turns out to be wrong, mend it in the document and say so in the summary."""
 
 TRIAGE_INSTRUCTIONS = """\
-Decide what this item is, how big it is and where it goes. Do not start to work on it. Change no
-code.
+Decide what this item is, how big it is and where it goes. Do not work on it. Change no code.
 
 1. **Understand it.** Look at the code that it talks about. If it is done already or not needed,
-   report `blocked` and give the evidence in `context`; if it is unclear what is wanted, report
-   `blocked`, block_type `clarification`, with the exact question.
-2. **Look for duplicates** in the backlog. Put the ids of items that ask for the same thing into
-   `duplicates`: a human is asked then. Related is not the same.
+   report `blocked` with the evidence in `context`; if it is unclear what is wanted, `blocked`,
+   block_type `clarification`, with the exact question.
+2. **Look for duplicates** in the backlog: `duplicates` takes the ids of items that ask for the same
+   thing (a human is asked then). Related is not the same.
 3. **Choose the pipeline** (`pipeline_type`) from the types above.
-4. **Rate it** in `updated_assessments`. The ratings decide whether a human has to approve the work:
-   rate what you see, and when you waver, take the higher one.
+4. **Rate it** in `updated_assessments`, which decide whether a human has to approve the work: rate
+   what you see, and when you waver, take the higher one.
    - size: small = 1–3 files, medium = 4–10 files, large = 11 or more files
    - complexity: low = one known pattern, medium = design decisions, high = new architecture
    - risk: low = no shared interfaces, medium = shared code, high = breaking change, data, security
@@ -1711,7 +1639,7 @@ DOCUMENTS_NOTE = "Read these first; earlier phases wrote them:"
 TAKEN_NOTE = "These came from this item and are in the backlog: report only what is new."
 RETRY_NOTE = "Analyse why, and try a different approach: the same steps will fail the same way."
 SALVAGE_NOTE = """\
-What it had changed is not in the working tree any more, but kept. Look before you redo it:
+What it had changed is kept, but not in the working tree any more. Look before you redo it:
 `git show --stat {ref}` lists the files, `git diff {ref}^ {ref} -- PATH` shows what changed in one,
 `git show {ref}:PATH > PATH` takes one over. Take only what you have checked."""
 
@@ -1720,16 +1648,15 @@ DOCUMENT_RULES = """\
   Anything else you touch is not committed."""
 CODE_RULES = """\
 - You may change any file of the project that the task needs, and write documents to `{folder}`.
-- If you end with `failed` or `blocked`, your changes are taken out of the working tree and kept on
-  a git ref."""
+  If you end with `failed` or `blocked`, your changes are taken away and kept on a git ref."""
 RULES = """\
 - Never edit `{backlog}`, `{config}`, `{worklog}/` or `{work}/` (except for the result file). New
   work goes into `follow_ups`.
 - Never commit, stash, switch branches or reset: no `git add`, `commit`, `stash`, `switch`,
   `checkout`, `restore`, `reset`, `rebase`, `merge`, `clean` or `push`. Reading (`log`, `show`,
   `diff`, `blame`) is fine. Your changes are committed for you when you are done.
-- Leave nothing running. Whatever you started is ended when you end.
-- Wait for no input, open no editor or pager, write no secrets into any file."""
+- Leave nothing running: whatever you started is ended when you end. Wait for no input, open no
+  editor or pager, write no secrets into any file."""
 
 OUTPUT = """\
 As your last act write one JSON object to exactly this file:
@@ -1754,8 +1681,8 @@ out keys that you have nothing to say about, and ratings that you agree with.
 - `blocked`: only a human can go on, or the work is not needed. Say in `context` what you need to
   know or why it is not needed. Not for work that is merely hard.
 
-`follow_ups` are for work you noticed that does not belong to this item. Look at the backlog first:
-no duplicates, no wishes."""
+`follow_ups` are for work you noticed that does not belong to this item: no duplicates of what is in
+the backlog, no wishes."""
 SUBPHASE = """\
 - `subphase_complete`: a usable part is done, more remains in this phase. You are started again with
   your summary.
@@ -1804,10 +1731,10 @@ def build_prompt(
     triage, pipeline = task.pool == TRIAGE, pipeline_of(config, item)
     needs, folder = ", ".join(item.get("dependencies") or ()), str(change_dir)
     facts = {"ID": item["id"], "Title": item["title"], "Tags": ", ".join(item.get("tags") or ())}
-    facts |= {"Depends on": needs and f"{needs} (done)", "Origin": item.get("origin") or ""}
+    facts["Depends on"] = needs and f"{needs} (done)"
     limit = human_duration(phase_timeout_s(config, task.phase))
     line = f"{pipeline.name}: {_phases(pipeline)}" if pipeline and not triage else ""
-    position = {"Pipeline": line, "Phase": phase_position(pipeline, task)}
+    position = {"Pipeline": line, "Phase": task.name}
     position["Attempt"] = f"{attempt} of {attempts}"
     position["Time limit"] = f"{limit}; then the attempt is ended and counts as failed"
     described = (item.get("description") or {}).get
@@ -1816,8 +1743,7 @@ def build_prompt(
     again = f"This is attempt {attempt} of {attempts}. Earlier work on it did not succeed."
     retry = ["What went wrong:", quote(failure), RETRY_NOTE] if failure else []
     retry += [SALVAGE_NOTE.format(ref=salvage_ref)] if salvage_ref else []
-    others = backlog.items.values()
-    origins = ((one, (one.get("origin") or "").partition("/")[0]) for one in others)
+    origins = ((one, (one.get("origin") or "").partition("/")[0]) for one in backlog.items.values())
     taken = [f"{one['id']}: {one['title']}" for one, origin in origins if origin == item["id"]]
     sections = [
         _section("Item to Triage" if triage else "Item", _facts(facts)),
@@ -1849,7 +1775,6 @@ def quote(text: str) -> str:
 
 
 def _section(heading: str, *paragraphs: str, note: str = "") -> str:
-    """A section of a prompt, with a note on top; nothing at all when there is nothing to say."""
     told = list(filter(None, paragraphs))
     return "\n\n".join(filter(None, [f"## {heading}", note, *told])) if told else ""
 
@@ -1866,15 +1791,6 @@ def _phases(pipeline: Pipeline) -> str:
     return " → ".join(phase.name for phase in pipeline.all_phases)
 
 
-def phase_position(pipeline: Pipeline | None, task: Task) -> str:
-    """Where a task stands in its pipeline: `build (3/4, main)`."""
-    pools = {"pre": pipeline.pre_phases, "main": pipeline.phases} if pipeline else {}
-    names = [phase.name for phase in pools.get(task.pool, ())]
-    if task.name not in names:
-        return task.name
-    return f"{task.name} ({names.index(task.name) + 1}/{len(names)}, {task.pool})"
-
-
 def _triage_sections(item: Item, config: Config, backlog: Backlog) -> list[str]:
     """The other items, for finding duplicates, the most similar first; and the pipelines."""
 
@@ -1884,10 +1800,10 @@ def _triage_sections(item: Item, config: Config, backlog: Backlog) -> list[str]:
     wanted = words(item)
     others = [other for other in backlog.items.values() if other["id"] != item["id"]]
     others.sort(key=lambda other: -len(wanted & words(other)))
-    listed = others[:MAX_LISTED]
-    rows = [f"{one['id']}: {one_line(one['title'], 120)} [{one['status']}]" for one in listed]
-    if len(others) > len(listed):
-        rows.append(f"… and {len(others) - len(listed)} more with less similar titles")
+    told = (f"{one['id']}: {one_line(one['title'], 120)} [{one['status']}]" for one in others)
+    rows = list(itertools.islice(told, MAX_LISTED))
+    if more := len(others) - len(rows):
+        rows.append(f"… and {more} more with less similar titles")
     types = (f"`{one.name}`: {_phases(one)}" for _, one in sorted(config.pipelines.items()))
     return [
         _section("Current Backlog", _bullets(rows)),
@@ -1896,7 +1812,6 @@ def _triage_sections(item: Item, config: Config, backlog: Backlog) -> list[str]:
 
 
 def _task_section(item: Item, task: Task, config: Config, folder: str) -> str:
-    """The workflow files of the phase, or else what is built in for one of its name and nature."""
     if task.pool == TRIAGE:
         idea = f"{IDEAS_DIR}/{change_dir_name(item['id'], item['title'])}.md"
         return _section("Instructions", TRIAGE_INSTRUCTIONS.format(idea=idea))
@@ -1917,7 +1832,6 @@ def _task_section(item: Item, task: Task, config: Config, folder: str) -> str:
 
 
 def _rules(item: Item, task: Task, config: Config, folder: str) -> str:
-    """What the phase may write and what becomes of it, and what holds for all."""
     phase, rules = task.phase, []
     if phase.destructive:
         rules.append(CODE_RULES.format(folder=folder))
@@ -1949,13 +1863,11 @@ def _output_text(item: Item, task: Task, path: str) -> str:
 
 # ---- Items, listed and drawn ---------------------------------------------------------------------
 
-STATUS_ORDER = ("in_progress", "blocked", "ready", "scoping", "new", "done")
-MOST_WAITING = 10  # items that wait for others, as `status` lists them
 KEPT = "Left by attempts that did not complete, and kept (`git show --stat REF`):"
+STATUS_ORDER = ("in_progress", "blocked", "ready", "scoping", "new", "done")
 
 
 def status_order(items: Iterable[Item]) -> list[Item]:
-    """Items as `status` lists them: by status, then the more important ones first."""
     return sorted(items, key=lambda one: (STATUS_ORDER.index(one["status"]), _urgency(one)[:2]))
 
 
@@ -1973,13 +1885,11 @@ def status_rows(
 
 
 def status_counts(counts: Mapping[str, int]) -> str:
-    """One line: `5 items: 1 in_progress, 4 new`."""
     parts = ", ".join(f"{count} {status}" for status, count in counts.items())
     return f"{plural(sum(counts.values()), 'item')}: {parts}" if parts else "no items"
 
 
 def count_by_status(rows: Iterable[Row]) -> dict[str, int]:
-    """How many items (or rows) have each status; those that none has are left out."""
     found = [row["status"] for row in rows]
     return {status: found.count(status) for status in STATUS_ORDER if status in found}
 
@@ -1993,7 +1903,6 @@ def waits_for(item: Item, backlog: Backlog) -> list[str]:
 
 
 def block_reason(item: Row) -> str:
-    """Why an item is blocked, in one text that is never empty."""
     return item.get("blocked_reason") or "no reason recorded"
 
 
@@ -2008,16 +1917,9 @@ def unblock_option(reason: str) -> str:
     return "--override-guardrails" if overrides else '--notes "YOUR ANSWER"'
 
 
-GRAPH_STYLES: Mapping[str, str] = {
-    "blocked": "fill:#fdd,stroke:#c00",
-    "in_progress": "fill:#dfd,stroke:#080",
-    "cycle": "stroke:#c00,stroke-width:3px",
-}
-
-
 def render_graph(backlog: Backlog, only: Container[str] | None = None) -> str:
-    """What waits for what as Mermaid (flowchart), the waiting items and cycles as comments on top:
-    of the items in `only` (ids; None: all) that are not done, and of what these wait for."""
+    """What waits for what as Mermaid (flowchart): the items in `only` (ids; None: all) that are not
+    done, and what these wait for."""
     items, names = backlog.items, dict[str, str]()
     needs = {id: unmet_dependencies(items, item) for id, item in items.items()}
     to_do = [one["id"] for one in _considered(items, only) if one["status"] != "done"]
@@ -2027,20 +1929,16 @@ def render_graph(backlog: Backlog, only: Container[str] | None = None) -> str:
             to_do += needs[item_id]
     cycles = [cycle for cycle in dependency_cycles(items) if cycle[0] in names]
     lines = [f"%% cycle, none of these can start: {' → '.join(cycle)}" for cycle in cycles]
-    lines += [f"%% {id} waits for {', '.join(needs[id])}" for id in names if needs[id]]
     lines.append("flowchart LR")
     # Mermaid's own entities, for what would end or restyle a label.
     escapes: Any = {"#": "#35;", "&": "#amp;", "<": "#lt;", ">": "#gt;", '"': "#quot;", "`": "#96;"}
     for item_id, name in names.items():
         item = items[item_id]
-        kind = "cycle" if any(item_id in cycle for cycle in cycles) else item["status"]
-        style = f":::{kind}" if kind in GRAPH_STYLES else ""
         phase = f" {item['phase']}" if item.get("phase") else ""
         label = f"{item_id} {one_line(item['title'], 60)}\n{item['status']}{phase}"
         text = label.translate(str.maketrans(escapes)).replace("\n", "<br/>")
-        lines.append(f'  {name}["{text}"]{style}')
+        lines.append(f'  {name}["{text}"]')
     lines += [f"  {names[need]} --> {name}" for id, name in names.items() for need in needs[id]]
-    lines += [f"  classDef {kind} {style}" for kind, style in GRAPH_STYLES.items()]
     return "\n".join(lines)
 
 
@@ -2051,103 +1949,71 @@ def render_item(known: Row, width: int) -> list[str]:
     spent = usage_text(Usage(*map(known.get, Usage._fields)))
     rows = []
     for key, value in {**known, "cost": spent}.items():
-        if value and key not in apart:
-            if isinstance(value, list):
-                value = ", ".join(command_text(v) if isinstance(v, list) else v for v in value)
-            value = minute(value) if key in ("created", "updated", "finished") else value
+        text = SHOWN.get(key, str)(value) if value or key == "verified" else ""
+        if text and key not in apart:
             label = key.replace("_", " ").capitalize()
-            rows.append({"label": f"{label}:", "value": "yes" if value is True else value})
+            rows.append({"label": f"{label}:", "value": "yes" if value is True else text})
     lines = wrap(f"{one_line(known['id'])}  {one_line(known['title'])}", width)
     lines += ["", *table("label value", rows, width)]
     described = known.get("description") or {}
     texts = {label: described.get(key) for key, label in DESCRIPTION_LABELS.items()}
     texts["Your notes for the next phase"] = known.get("unblock_context")
-    for label, text in texts.items():
-        if told := clean_text(text or "").strip():
+    for label, said in texts.items():
+        if told := clean_text(said or "").strip():
             lines += ["", f"{label}:", *(f"  {line}".rstrip() for line in told.split("\n"))]
     return lines
 
 
 # ---- What would run ------------------------------------------------------------------------------
 
+LEFT_OUT, ASKING = "left out by --target or --only", "blocked, each needs you"
+
 
 def plan_rows(backlog: Backlog, config: Config, options: RunOptions) -> list[dict[str, Any]]:
-    """The plan of `run --dry-run`: the phases in order, then why the other items do not move, of
-    which `kind` is what the reason has in common with others. Played through with the run's own
-    decisions, as if every phase succeeded; what comes after a triage is for the triage to say."""
-    draft, rows, triaged, turn = Draft(backlog), list[dict[str, Any]](), set[str](), 0
-    rules, only = rules_of(config), matching(backlog, options.filters)
-    while len(rows) < options.cap:
-        found = select_actions(options, draft.backlog(), {}, config, only - triaged)
-        if not found:
-            break
-        turn += any(isinstance(action, Task) for action in found)
+    """The plan of `run --dry-run`, by the run's own decisions: the phases that would start next,
+    then, without a phase, the items that would not, and why."""
+    draft, rules, only = Draft(backlog), rules_of(config), matching(backlog, options.filters)
+    tasks, now = list[Task](), datetime.fromtimestamp(0, UTC)  # of what is never written
+    while not tasks and (found := select_actions(options, draft.backlog(), {}, config, only)):
         for action in found:
             if isinstance(action, Promote):
-                promote(draft, action.item_id, rules, PLAN_TIME)
-            elif len(rows) < options.cap:
-                item = draft.item(action.item_id)
-                row = {"id": item["id"], "title": item["title"], "runs": True, "turn": turn}
-                text = phase_position(pipeline_of(config, item), action)
-                rows.append({**row, "phase": action.name, "text": text, "kind": None})
-                if action.pool == TRIAGE:
-                    triaged.add(item["id"])
-                else:
-                    result = PhaseResult(item["id"], action.name, "phase_complete", "planned")
-                    apply_result(draft, item, result, rules, PLAN_TIME)
-    ended, started = draft.backlog(), {row["id"] for row in rows}
-    limit = "the limit of phases for one run is used up" if len(rows) >= options.cap else ""
-    for item in status_order(ended.items.values()):
-        mine = item["status"] == "new" if options.only_triage else item["status"] != "done"
-        if mine and item["id"] not in triaged:
-            kind, text = "left out by --target or --only", ""
-            if item["id"] in (options.targets or only):
-                kind, text = _idle_reason(item, ended, config, limit, options.targets)
-            row = {"id": item["id"], "title": item["title"], "runs": False, "turn": None}
-            text = "then " * (item["id"] in started) + (text or kind)
-            rows.append({**row, "phase": None, "text": text, "kind": kind})
-    return rows
+                promote(draft, action.item_id, rules, now)
+        tasks = [action for action in found if isinstance(action, Task)]
+    items, most = draft.backlog(), config.execution
+    phases = {task.item_id: task.name for task in tasks[: options.cap]}
+    rows: list[dict[str, Any]] = [{"id": id, "phase": phases[id], "why": None} for id in phases]
+    for item in status_order(items.items.values()):
+        over = item["status"] != "new" if options.only_triage else item["status"] == "done"
+        why = f"later (max_wip = {most.max_wip}, max_concurrent = {most.max_concurrent})"
+        if item["id"] not in (options.targets or only):
+            why = LEFT_OUT
+        elif item["status"] == "blocked":
+            why = ASKING
+        elif needs := waits_for(item, items):
+            why = f"waiting for {', '.join(needs)}"
+        elif item["status"] != "new" and pipeline_of(config, item) is None:
+            why = f'in a pipeline that is not in {CONFIG_NAME}: "{pipeline_name(item)}"'
+        if not over and item["id"] not in phases:
+            rows.append({"id": item["id"], "phase": None, "why": why})
+    return [{**row, "title": items.items[row["id"]]["title"]} for row in rows]
 
 
-def _idle_reason(
-    item: Item, backlog: Backlog, config: Config, limit: str, targets: Sequence[str]
-) -> tuple[str, str]:
-    """Why an item does not move: what it has in common with others, and all of it, if that is more;
-    `limit` keeps everything from going on."""
-    needs, limits = waits_for(item, backlog), config.execution
-    if item["status"] == "blocked":
-        return "blocked, each needs you", f"blocked: {block_reason(item)}"
-    if limit:
-        return f"later: {limit}", ""
-    if needs:
-        return "waiting for other items", f"waits for {', '.join(needs)}"
-    if item["status"] != "new" and pipeline_of(config, item) is None:
-        return f'its pipeline "{pipeline_name(item)}" is not in {CONFIG_NAME}', ""
-    if targets:
-        return "later: another target comes first", ""
-    if item["status"] == "ready":
-        return f"ready; max_wip = {limits.max_wip} lets no further item start yet", ""
-    most = limits.max_concurrent
-    return f"later; max_concurrent = {most}, and a phase that changes code runs alone", ""
+def idle_lines(rows: Rows, untold: Container[str] = ()) -> list[str]:
+    """One line for each reason why items of a plan would not start, but those in `untold`."""
+    groups: dict[str, list[str]] = {}
+    for row in rows:
+        if row["why"] and row["why"] not in untold:
+            groups.setdefault(row["why"], []).append(row["id"])
+    return [f"{plural(len(ids), 'item')} {why}: {id_list(ids)}" for why, ids in groups.items()]
 
 
 def render_plan(rows: Rows, problems: Sequence[Problem], width: int) -> list[str]:
-    """`run --dry-run` for people: a line for each item that moves, and one for each reason why
-    others do not. `problems` keep a run from starting at all."""
-    moves, idle = dict[str, dict[str, Any]](), dict[str, list[Row]]()
-    for row in rows:
-        if row["runs"]:
-            moves.setdefault(row["id"], {**row, "phases": []})["phases"].append(row["phase"])
-        else:
-            idle.setdefault(row["kind"], []).append(row)
-    why = []
-    for kind, group in idle.items():
-        text = f"{kind}: {id_list([row['id'] for row in group])}"
-        many = {"id": plural(len(group), "item"), "text": text}
-        why.append(many if len(group) > 1 else group[0])
-    would, keys = "Would run, if every phase succeeds:", "turn id title phases"
-    lines = listed(would, keys, list(moves.values()), width)[1:] or ["Nothing would start."]
-    lines += listed("Would not run:", "id text", why, width)
+    """`run --dry-run` for people. `problems` keep a run from starting at all."""
+    would = [row for row in rows if row["phase"]]
+    lines = listed("Would start now:", "id phase title", would, width)[1:]
+    lines = lines or ["Nothing would start."]
+    if idle := idle_lines(rows):
+        lines += ["", "Would not start:", *(x for one in idle for x in wrap(f"  {one}", width))]
     if problems:
         lines += ["", "But a run cannot start:", *problem_lines(problems, width)]
     return [*lines, "", "Nothing was started and nothing was written."]
@@ -2161,7 +2027,7 @@ def problem_lines(
     return list(itertools.chain(*told))
 
 
-# ---- What happened, from history -----------------------------------------------------------------
+# ---- What happened, and what it cost -------------------------------------------------------------
 
 
 def proofs(rows: Rows, code: Container[str]) -> dict[str, Row]:
@@ -2172,20 +2038,16 @@ def proofs(rows: Rows, code: Container[str]) -> dict[str, Row]:
     return newest | {row["item"]: row for row in done if row["phase"] in code or row["verified"]}
 
 
-def checked(row: Row, code: Container[str] = ()) -> str:
-    """What checked a finished item, or a phase, or that nothing did, if something ought to have."""
-    told, done = ", ".join(row["verified"]), row.get("status", row.get("outcome"))
-    needed = done == "done" or (done == "complete" and row["phase"] in code)
-    return f"checked by {told}" if told else "not checked" if needed else ""
-
-
 def history_rows(rows: Iterable[Row], code: Container[str]) -> list[dict[str, Any]]:
-    """Rows of `read_log` for a table: behind the summary what checked it."""
-    told = ((row, checked(row, code)) for row in rows)
-    return [{**row, "summary": row["summary"] + f" ({text})" * bool(text)} for row, text in told]
+    """Rows of `read_log` for a table: behind the summary what checked it, or that nothing did, if
+    it is an item that is done, or a phase in `code`."""
+    told = []
+    for row in rows:
+        ended = row["phase"] in code if row["outcome"] == "complete" else row["outcome"] == "done"
+        checks = f" ({SHOWN['verified'](row['verified'])})" if row["verified"] or ended else ""
+        told.append({**row, "summary": one_line(row["summary"], 300) + checks})
+    return told
 
-
-# ---- The end of a run, and what it cost ----------------------------------------------------------
 
 HALT_TEXTS: Mapping[HaltReason, str] = {
     HaltReason.SHUTDOWN_REQUESTED: "stopped on request",
@@ -2200,7 +2062,7 @@ HALT_TEXTS: Mapping[HaltReason, str] = {
 
 
 def needs_you(items: Items, first: Container[str], program: str) -> list[Row]:
-    """The blocked items, those in `first` before the others; the keys are those of `json_form`."""
+    """The blocked items, those in `first` before the others; the keys are those of JSON_FORMS."""
     asking = [item for item in items.values() if item["status"] == "blocked"]
     rows = list[Row]()
     for item in sorted(asking, key=lambda item: item["id"] not in first):
@@ -2212,58 +2074,23 @@ def needs_you(items: Items, first: Container[str], program: str) -> list[Row]:
     return rows
 
 
-def next_steps(
-    reason: HaltReason | None, items: Items, targets: Sequence[str], program: str, detail: str = ""
-) -> list[dict[str, str]]:
-    """Commands, and why one would give them after a run that ended for this reason."""
-    steps, left = {}, [item for item in items.values() if item["status"] != "done"]
-    able = [item for item in left if item["status"] != "blocked"]
-    # No probe tells more of a phase that is held, or of a limit.
-    known = detail.startswith("[") or error_kind(detail) == "limit"
-    if reason is None:
-        steps["check"] = "shows what stands in the way"
-    elif reason is HaltReason.CIRCUIT_BREAKER_TRIPPED and not known:
-        steps["check --probe"] = f"tries each agent once; their logs: {WORK_DIR}/logs/"
-    elif reason is HaltReason.NO_MATCHING_ITEMS:
-        steps["status"] = "shows what there is to match"
-    if not left:
-        steps['add "TITLE"'] = "adds work: nothing is left"
-    elif reason is HaltReason.TARGET_BLOCKED and len(targets) > 1:
-        again = "".join(f" --target {one_line(target)}" for target in targets)
-        steps[f"run{again} --auto-advance"] = "goes on with the targets that are not blocked"
-    elif not all(unmet_dependencies(items, item) for item in able):
-        steps["run"] = "goes on with whatever can run then"
-    return [{"command": f"{program} {command}", "why": why} for command, why in steps.items()]
-
-
-def what_waits(
-    backlog: Backlog, config: Config, only: Container[str] | None, targets: Iterable[str]
-) -> str:
-    """What a run that found nothing to do has left: targets that wait for other items, and items
-    that would start but for max_wip; "" if there are none."""
-    items, most = backlog.items, config.execution.max_wip
-    needs = {id: waits_for(items[id], backlog) for id in targets if id in items}
-    if held := [f"{id} waits for {', '.join(names)}" for id, names in needs.items() if names]:
-        return "; ".join(held)
-    scope = list(_considered(items, only))
-    ready = [one for one in scope if one["status"] == "ready"]
-    wanting = [one["id"] for one in ready if not unmet_dependencies(items, one)]
-    at_work = [one["id"] for one in scope if one["status"] == "in_progress"]
-    taken = f"every place (max_wip = {most}) is taken: {id_list(at_work)}"
-    return f"{id_list(wanting)} would start, but {taken}" if wanting else ""
-
-
-def halt_line(reason: HaltReason | None, detail: str, only_triage: bool = False) -> str:
-    """Why a run is over, in one line."""
+def halt_line(reason: HaltReason | None, detail: str) -> str:
     detail = one_line(detail, 500)
     if reason is None:
         return f"Ended by an error: {detail or 'see above'}"
     text = HALT_TEXTS[reason]
-    if only_triage and reason is HaltReason.ALL_DONE_OR_BLOCKED:
-        text = "no new item is left to triage"
     if detail and reason is HaltReason.CIRCUIT_BREAKER_TRIPPED:
         text = "it cannot go on"
     return f"Halt: {text} ({reason}){f': {detail}' if detail else ''}"
+
+
+def next_steps(reason: HaltReason | None, detail: str) -> dict[str, str]:
+    """The command that helps after a run that ended so, if it is not said already, and why."""
+    # No probe tells more of a phase that is held, or of a limit.
+    known = detail.startswith("[") or error_kind(detail) == "limit"
+    if reason is HaltReason.CIRCUIT_BREAKER_TRIPPED and not known:
+        return {"check --probe": "tries each agent once"}
+    return {"check": "shows what stands in the way"} if reason is None else {}
 
 
 SCREEN = 24  # lines that the summary of a night is to fit into
@@ -2271,23 +2098,27 @@ SHOWN_DONE, SHOWN_ASKING, SHOWN_KEPT = 4, 3, 2
 
 
 def render_summary(told: Row, program: str, width: int = WHOLE_LINES) -> str:
-    """What got done, what needs somebody, what that holds up, what it cost, and what to do next;
-    see `summary_of`. Commands are never broken over lines, they are there to be copied."""
+    """What got done, what needs somebody, what that holds up and what it cost; see `summary_of`.
+    Commands are never broken over lines, they are there to be copied."""
 
     def part(word: str, rows: Sequence[Any], most: int, everything: str, keys: str) -> list[str]:
         more = f"; all: {program} {everything}" if len(rows) > most else ""
         return listed(f"{word} ({len(rows)}{more}):", keys, rows[-most:], width)[1:]
 
+    spent = usage_text(Usage(*map(told.get, Usage._fields))) or "cost not reported"
+    effort = [f"{plural(told['phases'], 'phase')} (limit {told['cap']})"]
+    effort += [human_duration(told["seconds"]), spent]
+    if told["state_commit"]:
+        effort.append(f"backlog saved in commit {told['state_commit'][:10]}")
+    halt = [*wrap(told["halt"], width), *wrap(f"  {', '.join(effort)}", width)]
     done, asking = told["completed"], told["needs_you"]
-    finished = part("Done", done, SHOWN_DONE, "status --done", "id commit title")
-    finished = finished or ["Done: no item was finished"]
-    finished += check_lines([{**row, "status": "done"} for row in done], width)
+    finished = part("Done", done, SHOWN_DONE, "status --done", "id commit title verified")
     needs = part("Needs you", asking, SHOWN_ASKING, "status --only status=blocked", "")
     for row in asking[:SHOWN_ASKING]:
-        indent = " " * (3 + cell_width(one_line(row["id"])))
+        begin = f"  {one_line(row['id'])} "
+        indent = " " * cell_width(begin)
         question = one_line(without_output(row["question"]), 240)
-        question += f" ({one_line(row['title'], 40)})"
-        needs += wrap(f"  {one_line(row['id'])} {question}", width, indent)
+        needs += wrap(f"{begin}{question} ({one_line(row['title'], 40)})", width, indent)
         needs.append(f"{indent}{row['command']}")
         if row["waiting"]:
             needs += wrap(f"{indent}waiting for it: {id_list(row['waiting'], 5)}", width, indent)
@@ -2297,33 +2128,11 @@ def render_summary(told: Row, program: str, width: int = WHOLE_LINES) -> str:
     rest += wrap(f"Backlog: {status_counts(told['counts'])}", width)
     # One line each, and blanks as they are: a warning holds commands to paste.
     warnings = ["Warning: " + clean_text(text).replace("\n", " ") for text in told["warnings"]]
-    steps = [f"Next: {step['command']}  # {step['why']}" for step in told["next"]]
-    steps = [step if cell_width(step) <= width else step.partition("  # ")[0] for step in steps]
-    halt = [*wrap(told["halt"], width), *wrap(f"  {_effort(told)}", width)]
-    sections = [part for part in (halt, finished, needs, rest, warnings, steps) if part]
+    warnings += [f"Next: {step['command']}" for step in told["next"]]
+    finished = finished or ["Done: no item was finished"]
+    sections = [part for part in (halt, finished, needs, rest, warnings) if part]
     dense = sum(map(len, sections)) + len(sections) > SCREEN
     return ("\n" if dense else "\n\n").join("\n".join(lines) for lines in sections)
-
-
-def check_lines(rows: Iterable[Row], width: int) -> list[str]:
-    """What checked some finished items, and which of them."""
-    checks: dict[str, list[str]] = {}
-    for row in rows:
-        checks.setdefault(checked(row), []).append(row["id"])
-    groups = [(text, ids) for text, ids in checks.items() if text]
-    return [x for text, ids in groups for x in wrap(f"  {text}: {id_list(ids, 5)}", width, "    ")]
-
-
-def _effort(told: Row) -> str:
-    """What a run took: phases, time, cost."""
-    spent = usage_text(Usage(*map(told.get, Usage._fields)))
-    parts = [f"{plural(told['phases'], 'phase')} (limit {told['cap']})"]
-    parts += [human_duration(told["seconds"]), spent or "cost not reported"]
-    if told["filters"]:
-        parts.append(f"--only {one_line(' AND '.join(told['filters']))}")
-    if told["state_commit"]:
-        parts.append(f"backlog saved in commit {told['state_commit'][:10]}")
-    return ", ".join(parts)
 
 
 def usage_text(usage: Usage) -> str:
@@ -2338,7 +2147,6 @@ def usage_text(usage: Usage) -> str:
 
 
 def usage_json(usage: Usage) -> dict[str, object]:
-    """The three keys about cost that every JSON output uses; null: not reported."""
     cost = usage.cost_usd
     return {**usage._asdict(), "cost_usd": None if cost is None else round(cost, 6)}
 
@@ -3828,7 +3636,8 @@ class Ledger:
         if attempt.token not in self.journal.attempts:  # its end is in the journal already
             return
         seen = self.compare(attempt)
-        documents = self._documents(attempt, seen)
+        # What else there is now may be the operator's, hidden as it began by an agent beside it.
+        documents, _ = self._outputs(attempt, seen)
         self._salvage(attempt, seen)
         line: dict[str, Any] = {"ended": [attempt.token], **self._costs(attempt)}
         if documents:
@@ -5365,8 +5174,11 @@ def cmd_run(args: argparse.Namespace) -> int:
         if args.dry_run:
             return _dry_run(args, space, options)
         if args.command == "step":
-            _check_step(items[0], backlog)
-            options = options._replace(overridden=items[0]["id"])
+            (item,) = items
+            if item["status"] in ("blocked", "done") or waits_for(item, backlog):
+                why = f"{program_name()} show {item['id']} tells why"
+                raise OrchestratorError(f"{item['id']}: no step can be taken; {why}")
+            options = options._replace(overridden=item["id"])
     run_id = new_run_id()
     import_asyncio()
     with space.run_lock(run_id):
@@ -5398,7 +5210,6 @@ def cmd_run(args: argparse.Namespace) -> int:
 
 
 def filters_of(args: argparse.Namespace) -> tuple[Filter, ...]:
-    """The filters of `--only`; UsageError when one makes no sense."""
     try:
         filters = tuple(map(parse_filter, args.only))
         check_filters(filters)
@@ -5408,92 +5219,63 @@ def filters_of(args: argparse.Namespace) -> tuple[Filter, ...]:
 
 
 def run_options(args: argparse.Namespace, config: Config) -> RunOptions:
-    """Turn the arguments of `run`, `triage` or `step` into options; UsageError when they clash."""
-    filters, targets = filters_of(args), args.target
+    filters, targets = filters_of(args), tuple(dict.fromkeys(args.target))
     if targets and filters:
         raise UsageError("--target and --only cannot be combined: name the items, or filter them")
-    if repeated := sorted({target for target in targets if targets.count(target) > 1}):
-        raise UsageError(f"--target names {', '.join(repeated)} more than once")
     cap = config.execution.default_phase_cap if args.cap is None else args.cap
     told = {"only_triage": args.command == "triage", "allow_dirty": args.allow_dirty}
-    return RunOptions(cap, tuple(targets), filters, args.auto_advance, **told)
-
-
-def _check_step(item: Item, backlog: Backlog) -> None:
-    """Refuse a step that could not be taken, rather than start a run that only says so."""
-    unblock, needs = f"{program_name()} unblock {item['id']}", waits_for(item, backlog)
-    why = {
-        "blocked": f"is blocked: {block_reason(item)}. First: {unblock}",
-        "done": "is done: there is no phase left to run",
-    }.get(item["status"], needs and f"waits for {', '.join(needs)}")
-    if why:
-        raise OrchestratorError(f"{item['id']} {why}")
+    return RunOptions(cap, targets, filters, args.auto_advance, **told)
 
 
 def summary_of(space: Workspace, run: Run, code: int) -> dict[str, Any]:
-    """All that is to be said of a run that is over, for people and machines; see `json_form`."""
     options, done, items = run.options, run.state_commit, run.backlog.items
     # What checked an item that is done may have been committed by a run long ago.
-    most = None if run.completed else 2 * run.phases + 10
-    history = read_log(space, most) if run.spent or run.completed else []
-    ended = {
-        (safe_name(row["item"]), safe_name(row["phase"]))
-        for row in history
-        if row["run_id"] == run.run_id and row["outcome"] == "complete"
-    }
-    made = run.ledger.kept
-    kept = [row for row in salvages(space) if row["ref"] in made] if made else []
-    titles = run.completed | {item_id: item["title"] for item_id, item in items.items()}
-    checks, completed = proofs(history, code_phases(space.config)), []
-    for item_id in run.completed:
-        proof = checks.get(item_id, {})
-        row = {"id": item_id, "title": titles.get(item_id, ""), "commit": proof.get("commit")}
-        completed.append({**row, "verified": proof.get("verified", [])})
+    checks = proofs(read_log(space) if run.completed else [], code_phases(space.config))
+    completed = []
+    for item_id, title in run.completed.items():
+        proof = checks.get(item_id, {"commit": None, "verified": []})
+        row = {"id": item_id, "title": title}
+        completed.append({**row, "commit": proof["commit"], "verified": proof["verified"]})
     detail = run.cap_reached() if run.reason is HaltReason.CAP_REACHED else run.breaker
-    if run.reason is HaltReason.ALL_DONE_OR_BLOCKED and not options.only_triage:
-        detail = detail or what_waits(run.backlog, space.config, run.matched, options.targets)
-    waiting = (f"{text}; it waits" for text in space.store.state.complaints())
-    reasons = run.blocked.items()
-    blocked = [{"id": id, "title": titles.get(id, ""), "reason": why} for id, why in reasons]
+    if run.reason is HaltReason.ALL_DONE_OR_BLOCKED and not detail:
+        plan = plan_rows(run.backlog, space.config, options)
+        detail = "; ".join(idle_lines(plan, (LEFT_OUT, ASKING)))
     spent = reduce(Usage.plus, run.spent.values(), NOTHING_SPENT)
     spent_on = [(*on, usage) for on, usage in run.spent.items()]
+    made = salvages(space) if run.ledger.kept else []
+    waiting = (f"{text}; it waits" for text in space.store.state.complaints())
     told = {"schema": 1, "run_id": run.run_id, "halt_reason": run.reason and str(run.reason)}
-    told |= {"halt": halt_line(run.reason, detail, options.only_triage), "detail": detail}
+    told |= {"halt": halt_line(run.reason, detail), "detail": detail}
     told |= {"exit_code": code, "phases": run.phases, "cap": options.cap}
     told |= {"seconds": round(time.monotonic() - run.since, 3), **usage_json(spent)}
+    reasons = ((items[id], why) for id, why in run.blocked.items() if id in items)
+    blocked = [{"id": one["id"], "title": one["title"], "reason": why} for one, why in reasons]
     told |= {"completed": completed, "blocked": blocked, "follow_ups": run.follow_ups}
     told["needs_you"] = needs_you(items, run.blocked, program_name())
     told["spent"] = [{"item": id, "phase": name, **usage_json(one)} for id, name, one in spent_on]
-    told |= {"filters": [str(one) for one in options.filters], "targets": list(options.targets)}
     told["state_commit"] = done.commit if done and done.outcome == "committed" else None
-    told["kept"] = [row for row in kept if (row["item"], row["phase"]) not in ended]
+    told["kept"] = [one for one in made if one["ref"] in run.ledger.kept and not one["finished"]]
     told["warnings"] = [*run.warnings(), *waiting]
+    told |= {"filters": [str(one) for one in options.filters], "targets": list(options.targets)}
     told["counts"] = count_by_status(items.values())
-    told["next"] = next_steps(run.reason, items, options.targets, program_name(), detail)
+    steps = next_steps(run.reason, detail)
+    told["next"] = [{"command": f"{program_name()} {step}", "why": steps[step]} for step in steps]
     return told
 
 
 def _notify(config: Config, told: Row) -> None:
     """Run `notify.command` with the summary on stdin; its failure is a warning."""
     import subprocess
-    import tempfile
 
     argv, data, null = config.notify.command, _dumps(told).encode(), subprocess.DEVNULL
-    if not argv:
-        return
-    try:
-        with tempfile.TemporaryFile() as err:  # no pipe: what it starts may keep that open
-            done = subprocess.run(argv, input=data, stdout=null, stderr=err, timeout=60)
-            err.seek(0)
-            if done.returncode:
-                tail = one_line(err.read().decode(errors="replace"), 300)
-                log().warning("notify.command exited with %d: %s", done.returncode, tail)
-    except (OSError, subprocess.TimeoutExpired) as error:
+    try:  # no output of ours for it: what it starts may keep that open
+        if argv:
+            subprocess.run(argv, input=data, stdout=null, stderr=null, timeout=60, check=True)
+    except (OSError, subprocess.SubprocessError) as error:
         log().warning("notify.command failed: %s", error)
 
 
 def _dry_run(args: argparse.Namespace, space: Workspace, options: RunOptions) -> int:
-    """Say what a run would do; writes nothing."""
     rows = plan_rows(space.store.backlog, space.config, options)
     problems = start_problems(space, allow_dirty=args.allow_dirty)
     runs, width = run_facts(space), output_width(sys.stdout)
@@ -5503,7 +5285,6 @@ def _dry_run(args: argparse.Namespace, space: Workspace, options: RunOptions) ->
 
 
 def answer(args: argparse.Namespace, facts: Mapping[str, object], lines: Iterable[str]) -> int:
-    """Print what a command found out: with --json the facts, else the lines."""
     if args.json:
         print(_dumps({"schema": 1, **facts}))
     else:
@@ -5531,36 +5312,30 @@ def cmd_status(args: argparse.Namespace) -> int:
         if filters:
             raise UsageError("--done and --only cannot be combined: a finished item has no keys")
         rows = finished(space)
-        lines = table("finished id status commit cost_usd title", rows, width, heads=True)
-        lines += ["", *check_lines(rows, width)] if rows else ["No item has been finished yet."]
-        return answer(args, {"items": rows}, lines)
+        lines = table("finished id status commit cost_usd title verified", rows, width, heads=True)
+        return answer(args, {"items": rows}, lines or ["No item has been finished yet."])
     rows, runs = status_rows(backlog, only, item_costs(space)), run_facts(space)
     kept, counts = salvages(space), count_by_status(rows)
     keys = "id status phase pipeline_type priority impact size risk title"
-    stuck = [row for row in rows if row["status"] == "blocked"]
-    blocked = [{"id": row["id"], "blocked_reason": block_reason(row)} for row in stuck]
+    stuck = {row["id"]: block_reason(row) for row in rows if row["status"] == "blocked"}
+    blocked = [{"id": id, "why": one_line(without_output(why), 300)} for id, why in stuck.items()]
     waiting = [row for row in rows if row["waiting_for"]]
-    shown = [one for one in kept if only is None or one["item"] in map(safe_name, only)]
     lines = [*run_lines(runs, width, [""]), *table(keys, rows, width, heads=True)]
     none = "No item matches." if filters else "No items."
     lines += ["", status_counts(counts)] if rows else [none]
-    lines += listed("Blocked, each needs you:", "id blocked_reason", blocked, width)
-    how = sorted({unblock_option(row["blocked_reason"]) for row in blocked})
+    lines += listed("Blocked, each needs you:", "id why", blocked, width)
+    how = sorted(set(map(unblock_option, stuck.values())))
     lines += [f"  {program_name()} unblock ID {option}" for option in how]
-    lines += listed("Waiting for other items:", "id waiting_for", waiting[:MOST_WAITING], width)
-    if more := len(waiting[MOST_WAITING:]):
-        lines.append(f"  … and {more} more: {program_name()} status --graph")
-    lines += listed(KEPT, "item phase ref", shown, width)
+    lines += listed("Waiting for other items:", "id waiting_for", waiting, width)
+    lines += listed(KEPT, "item phase ref", kept, width)
     return answer(args, {**runs, "counts": counts, "items": rows, "salvage": kept}, lines)
 
 
 def finished(space: Workspace, item_id: str | None = None) -> list[dict[str, Any]]:
     """The items that have left the backlog, newest first, or that one: those of the worklogs, and
-    those that only the log knows of; see `read_worklog`, `read_log`."""
-    open_ones = space.store.backlog.items  # one that was taken back is not finished
+    those that only the log knows of; one that was taken back is not among them."""
     entries = [one for one in worklog_entries(space) if item_id in (None, one["item"])]
-    told, last = read_log(space, item_id=item_id), dict[str, str]()
-    rows = dict[str, dict[str, Any]]()
+    last, rows = dict[str, str](), dict[str, dict[str, Any]]()
     for entry in entries:
         key, why = entry["item"], entry.get("summary") or entry.get("reason") or ""
         if status := entry.get("status", "").lower():
@@ -5568,30 +5343,29 @@ def finished(space: Workspace, item_id: str | None = None) -> list[dict[str, Any
             rows[key] = {"id": key, "title": entry["title"], "status": status}
             rows[key] |= {"finished": entry["when"], "summary": summary}
         last[key] = why
+    told, costs = read_log(space, item_id=item_id), worklog_costs(entries)
     for one in told:
-        key, why = one["item"], one["summary"]
-        if key not in rows and one["outcome"] in ("done", "closed", "removed"):
+        if one["item"] not in rows and one["outcome"] in ("done", "closed", "removed"):
+            key, why = one["item"], one["summary"]
             rows[key] = {"id": key, "title": why, "status": one["outcome"]}
             rows[key] |= {"finished": one["when"], "summary": why}
-    costs, checks = worklog_costs(entries), proofs(told, code_phases(space.config))
+    checks = proofs(told, code_phases(space.config))
     for key, row in rows.items():
-        proof = checks.get(key, {})
-        row |= {"commit": proof.get("commit"), "verified": proof.get("verified", [])}
+        proof = checks.get(key, {"commit": None, "verified": []})
+        row |= {"commit": proof["commit"], "verified": proof["verified"]}
         row |= usage_json(costs.get(key, NOTHING_SPENT))
-    left = (row for key, row in rows.items() if key not in open_ones)
+    left = (row for key, row in rows.items() if key not in space.store.backlog.items)
     return sorted(left, key=lambda row: str(row["finished"]))[::-1]
 
 
 def worklog_entries(space: Workspace) -> list[dict[str, str]]:
-    """What the worklogs on disk tell, oldest first; see `read_worklog`."""
     months = sorted((space.repo.root / WORKLOG_DIR).glob("*.md"))
     return [entry for one in months for entry in read_worklog(one.read_text(errors="replace"))]
 
 
 def item_costs(space: Workspace) -> dict[str, Usage]:
     """What every item has cost so far: as the worklog tells, and what is not in it yet."""
-    costs = worklog_costs(worklog_entries(space))
-    journal = space.journal()
+    costs, journal = worklog_costs(worklog_entries(space)), space.journal()
     for item_id, usage in journal.spent.items() if journal else ():
         costs[item_id] = costs.get(item_id, NOTHING_SPENT).plus(Usage(**usage))
     return costs
@@ -5611,7 +5385,7 @@ def lock_holder(space: Workspace) -> str:
 
 def run_facts(space: Workspace) -> dict[str, Any]:
     """The run at work and what its agents do, or else what the last one left for the next start to
-    finish; see `json_form`."""
+    finish; see JSON_FORMS."""
     holder, journal = lock_holder(space), space.journal()
     attempts = list(journal.attempts.values()) if journal else []
     remarks = [
@@ -5621,11 +5395,6 @@ def run_facts(space: Workspace) -> dict[str, Any]:
     if told := re.match(r"run (\S+), pid (\d+), since (\S+)", holder):
         if stop_requested(space.repo.state_dir, told[1]):
             remarks.append("it was asked to stop: what is in flight is finished, then it halts")
-        try:
-            with suppress(OSError):  # a missing one is written again
-                State.read(space.store.path.read_bytes(), space.store.path.name)
-        except (YamlError, BacklogError) as error:
-            remarks.append(f"nothing new is started for a minute, or until it is mended: {error}")
         phases = []
         for one in attempts:
             item_id, phase = one["item"], one["phase"]["name"]
@@ -5649,26 +5418,22 @@ def run_facts(space: Workspace) -> dict[str, Any]:
 
 
 def run_lines(facts: Row, width: int, end: Sequence[str] = ()) -> list[str]:
-    """What `run_facts` found: who is at work and what each agent does, or else what the next start
-    recovers first; then `end`."""
-
     def lasts(since: str) -> str:
         return human_duration(time.time() - datetime.fromisoformat(since).timestamp())
 
     if run := facts["active"]:
         since = f"since {minute(run['since'])} ({lasts(run['since'])})"
+        lines = [f"A run is active: pid {run['pid']}, {since}"]
         rows = [{**one, "lasts": lasts(one["since"])} for one in run["phases"]]
-        lines = table("item phase lasts doing", rows, width, "  ")
-        lines += [line for text in run["remarks"] for line in wrap(f"  {text}", width)]
-        return [f"A run is active: pid {run['pid']}, {since}", *lines, *end]
-    if run := facts["unfinished"]:
+        lines += table("item phase lasts doing", rows, width, "  ")
+    elif run := facts["unfinished"]:
         text = f"Run {run['run_id']} left something unfinished; the next `run` recovers it first."
-        told = {"cut off, starts again:": run["cut_off"]}
-        told["finished, to be committed:"] = run["to_commit"]
-        rows = [{"what": what, "which": id_list(ids)} for what, ids in told.items() if ids]
-        rows += [{"what": "note:", "which": text} for text in run["remarks"]]
-        return [*wrap(text, width), *table("what which", rows, width, "  "), *end]
-    return []
+        told = {"cut off, starts again": run["cut_off"], "to be committed": run["to_commit"]}
+        rows = [{"what": f"{what}:", "which": id_list(ids)} for what, ids in told.items() if ids]
+        lines = [*wrap(text, width), *table("what which", rows, width, "  ")]
+    else:
+        return []
+    return [*lines, *(line for text in run["remarks"] for line in wrap(f"  {text}", width)), *end]
 
 
 def salvages(space: Workspace) -> list[dict[str, Any]]:
@@ -5699,25 +5464,20 @@ def cmd_show(args: argparse.Namespace) -> int:
     documents = documents_in(place, space.repo.root)
     rows, code = read_log(space, item_id=args.id), code_phases(space.config)
     kept = [one for one in salvages(space) if one["item"] == safe_name(args.id)]
-    lines = render_item(known if item else {**known, "verified": checked(known)}, width)
-    keys = "when phase outcome commit summary"
+    lines, keys = render_item(known, width), "when phase outcome commit summary"
     lines += listed("History:", keys, history_rows(rows, code), width)
     lines += listed("Documents:", "path", [{"path": path} for path in documents], width)
-    facts = {"item": item or known, "documents": documents, "commits": rows, "salvage": kept}
-    facts |= {key: known[key] for key in Usage._fields}
-    return answer(args, facts, [*lines, *listed(KEPT, "item phase ref", kept, width)])
+    facts = {"item": known, "documents": documents, "commits": rows, "salvage": kept}
+    lines += listed(KEPT, "item phase ref", kept, width)
+    return answer(args, facts, lines)
 
 
 def cmd_log(args: argparse.Namespace) -> int:
     space, width = open_workspace(args.root, args.config), output_width(sys.stdout)
     rows = read_log(space, args.n, args.since, args.id)
-    if args.id is not None and not rows and not args.since:
-        _item(space.config, space.store.look(), args.id)
     told = history_rows(rows, code_phases(space.config))
     lines = table("when item phase outcome commit summary", told, width, heads=True)
-    when = "in that time" if args.since or args.n is not None else "yet"
-    none = f"Nothing that the orchestrator did has been committed {when}."
-    return answer(args, {"log": rows}, lines or [none])
+    return answer(args, {"log": rows}, lines or ["There is no commit of the orchestrator's."])
 
 
 # For `git log -z`: commit and time, our trailers, an empty line, the message.
@@ -5732,7 +5492,7 @@ def read_log(
     space: Workspace, most: int | None = None, since: str | None = None, item_id: str | None = None
 ) -> list[dict[str, Any]]:
     """What the commits of HEAD's history say that the orchestrator did with items, newest first,
-    with the keys of `json_form`; "" where they say nothing. `since` as git reads a time."""
+    with the keys of JSON_FORMS; "" where they say nothing. `since` as git reads a time."""
     repo = space.repo
     if repo.head().commit is None:
         return []
@@ -5749,41 +5509,36 @@ def read_log(
         commit, _, when = first.partition(" ")
         subject, run_id = one_line(message.partition("\n")[0]), ""
         found = list[dict[str, Any]]()
-        for key, _, value in (line.removeprefix(TRAILER).partition(": ") for line in trailers):
-            value = one_line(value)
+        for key, _, text in (line.removeprefix(TRAILER).partition(": ") for line in trailers):
+            value = one_line(text)
             if key == "Run":
                 run_id = value
             elif key == "Item":
-                row = {"when": when, "item": value, "phase": "", "outcome": "", "summary": ""}
-                found.append({**row, "commit": commit, "run_id": run_id, "verified": []})
+                row = {"when": when, "item": value, "phase": "", "outcome": "", "commit": commit}
+                found.append({**row, "run_id": run_id, "subject": subject, "verified": []})
             elif found and key == "Verified":
                 found[-1]["verified"].append(value)
             elif found:
                 found[-1][key.lower()] = value
         for row in found:  # told of it is the longest text behind its tag, else the subject
-            phase = re.escape(row["phase"])
             tag = re.escape(MessageEntry(row["item"], row["phase"]).tag)
             told = re.findall(rf"(?:^| \| ){tag} ((?:(?! \| \[).)+)", message, re.M)
-            begin = rf"^(?:\[orchestrator\] |\w+\([^)]*\): (?:{phase}: )?)"
+            begin = rf"^(?:\[orchestrator\] |\w+\([^)]*\): (?:{re.escape(row['phase'])}: )?)"
             text = one_line(max(told, key=len, default=re.sub(begin, "", subject)))
-            summary = text.removeprefix(f"{row['outcome'].capitalize()}: ")
-            row.update(summary=summary, subject=subject)
+            row["summary"] = text.removeprefix(f"{row['outcome'].capitalize()}: ")
         rows += found
     return [row for row in rows if item_id in (None, row["item"])][:most]
 
 
 def cmd_logs(args: argparse.Namespace) -> int:
     """What the agents of an item said and did, attempt by attempt, from their recorded output."""
-    space = open_workspace(args.root, args.config)
+    space, width = open_workspace(args.root, args.config), output_width(sys.stdout)
     folder = space.repo.root / WORK_DIR / "logs" / safe_name(args.id)
     pattern = f"{safe_name(args.phase)}-*" if args.phase else "*"
     pipelines = space.config.pipelines.values()
     phases = {safe_name(one.name): one for line in pipelines for one in line.all_phases}
-    if args.phase and args.phase not in (*phases, TRIAGE) and not any(folder.glob(pattern)):
-        raise UsageError(f"{args.phase}: there is no such phase{did_you_mean(args.phase, phases)}")
-    files, said = dict[Path, tuple[OutputFile, AgentReport, str]](), ""
-    width = output_width(sys.stdout)
-    while True:
+    files, said, active = dict[Path, tuple[OutputFile, AgentReport, str]](), "", True
+    while active:
         active = bool(args.follow and lock_holder(space))  # asked first, so that nothing is missed
         found = [path for path in folder.glob(pattern) if path.stat().st_size]
         for path in sorted(found, key=lambda path: path.stat().st_mtime):
@@ -5803,13 +5558,12 @@ def cmd_logs(args: argparse.Namespace) -> int:
                     parts = (wrap(one, width) for one in text.split("\n"))
                     print("\n".join(itertools.chain(*parts)), flush=True)
                     said = text  # a last message may come twice: as text, and as the result
-        if not active:
-            break
-        time.sleep(0.3)
+        if active:
+            time.sleep(0.3)
     if not files:
         if not has_left(space.config, space.store.look(), args.id):
             _item(space.config, space.store.backlog, args.id)
-        print(f"No agent has said anything here yet: {os.path.relpath(folder)}/")
+        print(f"No agent has said anything here yet: {os.path.relpath(folder / pattern)}")
     return EXIT_OK
 
 
@@ -5819,7 +5573,7 @@ def _item(config: Config, backlog: Backlog, item_id: str) -> Item:
     if has_left(config, backlog, item_id):
         raise UsageError(
             f"{item_id}: it is not in the backlog any more; what became of it:"
-            f" {program_name()} show {item_id}"
+            f" {program_name()} log {item_id}"
         )
     raise UsageError(f"{item_id}: there is no such item{did_you_mean(item_id, backlog.items)}")
 
@@ -5833,8 +5587,6 @@ def has_left(config: Config, backlog: Backlog, item_id: str) -> bool:
 
 
 class Changed(NamedTuple):
-    """What a command did to an item, and what is to be said of it."""
-
     item_id: str
     what: str = ""  # behind the id, in the commit's subject and on the terminal
     summary: str = ""  # in the commit's body
@@ -5848,13 +5600,6 @@ def cmd_change(args: argparse.Namespace) -> int:
     backlog = space.store.look()
     if command != "add":
         _item(space.config, backlog, args.id)
-    at_work = run_facts(space)["active"] if command in ("complete", "close") else None
-    for one in at_work["phases"] if at_work else ():
-        if one["item"] == args.id:
-            raise OrchestratorError(
-                f"{args.id}: its phase {one['phase']} is running just now. Wait for it, or ask the"
-                f" run to halt when it is through: {program_name()} stop"
-            )
     change = partial(change_item, args, space.config, now)
     change(Draft(backlog))  # what is refused is refused before anything is touched
     done = space.store.change(change)
@@ -5917,7 +5662,6 @@ def item_values(
 
 
 def change_item(args: argparse.Namespace, config: Config, now: datetime, draft: Draft) -> Changed:
-    """Do to an item of the draft what a command says."""
     command, item_id = args.command, getattr(args, "id", "")
     if command == "add":
         values, notes = item_values(args, config, draft.backlog())
@@ -5933,9 +5677,6 @@ def change_item(args: argparse.Namespace, config: Config, now: datetime, draft: 
             known = draft.item(item_id).get("description") or {}
             values["description"] = {**known, "context": args.description.strip()}
         draft.update(item_id, now, **values)
-        for cycle in dependency_cycles(draft.items) if values.get("dependencies") else ():
-            if item_id in cycle:
-                raise UsageError(f"--depends-on: {' → '.join(cycle)} could never start")
         keys = ", ".join(values)
         return Changed(item_id, f": {keys}", keys, notes)
     if command == "advance":
@@ -5950,11 +5691,7 @@ def change_item(args: argparse.Namespace, config: Config, now: datetime, draft: 
         return Changed(item_id, what, what.strip())
     if command == "unblock":
         item = unblock(draft, item_id, now, notes=args.notes, override=args.override_guardrails)
-        notes = []
-        if item["status"] != "new" and (why := guardrail_objection(item, rules_of(config).limits)):
-            how = f"{program_name()} unblock {item_id} --override-guardrails"
-            notes.append(f"But the next run blocks it again: {why}. Then: {how}")
-        return Changed(item_id, f": {item['status']} again", one_line(args.notes or ""), notes)
+        return Changed(item_id, f": {item['status']} again", one_line(args.notes or ""))
     # complete, close: out of the backlog, into the worklog, and whoever waited is told
     close, why = command == "close", one_line(args.why or "", 1000)
     if close and not why:
@@ -5973,11 +5710,7 @@ def cmd_check(args: argparse.Namespace) -> int:
     import shlex
 
     space, width = open_workspace(args.root, args.config), output_width(sys.stdout)
-    try:
-        space.store.look()
-    except (BacklogError, YamlError):  # an open merge, say, explains it better
-        _refuse(list(space.repo.head_problems(space.repo.head())))
-        raise
+    space.store.look()
     runs, kept = run_facts(space), salvages(space)
     problems = [] if runs["active"] else start_problems(space, allow_dirty=False)
     problems += signing_problems(space.repo)
@@ -5988,9 +5721,6 @@ def cmd_check(args: argparse.Namespace) -> int:
     if bare := {one.name for one in phases if one.destructive and not one.verify}:
         names = ", ".join(sorted(bare))
         remarks.append(f"no `verify`, so what an agent calls done is committed unchecked: {names}")
-    for item_id, item in space.store.backlog.items.items():
-        hints = {key: did_you_mean(key, ITEM_KEYS) for key in item if key not in ITEM_TABLE}
-        remarks += [f"{item_id}: nobody reads {key}{hint}" for key, hint in hints.items() if hint]
     lines = table("agent model works seconds cost_usd", tried, width, heads=True)
     lines += problem_lines(problems, width, "problem: ")
     # Remarks, like remedies, hold commands to be copied: they stay whole.
@@ -6004,9 +5734,6 @@ def cmd_check(args: argparse.Namespace) -> int:
     facts = {**runs, "problems": [one._asdict() for one in problems], "remarks": remarks}
     answer(args, {**facts, "salvage": kept, "probes": tried}, lines)
     return EXIT_ERROR if problems else EXIT_OK
-
-
-FRESH = "\nThe work tree is a fresh one: what git ignores, such as an environment, is missing"
 
 
 def cmd_verify(args: argparse.Namespace) -> int:
@@ -6045,7 +5772,8 @@ def cmd_verify(args: argparse.Namespace) -> int:
                 never = asyncio.Event()
                 site = Site(run_id, root, config, never, never)
                 trouble = asyncio.run(run_verify(site, attempt, [argv])) or ""
-                trouble += FRESH * bool(trouble)
+            if trouble and argv:
+                trouble += "\nThe work tree is a fresh one: what git ignores is missing in it"
             held += not trouble
             say(args, trouble or f"{text}: holds")
     say(args, f"{held} of {plural(len(told), 'check')} of {what} ({commit[:10]}) held")
@@ -6053,7 +5781,6 @@ def cmd_verify(args: argparse.Namespace) -> int:
 
 
 def cmd_stop(args: argparse.Namespace) -> int:
-    """Ask the active run, by a file naming it, to end when its phases in flight are through."""
     space = open_workspace(args.root, args.config)
     holder = lock_holder(space)
     if not holder:
@@ -6080,7 +5807,6 @@ TESTED_WITH = (
 
 
 def how_tested(root: Path) -> str:
-    """What a project seems to be tested with; "" if nothing tells."""
     for names, pattern, command in TESTED_WITH:
         for path in (root / name for name in names.split()):
             if path.is_file() and re.search(pattern, path.read_text(errors="replace"), re.M):
@@ -6089,7 +5815,6 @@ def how_tested(root: Path) -> str:
 
 
 def cmd_init(args: argparse.Namespace) -> int:
-    """Make the files of a project, of which none is ever written over, and commit them."""
     import shlex
 
     repo = Repo.open(args.root)
@@ -6101,12 +5826,12 @@ def cmd_init(args: argparse.Namespace) -> int:
         )
     config = load_config(repo.root, None)  # the one that is there already, or the defaults
     repo.signoff, repo.sign = config.commits.signoff, config.commits.sign
-    hints, check = commit_hints(repo, config.commits), how_tested(repo.root)
-    values = {key: value for key, (value, _) in hints.items()}
+    signs, check = conventional_signs(repo), how_tested(repo.root)
     toml, backlog = repo.root / CONFIG_NAME, repo.root / config.backlog_path
-    wanted = {toml: config_template(args.prefix, args.agent, values, check)}
-    wanted[backlog] = render_yaml({"schema_version": 3, "items": [], "next_item_id": 0})
-    made = {path: text.encode() for path, text in wanted.items() if not os.path.lexists(path)}
+    template = config_template(args.prefix, args.agent, conventional=bool(signs), check=check)
+    empty = render_yaml({"schema_version": 3, "items": [], "next_item_id": 0})
+    wanted = {toml: template.encode(), backlog: empty.encode()}
+    made = {path: data for path, data in wanted.items() if not os.path.lexists(path)}
     head, told = repo.head().commit, "nothing to do: the files are there already"
     for path, data in made.items():
         if repo.committed(head, repo.relative(path)) is not None:
@@ -6118,20 +5843,15 @@ def cmd_init(args: argparse.Namespace) -> int:
         told = f"made {' and '.join(os.path.relpath(one, repo.root) for one in made)}"
     make_work_folder(repo.root, repo.root / WORK_DIR)
     if made and not args.no_commit:
-        try:
-            style = str(values.get("style", config.commits.style))
-            message = state_message("Set up the backlog", style=style)
-            told += f", committed as {str(repo.commit(repo.blobs(made), message))[:10]}"
-        except HeadBusy as error:
-            print(f"not committed: {error}", file=sys.stderr)
-    lines = [told, *_house_rules(repo, load_config(repo.root, None), hints)]
+        style = "conventional" if signs else config.commits.style
+        message = state_message("Set up the backlog", style=style)
+        told += f", committed as {str(repo.commit(repo.blobs(made), message))[:10]}"
+    lines = [told, *_house_rules(repo, load_config(repo.root, None), signs)]
     if check and toml in made:
-        lines.append(f"in it, commented out, this project's tests as `verify`: {check}")
-    if args.agent == "command" and toml in made:
-        lines.append("agent.command in it is an example: set it before you run anything")
-    program = program_name()
+        lines.append(f"checks: this project's tests, in it as a commented `verify`: {check}")
     for line in lines:
         print("\n".join(wrap(line, output_width(sys.stdout))))
+    program = program_name()
     print(f'Next: {program} add "What shall be done", then {program} run')
     if args.hook:
         args.action = "install"
@@ -6140,40 +5860,25 @@ def cmd_init(args: argparse.Namespace) -> int:
 
 
 COMMITLINT_FILES = ("commitlint.config.*", ".commitlintrc*")
-HOOK_MANAGERS = (".pre-commit-config.yaml", ".husky", "lefthook.yml")
 UNASKED = re.compile(r"--(dangerously\S+|yolo|auto)")  # the flags of CLIs that then ask nobody
-LOOKS_LIKE: Mapping[str, tuple[object, str]] = {  # values of [commits], and messages made by them
-    "style": ("conventional", rf"\A({'|'.join(COMMIT_TYPES)})(\(.+?\))?!?: \S"),
-    "signoff": (True, r"^Signed-off-by: .+@"),
-}
 
 
-def commit_hints(repo: Repo, chosen: Commits) -> dict[str, tuple[object, str]]:
-    """What of [commits] the last commits and commitlint's files seem to want and is not chosen, and
-    what shows it."""
-    options = ("-20", "--no-merges", "--no-show-signature", "--format=%x00%B")
+def conventional_signs(repo: Repo) -> str:
+    shown = [path.name for name in COMMITLINT_FILES for path in sorted(repo.top.glob(name))]
+    options = ("-20", "--no-merges", "--no-show-signature", "--format=%s")
     said = repo.git("log", *options).decode(errors="replace") if repo.head().commit else ""
-    messages, hints = said.split("\0")[1:], {}
-    for key, (value, pattern) in LOOKS_LIKE.items():
-        files = COMMITLINT_FILES if key == "style" else ()
-        shown = [path.name for name in files for path in sorted(repo.top.glob(name))]
-        count = sum(bool(re.search(pattern, message, re.M)) for message in messages)
-        if 2 * count > len(messages) > 2:
-            shown.append(f"{count} of the last {len(messages)} commits")
-        if shown and getattr(chosen, key) != value:
-            hints[key] = value, ", ".join(shown)
-    return hints
+    subjects, pattern = said.splitlines(), rf"({'|'.join(COMMIT_TYPES)})(\(.+?\))?!?: \S"
+    count = sum(bool(re.match(pattern, subject)) for subject in subjects)
+    if 2 * count > len(subjects) > 2:
+        shown.append(f"{count} of the last {len(subjects)} commits")
+    return ", ".join(shown)
 
 
-def _house_rules(repo: Repo, config: Config, hints: Mapping[str, tuple[object, str]]) -> list[str]:
-    """What `init` says of the repository's own rules: at most four lines."""
+def _house_rules(repo: Repo, config: Config, signs: str) -> list[str]:
     hooks = [name for name in HOOK_NAMES if os.access(repo.hook_path(name), os.X_OK)]
-    idle = [name for name in HOOK_MANAGERS if (repo.top / name).exists()]
     told = {"hooks": f"{', '.join(hooks)}; what agents build has to pass them" if hooks else ""}
-    if idle and not hooks:
-        told["hooks"] = f"none is installed, though there is {idle[0]}; install them first"
-    if seen := "; ".join(f"{key} = {_dumps(v)} ({shown})" for key, (v, shown) in hints.items()):
-        told["commits"] = f"look like {seen}; for ours, set that in {CONFIG_NAME}"
+    if signs and config.commits.style == "bracket":
+        told["commits"] = f"look conventional ({signs}); for ours, set style in {CONFIG_NAME}"
     if repo.wants_signatures():
         trouble = repo.sign_trouble and f", but that failed: {one_line(repo.sign_trouble, 200)}"
         told["signatures"] = f"git is configured to sign commits, and so are ours{trouble}"
@@ -6185,7 +5890,6 @@ def _house_rules(repo: Repo, config: Config, hints: Mapping[str, tuple[object, s
 
 
 DEMO_FILES = {
-    "README.md": "# Demo\n\nA project that exists to show a run.\n",
     CONFIG_NAME: """\
 [project]
 prefix = "DEMO"
@@ -6196,7 +5900,6 @@ retry_delay_seconds = 0.1
 max_concurrent = 2
 max_wip = 2
 
-# A small pipeline: plan (a document), then build (code).
 [pipelines.feature]
 phases = [
   { name = "plan" },
@@ -6207,36 +5910,34 @@ phases = [
 # What stands for the tests of this project: no line may end within a parenthesis.
 ! grep -n '(:$' demo/*.py
 """,
-    BACKLOG_NAME: "schema_version: 3\nitems: []\nnext_item_id: 0\n",
+    BACKLOG_NAME: """\
+schema_version: 3
+items:
+- title: Greet the user by name
+- title: "Count words (flaky: its check fails at first)"
+- title: Replace the payment module (risky)
+- title: List all commands, with a follow-up
+- title: Greet in colour
+  dependencies: [DEMO-001]
+next_item_id: 0
+""",
 }
-
-DEMO_TITLES = (
-    "Greet the user by name",
-    "Count words (flaky: its check fails at first)",
-    "Replace the payment module (risky)",
-    "List all commands, with a follow-up",
-    "Greet in colour",
-)
 
 
 def cmd_demo(args: argparse.Namespace) -> int:
-    """Run the real thing on a throw-away repository with the scripted agent."""
     import tempfile
 
     where = args.dir or Path(tempfile.mkdtemp(prefix="orchestrator-demo-"))
     if where.exists() and any(where.iterdir()):
         raise UsageError(f"{where} is not empty; name a new folder, or none")
     where.mkdir(parents=True, exist_ok=True)
-    repo, here = Repo.init(where), ["--root", str(where)]
+    repo = Repo.init(where)
     print(f"A demo project in {where}: five items, a scripted agent, no account needed.\n")
-    for name, text in DEMO_FILES.items():
-        (where / name).write_text(text)
-    for title in DEMO_TITLES:
-        main([*here, "add", title])
-    main([*here, "edit", "DEMO-005", "--depends-on", "DEMO-001"])
-    blobs = repo.blobs({where / name: (where / name).read_bytes() for name in DEMO_FILES})
-    repo.commit(blobs, "A small project to work on")
-    code = main([*here, "run"])
+    files = {where / name: text.encode() for name, text in DEMO_FILES.items()}
+    for path, data in files.items():
+        path.write_bytes(data)
+    repo.commit(repo.blobs(files), "A small project to work on")
+    code = main(["--root", str(where), "run"])
     history = repo.git("log", "--oneline").decode(errors="replace")
     print(f"\n$ git -C {where} log --oneline\n{history}")
     print(f"Look around: cd {where} && git log --stat, or delete the folder.")
@@ -6251,13 +5952,13 @@ def _dumps(value: object) -> str:
 
 # ==== 12. The git hook and the single file ========================================================
 
+
 # ---- The git hook --------------------------------------------------------------------------------
 
 # The file hooks/pre-commit: an installed package and the single file have no folder beside them.
 HOOK_TEXT = """\
 #!/bin/sh
 # Warns when BACKLOG.yaml has changes that are not part of the commit being made. Never blocks it.
-# orchestrator-hook: 3
 # Install: orchestrator.py hook install
 
 backlog=BACKLOG.yaml # relative to the top of the work tree
@@ -6283,52 +5984,40 @@ left_behind() {
 # The orchestrator's own commits, and those of its agents, take care of it themselves.
 if [ -z "$ORCHESTRATOR_RUN_ID" ] && left_behind; then
     echo "warning: $backlog has changes that are not in this commit." >&2
-    echo "         To commit them as well: git add $backlog && git commit --amend --no-edit" >&2
+    echo "         To commit them as well: git add ':/$backlog' && git commit --amend --no-edit" >&2
 fi
 exit 0
 """
-HOOK_ID, HOOK_BACKLOG = "# orchestrator-hook: ", r"(?m)^backlog=(.*)(?= # relative)"
+HOOK_BACKLOG = r"(?m)^backlog=(.*)(?= # relative)"
 
 
 def cmd_hook(args: argparse.Namespace) -> int:
-    """Install or mend the hook, or remove it; another one stays, and gets a line to add."""
     import shlex
 
     space = open_workspace(args.root, args.config)
-    path = space.repo.hook_path("pre-commit")
-    path, found = Path(os.path.realpath(path.parent)) / path.name, ""
-    there = os.path.lexists(path)
+    path, found = space.repo.hook_path("pre-commit"), ""
+    name = space.repo.relative(space.store.path)
     with suppress(OSError):  # there is none, or it is unreadable
         found = path.read_text(errors="surrogateescape")
     # Ours is the text as it was installed, or copied by hand, for whichever backlog.
     ours = re.sub(HOOK_BACKLOG, "backlog=BACKLOG.yaml", found, count=1) == HOOK_TEXT
-    name = space.repo.relative(space.store.path)
-    wanted = re.sub(HOOK_BACKLOG, lambda _: f"backlog={shlex.quote(name)}", HOOK_TEXT, count=1)
     if args.action == "uninstall":
-        told = f"nothing to do: {path} is not installed by us"
-        if HOOK_ID in found and not ours:
-            raise OrchestratorError(
-                f"{path} is our hook of another version, or changed by hand, so it is left alone."
-                f" To remove it: rm {path}"
-            )
         if ours:
             path.unlink()
-            told = f"removed {path}"
-    elif path.parent.exists() and not path.parent.is_dir():
+        print(f"removed {path}" if ours else f"{path} is not ours, or was changed, and stays")
+        return EXIT_OK
+    if path.parent.exists() and not path.parent.is_dir():
         raise OrchestratorError(f"{path.parent} is no folder: core.hooksPath switches hooks off")
-    elif there and not ours:
+    if os.path.lexists(path) and not ours:
         warning = shlex.quote(f"{name} has changes that are not in this commit")
         raise OrchestratorError(
             f"{path} is another hook, or ours changed by hand, and stays as it is. Add this line to"
             f" it:\ngit diff --quiet -- {shlex.quote(name)} || echo {warning} >&2"
         )
-    elif found == wanted and os.access(path, os.X_OK):
-        told = f"nothing to do: {path} is installed"
-    else:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(path, os.fsencode(wanted), 0o755)
-        told = f"{'updated' if there else 'installed'} {path}"
-    print(told)
+    wanted = re.sub(HOOK_BACKLOG, lambda _: f"backlog={shlex.quote(name)}", HOOK_TEXT, count=1)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(path, os.fsencode(wanted), 0o755)
+    print(f"installed {path}")
     return EXIT_OK
 
 
@@ -6369,30 +6058,17 @@ def cmd_vendor(args: argparse.Namespace) -> int:
     if path.is_dir() or not (path.is_file() or args.path.endswith(".py")):
         path /= "orchestrator.py"  # a folder, be it one that is yet to be made
     path = Path(os.path.realpath(path))
-    if path.exists() and not path.is_file():
-        raise UsageError(f"{path} is no file; name another path")
-    data = single_file()
-    source, state = single_file_state(data)
-    if state == "MODIFIED":
-        raise OrchestratorError(f"{__file__} was changed by hand; take an untouched one")
-    _, there = single_file_state(path.read_bytes()) if path.exists() else ("", "unmodified")
-    if there != "unmodified" and not args.force:
-        was = "was changed by hand" if there else "is not a single file of the orchestrator"
-        raise OrchestratorError(f"{path} {was}; --force writes over it all the same")
-    replace_file(path, data, 0o755)
-    size = f"{len(data.splitlines())} lines, {len(data) // 1024} KiB"
-    print(f"wrote {path}: orchestrator {__version__}, source {source[:12]}, {size}")
-    return EXIT_OK
-
-
-def single_file() -> bytes:
-    """The single file that this program is, or that is made of it and the modules beside it."""
+    state = single_file_state(path.read_bytes())[1] if path.is_file() else "something else"
+    if os.path.lexists(path) and state != "unmodified":
+        raise OrchestratorError(f"{path} is no untouched single file of ours; remove it first")
     here = Path(__file__)
     data = here.read_bytes()
-    if re.match(SINGLE_FILE, data):
-        return data
-    sources = {name: here.with_name(f"{name}.py").read_text("utf-8") for name in MODULE_ORDER}
-    return build_single_file(sources).encode()
+    if not re.match(SINGLE_FILE, data):  # this is one of the three modules
+        sources = {one: here.with_name(f"{one}.py").read_text("utf-8") for one in MODULE_ORDER}
+        data = build_single_file(sources).encode()
+    replace_file(path, data, 0o755)
+    print(f"wrote {path}")
+    return EXIT_OK
 
 
 def build_single_file(sources: Mapping[str, str]) -> str:
@@ -6420,18 +6096,6 @@ def single_file_state(data: bytes) -> tuple[str, str]:
         return "", ""
     stated = found[1].decode()
     return stated, "unmodified" if digest(data[found.end() :]) == stated else "MODIFIED"
-
-
-def version_text() -> str:
-    """Version and origin of this program."""
-    try:
-        data = single_file()
-    except OSError:  # imported from an archive
-        return f"orchestrator {__version__} (source unreadable)"
-    source, state = single_file_state(data)
-    alone = data == Path(__file__).read_bytes()
-    kind, end = ("single file", f", {state}") if alone else ("three modules", "")
-    return f"orchestrator {__version__} ({kind}, source {source[:12]}{end})"
 
 
 def digest(data: bytes) -> str:
@@ -6490,7 +6154,7 @@ check | cmd_check | --probe --json | say what would keep a run from working
 verify | cmd_verify | what | run again what a commit says has checked it, in a work tree of it
 stop | cmd_stop | | ask the active run to finish what is in flight and halt
 hook | cmd_hook | action | the optional pre-commit hook, which warns of a dirty BACKLOG.yaml
-vendor | cmd_vendor | path --force | write this program as one file, to be copied anywhere
+vendor | cmd_vendor | path | write this program as one file, to be copied anywhere
 """.format(
     run="--target --only --cap --auto-advance --allow-dirty --dry-run --strict --json",
     item=" ".join(f"--{name}" for name in ITEM_OPTIONS) + " --commit",
@@ -6504,8 +6168,6 @@ COMMANDS = {
 
 
 def _argument(kind: Kind) -> Callable[[str], object]:
-    """The type of an argument; words are taken in any case, or by their first letter."""
-
     def parse(text: str) -> object:
         value = kind.typed(text)
         if problem := kind.problem(value):
@@ -6513,14 +6175,6 @@ def _argument(kind: Kind) -> Callable[[str], object]:
         return value
 
     return parse
-
-
-def _tag(text: str) -> str:
-    """A tag: one line, not blank, without the comma that separates the values of `--only`."""
-    tag = one_line(text)
-    if not tag or "," in tag:
-        raise argparse.ArgumentTypeError(f"{text!r} is no tag: it is blank or holds a comma")
-    return tag
 
 
 def _option(meaning: str, **known: Any) -> dict[str, Any]:
@@ -6536,10 +6190,12 @@ def _several(metavar: str, meaning: str, **known: Any) -> dict[str, Any]:
 
 
 def _of_item(key: str) -> dict[str, Any]:
-    """The option of `add` and `edit` that sets a key of an item; see `item_values`."""
     row = ITEM_TABLE[key]
     words, name = " | ".join(row.kind.words), row.option.upper()
-    read = {"tags": _tag, "dependencies": str, "description": str}.get(key, _argument(row.kind))
+    # A comma separates the values of `--only`.
+    tag = matching_text("one line, not blank, without a comma", r"(?!\s*\Z)[^,\0-\x1f\x7f]+")
+    kinds = {"tags": tag, "dependencies": TEXT, "description": TEXT}
+    read = _argument(kinds.get(key, row.kind))
     if row.kind is TEXTS:
         return _several(name, row.meaning, dest=key, type=read)
     told = f"{row.meaning}: {words}" if words else row.meaning
@@ -6566,7 +6222,7 @@ ARGUMENTS: Mapping[str, Row] = {
     "--cap": _option("start at most N phases", type=_argument(_COUNT), metavar="N"),
     "--auto-advance": _flag("go on to the next target when one is blocked"),
     "--allow-dirty": _flag("start although there are uncommitted changes"),
-    "--dry-run": _flag("only say what would be done, and what not and why"),
+    "--dry-run": _flag("only say what would start now, and what not and why"),
     "--strict": _flag("exit with 1 when the halt commit met trouble"),
     "--json": _flag("print it as JSON on stdout"),
     "--done": _flag("the finished and closed items instead, newest first"),
@@ -6583,7 +6239,6 @@ ARGUMENTS: Mapping[str, Row] = {
     "--reason": _option("for the worklog and those that waited", dest="why", required=True),
     "--commit": _flag("commit BACKLOG.yaml, alone"),
     "--probe": _flag("also run each agent once with a trivial prompt"),
-    "--force": _flag("write over whatever is there"),
     **{f"--{name}": _of_item(key) for name, key in ITEM_OPTIONS.items()},
 }
 
@@ -6596,70 +6251,48 @@ GLOBAL_OPTIONS: Mapping[str, Row] = {
     "--quiet": _flag("log only warnings and errors, and no summary of a run that went well"),
     "--color": _option("auto: on a terminal, without NO_COLOR", default="auto", choices=_COLOURS),
 }
-HIDDEN = {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
-
 # What people try, and what it is called here.
 OTHER_WORDS: Mapping[str, str] = {
+    **dict.fromkeys(("list", "ls"), "`status` lists the items"),
     "retry": "`unblock ID` lets a blocked item go on, `run` tries again what failed",
-    "list": "`status` lists the items",
-    "ls": "`status` lists the items",
     "resume": "`run` goes on where the last one ended",
     "reopen": "`unblock ID` lets a blocked item go on, `add` makes a new one of a finished one",
 }
 
 # What `--json` prints, by command. "schema" grows when a key changes its meaning or goes; new keys
 # may come at any time. A value that is not there is null.
-_FORM_PARTS = {
-    "COST": "cost_usd, input_tokens, output_tokens",
-    "ITEM": ", ".join(ITEM_KEYS),
-    "SALVAGE": "[{ref, item, phase, commit, finished}]",
-    "PROBLEMS": "problems: [{what, remedy}]",
-    "RUNS": "active: {run_id, pid, since, phases: [{item, phase, attempt, since, doing}], remarks},"
-    " unfinished: {run_id, cut_off, to_commit, remarks}",
-    "DONE": "id, title, status, finished, summary, commit, verified, COST",
-    "ROW": "when, item, phase, outcome, summary, commit, run_id, subject, verified",
+_COST = "cost_usd, input_tokens, output_tokens"
+_SALVAGE = "[ref, item, phase, commit, finished]"
+_ENTRY = "when, item, phase, outcome, summary, commit, run_id, subject, verified"
+_DONE = f"[id, title, status, finished, summary, commit, verified, {_COST}]"
+_RUNS = (
+    "active: [run_id, pid, since, phases: [item, phase, attempt, since, doing], remarks],"
+    " unfinished: [run_id, cut_off, to_commit, remarks]"
+)
+_RUN = (
+    "run_id, halt_reason, halt, detail, exit_code, phases, cap, seconds, completed: [id, title,"
+    " commit, verified], blocked: [id, title, reason], needs_you: [id, title, question, command,"
+    f" waiting], follow_ups, {_COST}, spent: [item, phase, {_COST}], filters, targets,"
+    f" state_commit, kept: {_SALVAGE}, warnings, counts, next: [command, why];"
+    f" --dry-run: {_RUNS}, items: [id, title, phase, why], problems: [what, remedy]"
+)
+JSON_FORMS = {
+    "status": f"{_RUNS}, counts, items: [{', '.join(ITEM_KEYS)}, waiting_for, {_COST}],"
+    f" salvage: {_SALVAGE}; --done: items: {_DONE}",
+    "show": f"item: as in status, documents, commits: [{_ENTRY}], salvage: {_SALVAGE}",
+    "log": f"log: [{_ENTRY}]",
+    "check": f"{_RUNS}, problems: [what, remedy], remarks, salvage: {_SALVAGE}, probes: [agent,"
+    f" model, works, seconds, {_COST}]",
+    **dict.fromkeys(("run", "triage", "step"), _RUN),
 }
-_FORMS = {
-    "status": "RUNS, counts: {STATUS: N}, items: [{ITEM, waiting_for, COST}], salvage: SALVAGE};"
-    " --done: {schema, items: [{DONE}]",
-    "show": "item: {ITEM} | {DONE}, documents, commits: [{ROW}], salvage: SALVAGE, COST",
-    "log": "log: [{ROW}]",
-    "check": "RUNS, PROBLEMS, remarks, salvage: SALVAGE, probes: [{agent, model, works, seconds,"
-    " COST}]",
-    "run": "run_id, halt_reason, halt, detail, exit_code, phases, cap, seconds, completed: [{id,"
-    " title, commit, verified}], blocked: [{id, title, reason}], needs_you: [{id, title, question,"
-    " command, waiting}], follow_ups, COST, spent: [{item, phase, COST}], filters, targets,"
-    " state_commit, kept: SALVAGE, warnings, counts: {STATUS: N}, next: [{command, why}]};"
-    " --dry-run: {schema, RUNS, items: [{id, title, runs, turn, phase, text, kind}], PROBLEMS",
-}
-
-
-def json_form(command: str) -> str:
-    """What `--json` of a command prints, in one line; "" if it has no such option."""
-    form = _FORMS.get("run" if command in ("triage", "step") else command, "")
-    for _ in range(2):  # parts have parts
-        form = re.sub("|".join(_FORM_PARTS), lambda found: _FORM_PARTS[found[0]], form)
-    return form and re.sub(r"(?<!-)\b[a-z_]+\b", '"\\g<0>"', f"{{schema, {form}}}")
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong with a command line in one line, and where to look it up."""
-
     def error(self, message: str) -> NoReturn:
-        choice = r"argument (\S+): invalid choice: '(.*?)'(?:, maybe.*)? \(choose from (.*)\)$"
-        if wrong := re.match(choice, message):
-            name, word, choices = wrong[1], wrong[2], re.findall(r"[\w-]+", wrong[3])
-            hint = did_you_mean(word, choices)
-            if name == "COMMAND":
-                hint = f"; {OTHER_WORDS[word]}" if word in OTHER_WORDS else hint
-                message = f"{word}: there is no such command{hint}"
-            else:
-                option = f"{name} " if name.startswith("-") else ""
-                message = f"{option}{word}: use {' or '.join(choices)}{hint}"
-        elif unknown := re.match(r"unrecognized arguments: (--[\w-]+)", message):
-            known = [word for word in (*ARGUMENTS, *GLOBAL_OPTIONS) if word.startswith("--")]
-            hint = did_you_mean(unknown[1], known)
-            message += " (an option of other commands)" if unknown[1] in known else hint
+        if wrong := re.match("argument COMMAND: invalid choice: '(.*?)'", message):
+            word, told = wrong[1], OTHER_WORDS.get(wrong[1])
+            hint = f"; {told}" if told else did_you_mean(word, COMMANDS)
+            message = f"{word}: there is no such command{hint}"
         where = f"orchestrator{self.prog.removeprefix(SCRIPT)}"
         advice = f"`{self.prog} --help` shows what there is."
         self.exit(EXIT_USAGE, f"{where}: {clean_text(message)}. {advice}\n")
@@ -6669,8 +6302,9 @@ class Parser(argparse.ArgumentParser):
         super().exit(status, message)
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The whole command line, from the tables above."""
+def build_parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
+    """The command line, from the tables above; of the commands only those among the words that were
+    typed, if there are any and nobody asks for help: to build all takes a while."""
     parser = Parser(
         prog=SCRIPT, description="Let coding agents work through a backlog in this git repository."
     )
@@ -6678,26 +6312,24 @@ def build_parser() -> argparse.ArgumentParser:
     for word, options in GLOBAL_OPTIONS.items():
         parser.add_argument(word, **options)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    hint = (
-        "Before or after the command also: --root DIR, --config FILE, --log-level, --quiet,"
-        f" --color; see `{SCRIPT} --help`."
-    )
-    for name, (_, takes, summary) in COMMANDS.items():
-        form = json_form(name)
-        told = f"{hint} --json prints {form}; null: not known." if form else hint
-        epilog = told.replace("%", "%%")
-        sub = commands.add_parser(name, help=summary, description=summary, epilog=epilog)
-        for word, options in GLOBAL_OPTIONS.items():  # what was given before stands
-            sub.add_argument(word, **{**options, **HIDDEN})
+    named = [name for name in COMMANDS if name in words]
+    if {"-h", "--help"} & {*words} or not (named or "--version" in words):
+        named = list(COMMANDS)
+    for name in named:
+        _, takes, summary = COMMANDS[name]
+        form = JSON_FORMS.get(name, "")
+        told = form and f"--json prints schema, {form}; null: not known.".replace("%", "%%")
+        sub = commands.add_parser(name, help=summary, description=summary, epilog=told)
         for word in takes:
             sub.add_argument(word.strip("[]"), **ARGUMENTS[word])
+        for word, options in GLOBAL_OPTIONS.items():  # what was given before stands
+            sub.add_argument(word, **{**options, "default": argparse.SUPPRESS})
         if name == "step":
             sub.set_defaults(only=[], cap=1, auto_advance=False)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     _make_output_safe()
@@ -6706,14 +6338,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return demo_agent(os.environ, sys.stdin.read(), Path.cwd())
     trouble, code, args = "", EXIT_OK, None
     try:
-        parser = build_parser()
-        args = parser.parse_args(words)
+        args = build_parser(words).parse_args(words)
         given = {"--root": args.root if args.root != Path() else "", "--config": args.config or ""}
         _project_options[:] = [w for name, path in given.items() if path for w in (name, str(path))]
         if args.version:
-            print(version_text())
+            source, state = single_file_state(Path(__file__).read_bytes())
+            origin = f"single file, source {source[:12]}, {state}" if source else "three modules"
+            print(f"orchestrator {__version__} ({origin})")
         elif args.command is None:
-            parser.print_help()
+            build_parser().print_help()
         else:
             set_up_logging(args)
             code = COMMANDS[args.command][0](args)

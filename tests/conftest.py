@@ -14,7 +14,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import chdir, redirect_stderr, redirect_stdout, suppress
-from functools import cache, partial
+from functools import partial
 from io import StringIO
 from pathlib import Path
 from types import ModuleType
@@ -59,7 +59,6 @@ def hermetic(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)
         for name, value in ours.items():
             patch.setenv(name, value)
-        patch.setattr(orchestrator, "build_parser", cache(orchestrator.build_parser))  # the same for each of hundreds
         yield
     signal.signal(signal.SIGHUP, hangup)
 

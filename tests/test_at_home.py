@@ -60,7 +60,8 @@ def test_what_a_document_phase_leaves_elsewhere_is_a_stray_until_it_is_gone(proj
     assert "uncommitted changes: scratch.txt" in project.run("run", code=1).stderr
 
 
-def test_what_a_neighbour_had_stashed_away_as_a_phase_began_stays_the_operators(project: Any) -> None:
+@pytest.mark.parametrize("killed", [False, True])
+def test_what_a_neighbour_had_stashed_away_as_a_phase_began_stays_the_operators(project: Any, killed: bool) -> None:
     """It comes back while that phase runs, and must not pass for what the phase left: a stray is nobody's."""
     stash = {"sh": "git stash -q --include-untracked", "document": "a.md"}
     script = {"WRK-001/plan": [{**stash, "announce": True, "await": "go1"}], "*/triage": [{"announce": True, "await": "go2"}], "WRK-002/plan": [stash]}
@@ -72,6 +73,12 @@ def test_what_a_neighbour_had_stashed_away_as_a_phase_began_stays_the_operators(
     assert project.announced() == "WRK-002 triage 1"
     (project.outside / "go1").write_text("")
     project.read_until(process, "took away what you had not committed; it is there again: mine.txt")
+    if killed:
+        project.read_until(process, "WRK-001 is done")
+        process.kill()
+        process.communicate()
+        process = project.start("run", "--allow-dirty")
+        project.announced()
     (project.outside / "go2").write_text("")
     log = project.finish(process)
     assert "touched files outside" not in log

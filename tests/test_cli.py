@@ -47,7 +47,7 @@ def bare(make_repo: Callable[..., Path]) -> Path:
 
 
 def test_version_and_help(cli: Cli) -> None:
-    assert cli("--version").out.startswith(f"orchestrator {orchestrator.__version__} (three modules, ")
+    assert cli("--version").out.startswith(f"orchestrator {orchestrator.__version__} (three modules)")
     assert cli().out == cli("--help").out
     summaries = re.findall(r"^    (\w+)\s+\w", cli("--help").out, re.M)
     assert {*COMMANDS} <= {*summaries}
@@ -65,18 +65,18 @@ def test_version_and_help(cli: Cli) -> None:
         (["list"], "orchestrator: list: there is no such command; `status` lists the items. `orchestrator --help` shows what there is."),
         (["stauts"], 'orchestrator: stauts: there is no such command (did you mean "status"?). `orchestrator --help` shows what there is.'),
         (["xyzzy"], "orchestrator: xyzzy: there is no such command. `orchestrator --help` shows what there is."),
-        (["run", "--tagret", "X"], "orchestrator: unrecognized arguments: --tagret X (did you mean \"--target\"?). `orchestrator --help` shows what there is."),
-        (["stop", "--json"], "orchestrator: unrecognized arguments: --json (an option of other commands). `orchestrator --help` shows what there is."),
+        (["stauts", "run"], 'orchestrator: stauts: there is no such command (did you mean "status"?). `orchestrator --help` shows what there is.'),
+        (["run", "--tagret", "X"], "orchestrator: unrecognized arguments: --tagret X. `orchestrator --help` shows what there is."),
         (["add"], "orchestrator add: the following arguments are required: title. `orchestrator add --help` shows what there is."),
         (["run", "--cap", "-1"], 'orchestrator run: argument --cap: must be a whole number from 0 to 4294967295, not "-1". `orchestrator run --help` shows what there is.'),
         (["run", "--cap", "9" * 5000], f'orchestrator run: argument --cap: must be a whole number from 0 to 4294967295, not "{"9" * 78}…. `orchestrator run --help` shows what there is.'),
         (["add", "x", "--priority", "high"], 'orchestrator add: argument --priority: must be a whole number, not "high". `orchestrator add --help` shows what there is.'),
         (["add", "x", "--size", "huge"], 'orchestrator add: argument --size: must be one of small, medium, large, not "huge". `orchestrator add --help` shows what there is.'),
         (["add", "x", "--risk", ""], 'orchestrator add: argument --risk: must be one of low, medium, high, not "". `orchestrator add --help` shows what there is.'),
-        (["hook", "instal"], 'orchestrator hook: instal: use install or uninstall (did you mean "install"?). `orchestrator hook --help` shows what there is.'),
-        (["--color", "red", "status"], "orchestrator: --color red: use auto or always or never. `orchestrator --help` shows what there is."),
-        (["init", "--agent", "cluade"], 'orchestrator init: --agent cluade: use claude or codex or opencode or gemini or command or demo (did you mean "claude"?). `orchestrator init --help` shows what there is.'),
-        (["add", "x", "--tag", "a,b"], "orchestrator add: argument --tag: 'a,b' is no tag: it is blank or holds a comma. `orchestrator add --help` shows what there is."),
+        *(
+            (["add", "x", "--tag", tag], f'orchestrator add: argument --tag: must be one line, not blank, without a comma, not {json.dumps(tag)}. `orchestrator add --help` shows what there is.')
+            for tag in ("a,b", " ", "")
+        ),
     ],
 )
 def test_usage_errors_are_one_line_and_exit_2(cli: Cli, argv: list[str], says: str) -> None:
@@ -99,8 +99,8 @@ def test_messages_call_the_program_as_it_was_started(bare: Path, program: Path) 
         run("python3", *argv, "close", "WRK-001", "--reason", "no", cwd=cwd)
         said = run("python3", *argv, "unblock", "WRK-001", cwd=cwd)
         command = said.stderr.partition("what became of it: ")[2].strip()
-        assert command == " ".join(["python3", *argv, "show", "WRK-001"])
-        assert run("sh", "-c", command, cwd=cwd).stdout.startswith("WRK-001  Fix the login bug\n\nStatus:   closed\n")
+        assert command == " ".join(["python3", *argv, "log", "WRK-001"])
+        assert run("sh", "-c", command, cwd=cwd).returncode == 0
 
 
 def with_stdout(project: Any, stdout: Any, *argv: str) -> subprocess.CompletedProcess[str]:
@@ -185,21 +185,16 @@ def test_init_says_what_the_repository_seems_to_want(bare: Path, cli: Cli) -> No
     git(bare, "config", "commit.gpgSign", "true")
     git(bare, "config", "gpg.program", "/nonexistent")
     (bare / ".commitlintrc.yml").touch()
-    (bare / ".husky").mkdir()
     says = cli("--root", bare, "init", "--agent", "gemini").out.splitlines()
     config = orchestrator.load_config(bare, None)
-    assert says[1] == "hooks: none is installed, though there is .husky; install them first"
-    assert says[2] == (
-        'commits: look like style = "conventional" (.commitlintrc.yml); signoff = true (3 of the last 4 commits);'
-        " for ours, set that in orchestrator.toml"
-    )
-    assert says[3].startswith("signatures: git is configured to sign commits, and so are ours, but that failed: ")
-    assert says[4].startswith("agents: permission prompts are off (gemini --yolo); commits go to main")
-    assert len(says) == 6
+    assert says[1] == "commits: look conventional (.commitlintrc.yml); for ours, set style in orchestrator.toml"
+    assert says[2].startswith("signatures: git is configured to sign commits, and so are ours, but that failed: ")
+    assert says[3].startswith("agents: permission prompts are off (gemini --yolo); commits go to main")
+    assert len(says) == 5
     assert (config.commits.style, config.commits.signoff) == ("bracket", False)
     assert git(bare, "log", "-1", "--format=%B").split("\n")[:3] == ["chore(backlog): set up the backlog", "", "[orchestrator] Set up the backlog"]
     text = (bare / "orchestrator.toml").read_text()
-    (bare / "orchestrator.toml").write_text(re.sub("# (style|signoff)", r"\1", text))
+    (bare / "orchestrator.toml").write_text(text.replace("# style", "style"))
     hook = bare / ".git/hooks/commit-msg"
     hook.parent.mkdir(exist_ok=True)
     hook.write_text("#!/bin/sh\n")
@@ -273,17 +268,13 @@ REFUSED: list[tuple[str, list[str], int, str]] = [
     ("in_progress phase=plan pipeline_type=gone", ["advance", "WRK-001"], 1, "WRK-001: pipeline gone is not in the config"),
     ("new", ["complete", "WRK-01"], 2, 'WRK-01: there is no such item (did you mean "WRK-001"?)'),
     ("new", ["close", "WRK-001", "--reason", " "], 2, "--reason is blank; say why the item is not wanted any more"),
-    ("blocked blocked_reason=Why", ["step", "WRK-001"], 1, "WRK-001 is blocked: Why. First: "),
-    ("new dependencies=[WRK-002]", ["step", "WRK-001"], 1, "WRK-001 waits for WRK-002 (new)"),
-    ("done", ["step", "WRK-001"], 1, "WRK-001 is done: there is no phase left to run"),
+    *((row, ["step", "WRK-001"], 1, "WRK-001: no step can be taken; ") for row in ("blocked blocked_reason=Why", "new dependencies=[WRK-002]", "done")),
     ("new", ["unblock", "WRK-001"], 1, "WRK-001: it is not blocked, but new"),
     ("new", ["show", "WRK-01"], 2, 'WRK-01: there is no such item (did you mean "WRK-001"?)'),
     ("new", ["edit", "WRK-001"], 2, "nothing to change; see "),
     ("new", ["edit", "WRK-001", "--title", " "], 2, "the title is empty"),
     ("new", ["edit", "WRK-001", "--depends-on", "WRK-009"], 2, "WRK-009: there is no such item"),
-    ("new", ["edit", "WRK-001", "--depends-on", "WRK-001"], 2, "--depends-on: WRK-001 → WRK-001 could never start"),
     ("new", ["run", "--target", "WRK-01"], 2, 'WRK-01: there is no such item (did you mean "WRK-001"?)'),
-    ("new", ["triage", "--target", "WRK-001", "--target", "WRK-001"], 2, "--target names WRK-001 more than once"),
     ("new", ["run", "--dry-run", "--target", "WRK-001", "--only", "size=small"], 2, "--target and --only cannot be combined: name the items"),
     ("new", ["status", "--only", "size"], 2, "--only: Filter must be in format KEY=VALUE[,VALUE…] or KEY!=VALUE[,VALUE…], not 'size'"),
     ("new", ["run", "--only", "foo=1"], 2, "--only: Unknown filter field: foo. "),
@@ -308,7 +299,7 @@ def test_status_of_an_empty_backlog(here: Cli) -> None:
     assert here("status").out == "No items.\n"
     assert json.loads(here("status", "--json").out) == {"schema": 1, "active": None, "unfinished": None, "counts": {}, "items": [], "salvage": []}
     assert here("status", "--done").out == "No item has been finished yet.\n"
-    assert here("log").out == "Nothing that the orchestrator did has been committed yet.\n"
+    assert here("log").out == "There is no commit of the orchestrator's.\n"
 
 
 def test_d52_status_table(project: Any, here: Cli) -> None:
@@ -392,12 +383,13 @@ def test_dry_run_says_what_would_run_and_why_the_rest_would_not(project: Any, he
     items = ("WRK-001 ready", "WRK-002 ready", "WRK-003 blocked blocked_reason=Unclear", "WRK-004 new dependencies=[WRK-001]", "WRK-005 done")
     project.set_up(*items)
     would = [
-        "Would run, if every phase succeeds:",
-        "  1. WRK-001 Item WRK-001 plan → build",
+        "Would start now:",
+        "  WRK-001 plan Item WRK-001",
         "",
-        "Would not run:",
-        "  WRK-003 blocked: Unclear",
-        "  2 items later: the limit of phases for one run is used up: WRK-002, WRK-004",
+        "Would not start:",
+        "  1 item blocked, each needs you: WRK-003",
+        "  1 item later (max_wip = 1, max_concurrent = 1): WRK-002",
+        "  1 item waiting for WRK-001 (in_progress): WRK-004",
         "",
     ]
     nothing = "Nothing was started and nothing was written."
@@ -405,7 +397,7 @@ def test_dry_run_says_what_would_run_and_why_the_rest_would_not(project: Any, he
     got = json.loads(here("run", "--dry-run", "--cap", "2", "--json").out)
     assert got["schema"] == 1
     assert [(row["id"], row["phase"]) for row in got["items"]] == [
-        ("WRK-001", "plan"), ("WRK-001", "build"), ("WRK-003", None), ("WRK-002", None), ("WRK-004", None),
+        ("WRK-001", "plan"), ("WRK-003", None), ("WRK-002", None), ("WRK-004", None),
     ]
     (project.root / "README.md").write_text("edited\n")
     dirt = "the work tree has uncommitted changes: README.md"
@@ -429,14 +421,14 @@ def test_dry_run_says_what_would_run_and_why_the_rest_would_not(project: Any, he
 def test_run_json_is_the_only_thing_on_stdout_and_the_summary_goes_to_stderr(project: Any) -> None:
     project.set_up("WRK-001 ready", "WRK-002 ready", script={"*/build": [WORKS]})
     got = json.loads(project.run("run", "--json", "--target", "WRK-001").stdout)
-    form = re.findall(r'"(\w+)"', orchestrator.json_form("run").partition("--dry-run")[0])
-    assert set(got) <= set(form)
+    form = re.findall(r"\w+", orchestrator.JSON_FORMS["run"].partition("--dry-run")[0])
+    assert set(got) - {"schema"} <= set(form)
     assert (got["schema"], got["halt_reason"], got["exit_code"]) == (1, "TargetCompleted", 0)
     assert got["completed"] == [{"id": "WRK-001", "title": "Item WRK-001", "commit": project.git("rev-parse", "HEAD").strip(), "verified": []}]
     done = project.run("run", "--log-level", "error")
     assert done.stdout == ""
     assert done.stderr.startswith("\nHalt: nothing is left that can run (AllDoneOrBlocked)\n")
-    assert re.search(r"\nDone \(1\):\n  WRK-002 [0-9a-f]{10} Item WRK-002\n", done.stderr)
+    assert re.search(r"\nDone \(1\):\n  WRK-002 [0-9a-f]{10} Item WRK-002 not checked\n", done.stderr)
 
 
 @pytest.mark.slow

@@ -190,7 +190,7 @@ def test_quiet_logs_of_a_run(project: Project) -> None:
     assert blocked.splitlines()[0].endswith("warning: WRK-001 is blocked: Which?")
     assert "\nNeeds you (1):\n" in blocked
     halt = project.run("triage").stderr.strip().splitlines()[0]
-    assert halt == "Halt: no new item is left to triage (AllDoneOrBlocked)"
+    assert halt == "Halt: nothing is left that can run (AllDoneOrBlocked)"
 
 
 def test_the_form_of_json_is_documented(project: Project, here: Cli) -> None:
@@ -198,8 +198,8 @@ def test_the_form_of_json_is_documented(project: Project, here: Cli) -> None:
     for line in ("status", "status --graph", "show WRK-001", "log", "check", "run --dry-run"):
         argv = line.split()
         got = json.loads(here(*argv, "--json").out)
-        form = orchestrator.json_form(argv[0])
-        documented = set(re.findall(r'"(\w+)"', form))
+        form = orchestrator.JSON_FORMS[argv[0]]
+        documented = set(re.findall(r"\w+", form if argv[0] != "show" else form + orchestrator.JSON_FORMS["status"]))
         assert got.pop("schema") == 1
         assert set(got) <= documented
         rows = [row for key, rows in got.items() if isinstance(rows, list) for row in rows if isinstance(row, dict)]

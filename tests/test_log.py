@@ -56,7 +56,7 @@ def test_a_run_can_be_told_again_from_its_history(project: Project, here: Cli) -
     assert shown["item"] == done
     assert [row["phase"] for row in shown["commits"]] == ["build", "plan", "triage"]
     text = here("show", "WRK-002").out
-    assert text.startswith("WRK-002  Item WRK-002\n\nStatus:        ")
+    assert text.startswith("WRK-002  Item WRK-002\n\nStatus: ")
     assert re.search(r"\n  [\d-]{10} [\d:]{5} plan  complete  [0-9a-f]{10} plan done\n", text.partition("\nHistory:\n")[2])
     assert text.endswith("\nDocuments:\n  changes/WRK-002_item-wrk-002/PLAN.md\n")
     got = json.loads(here("show", "WRK-002", "--json").out)
@@ -108,7 +108,7 @@ def test_neither_configuration_nor_a_shallow_history_disturbs(project: Project, 
     assert told(log(here)) == [("WRK-001", "", "added", "Add")]
     commit(project, "Later")
     sh(tmp_path, "git", "clone", "-q", "--depth=1", f"file://{project.root}", str(tmp_path / "shallow"))
-    assert cli("--root", tmp_path / "shallow", "log").out == "Nothing that the orchestrator did has been committed yet.\n"
+    assert cli("--root", tmp_path / "shallow", "log").out == "There is no commit of the orchestrator's.\n"
 
 
 def test_a_project_below_the_top_tells_of_itself_alone(project: Project, cli: Cli) -> None:
@@ -130,9 +130,8 @@ def test_finished_items_come_from_the_worklog_newest_first(project: Project, her
     ]  # fmt: skip
     assert [row["commit"] for row in rows] == [None, project.git("rev-parse", "HEAD").strip()]
     lines = here("status", "--done").out.splitlines()
-    assert lines[0].split() == ["FINISHED", "ID", "STATUS", "COMMIT", "TITLE"]
-    assert lines[1].endswith(" WRK-001 closed -          Item WRK-001")
-    assert lines[-1] == "  not checked: WRK-002"
+    assert lines[0].split() == ["FINISHED", "ID", "STATUS", "COMMIT", "TITLE", "VERIFIED"]
+    assert lines[1].endswith(" WRK-001 closed -          Item WRK-001 not checked")
     assert here("show", "WRK-001").out.splitlines()[:3] == ["WRK-001  Item WRK-001", "", "Status:   closed"]
     assert "Summary:  Not wanted\n" in here("show", "WRK-001").out
     assert here("status", "--done", "--only", "id=WRK-001", code=2).err.startswith("orchestrator: --done and --only cannot")

@@ -67,20 +67,13 @@ def test_the_program_itself_is_in_nobodys_way(project: Any) -> None:
 def test_what_waits_or_is_held_by_the_guardrails_is_told_with_what_comes_of_it(project: Any) -> None:
     project.set_up("WRK-001 ready risk=high", "WRK-002 new dependencies=[WRK-001]")
     target = ("run", "--target", "WRK-002")
-    assert "  WRK-002 waits for WRK-001 (ready)\n" in project.run(*target, "--dry-run").stdout
-    assert "(AllDoneOrBlocked): WRK-002 waits for WRK-001 (ready)\n" in project.run(*target).stderr
+    assert "  1 item waiting for WRK-001 (ready): WRK-002\n" in project.run(*target, "--dry-run").stdout
+    assert "(AllDoneOrBlocked): 1 item waiting for WRK-001 (ready): WRK-002\n" in project.run(*target).stderr
     project.run("run", code=3)
     assert "unblock ID --override-guardrails\n" in project.run("status").stdout
-    said = project.run("unblock", "WRK-001", "--notes", "go on").stdout
-    assert "But the next run blocks it again: the guardrails are exceeded by risk high (limit low)" in said
-    assert "\nNext: " not in project.run("run", code=3).stderr
 
 
-def test_check_tells_of_a_config_that_is_gone_and_of_keys_that_nobody_reads(project: Any) -> None:
-    project.set_up("WRK-001 new prioritee=4 mine=5")
-    said = project.run("check").stdout
-    assert 'note: WRK-001: nobody reads prioritee (did you mean "priority"?)\n' in said
-    assert "mine" not in said
+def test_check_tells_of_a_config_that_is_gone(project: Any) -> None:
     (project.root / "orchestrator.toml").unlink()
     said = project.run("check", code=1).stdout
     assert "orchestrator.toml is in git, but not on disk" in said
@@ -213,22 +206,20 @@ def test_a_rewound_branch_does_not_leave_the_half_done_work_as_the_operators(pro
     assert project.status() == ""
 
 
-def test_status_tells_of_a_stop_and_of_a_file_that_cannot_be_read(project: Any) -> None:
+def test_status_tells_of_a_stop(project: Any) -> None:
     project.set_up(f"WRK-001 {IN_PLAN}", script={"*": [{"document": "a.md", "announce": True, "await": "go"}]})
     process = project.start("run")
     project.announced()
     project.run("stop")
-    (project.root / "BACKLOG.yaml").write_text("items: [broken\n")
-    said = project.run("status").stdout
-    assert "it was asked to stop" in said
-    assert "nothing new is started for a minute, or until it is mended: BACKLOG.yaml:1" in said
-    assert "there is no such phase" in project.run("logs", "WRK-001", "plam", code=2).stderr
+    assert "it was asked to stop" in project.run("status").stdout
     (project.outside / "go").write_text("")
     assert "asked to stop: what is in flight is finished" in project.finish(process)
 
 
-def test_an_item_that_is_deleted_while_its_build_runs_is_in_no_commit(project: Any) -> None:
+@pytest.mark.parametrize("by_hand", [True, False])
+def test_an_item_that_is_deleted_while_its_build_runs_is_in_no_commit(project: Any, by_hand: bool) -> None:
     delete = "sed -i '/^- id: WRK-001/,/^- id: WRK-002/{/WRK-002/!d}' BACKLOG.yaml"  # as a person does it
+    delete = delete if by_hand else f"{sys.executable} {project.program} close WRK-001 --reason no"
     project.set_up("WRK-001 in_progress phase=build phase_pool=main", "WRK-002 blocked", phases="build!", script={"*": [{"sh": f"echo x > code.txt; {delete}"}]})
     done = project.run("run", code=None)
     assert list(project.items()) == ["WRK-002"], done.stderr

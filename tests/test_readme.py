@@ -78,7 +78,7 @@ def test_the_keys_of_json_are_those_of_its_form(name: str) -> None:
     assert said
     named = set(re.findall(r"`([a-z_]+)`", said[1]))
     assert named
-    assert named <= set(re.findall(r'"(\w+)"', orchestrator.json_form(name)))
+    assert named <= set(re.findall(r"\w+", orchestrator.JSON_FORMS[name]))
 
 
 def test_every_global_option_and_who_can_commit_is_documented() -> None:

@@ -105,7 +105,6 @@ def test_salvage_is_listed_with_the_command_that_drops_that_of_finished_items(pr
     lines = here("status").out.splitlines()
     assert lines[-len(rows) - 1].endswith("(`git show --stat REF`):")
     assert lines[-len(rows) :] == rows
-    assert here("status", "--only", "status=blocked").out.endswith(f":\n{rows[0]}\n")
     assert here("show", "WRK-001").out.endswith(f"\n\nLeft by attempts that did not complete, and kept (`git show --stat REF`):\n{rows[0]}\n")
     known = [
         {"ref": ref, "item": item, "phase": phase, "commit": refs[ref], "finished": item in ("WRK-002", "WRK-003")}
