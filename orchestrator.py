@@ -3439,6 +3439,7 @@ class Ledger:
         self.refused = ""  # why what is finished cannot be committed, so that the run ends
         self.recovered: list[Applied] = []  # what a start has finished for the last run
         self.kept: list[str] = []  # the salvage refs made
+        self.failures: dict[str, str] = {}  # item → why the last attempt at its phase failed
 
     @property
     def journal(self) -> Journal:
@@ -3907,6 +3908,7 @@ class Ledger:
             raise OrchestratorError(verdict)
         if isinstance(verdict, str):
             log().warning("%s failed after all: %s", attempt.tag, one_line(verdict, 300))
+            self.failures[attempt.task.item_id] = verdict
             self.fail(attempt)
             return attempt.destructive  # documents are still to be looked after
         self.recovered.append(verdict)
@@ -4316,7 +4318,6 @@ class Run:
         self.workers: set[asyncio.Task[None]] = set()
         # Ids that the filters ever matched; None: there are no filters.
         self.matched: set[str] | None = set() if options.filters else None
-        self.failures: dict[str, str] = {}  # item → why the last attempt at its phase failed
         # (agent, item) that had a free end → whether the agent has done another item's work since
         self.suspects: dict[tuple[str, str], bool] = {}
         self.rests: dict[str, float] = {}  # agent → the end of its rest that was told last
@@ -4560,7 +4561,7 @@ class Run:
         del self.running[task.item_id]  # after an error it stays, so that it is not begun again
         self.attempts.pop(task.item_id, None)
         if applied is not None:
-            self.failures.pop(task.item_id, None)
+            self.ledger.failures.pop(task.item_id, None)
             self._count(applied)
 
     async def _attempts(self, task: Task) -> Applied | None:
@@ -4592,7 +4593,7 @@ class Run:
                 return None
             if isinstance(verdict, Applied):
                 return verdict
-            self.failures[task.item_id] = verdict
+            self.ledger.failures[task.item_id] = verdict
             try:
                 if number >= allowed:
                     self.exhausted_in_a_row += 1
@@ -4710,7 +4711,7 @@ class Run:
             result_path=self.site.result_path(attempt),
             change_dir=change_dir,
             previous_summary=last_summary(told, task.item_id),
-            failure=self.failures.get(task.item_id, ""),
+            failure=self.ledger.failures.get(task.item_id, ""),
             salvage_ref=self.ledger.salvage_refs(task.item_id, task.name)[0],
             documents=documents_in(change_dir, root),
             backlog=self.backlog,

@@ -155,6 +155,7 @@ def test_a_held_phase_that_fails_its_mended_check_is_charged_and_tried_again(pro
     project.git("commit", "-qm", "config", "orchestrator.toml")
     assert "failed after all: verify command `grep good code.txt`" in project.run("run", "--target", "WRK-001").stderr
     assert project.agent_log() == ["WRK-001 build 1", "WRK-001 build 2"]
+    assert "> verify command `grep good code.txt`" in (project.outside / "prompt-WRK-001-build-2.md").read_text()
     assert project.git("show", "HEAD:code.txt") == "good\n"
 
 
