@@ -2733,7 +2733,7 @@ class Store:
         if data is None:
             raise BacklogError(
                 f"{self.path}: there is no such file; if git has it, `git restore {self.path.name}`"
-                " brings it back, else 'orchestrator init' makes one"
+                " brings it back, else `init` makes one"
             )
         if complaints := (state := State.read(data, self.path.name)).complaints():
             raise BacklogError("\n".join(complaints))

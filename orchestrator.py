@@ -747,10 +747,10 @@ def phase_timeout_s(config: Config, phase: Phase) -> float:
     return 60 * (config.execution.phase_timeout_minutes if minutes is None else minutes)
 
 
-def idle_timeout_s(config: Config, settings: AgentSettings) -> float:
-    """Seconds an agent may be silent; 0 = for ever, as with CLIs that print only at their end."""
+def idle_timeout_s(config: Config, *, streams: bool) -> float:
+    """Seconds an agent may be silent; 0 = for ever, as with what prints only at its end."""
     minutes = config.execution.idle_timeout_minutes
-    usual = STREAM_IDLE_MINUTES if PROFILES[settings.cli].read else 0.0
+    usual = STREAM_IDLE_MINUTES if streams else 0.0
     return 60 * (usual if minutes is None else minutes)
 
 
@@ -2170,8 +2170,9 @@ def worklog_costs(entries: Iterable[Mapping[str, str]]) -> dict[str, Usage]:
 # for that: agents run tool commands in sessions of their own. So whatever carries the attempt's
 # marker in its environment is ended, and (Linux) what was handed to us, the child subreaper, when
 # its parent died. A further agent CLI is its name in AGENT_CLIS (chapter 3), a row of PROFILES, a
-# reader of its events beside `read_claude`, what `error_kind` is to know of its wordings, and its
-# flag in UNASKED (chapter 11).
+# reader of its events beside `read_claude`, the event that opens its work in OPENING, what
+# `error_kind` is to know of its wordings, its variables in SESSION_VARIABLE, and its flag in
+# UNASKED (chapter 11) and the README.
 
 RESULT_LIMIT = 5_000_000  # bytes of a result file
 LINE_LIMIT = 8 << 20  # bytes of one line of output that are looked at; codex writes long ones
@@ -2874,7 +2875,7 @@ class Child:
         self.settings = agent_settings(site.config, self.task.phase)
         self.profile = Profile() if self.command else PROFILES[self.settings.cli]
         self.timeout_s = phase_timeout_s(site.config, self.task.phase)
-        self.idle_timeout_s = idle_timeout_s(site.config, self.settings)
+        self.idle_timeout_s = idle_timeout_s(site.config, streams=self.profile.read is not None)
         self.logs = log_paths(site.root, self.task, log_name)
         # Called with pid and start time, for the process and for what hides whose it is.
         self.started: Callable[[int, int], None] = lambda pid, start: None
@@ -3439,6 +3440,7 @@ class Ledger:
         self.refused = ""  # why what is finished cannot be committed, so that the run ends
         self.recovered: list[Applied] = []  # what a start has finished for the last run
         self.kept: list[str] = []  # the salvage refs made
+        self.remarks: list[str] = []  # what the summary is to say of the operator's own files
         self.failures: dict[str, str] = {}  # item → why the last attempt at its phase failed
 
     @property
@@ -3550,8 +3552,6 @@ class Ledger:
         more |= {"cli": agent_of(self.config, task.phase)}
 
         def due(draft: Draft) -> Item | None:
-            if previous is not None and task.item_id not in draft.items:
-                return previous.item
             return draft.items[task.item_id] if is_due(draft.items, task) else None
 
         def note(item: Item | None) -> dict[str, Any]:
@@ -3638,7 +3638,8 @@ class Ledger:
             return
         seen = self.compare(attempt)
         # What else there is now may be the operator's, hidden as it began by an agent beside it.
-        documents, _ = self._outputs(attempt, seen)
+        documents, elsewhere = self._outputs(attempt, seen)
+        self._keep_theirs(attempt, seen, elsewhere)
         self._salvage(attempt, seen)
         line: dict[str, Any] = {"ended": [attempt.token], **self._costs(attempt)}
         if documents:
@@ -3657,7 +3658,8 @@ class Ledger:
         branch was switched or rewound.
         """
         before, after = attempt.before, self.repo.snapshot()
-        if after.head.branch == before.head.branch:
+        recovering = self.journal.run["id"] != self.run_id  # it was killed, perhaps long ago
+        if after.head.branch == before.head.branch and not recovering:
             self._mend_worklog(before, after)
         changes, base = self._changes(before.tree, after.tree), self.ground or before
         ground, dirt = self._dirt(base), self._dirt(before).items()
@@ -3666,11 +3668,13 @@ class Ledger:
             back = ground.keys() - touched
             changes = [change for change in changes if change.after.path not in back]
         theirs = {p: entry for p, entry in dirt if p in ground and p not in attempt.strays}
+        config = self.repo.prefix + CONFIG_NAME
         taken = [
             change
             for change in changes
             if change.after.path in theirs
             and (change.after.absent or change.after == theirs[change.after.path])
+            and not (recovering and change.after.path == config)
         ]
         if taken and after.head.branch == before.head.branch:
             self.repo.restore(before, taken)
@@ -3687,10 +3691,10 @@ class Ledger:
             changes = [change for change in changes if change.after.path in attempt.only]
         self._refuse_lost_branch(attempt, Aftermath(after, changes, theirs))
         old, new = before.head.commit, after.head.commit
-        if attempt.only is None and self.journal.run["id"] != self.run_id:
-            # It was killed: what is in HEAD by now has been committed by the operator since, and
-            # the config may have been mended.
-            done = {self.repo.prefix + CONFIG_NAME}
+        if attempt.only is None and recovering:
+            # What is in HEAD by now has been committed by the operator since, and the config may
+            # have been mended.
+            done = {config}
             if new and new != old:
                 now = {change.after.path for change in self._changes(new, after.tree)}
                 done |= theirs.keys() - now
@@ -3698,23 +3702,31 @@ class Ledger:
         commits = self.repo.commits_between(old, new) if old and new and old != new else []
         if foreign := [commit[:10] for commit in commits if commit not in self.own_commits]:
             log().info("%s commits made meanwhile: %s", attempt.tag, ", ".join(foreign))
+            paths = {change.after.path for change in self._changes(old, new)} if new else set()
+            if swept := sorted(paths & theirs.keys()):  # by its agent's `git add -A`, or by you
+                names = one_line(", ".join(swept), 300)
+                log().warning("%s these hold what you had not committed: %s", attempt.tag, names)
         return Aftermath(after, changes, theirs)
 
     def _mend_worklog(self, before: Snapshot, after: Snapshot) -> None:
-        """Put back what an agent's git command, or an agent, took out of the worklog, to which
-        everybody only adds."""
+        """Put back what an agent took out of the worklog, to which everybody only adds; not where
+        somebody has committed it so."""
         folder = f"{self.repo.prefix}{WORKLOG_DIR}/"
         had = [change.before for change in self.repo.changes(before.tree, after.tree)]
         had = [entry for entry in had if entry.path.startswith(folder) and not entry.absent]
+        old, new = before.head.commit, after.head.commit
+        if had and old and new and set(self.repo.commits_between(old, new)) - {*self.own_commits}:
+            theirs = {change.after.path for change in self.repo.changes(old, new)}
+            had = [entry for entry in had if entry.path not in theirs]
         contents = self.repo.read_blobs(entry.oid for entry in had)
-        for entry, old in zip(had, contents, strict=True):
+        for entry, data in zip(had, contents, strict=True):
             path = self.repo.top / entry.path
-            now = path.read_bytes() if path.exists() else b""
-            lost = [text for text in old.split(b"\n---\n") if text.strip() and text not in now]
-            if lost:
+            now = path.read_bytes().replace(b"\r\n", b"\n") if path.exists() else b""
+            texts = data.replace(b"\r\n", b"\n").split(b"\n---\n")
+            if lost := [text for text in texts if text.strip() and text not in now]:
                 log().warning("%s lost entries; they are there again", entry.path)
-                added = b"".join(text + b"\n---\n" for text in lost)
-                replace_file(path, old if old.startswith(now) else now + added)
+                added = b"".join(text.lstrip(b"\n") + b"\n---\n\n" for text in lost)
+                replace_file(path, now + added)
 
     def _changes(self, old: str | None, new: str) -> list[Change]:
         """The difference of two trees, without what is no part of anybody's work."""
@@ -3758,16 +3770,28 @@ class Ledger:
             dirty = self._dirt(seen.after)
             elsewhere = [path for path in elsewhere if path in dirty]
         if elsewhere and not attempt.destructive:
-            had = [c.before for c in seen.changes if c.before.path in elsewhere]
-            had = [entry for entry in had if entry.path in seen.theirs and not entry.absent]
-            yours = {entry.path: f" (yours: git show {entry.oid})" for entry in had}
             log().warning(
                 "%s touched files outside its outputs; they are left as they are, not committed:"
                 " %s",
-                *(attempt.tag, ", ".join(path + yours.get(path, "") for path in elsewhere[:20])),
+                *(attempt.tag, one_line(", ".join(sorted(elsewhere)), 300)),
             )
+            self._keep_theirs(attempt, seen, elsewhere)
             self.space.add_strays(set(elsewhere) - seen.theirs.keys())
         return made
+
+    def _keep_theirs(self, attempt: Attempt, seen: Aftermath, paths: Collection[str]) -> None:
+        """Keep what was in files of the operator's that a document phase has written over."""
+        had = [change.before for change in seen.changes if change.before.path in paths]
+        had = [entry for entry in had if entry.path in seen.theirs and not entry.absent]
+        if had and not attempt.destructive:
+            ref = self.salvage_refs(attempt.task.item_id, attempt.task.name)[1]
+            why = f"{attempt.label} Salvaged edits"
+            self.repo.salvage(ref, attempt.before.head.commit, had, why)
+            self.kept.append(ref)
+            names = one_line(", ".join(entry.path for entry in had), 200)
+            told = f"files of yours were written over; what they held: git show {ref}:PATH, for"
+            self.remarks.append(f"{attempt.label} {told} {names}")
+            log().warning("%s %s %s", attempt.tag, told, names)
 
     def _pass(
         self, attempt: Attempt, result: PhaseResult, made: Outcome, seen: Aftermath
@@ -4575,10 +4599,13 @@ class Run:
         first = (item.get("attempts") or 0) + 1 if item else 1
         attempt: Attempt | None = None
         for number in range(min(first, allowed), allowed + 1):
-            attempt = await self.do(ledger.begin_attempt, task, number, attempt)
-            if attempt is None:
+            begun = await self.do(ledger.begin_attempt, task, number, attempt)
+            if begun is None:
                 self._tell(task, "not started: the item was deleted or moved meanwhile")
+                if attempt is not None:
+                    await self.do(ledger.cancel, attempt)
                 return None
+            attempt = begun
             self.attempts[task.item_id] = attempt
             attempt.since = attempt.told = time.monotonic()
             outcome = await self._run_agent(attempt)
@@ -4899,14 +4926,21 @@ class Workspace(NamedTuple):
         return {path: stamp for stamp, _, path in lines if stamp and stamp in self._stamps(path)}
 
     def add_output(self) -> None:
-        """Remember the files that our output goes to, for the runs that write elsewhere (Linux)."""
-        for fd in (1, 2):
-            with suppress(OSError):
-                path = Path(f"/proc/self/fd/{fd}").readlink()
-                inside = path.is_relative_to(self.repo.top) and path.is_file()
-                if inside and not path.is_relative_to(self.repo.git_dir):
-                    name = self.repo.relative(path)
-                    self.add_strays([] if self.repo.is_tracked(name) else [name], growing=True)
+        """Remember the files that our output goes to, also through `| tee`, for the runs that write
+        elsewhere: what we, and whoever reads what we write, have open for writing (Linux)."""
+        pipes = set[str]()  # a pipeline is started from left to right
+        for pid in [os.getpid(), *sorted(processes())] if ON_LINUX else ():
+            folder, source = Path(f"/proc/{pid}/fd"), ""
+            with suppress(OSError):  # it has ended, or is somebody else's
+                source = os.readlink(folder / "0")
+            for fd in folder.glob("*") if source in pipes or pid == os.getpid() else ():
+                with suppress(OSError):
+                    path = fd.readlink() if fd.lstat().st_mode & stat.S_IWUSR else Path()
+                    pipes |= {str(path)} if path.name.startswith("pipe:") else set()
+                    inside = path.is_relative_to(self.repo.top) and path.is_file()
+                    if inside and not path.is_relative_to(self.repo.git_dir):
+                        name = self.repo.relative(path)
+                        self.add_strays([] if self.repo.is_tracked(name) else [name], growing=True)
 
     def add_strays(self, paths: Iterable[str], *, growing: bool = False) -> None:
         """Remember paths as strays: never committed by us, and never taken for the operator's."""
@@ -5067,8 +5101,9 @@ def _head_problems(space: Workspace, head: Head, last: Journal | None) -> list[P
     branch = head.branch.removeprefix("refs/heads/")
     if last is not None and last.run["branch"] not in (None, head.branch):
         was = str(last.run["branch"]).removeprefix("refs/heads/")
+        remove = command_text(["rm", str(last.path)])
         remedy = f"Go back to it and run there: `git switch {was}`. Or, to give up what that run"
-        remedy += f" decided and did not commit: `rm {last.path}`."
+        remedy += f" decided and did not commit: `{remove}`."
         what = f"the last run left something unfinished, and it was on branch {was}"
         problems.append(Problem(what, remedy))
     elif branch in space.config.protected_branches:
@@ -5231,7 +5266,10 @@ def run_options(args: argparse.Namespace, config: Config) -> RunOptions:
 def summary_of(space: Workspace, run: Run, code: int) -> dict[str, Any]:
     options, done, items = run.options, run.state_commit, run.backlog.items
     # What checked an item that is done may have been committed by a run long ago.
-    checks = proofs(read_log(space) if run.completed else [], code_phases(space.config))
+    history = read_log(space) if run.completed or run.ledger.kept else []
+    checks = proofs(history, code_phases(space.config))
+    mine = (row for row in history if row["run_id"] == run.run_id and row["outcome"] == "complete")
+    ended = {(safe_name(row["item"]), safe_name(row["phase"])) for row in mine}
     completed = []
     for item_id, title in run.completed.items():
         proof = checks.get(item_id, {"commit": None, "verified": []})
@@ -5255,8 +5293,12 @@ def summary_of(space: Workspace, run: Run, code: int) -> dict[str, Any]:
     told["needs_you"] = needs_you(items, run.blocked, program_name())
     told["spent"] = [{"item": id, "phase": name, **usage_json(one)} for id, name, one in spent_on]
     told["state_commit"] = done.commit if done and done.outcome == "committed" else None
-    told["kept"] = [one for one in made if one["ref"] in run.ledger.kept and not one["finished"]]
-    told["warnings"] = [*run.warnings(), *waiting]
+    told["kept"] = [
+        one
+        for one in made
+        if one["ref"] in run.ledger.kept and (one["item"], one["phase"]) not in ended
+    ]
+    told["warnings"] = [*run.warnings(), *run.ledger.remarks, *waiting]
     told |= {"filters": [str(one) for one in options.filters], "targets": list(options.targets)}
     told["counts"] = count_by_status(items.values())
     steps = next_steps(run.reason, detail)
@@ -5428,7 +5470,8 @@ def run_lines(facts: Row, width: int, end: Sequence[str] = ()) -> list[str]:
         rows = [{**one, "lasts": lasts(one["since"])} for one in run["phases"]]
         lines += table("item phase lasts doing", rows, width, "  ")
     elif run := facts["unfinished"]:
-        text = f"Run {run['run_id']} left something unfinished; the next `run` recovers it first."
+        text = f"Run {run['run_id']} left something unfinished; the next `run` recovers it first"
+        text += ", then looks for changes of yours."
         told = {"cut off, starts again": run["cut_off"], "to be committed": run["to_commit"]}
         rows = [{"what": f"{what}:", "which": id_list(ids)} for what, ids in told.items() if ids]
         lines = [*wrap(text, width), *table("what which", rows, width, "  ")]
@@ -5601,6 +5644,13 @@ def cmd_change(args: argparse.Namespace) -> int:
     backlog = space.store.look()
     if command != "add":
         _item(space.config, backlog, args.id)
+    at_work = run_facts(space)["active"] if command in ("complete", "close") else None
+    for one in at_work["phases"] if at_work else ():
+        if one["item"] == args.id:
+            raise OrchestratorError(
+                f"{args.id}: its phase {one['phase']} is running just now. Wait for it, or ask the"
+                f" run to halt when it is through: {program_name()} stop"
+            )
     change = partial(change_item, args, space.config, now)
     change(Draft(backlog))  # what is refused is refused before anything is touched
     done = space.store.change(change)
@@ -5678,6 +5728,9 @@ def change_item(args: argparse.Namespace, config: Config, now: datetime, draft: 
             known = draft.item(item_id).get("description") or {}
             values["description"] = {**known, "context": args.description.strip()}
         draft.update(item_id, now, **values)
+        for cycle in dependency_cycles(draft.items) if values.get("dependencies") else ():
+            if item_id in cycle:
+                raise UsageError(f"--depends-on: {' → '.join(cycle)} could never start")
         keys = ", ".join(values)
         return Changed(item_id, f": {keys}", keys, notes)
     if command == "advance":
@@ -5711,7 +5764,11 @@ def cmd_check(args: argparse.Namespace) -> int:
     import shlex
 
     space, width = open_workspace(args.root, args.config), output_width(sys.stdout)
-    space.store.look()
+    try:
+        space.store.look()
+    except (BacklogError, YamlError):  # an open merge, say, explains it better
+        _refuse(list(space.repo.head_problems(space.repo.head())))
+        raise
     runs, kept = run_facts(space), salvages(space)
     problems = [] if runs["active"] else start_problems(space, allow_dirty=False)
     problems += signing_problems(space.repo)
@@ -5846,7 +5903,10 @@ def cmd_init(args: argparse.Namespace) -> int:
     if made and not args.no_commit:
         style = "conventional" if signs else config.commits.style
         message = state_message("Set up the backlog", style=style)
-        told += f", committed as {str(repo.commit(repo.blobs(made), message))[:10]}"
+        try:
+            told += f", committed as {str(repo.commit(repo.blobs(made), message))[:10]}"
+        except GitError as error:
+            print(f"not committed: {error}", file=sys.stderr)
     lines = [told, *_house_rules(repo, load_config(repo.root, None), signs)]
     if check and toml in made:
         lines.append(f"checks: this project's tests, in it as a commented `verify`: {check}")
@@ -6005,15 +6065,15 @@ def cmd_hook(args: argparse.Namespace) -> int:
     if args.action == "uninstall":
         if ours:
             path.unlink()
-        print(f"removed {path}" if ours else f"{path} is not ours, or was changed, and stays")
+        print(f"removed {path}" if ours else f"{path} is not this version's, and stays")
         return EXIT_OK
     if path.parent.exists() and not path.parent.is_dir():
         raise OrchestratorError(f"{path.parent} is no folder: core.hooksPath switches hooks off")
     if os.path.lexists(path) and not ours:
         warning = shlex.quote(f"{name} has changes that are not in this commit")
         raise OrchestratorError(
-            f"{path} is another hook, or ours changed by hand, and stays as it is. Add this line to"
-            f" it:\ngit diff --quiet -- {shlex.quote(name)} || echo {warning} >&2"
+            f"{path} is another hook, or ours of another version, and stays as it is. Remove it, or"
+            f" add this line to it:\ngit diff --quiet -- {shlex.quote(name)} || echo {warning} >&2"
         )
     wanted = re.sub(HOOK_BACKLOG, lambda _: f"backlog={shlex.quote(name)}", HOOK_TEXT, count=1)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -6067,6 +6127,7 @@ def cmd_vendor(args: argparse.Namespace) -> int:
     if not re.match(SINGLE_FILE, data):  # this is one of the three modules
         sources = {one: here.with_name(f"{one}.py").read_text("utf-8") for one in MODULE_ORDER}
         data = build_single_file(sources).encode()
+    path.parent.mkdir(parents=True, exist_ok=True)
     replace_file(path, data, 0o755)
     print(f"wrote {path}")
     return EXIT_OK

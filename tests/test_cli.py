@@ -274,6 +274,7 @@ REFUSED: list[tuple[str, list[str], int, str]] = [
     ("new", ["edit", "WRK-001"], 2, "nothing to change; see "),
     ("new", ["edit", "WRK-001", "--title", " "], 2, "the title is empty"),
     ("new", ["edit", "WRK-001", "--depends-on", "WRK-009"], 2, "WRK-009: there is no such item"),
+    ("new", ["edit", "WRK-001", "--depends-on", "WRK-001"], 2, "--depends-on: WRK-001 → WRK-001 could never start"),
     ("new", ["run", "--target", "WRK-01"], 2, 'WRK-01: there is no such item (did you mean "WRK-001"?)'),
     ("new", ["run", "--dry-run", "--target", "WRK-001", "--only", "size=small"], 2, "--target and --only cannot be combined: name the items"),
     ("new", ["status", "--only", "size"], 2, "--only: Filter must be in format KEY=VALUE[,VALUE…] or KEY!=VALUE[,VALUE…], not 'size'"),

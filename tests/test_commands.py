@@ -69,7 +69,7 @@ def test_status_and_check_tell_an_active_run_a_killed_one_and_trouble_apart(proj
     run.wait()
     assert (project.root / "code.py").exists()
     told = here("check").out
-    assert re.search(r"left something unfinished; the next `run` recovers it first\.\n  cut off, starts again: WRK-001 build\n", told)
+    assert re.search(r"left something unfinished; the next `run` recovers it first, then looks for changes of yours\.\n  cut off, starts again: WRK-001 build\n", told)
     assert "cut off" in here("status").out
     plan = json.loads(here("run", "--dry-run", "--json").out)
     assert (plan["problems"], plan["active"], plan["unfinished"]["cut_off"]) == ([], None, ["WRK-001 build"])
@@ -79,6 +79,13 @@ def test_status_and_check_tell_an_active_run_a_killed_one_and_trouble_apart(proj
     told = here("check", code=1).out
     assert "problem: a merge is in progress" in told
     assert told.endswith("\n1 problem\n")
+
+
+def test_check_names_the_open_merge_that_broke_the_backlog(project: Project, here: Cli) -> None:
+    other = project.git("commit-tree", "HEAD^{tree}", "-m", "x").strip()
+    project.git("merge", "-q", "-s", "ours", "--no-commit", "--allow-unrelated-histories", other)
+    (project.root / "BACKLOG.yaml").write_text("<<<<<<< ours\n")
+    assert "a merge is in progress" in here("check", code=1).err
 
 
 def test_an_id_given_by_hand_moves_the_counter_on(project: Project, here: Cli) -> None:

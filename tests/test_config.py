@@ -205,10 +205,10 @@ def test_timeouts_are_in_seconds_and_per_phase_and_agents_that_stream_have_an_id
     phases = Phase("a"), Phase("a", timeout_minutes=0), Phase("a", timeout_minutes=0.5)
     assert [orchestrator.phase_timeout_s(config, phase) for phase in phases] == [120, 0, 30]
     clis = "claude", "codex", "opencode", "gemini", "command", "demo"
-    assert [orchestrator.idle_timeout_s(config, AgentSettings(cli)) for cli in clis] == [900] * 4 + [0, 0]
+    assert [orchestrator.idle_timeout_s(config, streams=orchestrator.PROFILES[cli].read is not None) for cli in clis] == [900] * 4 + [0, 0]
     for minutes in (0, 2):
         config = read(f"[execution]\nidle_timeout_minutes = {minutes}")
-        assert [orchestrator.idle_timeout_s(config, AgentSettings(cli)) for cli in clis] == [60 * minutes] * 6
+        assert [orchestrator.idle_timeout_s(config, streams=orchestrator.PROFILES[cli].read is not None) for cli in clis] == [60 * minutes] * 6
 
 
 def test_d50_the_delay_doubles_up_to_five_minutes() -> None:

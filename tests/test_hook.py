@@ -155,7 +155,7 @@ def test_install_and_uninstall_and_both_again(dirty: Path, hook: Callable[..., s
     folder = dirty / ".git/hooks"
     path = folder / "pre-commit"
     before = photograph(folder)
-    assert hook("uninstall") == f"{path} is not ours, or was changed, and stays\n"
+    assert hook("uninstall") == f"{path} is not this version's, and stays\n"
     assert hook("install") == f"installed {path}\n"
     assert photograph(folder) == {**before, "pre-commit": (0o100755, OURS)}
     assert commit(dirty) == WARNING
@@ -199,8 +199,8 @@ def test_another_hook_stays_and_the_line_to_add_is_printed(dirty: Path, hook: Ca
         put(dirty / ".git/shared", RECORD)
     before = photograph(folder)
     said = hook("install", code=1)
-    assert said.startswith(f"orchestrator: {path} is another hook, or ours changed by hand, and stays as it is. Add this line to it:\n")
-    assert hook("uninstall") == f"{path} is not ours, or was changed, and stays\n"
+    assert said.startswith(f"orchestrator: {path} is another hook, or ours of another version, and stays as it is. Remove it, or add this line to it:\n")
+    assert hook("uninstall") == f"{path} is not this version's, and stays\n"
     assert photograph(folder) == before
     path.unlink()
     put(path, "#!/bin/sh\n" + said.splitlines()[1] + "\n")

@@ -375,6 +375,8 @@ def test_d02_d2_a_second_run_other_commands_and_stop_beside_an_active_run(projec
     assert f"pid {process.pid}, since" in second.stderr
     carries = "A run is active: its next commit carries the change.\n"
     assert here("add", "Added meanwhile", "--commit").out == f"Added WRK-004: Added meanwhile\n{carries}"
+    refused = here("complete", "WRK-001", code=1).err
+    assert refused.startswith("orchestrator: WRK-001: its phase plan is running just now. Wait for it, or ask")
     assert here("close", "WRK-003", "--reason", "no", "--commit").out == f"Closed WRK-003: Item WRK-003\n{carries}"
     follower = project.start("logs", "WRK-001", "-f")
     assert [follower.stdout.readline() for _ in range(2)] == ["==> plan-1.out <==\n", "reading\n"]
