@@ -2038,14 +2038,15 @@ def proofs(rows: Rows, code: Container[str]) -> dict[str, Row]:
     return newest | {row["item"]: row for row in done if row["phase"] in code or row["verified"]}
 
 
-def history_rows(rows: Iterable[Row], code: Container[str]) -> list[dict[str, Any]]:
-    """Rows of `read_log` for a table: behind the summary what checked it, or that nothing did, if
-    it is an item that is done, or a phase in `code`."""
+def told_checked(rows: Rows, key: str, code: Container[str] = ()) -> list[dict[str, Any]]:
+    """Rows of history, or of finished items, for a table: behind the text of `key` what checked it,
+    or that nothing did, if it is an item that is done, or a phase in `code`."""
     told = []
     for row in rows:
-        ended = row["phase"] in code if row["outcome"] == "complete" else row["outcome"] == "done"
+        word = row.get("outcome", row.get("status", "done"))
+        ended = word == "done" or (word == "complete" and row["phase"] in code)
         checks = f" ({SHOWN['verified'](row['verified'])})" if row["verified"] or ended else ""
-        told.append({**row, "summary": one_line(row["summary"], 300) + checks})
+        told.append({**row, key: one_line(row[key], 300) + checks})
     return told
 
 
@@ -2112,7 +2113,8 @@ def render_summary(told: Row, program: str, width: int = WHOLE_LINES) -> str:
         effort.append(f"backlog saved in commit {told['state_commit'][:10]}")
     halt = [*wrap(told["halt"], width), *wrap(f"  {', '.join(effort)}", width)]
     done, asking = told["completed"], told["needs_you"]
-    finished = part("Done", done, SHOWN_DONE, "status --done", "id commit title verified")
+    rows = told_checked(done, "title")
+    finished = part("Done", rows, SHOWN_DONE, "status --done", "id commit title")
     needs = part("Needs you", asking, SHOWN_ASKING, "status --only status=blocked", "")
     for row in asking[:SHOWN_ASKING]:
         begin = f"  {one_line(row['id'])} "
@@ -5355,7 +5357,8 @@ def cmd_status(args: argparse.Namespace) -> int:
         if filters:
             raise UsageError("--done and --only cannot be combined: a finished item has no keys")
         rows = finished(space)
-        lines = table("finished id status commit cost_usd title verified", rows, width, heads=True)
+        keys, told = "finished id status commit cost_usd title", told_checked(rows, "title")
+        lines = table(keys, told, width, heads=True)
         return answer(args, {"items": rows}, lines or ["No item has been finished yet."])
     rows, runs = status_rows(backlog, only, item_costs(space)), run_facts(space)
     kept, counts = salvages(space), count_by_status(rows)
@@ -5509,7 +5512,7 @@ def cmd_show(args: argparse.Namespace) -> int:
     rows, code = read_log(space, item_id=args.id), code_phases(space.config)
     kept = [one for one in salvages(space) if one["item"] == safe_name(args.id)]
     lines, keys = render_item(known, width), "when phase outcome commit summary"
-    lines += listed("History:", keys, history_rows(rows, code), width)
+    lines += listed("History:", keys, told_checked(rows, "summary", code), width)
     lines += listed("Documents:", "path", [{"path": path} for path in documents], width)
     facts = {"item": known, "documents": documents, "commits": rows, "salvage": kept}
     lines += listed(KEPT, "item phase ref", kept, width)
@@ -5519,7 +5522,7 @@ def cmd_show(args: argparse.Namespace) -> int:
 def cmd_log(args: argparse.Namespace) -> int:
     space, width = open_workspace(args.root, args.config), output_width(sys.stdout)
     rows = read_log(space, args.n, args.since, args.id)
-    told = history_rows(rows, code_phases(space.config))
+    told = told_checked(rows, "summary", code_phases(space.config))
     lines = table("when item phase outcome commit summary", told, width, heads=True)
     return answer(args, {"log": rows}, lines or ["There is no commit of the orchestrator's."])
 

@@ -429,7 +429,7 @@ def test_run_json_is_the_only_thing_on_stdout_and_the_summary_goes_to_stderr(pro
     done = project.run("run", "--log-level", "error")
     assert done.stdout == ""
     assert done.stderr.startswith("\nHalt: nothing is left that can run (AllDoneOrBlocked)\n")
-    assert re.search(r"\nDone \(1\):\n  WRK-002 [0-9a-f]{10} Item WRK-002 not checked\n", done.stderr)
+    assert re.search(r"\nDone \(1\):\n  WRK-002 [0-9a-f]{10} Item WRK-002 \(not checked\)\n", done.stderr)
 
 
 @pytest.mark.slow

@@ -130,8 +130,8 @@ def test_finished_items_come_from_the_worklog_newest_first(project: Project, her
     ]  # fmt: skip
     assert [row["commit"] for row in rows] == [None, project.git("rev-parse", "HEAD").strip()]
     lines = here("status", "--done").out.splitlines()
-    assert lines[0].split() == ["FINISHED", "ID", "STATUS", "COMMIT", "TITLE", "VERIFIED"]
-    assert lines[1].endswith(" WRK-001 closed -          Item WRK-001 not checked")
+    assert lines[0].split() == ["FINISHED", "ID", "STATUS", "COMMIT", "TITLE"]
+    assert lines[1].endswith(" WRK-001 closed -          Item WRK-001")
     assert here("show", "WRK-001").out.splitlines()[:3] == ["WRK-001  Item WRK-001", "", "Status:   closed"]
     assert "Summary:  Not wanted\n" in here("show", "WRK-001").out
     assert here("status", "--done", "--only", "id=WRK-001", code=2).err.startswith("orchestrator: --done and --only cannot")

@@ -522,7 +522,7 @@ def test_the_summary_answers_what_was_done_what_needs_you_what_it_cost_and_what_
         "  7 phases (limit 100), 1 h 12 min, about $4.20, 120,000 tokens in and 8,000 out, backlog saved in commit 0123456789",
         "",
         "Done (1):",
-        "  WRK-001 aaaaaaaaaa Login checked by make test",
+        "  WRK-001 aaaaaaaaaa Login (checked by make test)",
         "",
         "Needs you (2):",
         "  WRK-003 the guardrails are exceeded by size large (limit medium) (Big)",

@@ -45,7 +45,7 @@ def test_a_commit_says_what_checked_it_and_everything_tells_it(project: Any, her
     assert max(map(len, project.git("log", "-1", "--format=%B", one["commit"]).splitlines())) <= 100
     checked = f"checked by {', '.join(commands)}"
     summary = orchestrator.render_summary(told, "o").splitlines()
-    assert [line.partition(" Item ")[2] for line in summary if " Item " in line][:2] == [f"WRK-001 {checked}", "WRK-003 not checked"]
+    assert [line.partition(" Item ")[2] for line in summary if " Item " in line][:2] == [f"WRK-001 ({checked})", "WRK-003 (not checked)"]
     assert [row["verified"] for row in json.loads(here("status", "--done", "--json").out)["items"]] == [[], commands]
     assert [row["verified"] for row in json.loads(here("log", "--json").out)["log"] if row["phase"]] == [[], commands]
     for argv in (["show", "WRK-001"], ["log"], ["status", "--done"]):
