@@ -396,6 +396,7 @@ def test_adopted_orphans_are_reaped_while_the_agent_works(make_spec: SpecMaker) 
     assert (outcome.kind, outcome.detail) == ("result", "")
 
 
+@pytest.mark.slow
 @linux_only
 def test_attempts_side_by_side_leave_each_other_alone(make_spec: SpecMaker, tmp_path: Path) -> None:
     """Also one that has hidden whose it is; and git calls and hooks of ours beside them are spared."""

@@ -15,6 +15,7 @@ BUILDING, PLANNING = (f"WRK-001 in_progress phase={phase} phase_pool=main" for p
 WRITES = [{"write": {"code.txt": "x\n"}}]
 
 
+@pytest.mark.slow
 def test_an_editors_own_files_are_in_no_commit_and_in_nobodys_way(project: Any) -> None:
     """They are there when the run starts, change while a build runs, and are there afterwards; one that is in git is like any."""
     names = (".BACKLOG.yaml.swp", "BACKLOG.yaml~", ".#BACKLOG.yaml", "sub/.x.py.swo")
@@ -30,6 +31,7 @@ def test_an_editors_own_files_are_in_no_commit_and_in_nobodys_way(project: Any) 
     assert not {*names, ".new.txt.swp"} & set(project.git("log", "--name-only", "--format=").split())
 
 
+@pytest.mark.slow
 def test_the_file_that_our_output_goes_to_is_in_no_commit_and_in_nobodys_way(project: Any) -> None:
     """One run recovers what a SIGKILL ended, and goes on in the same log."""
     project.set_up(BUILDING, phases="build!", script={"*": [{"announce": True, "hang": True}, *WRITES]})
@@ -60,6 +62,7 @@ def test_what_a_document_phase_leaves_elsewhere_is_a_stray_until_it_is_gone(proj
     assert "uncommitted changes: scratch.txt" in project.run("run", code=1).stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("killed", [False, True])
 def test_what_a_neighbour_had_stashed_away_as_a_phase_began_stays_the_operators(project: Any, killed: bool) -> None:
     """It comes back while that phase runs, and must not pass for what the phase left: a stray is nobody's."""
@@ -86,6 +89,7 @@ def test_what_a_neighbour_had_stashed_away_as_a_phase_began_stays_the_operators(
     assert project.status() == "?? mine.txt\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("committed", [False, True])
 def test_an_item_written_by_hand_is_there_for_every_command_and_runs_once(project: Any, committed: bool) -> None:
     """Only its title is needed, be the file committed or not; an agent that takes the file back makes no second one."""
@@ -104,6 +108,7 @@ def test_an_item_written_by_hand_is_there_for_every_command_and_runs_once(projec
     assert project.items() == {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["clone", pytest.param("submodule", marks=SLOW)])
 def test_a_repository_that_an_agent_leaves_in_the_tree_is_named(project: Any, make_repo: Any, kind: str) -> None:
     """A commit that nobody else has is not pointed to; what else the build did is committed, at a later attempt as well."""
@@ -169,6 +174,7 @@ def test_conventional_commits(project: Any) -> None:
     assert log["WRK-002", "plan"].startswith("API limits, explained")
 
 
+@pytest.mark.slow
 def test_commits_are_signed_and_signed_off(project: Any) -> None:
     """With a key that git's own configuration names; a key that has gone is a reason not to start."""
     key = sign_with_a_key(project.root, project.outside)

@@ -335,6 +335,7 @@ def test_a_failure_before_the_interruption_still_counts_and_is_told_with_what_al
     assert status["items"][0]["cost_usd"] == 1.0
 
 
+@pytest.mark.slow
 def test_a_stop_between_two_attempts_counts_the_cost_of_the_first_once(project: Any, claude: Claude) -> None:
     merge = f"git -C {project.root} rev-parse HEAD > {project.root}/.git/MERGE_HEAD"  # so that the journal stays
     stop = f"{sys.executable} {project.program} --root {project.root} stop"

@@ -215,6 +215,7 @@ def test_the_form_of_json_is_documented(project: Project, here: Cli) -> None:
         assert " ".join(form.split())[:60] in shown
 
 
+@pytest.mark.slow
 def test_what_commands_took_out_after_an_addition_stays_out(project: Project, here: Cli) -> None:
     """The file's counter is then one that no commit has; in a commit of the command, and for the next run."""
     for title in ("One", "Two", "Three"):

@@ -123,6 +123,7 @@ def test_a_branch_that_an_agent_rewinds_stops_the_run_and_undoes_no_decision(pro
 
 # ---- A stale buffer ------------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_a_stale_buffer_that_is_saved_during_a_run_gives_its_edit_alone(project: Any) -> None:
     prepare(project, {"WRK-001/build": pausing("echo code > code.py"), "WRK-002/prd": pausing(document="prd.md")})
     run = project.start("run", "--cap", "4")
@@ -213,6 +214,7 @@ def check_set_aside(project: Any, log: str) -> None:
     assert any(len(warnings(log, path.name)) == 1 for path in kept), log
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("wreck", "halt"), quick([*((one, "cap") for one in ("empty", "cut between items", "conflict markers")), ("junk", "signal"), ("conflict markers", "end")], ("conflict markers", "end")))
 def test_a_wreck_that_an_agent_leaves_before_a_halt_is_set_aside(project: Any, wreck: str, halt: str) -> None:
     phase, (args, code) = "review" if halt == "end" else "prd", HALTS[halt]
@@ -241,6 +243,7 @@ def test_a_wreck_that_an_agent_leaves_before_a_halt_is_set_aside(project: Any, w
 
 # ---- Another branch, an open rebase --------------------------------------------------------------
 
+@pytest.mark.slow
 @pytest.mark.parametrize("phase", quick(["prd", "build"], "prd"))
 def test_a_branch_that_is_switched_during_a_run_gets_nothing_of_ours(project: Any, phase: str) -> None:
     prepare(project, {f"WRK-001/{phase}": pausing()})
@@ -333,6 +336,7 @@ def test_a_colleagues_work_that_is_pulled_after_a_kill_stays(project: Any, tmp_p
     check(project, {"WRK-002": "ready", "WRK-003": "ready", "WRK-004": "new"}, log, again="WRK-001 build")
 
 
+@pytest.mark.slow
 def test_a_finished_item_that_is_taken_back_is_waited_for_again(project: Any) -> None:
     merge = {"sh": "echo x > code.txt; git rev-parse HEAD > .git/MERGE_HEAD"}  # keeps it from being committed
     items = ("WRK-001 in_progress phase=build phase_pool=main", "WRK-002 ready dependencies=[WRK-001]")
@@ -351,6 +355,7 @@ def test_a_finished_item_that_is_taken_back_is_waited_for_again(project: Any) ->
 
 # ---- Bad journals --------------------------------------------------------------------------------
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", quick(["junk", "a line inside is junk"], "junk"))
 def test_a_journal_that_cannot_be_read_gets_one_message_with_the_way_out(project: Any, how: str) -> None:
     kill_in_build(project)

@@ -359,6 +359,7 @@ NO_SAVES = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", table(dict(zip(NO_SAVES, NO_SAVES, strict=True)), NO_SAVES.keys() - {"folder in its place"}))
 def test_a_save_that_fails(project: Any, name: str) -> None:
     """No halt commit, exit code 1; the decision is in the journal, or the phase is done again."""

@@ -80,6 +80,7 @@ def test_check_tells_of_a_config_that_is_gone(project: Any) -> None:
     assert "orchestrator.toml is in git, but not on disk" in said
 
 
+@pytest.mark.slow
 def test_a_run_that_ends_while_an_agent_rests_leaves_nothing_unfinished(project: Any) -> None:
     project.set_up("WRK-001 ready", phases="plan", script={"*": [{"exit": 1, "no_result": True}]})
     project.run("run", code=4)
@@ -104,6 +105,7 @@ def test_no_line_of_a_conventional_message_is_too_long_for_commitlint() -> None:
         assert path[:60] in message
 
 
+@pytest.mark.slow
 def test_a_branch_that_was_rewound_is_told_of_once_for_all_that_was_in_flight(project: Any) -> None:
     project.set_up(*(f"WRK-00{n} {IN_PLAN}" for n in (1, 2)), script={"*": [HANG]}, execution="max_concurrent = 2\nmax_wip = 2")
     project.git("commit", "-q", "--allow-empty", "-m", "to be rewound")
@@ -115,6 +117,7 @@ def test_a_branch_that_was_rewound_is_told_of_once_for_all_that_was_in_flight(pr
     assert set(project.statuses().values()) == {"in_progress build"}
 
 
+@pytest.mark.slow
 def test_what_the_operator_does_while_a_phase_is_held_stays_theirs_however_often_it_is_held(project: Any) -> None:
     """Our halt commit, and one of a command, move the branch in between."""
     hold(project)
@@ -132,6 +135,7 @@ def test_what_the_operator_does_while_a_phase_is_held_stays_theirs_however_often
     assert project.git("for-each-ref", "refs/orchestrator/snapshots") == ""
 
 
+@pytest.mark.slow
 def test_a_held_phase_whose_item_is_closed_is_salvaged(project: Any) -> None:
     hold(project)
     project.run("close", "WRK-001", "--reason", "not wanted", "--commit")
@@ -142,6 +146,7 @@ def test_a_held_phase_whose_item_is_closed_is_salvaged(project: Any) -> None:
     assert "Outcome: complete" not in project.git("log", "--format=%B")
 
 
+@pytest.mark.slow
 def test_a_held_phase_that_fails_its_mended_check_is_charged_and_tried_again(project: Any) -> None:
     """On another branch a command says meanwhile which one its item is kept for."""
     hold(project, {"write": {"code.txt": "bad\n"}}, {"write": {"code.txt": "good\n"}})
@@ -181,6 +186,7 @@ def test_what_an_agent_sweeps_into_a_commit_of_its_own_is_named(project: Any) ->
     assert "these hold what you had not committed: mine.txt" in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fails", [False, True])
 def test_a_document_agent_that_writes_over_an_edit_of_the_operators_leaves_a_way_back(project: Any, fails: bool) -> None:
     """What an agent printed last, as it failed, is told, and in no commit's message."""
@@ -230,6 +236,7 @@ def test_an_item_that_is_deleted_while_its_build_runs_is_in_no_commit(project: A
     assert project.status() == ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("act", ["git reset -q --hard", "git stash -qu", "rm -r _worklog"])
 def test_what_an_agent_takes_out_of_the_worklog_is_there_again(project: Any, act: str) -> None:
     script = {"WRK-003/plan": [{"sh": act, "document": "b.md"}], "*/build": CODE, "*": [{"document": "a.md"}]}
@@ -243,6 +250,7 @@ def test_what_an_agent_takes_out_of_the_worklog_is_there_again(project: Any, act
     assert project.status() == ""
 
 
+@pytest.mark.slow
 def test_a_config_that_is_mended_after_a_kill_stays_mended(project: Any) -> None:
     project.set_up(f"WRK-001 {IN_BUILD}", phases="build!", script={"*": [{"write": {"code.txt": "half\n"}, **HANG}, *CODE]})
     project.killed()

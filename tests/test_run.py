@@ -303,6 +303,7 @@ def test_d32_h1_h3_the_operators_hooks_reject_once_and_mend_once(project: Any) -
     clean_and_saved(project)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("most", [4, 5])
 def test_a_hook_that_mends_again_and_again_is_run_four_times(project: Any, most: int) -> None:
     """What it changes beside the commit, as it rejects, is in no commit."""

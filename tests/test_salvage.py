@@ -127,6 +127,7 @@ def test_salvage_is_listed_with_the_command_that_drops_that_of_finished_items(pr
 
 # ---- What becomes of the rest --------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_stop_ends_the_retries_and_the_wait_before_them(project: Any) -> None:
     project.set_up(PLANNING, script={"*": [FAILS]}, execution="max_retries = 3")
     config = project.root / "orchestrator.toml"

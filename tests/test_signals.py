@@ -109,6 +109,7 @@ def test_others_are_decided_while_a_check_runs(project: Any) -> None:
     assert "WRK-001 is done" in project.finish(process, 0)
 
 
+@pytest.mark.slow
 def test_twice_ends_a_hook_and_the_next_start_has_it_run_again(project: Any) -> None:
     prepare(project, "WRK-001 ready", phases="build!", script={"*": [{"sh": "echo x > code.txt"}]})
     project.hook("pre-commit", f"test -e {project.outside}/fine || {{ echo here > {project.outside}/announce; exec sleep 1000; }}")

@@ -882,6 +882,7 @@ def test_random_edits_touch_only_their_lines(count: int) -> None:
     check_random_edits([BACKLOG, *(path.read_text(encoding="utf-8") for path in OTHER_WRITERS)], count)
 
 
+@pytest.mark.slow
 def test_random_edits_of_corpus(corpus: Path) -> None:
     texts = [path.read_text(encoding="utf-8") for path in backlogs(corpus) if "backlogs" in path.parts]
     check_random_edits([text for text in texts if "\nitems:" in text and len(text) < 60_000], 200)
