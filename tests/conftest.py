@@ -37,7 +37,7 @@ def pytest_configure() -> None:
     """All files in memory where there is room for them: the tests are for the most part small files and git."""
     with suppress(OSError, AttributeError):
         room = os.statvfs("/dev/shm")
-        if room.f_bavail * room.f_frsize > 2 << 30:
+        if room.f_bavail * room.f_frsize > 2 << 30 and not room.f_flag & os.ST_NOEXEC:  # agents are scripts
             os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", "/dev/shm")
 
 
