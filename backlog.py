@@ -2504,7 +2504,7 @@ class Journal:
         self.rests: dict[str, dict[str, Any]] = {}
         self.spent: dict[str, dict[str, Any]] = {}
         self._first: dict[str, Any] = {}
-        self._steps: list[dict[str, Any]] = []
+        self.steps: list[dict[str, Any]] = []
         self._begin = b""  # of the file, to tell another run's from it
         self._read = 0  # bytes that have been taken in
         self._lines = 0
@@ -2529,7 +2529,7 @@ class Journal:
             self._begin = begin
             file.seek(self._read)
             data = file.read()
-        steps, whole = len(self._steps), data[: data.rfind(b"\n") + 1]
+        steps, whole = len(self.steps), data[: data.rfind(b"\n") + 1]
         for line in whole.splitlines():
             self._lines += 1
             try:
@@ -2542,7 +2542,7 @@ class Journal:
                     " that file and start again"
                 ) from None
         self._read += len(whole)
-        return len(self._steps) > steps
+        return len(self.steps) > steps
 
     def _fold(self, line: Mapping[str, Any]) -> None:
         foreign = line.get("version", self.VERSION) != self.VERSION
@@ -2550,10 +2550,10 @@ class Journal:
             raise ValueError("it is not one of this version of the program; its own can finish it")
         self.run = line.get("run", self.run)
         if "state" in line:
-            self._first, self._steps = {"chunks": {}, **line["state"]}, []
+            self._first, self.steps = {"chunks": {}, **line["state"]}, []
             _ = self._first["head"], self._first["tail"]
         if "step" in line:
-            self._steps.append(line["step"])
+            self.steps.append(line["step"])
         for key, book in (("attempt", self.attempts), ("outcome", self.outcomes)):
             if key in line:
                 book[line[key]["token"]] = line[key]
@@ -2599,17 +2599,13 @@ class Journal:
         """The parts of every state, one after another in the same dict."""
         parts = dict(self._first, chunks=dict(self._first["chunks"]))
         yield parts
-        for step in self._steps:
+        for step in self.steps:
             parts |= {**step, "chunks": _take_step(parts["chunks"], step)}
             yield parts
 
     def _state_of(self, parts: Mapping[str, Any]) -> State:
         chunks, frame = tuple(parts["chunks"].values()), {name: parts[name] for name in _FRAME}
         return State(Document(self.source, chunks=chunks, **frame))
-
-    @property
-    def decided(self) -> bool:
-        return bool(self._steps)
 
     @property
     def settled(self) -> bool:  # but for what HEAD may lack
@@ -2899,7 +2895,7 @@ class Store:
         written = self._readable(self._written or b"")
         shown = {chunk for state in written for chunk in state.document.chunks}
         told = self.state, file, earlier, self.clock(), self.prefix, running, shown
-        return merge(*told, in_head=not journal.decided)
+        return merge(*told, in_head=not journal.steps)
 
     def _suffer(self, data: bytes | None, why: str, patient: bool) -> None:
         """A file that does not parse (None: is none): somebody may be typing, or it is wrecked."""
@@ -2914,6 +2910,7 @@ class Store:
         kept = self.aside / f"{self.path.name}.broken-{self.clock():%Y%m%dT%H%M%S}"
         with self._writing(kept):
             if data is None:
+                self.aside.mkdir(exist_ok=True)
                 os.rename(self.path, kept)
             else:
                 replace_file(kept, data)

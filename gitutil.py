@@ -1149,6 +1149,7 @@ class Repo:
         if self._undated:  # some programs take that for dirty
             with suppress(GitError):
                 self.git("update-index", "-q", "--refresh", ok=range(256), limit_s=TREE_LIMIT_S)
+            self._undated = False
         return StateCommit("committed" if commit else "clean", commit, None)
 
     def _unfit(self, path: Path) -> Problem | None:

@@ -3724,11 +3724,10 @@ class Ledger:
         for entry, data in zip(had, contents, strict=True):
             path = self.repo.top / entry.path
             now = path.read_bytes().replace(b"\r\n", b"\n") if path.exists() else b""
-            texts = data.replace(b"\r\n", b"\n").split(b"\n---\n")
-            if lost := [text for text in texts if text.strip() and text not in now]:
+            texts = map(bytes.strip, data.replace(b"\r\n", b"\n").split(b"\n---\n"))
+            if lost := [text for text in texts if text not in now]:  # nothing is in everything
                 log().warning("%s lost entries; they are there again", entry.path)
-                added = b"".join(text.lstrip(b"\n") + b"\n---\n\n" for text in lost)
-                replace_file(path, now + added)
+                replace_file(path, now + b"".join(text + b"\n\n---\n\n" for text in lost))
 
     def _changes(self, old: str | None, new: str) -> list[Change]:
         """The difference of two trees, without what is no part of anybody's work."""

@@ -237,7 +237,7 @@ def test_an_item_that_is_deleted_while_its_build_runs_is_in_no_commit(project: A
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("act", ["git reset -q --hard", "git stash -qu", "rm -r _worklog"])
+@pytest.mark.parametrize("act", ["git reset -q --hard", "git stash -qu", "rm -r _worklog", "sed -i '1,/^---$/d' _worklog/*; sed -i 1d _worklog/*"])
 def test_what_an_agent_takes_out_of_the_worklog_is_there_again(project: Any, act: str) -> None:
     script = {"WRK-003/plan": [{"sh": act, "document": "b.md"}], "*/build": CODE, "*": [{"document": "a.md"}]}
     project.set_up("WRK-001 new", f"WRK-002 {IN_PLAN}", f"WRK-003 {IN_PLAN}", script=script)
@@ -245,7 +245,9 @@ def test_what_an_agent_takes_out_of_the_worklog_is_there_again(project: Any, act
     project.run("close", "WRK-001", "--reason", "the customer said no")
     told = project.worklog()
     assert "lost entries; they are there again" in project.run("run", "--target", "WRK-003", "--cap", "1").stderr
-    assert project.worklog().startswith(told)
+    begins = re.findall(r"(?m)^## .*", project.worklog())
+    assert (len(begins), set(begins) >= set(re.findall(r"(?m)^## .*", told))) == (3, True)
+    assert project.worklog().startswith(told) or "sed" in act
     assert "the customer said no" in project.run("show", "WRK-001").stdout
     assert project.status() == ""
 

@@ -286,7 +286,6 @@ def test_what_stands_in_place_of_the_file_is_set_aside_after_a_minute(running: B
     running.take_in()
     assert running.store.trouble
     assert (len(running.warnings), "Nothing new is started" in running.warnings[0]) == (1, True)
-    (running.path.parent / "aside").mkdir()
     running.time = 61
     running.take_in()
     assert "is set aside as" in running.warnings[1]
