@@ -1974,6 +1974,8 @@ def plan_rows(backlog: Backlog, config: Config, options: RunOptions) -> list[dic
     then, without a phase, the items that would not, and why."""
     draft, rules, only = Draft(backlog), rules_of(config), matching(backlog, options.filters)
     tasks, now = list[Task](), datetime.fromtimestamp(0, UTC)  # of what is never written
+    if options.overridden:
+        draft.update(options.overridden, now, guardrail_override=True)
     while not tasks and (found := select_actions(options, draft.backlog(), {}, config, only)):
         for action in found:
             if isinstance(action, Promote):
@@ -5208,14 +5210,14 @@ def cmd_run(args: argparse.Namespace) -> int:
     if options.targets or args.dry_run:
         backlog = space.store.look()
         items = [_item(space.config, backlog, target) for target in options.targets]
-        if args.dry_run:
-            return _dry_run(args, space, options)
         if args.command == "step":
             (item,) = items
             if item["status"] in ("blocked", "done") or waits_for(item, backlog):
                 why = f"{program_name()} show {item['id']} tells why"
                 raise OrchestratorError(f"{item['id']}: no step can be taken; {why}")
             options = options._replace(overridden=item["id"])
+        if args.dry_run:
+            return _dry_run(args, space, options)
     run_id = new_run_id()
     import_asyncio()
     with space.run_lock(run_id):

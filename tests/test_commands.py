@@ -126,6 +126,7 @@ def test_commands_commit_the_backlog_alone(project: Project, here: Cli) -> None:
 @pytest.mark.slow
 def test_a_step_is_one_phase_with_the_guardrails_overridden(project: Project) -> None:
     project.set_up("WRK-001 ready size=large risk=high", "WRK-002 new", script={"*/build": [{"write": {"code.py": "1\n"}}]})
+    assert "  WRK-001 plan Item WRK-001\n" in project.run("step", "WRK-001", "--dry-run").stdout
     done = project.run("step", "WRK-001")
     assert project.agent_log() == ["WRK-001 plan 1"]
     assert "Halt: the limit for this run is used up (CapReached)" in done.stderr
